@@ -1,0 +1,1 @@
+"""How a variant is studied: data, training, evaluation, tracking, comparison."""

@@ -1,0 +1,28 @@
+"""From a checked configuration to a model: the one place where fields become constructor arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from harness.config import attention_options
+from harness.errors import UserError
+from harness.schema import TrainConfig
+from modeling.gpt import GPT
+
+_NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr")
+
+
+def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
+    """The GPT of a configuration, on torch's default device, initialised from torch's global generator.
+
+    `changes` replace constructor arguments (a longer max_seq_len, for instance). Raises UserError for sizes that do not
+    fit together.
+    """
+    arguments = {k: v for k, v in dataclasses.asdict(config.model).items() if k not in _NOT_SHAPE}
+    arguments |= {"vocab_size": vocab_size, "mechanism": config.attention["mechanism"],
+                  "attention": attention_options(config.attention)}  # fmt: skip
+    try:
+        return GPT(**(arguments | changes))
+    except ValueError as error:
+        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None

@@ -1,0 +1,412 @@
+"""Configuration at the door: Hydra composes the YAMLs, this module checks them and hands out plain typed values.
+
+Together with the entry scripts this is the only place that knows Hydra. It owns the one resolver (`derive`), the names
+of runs, and the split of a configuration into what a run is (its identity) and how it is computed.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import operator
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.schema import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+
+# How a run is computed is not what it is: these may differ between two commands that mean the same run.
+EXECUTION_FIELDS = (
+    "name", "runs_dir", "data_dir", "device", "compile", "deterministic", "overwrite", "micro_batch_size",
+    "intervals", "evaluation", "tracking", "attention.backend", "model.activation_checkpointing", "dataset.path",
+)  # fmt: skip
+SEED_FIELDS = ("seed", "data_seed")
+
+# Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
+FREE_TEXT = ("prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
+             "data_dir", "tracking.notes")  # fmt: skip
+
+
+# --- arithmetic in YAML ----------------------------------------------------------------------------------------------
+
+_OPERATORS: dict[type[ast.AST], Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+}  # fmt: skip
+
+
+def derive(expression: str, sizes: Mapping[str, int]) -> int:
+    """An integer from the model's sizes: + - * // min max over d_model, n_layers, n_heads, head_dim. Nothing else."""
+
+    def value(node: ast.AST) -> int:
+        if isinstance(node, ast.Expression):
+            return value(node.body)
+        if isinstance(node, ast.Constant) and type(node.value) is int:
+            return node.value
+        if isinstance(node, ast.Name) and node.id in sizes:
+            return sizes[node.id]
+        if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+            return _OPERATORS[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
+            return {"min": min, "max": max}[node.func.id](value(argument) for argument in node.args)
+        raise UserError(f"derive:'{expression}' may use {', '.join(sizes)}, integers, + - * // min max, nothing else")
+
+    try:
+        return value(ast.parse(expression, mode="eval"))
+    except SyntaxError as error:
+        raise UserError(f"derive:'{expression}' is no arithmetic expression: {error.msg}") from None
+
+
+def _derive_resolver(expression: str, *, _root_: Any) -> int:
+    sizes = {key: _root_.model[key] for key in ("d_model", "n_layers", "n_heads", "head_dim")}
+    return derive(str(expression), sizes)
+
+
+def register_resolvers() -> None:
+    """`${derive:'...'}` for widths and `${project:runs}` for paths below the project's folder."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("derive", _derive_resolver, replace=True)
+    OmegaConf.register_new_resolver("project", lambda path: str(ROOT / path), replace=True)
+
+
+# --- plain containers to typed dataclasses ---------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """A hint for a misspelt word: ' (did you mean x?)', or the choices themselves where none is near."""
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(choices))}"
+
+
+def typed(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind` (a dataclass, int, float, bool, str, list[...], dict[str, ...], X | None), or a UserError."""
+    origin = typing.get_origin(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
+        return typed(kind, value, path)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        required = {
+            f.name for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }  # fmt: skip
+        return kind(**typed_fields(hints, required, value, path))  # type: ignore[operator]
+    if origin is list:
+        if isinstance(value, (list, tuple)):
+            return [typed(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): typed(typing.get_args(kind)[1], item, f"{path}.{k}") for k, item in value.items()}
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():  # budget.tokens=2e6
+            return int(value)
+    elif kind is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    elif isinstance(value, kind):
+        return value
+    name = getattr(origin or kind, "__name__", str(kind))
+    raise UserError(f"{path}={value} must be of type {name}, not {type(value).__name__}")
+
+
+def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:
+    """The fields of a mapping, each typed; unknown and missing ones are a UserError."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path or 'the configuration'}={value} must be a group of fields: {', '.join(hints)}")
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{prefix}{key} is not a field of the configuration; {did_you_mean(str(key), list(hints))}")
+    for key in sorted(required - set(value)):
+        raise UserError(f"{prefix}{key} is missing from the configuration; give it a value of type {hints[key]}")
+    return {key: typed(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
+
+
+def typed_attention(attention: Any) -> dict[str, Any]:
+    """A variant's options checked against the constructor of its class: the class is the schema."""
+    from modeling.attention import MECHANISMS, MODEL_OWNED
+
+    mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
+    if mechanism not in MECHANISMS:
+        raise UserError(f"attention.mechanism={mechanism} is unknown; {did_you_mean(str(mechanism), list(MECHANISMS))}")
+    constructor = MECHANISMS[mechanism].__init__
+    hints: dict[str, Any] = {"name": str, "mechanism": str}
+    for name in inspect.signature(constructor).parameters:
+        if name != "self" and name not in MODEL_OWNED:
+            hints[name] = typing.get_type_hints(constructor)[name]
+    return typed_fields(hints, set(hints), attention, "attention")
+
+
+def attention_options(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a variant's configuration that its class takes."""
+    return {key: value for key, value in attention.items() if key not in ("name", "mechanism")}
+
+
+def train_config(container: Mapping[str, Any]) -> TrainConfig:
+    """A resolved container as a checked TrainConfig: types, unknown keys, impossible combinations."""
+    config: TrainConfig = typed(TrainConfig, container, "")
+    config.attention = typed_attention(config.attention)
+    _check_values(config)
+    return config
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Combinations that can be refused without building anything."""
+
+    def one_of(path: str, value: str, *choices: str) -> None:
+        if value not in choices:
+            raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
+
+    def at_least(path: str, value: float | None, least: float) -> None:
+        if value is not None and value < least:
+            raise UserError(f"{path}={value} is too small; choose {least} or more")
+
+    one_of("device", config.device.split(":")[0], "auto", "cpu", "cuda", "mps")
+    one_of("precision", config.precision, "auto", "float32", "bfloat16")
+    one_of("compile", config.compile, "auto", "on", "off")
+    one_of("cache.dtype", config.cache.dtype, "float32", "bfloat16", "float16")
+    one_of("optimizer.name", config.optimizer.name, "adamw", "muon")
+    one_of("schedule.name", config.schedule.name, "cosine", "wsd")
+    one_of("tracking.name", config.tracking.name, "wandb", "none")
+    one_of("tokenizer.name", config.tokenizer.name, "bpe", "bytes", "pretrained")
+    for path, least in {
+        "batch_size": 1, "micro_batch_size": 1, "model.d_model": 1, "model.n_layers": 1, "model.n_heads": 1,
+        "model.head_dim": 1, "model.max_seq_len": 1, "model.mlp_hidden": 1, "budget.tokens": 1, "budget.steps": 1,
+        "intervals.log": 1, "intervals.evaluate": 1, "intervals.checkpoint": 1, "evaluation.batch_size": 1,
+        "evaluation.max_tokens": 1, "seed": 0, "data_seed": 0,
+    }.items():  # fmt: skip
+        at_least(path, operator.attrgetter(path)(config), least)
+    if config.micro_batch_size is not None and config.batch_size % config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} does not divide batch_size={config.batch_size}; "
+            f"choose a divisor"
+        )
+    if config.budget.tokens is not None and config.budget.steps is not None:
+        raise UserError(
+            f"budget.tokens={config.budget.tokens} and budget.steps={config.budget.steps} both set the length of the "
+            f"run; give one"
+        )
+    for path in ("model.dropout", "attention.dropout"):
+        group, key = path.split(".")
+        rate = config.attention.get(key, 0.0) if group == "attention" else config.model.dropout
+        if not 0 <= rate < 1:
+            raise UserError(f"{path}={rate} must be at least 0 and below 1")
+    if not 0 < config.evaluation.stride_fraction <= 1:
+        raise UserError(
+            f"evaluation.stride_fraction={config.evaluation.stride_fraction} must be above 0 and at most 1 (a window)"
+        )
+    if not config.model.causal:
+        raise UserError(
+            "model.causal=false cannot be trained to predict the next token, which every position would then see; "
+            "build the GPT from modeling/ for other objectives"
+        )
+    if config.name != "auto" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", config.name):
+        raise UserError(f"name={config.name} must be one plain folder name: letters, digits and . _ = , + - only")
+
+
+# --- identity and names ----------------------------------------------------------------------------------------------
+
+
+def flat(container: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted path."""
+    leaves: dict[str, Any] = {}
+    for key, value in container.items():
+        path = f"{prefix}{key}"
+        leaves.update(flat(value, f"{path}.") if isinstance(value, Mapping) and value else {path: value})
+    return leaves
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """What makes two commands the same run: every field by dotted path, execution fields left out."""
+    leaves = flat(dataclasses.asdict(config))
+    return {
+        path: value for path, value in leaves.items()
+        if not any(path == field or path.startswith(f"{field}.") for field in EXECUTION_FIELDS)
+    }  # fmt: skip
+
+
+def setup_hash(config: TrainConfig) -> str:
+    """Twelve hex digits of the identity without the seeds: runs that differ by seed alone share it."""
+    leaves = {path: value for path, value in identity(config).items() if path not in SEED_FIELDS}
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def differences(mine: TrainConfig, theirs: TrainConfig) -> list[str]:
+    """Sentences naming each identity field in which two configurations differ."""
+    a, b = identity(mine), identity(theirs)
+    return [
+        f"{path} is {b.get(path, 'absent')} there and {a.get(path, 'absent')} here"
+        for path in sorted(a.keys() | b.keys()) if a.get(path) != b.get(path)
+    ]  # fmt: skip
+
+
+# --- composing -------------------------------------------------------------------------------------------------------
+
+GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "experiment")
+
+
+def quoted(argument: str) -> str:
+    """key=value with the value of a free-text key quoted for Hydra's grammar; everything else unchanged."""
+    key, equals, value = argument.partition("=")
+    if not equals or key not in FREE_TEXT or value == "null" or (value[:1] in "'\"" and value[-1:] == value[:1]):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    return f"{key}='{escaped}'"
+
+
+def options_of(group: str) -> list[str]:
+    """The YAMLs of a config group, by name."""
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """configs/<config_name>.yaml with overrides applied and every interpolation resolved, as plain containers.
+
+    Raises UserError, in one sentence, for what Hydra would not accept.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_resolvers()
+    overrides = [quoted(override) for override in overrides]
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError(
+            f"an argument cannot be read as key=value ({str(error).splitlines()[0]}); quote values that hold brackets, "
+            f"commas or spaces like \"key='a, b'\""
+        ) from None
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        groups = [o.input_line or "" for o in parsed if _is_group(o.key_or_group)]
+        for override in parsed:
+            key = override.key_or_group
+            if override.is_add() or override.is_force_add() or override.is_delete():
+                raise UserError(f"{override.input_line}: fields are neither added nor deleted; write {key}=value")
+            if override.is_sweep_override():
+                raise UserError(f"{override.input_line} is a list of choices; add -m to run them all")
+            if _is_group(key) and str(override.value()) not in (*options_of(key), "null", "None"):
+                raise UserError(f"{key}={override.value()} does not exist; "
+                                f"{did_you_mean(str(override.value()), options_of(key))}")  # fmt: skip
+        try:
+            known = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
+            assert isinstance(known, dict)
+            paths = _paths(known)
+            for override in parsed:
+                key = override.key_or_group
+                if not _is_group(key) and not key.startswith("hydra.") and key not in paths:
+                    raise UserError(f"{key} is not a field of the configuration; "
+                                    f"{did_you_mean(key, sorted(paths | set(GROUPS)))}")  # fmt: skip
+            composed = hydra_compose(config_name, overrides)
+            container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            raise UserError(" ".join(str(error).split())) from None
+    assert isinstance(container, dict)
+    return typing.cast("dict[str, Any]", container)
+
+
+def _is_group(key: str) -> bool:
+    return key in GROUPS
+
+
+def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """Every dotted path, inner groups included."""
+    found: set[str] = set()
+    for key, value in container.items():
+        found.add(f"{prefix}{key}")
+        if isinstance(value, Mapping):
+            found |= _paths(value, f"{prefix}{key}.")
+    return found
+
+
+def load_train_config(overrides: Sequence[str]) -> TrainConfig:
+    """configs/train.yaml with these overrides, checked, its name worked out."""
+    config = train_config(compose("train", overrides))
+    if config.name == "auto":
+        config.name = default_name(config, overrides)
+    return config
+
+
+def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
+    """dataset-model-attention, then each override that changes what the run is, then the seed."""
+    parts = [config.dataset.name, config.model.name, config.attention["name"]]
+    if config.dataset.source == "local" and config.dataset.path:
+        parts[0] += f"_{Path(config.dataset.path.rstrip('/')).stem}"
+    pairs = [override.partition("=")[::2] for override in overrides if "=" in override]
+    parts += [value for key, value in pairs if key in GROUPS[3:] and key != "tracking" and value != _default_option(key)]
+    plain = train_config(compose("train", [f"{key}={value}" for key, value in pairs if _is_group(key)]))
+    before, after = identity(plain), identity(config)
+    parts += [
+        f"{key.split('.')[-1]}={after.get(key)}" for key, _ in pairs
+        if not _is_group(key) and key not in SEED_FIELDS and before.get(key) != after.get(key)
+    ]  # fmt: skip
+    parts.append(f"seed{config.seed}")
+    if config.data_seed != config.seed:
+        parts.append(f"data{config.data_seed}")
+    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", "-".join(parts))
+    if len(name) > 120:  # file systems stop at 255 bytes, W&B's names at 128
+        name = f"{name[:108]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _default_option(group: str) -> str:
+    """What the defaults list of configs/train.yaml chooses for a group."""
+    from omegaconf import OmegaConf
+
+    entries = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)["defaults"]  # type: ignore
+    return str(next(entry[group] for entry in entries if isinstance(entry, dict) and group in entry))
+
+
+def load_run_config(run: Path) -> TrainConfig:
+    """The configuration inside a run's folder. Raises UserError when there is none or it does not fit this version."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} holds no config.yaml, so it is not a run; name a folder that train_model.py wrote")
+    try:
+        container = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    assert isinstance(container, dict)
+    return train_config(typing.cast("dict[str, Any]", container))
+
+
+def save_run_config(config: TrainConfig, run: Path) -> None:
+    """Write <run>/config.yaml, whole or not at all."""
+    from omegaconf import OmegaConf
+
+    aside = run / "config.yaml.tmp"
+    aside.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
+    aside.replace(run / "config.yaml")

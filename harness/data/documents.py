@@ -1,0 +1,102 @@
+"""What a source is to the rest of the package: documents in a fixed order, each in one split, read in blocks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from harness.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+_SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+                "val": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+_HASHES = 2**64
+
+
+class Document(NamedTuple):
+    """One document. Its text comes in blocks, so that a file larger than memory can be a document."""
+
+    split: str
+    blocks: Iterable[str]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus.
+
+    identity: everything that shapes the text, JSON-able, without paths of this machine.
+    documents: yields the documents; the same ones in the same order at every call. Validation and test come before
+        training (so a cap on training leaves them alone) except where `identity["streamed"]`: there they are mixed.
+    text_bytes: UTF-8 bytes of it all where that is known before reading (for a progress bar).
+    """
+
+    identity: dict[str, Any]
+    documents: Callable[[], Iterator[Document]]
+    text_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Carving:
+    """Splits that a source lacks, carved from its documents by a seeded hash: equal documents fall into one split."""
+
+    seed: int
+    validation_below: int
+    test_below: int
+
+    def split(self, content: bytes) -> str:
+        """The split of the document that `content` (its text or its name) identifies."""
+        value = self.hash(content)
+        return "validation" if value < self.validation_below else "test" if value < self.test_below else "train"
+
+    def hash(self, content: bytes) -> int:
+        return seeded_hash(self.seed, content)
+
+
+def seeded_hash(seed: int, content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8, salt=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def carving_by_fraction(seed: int, validation: float, test: float) -> Carving:
+    """Fractions hold on average: for sources that cannot be counted first, or whose split must not depend on them."""
+    return Carving(seed, int(validation * _HASHES), int((validation + test) * _HASHES))
+
+
+def carving_by_rank(seed: int, hashes: Iterable[int], validation: float, test: float) -> Carving:
+    """Fractions of the distinct documents, exact but for rounding; at least one document in each split asked for.
+
+    `hashes` are the documents' `seeded_hash` values. Raises UserError if there are too few of them.
+    """
+    ranked = sorted(set(hashes))
+    n_validation = max(1, round(validation * len(ranked))) if validation else 0
+    n_test = max(1, round(test * len(ranked))) if test else 0
+    if n_validation + n_test >= len(ranked):
+        raise UserError(
+            f"the source has {len(ranked)} distinct documents, too few to carve {n_validation} for validation and "
+            f"{n_test} for testing from: add documents, name files train, validation and test, or set "
+            "dataset.validation_fraction or dataset.test_fraction to 0"
+        )
+    bounds = [*ranked, _HASHES]
+    return Carving(seed, bounds[n_validation] if n_validation else 0, bounds[n_validation + n_test])
+
+
+def split_of_name(parts: Sequence[str]) -> str | None:
+    """The split that a file's name or one of its folders says: `validation-00000-of-00001.parquet`, `dev/a.txt`."""
+    for part in reversed(parts):
+        word = part.lower()
+        for mark in "-_.":
+            word = word.partition(mark)[0]
+        if word in _SPLIT_WORDS:
+            return _SPLIT_WORDS[word]
+    return None
+
+
+def evaluation_first(documents: Callable[[], Iterator[Document]]) -> Iterator[Document]:
+    """The same documents, those for training last (the source is read twice)."""
+    for document in documents():
+        if document.split != "train":
+            yield document
+    for document in documents():
+        if document.split == "train":
+            yield document

@@ -1,0 +1,80 @@
+"""The size of the key/value cache as measured: on a real cache's buffers, and on all tensors that decoding keeps alive."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from modeling.gpt import GPT
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """What one token of one sequence takes."""
+
+    dtype: torch.dtype
+    bytes_per_token: int  # all layers
+    elements_per_token_by_layer: tuple[int, ...]
+
+    @property
+    def elements_per_token_per_layer(self) -> float:
+        """The mean over the layers; an int where it is whole, as it is when all layers are alike."""
+        mean = sum(self.elements_per_token_by_layer) / len(self.elements_per_token_by_layer)
+        return int(mean) if mean.is_integer() else mean
+
+
+def measure_cache(model: GPT, *, dtype: torch.dtype) -> CacheSize:
+    """Allocate a short cache of batch 1 through the model and read the sizes off its buffers. Raises what new_cache raises."""
+    caches = model.new_cache(1, 8, dtype=dtype, device="cpu")
+    return CacheSize(
+        dtype=dtype,
+        bytes_per_token=sum(cache.bytes_per_token for cache in caches),
+        elements_per_token_by_layer=tuple(cache.elements_per_token for cache in caches),
+    )
+
+
+def live_bytes_slope(decode_to: Callable[[int], object], contexts: tuple[int, int]) -> float:
+    """Bytes per token by which live memory grows with the context, however the decoder keeps what it keeps.
+
+    decode_to(context) decodes to that many tokens from nothing, with a cache allocated for no more, and returns whatever
+    a decoder would hold on to for the next token. Every tensor storage made meanwhile and not freed by then is counted.
+    """
+    short, long = contexts
+    return (_live_bytes(decode_to, long) - _live_bytes(decode_to, short)) / (long - short)
+
+
+def _live_bytes(decode_to: Callable[[int], object], context: int) -> int:
+    storages = _Storages()
+    with storages:
+        held = decode_to(context)
+    gc.collect()
+    live = storages.live_bytes()
+    del held  # alive until here, or there would be nothing to count
+    return live
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers, without keeping them alive, the storages of all tensors that operations return inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def live_bytes(self) -> int:
+        return sum(nbytes for reference, nbytes in self._seen.values() if not reference.expired())

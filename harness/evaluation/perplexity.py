@@ -1,0 +1,194 @@
+"""Perplexity of a whole token split: every token predicted exactly once, in strided windows, one division at the end.
+
+The stream is cut into windows of max_seq_len inputs that start `stride` tokens apart. The first window of a stream scores
+all its targets, each later one only those that no earlier window has scored, so that they see a long context; the last
+window is moved back to end with the stream. A stream's first token is predicted from the end-of-text token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harness.errors import UserError
+
+Integers = NDArray[np.int64]
+
+
+class TokenSplit(Protocol):
+    """What is asked of a split (harness/data): tokens with one end-of-text token after every document."""
+
+    @property
+    def tokens(self) -> NDArray[np.unsignedinteger]: ...
+
+    @property
+    def document_starts(self) -> Integers: ...  # (documents + 1,), in tokens, the last is n_tokens
+
+    @property
+    def document_bytes(self) -> Integers: ...
+
+    @property
+    def document_words(self) -> Integers: ...
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """Ratios of totals over one split. End-of-text targets count in tokens and nats, not in bytes and words."""
+
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    word_perplexity: float | None  # exp(nats per white-space word); None where it is beyond a float, as without words
+    bits_per_byte: float
+    tokens: int
+    bytes: int  # of the text, UTF-8
+    words: int
+    nats: float
+    loss_by_position: list[tuple[int, int, float]]  # (from, to, loss): nats per token with from..to tokens of context
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Window w reads the targets start[w] .. start[w] + length[w] - 1 and scores those from start[w] + skip[w] on."""
+
+    start: Integers
+    length: Integers
+    skip: Integers
+    opens: NDArray[np.bool_]  # begins its stream: the end-of-text token stands before it
+
+
+@torch.no_grad()  # and not inference_mode, whose tensors would spoil what a model caches for training
+def evaluate_split(
+    token_losses: Callable[[Tensor, Tensor], Tensor],
+    split: TokenSplit,
+    *,
+    end_of_text: int,
+    max_seq_len: int,
+    stride: int,
+    batch_size: int,
+    device: torch.device,
+    decode: Callable[[Sequence[int]], str],
+    per_document: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> SplitResult:
+    """Score a split with token_losses(inputs_BT, targets_BT) -> nats_BT; the caller puts the model into eval mode.
+
+    stride: from 1 to max_seq_len (each window on its own). batch_size: windows per call; it does not change the result.
+    per_document: every document is a stream of its own, no context crosses. max_tokens: only the split's first tokens;
+    decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those of
+    the overlaps too, by its number of context tokens in the window. Raises UserError on an impossible stride, an empty
+    split, or a model whose loss is not finite.
+    """
+    if not 1 <= stride <= max_seq_len:
+        raise UserError(f"a stride of {stride} tokens does not fit windows of {max_seq_len}: give 1 to {max_seq_len}")
+    n_tokens = len(split.tokens) if max_tokens is None else min(max_tokens, len(split.tokens))
+    if n_tokens < 1:
+        raise UserError(f"nothing to evaluate: {n_tokens} of the split's {len(split.tokens)} tokens are asked for")
+
+    bounds = np.array([0, n_tokens])
+    if per_document:
+        bounds = np.append(split.document_starts[split.document_starts < n_tokens], n_tokens)
+    windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=stride)
+
+    nats, scored = 0.0, 0
+    nats_by_position, count_by_position = np.zeros(max_seq_len), np.zeros(max_seq_len, dtype=np.int64)
+    by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
+    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    for batch in _bar(batches, progress):
+        inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=end_of_text)
+        losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
+        nats_BT = losses.float().cpu().numpy().astype(np.float64)
+        position_T = np.arange(nats_BT.shape[1])
+        real_BT = position_T < windows.length[batch, None]
+        scored_BT = real_BT & (position_T >= windows.skip[batch, None])
+        nats += nats_BT.sum(where=scored_BT)
+        scored += int(scored_BT.sum())
+        nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
+        count_by_position[: len(position_T)] += real_BT.sum(axis=0)
+    assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
+    if not math.isfinite(nats):
+        raise UserError(f"the model's loss on this split is {nats}: its weights are broken, evaluate an earlier checkpoint")
+
+    text_bytes, words = text_size(split, n_tokens, decode)
+    return SplitResult(
+        loss=nats / scored,
+        perplexity=math.exp(nats / scored),
+        word_perplexity=math.exp(nats / words) if nats < 700 * words else None,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        tokens=scored,
+        bytes=text_bytes,
+        words=words,
+        nats=nats,
+        loss_by_position=_by_octave(nats_by_position, count_by_position),
+    )
+
+
+def cut_windows(bounds: Integers, *, max_seq_len: int, stride: int) -> Windows:
+    """Windows over the streams bounds[i] .. bounds[i + 1]: every target is scored in exactly one."""
+    begin, end = bounds[:-1], bounds[1:]
+    count = 1 + -(-np.maximum(end - begin - max_seq_len, 0) // stride)
+    stream = np.repeat(np.arange(len(begin)), count)
+    rank = np.arange(len(stream)) - np.repeat(np.cumsum(count) - count, count)
+    unmoved = begin[stream] + rank * stride
+    start = np.maximum(np.minimum(unmoved, end[stream] - max_seq_len), begin[stream])
+    length = np.minimum(end[stream] - start, max_seq_len)
+    # The window before ends stride tokens before this one's unmoved end; what lies up to there is scored already.
+    skip = np.where(rank == 0, 0, unmoved - stride + max_seq_len - start)
+    return Windows(start, length, skip, rank == 0)
+
+
+def gather(
+    tokens: NDArray[np.unsignedinteger], windows: Windows, batch: Integers, *, end_of_text: int
+) -> tuple[Integers, Integers]:
+    """inputs_BT and targets_BT of some windows, padded on the right with end_of_text to the longest."""
+    T = windows.length[batch].max()
+    offset = np.arange(-1, T)
+    block = tokens[(windows.start[batch, None] + offset).clip(0, len(tokens) - 1)].astype(np.int64)
+    block[offset >= windows.length[batch, None]] = end_of_text
+    block[windows.opens[batch], 0] = end_of_text
+    return block[:, :-1], block[:, 1:]
+
+
+def text_size(split: TokenSplit, n_tokens: int, decode: Callable[[Sequence[int]], str]) -> tuple[int, int]:
+    """UTF-8 bytes and white-space words of the text that the first n_tokens tokens stand for.
+
+    Whole documents by their own counts; of a document cut in two, what decode makes of its first part (a character cut
+    in two counts as nothing, a word cut in two as one).
+    """
+    ends = split.document_starts[1:]
+    whole = int(np.searchsorted(ends, n_tokens, side="right"))
+    text_bytes, words = int(split.document_bytes[:whole].sum()), int(split.document_words[:whole].sum())
+    if whole < len(ends):
+        begin = int(split.document_starts[whole])
+        if n_tokens == ends[whole] - 1:  # only the end-of-text token is cut off
+            return text_bytes + int(split.document_bytes[whole]), words + int(split.document_words[whole])
+        text = decode(split.tokens[begin:n_tokens].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
+        text_bytes, words = text_bytes + len(text.encode()), words + len(text.split())
+    return text_bytes, words
+
+
+def _by_octave(nats: NDArray[np.float64], count: Integers) -> list[tuple[int, int, float]]:
+    """Mean nats with 1, 2-3, 4-7, ... tokens of context; position p of a window sees p + 1 tokens."""
+    octaves = []
+    low = 1
+    while low <= len(count) and count[low - 1] > 0:
+        high = min(2 * low - 1, int(np.count_nonzero(count)))
+        part = slice(low - 1, high)
+        octaves.append((low, high, float(nats[part].sum() / count[part].sum())))
+        low *= 2
+    return octaves
+
+
+def _bar(batches: list[Integers], progress: bool) -> Sequence[Integers]:
+    if not progress:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="evaluate", unit="batch", leave=False)

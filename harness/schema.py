@@ -1,0 +1,150 @@
+"""The typed schema that every YAML under configs/ is checked against: plain dataclasses, no imports of ours.
+
+`None` is legal only where it means absence. Fields of which a group owns the default (model, optimizer, ...) carry
+none here: the YAML must say them. An attention variant's schema is read off its class (see harness/config.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the GPT around the attention, and the training defaults that belong to the size."""
+
+    name: str
+    d_model: int
+    n_layers: int
+    n_heads: int
+    head_dim: int
+    max_seq_len: int
+    mlp: str  # swiglu | relu2
+    mlp_hidden: int
+    tie_embeddings: bool
+    bias: bool
+    dropout: float
+    norm_eps: float
+    causal: bool
+    init: str  # normal | xavier
+    init_std: float
+    zero_init_outputs: bool
+    activation_checkpointing: bool
+    default_tokens: int
+    default_batch_size: int
+    default_lr: float
+
+
+@dataclass
+class DatasetConfig:
+    """Where the text comes from. `name` names the cache folder and stands in every run."""
+
+    name: str
+    source: str  # hub | classic_books | stdlib | local
+    path: str | None = None  # local: file, folder or glob; classic_books: a folder that already holds the parquet files
+    text_column: str = "text"
+    max_tokens: int | None = None  # cap on the training split
+    validation_fraction: float = 0.05  # used where the source has no such split
+    test_fraction: float = 0.05
+    split_seed: int = 0
+    hub_name: str | None = None
+    hub_config: str | None = None
+    hub_revision: str | None = None
+    hub_streaming: bool = False
+    sha256: dict[str, str] = field(default_factory=dict)  # file in the source -> SHA-256, checked when present
+
+
+@dataclass
+class TokenizerConfig:
+    name: str  # bpe | bytes | pretrained
+    vocab_size: int | None = None  # bpe only
+    path: str | None = None  # pretrained only: a hub name, a folder or a tokenizer.json
+
+
+@dataclass
+class OptimizerConfig:
+    name: str  # adamw | muon
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    grad_clip: float  # 0 switches clipping off
+    muon_lr: float | None = None  # muon only: the matrices' rate (lr is then the rate of everything else)
+    muon_momentum: float | None = None
+
+
+@dataclass
+class ScheduleConfig:
+    name: str  # cosine | wsd
+    warmup_fraction: float  # of the steps
+    final_lr_fraction: float  # of the peak
+    decay_fraction: float | None = None  # wsd only: the last part of the steps, in which the rate falls
+
+
+@dataclass
+class TrackingConfig:
+    name: str  # wandb | none (metrics.jsonl is always written)
+    project: str = "attention-ablation"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+
+
+@dataclass
+class BudgetConfig:
+    """At most one of the two; neither means the model's default_tokens."""
+
+    tokens: int | None = None
+    steps: int | None = None
+
+
+@dataclass
+class IntervalsConfig:
+    """In optimizer steps."""
+
+    log: int = 10
+    evaluate: int = 100
+    checkpoint: int = 100
+
+
+@dataclass
+class EvaluationConfig:
+    max_tokens: int | None = None  # validation during training looks at this many tokens at most (None: all)
+    batch_size: int = 32  # windows per forward pass
+    stride_fraction: float = 0.5  # of the window
+
+
+@dataclass
+class CacheConfig:
+    dtype: str = "bfloat16"  # the dtype cache sizes are quoted in: float32 | bfloat16 | float16
+
+
+@dataclass
+class TrainConfig:
+    """What train_model.py needs, whole. `attention` holds the variant's own schema."""
+
+    name: str  # "auto" becomes dataset-model-attention-overrides-seed
+    runs_dir: str
+    data_dir: str
+    seed: int
+    data_seed: int
+    device: str  # auto | cpu | cuda | mps
+    precision: str  # auto | float32 | bfloat16
+    compile: str  # auto | on | off
+    deterministic: bool
+    overwrite: bool
+    batch_size: int  # sequences per optimizer step
+    micro_batch_size: int | None  # sequences per forward pass; None: chosen from the device
+    budget: BudgetConfig
+    intervals: IntervalsConfig
+    evaluation: EvaluationConfig
+    cache: CacheConfig
+    attention: dict[str, Any]
+    model: ModelConfig
+    dataset: DatasetConfig
+    tokenizer: TokenizerConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    tracking: TrackingConfig

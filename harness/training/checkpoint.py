@@ -1,0 +1,217 @@
+"""Checkpoints: a folder step-00000100/ that is either whole and verified, or not used.
+
+    model.safetensors       every tensor of the model, a tied one once
+    optimizer.safetensors   the optimizer's state, keyed by parameter name
+    state.json              the caller's state, the random generators, the optimizer's settings
+    manifest.json           size and SHA-256 of the other three
+
+They are written into a hidden folder, the manifest last, flushed to the disk and renamed. Tensors and JSON only: loading
+one never runs code.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError
+from harness.training.optimizer import Optimizer
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
+) -> Path:
+    """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
+
+    state is JSON-able and holds the step. Raises UserError, with every older checkpoint intact, when the disk is too full.
+    """
+    assert keep >= 1
+    final = folder / f"step-{state['step']:08d}"
+    partial, replaced = folder / f".partial-{final.name}", folder / f".partial-replaced-{final.name}"
+    tensors = {MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial-*"):  # a save that was killed
+        shutil.rmtree(leftover)
+    _check_room(folder, sum(tensor.nbytes for part in tensors.values() for tensor in part.values()))
+
+    partial.mkdir()
+    try:
+        for name, part in tensors.items():
+            contiguous = {key: tensor.detach().contiguous() for key, tensor in part.items()}
+            safetensors.torch.save_file(contiguous, partial / name)
+        content = {"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()}
+        (partial / STATE).write_text(json.dumps(content, allow_nan=False))
+        manifest = {name: _describe(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if final.exists():  # left over from before the run was resumed at an earlier step, or damaged
+            os.replace(final, replaced)
+        os.replace(partial, final)
+        _flush(folder)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+    # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
+    older = [path for path in _checkpoints(folder) if path.name <= final.name]
+    for path in older[keep:]:
+        shutil.rmtree(path)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, None if there is none at all. A damaged one is reported on stderr and passed over.
+
+    Raises UserError when all of them are damaged; nothing is deleted.
+    """
+    found = _checkpoints(folder)
+    for path in found:
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        print(f"WARNING: checkpoint {path} is damaged ({damage}); looking for an earlier one", file=sys.stderr)
+    if found:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged (nothing was deleted): restore one from a backup, "
+            f"or start anew with overwrite=true or another name"
+        )
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None if every file has the size and SHA-256 of the manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name in (MODEL, OPTIMIZER, STATE):
+            if _describe(path / name) != manifest[name]:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        return f"{MANIFEST} is not readable"
+    return None
+
+
+def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
+    """Fill the model in place and return the caller's state; with an optimizer, its state and the generators' too.
+
+    Works across devices: tensors go where the parameters are. Raises UserError when the checkpoint is damaged or belongs
+    to another model or optimizer; then nothing has been changed.
+    """
+    damage = find_damage(path)
+    if damage is not None:
+        raise UserError(f"checkpoint {path} is damaged ({damage}): use another one")
+    content = json.loads((path / STATE).read_bytes())
+    if optimizer is not None and content["optimizer"] != optimizer.settings():
+        raise UserError(
+            f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
+            f"was started with, or start anew under another name"
+        )
+    saved = safetensors.torch.load_file(path / MODEL)
+    target = _unique_tensors(model)
+    odd = sorted(name for name in saved.keys() | target.keys() if _shape(saved, name) != _shape(target, name))
+    if odd:
+        raise UserError(
+            f"checkpoint {path} holds another model: {odd[0]} is {_shape(saved, odd[0])} there and "
+            f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
+        )
+
+    with torch.no_grad():
+        for name, tensor in target.items():
+            tensor.copy_(saved[name])
+    if optimizer is not None:
+        optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
+        _restore_generators(content["generators"])
+    return content["caller"]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
+
+
+def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor under its first name only: safetensors refuses tied ones."""
+    first_name: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        first_name.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first_name.values()}
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, out to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_room(folder: Path, tensor_bytes: int) -> None:
+    needed = tensor_bytes + 2**20  # headers, JSON
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"a checkpoint needs {needed:,} bytes and the disk of {folder} has {free:,} free (older checkpoints are "
+            f"intact): make room and start the same command again"
+        )
+
+
+def _generator_states() -> dict[str, Any]:
+    """Python's, NumPy's and torch's global generators as plain JSON."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in cuda],
+    }
+
+
+def _restore_generators(states: Mapping[str, Any]) -> None:
+    """The reverse. A GPU that was not there when the states were taken keeps its seed."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(states["torch"]))
+    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(_decode(state), index)
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,118 @@
+"""The training loop: a generator that yields a Step after every optimizer update. What to do with it is the caller's."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError
+from harness.training.optimizer import Optimizer
+
+SPEED_WINDOW = 20  # steps over which tokens per second are averaged
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer update did. Seconds leave out what the caller did between steps."""
+
+    number: int  # 1-based: this many updates have been made
+    loss: float  # nats, mean over all tokens of the step
+    lr: float
+    grad_norm: float  # over all parameters, before clipping
+    tokens_per_second: float  # over the last SPEED_WINDOW steps, the first of this call left out
+    tokens: int  # seen so far, all steps from 1 on
+    seconds: float  # spent training in this call so far
+
+
+class NonFiniteError(UserError):
+    """The loss or the gradient is not a number; raised before the update, so the weights are those of the step before."""
+
+
+class LanguageModel(Protocol):
+    """What the loop asks of a model."""
+
+    training: bool
+
+    def train(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean nats of the targets, differentiable."""
+
+
+def train(
+    model: LanguageModel,
+    batches: Iterator[Tensor],
+    *,
+    optimizer: Optimizer,
+    schedule: Callable[[int], float],
+    first_step: int,
+    last_step: int,
+    micro_batch_size: int,
+    grad_clip: float,
+    precision: torch.dtype,
+    compile: bool,
+    device: torch.device,
+) -> Iterator[Step]:
+    """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
+
+    batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
+    rate at a step. The weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
+    Raises NonFiniteError before the update that a loss or gradient norm that is not finite would spoil.
+    """
+    loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
+    parameters = list(model.parameters())
+    recent: deque[float] = deque(maxlen=SPEED_WINDOW)
+    seconds = 0.0
+
+    for number in range(first_step, last_step + 1):
+        started = time.perf_counter()
+        if not model.training:
+            model.train()
+        batch = next(batches)
+        factor = schedule(number)
+
+        loss = torch.zeros((), device=device)
+        for micro in batch.split(micro_batch_size):
+            share = len(micro) / len(batch)
+            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                micro_loss = loss_of(micro[:, :-1], micro[:, 1:]) * share
+            micro_loss.backward()
+            loss += micro_loss.detach()
+
+        grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+        # The one synchronisation of a step. It costs the device the few kernel launches of the update, well under a
+        # millisecond, and buys that no bad gradient ever reaches the weights.
+        loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise NonFiniteError(
+                f"step {number}: the loss is {loss_value} and the gradient norm {norm_value} (learning rate factor "
+                f"{factor:.3g}); stopped before the update: lower optimizer.lr or raise schedule.warmup_fraction"
+            )
+        lr = optimizer.set_lr(factor)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        elapsed = time.perf_counter() - started
+        seconds += elapsed
+        if number == first_step + 1:
+            recent.clear()  # the first step compiled and warmed up
+        recent.append(elapsed)
+        tokens_per_step = batch.shape[0] * (batch.shape[1] - 1)
+        yield Step(
+            number=number,
+            loss=loss_value,
+            lr=lr,
+            grad_norm=norm_value,
+            tokens_per_second=tokens_per_step * len(recent) / sum(recent),
+            tokens=number * tokens_per_step,
+            seconds=seconds,
+        )

@@ -1,0 +1,74 @@
+"""Attention variants: the contract they keep and the one table that names them.
+
+A variant is one class here plus one YAML in configs/attention/. Shape suffixes on tensors, used throughout:
+B batch, T new tokens in this call, S visible tokens (cached + new), D d_model, H query heads, G key/value heads,
+K query/key width per head, V value width per head, N un-rotated part of K, P rotated part of K, L kv_lora_rank,
+R q_lora_rank. Weights and modules carry none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from modeling.attention.cache import Cache
+from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.mla import MultiheadLatentAttention
+
+
+class Attention(Protocol):
+    """What the GPT, the cache measurement and the contract tests (contract.py) ask of a variant.
+
+    The constructor takes keyword arguments only, each typed and explicit: the six that the model owns (MODEL_OWNED),
+    the rest from the variant's YAML. It raises ValueError with both numbers and the remedy when they do not fit.
+    """
+
+    has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table
+    positions: str
+    causal: bool
+    backend: str
+    scale: float  # of the logits
+    n_heads: int
+    n_kv_heads: int
+    qk_width: int  # K and V as the attention kernel sees them
+    v_head_dim: int
+    o_proj: nn.Linear
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape per token of each tensor that decoding needs again."""
+
+    @property
+    def cache_formula(self) -> int:
+        """Elements per token by the paper's formula; what is measured on the buffers must equal it."""
+
+    def __call__(
+        self,
+        x_BTD: Tensor,
+        cache: Cache | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        valid_BT: Tensor | None = None,
+        weights_out: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x_BTD -> x_BTD.
+
+        cache: where earlier tokens stand; the new ones are appended. positions_BT: rotation angles other than the
+        tokens' own places. valid_BT: True at real tokens of a padded batch (pads on either side); outputs at pads
+        mean nothing. weights_out: receives weights_BHTS, on backend 'reference' only.
+        """
+
+
+MECHANISMS: dict[str, type[nn.Module]] = {
+    "gqa": GroupedQueryAttention,
+    "mla": MultiheadLatentAttention,
+}
+
+MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")
+
+
+def build_attention(mechanism: str, options: Mapping[str, Any], **owned: Any) -> Any:
+    """The variant `mechanism` from its YAML's options and the model's own numbers. A name, never code, selects it."""
+    return MECHANISMS[mechanism](**owned, **options)

@@ -1,0 +1,244 @@
+"""The contract of an attention variant as checks that run on any of them: tests and scripts/check_attention.py call these.
+
+Every check takes `build`, which makes a fresh module on the CPU in float32, and raises AssertionError saying what broke.
+Parameters are first filled with seeded random values (zero-initialised outputs would pass anything). Relative error
+means ||a - b|| / ||b|| over the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from modeling.attention.cache import Cache, new_cache
+
+BATCH, TOKENS = 3, 24
+Build = Callable[[], nn.Module]
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, computed in float64."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter so that signals keep their size and logits are large: matrices N(0, 2 / fan_in)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (2 / parameter.shape[-1]) ** 0.5)
+            else:
+                parameter.copy_(1 + 0.1 * noise)
+    return module
+
+
+def _module_and_input(build: Build) -> tuple[nn.Module, Tensor]:
+    module = randomise(build()).eval()
+    x_BTD = torch.randn(BATCH, TOKENS, module.o_proj.out_features, generator=torch.Generator().manual_seed(1))
+    return module, x_BTD
+
+
+def _poisoned_cache(module: nn.Module, max_seq_len: int, dtype: torch.dtype = torch.float32) -> Cache:
+    """A cache full of NaN: a read beyond the length cannot go unnoticed."""
+    cache = new_cache(module, BATCH, max_seq_len, dtype=dtype, device="cpu")
+    for buffer in cache.buffers.values():
+        buffer.fill_(float("nan"))
+    return cache
+
+
+@torch.no_grad()
+def output_has_the_inputs_shape_and_dtype(build: Build) -> None:
+    """(B, T, D) in, (B, T, D) of the same dtype out, finite and not small."""
+    module, x_BTD = _module_and_input(build)
+    out = module(x_BTD)
+    assert out.shape == x_BTD.shape and out.dtype == x_BTD.dtype, f"{out.shape} {out.dtype}"
+    assert out.isfinite().all() and out.std() > 0.05, f"outputs are nearly zero (standard deviation {out.std():.1e})"
+
+
+@torch.no_grad()
+def no_token_sees_the_future(build: Build) -> None:
+    """Changing token t leaves every earlier output bit-equal, and changes token t's."""
+    module, x_BTD = _module_and_input(build)
+    before = module(x_BTD)
+    for t in (1, TOKENS // 2, TOKENS - 1):
+        changed = x_BTD.clone()
+        changed[:, t] += 1.0
+        after = module(changed)
+        assert torch.equal(before[:, :t], after[:, :t]), f"outputs before token {t} changed with it"
+        assert relative_error(after[:, t], before[:, t]) > 1e-3, f"the output at token {t} ignores it"
+
+
+@torch.no_grad()
+def cached_decoding_equals_the_full_forward(build: Build) -> None:
+    """Through the cache in one piece, prefill + single tokens, uneven chunks, all singles: relative error <= 1e-5."""
+    module, x_BTD = _module_and_input(build)
+    full = module(x_BTD)
+    half = TOKENS // 2
+    for split in ([TOKENS], [half] + [1] * half, [5, 1, 7, 2, TOKENS - 15], [1] * TOKENS):
+        cache = _poisoned_cache(module, TOKENS)
+        pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
+        error = relative_error(pieces, full)
+        assert error <= 1e-5, f"split {split}: relative error {error:.1e}"
+        assert cache.lengths_B.tolist() == [TOKENS] * BATCH, f"lengths {cache.lengths_B.tolist()}"
+
+
+@torch.no_grad()
+def a_static_cache_equals_the_full_forward(build: Build) -> None:
+    """The same with fixed shapes and a mask, as compiled decoding uses it; what lies beyond the length is large."""
+    module, x_BTD = _module_and_input(build)
+    full = module(x_BTD)
+    cache = new_cache(module, BATCH, TOKENS, dtype=torch.float32, device="cpu", static=True)
+    for buffer in cache.buffers.values():
+        buffer.fill_(1e3)
+    pieces = torch.cat([module(piece, cache) for piece in x_BTD.split([7] + [1] * (TOKENS - 7), dim=1)], dim=1)
+    error = relative_error(pieces, full)
+    assert error <= 1e-5, f"relative error {error:.1e}"
+
+
+@torch.no_grad()
+def padded_rows_equal_the_rows_alone(build: Build) -> None:
+    """A batch of three lengths, padded on the right and on the left, without and with a cache, then decoded on."""
+    module, x_BTD = _module_and_input(build)
+    prompt, lengths = TOKENS - 4, (TOKENS - 4, 9, 1)
+    for left in (False, True):
+        valid_BT = torch.zeros(BATCH, prompt, dtype=torch.bool)
+        padded = torch.full((BATCH, prompt, x_BTD.shape[2]), 7.0)
+        places = [slice(prompt - n, prompt) if left else slice(0, n) for n in lengths]
+        for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
+            valid_BT[row, place] = True
+            padded[row, place] = x_BTD[row, :n]
+        cache = new_cache(module, BATCH, TOKENS, dtype=torch.float32, device="cpu")
+        plain, cached = module(padded, valid_BT=valid_BT), module(padded, cache, valid_BT=valid_BT)
+        steps = [module(x_BTD[:, -4 + i : TOKENS - 3 + i], cache) for i in range(4)]
+        for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
+            alone = module(torch.cat((x_BTD[row, :n], x_BTD[row, -4:]))[None])[0]
+            side = "left" if left else "right"
+            for kind, got in (("without cache", plain), ("with cache", cached)):
+                error = relative_error(got[row, place], alone[:n])
+                assert error <= 1e-5, f"{side} padding {kind}, row of {n}: relative error {error:.1e}"
+            error = relative_error(torch.stack([step[row, 0] for step in steps]), alone[n:])
+            assert error <= 1e-5, f"{side} padding, tokens after a prompt of {n}: relative error {error:.1e}"
+
+
+def measured_cache_bytes_equal_the_formula(build: Build) -> None:
+    """Bytes read off the buffers, in three dtypes, are the formula's elements times the element size."""
+    module = build()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        cache = new_cache(module, 2, 8, dtype=dtype, device="cpu")
+        wanted = module.cache_formula * dtype.itemsize
+        assert cache.bytes_per_token == wanted, f"{dtype}: {cache.bytes_per_token} bytes measured, {wanted} by formula"
+        assert cache.nbytes == 2 * 8 * wanted, f"{cache.nbytes} bytes allocated for 16 tokens of {wanted}"
+
+
+@torch.no_grad()
+def a_full_cache_refuses_another_token(build: Build) -> None:
+    """One token too many is a ValueError that names both numbers, and nothing is written."""
+    module, x_BTD = _module_and_input(build)
+    cache = _poisoned_cache(module, TOKENS - 1)
+    module(x_BTD[:, 1:], cache)
+    try:
+        module(x_BTD[:, :1], cache)
+    except ValueError as error:
+        assert str(TOKENS - 1) in str(error), f"the message does not say how many fit: {error}"
+    else:
+        raise AssertionError(f"a cache for {TOKENS - 1} tokens took {TOKENS}")
+    assert cache.lengths_B.tolist() == [TOKENS - 1] * BATCH
+
+
+@torch.no_grad()
+def rows_do_not_mix(build: Build) -> None:
+    """Changing one row of the batch leaves the others bit-equal."""
+    module, x_BTD = _module_and_input(build)
+    changed = x_BTD.clone()
+    changed[1] = changed[1].flip(0)
+    before, after = module(x_BTD), module(changed)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2]), "a row depends on another"
+    assert not torch.equal(before[1], after[1]), "the output ignores its input"
+
+
+def every_parameter_gets_a_gradient(build: Build) -> None:
+    """Backward reaches every parameter with finite, non-zero values."""
+    module, x_BTD = _module_and_input(build)
+    weight = torch.randn(x_BTD.shape, generator=torch.Generator().manual_seed(2))
+    (module(x_BTD) * weight).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, f"{name} gets no gradient"
+        assert parameter.grad.isfinite().all(), f"{name} gets a non-finite gradient"
+        # A bias on keys shifts all logits of a query alike: softmax removes it, and its gradient is zero by algebra.
+        if not (name.endswith(".bias") and name.startswith(("k_", "in_"))):
+            assert parameter.grad.abs().max() > 1e-6, f"{name} gets a zero gradient"
+
+
+@torch.no_grad()
+def a_state_dict_brings_the_function_back(build: Build) -> None:
+    """A fresh module with the saved values gives bit-equal outputs; rotation tables are not part of it."""
+    module, x_BTD = _module_and_input(build)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    assert state.keys() == dict(module.named_parameters()).keys(), f"more than parameters is saved: {sorted(state)}"
+    other = build().eval()
+    other.load_state_dict(state)
+    assert torch.equal(other(x_BTD), module(x_BTD)), "the loaded module computes something else"
+
+
+@torch.no_grad()
+def it_compiles_without_a_graph_break(build: Build) -> None:
+    """torch.compile(fullgraph=True) traces the forward pass and gives the same values."""
+    module, x_BTD = _module_and_input(build)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    error = relative_error(compiled(x_BTD), module(x_BTD))
+    assert error <= 1e-6, f"relative error {error:.1e}"
+
+
+@torch.no_grad()
+def bfloat16_stays_close_to_float32(build: Build) -> None:
+    """The module cast to bfloat16 stays within 3 % of float32, full and through a bfloat16 cache."""
+    module, x_BTD = _module_and_input(build)
+    full = module(x_BTD)
+    low = module.to(torch.bfloat16)
+    cache = _poisoned_cache(low, TOKENS, torch.bfloat16)
+    x = x_BTD.to(torch.bfloat16)
+    pieces = torch.cat([low(piece, cache) for piece in x.split([TOKENS - 3, 1, 1, 1], dim=1)], dim=1)
+    for kind, got in (("full", low(x)), ("cached", pieces)):
+        assert got.dtype == torch.bfloat16, f"{kind}: output in {got.dtype}"
+        error = relative_error(got, full)
+        assert error <= 0.03, f"{kind}: relative error {error:.1e}"
+
+
+@torch.no_grad()
+def every_backend_gives_the_same(build: Build) -> None:
+    """`sdpa` equals `reference`, with and without a cache; reference's weights are causal and sum to one."""
+    module, x_BTD = _module_and_input(build)
+    module.backend = "reference"
+    weights: list[Tensor] = []
+    reference = module(x_BTD, weights_out=weights)
+    assert weights[0].shape == (BATCH, module.n_heads, TOKENS, TOKENS), f"weights of shape {tuple(weights[0].shape)}"
+    assert torch.allclose(weights[0].sum(dim=-1), torch.ones(()), atol=1e-5), "weights do not sum to one"
+    assert weights[0].triu(1).abs().max() == 0, "a weight reaches into the future"
+    module.backend = "sdpa"
+    cache = _poisoned_cache(module, TOKENS)
+    pieces = torch.cat([module(piece, cache) for piece in x_BTD.split([TOKENS - 5, 4, 1], dim=1)], dim=1)
+    for kind, got in (("full", module(x_BTD)), ("cached", pieces)):
+        error = relative_error(got, reference)
+        assert error <= 1e-5, f"{kind}: relative error {error:.1e}"
+
+
+CHECKS: tuple[Callable[[Build], None], ...] = (
+    output_has_the_inputs_shape_and_dtype,
+    no_token_sees_the_future,
+    cached_decoding_equals_the_full_forward,
+    a_static_cache_equals_the_full_forward,
+    padded_rows_equal_the_rows_alone,
+    measured_cache_bytes_equal_the_formula,
+    a_full_cache_refuses_another_token,
+    rows_do_not_mix,
+    every_parameter_gets_a_gradient,
+    a_state_dict_brings_the_function_back,
+    it_compiles_without_a_graph_break,
+    bfloat16_stays_close_to_float32,
+    every_backend_gives_the_same,
+)

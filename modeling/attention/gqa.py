@@ -1,0 +1,150 @@
+"""Multi-head, grouped-query and multi-query attention (Vaswani et al. 2017; Ainslie et al. 2023, arXiv 2305.13245).
+
+One mechanism: H query heads share G key/value heads. G = H is MHA, G = 1 is MQA. Positions are a choice, so that an
+ablation can take one step at a time:
+
+    rope       all K dimensions of queries and keys are rotated                     cache per token: G * (K + V)
+    learned    nothing is rotated; the GPT adds a learned position table            cache per token: G * (K + V)
+    none       no position information but the causal mask's                        cache per token: G * (K + V)
+    decoupled  MLA's split on uncompressed heads: K un-rotated dimensions a head    cache per token: G * (K + V) + P
+               plus P rotated ones, whose key is shared by all heads
+
+Logits are scaled by 1/sqrt(K), with decoupled positions by 1/sqrt(K + P).
+
+Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K query/key width,
+V value width, P width of the shared rotated part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.kernels.attend import attend
+
+
+class GroupedQueryAttention(nn.Module):
+    """MHA, GQA and MQA. Weights carry Llama's names: q_proj, k_proj, v_proj, o_proj (and k_rope_proj if decoupled).
+
+    head_dim is the width K of queries and per-head keys, v_head_dim that of values; qk_norm applies an RMSNorm over
+    each head's K dimensions to queries and keys before rotation (Henry et al. 2020, arXiv 2010.04245; as in Qwen3).
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        max_seq_len: int,
+        causal: bool,
+        bias: bool,
+        norm_eps: float,
+        n_kv_heads: int,
+        head_dim: int,
+        v_head_dim: int,
+        qk_rope_head_dim: int,
+        positions: str,
+        rope_theta: float,
+        qk_norm: bool,
+        dropout: float,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
+                f"{[g for g in range(1, n_heads + 1) if n_heads % g == 0]}"
+            )
+        if positions not in ("rope", "learned", "none", "decoupled"):
+            raise ValueError(f"positions={positions} is unknown here; choose rope, learned, none or decoupled")
+        if (positions == "decoupled") != (qk_rope_head_dim > 0):
+            raise ValueError(
+                f"positions={positions} does not go with qk_rope_head_dim={qk_rope_head_dim}: the shared rotated key "
+                f"is wider than 0 exactly when positions=decoupled"
+            )
+        self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
+        self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
+        self.positions, self.causal, self.dropout, self.backend = positions, causal, dropout, backend
+        self.scale = self.qk_width**-0.5
+        self.has_positions = positions in ("rope", "decoupled")
+
+        self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=bias)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * v_head_dim, bias=bias)
+        self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=bias)
+        self.k_rope_proj = nn.Linear(d_model, qk_rope_head_dim, bias=bias) if qk_rope_head_dim else None
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        rotated_width = {"rope": head_dim, "decoupled": qk_rope_head_dim}.get(positions, 0)
+        self.rope = (
+            RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta) if rotated_width else None
+        )
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape per token of each cached tensor."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "k": (self.n_kv_heads, self.head_dim),
+            "v": (self.n_kv_heads, self.v_head_dim),
+        }
+        if self.qk_rope_head_dim:
+            shapes["k_rope"] = (self.qk_rope_head_dim,)
+        return shapes
+
+    @property
+    def cache_formula(self) -> int:
+        """Cached elements per token: G(K + V), plus P where a rotated key is shared."""
+        return self.n_kv_heads * (self.head_dim + self.v_head_dim) + self.qk_rope_head_dim
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cache: Cache | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        valid_BT: Tensor | None = None,
+        weights_out: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        B, T, _ = x_BTD.shape
+        place = (
+            place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
+        )
+        q_BTHK = self.q_proj(x_BTD).view(B, T, self.n_heads, self.qk_width)
+        k_BTGK = self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
+        v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
+            q_BTHK = torch.cat((self.q_norm(q_BTHN), q_BTHP), dim=-1).to(v_BTGV.dtype)
+            k_BTGK = self.k_norm(k_BTGK).to(v_BTGV.dtype)
+        new = {"k": k_BTGK, "v": v_BTGV}
+        if self.rope is not None:
+            tables = self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
+            if self.k_rope_proj is None:
+                q_BTHK, new["k"] = rotate(q_BTHK, tables), rotate(k_BTGK, tables)
+            else:
+                q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
+                q_BTHK = torch.cat((q_BTHN, rotate(q_BTHP, tables)), dim=-1)
+                new["k_rope"] = rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)
+        seen = new if cache is None else cache.append(valid_BT, **new)
+        k_BSGK = seen["k"]
+        if "k_rope" in seen:
+            k_rope_BSGP = seen["k_rope"].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
+            k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
+        out_BTHV, weights_BHTS = attend(
+            q_BTHK,
+            k_BSGK.to(q_BTHK.dtype),
+            seen["v"].to(q_BTHK.dtype),
+            scale=self.scale,
+            causal=place.causal,
+            mask_BTS=place.mask_BTS,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            return_weights=weights_out is not None,
+        )
+        if weights_out is not None and weights_BHTS is not None:
+            weights_out.append(weights_BHTS)
+        return self.o_proj(out_BTHV.reshape(B, T, -1))

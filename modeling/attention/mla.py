@@ -1,0 +1,249 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values through one cached latent.
+
+Equations 9-19 of the paper, in row-vector convention (W_x is the module's weight, transposed):
+
+    c_KV = norm(x W_DKV)                  kv_down_proj    the latent that is cached, L wide
+    k_C  = c_KV W_UK,  v_C = c_KV W_UV    k_up_proj, v_up_proj
+    k_R  = rotate(x W_KR)                 k_rope_proj     P wide, one for all heads, cached after rotation
+    c_Q  = norm(x W_DQ)                   q_down_proj     R wide; absent without q_lora_rank
+    [q_C ; q_R] = c_Q [W_UQ ; W_QR]       q_up_proj, or q_proj on x without q_lora_rank; q_R is rotated
+    o    = softmax([q_C ; q_R] [k_C ; k_R]^T / sqrt(N + P)) v_C,  out = o W_O
+
+Cache per token: L + P elements. Hugging Face's names: q_down_proj q_a_proj, q_up_proj q_b_proj, kv_down_proj and
+k_rope_proj together kv_a_proj_with_mqa, k_up_proj and v_up_proj together kv_b_proj, latent_norm kv_a_layernorm.
+
+Position schemes: `decoupled` (the paper's), `learned` and `none` (plain low-rank MLA, P = 0), `rope_after_up` (the
+up-projected keys are rotated; every cached latent must then be expanded and rotated at each step, because a rotation
+between W_Q and W_UK depends on both positions and cannot be absorbed).
+
+Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K = N + P query/key
+width, V value width, N un-rotated part, P rotated part, L kv_lora_rank, R q_lora_rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.kernels.attend import attend
+
+
+class MultiheadLatentAttention(nn.Module):
+    """MLA with every choice that an ablation wants to move, one at a time.
+
+    n_kv_heads below n_heads: the up-projections make G heads, shared as in GQA; the cache does not change.
+    kv_latent: `joint` (keys and values read one latent) or `split` (each reads its own half of the L dimensions: the
+        same cache as joint).
+    latent_norm: rms | layer | none; latent_norm_place: `latent` (before caching, as in the paper) or `up_projected`
+        (over each head's un-rotated keys, values and, with q_lora_rank, un-rotated queries; blocks absorption).
+    latent_scale: latents times sqrt(D / rank) (MLRA, arXiv 2603.02188), which undoes the narrowing's loss of variance.
+    fused_down_projections: all down-projections of x in one matrix (in_proj), the same function.
+    bias: on the projections that read x and on o_proj, none on the up-projections (as DeepSeek's attention_bias).
+    Raises ValueError for sizes and choices that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        max_seq_len: int,
+        causal: bool,
+        bias: bool,
+        norm_eps: float,
+        n_kv_heads: int,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        kv_latent: str,
+        latent_norm: str,
+        latent_norm_place: str,
+        latent_scale: bool,
+        positions: str,
+        rope_theta: float,
+        fused_down_projections: bool,
+        dropout: float,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
+        _check_choice("positions", positions, ("decoupled", "learned", "none", "rope_after_up"))
+        _check_choice("kv_latent", kv_latent, ("joint", "split"))
+        _check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
+        _check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
+                f"{[g for g in range(1, n_heads + 1) if n_heads % g == 0]}"
+            )
+        if (positions == "decoupled") != (P > 0):
+            raise ValueError(
+                f"positions={positions} does not go with qk_rope_head_dim={P}: the rotated part is wider than 0 "
+                f"exactly when positions=decoupled"
+            )
+        if N < 1 or L < 1:
+            raise ValueError(f"qk_nope_head_dim={N} and kv_lora_rank={L} must be at least 1")
+        if kv_latent == "split" and L % 2:
+            raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {L + 1} for instance")
+        share = L // 2 if kv_latent == "split" else L
+        widest = min(d_model, n_kv_heads * (N + V) if kv_latent == "joint" else n_kv_heads * min(N, V))
+        if share > widest:
+            recommended = min(4 * N, d_model // 2, widest) * (2 if kv_latent == "split" else 1)
+            raise ValueError(
+                f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
+                f"{n_kv_heads} heads of {N}+{V}) is {widest} wide; {recommended} would"
+            )
+        if R is not None and not 1 <= R <= min(d_model, n_heads * (N + P)):
+            raise ValueError(
+                f"q_lora_rank={R} compresses nothing: queries go from {d_model} to {n_heads * (N + P)} dimensions; "
+                f"choose at most {min(d_model, n_heads * (N + P))} ({d_model // 2} is usual), or null for none"
+            )
+
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.q_lora_rank, self.kv_lora_rank = R, L
+        self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.qk_width = N, P, V, N + P
+        self.positions, self.causal, self.dropout, self.backend = positions, causal, dropout, backend
+        self.scale = self.qk_width**-0.5  # of the heads as they are compared, never of the latent
+        self.has_positions = positions in ("decoupled", "rope_after_up")
+        self.latent_widths = (share, share) if kv_latent == "split" else (L,)
+        self.kv_scale = (d_model / L) ** 0.5 if latent_scale else 1.0
+        self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
+
+        # Widths that are projected straight from x, in this order in the fused matrix.
+        self.down_widths = (R if R is not None else n_heads * self.qk_width, L, P)
+        if fused_down_projections:
+            self.in_proj = nn.Linear(d_model, sum(self.down_widths), bias=bias)
+        else:
+            self.in_proj = None
+            q_in = nn.Linear(d_model, self.down_widths[0], bias=bias)
+            self.q_proj, self.q_down_proj = (q_in, None) if R is None else (None, q_in)
+            self.kv_down_proj = nn.Linear(d_model, L, bias=bias)
+            self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
+        self.q_up_proj = nn.Linear(R, n_heads * self.qk_width, bias=False) if R is not None else None
+        self.k_up_proj = nn.Linear(share, n_kv_heads * N, bias=False)
+        self.v_up_proj = nn.Linear(share, n_kv_heads * V, bias=False)
+        self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
+
+        on_latent = latent_norm_place == "latent"
+        self.latent_norms = nn.ModuleList(
+            _norm(latent_norm if on_latent else "none", width, norm_eps) for width in self.latent_widths
+        )
+        self.q_latent_norm = _norm(latent_norm if on_latent and R is not None else "none", R or 1, norm_eps)
+        up_norm = "none" if on_latent else latent_norm
+        self.q_up_norm = _norm(up_norm if R is not None else "none", N, norm_eps)
+        self.k_up_norm = _norm(up_norm, N, norm_eps)
+        self.v_up_norm = _norm(up_norm, V, norm_eps)
+
+        rotated_width = {"decoupled": P, "rope_after_up": N}.get(positions, 0)
+        self.rope = (
+            RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta) if rotated_width else None
+        )
+
+    @property
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape per token of each cached tensor."""
+        shapes: dict[str, tuple[int, ...]] = {"latent": (self.kv_lora_rank,)}
+        if self.qk_rope_head_dim:
+            shapes["k_rope"] = (self.qk_rope_head_dim,)
+        return shapes
+
+    @property
+    def cache_formula(self) -> int:
+        """Cached elements per token: L + P (Table 1 of the paper: d_c + d_h^R)."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        cache: Cache | None = None,
+        positions_BT: Tensor | None = None,
+        *,
+        valid_BT: Tensor | None = None,
+        weights_out: list[Tensor] | None = None,
+    ) -> Tensor:
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        B, T, _ = x_BTD.shape
+        place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
+        tables = (
+            self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
+            if self.rope is not None
+            else None
+        )
+        if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
+            raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
+        q_in, latent_BTL, k_rope_BTP = self._project_down(x_BTD)
+        q_nope_BTHN, q_rope_BTHP = self._queries(q_in)
+        if tables is not None and self.qk_rope_head_dim:
+            q_rope_BTHP = rotate(q_rope_BTHP, tables)
+            k_rope_BTP = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
+        new = {"latent": latent_BTL}
+        if self.qk_rope_head_dim:
+            new["k_rope"] = k_rope_BTP
+        seen = new if cache is None else cache.append(valid_BT, **new)
+
+        k_BSGN, v_BSGV = self._expand(seen["latent"].to(latent_BTL.dtype))
+        if tables is not None and self.positions == "rope_after_up":
+            assert self.rope is not None
+            q_nope_BTHN = rotate(q_nope_BTHN, tables)
+            # A cached latent carries no angle; its slot is its position.
+            k_BSGN = rotate(k_BSGN, tables if cache is None else self.rope.tables(0, k_BSGN.shape[1], None))
+        q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
+        if self.qk_rope_head_dim:
+            q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
+            k_rope_BSGP = seen["k_rope"].to(k_BSGN.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
+            k_BSGK = torch.cat((k_BSGN, k_rope_BSGP), dim=-1)
+        out_BTHV, weights_BHTS = attend(
+            q_BTHK,
+            k_BSGK,
+            v_BSGV,
+            scale=self.scale,
+            causal=place.causal,
+            mask_BTS=place.mask_BTS,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+            return_weights=weights_out is not None,
+        )
+        if weights_out is not None and weights_BHTS is not None:
+            weights_out.append(weights_BHTS)
+        return self.o_proj(out_BTHV.reshape(B, T, -1))
+
+    def _project_down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(queries or their latent, the normed and scaled key/value latent, the un-rotated shared key)."""
+        if self.in_proj is not None:
+            q_in, latent_BTL, k_rope_BTP = self.in_proj(x_BTD).split(self.down_widths, dim=-1)
+        else:
+            q_in = (self.q_proj if self.q_proj is not None else self.q_down_proj)(x_BTD)
+            latent_BTL = self.kv_down_proj(x_BTD)
+            k_rope_BTP = self.k_rope_proj(x_BTD) if self.k_rope_proj is not None else x_BTD[..., :0]
+        parts = latent_BTL.split(self.latent_widths, dim=-1)
+        normed = [norm(part) for norm, part in zip(self.latent_norms, parts, strict=True)]
+        latent_BTL = (torch.cat(normed, dim=-1) if len(normed) > 1 else normed[0]) * self.kv_scale
+        return q_in, latent_BTL.to(q_in.dtype), k_rope_BTP
+
+    def _queries(self, q_in: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-rotated and to-be-rotated query parts, from x's projection or from its latent."""
+        if self.q_up_proj is not None:
+            q_in = self.q_up_proj((self.q_latent_norm(q_in) * self.q_scale).to(q_in.dtype))
+        q_BTHK = q_in.unflatten(-1, (self.n_heads, self.qk_width))
+        q_nope_BTHN, q_rope_BTHP = q_BTHK.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
+        return self.q_up_norm(q_nope_BTHN).to(q_in.dtype), q_rope_BTHP
+
+    def _expand(self, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (un-rotated part) and values of every head from cached latents: O(S) work."""
+        parts = latent_BSL.split(self.latent_widths, dim=-1)
+        k_BSGN = self.k_up_proj(parts[0]).unflatten(-1, (self.n_kv_heads, self.qk_nope_head_dim))
+        v_BSGV = self.v_up_proj(parts[-1]).unflatten(-1, (self.n_kv_heads, self.v_head_dim))
+        return self.k_up_norm(k_BSGN).to(v_BSGV.dtype), self.v_up_norm(v_BSGV).to(v_BSGV.dtype)
+
+
+def _norm(kind: str, width: int, eps: float) -> nn.Module:
+    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[kind](width, eps=eps) if kind != "none" else nn.Identity()
+
+
+def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}={value} is unknown here; choose {', '.join(choices[:-1])} or {choices[-1]}")

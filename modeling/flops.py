@@ -1,0 +1,40 @@
+"""Parameters by block and training FLOPs per token, from the modules' true shapes.
+
+A product of (m, k) and (k, n) counts 2 m k n. The backward pass counts twice the forward. Attention is counted over the
+full T x T square, without a discount for the causal half (the convention of PaLM, arXiv 2204.02311, appendix B, and of
+torch's own counter, against which tests compare). Recomputation (activation checkpointing) is not counted.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from modeling.gpt import GPT
+
+
+def parameters_by_block(model: GPT) -> dict[str, int]:
+    """Parameter counts: embedding, positions, attention, mlp, norms, head (0 if tied), total; the vocabulary unpadded
+    is not subtracted, since the padded rows are allocated and trained."""
+
+    def count(*modules: nn.Module | None) -> int:
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+    tied = model.head.weight is model.embedding.weight
+    counts = {
+        "embedding": count(model.embedding),
+        "positions": count(model.position_embedding),
+        "attention": count(*model.attentions),
+        "mlp": count(*(block.mlp for block in model.blocks)),
+        "norms": count(model.norm, *(m for b in model.blocks for m in (b.attention_norm, b.mlp_norm))),
+        "head": 0 if tied else count(model.head),
+    }
+    counts["total"] = sum(counts.values())
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    return counts
+
+
+def training_flops_per_token(model: GPT, seq_len: int) -> int:
+    """Forward and backward FLOPs for one token of a sequence of seq_len tokens."""
+    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * seq_len for a in model.attentions)
+    return 3 * 2 * (matrices + attention)

@@ -1,0 +1,234 @@
+"""A decoder-only transformer around any attention variant: Llama's block by default (pre-norm RMSNorm, SwiGLU, no biases).
+
+Letters: B batch, T tokens, D d_model, C vocabulary padded to a multiple of 64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from modeling.attention import build_attention
+from modeling.attention.cache import Cache, new_cache
+from modeling.loss import mask_padding, mean_nats, token_nats
+
+VOCAB_MULTIPLE = 64  # a head of aligned width keeps matrix products on the fast path
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202) or squared ReLU (So et al. 2021, arXiv 2109.08668), x_BTD -> x_BTD."""
+
+    def __init__(self, *, d_model: int, hidden: int, kind: str, bias: bool) -> None:
+        super().__init__()
+        if kind not in ("swiglu", "relu2"):
+            raise ValueError(f"mlp={kind} is unknown; choose swiglu or relu2")
+        self.gate_proj = nn.Linear(d_model, hidden, bias=bias) if kind == "swiglu" else None
+        self.up_proj = nn.Linear(d_model, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, d_model, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up = self.up_proj(x_BTD)
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up if self.gate_proj is not None else F.relu(up).square())
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self, attention: nn.Module, mlp: MLP, *, d_model: int, norm_eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.attention = attention
+        self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.mlp = mlp
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x_BTD: Tensor, cache: Cache | None, positions_BT: Tensor | None, valid_BT: Tensor | None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache, positions_BT, valid_BT=valid_BT))
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class GPT(nn.Module):
+    """Token embedding, n_layers blocks, final norm, head (tied to the embedding or its own).
+
+    Initial values (s = init_std; every norm gain 1, every bias 0; `outputs` are o_proj and the MLP's down_proj):
+
+        parameters                      normal                     xavier
+        token and position embedding    N(0, s)                    N(0, s)
+        head, if not tied               N(0, s)                    N(0, s)
+        matrices                        N(0, s)                    U(+-sqrt(6 / (fan_in + fan_out)))
+        outputs                         N(0, s / sqrt(2 n_layers)) xavier / sqrt(2 n_layers)
+        outputs, zero_init_outputs      0                          0
+
+    MLA's factored products under `normal`: with a norm on the latent (unit variance) each up-projected key or value has
+    variance L s^2, without one D L s^4, where MHA's has D s^2 (x of unit variance). latent_scale multiplies the first
+    by D / L, which makes it MHA's.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int,
+        n_layers: int,
+        n_heads: int,
+        max_seq_len: int,
+        mlp: str,
+        mlp_hidden: int,
+        tie_embeddings: bool,
+        bias: bool,
+        dropout: float,
+        norm_eps: float,
+        causal: bool,
+        init: str,
+        init_std: float,
+        zero_init_outputs: bool,
+        activation_checkpointing: bool,
+        mechanism: str,
+        attention: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        if init not in ("normal", "xavier"):
+            raise ValueError(f"init={init} is unknown; choose normal or xavier")
+        self.vocab_size, self.max_seq_len, self.causal = vocab_size, max_seq_len, causal
+        self.activation_checkpointing = activation_checkpointing
+        self.loss_chunk_tokens: int | None = None  # how the loss is computed, not what it is: set by the trainer
+        padded = -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.embedding = nn.Embedding(padded, d_model)
+        self.blocks = nn.ModuleList(
+            Block(
+                build_attention(
+                    mechanism, attention, d_model=d_model, n_heads=n_heads, max_seq_len=max_seq_len, causal=causal,
+                    bias=bias, norm_eps=norm_eps,
+                ),
+                MLP(d_model=d_model, hidden=mlp_hidden, kind=mlp, bias=bias),
+                d_model=d_model, norm_eps=norm_eps, dropout=dropout,
+            )
+            for _ in range(n_layers)
+        )  # fmt: skip
+        learned = self.attentions[0].positions == "learned"
+        self.position_embedding = nn.Embedding(max_seq_len, d_model) if learned else None
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.RMSNorm(d_model, eps=norm_eps)
+        self.head = nn.Linear(d_model, padded, bias=False)
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.initialise(init, init_std, zero_init_outputs)
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The attention module of each layer, in order."""
+        return [block.attention for block in self.blocks]
+
+    @torch.no_grad()
+    def initialise(self, init: str, std: float, zero_outputs: bool) -> None:
+        """Set every parameter as the table of this class says, from torch's global generator."""
+        depth = (2 * len(self.blocks)) ** -0.5
+        outputs = {id(m) for block in self.blocks for m in (block.attention.o_proj, block.mlp.down_proj)}
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.Linear):
+                if module is self.head:
+                    if module.weight is not self.embedding.weight:
+                        nn.init.normal_(module.weight, std=std)
+                elif id(module) in outputs and zero_outputs:
+                    nn.init.zeros_(module.weight)
+                elif init == "xavier":
+                    nn.init.xavier_uniform_(module.weight, gain=depth if id(module) in outputs else 1.0)
+                else:
+                    nn.init.normal_(module.weight, std=std * depth if id(module) in outputs else std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def set_backend(self, backend: str) -> None:
+        """Choose how attention is computed (modeling/kernels/attend.py) in every layer."""
+        for attention in self.attentions:
+            attention.backend = backend
+
+    def new_cache(
+        self, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str, static: bool = False
+    ) -> list[Cache]:
+        """One empty cache per layer."""
+        return [
+            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static)
+            for attention in self.attentions
+        ]
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        cache: Sequence[Cache] | None = None,
+        positions_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Final-norm activations x_BTD, the head's input. Arguments as in `forward`."""
+        x_BTD = self.embedding(tokens_BT)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self._positions(tokens_BT.shape[1], cache, positions_BT, valid_BT)
+        x_BTD = self.dropout(x_BTD)
+        for layer, block in enumerate(self.blocks):
+            layer_cache = None if cache is None else cache[layer]
+            if self.activation_checkpointing and self.training:
+                x_BTD = checkpoint(block, x_BTD, layer_cache, positions_BT, valid_BT, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, layer_cache, positions_BT, valid_BT)
+        return self.norm(x_BTD)
+
+    def _positions(
+        self, T: int, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None
+    ) -> Tensor:
+        """Rows of the learned table for these tokens, by the same rule as rotation angles."""
+        assert self.position_embedding is not None
+        start = 0
+        if positions_BT is None and cache is not None:
+            place = cache[0].place(T, valid_BT)
+            start, positions_BT = place.start, place.positions_BT
+        elif positions_BT is None and valid_BT is not None:
+            positions_BT = (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+        if positions_BT is not None:
+            return self.position_embedding(positions_BT)
+        if start + T > self.max_seq_len:
+            raise ValueError(
+                f"position {start + T - 1} is beyond the {self.max_seq_len} learned positions of this model; "
+                f"use at most model.max_seq_len tokens"
+            )
+        return self.position_embedding.weight[start : start + T]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        cache: Sequence[Cache] | None = None,
+        positions_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Token ids -> logits_BTC in float32, -inf at the padded part of the vocabulary.
+
+        cache: one per layer, from `new_cache`; the tokens are appended. valid_BT: True at real tokens of a batch that
+        is padded on either side. positions_BT: positions other than the tokens' own places.
+        """
+        logits_BTC = F.linear(self.hidden(tokens_BT, cache, positions_BT, valid_BT), self.head.weight).float()
+        return mask_padding(logits_BTC, self.vocab_size)
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean cross-entropy of the targets in nats, differentiable, scalar float32."""
+        return mean_nats(
+            self.hidden(inputs_BT).flatten(0, 1), self.head.weight, targets_BT.flatten(),
+            vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens,
+        )  # fmt: skip
+
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time."""
+        x_ND = self.hidden(inputs_BT).flatten(0, 1)
+        nats_N = token_nats(
+            x_ND, self.head.weight, targets_BT.flatten(), vocab_size=self.vocab_size, chunk_tokens=4096
+        )
+        return nats_N.view_as(targets_BT)

@@ -1,0 +1,104 @@
+"""Prepare datasets for training: `python scripts/prepare_data.py [DATASET ...] [key=value ...]`.
+
+With no dataset named it prepares wikitext2. When the hub is out of reach it prepares stdlib instead, and
+configs/local/default.yaml selects that until wikitext2 has arrived.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import ROOT, enter_environment
+
+DEFAULT, FALLBACK = "wikitext2", "stdlib"
+LOCAL_CONFIG = ROOT / "configs" / "local" / "default.yaml"
+FIRST_LINE = "# @package _global_"
+SIGNATURE = "# Written by prepare_for_use.sh"
+
+
+def prepare_dataset(overrides: Sequence[str]) -> None:
+    """Prepare the dataset that train_model.py would use with these overrides.
+
+    Raises UserError; its subclass HubUnreachable when the hub does not answer.
+    """
+    from harness.config import compose, typed
+    from harness.data import prepare
+    from harness.schema import DatasetConfig, TokenizerConfig
+
+    container = compose("train", overrides)  # the whole typed configuration would cost the import of torch
+    dataset = typed(DatasetConfig, container["dataset"], "dataset")
+    tokenizer = typed(TokenizerConfig, container["tokenizer"], "tokenizer")
+    print(f"== Preparing {dataset.name}", flush=True)
+    prepared = prepare(dataset, tokenizer, Path(container["data_dir"]))
+    sizes = ", ".join(f"{split} {tokens.n_tokens:,}" for split, tokens in prepared.splits.items())
+    print(f"== {dataset.name} is ready: tokens {sizes}; {prepared.folder}", flush=True)
+    if dataset.name == DEFAULT and is_ours(LOCAL_CONFIG):
+        LOCAL_CONFIG.unlink()
+        print(f"== {DEFAULT} is the default dataset again ({LOCAL_CONFIG} is removed)", flush=True)
+
+
+def prepare_default(overrides: Sequence[str]) -> None:
+    """DEFAULT, or FALLBACK when the hub is out of reach: the latter is then selected by LOCAL_CONFIG."""
+    from harness.data.network import HubUnreachable
+
+    try:
+        prepare_dataset([f"dataset={DEFAULT}", *overrides])
+    except HubUnreachable as error:
+        print(f"\n!! {error}\n!! {FALLBACK} is prepared instead of {DEFAULT}.\n", file=sys.stderr, flush=True)
+        prepare_dataset([f"dataset={FALLBACK}", *overrides])
+        select_fallback(LOCAL_CONFIG)
+
+
+def is_ours(path: Path) -> bool:
+    """True for a file that select_fallback wrote, false for one of the user's own or none."""
+    return path.is_file() and SIGNATURE in path.read_text(encoding="utf-8")
+
+
+def select_fallback(path: Path) -> None:
+    """Make FALLBACK the default dataset. A file of the user's own is left as it is, and that is said."""
+    if path.exists() and not is_ours(path):
+        print(f"!! {path} is your own and stays: select {FALLBACK} by dataset={FALLBACK}.", file=sys.stderr, flush=True)
+        return
+    text = f"""\
+{FIRST_LINE}
+{SIGNATURE} because the hub was out of reach when {DEFAULT} was to be downloaded.
+# It goes away when `sh prepare_for_use.sh` has reached the hub. Until then runs use this dataset:
+defaults:
+  - override /dataset: {FALLBACK}
+"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+    print(f"!! Until wikitext2 can be downloaded, runs use {FALLBACK}: {path} says so.", file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    from harness.errors import UserError
+
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    names = [argument for argument in argv if "=" not in argument]
+    overrides = [argument for argument in argv if "=" in argument]
+    try:
+        for name in names:
+            prepare_dataset([f"dataset={name}", *overrides])
+        if not names and any(override.startswith("dataset=") for override in overrides):
+            prepare_dataset(overrides)
+        elif not names:
+            prepare_default(overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    enter_environment()
+    sys.exit(main(sys.argv[1:]))

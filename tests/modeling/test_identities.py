@@ -1,0 +1,209 @@
+"""Identities between mechanisms and against independent implementations: cheap oracles of the maths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling.attention.contract import randomise, relative_error
+from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.kernels.attend import attend
+from tests.support.variants import attention_from
+
+D, H, d = 48, 4, 12
+
+
+def double(overrides: list[str]) -> nn.Module:
+    return randomise(attention_from(overrides)).double().eval()
+
+
+def copy_weights(target: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in weights.items():
+            target.get_parameter(name).copy_(value)
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 16, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def test_mha_without_rotation_is_torchs_multihead_attention(x: Tensor) -> None:
+    ours = double(["attention=mha", "attention.positions=none"])
+    theirs = nn.MultiheadAttention(D, H, bias=False, batch_first=True, dtype=torch.float64)
+    copy_weights(theirs, {
+        "in_proj_weight": torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]),
+        "out_proj.weight": ours.o_proj.weight,
+    })  # fmt: skip
+    mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=torch.float64)
+    wanted, _ = theirs(x, x, x, attn_mask=mask, need_weights=False)
+    assert relative_error(ours(x), wanted) < 1e-12
+
+
+def test_gqa_is_mha_whose_groups_repeat_one_head(x: Tensor) -> None:
+    gqa, mha = double(["attention=gqa", "attention.n_kv_heads=2"]), double(["attention=mha"])
+
+    def repeated(weight: Tensor) -> Tensor:
+        return weight.view(2, d, D).repeat_interleave(2, dim=0).reshape(H * d, D)
+
+    copy_weights(mha, {"q_proj.weight": gqa.q_proj.weight, "o_proj.weight": gqa.o_proj.weight,
+                       "k_proj.weight": repeated(gqa.k_proj.weight),
+                       "v_proj.weight": repeated(gqa.v_proj.weight)})  # fmt: skip
+    assert relative_error(gqa(x), mha(x)) < 1e-12
+
+
+@pytest.mark.parametrize(("groups", "end"), [(H, "mha"), (1, "mqa")])
+def test_gqa_at_its_ends_is_mha_and_mqa(x: Tensor, groups: int, end: str) -> None:
+    gqa, other = double(["attention=gqa", f"attention.n_kv_heads={groups}"]), double([f"attention={end}"])
+    other.load_state_dict(gqa.state_dict())
+    assert torch.equal(gqa(x), other(x))
+
+
+def test_full_rank_plain_mla_is_mha_without_rotation(x: Tensor) -> None:
+    mha = double(["attention=mha", "attention.positions=none"])
+    mla = double(["attention=mla_plain", f"attention.kv_lora_rank={D}", "attention.latent_norm=none"])
+    copy_weights(mla, {"q_proj.weight": mha.q_proj.weight, "kv_down_proj.weight": torch.eye(D, dtype=torch.float64),
+                       "k_up_proj.weight": mha.k_proj.weight, "v_up_proj.weight": mha.v_proj.weight,
+                       "o_proj.weight": mha.o_proj.weight})  # fmt: skip
+    assert relative_error(mla(x), mha(x)) < 1e-12
+
+
+def test_full_rank_mla_with_late_rotation_is_mha_with_rope(x: Tensor) -> None:
+    mha = double(["attention=mha"])
+    mla = double(["attention=mla_plain", "attention.positions=rope_after_up", f"attention.kv_lora_rank={D}",
+                  "attention.latent_norm=none"])  # fmt: skip
+    copy_weights(mla, {"q_proj.weight": mha.q_proj.weight, "kv_down_proj.weight": torch.eye(D, dtype=torch.float64),
+                       "k_up_proj.weight": mha.k_proj.weight, "v_up_proj.weight": mha.v_proj.weight,
+                       "o_proj.weight": mha.o_proj.weight})  # fmt: skip
+    assert relative_error(mla(x), mha(x)) < 1e-12
+
+
+def test_full_rank_mla_is_mha_with_decoupled_positions(x: Tensor) -> None:
+    mha = double(["attention=mha_decoupled"])
+    mla = double(["attention=mla", f"attention.kv_lora_rank={D}", "attention.latent_norm=none"])
+    copy_weights(mla, {"q_proj.weight": mha.q_proj.weight, "kv_down_proj.weight": torch.eye(D, dtype=torch.float64),
+                       "k_up_proj.weight": mha.k_proj.weight, "v_up_proj.weight": mha.v_proj.weight,
+                       "k_rope_proj.weight": mha.k_rope_proj.weight,
+                       "o_proj.weight": mha.o_proj.weight})  # fmt: skip
+    assert relative_error(mla(x), mha(x)) < 1e-12
+
+
+@pytest.mark.parametrize("rank", [[], ["attention.q_lora_rank=20"]], ids=["no query rank", "query rank"])
+def test_fused_down_projections_are_the_same_function(x: Tensor, rank: list[str]) -> None:
+    separate = double(["attention=mla", *rank])
+    fused = double(["attention=mla", "attention.fused_down_projections=true", *rank])
+    q = separate.q_down_proj if rank else separate.q_proj
+    shared = {k: v for k, v in separate.state_dict().items() if k in fused.state_dict()}
+    copy_weights(fused, shared | {
+        "in_proj.weight": torch.cat([q.weight, separate.kv_down_proj.weight, separate.k_rope_proj.weight])
+    })  # fmt: skip
+    assert relative_error(fused(x), separate(x)) < 1e-12
+
+
+def test_split_latents_are_a_joint_latent_whose_up_projections_read_one_half(x: Tensor) -> None:
+    split = double(["attention=mla", "attention.kv_latent=split", "attention.latent_norm=none"])
+    joint = double(["attention=mla", "attention.latent_norm=none"])
+    shared = {k: v for k, v in split.state_dict().items() if "up_proj" not in k}
+    zeros = torch.zeros(H * d, 12, dtype=torch.float64)
+    copy_weights(joint, shared | {"k_up_proj.weight": torch.cat([split.k_up_proj.weight, zeros], dim=1),
+                                  "v_up_proj.weight": torch.cat([zeros, split.v_up_proj.weight], dim=1)})  # fmt: skip
+    assert relative_error(joint(x), split(x)) < 1e-12
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 20])
+def test_mla_is_hugging_faces_deepseek_v3_attention(x: Tensor, q_lora_rank: int | None) -> None:
+    modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        hidden_size=D, num_attention_heads=H, num_key_value_heads=H, q_lora_rank=q_lora_rank, kv_lora_rank=24,
+        qk_nope_head_dim=d, qk_rope_head_dim=6, v_head_dim=d, num_hidden_layers=1, rope_interleave=False,
+        max_position_embeddings=64, attn_implementation="sdpa",
+    )  # fmt: skip
+    theirs = modeling.DeepseekV3Attention(config, 0).double().eval()
+    ours = double(["attention=mla", f"attention.q_lora_rank={q_lora_rank or 'null'}", "model.norm_eps=1e-6"])
+    weights = {
+        "kv_a_proj_with_mqa.weight": torch.cat([ours.kv_down_proj.weight, ours.k_rope_proj.weight]),
+        "kv_a_layernorm.weight": ours.latent_norms[0].weight,
+        "kv_b_proj.weight": torch.cat(
+            [ours.k_up_proj.weight.view(H, d, 24), ours.v_up_proj.weight.view(H, d, 24)], dim=1
+        ).reshape(2 * H * d, 24),
+        "o_proj.weight": ours.o_proj.weight,
+    }
+    if q_lora_rank is None:
+        weights["q_proj.weight"] = ours.q_proj.weight
+    else:
+        weights |= {"q_a_proj.weight": ours.q_down_proj.weight, "q_a_layernorm.weight": ours.q_latent_norm.weight,
+                    "q_b_proj.weight": ours.q_up_proj.weight}  # fmt: skip
+    copy_weights(theirs, weights)
+    positions = torch.arange(x.shape[1])[None]
+    rope = modeling.DeepseekV3RotaryEmbedding(config)(x, positions)
+    T = x.shape[1]
+    mask = torch.full((1, 1, T, T), float("-inf"), dtype=torch.float64).triu(1)
+    wanted = theirs(x, position_embeddings=rope, attention_mask=mask)[0]
+    assert relative_error(ours(x), wanted) < 1e-6  # their rotation tables are float32
+
+
+def test_mha_is_hugging_faces_llama_attention(x: Tensor) -> None:
+    modeling = pytest.importorskip("transformers.models.llama.modeling_llama")
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=2, head_dim=d,
+                         max_position_embeddings=64, attn_implementation="sdpa")  # fmt: skip
+    theirs = modeling.LlamaAttention(config, 0).double().eval()
+    ours = double(["attention=gqa"])
+    theirs.load_state_dict(ours.state_dict())  # the names are the same
+    rope = modeling.LlamaRotaryEmbedding(config)(x, torch.arange(x.shape[1])[None])
+    wanted = theirs(x, position_embeddings=rope, attention_mask=None)[0]
+    assert relative_error(ours(x), wanted) < 1e-6  # their rotation tables are float32
+
+
+def test_the_softmax_scale_counts_both_parts_of_a_key() -> None:
+    assert attention_from(["attention=mla"]).scale == (12 + 6) ** -0.5
+    assert attention_from(["attention=mha_decoupled"]).scale == (12 + 6) ** -0.5
+    assert attention_from(["attention=mha_wide"]).scale == 18**-0.5
+    assert attention_from(["attention=mla_plain"]).scale == 12**-0.5
+
+
+def test_large_logits_are_the_same_on_every_backend() -> None:
+    """Small logits hide a wrong scale; these reach a few hundred."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (10 * torch.randn(2, 9, 4, 6, dtype=torch.float64, generator=generator) for _ in range(3))
+    wanted = torch.empty(2, 9, 4, 6, dtype=torch.float64)
+    for b in range(2):
+        for h in range(4):
+            for t in range(9):
+                logits = torch.stack([q[b, t, h] @ k[b, s, h] for s in range(t + 1)]) * 0.7
+                wanted[b, t, h] = logits.softmax(0) @ v[b, : t + 1, h]
+    assert wanted.isfinite().all() and (q[0, 8, 0] @ k[0, :, 0].T).abs().max() > 100
+    for backend in ("reference", "sdpa", "sdpa_math", "sdpa_flash"):
+        got, _ = attend(q, k, v, scale=0.7, causal=True, backend=backend)
+        assert relative_error(got, wanted) < 1e-12, backend
+
+
+def test_rotation_makes_logits_depend_on_distance_alone() -> None:
+    rope = RotaryEmbedding(width=8, max_seq_len=64, theta=10000.0).double()
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def logit(i: int, j: int) -> float:
+        return float((rotate(q, rope.tables(i, 1, None)) * rotate(k, rope.tables(j, 1, None))).sum())
+
+    assert logit(5, 2) == pytest.approx(logit(48, 45), rel=1e-12)
+    assert logit(5, 2) != pytest.approx(logit(5, 3), rel=1e-3)
+
+
+def test_rotation_tables_survive_a_cast_of_the_model() -> None:
+    rope = RotaryEmbedding(width=8, max_seq_len=1024, theta=10000.0)
+    exact = rope.cos_SF.clone()
+    rope.to(torch.bfloat16)
+    assert rope.cos_SF.dtype == torch.float32 and torch.equal(rope.cos_SF, exact)
+
+
+def test_the_narrow_rotated_part_spans_the_whole_range_of_frequencies() -> None:
+    """Frequencies are computed over the rotated width itself, not over the first pairs of a wider head."""
+    rope = RotaryEmbedding(width=8, max_seq_len=2, theta=10000.0)
+    angles = torch.atan2(rope.sin_SF[1], rope.cos_SF[1])
+    assert angles.tolist() == pytest.approx([1.0, 0.1, 0.01, 0.001], rel=1e-5)

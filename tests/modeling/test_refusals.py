@@ -1,0 +1,57 @@
+"""Sizes and choices that do not fit together are refused at construction, with the numbers and a remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.variants import attention_from
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attention=gqa", "attention.n_kv_heads=3"], r"n_kv_heads=3 does not divide n_heads=4; choose one of \[1, 2, 4\]"),
+        (["attention=mla", "attention.n_kv_heads=3"], r"n_kv_heads=3 does not divide n_heads=4"),
+        (["attention=mha", "attention.positions=rotary"], r"positions=rotary is unknown here; choose rope, learned"),
+        (["attention=mha", "attention.positions=decoupled"], r"does not go with qk_rope_head_dim=0"),
+        (["attention=mha_decoupled", "attention.positions=rope"], r"does not go with qk_rope_head_dim=6"),
+        (["attention=mha", "attention.head_dim=7"], r"rotated width of 7 cannot be paired"),
+        (["attention=mla", "attention.qk_rope_head_dim=0"], r"positions=decoupled does not go with qk_rope_head_dim=0"),
+        (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),
+        (["attention=mla", "attention.kv_lora_rank=49"], r"kv_lora_rank=49 compresses nothing.* is 48 wide; 24 would"),
+        (["attention=mla", "attention.kv_lora_rank=25", "attention.kv_latent=split"], r"halves kv_lora_rank=25; .*26"),
+        (["attention=mla", "attention.q_lora_rank=50"], r"q_lora_rank=50 compresses nothing.*at most 48"),
+        (["attention=mla", "attention.latent_norm=batch"], r"latent_norm=batch is unknown here; choose rms, layer or none"),
+        (["attention=mla", "attention.latent_norm_place=output"], r"latent_norm_place=output is unknown here"),
+        (["attention=mla", "attention.kv_latent=three"], r"kv_latent=three is unknown here; choose joint or split"),
+        (["attention=mla", "attention.rope_theta=-1"], r"rope_theta=-1.0 must be positive"),
+    ],
+)  # fmt: skip
+def test_refused_with_both_numbers_and_the_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_from(overrides)
+
+
+def test_a_cache_for_attention_that_is_not_causal_is_refused() -> None:
+    import torch
+
+    from modeling.attention.cache import new_cache
+
+    attention = attention_from(["attention=mha"])
+    attention.causal = False  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="a cache needs causal attention"):
+        new_cache(attention, 1, 4, dtype=torch.float32, device="cpu")  # type: ignore[arg-type]
+
+
+def test_attention_that_is_not_causal_sees_both_sides() -> None:
+    import torch
+
+    from modeling.attention.contract import randomise
+
+    for variant in ("mha", "mla"):
+        attention = randomise(attention_from([f"attention={variant}"])).eval()
+        attention.causal = False  # type: ignore[assignment]
+        x = torch.randn(1, 6, 48, generator=torch.Generator().manual_seed(0))
+        changed = x.clone()
+        changed[:, -1] += 1
+        assert (attention(x)[:, 0] - attention(changed)[:, 0]).abs().max() > 1e-3

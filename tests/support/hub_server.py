@@ -1,0 +1,186 @@
+"""A loopback server that plays the Hugging Face hub, with faults: the routes that `datasets` and `huggingface_hub` use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import urllib.parse
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+REVISION = hashlib.sha1(b"the only commit").hexdigest()
+
+
+class HubServer:
+    """Serves root/{datasets,models}/OWNER/NAME/... at commit REVISION; use it as a context manager.
+
+    The faults may be set at any time. They act on the file downloads (GET .../resolve/...) except `silent`:
+    cut: so many downloads break off half way; unavailable: so many answer 503; corrupt: every download has one wrong
+    byte, with the length and the hashes of the right file; stalled: downloads are accepted and never answered;
+    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.cut = 0
+        self.unavailable = 0
+        self.corrupt = False
+        self.stalled = False
+        self.silent = False
+        self.requests: Counter[tuple[str, str]] = Counter()
+        self.closing = threading.Event()
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def files(self, kind: str, name: str) -> list[str]:
+        base = self.root / kind / name
+        return sorted(str(path.relative_to(base)) for path in base.rglob("*") if path.is_file())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: HubServer
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.answer()
+
+    def answer(self) -> None:
+        if self.hub.silent:
+            self.hub.closing.wait()
+            self.close_connection = True
+            return
+        url = urllib.parse.urlsplit(self.path)
+        path = urllib.parse.unquote(url.path)
+        api = re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/(.*))?)?", path)
+        file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
+        self.hub.requests[self.command, "api" if api else "file"] += 1
+        if api:
+            kind, name, action, rest = api.groups()
+            recursive = urllib.parse.parse_qs(url.query).get("recursive", ["False"])[0].lower() in ("true", "1")
+            self.api(kind, name, action or "revision", rest or "", recursive)
+        elif file:
+            self.file("datasets" if file[1] else "models", file[2], file[3], file[4])
+        else:
+            self.missing("EntryNotFound")
+
+    def api(self, kind: str, name: str, action: str, rest: str, recursive: bool) -> None:
+        files = self.hub.files(kind, name)
+        if not files:
+            self.missing("RepoNotFound")
+        elif action == "revision":
+            siblings = [{"rfilename": file} for file in files]
+            self.json({"_id": "0", "id": name, "sha": REVISION, "private": False, "gated": False, "disabled": False,
+                       "downloads": 0, "likes": 0, "tags": [], "createdAt": "2026-01-01T00:00:00.000Z",
+                       "lastModified": "2026-01-01T00:00:00.000Z", "siblings": siblings})  # fmt: skip
+        elif action == "tree":
+            folder = rest.partition("/")[2].strip("/")
+            self.json(self.tree(kind, name, files, folder, recursive))
+        elif action == "paths-info":
+            wanted = urllib.parse.parse_qs(self.body.decode()).get("paths", [])
+            if "json" in self.headers.get("Content-Type", ""):
+                wanted = json.loads(self.body)["paths"]
+            self.json([self.entry(kind, name, file) for file in files if file in wanted])
+        else:
+            self.missing("EntryNotFound")
+
+    def tree(self, kind: str, name: str, files: list[str], folder: str, recursive: bool) -> list[dict[str, Any]]:
+        prefix = folder + "/" if folder else ""
+        entries: dict[str, dict[str, Any]] = {}
+        for file in files:
+            if not file.startswith(prefix):
+                continue
+            head, slash, _ = file.removeprefix(prefix).partition("/")
+            if slash:
+                path = prefix + head
+                entries[path] = {"type": "directory", "oid": "0" * 40, "size": 0, "path": path}
+            if recursive or not slash:
+                entries[file] = self.entry(kind, name, file)
+        return list(entries.values())
+
+    def entry(self, kind: str, name: str, file: str) -> dict[str, Any]:
+        """As the hub states it: files with a text suffix are git blobs, all others lie in LFS."""
+        content = (self.hub.root / kind / name / file).read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"type": "file", "oid": blob, "size": len(content), "path": file}
+        if not file.endswith((".md", ".json")):
+            oid = hashlib.sha256(content).hexdigest()
+            entry["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 134}
+        return entry
+
+    def file(self, kind: str, name: str, revision: str, file: str) -> None:
+        path = self.hub.root / kind / name / file
+        if revision not in (REVISION, "main"):
+            return self.missing("RevisionNotFound")
+        if not path.is_file():
+            return self.missing("EntryNotFound" if self.hub.files(kind, name) else "RepoNotFound")
+        download = self.command == "GET" and not file.endswith(".md")
+        if download and self.hub.stalled:
+            self.hub.closing.wait()
+            self.close_connection = True
+            return None
+        if download and self.hub.unavailable > 0:
+            self.hub.unavailable -= 1
+            return self.json({"error": "try later"}, status=503)
+        entry = self.entry(kind, name, file)
+        content = path.read_bytes()
+        if download and self.hub.corrupt:
+            middle = len(content) // 2
+            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        headers = {"ETag": f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"', "X-Repo-Commit": REVISION,
+                   "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}  # fmt: skip
+        status = 200
+        if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(requested[1]), int(requested[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{min(last, len(content) - 1)}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return None
+        if download and self.hub.cut > 0 and len(content) > 1:
+            self.hub.cut -= 1
+            content = content[: len(content) // 2]
+            self.close_connection = True
+        self.wfile.write(content)
+        return None
+
+    def json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        for key, text in (headers or {}).items():
+            self.send_header(key, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def missing(self, code: str) -> None:
+        self.json({"error": code}, status=404, headers={"X-Error-Code": code, "X-Repo-Commit": REVISION})

@@ -1,0 +1,64 @@
+"""Attention modules and small GPTs built from the shipped YAMLs, and every knob that a variant offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from harness.config import attention_options, load_train_config, options_of
+from modeling.attention import build_attention
+from modeling.gpt import GPT
+
+SHIPPED = options_of("attention")
+
+# Sizes at which every width is a different number, so that a mixed-up dimension cannot go unnoticed.
+SIZES = ["model.d_model=48", "model.n_heads=4", "model.head_dim=12", "model.n_layers=2", "model.max_seq_len=64",
+         "model.mlp_hidden=96"]  # fmt: skip
+
+# name -> overrides; cached elements per token as written down here by hand for SIZES.
+KNOBS: dict[str, tuple[list[str], int]] = {
+    "mha, no positions": (["attention=mha", "attention.positions=none"], 2 * 4 * 12),
+    "gqa, learned positions": (["attention=gqa", "attention.positions=learned"], 2 * 2 * 12),
+    "gqa, QK-norm": (["attention=gqa", "attention.qk_norm=true"], 2 * 2 * 12),
+    "mha decoupled, QK-norm": (["attention=mha_decoupled", "attention.qk_norm=true"], 2 * 4 * 12 + 6),
+    "mha decoupled, grouped": (["attention=mha_decoupled", "attention.n_kv_heads=2"], 2 * 2 * 12 + 6),
+    "mha, narrow values": (["attention=mha", "attention.v_head_dim=7"], 4 * (12 + 7)),
+    "mha, biases": (["attention=mha", "model.bias=true"], 2 * 4 * 12),
+    "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
+    "mla, rank 10": (["attention=mla", "attention.kv_lora_rank=10"], 10 + 6),
+    "mla, head widths": (["attention=mla", "attention.qk_nope_head_dim=10", "attention.qk_rope_head_dim=4",
+                          "attention.v_head_dim=14"], 24 + 4),
+    "mla, grouped up-projection": (["attention=mla", "attention.n_kv_heads=2"], 24 + 6),
+    "mla, split latent": (["attention=mla", "attention.kv_latent=split"], 24 + 6),
+    "mla, layer norm": (["attention=mla", "attention.latent_norm=layer"], 24 + 6),
+    "mla, no norm": (["attention=mla", "attention.latent_norm=none"], 24 + 6),
+    "mla, norm after up-projection": (["attention=mla", "attention.latent_norm_place=up_projected",
+                                       "attention.q_lora_rank=20"], 24 + 6),
+    "mla, latent scale": (["attention=mla", "attention.latent_scale=true", "attention.q_lora_rank=20"], 24 + 6),
+    "mla, no positions": (["attention=mla_plain", "attention.positions=none"], 24),
+    "mla, rotation after up-projection": (["attention=mla_plain", "attention.positions=rope_after_up"], 24),
+    "mla, fused down-projections": (["attention=mla", "attention.fused_down_projections=true"], 24 + 6),
+    "mla, fused with query rank": (["attention=mla", "attention.fused_down_projections=true",
+                                    "attention.q_lora_rank=20", "attention.kv_latent=split"], 24 + 6),
+    "mla, biases": (["attention=mla", "model.bias=true"], 24 + 6),
+}  # fmt: skip
+
+
+def attention_from(overrides: list[str]) -> nn.Module:
+    """The attention module alone, at SIZES unless the overrides say otherwise."""
+    config = load_train_config([*SIZES, *overrides])
+    model = config.model
+    module: nn.Module = build_attention(
+        config.attention["mechanism"], attention_options(config.attention), d_model=model.d_model,
+        n_heads=model.n_heads, max_seq_len=model.max_seq_len, causal=model.causal, bias=model.bias,
+        norm_eps=model.norm_eps,
+    )  # fmt: skip
+    return module
+
+
+def gpt_from(overrides: list[str], vocab_size: int = 100, **changes: Any) -> GPT:
+    """A whole model at SIZES; `changes` replace constructor arguments."""
+    from harness.build import build_model
+
+    return build_model(load_train_config([*SIZES, *overrides]), vocab_size, **changes)
