@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from torch import nn
+
 from harness.config import attention_options
 from harness.errors import UserError
 from harness.schema import TrainConfig
+from modeling.attention import MODEL_OWNED, build_attention
 from modeling.gpt import GPT
 
 _NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr")
@@ -26,3 +29,10 @@ def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
         return GPT(**(arguments | changes))
     except ValueError as error:
         raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
+
+
+def build_layer(config: TrainConfig) -> nn.Module:
+    """One attention layer of a configuration, alone."""
+    owned = {name: getattr(config.model, name) for name in MODEL_OWNED}
+    layer: nn.Module = build_attention(config.attention["mechanism"], attention_options(config.attention), **owned)
+    return layer

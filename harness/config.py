@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.schema import TrainConfig
+from harness.schema import EvalConfig, TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -29,7 +29,7 @@ CONFIGS = ROOT / "configs"
 # How a run is computed is not what it is: these may differ between two commands that mean the same run.
 EXECUTION_FIELDS = (
     "name", "runs_dir", "data_dir", "device", "compile", "deterministic", "overwrite", "micro_batch_size",
-    "intervals", "evaluation", "tracking", "attention.backend", "model.activation_checkpointing", "dataset.path",
+    "intervals", "evaluation.batch_size", "tracking", "attention.backend", "model.activation_checkpointing", "dataset.path",
 )  # fmt: skip
 SEED_FIELDS = ("seed", "data_seed")
 
@@ -145,6 +145,7 @@ def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path:
 def typed_attention(attention: Any) -> dict[str, Any]:
     """A variant's options checked against the constructor of its class: the class is the schema."""
     from modeling.attention import MECHANISMS, MODEL_OWNED
+    from modeling.kernels.attend import BACKENDS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
     if mechanism not in MECHANISMS:
@@ -154,7 +155,11 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     for name in inspect.signature(constructor).parameters:
         if name != "self" and name not in MODEL_OWNED:
             hints[name] = typing.get_type_hints(constructor)[name]
-    return typed_fields(hints, set(hints), attention, "attention")
+    options = typed_fields(hints, set(hints), attention, "attention")
+    if options["backend"] not in BACKENDS:
+        raise UserError(f"attention.backend={options['backend']} is unknown; "
+                        f"{did_you_mean(options['backend'], BACKENDS)}")  # fmt: skip
+    return options
 
 
 def attention_options(attention: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,9 +244,11 @@ def flat(container: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def identity(config: TrainConfig) -> dict[str, Any]:
     """What makes two commands the same run: every field by dotted path, execution fields left out."""
     leaves = flat(dataclasses.asdict(config))
+    # A local corpus is known by its place; any other dataset's content is pinned, wherever it lies.
+    execution = [field for field in EXECUTION_FIELDS if field != "dataset.path" or config.dataset.source != "local"]
     return {
         path: value for path, value in leaves.items()
-        if not any(path == field or path.startswith(f"{field}.") for field in EXECUTION_FIELDS)
+        if not any(path == field or path.startswith(f"{field}.") for field in execution)
     }  # fmt: skip
 
 
@@ -347,6 +354,22 @@ def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
         if isinstance(value, Mapping):
             found |= _paths(value, f"{prefix}{key}.")
     return found
+
+
+def load_eval_config(overrides: Sequence[str]) -> EvalConfig:
+    """configs/eval.yaml with these overrides, checked."""
+    container = compose("eval", overrides)
+    config: EvalConfig = typed(EvalConfig, container, "")
+    for path, value, choices in (
+        ("split", config.split, ("train", "validation", "test")),
+        ("precision", config.precision, ("auto", "float32", "bfloat16")),
+        ("cache.dtype", config.cache.dtype, ("float32", "bfloat16", "float16")),
+    ):
+        if value not in choices:
+            raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
+    if not 0 < config.stride_fraction <= 1:
+        raise UserError(f"stride_fraction={config.stride_fraction} must be above 0 and at most 1 (a window)")
+    return config
 
 
 def load_train_config(overrides: Sequence[str]) -> TrainConfig:

@@ -1,8 +1,8 @@
 """What prepare_for_use.sh still has to install, found out before anything is installed: standard library only.
 
-`python harness/packages.py UNFINISHED` writes the requirement lines that pip is to install to the file UNFINISHED, or no
-file when the environment has them all. The caller removes the file once pip has succeeded. Found at the start, it says
-that pip was cut off: packages that are only half there are then made unknown to pip, which installs them again.
+`python harness/packages.py UNFINISHED` writes the requirement lines that pip is to install to the file UNFINISHED, or
+no file when the environment has them all. The caller removes the file once pip has succeeded. Found at the start, it
+says that pip was cut off: packages that are only half there are then made unknown to pip, which installs them again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ OLDEST_TORCH = (2, 11)
 
 def required_lines(root: Path) -> list[str]:
     """The `name==version` lines of the requirement files, in their order, without comments."""
-    lines = [line.split("#")[0].strip() for file in REQUIREMENT_FILES for line in (root / file).read_text().splitlines()]
-    return [line for line in lines if line]
+    lines = "\n".join((root / file).read_text() for file in REQUIREMENT_FILES).splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
 def is_installed(line: str) -> bool:
@@ -57,7 +57,7 @@ def lines_to_install(lines: list[str], *, interrupted: bool) -> list[str]:
 
 
 def is_whole(dist_info: Path) -> bool:
-    """True when pip finished this package: it writes INSTALLER after the files, and RECORD lists them with their sizes."""
+    """True when pip finished this package: INSTALLER is written after the files, RECORD lists them with their sizes."""
     record = dist_info / "RECORD"
     if not (record.is_file() and (dist_info / "INSTALLER").is_file()):
         return False

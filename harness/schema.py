@@ -42,7 +42,9 @@ class DatasetConfig:
 
     name: str
     source: str  # hub | classic_books | stdlib | local
-    path: str | None = None  # local: file, folder or glob; classic_books: a folder that already holds the parquet files
+    # local: a file, folder or glob; classic_books: a folder with its parquet files; hub: a folder with the files that
+    # sha256 names; all: a folder prepared on this or another machine
+    path: str | None = None
     text_column: str = "text"
     max_tokens: int | None = None  # cap on the training split
     validation_fraction: float = 0.05  # used where the source has no such split
@@ -52,6 +54,7 @@ class DatasetConfig:
     hub_config: str | None = None
     hub_revision: str | None = None
     hub_streaming: bool = False
+    hub_rows: str = "documents"  # what a row is: documents | wikitext_lines (joined into articles)
     sha256: dict[str, str] = field(default_factory=dict)  # file in the source -> SHA-256, checked when present
 
 
@@ -148,3 +151,23 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     tracking: TrackingConfig
+
+
+@dataclass
+class EvalConfig:
+    """What eval_model.py needs: which run, on what, how computed. `attention` holds execution fields only."""
+
+    run: str | None  # a folder, a run's name, "all"; None: the newest finished run
+    runs_dir: str
+    data_dir: str
+    split: str  # train | validation | test
+    per_document: bool
+    stride_fraction: float
+    batch_size: int
+    max_tokens: int | None
+    device: str
+    precision: str
+    cache: CacheConfig
+    attention: dict[str, Any]
+    tracking: TrackingConfig
+    dataset: DatasetConfig | None = None  # None: the corpus the run was trained on

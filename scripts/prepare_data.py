@@ -4,6 +4,7 @@ With no dataset named it prepares wikitext2. When the hub is out of reach it pre
 configs/local/default.yaml selects that until wikitext2 has arrived.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -15,21 +16,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.bootstrap import ROOT, enter_environment
 
+enter_environment()
+
+from harness.command_line import run_script
+from harness.config import compose, typed
+from harness.data import HubUnreachable, prepare
+from harness.schema import DatasetConfig, TokenizerConfig
+
 DEFAULT, FALLBACK = "wikitext2", "stdlib"
 LOCAL_CONFIG = ROOT / "configs" / "local" / "default.yaml"
-FIRST_LINE = "# @package _global_"
 SIGNATURE = "# Written by prepare_for_use.sh"
 
 
 def prepare_dataset(overrides: Sequence[str]) -> None:
-    """Prepare the dataset that train_model.py would use with these overrides.
-
-    Raises UserError; its subclass HubUnreachable when the hub does not answer.
-    """
-    from harness.config import compose, typed
-    from harness.data import prepare
-    from harness.schema import DatasetConfig, TokenizerConfig
-
+    """The dataset that train_model.py would use with these overrides. Raises UserError, HubUnreachable among them."""
     container = compose("train", overrides)  # the whole typed configuration would cost the import of torch
     dataset = typed(DatasetConfig, container["dataset"], "dataset")
     tokenizer = typed(TokenizerConfig, container["tokenizer"], "tokenizer")
@@ -44,8 +44,6 @@ def prepare_dataset(overrides: Sequence[str]) -> None:
 
 def prepare_default(overrides: Sequence[str]) -> None:
     """DEFAULT, or FALLBACK when the hub is out of reach: the latter is then selected by LOCAL_CONFIG."""
-    from harness.data.network import HubUnreachable
-
     try:
         prepare_dataset([f"dataset={DEFAULT}", *overrides])
     except HubUnreachable as error:
@@ -65,7 +63,7 @@ def select_fallback(path: Path) -> None:
         print(f"!! {path} is your own and stays: select {FALLBACK} by dataset={FALLBACK}.", file=sys.stderr, flush=True)
         return
     text = f"""\
-{FIRST_LINE}
+# @package _global_
 {SIGNATURE} because the hub was out of reach when {DEFAULT} was to be downloaded.
 # It goes away when `sh prepare_for_use.sh` has reached the hub. Until then runs use this dataset:
 defaults:
@@ -78,27 +76,17 @@ defaults:
     print(f"!! Until wikitext2 can be downloaded, runs use {FALLBACK}: {path} says so.", file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str]) -> int:
-    from harness.errors import UserError
-
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    names = [argument for argument in argv if "=" not in argument]
-    overrides = [argument for argument in argv if "=" in argument]
-    try:
-        for name in names:
-            prepare_dataset([f"dataset={name}", *overrides])
-        if not names and any(override.startswith("dataset=") for override in overrides):
-            prepare_dataset(overrides)
-        elif not names:
-            prepare_default(overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: list[str]) -> int:
+    names = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    for name in names:
+        prepare_dataset([f"dataset={name}", *overrides])
+    if not names and any(override.startswith("dataset=") for override in overrides):
+        prepare_dataset(overrides)
+    elif not names:
+        prepare_default(overrides)
     return 0
 
 
 if __name__ == "__main__":
-    enter_environment()
-    sys.exit(main(sys.argv[1:]))
+    run_script(main, description=__doc__)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from harness.errors import UserError
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
                 "val": "validation", "dev": "validation", "test": "test"}  # fmt: skip
+_SPLIT_FILE = re.compile(r"([a-z]+)([-_.]?\d[^/]*)?\.[a-z]+")
 _HASHES = 2**64
 
 
@@ -47,11 +52,8 @@ class Carving:
 
     def split(self, content: bytes) -> str:
         """The split of the document that `content` (its text or its name) identifies."""
-        value = self.hash(content)
+        value = seeded_hash(self.seed, content)
         return "validation" if value < self.validation_below else "test" if value < self.test_below else "train"
-
-    def hash(self, content: bytes) -> int:
-        return seeded_hash(self.seed, content)
 
 
 def seeded_hash(seed: int, content: bytes) -> int:
@@ -63,30 +65,28 @@ def carving_by_fraction(seed: int, validation: float, test: float) -> Carving:
     return Carving(seed, int(validation * _HASHES), int((validation + test) * _HASHES))
 
 
-def carving_by_rank(seed: int, hashes: Iterable[int], validation: float, test: float) -> Carving:
+def carving_by_rank(seed: int, hashes: NDArray[np.uint64], validation: float, test: float) -> Carving:
     """Fractions of the distinct documents, exact but for rounding; at least one document in each split asked for.
 
     `hashes` are the documents' `seeded_hash` values. Raises UserError if there are too few of them.
     """
-    ranked = sorted(set(hashes))
+    ranked = np.unique(hashes)
     n_validation = max(1, round(validation * len(ranked))) if validation else 0
     n_test = max(1, round(test * len(ranked))) if test else 0
     if n_validation + n_test >= len(ranked):
         raise UserError(
-            f"the source has {len(ranked)} distinct documents, too few to carve {n_validation} for validation and "
-            f"{n_test} for testing from: add documents, name files train, validation and test, or set "
+            f"the source has {len(ranked)} distinct documents, too few for {n_validation} in the validation and "
+            f"{n_test} in the test split: add documents, name files train, validation and test, or set "
             "dataset.validation_fraction or dataset.test_fraction to 0"
         )
-    bounds = [*ranked, _HASHES]
-    return Carving(seed, bounds[n_validation] if n_validation else 0, bounds[n_validation + n_test])
+    return Carving(seed, int(ranked[n_validation]), int(ranked[n_validation + n_test]))
 
 
-def split_of_name(parts: Sequence[str]) -> str | None:
-    """The split that a file's name or one of its folders says: `validation-00000-of-00001.parquet`, `dev/a.txt`."""
-    for part in reversed(parts):
-        word = part.lower()
-        for mark in "-_.":
-            word = word.partition(mark)[0]
+def split_of_name(name: str) -> str | None:
+    """The split that a relative path says: `validation-00000-of-00001.parquet`, `a/dev.txt`, `test/b.md`; or None."""
+    *folders, file = name.lower().split("/")
+    found = _SPLIT_FILE.match(file)
+    for word in (found[1] if found else None, *reversed(folders)):
         if word in _SPLIT_WORDS:
             return _SPLIT_WORDS[word]
     return None

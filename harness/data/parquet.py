@@ -22,9 +22,7 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             there = file.schema_arrow.names
             for column in columns:
                 if column not in there:
-                    raise UserError(
-                        f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column to one of them"
-                    )
+                    raise UserError(f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column")
             for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

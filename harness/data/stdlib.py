@@ -23,7 +23,7 @@ from harness.schema import DatasetConfig
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
 _GENERATED = re.compile(r"auto-?generated|automatically generated|file is generated|generated from", re.IGNORECASE)
 _HEAD = 1500  # characters in which a generated file says so
-_NEAR_DUPLICATE = 0.8  # share of the shorter file's lines that stand in the other
+_NEAR_DUPLICATE = 0.8  # share of a file's distinct lines that stand in another file
 
 
 def stdlib_source(dataset: DatasetConfig) -> Source:
@@ -77,18 +77,18 @@ def _read(root: Path) -> dict[str, str]:
 
 
 def _distinct(texts: dict[str, str]) -> dict[str, str]:
-    """Without the files that repeat an earlier one: most lines of the shorter of the two stand in the other."""
-    kept: dict[str, int] = {}  # name -> number of distinct lines
+    """Without near-duplicates: files most of whose lines stand in one other file that is at least as long."""
+    lines = {name: {line.strip() for line in text.splitlines()} - {""} for name, text in texts.items()}
+    kept: set[str] = set()
     holders: dict[str, list[str]] = {}  # line -> kept files that hold it
-    for name, text in texts.items():
-        lines = {stripped for line in text.splitlines() if (stripped := line.strip())}
-        shared = Counter(holder for line in lines for holder in holders.get(line, ()))
-        if any(count >= _NEAR_DUPLICATE * min(len(lines), kept[other]) for other, count in shared.items()):
+    for name in sorted(texts, key=lambda name: (-len(lines[name]), name)):
+        shared = Counter(holder for line in lines[name] for holder in holders.get(line, ()))
+        if shared and max(shared.values()) >= _NEAR_DUPLICATE * len(lines[name]):
             continue
-        kept[name] = len(lines)
-        for line in lines:
+        kept.add(name)
+        for line in lines[name]:
             holders.setdefault(line, []).append(name)
-    return {name: texts[name] for name in kept}
+    return {name: text for name, text in texts.items() if name in kept}
 
 
 def _fingerprint(texts: dict[str, str]) -> str:

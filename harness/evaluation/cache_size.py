@@ -1,4 +1,4 @@
-"""The size of the key/value cache as measured: on a real cache's buffers, and on all tensors that decoding keeps alive."""
+"""The size of the key/value cache as measured: on a cache's buffers, and on all memory that decoding keeps alive."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CacheSize:
 
 
 def measure_cache(model: GPT, *, dtype: torch.dtype) -> CacheSize:
-    """Allocate a short cache of batch 1 through the model and read the sizes off its buffers. Raises what new_cache raises."""
+    """Allocate a short cache of batch 1 through the model and read the sizes off its buffers."""
     caches = model.new_cache(1, 8, dtype=dtype, device="cpu")
     return CacheSize(
         dtype=dtype,
@@ -44,8 +44,9 @@ def measure_cache(model: GPT, *, dtype: torch.dtype) -> CacheSize:
 def live_bytes_slope(decode_to: Callable[[int], object], contexts: tuple[int, int]) -> float:
     """Bytes per token by which live memory grows with the context, however the decoder keeps what it keeps.
 
-    decode_to(context) decodes to that many tokens from nothing, with a cache allocated for no more, and returns whatever
-    a decoder would hold on to for the next token. Every tensor storage made meanwhile and not freed by then is counted.
+    decode_to(context) decodes to that many tokens from nothing, with a cache allocated for no more, and returns what a
+    decoder would hold on to for the next token. Every storage that an operation returned and that is not freed by then
+    counts, Python's or not; what does not depend on the context cancels.
     """
     short, long = contexts
     return (_live_bytes(decode_to, long) - _live_bytes(decode_to, short)) / (long - short)
@@ -77,4 +78,4 @@ class _Storages(TorchDispatchMode):
         return out
 
     def live_bytes(self) -> int:
-        return sum(nbytes for reference, nbytes in self._seen.values() if not reference.expired())
+        return sum([nbytes for reference, nbytes in self._seen.values() if not reference.expired()])

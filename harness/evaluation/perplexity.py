@@ -1,14 +1,14 @@
 """Perplexity of a whole token split: every token predicted exactly once, in strided windows, one division at the end.
 
-The stream is cut into windows of max_seq_len inputs that start `stride` tokens apart. The first window of a stream scores
-all its targets, each later one only those that no earlier window has scored, so that they see a long context; the last
-window is moved back to end with the stream. A stream's first token is predicted from the end-of-text token.
+The stream is cut into windows of max_seq_len inputs that start `stride` tokens apart. The first window of a stream
+scores all its targets, each later one only those that no earlier window has scored, so that they see a long context;
+the last window is moved back to end with the stream. A stream's first token is predicted from the end-of-text token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,9 +82,9 @@ def evaluate_split(
 
     stride: from 1 to max_seq_len (each window on its own). batch_size: windows per call; it does not change the result.
     per_document: every document is a stream of its own, no context crosses. max_tokens: only the split's first tokens;
-    decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those of
-    the overlaps too, by its number of context tokens in the window. Raises UserError on an impossible stride, an empty
-    split, or a model whose loss is not finite.
+    decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those
+    of the overlaps too, by its number of context tokens in the window. Raises UserError on an impossible stride, a part
+    without text, or a model whose loss is not finite.
     """
     if not 1 <= stride <= max_seq_len:
         raise UserError(f"a stride of {stride} tokens does not fit windows of {max_seq_len}: give 1 to {max_seq_len}")
@@ -104,7 +104,7 @@ def evaluate_split(
     for batch in _bar(batches, progress):
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=end_of_text)
         losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
-        nats_BT = losses.float().cpu().numpy().astype(np.float64)
+        nats_BT = losses.cpu().double().numpy()  # on the CPU, since not every device knows float64
         position_T = np.arange(nats_BT.shape[1])
         real_BT = position_T < windows.length[batch, None]
         scored_BT = real_BT & (position_T >= windows.skip[batch, None])
@@ -113,13 +113,15 @@ def evaluate_split(
         nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
         count_by_position[: len(position_T)] += real_BT.sum(axis=0)
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
-    if not math.isfinite(nats):
-        raise UserError(f"the model's loss on this split is {nats}: its weights are broken, evaluate an earlier checkpoint")
-
+    loss = nats / scored
+    if not loss < 700:  # exp(709) is the last that a float holds; not a number is not below either
+        raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
     text_bytes, words = text_size(split, n_tokens, decode)
+    if text_bytes == 0:
+        raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
     return SplitResult(
-        loss=nats / scored,
-        perplexity=math.exp(nats / scored),
+        loss=loss,
+        perplexity=math.exp(loss),
         word_perplexity=math.exp(nats / words) if nats < 700 * words else None,
         bits_per_byte=nats / math.log(2) / text_bytes,
         tokens=scored,
@@ -186,9 +188,10 @@ def _by_octave(nats: NDArray[np.float64], count: Integers) -> list[tuple[int, in
     return octaves
 
 
-def _bar(batches: list[Integers], progress: bool) -> Sequence[Integers]:
+def _bar(batches: list[Integers], progress: bool) -> Iterable[Integers]:
     if not progress:
         return batches
     from tqdm import tqdm
 
-    return tqdm(batches, desc="evaluate", unit="batch", leave=False)
+    bar: Iterable[Integers] = tqdm(batches, desc="evaluate", unit="batch", leave=False)
+    return bar

@@ -5,8 +5,8 @@
     state.json              the caller's state, the random generators, the optimizer's settings
     manifest.json           size and SHA-256 of the other three
 
-They are written into a hidden folder, the manifest last, flushed to the disk and renamed. Tensors and JSON only: loading
-one never runs code.
+They are written into a hidden folder, the manifest last, flushed to the disk and renamed. Tensors and JSON only:
+loading one never runs code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Raises UserError, with every older checkpoint intact, when the disk is too full.
+    state is JSON-able and holds the step. Raises UserError when the disk is too full; older checkpoints stay intact.
     """
     assert keep >= 1
     final = folder / f"step-{state['step']:08d}"
@@ -113,8 +113,8 @@ def find_damage(path: Path) -> str | None:
 def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
     """Fill the model in place and return the caller's state; with an optimizer, its state and the generators' too.
 
-    Works across devices: tensors go where the parameters are. Raises UserError when the checkpoint is damaged or belongs
-    to another model or optimizer; then nothing has been changed.
+    Works across devices: tensors go where the parameters are. Raises UserError when the checkpoint is damaged or
+    belongs to another model or optimizer; then nothing has been changed.
     """
     damage = find_damage(path)
     if damage is not None:
@@ -140,7 +140,8 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
     if optimizer is not None:
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
         _restore_generators(content["generators"])
-    return content["caller"]
+    caller: dict[str, Any] = content["caller"]
+    return caller
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The training loop: a generator that yields a Step after every optimizer update. What to do with it is the caller's."""
+"""The training loop: a generator that yields a Step after every update. What to do with it is the caller's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Step:
 
 
 class NonFiniteError(UserError):
-    """The loss or the gradient is not a number; raised before the update, so the weights are those of the step before."""
+    """The loss or the gradient is not finite; raised before the update, so the weights are those of the step before."""
 
 
 class LanguageModel(Protocol):
@@ -65,7 +65,7 @@ def train(
     """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
 
     batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
-    rate at a step. The weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
+    rate at a step. Weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
     Raises NonFiniteError before the update that a loss or gradient norm that is not finite would spoil.
     """
     loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss

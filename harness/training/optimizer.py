@@ -19,7 +19,7 @@ from harness.schema import OptimizerConfig
 class Optimizer:
     """One or two torch optimizers stepped as one. Each param group holds its peak rate as `peak_lr`."""
 
-    def __init__(self, parts: list[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]) -> None:
+    def __init__(self, parts: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> None:
         self._parts = parts
         self._names = names
         for group in self._groups():
@@ -32,7 +32,8 @@ class Optimizer:
         """Set every rate to factor x its peak; returns the first group's, which is AdamW's."""
         for group in self._groups():
             group["lr"] = group["peak_lr"] * factor
-        return self._parts[0].param_groups[0]["lr"]
+        lr: float = self._parts[0].param_groups[0]["lr"]
+        return lr
 
     def step(self) -> None:
         for part in self._parts:
@@ -83,11 +84,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer that config names, over all parameters of `model` on their present device.
 
     Weight decay falls on matrices only: not on norms, biases or embedding tables (a tied head is one). Muon takes the
-    matrices of `model.blocks`; embeddings, head and vectors stay with AdamW. Raises UserError when the configuration does
-    not fit the optimizer.
+    matrices of `model.blocks`; embeddings, head and vectors stay with AdamW. Raises UserError when the configuration
+    does not fit the optimizer.
     """
     _check(config)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {p for p in names if p.ndim >= 2 and id(p) not in tables}
     hidden = {p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")} if config.name == "muon" else set()
@@ -133,7 +134,7 @@ def _check(config: OptimizerConfig) -> None:
         )
     if config.name == "adamw":
         if config.muon_lr is not None or config.muon_momentum is not None:
-            raise UserError("optimizer.muon_lr and optimizer.muon_momentum mean nothing to optimizer=adamw: leave them out")
+            raise UserError("optimizer.muon_lr and muon_momentum mean nothing to optimizer=adamw: leave them out")
         return
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch.optim.Muon, which torch {torch.__version__} lacks: use torch 2.11")

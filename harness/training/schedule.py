@@ -22,7 +22,7 @@ def cosine(step: int, steps: int, *, warmup: int, final: float) -> float:
 
 
 def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay: int, final: float) -> float:
-    """Linear warm-up to 1, constant, linear over the last `decay` steps to `final` at step `steps` (arXiv 2404.06395)."""
+    """Linear warm-up to 1, constant, linear over the last `decay` steps down to `final` (arXiv 2404.06395)."""
     if step <= warmup:
         return step / warmup
     return final + (1.0 - final) * min(1.0, (steps - step) / decay)
@@ -95,8 +95,8 @@ def steps_from_budget(budget: BudgetConfig, *, tokens_per_step: int, default_tok
     tokens = default_tokens if budget.tokens is None else budget.tokens
     if tokens < tokens_per_step:
         raise UserError(
-            f"a budget of {tokens} tokens is less than one step of {tokens_per_step} tokens (batch_size x max_seq_len): "
-            f"raise budget.tokens or lower batch_size"
+            f"a budget of {tokens} tokens is less than one step of {tokens_per_step} tokens (batch_size x "
+            f"max_seq_len): raise budget.tokens or lower batch_size"
         )
     return tokens // tokens_per_step
 

@@ -1,4 +1,4 @@
-"""A loopback server that plays the Hugging Face hub, with faults: the routes that `datasets` and `huggingface_hub` use."""
+"""A loopback server that plays the Hugging Face hub, with faults: the routes that its libraries use."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from harness.config import attention_options, load_train_config, options_of
-from modeling.attention import build_attention
+from harness.build import build_layer, build_model
+from harness.config import load_train_config, options_of
 from modeling.gpt import GPT
 
 SHIPPED = options_of("attention")
@@ -47,18 +47,9 @@ KNOBS: dict[str, tuple[list[str], int]] = {
 
 def attention_from(overrides: list[str]) -> nn.Module:
     """The attention module alone, at SIZES unless the overrides say otherwise."""
-    config = load_train_config([*SIZES, *overrides])
-    model = config.model
-    module: nn.Module = build_attention(
-        config.attention["mechanism"], attention_options(config.attention), d_model=model.d_model,
-        n_heads=model.n_heads, max_seq_len=model.max_seq_len, causal=model.causal, bias=model.bias,
-        norm_eps=model.norm_eps,
-    )  # fmt: skip
-    return module
+    return build_layer(load_train_config([*SIZES, *overrides]))
 
 
 def gpt_from(overrides: list[str], vocab_size: int = 100, **changes: Any) -> GPT:
     """A whole model at SIZES; `changes` replace constructor arguments."""
-    from harness.build import build_model
-
     return build_model(load_train_config([*SIZES, *overrides]), vocab_size, **changes)

@@ -1,0 +1,291 @@
+"""Training speed of every variant against a plain GPT in the same run: python benchmarks/train_speed.py [key=value ...].
+
+  model       tiny       a config of configs/model (tiny on a CPU, gpt2 on a GPU)
+  attention   mha        variants, separated by commas, or all
+  vocab_size  4096       batch_size  16 (sequences per optimizer step)     micro_batch_size  null (automatic)
+  steps       10         timed steps a round        rounds   5 (plain and ours take turns)
+  device, precision, compile   auto                 backend  auto (attention kernel; several, separated by commas)
+  out         null       a JSON file for the figures
+
+The plain GPT (class PlainGPT) is the same block with the same parameter count, written with torch's own modules and
+trained by the shortest loop there is: same batches, optimizer, precision, compilation and allocator settings. Tokens are
+random: speed does not depend on them. Figures are medians over rounds with the range.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import enter_environment
+
+enter_environment()
+
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harness.build import build_model
+from harness.command_line import parse_options, run_script
+from harness.config import load_train_config, options_of
+from harness.errors import UserError
+from harness.run import commit
+from harness.schema import TrainConfig
+from harness.session import choose_loss_chunk, pin_kernel
+from harness.training import device as hardware
+from harness.training.loop import train
+from harness.training.optimizer import build_optimizer
+from modeling.flops import training_flops_per_token
+from modeling.gpt import GPT
+
+
+@dataclass
+class SpeedOptions:
+    model: str = "tiny"
+    attention: str = "mha"
+    vocab_size: int = 4096
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    steps: int = 10
+    rounds: int = 5
+    device: str = "auto"
+    precision: str = "auto"
+    compile: str = "auto"
+    backend: str = "auto"
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the table; tokens per second over the rounds."""
+
+    name: str
+    kernel: str
+    parameters: int
+    median: float
+    low: float
+    high: float
+    mfu: float | None
+    peak_memory_bytes: int
+    seconds_to_first_step: float
+
+
+class PlainBlock(nn.Module):
+    """Pre-norm attention with half-split RoPE and SwiGLU, nothing to choose."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        model = config.model
+        self.n_heads, self.head_dim = model.n_heads, model.head_dim
+        inner = model.n_heads * model.head_dim
+        self.norm1, self.norm2 = (nn.RMSNorm(model.d_model, eps=model.norm_eps) for _ in range(2))
+        self.q, self.k, self.v = (nn.Linear(model.d_model, inner, bias=False) for _ in range(3))
+        self.o = nn.Linear(inner, model.d_model, bias=False)
+        self.gate, self.up = (nn.Linear(model.d_model, model.mlp_hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(model.mlp_hidden, model.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        h = self.norm1(x)
+        q, k, v = (m(h).view(B, T, self.n_heads, self.head_dim).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k = (torch.cat((a * cos - b * sin, b * cos + a * sin), -1) for a, b in (q.chunk(2, -1), k.chunk(2, -1)))
+        out = F.scaled_dot_product_attention(q, k, v.to(q.dtype), is_causal=True)
+        x = x + self.o(out.transpose(1, 2).reshape(B, T, -1))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class PlainGPT(nn.Module):
+    """A GPT as one writes it in an afternoon: MHA, tied head, whole logits."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: TrainConfig, vocab_size: int) -> None:
+        super().__init__()
+        model = config.model
+        self.embedding = nn.Embedding(-(-vocab_size // 64) * 64, model.d_model)
+        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(model.n_layers))
+        self.norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
+        angle = torch.outer(
+            torch.arange(model.max_seq_len), 10000.0 ** (-torch.arange(0, model.head_dim, 2) / model.head_dim)
+        )
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=0.02)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        x = self.embedding(inputs)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits = F.linear(self.norm(x), self.embedding.weight)
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def plain_steps(
+    config: TrainConfig, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool,
+    device: torch.device, vocab_size: int,
+) -> tuple[nn.Module, Callable[[], None]]:  # fmt: skip
+    """The baseline and a function that makes one optimizer step."""
+    model = PlainGPT(config, vocab_size).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+
+    def step() -> None:
+        batch = next(batches)
+        for part in batch.split(micro):
+            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                loss = loss_of(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
+            loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, step
+
+
+def our_steps(
+    config: TrainConfig, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool,
+    device: torch.device, vocab_size: int, backend: str,
+) -> tuple[GPT, str, Callable[[], None]]:  # fmt: skip
+    """The harness's model and loop as train_model.py runs them, and a function that makes one optimizer step."""
+    model = build_model(config, vocab_size).to(device)
+    kernel = pin_kernel(model, backend, device=device, precision=precision)
+    choose_loss_chunk(model, micro_batch_size=micro, device=device)
+    steps = train(
+        model, batches, optimizer=build_optimizer(model, config.optimizer), schedule=lambda step: 1.0, first_step=1,
+        last_step=10**9, micro_batch_size=micro, grad_clip=1.0, precision=precision, compile=compiled, device=device,
+    )  # fmt: skip
+
+    def step() -> None:
+        next(steps)
+
+    return model, kernel, step
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(SpeedOptions, arguments)
+    device = hardware.select_device(options.device)
+    hardware.keep_freed_memory(device)
+    precision = hardware.select_precision(options.precision, device)
+    compiled = hardware.select_compile(options.compile, device)
+    names = options_of("attention") if options.attention == "all" else options.attention.split(",")
+    pairs = list(itertools.product(names, options.backend.split(",")))
+
+    base = load_train_config([f"model={options.model}"])
+    tokens = options.batch_size * base.model.max_seq_len
+    micro = options.micro_batch_size or hardware.auto_micro_batch_size(
+        options.batch_size, max_seq_len=base.model.max_seq_len, d_model=base.model.d_model,
+        n_layers=base.model.n_layers, vocab_size=options.vocab_size, parameters=10**6, precision=precision,
+        device=device,
+    )  # fmt: skip
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (options.batch_size, base.model.max_seq_len + 1)
+    fixed = [torch.randint(options.vocab_size, shape, generator=generator, device=device) for _ in range(4)]
+
+    figures: list[Figure] = []
+    bar = tqdm(total=(len(pairs) + (len(pairs) > 1)) * (options.rounds + 1) + options.rounds + 1, disable=None)
+    for position, (name, backend) in enumerate(pairs):
+        config = load_train_config([f"model={options.model}", f"attention={name}"])
+        hardware.reset_peak_memory(device)
+        candidates: dict[str, Callable[[], None]] = {}
+        first: dict[str, float] = {}
+        # The plain GPT takes turns with the first variant, and with it alone: a GPU has room and time for one more.
+        if position == 0:
+            plain, candidates["plain"] = plain_steps(
+                config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size
+            )
+        ours, kernel, candidates[name] = our_steps(
+            config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend
+        )
+        rates: dict[str, list[float]] = {key: [] for key in candidates}
+        for key, step in candidates.items():
+            started = time.perf_counter()
+            for _ in range(3):  # compilation, allocator, caches
+                step()
+            _synchronise(device)
+            first[key] = time.perf_counter() - started
+            bar.update()
+        for _ in range(options.rounds):
+            for key, step in candidates.items():
+                _synchronise(device)
+                started = time.perf_counter()
+                for _ in range(options.steps):
+                    step()
+                _synchronise(device)
+                rates[key].append(options.steps * tokens / (time.perf_counter() - started))
+                bar.update()
+        peak = hardware.peak_flops(device, precision)
+        for key in candidates:
+            model: nn.Module = plain if key == "plain" else ours
+            rate = statistics.median(rates[key])
+            flops = training_flops_per_token(ours, base.model.max_seq_len)  # the plain one has mha's shapes
+            if key == "plain" and name != "mha":
+                raise UserError("attention must begin with mha, whose shapes the plain GPT has")
+            figures.append(Figure(
+                name=key, kernel="torch's choice" if key == "plain" else kernel,
+                parameters=sum(p.numel() for p in model.parameters()), median=rate, low=min(rates[key]),
+                high=max(rates[key]), mfu=rate * flops / peak if peak else None,
+                peak_memory_bytes=hardware.peak_memory_bytes(device), seconds_to_first_step=first[key],
+            ))  # fmt: skip
+            bar.write(row(figures[-1], figures[0]))
+        del ours, candidates
+        plain = None  # type: ignore[assignment]
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+    bar.close()
+    report(figures, options, device, precision, compiled, micro)
+    return 0
+
+
+def row(f: Figure, plain: Figure) -> str:
+    """One line of the table."""
+    return (
+        f"{f.name:<16}{f.kernel:<16}{f.parameters:>12,}{f.median:>12,.0f}{f'{f.low:,.0f}-{f.high:,.0f}':>22}"
+        f"{f.median / plain.median:>10.3f}{f'{f.mfu:.1%}' if f.mfu else '-':>8}{f.peak_memory_bytes / 2**30:>7.1f}"
+    )
+
+
+def report(
+    figures: list[Figure], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool,
+    micro: int,
+) -> None:  # fmt: skip
+    """A table for people, then one JSON line."""
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
+          f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}")  # fmt: skip
+    print(f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}{'of plain':>10}{'MFU':>8}{'GiB':>7}")
+    for figure in figures:
+        print(row(figure, figures[0]))
+    record = {"options": asdict(options), "device": machine, "precision": str(precision), "compiled": compiled,
+              "micro_batch_size": micro, "torch": torch.__version__, "commit": commit(),
+              "figures": [asdict(f) for f in figures]}  # fmt: skip
+    line = json.dumps(record)
+    if options.out is not None:
+        Path(options.out).write_text(line + "\n", encoding="utf-8")
+    print(line)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

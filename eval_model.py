@@ -1,0 +1,75 @@
+"""Evaluate finished runs: python eval_model.py [run=runs/NAME|all] [split=test] [dataset=...]."""
+
+# The environment comes first: what follows may only exist in the project's .venv.
+# ruff: noqa: E402
+from __future__ import annotations
+
+from harness.bootstrap import enter_environment
+
+enter_environment()
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.command_line import find_run, finished_runs, newest_run, run_hydra
+from harness.config import load_eval_config
+from harness.errors import UserError
+from harness.run import finished
+from harness.schema import EvalConfig
+
+if TYPE_CHECKING:
+    from harness.evaluation.perplexity import SplitResult
+
+
+def main(overrides: list[str]) -> int:
+    """Evaluate one run, or all; a table and one JSON line each."""
+    config = load_eval_config(overrides)
+    runs = chosen_runs(config)
+
+    from harness.score import score_run
+
+    for run in runs:
+        record, result = score_run(run, config)
+        print_table(record, result)
+        print(json.dumps(record), flush=True)
+    return 0
+
+
+def chosen_runs(config: EvalConfig) -> list[Path]:
+    """The runs that `run` means. Raises UserError when there is none."""
+    runs_dir = Path(config.runs_dir)
+    if config.run is not None and config.run != "all":
+        run = find_run(config.run, runs_dir)
+        if not finished(run):
+            raise UserError(f"run={config.run} is not finished; the command that started it continues it")
+        return [run]
+    newest, runs = newest_run(runs_dir), finished_runs(runs_dir)
+    if config.run == "all":
+        return runs
+    if len(runs) > 1:
+        others = ", ".join(run.name for run in reversed(runs[:-1]))
+        print(f"evaluating the newest finished run, {newest.name}; others (run=...): {others}")
+    return [newest]
+
+
+def print_table(record: dict[str, Any], result: SplitResult) -> None:
+    """For people; the JSON line follows."""
+    word = "beyond a float" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
+    rows = [
+        ("run", record["name"]),
+        ("corpus", f"{record['dataset']}, {record['split']} split: {result.tokens:,} tokens, {result.bytes:,} bytes, "
+                   f"{result.words:,} words"),
+        ("loss", f"{result.loss:.4f} nats per token"),
+        ("perplexity", f"{result.perplexity:,.3f} per token, {word} per word"),
+        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("KV cache", f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, measured"),
+        ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
+        *((f"loss at {low}-{high}", f"{loss:.4f}") for low, high, loss in result.loss_by_position),
+    ]  # fmt: skip
+    for name, value in rows:
+        print(f"{name:<18}{value}")
+
+
+if __name__ == "__main__":
+    run_hydra(__file__, "eval", main, description=__doc__)

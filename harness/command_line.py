@@ -1,0 +1,151 @@
+"""Command lines: `key=value` arguments into typed values, several runs after one another, errors in one sentence.
+
+Values are taken as they stand for text fields (commas, spaces, '=' and brackets need no quoting) and read as YAML for
+the others. Arguments without '=' go to the field named by `positional`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from harness.config import CONFIGS, ROOT, did_you_mean, quoted, register_resolvers, typed
+from harness.errors import UserError
+
+Options = TypeVar("Options")
+
+
+def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: str | None = None) -> Options:
+    """The dataclass filled from key=value arguments; dotted keys reach nested dataclasses. Raises UserError."""
+    import yaml
+
+    leaves = _leaf_types(kind)
+    container: dict[str, typing.Any] = {}
+    rest: list[str] = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key not in leaves and positional is not None and (not equals or "/" in key):
+            rest.append(argument)
+            continue
+        if not equals:
+            raise UserError(f"{argument} is not of the form key=value; {did_you_mean(argument, list(leaves))}")
+        if key not in leaves:
+            raise UserError(f"{key} is not an option here; {did_you_mean(key, list(leaves))}")
+        is_text = leaves[key] in (str, str | None)
+        try:
+            parsed = value if is_text and value != "null" else yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
+        if isinstance(parsed, str) and leaves[key] in (float, float | None):
+            try:  # YAML 1.1 reads 1e-3 as text
+                parsed = float(parsed)
+            except ValueError:
+                raise UserError(f"{key}={value} must be a number") from None
+        here = container
+        *groups, last = key.split(".")
+        for group in groups:
+            here = here.setdefault(group, {})
+        here[last] = parsed
+    if rest:
+        container[typing.cast(str, positional)] = rest
+    return typing.cast(Options, typed(kind, container, ""))
+
+
+def _leaf_types(kind: type, prefix: str = "") -> dict[str, typing.Any]:
+    leaves: dict[str, typing.Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        leaves.update(_leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint})
+    return leaves
+
+
+def run_script(main: Callable[[list[str]], int], *, description: str | None) -> typing.NoReturn:
+    """Call main(arguments) and leave with its status. A UserError is printed in one sentence, status 2; --help explains."""
+    arguments = sys.argv[1:]
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print((description or "").strip())
+        sys.exit(0)
+    try:
+        status = main(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        sys.stderr.close()
+        status = 0
+    sys.exit(status)
+
+
+def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *, description: str | None) -> typing.NoReturn:
+    """As `run_script`, for a command configured by configs/<config_name>.yaml.
+
+    Hydra itself answers --help, --cfg, --info and shell completion. With -m it expands the lists of choices; every job
+    is a process of its own, so that nothing leaks from one run into the next, and a failed one does not stop the rest.
+    """
+    flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    if not flags:
+        run_script(main, description=description)
+
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    register_resolvers()
+    failed: list[str] = []
+
+    @hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
+    def job(_: DictConfig) -> None:
+        overrides = list(HydraConfig.get().overrides.task)
+        if HydraConfig.get().mode != hydra.types.RunMode.MULTIRUN:
+            raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
+        print(f"\n$ {script} {' '.join(overrides)}", flush=True)
+        status = subprocess.run([sys.executable, script, *overrides], check=False).returncode
+        if status:
+            failed.append(f"{' '.join(overrides)} (status {status})")
+
+    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
+    try:
+        job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if failed:
+        print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def user_path(text: str) -> Path:
+    """A path as typed: from the current folder, else from the project's."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists() or not (ROOT / path).exists():
+        return path.absolute()
+    return ROOT / path
+
+
+def find_run(text: str, runs_dir: Path) -> Path:
+    """A run's folder from what was typed: a path, or the name of a run below runs_dir. Raises UserError."""
+    for candidate in (user_path(text), runs_dir / text):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    known = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
+    hint = did_you_mean(Path(text).name, known) if known else "train one with python train_model.py"
+    raise UserError(f"run={text} is no run (no config.yaml in it or in {runs_dir / text}); {hint}")
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """The run that finished last. Raises UserError when none has."""
+    done = finished_runs(runs_dir)
+    if not done:
+        raise UserError(f"no finished run in {runs_dir}; train one with: python train_model.py attention=mla")
+    return done[-1]
+
+
+def finished_runs(runs_dir: Path) -> list[Path]:
+    """Runs with a summary.json, the one that finished last at the end."""
+    return [path.parent for path in sorted(runs_dir.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)]

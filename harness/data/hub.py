@@ -1,0 +1,239 @@
+"""Datasets from the Hugging Face hub, at a pinned commit and with every downloaded file verified.
+
+The libraries take wrong bytes of the right length for the file, so each is hashed before its first row is read.
+Streamed rows are the exception: of a file read in part no hash can be checked.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.data import hub_client
+from harness.data.documents import (
+    Carving,
+    Document,
+    Source,
+    carving_by_fraction,
+    evaluation_first,
+    split_of_name,
+)
+from harness.errors import UserError
+from harness.schema import DatasetConfig
+
+_ROWS = 256
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+Rows = dict[str, Callable[[], Iterator[str]]]  # split -> its texts, row by row
+
+
+def hub_source(dataset: DatasetConfig) -> Source:
+    """Documents of dataset.hub_name at its commit; nothing is fetched before they are asked for.
+
+    With dataset.path, the files named in dataset.sha256 are read from that folder instead. A validation or test split
+    that the dataset lacks is carved from its training split.
+    """
+    identity = {
+        "source": "hub",
+        "name": dataset.hub_name,
+        "config": dataset.hub_config,
+        "revision": dataset.hub_revision,
+        "rows": dataset.hub_rows,
+        "text_column": dataset.text_column,
+        "sha256": dict(sorted(dataset.sha256.items())),
+        "streamed": dataset.hub_streaming,
+        "validation_fraction": dataset.validation_fraction,
+        "test_fraction": dataset.test_fraction,
+        "split_seed": dataset.split_seed,
+    }
+    join = articles if dataset.hub_rows == "wikitext_lines" else _non_empty
+
+    def documents() -> Iterator[Document]:
+        rows = _streamed_rows(dataset) if dataset.hub_streaming else _downloaded_rows(dataset)
+        if "train" not in rows:
+            raise UserError(f"{dataset.hub_name} has no train split, but {', '.join(rows)}: choose another hub_config")
+        validation = 0.0 if "validation" in rows else dataset.validation_fraction
+        test = 0.0 if "test" in rows else dataset.test_fraction
+        carving = carving_by_fraction(dataset.split_seed, validation, test)
+        for split in ("validation", "test"):
+            if split in rows:
+                yield from (Document(split, (text,)) for text in join(rows[split]()))
+
+        def training() -> Iterator[Document]:
+            return _carved(join(rows["train"]()), carving)
+
+        carved_files = (validation or test) and not dataset.hub_streaming
+        yield from evaluation_first(training) if carved_files else training()
+
+    return Source(identity, documents)
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """Joins WikiText's lines into articles, with the blank lines (" \\n") that the published files have.
+
+    A first-level heading (` = Title = `) between blank lines starts an article. The blank lines matter: two formulas
+    of the test split look like headings, but stand within a paragraph.
+    """
+    article: list[str] = []
+    before, begun = "", False
+    for line, after in itertools.pairwise(itertools.chain(rows, [""])):
+        words = line.split()
+        heading = len(words) > 2 and words[0] == words[-1] == "=" and words[1] != "="
+        if heading and begun and not before.strip() and not after.strip():
+            yield "".join(article)
+            article, begun = [], False
+        article.append(line if words else " \n")
+        begun = begun or bool(words)
+        before = line
+    if begun:
+        yield "".join(article)
+
+
+def _non_empty(rows: Iterable[str]) -> Iterator[str]:
+    return (text for text in rows if text.strip())
+
+
+def _carved(texts: Iterable[str], carving: Carving) -> Iterator[Document]:
+    for text in texts:
+        yield Document(carving.split(text.encode("utf-8", errors="surrogatepass")), (text,))
+
+
+def _downloaded_rows(dataset: DatasetConfig) -> Rows:
+    """A file is fetched and verified when its first row is asked for, and read through `datasets`."""
+    if dataset.sha256:
+        hashes = dataset.sha256
+        splits: dict[str, list[str]] = {}
+        for name in sorted(hashes):
+            splits.setdefault(split_of_name(name) or "train", []).append(name)
+    else:
+        splits, hashes = _files_on_hub(dataset)
+
+    @functools.cache
+    def path(name: str) -> Path:
+        return _verified_copy(dataset, name, hashes[name]) if dataset.path else _verified(dataset, name, hashes[name])
+
+    def rows(split: str) -> Iterator[str]:
+        for name in splits[split]:
+            yield from _read_file(path(name), name, dataset)
+
+    return {split: functools.partial(rows, split) for split in splits}
+
+
+def _files_on_hub(dataset: DatasetConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Asks the hub for the files of each split, and the hash of each."""
+    assert dataset.hub_name is not None and dataset.hub_revision is not None
+    name, revision = dataset.hub_name, dataset.hub_revision
+    what = f"list of the files of {name}"
+    hub_client.connect(f"api/datasets/{name}/revision/{revision}", what)
+    import datasets
+
+    def ask() -> tuple[dict[str, list[str]], dict[str, str]]:
+        builder = datasets.load_dataset_builder(name, dataset.hub_config, revision=revision)
+        prefix = f"hf://datasets/{name}@{revision}/"
+        splits = {
+            str(split): [str(file).removeprefix(prefix) for file in files]
+            for split, files in (builder.config.data_files or {}).items()
+        }
+        return splits, hub_client.file_hashes(name, [file for files in splits.values() for file in files], revision)
+
+    return hub_client.patiently(ask, what)
+
+
+def _verified(dataset: DatasetConfig, name: str, expected: str) -> Path:
+    """The file in the hub's cache, downloaded if need be. One with other content is deleted, never used."""
+    assert dataset.hub_name is not None
+    what = f"{name} of {dataset.hub_name}"
+    where = (dataset.hub_name, name, dataset.hub_revision, "dataset")
+    for _ in range(2):
+        path = hub_client.cached_file(*where) or hub_client.download_file(*where, what)
+        if _content_hash(path, expected) == expected:
+            return path
+        print(f"{what} arrived with wrong content and is deleted", file=sys.stderr)
+        path.resolve().unlink()
+        path.unlink(missing_ok=True)
+    raise UserError(
+        f"{what} arrived twice with content other than its hash says ({expected[:12]}...): something on the way "
+        "changes it; use another network, or a mirror with HF_ENDPOINT=URL, or dataset=stdlib"
+    )
+
+
+def _verified_copy(dataset: DatasetConfig, name: str, expected: str) -> Path:
+    assert dataset.path is not None
+    path = Path(dataset.path, name)
+    if not path.is_file():
+        raise UserError(f"dataset.path={dataset.path} has no {name}: it must hold the files of {dataset.hub_name}")
+    if _content_hash(path, expected) != expected:
+        raise UserError(f"{path} is not the file that dataset.sha256 names: copy it again")
+    return path
+
+
+def _content_hash(path: Path, like: str) -> str:
+    """SHA-256 where `like` has its length, else git's SHA-1 of a blob."""
+    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:
+    import datasets
+
+    reader = _READERS.get(Path(name).suffix)
+    if reader is None:
+        raise UserError(f"{name} of {dataset.hub_name} is none of {', '.join(_READERS)}: convert it for dataset=local")
+    options = {"keep_linebreaks": True} if reader == "text" else {}
+    rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
+    yield from _column(rows, dataset)
+
+
+def _streamed_rows(dataset: DatasetConfig) -> Rows:
+    """The rows as they arrive: only what is read is transferred."""
+    what = f"{dataset.hub_name} (streamed)"
+    hub_client.connect(f"api/datasets/{dataset.hub_name}/revision/{dataset.hub_revision}", what)
+    import datasets
+
+    # The library's own 20 retries, five seconds apart, lie above five retries of each request.
+    datasets.config.STREAMING_READ_MAX_RETRIES = 1
+
+    def open_splits() -> Any:
+        return datasets.load_dataset(
+            dataset.hub_name, dataset.hub_config, revision=dataset.hub_revision, streaming=True
+        )
+
+    splits = hub_client.patiently(open_splits, what)
+
+    def rows(split: str) -> Iterator[str]:
+        try:
+            yield from _column(splits[split], dataset)
+        except UserError:
+            raise
+        except Exception as error:  # a failed request, or whatever the file's reader makes of wrong bytes
+            raise hub_client.broken_off(what, error) from error
+
+    return {str(split): functools.partial(rows, split) for split in splits}
+
+
+def _column(rows: Any, dataset: DatasetConfig) -> Iterator[str]:
+    """The texts of a `datasets.IterableDataset`, a few rows in memory at a time."""
+    column = dataset.text_column
+    if rows.column_names is not None:
+        if column not in rows.column_names:
+            raise UserError(
+                f"{dataset.hub_name} has no column {column!r}, but {', '.join(rows.column_names)}: set "
+                "dataset.text_column to one of them"
+            )
+        rows = rows.select_columns([column])
+    for batch in rows.iter(batch_size=_ROWS):
+        for text in batch[column]:
+            if isinstance(text, str):
+                yield text
+            elif text is not None:
+                raise UserError(
+                    f"{column!r} of {dataset.hub_name} holds {type(text).__name__}, not text: set dataset.text_column"
+                )

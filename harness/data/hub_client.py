@@ -1,0 +1,123 @@
+"""Files from the Hugging Face hub: bounded waiting, bounded patience, one sentence when it fails.
+
+`huggingface_hub` alone waits 20 to 170 seconds for a hub that is out of reach and gives up at the first 503.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from harness.data.network import HubUnreachable, reason_unreachable
+from harness.errors import UserError
+
+_DEFAULT_ENDPOINT = "https://huggingface.co"
+_READ_TIMEOUT = "5"  # seconds without a byte, after which a download is resumed
+_ATTEMPTS = 3
+_REMEDIES = (
+    "take dataset=stdlib (needs no network), or a folder prepared on another machine with dataset.path=FOLDER, or a "
+    "mirror with HF_ENDPOINT=URL, or HF_HUB_OFFLINE=1 if the hub's cache already has it"
+)
+_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+Result = TypeVar("Result")
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or _DEFAULT_ENDPOINT
+
+
+def offline() -> bool:
+    """Whether the user forbids the network, in the libraries' own words."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def connect(path: str, what: str) -> None:
+    """Raises HubUnreachable unless the hub answers for `path` in time; then the libraries may be imported."""
+    if offline():
+        raise HubUnreachable(f"HF_HUB_OFFLINE is set, and {what} is not in the hub's cache: unset it, or {_REMEDIES}")
+    if reason := reason_unreachable(f"{endpoint()}/{path}"):
+        raise HubUnreachable(f"{what}: {endpoint()} is out of reach ({reason}): {_REMEDIES}")
+    _set_timeouts()
+
+
+def patiently(call: Callable[[], Result], what: str) -> Result:
+    """The result of a library call, tried three times.
+
+    Raises UserError at once for what the hub does not have, HubUnreachable for what it breaks off every time.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:  # the libraries raise httpx2's, their own, OSError, RuntimeError and ValueError
+            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _FULL_OR_READ_ONLY):
+                raise
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if status in (401, 404) or type(error).__name__ == "DatasetNotFoundError":
+                raise UserError(
+                    f"{endpoint()} has no {what}, or it needs a token in HF_TOKEN: check the name, config and revision"
+                ) from error
+            if attempt == _ATTEMPTS - 1:
+                raise broken_off(what, error) from error
+        time.sleep(2**attempt)
+    raise AssertionError("the loop returns or raises")
+
+
+def broken_off(what: str, error: Exception) -> HubUnreachable:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return HubUnreachable(
+        f"{what} could not be had from {endpoint()} ({reason}): run it again to continue, or {_REMEDIES}"
+    )
+
+
+def cached_file(repository: str, name: str, revision: str | None, kind: str) -> Path | None:
+    """The file in the hub's cache on this machine, if it is there; never asks the network."""
+    _set_timeouts()
+    import huggingface_hub
+
+    path = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision, repo_type=kind)
+    return Path(path) if isinstance(path, str) else None
+
+
+def download_file(repository: str, name: str, revision: str | None, kind: str, what: str) -> Path:
+    """Downloads into the hub's cache, resuming what broke off. `kind`: dataset or model."""
+    folder = "datasets/" if kind == "dataset" else ""
+    connect(f"{folder}{repository}/resolve/{revision or 'main'}/{name}", what)
+    import huggingface_hub
+
+    def download() -> Path:
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=kind))
+
+    return patiently(download, what)
+
+
+def file_hashes(repository: str, names: list[str], revision: str) -> dict[str, str]:
+    """What the hub states of a dataset's files: SHA-256, or git's SHA-1 of a blob for small files outside LFS."""
+    import huggingface_hub
+
+    entries = huggingface_hub.HfApi().get_paths_info(repository, names, revision=revision, repo_type="dataset")
+    hashes = {
+        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+        for entry in entries
+        if isinstance(entry, huggingface_hub.RepoFile)
+    }
+    return {name: hashes[name] for name in names}
+
+
+def pretrained_tokenizer(name: str) -> Path:
+    """The tokenizer.json of a model on the hub: NAME or NAME@REVISION."""
+    repository, _, revision = name.partition("@")
+    cached = cached_file(repository, "tokenizer.json", revision or None, "model")
+    return cached or download_file(
+        repository, "tokenizer.json", revision or None, "model", f"the tokenizer.json of {repository}"
+    )
+
+
+def _set_timeouts() -> None:
+    """The library reads these once, when it is imported."""
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", _READ_TIMEOUT)
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", _READ_TIMEOUT)

@@ -1,0 +1,277 @@
+"""From documents to token files: trains the tokenizer, encodes in bounded memory, publishes all in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from harness.data.documents import SPLITS, Source
+from harness.data.hub_client import pretrained_tokenizer
+from harness.data.prepared import FORMAT, DamagedError, PreparedData, is_prepared, open_prepared
+from harness.data.sources import check, open_source
+from harness.data.tokenizer import Tokenizer
+from harness.data.writer import Piece, SplitWriter, sync
+from harness.errors import UserError
+from harness.schema import DatasetConfig, TokenizerConfig
+
+_BATCH = 1_000_000  # characters encoded at once; the encodings take forty times as much memory
+_BPE_BYTES = 200_000_000  # a BPE is trained on the first so many bytes of the training split
+_BPE_LEAST_BYTES = 1_000_000
+
+
+def prepare(
+    dataset: DatasetConfig,
+    tokenizer: TokenizerConfig,
+    data_dir: Path,
+    *,
+    tokenizer_file: Path | None = None,
+    progress: bool = True,
+) -> PreparedData:
+    """Opens data_dir/<dataset name>-<key>, building it first if it is absent or damaged.
+
+    The key hashes everything that shapes the bytes: the source's identity, max_tokens, the tokenizer's settings.
+    `tokenizer_file` (a tokenizer.json) is used instead of what `tokenizer` asks for. A dataset.path that names a
+    prepared folder, from this machine or another, opens that folder. Safe against being killed and against other
+    processes that prepare the same data. Raises UserError (HubUnreachable where the source is out of reach).
+    """
+    check(dataset, tokenizer)
+    settings = _tokenizer_settings(tokenizer, tokenizer_file)
+    if dataset.path is not None and is_prepared(Path(dataset.path)):
+        return _open_copy(Path(dataset.path), dataset, settings, data_dir)
+    source = open_source(dataset, data_dir, progress=progress)
+    identity = {"source": source.identity, "max_tokens": dataset.max_tokens, "tokenizer": settings}
+    folder = data_dir / f"{dataset.name}-{_digest({'format': FORMAT, **identity})[:12]}"
+    # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
+    with contextlib.suppress(DamagedError):
+        return open_prepared(folder)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(data_dir / f".{folder.name}.lock"):
+        if folder.is_dir():
+            try:
+                return open_prepared(folder)
+            except DamagedError as error:
+                _say(f"{error}. Preparing it again.")
+        _build(folder, source, dataset, tokenizer, tokenizer_file, identity, progress)
+    return open_prepared(folder)
+
+
+def _tokenizer_settings(tokenizer: TokenizerConfig, file: Path | None) -> dict[str, Any]:
+    """What shapes the tokens, known without training or fetching a tokenizer."""
+    if file is None and tokenizer.name == "pretrained":
+        assert tokenizer.path is not None
+        file = _local_tokenizer(tokenizer.path)
+        if file is None:
+            return {"pretrained": tokenizer.path}
+    if file is not None:
+        return {"file": Tokenizer.load(file).sha256}
+    return {"bpe": tokenizer.vocab_size} if tokenizer.name == "bpe" else {"bytes": 256}
+
+
+def _local_tokenizer(path: str) -> Path | None:
+    """The tokenizer.json that a path of this machine names; None if it is a name on the hub."""
+    place = Path(path).expanduser()
+    if place.exists():
+        return place / "tokenizer.json" if place.is_dir() else place
+    if path.count("/") > 1 or path.startswith((".", "~")) or path.endswith(".json"):
+        raise UserError(f"tokenizer.path={path} does not exist: name a tokenizer.json, its folder, or a hub name")
+    return None
+
+
+def _open_copy(folder: Path, dataset: DatasetConfig, settings: dict[str, Any], data_dir: Path) -> PreparedData:
+    """Opens the prepared folder that dataset.path names, if it holds what the other settings ask for."""
+    prepared = open_prepared(folder)
+    identity = prepared.meta["identity"]
+    asked = {"dataset": dataset.name, "max_tokens": dataset.max_tokens, "tokenizer": settings}
+    held = {"dataset": prepared.meta["dataset"], **identity}
+    if dataset.source in ("hub", "classic_books"):  # their identity is known without reading the text
+        asked["source"] = open_source(dataclasses.replace(dataset, path=None), data_dir, progress=False).identity
+    for field, value in asked.items():
+        if held[field] != value:
+            raise UserError(
+                f"dataset.path={folder} was prepared with {field} {held[field]}, not {value}: change one of the two"
+            )
+    return prepared
+
+
+def _build(
+    folder: Path,
+    source: Source,
+    dataset: DatasetConfig,
+    tokenizer_config: TokenizerConfig,
+    tokenizer_file: Path | None,
+    identity: dict[str, Any],
+    progress: bool,
+) -> None:
+    """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
+    leftovers = f".{folder.name}.*.partial"
+    for leftover in folder.parent.glob(leftovers):
+        shutil.rmtree(leftover)
+    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+    partial.mkdir()
+    try:
+        tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
+        tokenizer.save(partial)
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        writers = {
+            split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
+            for split in SPLITS
+        }
+        for batch in _batches(source, tokenizer, dataset.name, progress):
+            tokens = tokenizer.encode_batch([piece.text for piece in batch])
+            for piece, piece_tokens in zip(batch, tokens, strict=True):
+                writers[piece.split].add(piece_tokens, piece)
+            if writers["train"].full:
+                break
+        splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
+        _check_splits(splits, dataset)
+        digests = {split: counts["sha256"] for split, counts in splits.items()}
+        meta = {
+            "format": FORMAT,
+            "dataset": dataset.name,
+            "identity": identity,
+            "tokenizer": {"sha256": tokenizer.sha256, **origin},
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "dtype": dtype.str,
+            "splits": splits,
+            "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
+            "files": {file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+        }
+        with (partial / "meta.json").open("w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            sync(file)
+        if folder.exists():  # damaged, or it had been opened
+            os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
+        os.replace(partial, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {folder.parent} is full: free some space or change data_dir") from error
+        raise
+    finally:
+        for leftover in folder.parent.glob(leftovers):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _make_tokenizer(
+    source: Source, dataset: DatasetConfig, config: TokenizerConfig, file: Path | None, progress: bool
+) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, and what meta.json says of where it comes from."""
+    if file is not None:
+        return Tokenizer.load(file), {"name": "file"}
+    if config.name == "bytes":
+        return Tokenizer.plain_bytes(), {"name": "bytes"}
+    if config.name == "pretrained":
+        assert config.path is not None
+        place = _local_tokenizer(config.path) or pretrained_tokenizer(config.path)
+        return Tokenizer.load(place), {"name": "pretrained"}
+    assert config.vocab_size is not None
+    limit = _BPE_BYTES
+    if dataset.max_tokens is not None:  # several times the text that will be tokenised, so that the cap saves time
+        limit = min(limit, max(_BPE_LEAST_BYTES, 8 * dataset.max_tokens))
+    total = min(limit, source.text_bytes) if source.text_bytes else None
+    with _bar(f"{dataset.name}: text for the tokenizer", total, progress) as bar:
+        tokenizer = Tokenizer.train_bpe(_training_text(source, dataset.name, limit, bar), config.vocab_size)
+    if tokenizer.vocab_size < config.vocab_size:
+        _say(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {config.vocab_size}.")
+    return tokenizer, {"name": "bpe", "trained_on_first_bytes": bar.n}
+
+
+def _training_text(source: Source, name: str, limit: int, bar: tqdm[Any]) -> Iterator[str]:
+    """The first `limit` bytes of the training split (to the end of a block), in blocks."""
+    for document in source.documents():
+        if document.split == "train":
+            for block in document.blocks:
+                bar.update(len(_utf8(block, name)))
+                yield block
+                if bar.n >= limit:
+                    return
+
+
+def _batches(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[list[Piece]]:
+    """Every document in pieces, about _BATCH characters at a time."""
+    batch: list[Piece] = []
+    room = _BATCH
+    with _bar(f"{name}: tokens", source.text_bytes, progress) as bar:
+        for document in source.documents():
+            texts = tokenizer.pieces(_without_blank_start(document.blocks))
+            text = next(texts, None)
+            while text is not None:
+                following = next(texts, None)
+                batch.append(Piece(document.split, text, len(_utf8(text, name)), last=following is None))
+                room -= len(text)
+                bar.update(batch[-1].n_bytes)
+                if room <= 0:
+                    yield batch
+                    batch, room = [], _BATCH
+                text = following
+        if batch:
+            yield batch
+
+
+def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
+    """The same blocks, or none if there are only white-space ones: a document has text."""
+    blocks = iter(blocks)
+    start = ""
+    for block in blocks:
+        start += block
+        if start.strip():
+            yield start
+            yield from blocks
+
+
+def _check_splits(splits: dict[str, Any], dataset: DatasetConfig) -> None:
+    if "train" not in splits:
+        raise UserError(f"{dataset.name} has no text to train on: give it some, or lower the other splits' fractions")
+    for split, fraction in (("validation", dataset.validation_fraction), ("test", dataset.test_fraction)):
+        if fraction and split not in splits:
+            raise UserError(
+                f"the {split} split of {dataset.name} came out empty: raise dataset.{split}_fraction or "
+                f"dataset.max_tokens, or set dataset.{split}_fraction=0 to do without"
+            )
+
+
+def _utf8(text: str, name: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name} has a text with half of a surrogate pair (near {text[max(0, error.start - 20) : error.start]!r}), "
+            "which is no character: correct the source"
+        ) from error
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the system frees the lock of a killed one."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"Another process prepares {path.name.removeprefix('.').removesuffix('.lock')}; waiting for it.")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _bar(description: str, total: int | None, progress: bool) -> tqdm[Any]:
+    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not progress)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _digest(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""Which source a DatasetConfig means, and what is wrong with one that means none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from harness.data.books import books_source
+from harness.data.documents import Source
+from harness.data.hub import hub_source
+from harness.data.local import local_source
+from harness.data.stdlib import stdlib_source
+from harness.errors import UserError
+from harness.schema import DatasetConfig, TokenizerConfig
+
+SOURCES = ("hub", "classic_books", "stdlib", "local")
+TOKENIZERS = ("bpe", "bytes", "pretrained")
+_BPE_MINIMUM = 257  # the bytes and the end of text
+
+
+def open_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> Source:
+    """The source of a checked dataset. Local and stdlib text is read at once, for its identity; the rest on demand."""
+    if dataset.source == "hub":
+        return hub_source(dataset)
+    if dataset.source == "classic_books":
+        return books_source(dataset, data_dir, progress=progress)
+    if dataset.source == "stdlib":
+        return stdlib_source(dataset)
+    assert dataset.source == "local"
+    return local_source(dataset)
+
+
+def check(dataset: DatasetConfig, tokenizer: TokenizerConfig) -> None:
+    """Raises UserError for settings that cannot work, before anything is read or fetched."""
+    problems = _dataset_problems(dataset) + _tokenizer_problems(tokenizer)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _dataset_problems(dataset: DatasetConfig) -> list[str]:
+    problems = []
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", dataset.name):
+        problems.append(f"dataset.name={dataset.name} names a folder: use letters, digits, '.', '_' and '-' only")
+    if dataset.source not in SOURCES:
+        problems.append(f"dataset.source={dataset.source} is unknown: choose one of {', '.join(SOURCES)}")
+    for field in ("validation_fraction", "test_fraction"):
+        if not 0 <= getattr(dataset, field) < 1:
+            problems.append(f"dataset.{field}={getattr(dataset, field)} must lie in [0, 1)")
+    if dataset.validation_fraction + dataset.test_fraction >= 1:
+        problems.append("dataset.validation_fraction and dataset.test_fraction leave nothing to train on: lower them")
+    if dataset.max_tokens is not None and dataset.max_tokens < 2:
+        problems.append(f"dataset.max_tokens={dataset.max_tokens} must be at least 2, or null for no cap")
+    if not 0 <= dataset.split_seed < 2**64:
+        problems.append(f"dataset.split_seed={dataset.split_seed} must lie in [0, 2^64)")
+    if dataset.source == "local" and dataset.path is None:
+        problems.append("dataset=local needs dataset.path: a file, a folder or a quoted glob")
+    if dataset.source == "hub":
+        problems += _hub_problems(dataset)
+    return problems
+
+
+def _hub_problems(dataset: DatasetConfig) -> list[str]:
+    problems = []
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset.hub_name or ""):
+        problems.append(f"dataset.hub_name={dataset.hub_name} must be OWNER/NAME, as in the dataset's address")
+    if not re.fullmatch(r"[0-9a-f]{40}", dataset.hub_revision or ""):
+        problems.append(
+            f"dataset.hub_revision={dataset.hub_revision} must be a commit (40 hexadecimal digits, see the dataset's "
+            "history), so that a run can be repeated"
+        )
+    if dataset.hub_rows not in ("documents", "wikitext_lines"):
+        problems.append(f"dataset.hub_rows={dataset.hub_rows} must be documents or wikitext_lines")
+    if dataset.hub_streaming and dataset.sha256:
+        problems.append("dataset.hub_streaming reads parts of files, which no SHA-256 can check: empty dataset.sha256")
+    return problems
+
+
+def _tokenizer_problems(tokenizer: TokenizerConfig) -> list[str]:
+    if tokenizer.name not in TOKENIZERS:
+        return [f"tokenizer.name={tokenizer.name} is unknown: choose one of {', '.join(TOKENIZERS)}"]
+    problems = []
+    if tokenizer.name == "bpe" and (tokenizer.vocab_size or 0) < _BPE_MINIMUM:
+        problems.append(f"tokenizer.vocab_size={tokenizer.vocab_size} must be at least {_BPE_MINIMUM} for a BPE")
+    if tokenizer.name != "bpe" and tokenizer.vocab_size is not None:
+        problems.append(f"tokenizer.vocab_size={tokenizer.vocab_size} has no meaning for tokenizer={tokenizer.name}")
+    if tokenizer.name == "pretrained" and tokenizer.path is None:
+        problems.append("tokenizer=pretrained needs tokenizer.path: a hub name, a folder or a tokenizer.json")
+    if tokenizer.name != "pretrained" and tokenizer.path is not None:
+        problems.append(f"tokenizer.path={tokenizer.path} has no meaning for tokenizer={tokenizer.name}")
+    return problems

@@ -1,0 +1,52 @@
+"""One way to score a model, used by training for its validation and by eval_model.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from harness.evaluation.perplexity import SplitResult, TokenSplit, evaluate_split
+from modeling.gpt import GPT
+
+
+def evaluate_model(
+    model: GPT,
+    split: TokenSplit,
+    *,
+    end_of_text: int,
+    decode: Callable[[Sequence[int]], str],
+    stride_fraction: float,
+    batch_size: int,
+    precision: torch.dtype,
+    device: torch.device,
+    per_document: bool = False,
+    max_tokens: int | None = None,
+    progress: bool = False,
+) -> SplitResult:
+    """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back."""
+
+    def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+            return model.token_losses(inputs_BT, targets_BT)
+
+    was_training = model.training
+    model.eval()
+    try:
+        return evaluate_split(
+            token_losses, split, end_of_text=end_of_text, max_seq_len=model.max_seq_len,
+            stride=max(1, round(stride_fraction * model.max_seq_len)), batch_size=batch_size, device=device,
+            decode=decode, per_document=per_document, max_tokens=max_tokens, progress=progress,
+        )  # fmt: skip
+    finally:
+        model.train(was_training)
+
+
+def split_metrics(result: SplitResult, prefix: str = "val") -> dict[str, float]:
+    """The names under which a split's figures are logged."""
+    return {
+        f"{prefix}/loss": result.loss,
+        f"{prefix}/perplexity": result.perplexity,
+        f"{prefix}/bits_per_byte": result.bits_per_byte,
+    }

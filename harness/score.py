@@ -1,0 +1,95 @@
+"""A finished run scored on a split: what eval_model.py does for each run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.data import prepare
+from harness.errors import UserError
+from harness.evaluation.cache_size import measure_cache
+from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.perplexity import SplitResult
+from harness.run import commit, read_json, write_json
+from harness.schema import EvalConfig
+from harness.session import load_trained, open_run_tracker
+from harness.training.device import select_device, select_precision
+
+# What an evaluation's record takes over from the training's summary.
+CARRIED = ("name", "attention", "model", "seed", "data_seed", "parameters", "tokens", "steps", "tokens_per_second",
+           "setup_hash", "tokenizer_fingerprint", "training_flops_per_token")  # fmt: skip
+
+
+def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResult]:
+    """Rebuild the model from the run's own configuration, score the split, record it in the run and in its W&B run.
+
+    Raises UserError when the split is missing or the run's data is not what it was trained on.
+    """
+    summary = read_json(run / "summary.json")
+    device = select_device(config.device)
+    precision = select_precision(config.precision, device)
+    trained = load_trained(run, device=device, precision=precision, backend=config.attention["backend"])
+    dataset = config.dataset or trained.config.dataset
+    data = prepare(dataset, trained.config.tokenizer, Path(config.data_dir), tokenizer_file=trained.tokenizer_file)
+    if config.split not in data.splits:
+        raise UserError(f"split={config.split} is not in dataset={dataset.name}; choose from {', '.join(data.splits)}")
+    if config.dataset is None and data.fingerprint != summary["data_fingerprint"]:
+        raise UserError(
+            f"the data of dataset={dataset.name} is not what {run.name} was trained on; bring that data back, or name "
+            f"the corpus to evaluate on with dataset=..."
+        )
+    cache = measure_cache(trained.model, dtype=getattr(torch, config.cache.dtype))
+    mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
+
+    started = time.perf_counter()
+    result = evaluate_model(
+        trained.model, data.splits[config.split], end_of_text=data.end_of_text, decode=trained.tokenizer.decode,
+        stride_fraction=config.stride_fraction, batch_size=config.batch_size, precision=precision, device=device,
+        per_document=config.per_document, max_tokens=config.max_tokens, progress=True,
+    )  # fmt: skip
+    record = {key: summary[key] for key in CARRIED} | {
+        "trained_on": trained.config.dataset.name,
+        "dataset": dataset.name,
+        "data_fingerprint": data.fingerprint,
+        "split": config.split,
+        "per_document": config.per_document,
+        "stride_fraction": config.stride_fraction,
+        "max_tokens": config.max_tokens,
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "word_perplexity": result.word_perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "evaluated_tokens": result.tokens,
+        "evaluated_bytes": result.bytes,
+        "evaluated_words": result.words,
+        "loss_by_position": result.loss_by_position,
+        "cache_bytes_per_token": cache.bytes_per_token,
+        "cache_dtype": config.cache.dtype,
+        "cache_elements_per_token_per_layer": cache.elements_per_token_per_layer,
+        "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
+        "seconds": time.perf_counter() - started,
+        "kernel": trained.kernel,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(precision).removeprefix("torch."),
+        "checkpoint": trained.checkpoint,
+        "commit": commit(),
+    }
+    write_json(run / "evaluations" / f"{record_name(record)}.json", record)
+    with open_run_tracker(
+        trained.config, config.tracking, run, run_config={}, run_id=summary["wandb_id"], metrics_bytes=None
+    ) as tracker:
+        figures = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
+        tracker.summary({f"eval/{dataset.name}/{config.split}/{key}": record[key] for key in figures})
+    return record, result
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """dataset-split-hash: the same evaluation done again replaces its file, another one stands beside it."""
+    shaping = ("data_fingerprint", "cache_dtype", "precision", "per_document", "stride_fraction", "max_tokens")
+    digest = hashlib.sha256(json.dumps([record[key] for key in shaping]).encode()).hexdigest()
+    return f"{record['dataset']}-{record['split']}-{digest[:8]}"

@@ -1,0 +1,331 @@
+"""Everything one training run is made of, assembled from its configuration and its newest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.build import build_model
+from harness.config import load_run_config, setup_hash
+from harness.data import PreparedData, Tokenizer, prepare
+from harness.data.loader import WindowLoader
+from harness.errors import UserError
+from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.perplexity import SplitResult
+from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
+from harness.run import commit
+from harness.schema import TrackingConfig, TrainConfig
+from harness.tracking import Tracker, open_tracker
+from harness.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from harness.training.device import (
+    auto_micro_batch_size,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory_bytes,
+    reset_peak_memory,
+    seed_everything,
+    select_compile,
+    select_precision,
+    set_deterministic,
+)
+from harness.training.loop import Step, train
+from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.schedule import build_schedule
+from modeling.gpt import GPT
+from modeling.kernels.attend import choose_backend
+
+# Above this many bytes of float32 logits in one forward pass the loss is computed in pieces (modeling/loss.py): on a CPU
+# small pieces stay in its caches, on a GPU the plain loss is faster as long as its logits fit.
+WHOLE_LOGITS_BYTES = {"cpu": 0, "cuda": 16 * 2**30}
+LOSS_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass
+class Session:
+    """A run ready for its next step. `first_step` is 1 for a fresh run."""
+
+    config: TrainConfig
+    run: Path
+    data: PreparedData
+    tokenizer: Tokenizer
+    model: GPT
+    facts: ModelFacts
+    optimizer: Optimizer
+    device: torch.device
+    precision: torch.dtype
+    compiled: bool
+    kernel: str
+    micro_batch_size: int
+    steps: int
+    first_step: int
+    seconds_before: float
+    metrics_bytes: int
+    wandb_id: str | None  # known once a tracker has been opened
+    last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.model.max_seq_len
+
+    def lines(self) -> list[str]:
+        """What a person wants to know before waiting."""
+        train_split = self.data.splits["train"]
+        remaining = (self.steps - self.first_step + 1) * self.tokens_per_step
+        seconds = estimated_seconds(
+            remaining * self.facts.flops_per_token, device=self.device, dtype=self.precision,
+            width=self.config.model.d_model,
+        )  # fmt: skip
+        remark = cache_remark(self.facts, self.config)
+        return [
+            f"run         {self.run}",
+            f"dataset     {self.config.dataset.name}: {train_split.n_tokens:,} training tokens, vocabulary "
+            f"{self.data.vocab_size:,} ({self.data.fingerprint[:12]})",
+            *self.facts.lines(),
+            *([remark] if remark else []),
+            f"attention   {self.config.attention['name']}, kernel {self.kernel}; {self.device.type}, "
+            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}",
+            f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
+            f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
+            f"time        about {_duration(seconds)} for {remaining:,} tokens, evaluation apart",
+        ]
+
+    def train(self) -> Iterator[Step]:
+        """The remaining steps."""
+        config = self.config
+        loader = WindowLoader(
+            self.data.splits["train"].tokens, max_seq_len=config.model.max_seq_len, batch_size=config.batch_size,
+            data_seed=config.data_seed,
+        )  # fmt: skip
+        batches = loader.iterate(self.first_step - 1, device=self.device)
+        try:
+            yield from train(
+                self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
+                first_step=self.first_step, last_step=self.steps, micro_batch_size=self.micro_batch_size,
+                grad_clip=config.optimizer.grad_clip, precision=self.precision, compile=self.compiled,
+                device=self.device,
+            )  # fmt: skip
+        finally:
+            batches.close()  # ends the prefetching thread
+
+    def evaluate(self) -> SplitResult:
+        """The validation split, as eval_model.py would score it, up to evaluation.max_tokens."""
+        evaluation = self.config.evaluation
+        return evaluate_model(
+            self.model, self.data.splits["validation"], end_of_text=self.data.end_of_text,
+            decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
+            batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
+            max_tokens=evaluation.max_tokens,
+        )  # fmt: skip
+
+    def step_metrics(self, step: Step) -> dict[str, float]:
+        """One step as it is logged."""
+        metrics = {
+            "train/loss": step.loss,
+            "train/lr": step.lr,
+            "train/grad_norm": step.grad_norm,
+            "speed/tokens_per_second": step.tokens_per_second,
+            "memory/peak_bytes": peak_memory_bytes(self.device),
+        }
+        peak = peak_flops(self.device, self.precision)
+        if peak is not None:
+            metrics["speed/mfu"] = step.tokens_per_second * self.facts.flops_per_token / peak
+        return metrics
+
+    def save(self, step: Step, tracker: Tracker) -> None:
+        """A checkpoint after this step: continuing from it repeats nothing."""
+        state = {
+            "step": step.number,
+            "last_step": dataclasses.asdict(step),
+            "seconds": self.seconds_before + step.seconds,
+            "metrics_bytes": tracker.metrics_bytes,
+            "wandb_id": self.wandb_id,
+            "data_fingerprint": self.data.fingerprint,
+        }
+        save_checkpoint(self.run / "checkpoints", model=self.model, optimizer=self.optimizer, state=state)
+
+    def open_tracker(self) -> Tracker:
+        """metrics.jsonl, cut to where this session starts, and W&B if chosen."""
+        run_config = dataclasses.asdict(self.config) | {"facts": dataclasses.asdict(self.facts)}
+        tracker = open_run_tracker(
+            self.config, self.config.tracking, self.run, run_config=run_config, run_id=self.wandb_id,
+            metrics_bytes=self.metrics_bytes,
+        )  # fmt: skip
+        self.wandb_id = tracker.run_id
+        return tracker
+
+    def summary(self, step: Step, result: SplitResult) -> dict[str, Any]:
+        """The content of summary.json: final validation figures and what they were reached with."""
+        config = self.config
+        return {
+            "name": config.name,
+            "attention": config.attention["name"],
+            "model": config.model.name,
+            "dataset": config.dataset.name,
+            "seed": config.seed,
+            "data_seed": config.data_seed,
+            "parameters": self.facts.parameters["total"],
+            "parameters_by_block": self.facts.parameters,
+            "training_flops_per_token": self.facts.flops_per_token,
+            "tokens": step.tokens,
+            "steps": step.number,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "word_perplexity": result.word_perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "split": "validation",
+            "evaluated_tokens": result.tokens,
+            "train_loss": step.loss,
+            "cache_bytes_per_token": self.facts.cache_bytes_per_token,
+            "cache_dtype": self.facts.cache_dtype,
+            "cache_elements_per_token_per_layer": self.facts.cache_elements_per_token_per_layer,
+            "cache_ratio_to_mha": self.facts.cache_ratio_to_mha,
+            "tokens_per_second": step.tokens_per_second,
+            "seconds": self.seconds_before + (0.0 if step is self.last_step else step.seconds),
+            "peak_memory_bytes": peak_memory_bytes(self.device),
+            "setup_hash": setup_hash(config),
+            "data_fingerprint": self.data.fingerprint,
+            "tokenizer_fingerprint": tokenizer_fingerprint(self.data.tokenizer_file),
+            "kernel": self.kernel,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type,
+            "precision": str(self.precision).removeprefix("torch."),
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+            "commit": commit(),
+            "wandb_id": self.wandb_id,
+        }
+
+
+def open_session(config: TrainConfig, run: Path, device: torch.device, steps: int) -> Session:
+    """Prepare the data, build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+    set_deterministic(config.deterministic)
+    keep_freed_memory(device)
+    precision = select_precision(config.precision, device)
+    data = prepare(config.dataset, config.tokenizer, Path(config.data_dir))
+    if "validation" not in data.splits:
+        raise UserError(f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0")
+    if data.tokenizer_file is not None:
+        shutil.copyfile(data.tokenizer_file, run / "tokenizer.json")
+
+    seed_everything(config.seed)
+    model = build_model(config, data.vocab_size).to(device)
+    kernel = pin_kernel(model, config.attention["backend"], device=device, precision=precision)
+    facts = model_facts(model, config)
+    micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
+        config.batch_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
+        n_layers=config.model.n_layers, vocab_size=data.vocab_size, parameters=facts.parameters["total"],
+        precision=precision, device=device,
+    )  # fmt: skip
+    choose_loss_chunk(model, micro_batch_size=micro_batch_size, device=device)
+
+    optimizer = build_optimizer(model, config.optimizer)
+    session = Session(
+        config=config, run=run, data=data, tokenizer=Tokenizer.load(data.tokenizer_file), model=model, facts=facts,
+        optimizer=optimizer, device=device, precision=precision, compiled=select_compile(config.compile, device),
+        kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
+        metrics_bytes=0, wandb_id=None, last_step=None,
+    )  # fmt: skip
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+        if state["data_fingerprint"] != data.fingerprint:
+            raise UserError(
+                f"the data of dataset={config.dataset.name} is not what {run} was started on; bring that data back, "
+                f"or train anew with overwrite=true or another name=..."
+            )
+        session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
+        session.last_step = Step(**state["last_step"])
+        session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
+    reset_peak_memory(device)
+    return session
+
+
+@dataclass
+class TrainedModel:
+    """A run's model as its newest checkpoint left it, in evaluation mode."""
+
+    config: TrainConfig
+    model: GPT
+    tokenizer: Tokenizer
+    tokenizer_file: Path | None  # None: plain bytes
+    kernel: str
+    checkpoint: str
+
+
+def load_trained(run: Path, *, device: torch.device, precision: torch.dtype, backend: str) -> TrainedModel:
+    """Rebuild the model from the configuration inside the run. Raises UserError when the run holds no checkpoint."""
+    config = load_run_config(run)
+    tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
+    tokenizer = Tokenizer.load(tokenizer_file)
+    model = build_model(config, tokenizer.vocab_size).to(device)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
+    load_checkpoint(checkpoint, model=model, optimizer=None)
+    kernel = pin_kernel(model, backend, device=device, precision=precision)
+    return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name)
+
+
+def open_run_tracker(
+    config: TrainConfig,
+    tracking: TrackingConfig,
+    run: Path,
+    *,
+    run_config: dict[str, Any],
+    run_id: str | None,
+    metrics_bytes: int | None,
+) -> Tracker:
+    """The tracker of a training run, first opened or continued: always the same name, group and tags.
+
+    Runs of one dataset and model size share a group, so that the dashboard shows variants and seeds side by side.
+    """
+    return open_tracker(
+        tracking, run_dir=run, name=config.name, run_config=run_config,
+        group=f"{config.dataset.name}-{config.model.name}", job_type="train",
+        tags=[config.attention["name"], config.dataset.name, config.model.name], run_id=run_id,
+        metrics_bytes=metrics_bytes,
+    )  # fmt: skip
+
+
+def pin_kernel(model: GPT, requested: str, *, device: torch.device, precision: torch.dtype) -> str:
+    """Choose the attention kernel once, set it in every layer and return its name. Raises UserError if it cannot run."""
+    first = model.attentions[0]
+    try:
+        kernel = choose_backend(
+            requested, n_heads=first.n_heads, n_kv_heads=first.n_kv_heads, qk_width=first.qk_width,
+            v_width=first.v_head_dim, dropout=first.dropout, device=device, dtype=precision,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    model.set_backend(kernel)
+    return kernel
+
+
+def choose_loss_chunk(model: GPT, *, micro_batch_size: int, device: torch.device) -> None:
+    """Whole logits or pieces, whichever WHOLE_LOGITS_BYTES says for this device."""
+    logits_bytes = 4 * micro_batch_size * model.max_seq_len * model.head.weight.shape[0]
+    chunked = logits_bytes > WHOLE_LOGITS_BYTES.get(device.type, 0)
+    model.loss_chunk_tokens = LOSS_CHUNK_TOKENS.get(device.type, 1024) if chunked else None
+
+
+def tokenizer_fingerprint(file: Path | None) -> str:
+    """SHA-256 of a tokenizer.json; "bytes" where tokens are plain bytes."""
+    return "bytes" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def steps_due(number: int, last: int, interval: int) -> bool:
+    """Is it time, at step `number`, for what happens every `interval` steps and at the end?"""
+    return number % interval == 0 or number == last
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

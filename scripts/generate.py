@@ -1,0 +1,84 @@
+"""Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon".
+
+  run             a run's folder or name; without one, the newest finished run
+  prompt          the text to continue (empty: a fresh document)
+  max_new_tokens  128        temperature  0.8 (0: greedy)
+  top_k           null       top_p        null
+  seed            0          device       auto
+  attention.backend  auto    runs_dir     runs
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import enter_environment
+
+enter_environment()
+
+from harness.command_line import find_run, newest_run, parse_options, run_script, user_path
+from harness.errors import UserError
+
+
+@dataclass
+class AttentionOptions:
+    backend: str = "auto"
+
+
+@dataclass
+class GenerateOptions:
+    run: str | None = None
+    prompt: str = ""
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    device: str = "auto"
+    runs_dir: str = "runs"
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(GenerateOptions, arguments)
+    runs_dir = user_path(options.runs_dir)
+    run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
+
+    import torch
+
+    from harness.session import load_trained
+    from harness.training.device import select_device
+    from modeling.generation import generate
+
+    device = select_device(options.device)
+    trained = load_trained(run, device=device, precision=torch.float32, backend=options.attention.backend)
+    tokens = trained.tokenizer.encode(options.prompt) or [trained.tokenizer.end_of_text]
+    shown = ""
+    written: list[int] = []
+    print(options.prompt, end="", flush=True)
+    try:
+        for next_token in generate(
+            trained.model, [tokens], max_new_tokens=options.max_new_tokens, temperature=options.temperature,
+            top_k=options.top_k, top_p=options.top_p,
+            generator=torch.Generator(device).manual_seed(options.seed),
+        ):  # fmt: skip
+            written.append(int(next_token))
+            if written[-1] == trained.tokenizer.end_of_text:
+                break
+            text = trained.tokenizer.decode(written)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

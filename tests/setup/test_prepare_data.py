@@ -1,0 +1,139 @@
+"""scripts/prepare_data.py in a copy of the project: what set-up prepares, and which dataset runs then use."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.projects import copy_project
+
+FAST = "tokenizer=bytes"  # no tokenizer to train
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return copy_project(tmp_path / "project")
+
+
+@pytest.fixture
+def silent_hub() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=50) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def closed_hub() -> str:
+    """An address at which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def prepare(project: Path, *arguments: str, hub: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(project / "scripts" / "prepare_data.py"), f"data_dir={project / 'data'}", *arguments]
+    environ = {**os.environ, "HF_ENDPOINT": hub or closed_hub(), "HF_HOME": str(project / "hub cache")}
+    return subprocess.run(command, env=environ, capture_output=True, text=True)
+
+
+def dataset_of_runs(project: Path, *overrides: str) -> str:
+    """The dataset that the project's train_model.py uses with these overrides."""
+    code = "import sys; from harness.config import compose; print(compose('train', sys.argv[1:])['dataset']['name'])"
+    command = [sys.executable, "-c", code, *overrides]
+    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def let_wikitext2_arrive(project: Path) -> None:
+    """A wikitext2 that lies on this machine, in place of the one on the hub."""
+    texts = project / "texts"
+    texts.mkdir()
+    for split in ("train", "validation", "test"):
+        (texts / f"{split}.txt").write_text(f"some text for {split}\n" * 20)
+    config = f"name: wikitext2\nsource: local\npath: {texts}\ntext_column: text\n"
+    (project / "configs" / "dataset" / "wikitext2.yaml").write_text(config)
+
+
+def local_config(project: Path) -> Path:
+    return project / "configs" / "local" / "default.yaml"
+
+
+def test_without_the_hub_stdlib_is_prepared_loudly_and_selected_until_wikitext2_arrives(project: Path) -> None:
+    result = prepare(project, FAST)
+    assert result.returncode == 0, result.stderr
+    assert "!! stdlib is prepared instead of wikitext2" in result.stderr
+    assert "out of reach" in result.stderr
+    assert list(project.glob("data/stdlib-*/meta.json"))
+    assert dataset_of_runs(project) == "stdlib"
+    assert dataset_of_runs(project, "dataset=wikitext2") == "wikitext2"
+
+    let_wikitext2_arrive(project)
+    result = prepare(project, FAST)
+    assert result.returncode == 0, result.stderr
+    assert not local_config(project).exists()
+    assert dataset_of_runs(project) == "wikitext2"
+
+
+def test_a_hub_that_never_answers_is_given_up_within_five_seconds(project: Path, silent_hub: str) -> None:
+    command = [sys.executable, "-u", str(project / "scripts" / "prepare_data.py"), f"data_dir={project / 'data'}", FAST]
+    environ = {**os.environ, "HF_ENDPOINT": silent_hub, "HF_HOME": str(project / "hub cache")}
+    times: dict[str, float] = {}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            times.setdefault(line[:2], time.monotonic())  # the first line that begins with == and with !!
+    assert process.returncode == 0
+    assert times["!!"] - times["=="] < 5
+
+
+def test_a_named_dataset_is_prepared_and_selects_nothing(project: Path) -> None:
+    result = prepare(project, "stdlib", FAST)
+    assert result.returncode == 0, result.stderr
+    assert list(project.glob("data/stdlib-*/meta.json"))
+    assert not local_config(project).exists()
+
+
+def test_several_names_are_all_prepared_with_the_same_overrides(project: Path) -> None:
+    let_wikitext2_arrive(project)
+    (project / "configs" / "dataset" / "mine.yaml").write_text(
+        (project / "configs" / "dataset" / "wikitext2.yaml").read_text().replace("wikitext2", "mine")
+    )
+    result = prepare(project, "wikitext2", FAST, "mine")
+    assert result.returncode == 0, result.stderr
+    folders = list(project.glob("data/*/meta.json"))
+    assert {folder.parent.name.rsplit("-", 1)[0] for folder in folders} == {"wikitext2", "mine"}
+    assert all(json.loads(folder.read_text())["vocab_size"] < 300 for folder in folders)
+
+
+@pytest.mark.parametrize("argument", ["wikitext103", "dataset=wikitext103"])
+def test_a_named_dataset_out_of_reach_is_an_error_and_no_other_takes_its_place(project: Path, argument: str) -> None:
+    result = prepare(project, argument, FAST)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert not list(project.glob("data/*/meta.json"))
+    assert not local_config(project).exists()
+
+
+def test_a_misspelt_name_is_one_sentence_with_the_right_one(project: Path) -> None:
+    result = prepare(project, "wikitxt2")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [result.stderr.strip()]
+    assert "wikitext2" in result.stderr
+
+
+def test_a_local_file_of_the_users_own_is_neither_overwritten_nor_removed(project: Path) -> None:
+    local_config(project).parent.mkdir()
+    own = "# @package _global_\ndefaults:\n  - override /dataset: tinystories\n"
+    local_config(project).write_text(own)
+    result = prepare(project, FAST)
+    assert result.returncode == 0, result.stderr
+    assert "your own" in result.stderr
+    let_wikitext2_arrive(project)
+    assert prepare(project, FAST).returncode == 0
+    assert local_config(project).read_text() == own

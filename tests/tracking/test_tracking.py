@@ -1,0 +1,383 @@
+"""What tracking promises: metrics.jsonl is whole whatever happens, W&B gets everything, and neither harms the run.
+
+W&B's own client talks to a loopback server here, so that the online path is the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.errors import UserError
+from harness.schema import TrackingConfig
+from harness.tracking import Tracker, open_tracker
+from tests.support.wandb_server import WandbServer
+
+KEY = "0123456789" * 4
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def track(run_dir: Path, config: TrackingConfig | None = None, **changes: Any) -> Tracker:
+    arguments: dict[str, Any] = {
+        "run_dir": run_dir, "name": "books-tiny-mla-seed0", "run_config": {"attention": {"name": "mla", "rank": 64}},
+        "group": "books-tiny", "job_type": "train", "tags": ["mla"], "run_id": None, "metrics_bytes": 0,
+    }  # fmt: skip
+    return open_tracker(config or TrackingConfig(name="wandb"), **(arguments | changes))
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def children() -> list[str]:
+    listed = subprocess.run(["ps", "-A", "-o", "ppid=,pid=,stat=,comm="], capture_output=True, text=True, check=True)
+    fields = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
+    return [f"{pid} {name}" for ppid, pid, state, name in fields
+            if ppid == str(os.getpid()) and not state.startswith("Z") and name != "ps"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home folder without a key. Nothing may be left behind: processes, threads, variables, files outside the run."""
+    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(key, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    before = set(threading.enumerate())
+    yield home
+    assert children() == []
+    assert set(threading.enumerate()) - before == set()
+    assert "WANDB_SERVICE" not in os.environ and "WANDB_CACHE_DIR" not in os.environ
+    assert {path.name for path in home.rglob("*")} <= {".netrc", ".config", "wandb", "settings"}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
+    """W&B, played; the environment points to it and holds a key."""
+    with WandbServer() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        yield server
+
+
+def test_metrics_are_on_disk_line_by_line_without_wandb(tmp_path: Path) -> None:
+    with track(tmp_path / "run", TrackingConfig(name="none")) as tracker:
+        tracker.log(0, 0, {"val/loss": 5.5})
+        assert rows_of(tmp_path / "run") == [{"step": 0, "tokens": 0, "val/loss": 5.5}]
+        tracker.log(1, 256, {"train/loss": 5.25})
+        tracker.summary({"loss": 5.25})
+        assert len(rows_of(tmp_path / "run")) == 2
+        assert tracker.run_id is None
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_resumed_run_has_no_line_twice(tmp_path: Path) -> None:
+    none = TrackingConfig(name="none")
+    with track(tmp_path, none) as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+        at_the_checkpoint = tracker.metrics_bytes
+        tracker.log(2, 512, {"train/loss": 4.0})
+    with track(tmp_path, none, metrics_bytes=at_the_checkpoint, run_id="kept") as tracker:
+        tracker.log(2, 512, {"train/loss": 4.0})
+        assert tracker.run_id == "kept"
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    with track(tmp_path, none) as tracker:
+        tracker.log(1, 256, {"train/loss": 3.0})
+    assert rows_of(tmp_path) == [{"step": 1, "tokens": 256, "train/loss": 3.0}]
+
+
+def test_an_evaluation_leaves_metrics_alone(tmp_path: Path) -> None:
+    none = TrackingConfig(name="none")
+    with track(tmp_path, none) as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with track(tmp_path, none, metrics_bytes=None) as tracker:
+        tracker.summary({"eval/books/test/loss": 4.5})
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_lost_metrics_are_refused_not_padded(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=r"has 12 bytes, fewer than the 400 .* overwrite=true"):
+        track(tmp_path, TrackingConfig(name="none"), metrics_bytes=400)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_values_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
+    with track(tmp_path, TrackingConfig(name="none")) as tracker:
+        tracker.log(1, 256, {"val/perplexity": math.inf, "val/loss": math.nan, "train/loss": 1.0})
+    assert rows_of(tmp_path) == [
+        {"step": 1, "tokens": 256, "val/perplexity": None, "val/loss": None, "train/loss": 1.0}
+    ]
+
+
+def test_everything_arrives_online(tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]) -> None:
+    config = TrackingConfig(name="wandb", project="ablation", tags=["night"], notes="a note")
+    with track(tmp_path / "run", config) as tracker:
+        tracker.log(0, 0, {"val/loss": 3.5, "cache/bytes_per_token": 640})
+        for step in range(1, 40):
+            tracker.log(step, step * 256, {"train/loss": 5.0 / step})
+        tracker.log(39, 39 * 256, {"val/loss": 2.5})
+        tracker.summary({"loss": 2.5, "cache_bytes_per_token": 640, "attention": "mla"})
+    run = server.only_run()
+    assert run.run_id == tracker.run_id
+    assert (run.project, run.display_name, run.group, run.job_type, run.notes) == (
+        "ablation", "books-tiny-mla-seed0", "books-tiny", "train", "a note",
+    )  # fmt: skip
+    assert run.tags == ["night", "mla"]
+    assert run.config["attention"] == {"name": "mla", "rank": 64}
+    *others, last, validation = rows_of(tmp_path / "run")
+    assert run.history == [*others, last | validation]  # W&B has one row a step
+    assert run.summary["loss"] == 2.5 and run.summary["cache_bytes_per_token"] == 640
+    assert run.summary["val/loss"] == {"min": 2.5}
+    assert run.exit_code == 0
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [f"wandb: {server.url}/tester/ablation/runs/{run.run_id}"]
+
+
+def test_charts_are_drawn_over_tokens(tmp_path: Path, server: WandbServer) -> None:
+    with track(tmp_path) as tracker:
+        tracker.log(1, 256, {"val/loss": 5.0})
+    # The client stores its metric definitions in the configuration under numbers: 1 name, 2 pattern, 5 the x-axis (an
+    # index into the list, from 1).
+    definitions = server.only_run().config["_wandb"]["m"]
+    x_axis = next(number for number, entry in enumerate(definitions, start=1) if entry.get("1") == "tokens")
+    assert {entry.get("1") or entry["2"]: entry.get("5") for entry in definitions if entry.get("1") != "tokens"} == {
+        "*": x_axis, "val/loss": x_axis, "val/perplexity": x_axis, "val/bits_per_byte": x_axis,
+    }  # fmt: skip
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, server: WandbServer) -> None:
+    with track(tmp_path) as first:
+        first.log(1, 256, {"train/loss": 5.0})
+        at_the_checkpoint = first.metrics_bytes
+        first.log(2, 512, {"train/loss": 4.0})
+        first.summary({"before": 1})
+    with track(tmp_path, run_id=first.run_id, metrics_bytes=at_the_checkpoint) as second:
+        for step in (2, 3):
+            second.log(step, 256 * step, {"train/loss": 6.0 - step})
+    with track(tmp_path, run_id=first.run_id, metrics_bytes=None, run_config={}) as evaluation:
+        evaluation.summary({"eval/books/test/bits_per_byte": 1.9})
+    assert first.run_id == second.run_id == evaluation.run_id
+    run = server.only_run()
+    assert run.history == rows_of(tmp_path)
+    assert [row["step"] for row in run.history] == [1, 2, 3]
+    assert run.summary["before"] == 1 and run.summary["eval/books/test/bits_per_byte"] == 1.9
+    assert run.config["attention"] == {"name": "mla", "rank": 64}
+
+
+def test_a_table_and_an_image_arrive(tmp_path: Path, server: WandbServer) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (4, 3), "orange").save(tmp_path / "picture.png")
+    with track(tmp_path / "run", metrics_bytes=None, job_type="compare") as tracker:
+        tracker.log_table("results", ["variant", "bits per byte"], [["mla", 1.5], ["mha", 1.25]])
+        tracker.log_image("scatter", tmp_path / "picture.png", caption="a caption")
+    run = server.only_run()
+    logged = {key: value for row in run.history for key, value in row.items()}
+    table = json.loads(run.files[logged["results"]["path"]])
+    assert table["columns"] == ["variant", "bits per byte"] and table["data"] == [["mla", 1.5], ["mha", 1.25]]
+    assert run.files[logged["scatter"]["path"]] == (tmp_path / "picture.png").read_bytes()
+    assert run.job_type == "compare"
+
+
+def test_a_failed_run_is_marked_as_failed(tmp_path: Path, server: WandbServer) -> None:
+    with pytest.raises(ZeroDivisionError), track(tmp_path) as tracker:
+        tracker.log(1, 256, {"train/loss": 1 / 0})
+    assert server.only_run().exit_code == 1
+
+
+def test_the_environment_decides_where_a_run_goes(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in {
+        "WANDB_PROJECT": "theirs", "WANDB_ENTITY": "team", "WANDB_RUN_GROUP": "a group", "WANDB_NAME": "a name",
+        "WANDB_TAGS": "one,two", "WANDB_NOTES": "a note", "WANDB_DIR": str(tmp_path / "elsewhere"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    (tmp_path / "elsewhere").mkdir()
+    with track(tmp_path / "run", TrackingConfig(name="wandb", project="ours", entity="us", group="g", notes="n")):
+        pass
+    run = server.only_run()
+    assert (run.project, run.entity, run.group, run.display_name, run.notes) == (
+        "theirs", "team", "a group", "a name", "a note",
+    )  # fmt: skip
+    assert run.tags == ["one", "two", "mla"]
+    assert (tmp_path / "elsewhere" / "wandb").is_dir() and not (tmp_path / "run" / "wandb").exists()
+
+
+@pytest.mark.parametrize("place", ["netrc", "settings"])
+def test_a_key_in_a_file_is_found(
+    place: str, tmp_path: Path, home: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY")
+    if place == "netrc":
+        (home / ".netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+        (home / ".netrc").chmod(0o600)
+    else:
+        monkeypatch.delenv("WANDB_BASE_URL")
+        (home / ".config" / "wandb").mkdir(parents=True)
+        (home / ".config" / "wandb" / "settings").write_text(f"[default]\nbase_url = {server.url}\napi_key = {KEY}\n")
+    with track(tmp_path / "run") as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    assert server.only_run().history == rows_of(tmp_path / "run")
+
+
+def test_without_a_key_the_one_line_said_is_the_command_that_uploads(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "a run"
+    with track(run_dir) as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0, "val/loss": 4.0})
+        tracker.summary({"loss": 5.0})
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "there is no API key" in said.err
+    with track(run_dir, run_id=tracker.run_id, metrics_bytes=(run_dir / "metrics.jsonl").stat().st_size) as tracker:
+        tracker.log(2, 512, {"train/loss": 3.0})
+    with track(run_dir, run_id=tracker.run_id, metrics_bytes=None, run_config={}) as tracker:
+        tracker.summary({"eval/books/test/loss": 3.5})
+
+    (command,) = re.findall(r"upload with: (.+)\n", said.err)
+    with WandbServer() as server:
+        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
+        run = server.only_run()
+    assert run.run_id == tracker.run_id and run.group == "books-tiny" and run.tags == ["mla"]
+    assert run.history == rows_of(run_dir)
+    assert run.config["attention"] == {"name": "mla", "rank": 64}
+    expected = {"loss": 5.0, "train/loss": 3.0, "val/loss": {"min": 4.0}, "eval/books/test/loss": 3.5}
+    assert {key: run.summary[key] for key in expected} == expected
+    capfd.readouterr()
+
+
+def test_nothing_is_ever_asked_on_a_terminal(tmp_path: Path) -> None:
+    program = (
+        "from tests.tracking.test_tracking import *\n"
+        f"with track(Path({str(tmp_path / 'run')!r})) as tracker: tracker.log(1, 256, {{'train/loss': 5.0}})\n"
+    )
+    ours, theirs = pty.openpty()
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT_ROOT, timeout=30
+        )
+        shown = os.read(ours, 65536).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == 0
+    assert shown.count("\n") == 1 and "there is no API key" in shown
+
+
+def test_wandb_is_off_or_offline_when_its_variable_says_so(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with track(tmp_path / "off") as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    assert [path.name for path in (tmp_path / "off").iterdir()] == ["metrics.jsonl"]
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with track(tmp_path / "offline"):
+        pass
+    assert len(list((tmp_path / "offline" / "wandb").glob("offline-run-*"))) == 1
+    assert server.runs == {}
+
+
+def test_a_missing_package_leaves_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what Python itself does to say: there is no such module
+    with track(tmp_path) as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+        tracker.summary({"loss": 5.0})
+        assert tracker.run_id is None
+    assert len(rows_of(tmp_path)) == 1
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("fault", ["silent", "gone", "bad key"])
+def test_a_server_that_cannot_be_reached_costs_seconds_and_the_run_goes_on_offline(
+    fault: str, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    if fault == "silent":
+        server.silent.set()
+    elif fault == "gone":
+        server.close()
+    else:
+        monkeypatch.setenv("WANDB_API_KEY", "short")
+    started = time.monotonic()
+    with track(tmp_path) as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    assert time.monotonic() - started < 10
+    assert len(rows_of(tmp_path)) == 1 and server.runs == {}
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 1
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "offline" in said.err
+
+
+def test_a_server_that_dies_in_mid_run_costs_seconds_and_loses_nothing(
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
+    tracker = track(tmp_path)
+    tracker.log(1, 256, {"train/loss": 5.0})
+    server.close()
+    for step in range(2, 200):
+        tracker.log(step, 256 * step, {"train/loss": 5.0 / step})
+    started = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - started < 8
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 2
+    (command,) = re.findall(r"upload the rest with: (.+)\n", said.err)
+    with WandbServer() as revived:
+        environment = os.environ | {"WANDB_BASE_URL": revived.url}
+        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
+        assert revived.only_run().history == rows_of(tmp_path)
+    assert len(rows_of(tmp_path)) == 199
+
+
+def test_the_run_outlives_wandbs_own_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with track(tmp_path / "first") as tracker:
+        (service,) = children()
+        os.kill(int(service.split()[0]), signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while capfd.readouterr().err.count("stopped") == 0 and time.monotonic() < deadline:
+            tracker.log(1, 256, {"train/loss": 5.0})
+            time.sleep(0.05)
+    lines = len(rows_of(tmp_path / "first"))
+    assert lines >= 1
+    with track(tmp_path / "second") as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    assert len(list((tmp_path / "second" / "wandb").glob("offline-run-*"))) == 1
+    assert "stopped" not in capfd.readouterr().err
+
+
+def test_runs_in_one_process_do_not_meet(tmp_path: Path, server: WandbServer) -> None:
+    for name in ("mha", "mla"):
+        with track(tmp_path / name, name=name, run_config={"attention": name}, tags=[name]) as tracker:
+            tracker.log(1, 256, {f"train/{name}": 1.0})
+            tracker.summary({name: 1})
+    mha, mla = server.runs.values()
+    assert (mha.display_name, mla.display_name) == ("mha", "mla")
+    assert mla.config["attention"] == "mla" and mla.tags == ["mla"] and "mha" not in mla.summary
+    assert [set(run.history[0]) for run in (mha, mla)] == [
+        {"step", "tokens", "train/mha"}, {"step", "tokens", "train/mla"},
+    ]  # fmt: skip

@@ -1,0 +1,254 @@
+"""A checkpoint is whole and verified or it is not used; a resumed run cannot be told from an uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from harness.errors import UserError
+from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, save_checkpoint
+from harness.training.loop import train
+from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.schedule import build_schedule
+from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
+from tests.support.variants import gpt_from
+
+FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+
+
+def _save(folder: Path, step: int, *, seed: int = 0, **options: Any) -> Path:
+    model = tiny_model(seed)
+    optimizer = build_optimizer(model, optimizer_config())
+    _steps(model, optimizer, 1, 1, total=9)
+    state = {"step": step, "tokens": 54 * step}
+    return save_checkpoint(folder, model=model, optimizer=optimizer, state=state, **options)
+
+
+def _steps(model: nn.Module, optimizer: Optimizer, first: int, last: int, *, total: int) -> list[float]:
+    from harness.schema import ScheduleConfig
+
+    return [
+        step.loss
+        for step in train(
+            model, tiny_batches(first), optimizer=optimizer,
+            schedule=build_schedule(ScheduleConfig("cosine", 0.1, 0.1), total), first_step=first, last_step=last,
+            micro_batch_size=4, grad_clip=1.0, precision=torch.float32, compile=False, device=torch.device("cpu"),
+        )
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("kind", ["tiny", "gpt"])
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, name: str, kind: str) -> None:
+    """Twelve steps with dropout on, against six, everything thrown away, six more."""
+
+    def fresh(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        model = TinyModel() if kind == "tiny" else gpt_from(["attention=mla", "model.dropout=0.1"], vocab_size=11)
+        return model, build_optimizer(model, optimizer_config(name))
+
+    model, optimizer = fresh(0)
+    losses = _steps(model, optimizer, 1, 12, total=12)
+    assert len(set(losses)) == 12
+
+    first, first_optimizer = fresh(0)
+    again = _steps(first, first_optimizer, 1, 6, total=12)
+    save_checkpoint(tmp_path, model=first, optimizer=first_optimizer, state={"step": 6, "note": "here"})
+    torch.manual_seed(99)
+
+    second, second_optimizer = fresh(7)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    state = load_checkpoint(found, model=second, optimizer=second_optimizer)
+    assert state == {"step": 6, "note": "here"}
+    again += _steps(second, second_optimizer, state["step"] + 1, 12, total=12)
+
+    assert again == losses
+    for a, b in zip(model.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_global_generator_goes_on_where_it_was(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        numpy = [float(np.random.rand()), float(np.random.randn())]
+        return [random.random(), random.gauss(0.0, 1.0), *numpy, torch.rand(()).item()]
+
+    model = tiny_model()
+    optimizer = build_optimizer(model, optimizer_config())
+    draw()  # leaves half of a pair in both gauss caches
+    path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 1})
+    expected = draw()
+    load_checkpoint(path, model=model, optimizer=None)
+    assert draw() != expected, "loading weights alone leaves the generators as they are"
+    load_checkpoint(path, model=model, optimizer=optimizer)
+    assert draw() == expected
+
+
+def test_a_checkpoint_is_four_files_of_tensors_and_json(tmp_path: Path) -> None:
+    path = _save(tmp_path, 100)
+    assert path == tmp_path / "step-00000100"
+    assert {file.name for file in path.iterdir()} == FILES
+    assert json.loads((path / "state.json").read_text())["caller"] == {"step": 100, "tokens": 5400}
+    names = safetensors.torch.load_file(path / "optimizer.safetensors").keys()
+    assert "exp_avg/embedding.weight" in names and "exp_avg_sq/blocks.0.bias" in names
+
+
+def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    assert "head.weight" not in safetensors.torch.load_file(path / "model.safetensors")
+    model = tiny_model(seed=3)
+    load_checkpoint(path, model=model, optimizer=None)
+    assert model.head.weight is model.embedding.weight
+    saved = safetensors.torch.load_file(path / "model.safetensors")
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
+
+
+def test_no_checkpoint_is_none_and_a_half_written_one_does_not_count(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "absent") is None
+    path = _save(tmp_path, 1)
+    path.rename(tmp_path / ".partial-step-00000001")  # what a save leaves that was killed before its rename
+    assert latest_checkpoint(tmp_path) is None
+    _save(tmp_path, 2)
+    assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"], "the next save clears it away"
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink])
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
+) -> None:
+    older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    assert latest_checkpoint(tmp_path) == newer
+    damage(newer / name)
+    assert latest_checkpoint(tmp_path) == older
+    report = capsys.readouterr().err
+    assert str(newer) in report and "damaged" in report
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(newer, model=tiny_model(), optimizer=None)
+    assert newer.exists(), "nothing was deleted"
+
+
+def test_when_all_are_damaged_it_stops_and_deletes_nothing(tmp_path: Path) -> None:
+    paths = [_save(tmp_path, step) for step in (1, 2)]
+    for path in paths:
+        _flip(path / "model.safetensors")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .*overwrite=true"):
+        latest_checkpoint(tmp_path)
+    assert all({file.name for file in path.iterdir()} == FILES for path in paths)
+
+
+def test_the_newest_two_are_kept_and_the_one_just_written_always(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        _save(tmp_path, step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+    # Both are damaged, the run goes on from elsewhere and saves an earlier step: that one is the only good one.
+    for path in tmp_path.iterdir():
+        _flip(path / "model.safetensors")
+    path = _save(tmp_path, 1, keep=1)
+    assert path.exists() and latest_checkpoint(tmp_path) == path
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    path = _save(tmp_path, 5, seed=0)
+    _flip(path / "model.safetensors")
+    assert _save(tmp_path, 5, seed=1) == path
+    model = tiny_model(seed=2)
+    load_checkpoint(path, model=model, optimizer=None)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = _save(tmp_path, 1)
+    model = tiny_model(seed=1, tie=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"another model: head.weight is absent there and \(11, 8\) here"):
+        load_checkpoint(path, model=model, optimizer=None)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config", [optimizer_config("muon"), optimizer_config(lr=0.02), optimizer_config(weight_decay=0.0)]
+)
+def test_other_optimizer_settings_are_refused_and_change_nothing(tmp_path: Path, config: Any) -> None:
+    path = _save(tmp_path, 1)
+    model = tiny_model(seed=1)
+    before = model.head.weight.clone()
+    with pytest.raises(UserError, match="other optimizer settings"):
+        load_checkpoint(path, model=model, optimizer=build_optimizer(model, config))
+    assert torch.equal(model.head.weight, before)
+
+
+def test_a_disk_too_full_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older = _save(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"needs [\d,]+ bytes and the disk of .* has 1,000 free .*make room"):
+        _save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+
+
+def test_a_write_that_fails_half_way_leaves_the_older_checkpoint_and_no_stump(tmp_path: Path) -> None:
+    older = _save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))  # bytes a file: the kernel refuses the rest
+    try:
+        with pytest.raises(Exception, match=r"os error 27|File too large"):
+            _save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]
+    assert find_damage(older) is None
+
+
+ENDLESS_SAVES = """
+import sys, torch
+from pathlib import Path
+from harness.training.checkpoint import save_checkpoint
+from harness.training.optimizer import build_optimizer
+from tests.support.tiny_model import optimizer_config, tiny_model
+model = tiny_model()
+optimizer = build_optimizer(model, optimizer_config())
+step = 0
+while True:
+    step += 1
+    save_checkpoint(Path(sys.argv[1]), model=model, optimizer=optimizer, state={"step": step})
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDLESS_SAVES, str(tmp_path)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as child:
+        deadline = time.monotonic() + 60
+        while not any(tmp_path.glob("step-*")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(random.random() / 5)
+        child.send_signal(signal.SIGKILL)
+    assert all(find_damage(path) is None for path in tmp_path.glob("step-*"))
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    assert load_checkpoint(found, model=tiny_model(), optimizer=None)["step"] >= 1

@@ -1,0 +1,94 @@
+"""Train one attention variant: python train_model.py [attention=mla] [dataset=...] [model=...] [seed=...]."""
+
+# The environment comes first: what follows may only exist in the project's .venv.
+# ruff: noqa: E402
+from __future__ import annotations
+
+from harness.bootstrap import enter_environment
+
+enter_environment()
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.command_line import run_hydra
+from harness.config import load_train_config
+from harness.run import claim_run, finished, read_json, write_json
+
+if TYPE_CHECKING:
+    from harness.evaluation.perplexity import SplitResult
+
+
+def main(overrides: list[str]) -> int:
+    """Train the configured run to its end, from its newest checkpoint if there is one."""
+    config = load_train_config(overrides)
+
+    import torch
+    from tqdm import tqdm
+
+    from harness.build import build_model
+    from harness.evaluation.evaluate import split_metrics
+    from harness.session import open_session, steps_due
+    from harness.training.device import select_device
+    from harness.training.schedule import build_schedule, steps_from_budget
+
+    # What cannot work is refused before anything is written.
+    tokens_per_step = config.batch_size * config.model.max_seq_len
+    steps = steps_from_budget(
+        config.budget, tokens_per_step=tokens_per_step, default_tokens=config.model.default_tokens
+    )
+    build_schedule(config.schedule, steps)
+    device = select_device(config.device)
+    with torch.device("meta"):
+        build_model(config, vocab_size=64)
+
+    run = claim_run(config)
+    if finished(run):
+        return say_finished(run)
+    session = open_session(config, run, device, steps)
+    print("\n".join(session.lines()), flush=True)
+
+    bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)
+    step, result = session.last_step, None
+    with session.open_tracker() as tracker, bar:
+        if session.first_step == 1:
+            result = session.evaluate()
+            tracker.log(0, 0, session.facts.metrics() | split_metrics(result))
+            bar.write(validation_line(0, result))
+        for step in session.train():
+            bar.update()
+            bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
+            if steps_due(step.number, steps, config.intervals.log):
+                tracker.log(step.number, step.tokens, session.step_metrics(step))
+            if steps_due(step.number, steps, config.intervals.evaluate):
+                result = session.evaluate()
+                tracker.log(step.number, step.tokens, split_metrics(result))
+                bar.write(validation_line(step.number, result))
+            if steps_due(step.number, steps, config.intervals.checkpoint):
+                session.save(step, tracker)
+        assert step is not None
+        summary = session.summary(step, result or session.evaluate())
+        tracker.summary(summary)
+    write_json(run / "summary.json", summary)
+    print(json.dumps(summary))
+    return 0
+
+
+def validation_line(number: int, result: SplitResult) -> str:
+    """One line for people."""
+    return (
+        f"step {number:,}: validation loss {result.loss:.4f}, perplexity {result.perplexity:,.2f}, "
+        f"{result.bits_per_byte:.4f} bits per byte"
+    )
+
+
+def say_finished(run: Path) -> int:
+    """A finished run is left as it is."""
+    print(f"{run.name} is finished; train it anew with overwrite=true, or another one with name=... or seed=...")
+    print(json.dumps(read_json(run / "summary.json")))
+    return 0
+
+
+if __name__ == "__main__":
+    run_hydra(__file__, "train", main, description=__doc__)
