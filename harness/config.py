@@ -269,6 +269,7 @@ def differences(mine: TrainConfig, theirs: TrainConfig) -> list[str]:
 
 # --- composing -------------------------------------------------------------------------------------------------------
 
+SCHEMAS: dict[str, type] = {"train": TrainConfig, "eval": EvalConfig}
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "experiment")
 
 
@@ -323,13 +324,17 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             known = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
             assert isinstance(known, dict)
-            paths = _paths(known)
-            for override in parsed:
+            written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
+            final = []
+            for text, override in zip(overrides, parsed, strict=True):
                 key = override.key_or_group
-                if not _is_group(key) and not key.startswith("hydra.") and key not in paths:
-                    raise UserError(f"{key} is not a field of the configuration; "
-                                    f"{did_you_mean(key, sorted(paths | set(GROUPS)))}")  # fmt: skip
-            composed = hydra_compose(config_name, overrides)
+                if not _is_group(key) and not key.startswith("hydra.") and key not in written:
+                    if key not in optional or key.split(".")[0] not in written:
+                        raise UserError(f"{key} is not a field of the configuration; "
+                                        f"{did_you_mean(key, sorted(written | optional | set(GROUPS)))}")  # fmt: skip
+                    text = f"++{text}"  # a field that the YAML leaves at the schema's default
+                final.append(text)
+            composed = hydra_compose(config_name, final)
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause: BaseException = error
@@ -353,6 +358,17 @@ def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
         found.add(f"{prefix}{key}")
         if isinstance(value, Mapping):
             found |= _paths(value, f"{prefix}{key}.")
+    return found
+
+
+def _schema_paths(kind: Any, prefix: str = "") -> set[str]:
+    """Every dotted path of a dataclass, whether its YAML mentions it or not."""
+    found: set[str] = set()
+    for name, hint in typing.get_type_hints(kind).items():
+        found.add(f"{prefix}{name}")
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                found |= _schema_paths(option, f"{prefix}{name}.")
     return found
 
 

@@ -69,6 +69,7 @@ class Session:
     seconds_before: float
     metrics_bytes: int
     wandb_id: str | None  # known once a tracker has been opened
+    first_trained: Step | None  # of this session, the compilation in it: speed is counted after it
     last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
 
     @property
@@ -106,12 +107,14 @@ class Session:
         )  # fmt: skip
         batches = loader.iterate(self.first_step - 1, device=self.device)
         try:
-            yield from train(
+            for step in train(
                 self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
                 first_step=self.first_step, last_step=self.steps, micro_batch_size=self.micro_batch_size,
                 grad_clip=config.optimizer.grad_clip, precision=self.precision, compile=self.compiled,
                 device=self.device,
-            )  # fmt: skip
+            ):  # fmt: skip
+                self.first_trained = self.first_trained or step
+                yield step
         finally:
             batches.close()  # ends the prefetching thread
 
@@ -138,6 +141,13 @@ class Session:
         if peak is not None:
             metrics["speed/mfu"] = step.tokens_per_second * self.facts.flops_per_token / peak
         return metrics
+
+    def mean_tokens_per_second(self, last: Step) -> float:
+        """Over this session's steps but the first, which compiles and warms up."""
+        first = self.first_trained
+        if first is None or first.number == last.number:
+            return last.tokens_per_second
+        return (last.tokens - first.tokens) / (last.seconds - first.seconds)
 
     def save(self, step: Step, tracker: Tracker) -> None:
         """A checkpoint after this step: continuing from it repeats nothing."""
@@ -182,12 +192,15 @@ class Session:
             "bits_per_byte": result.bits_per_byte,
             "split": "validation",
             "evaluated_tokens": result.tokens,
+            "per_document": False,
+            "stride_fraction": config.evaluation.stride_fraction,
+            "max_tokens": config.evaluation.max_tokens,
             "train_loss": step.loss,
             "cache_bytes_per_token": self.facts.cache_bytes_per_token,
             "cache_dtype": self.facts.cache_dtype,
             "cache_elements_per_token_per_layer": self.facts.cache_elements_per_token_per_layer,
             "cache_ratio_to_mha": self.facts.cache_ratio_to_mha,
-            "tokens_per_second": step.tokens_per_second,
+            "tokens_per_second": self.mean_tokens_per_second(step),
             "seconds": self.seconds_before + (0.0 if step is self.last_step else step.seconds),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "setup_hash": setup_hash(config),
@@ -230,7 +243,7 @@ def open_session(config: TrainConfig, run: Path, device: torch.device, steps: in
         config=config, run=run, data=data, tokenizer=Tokenizer.load(data.tokenizer_file), model=model, facts=facts,
         optimizer=optimizer, device=device, precision=precision, compiled=select_compile(config.compile, device),
         kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
-        metrics_bytes=0, wandb_id=None, last_step=None,
+        metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
     )  # fmt: skip
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is not None:

@@ -183,8 +183,6 @@ class _Dashboard:
         self._alone = root == run_dir.absolute()  # <root>/wandb holds nothing but fragments of this run
         self._wandb: Any = None
         self._run: Any = None
-        run_id, continued = run_id or secrets.token_hex(4), run_id is not None
-        self._summary_file = root / "wandb" / f"summary-{run_id}.json"
         # The client's caches lie in the home folder by default. Its reports on itself need threads that outlive a run.
         wanted = {
             "WANDB_CACHE_DIR": str(root / "wandb" / "cache"),
@@ -197,7 +195,8 @@ class _Dashboard:
             import wandb
 
             self._wandb = wandb
-            self._run = self._start({"dir": str(root), "id": run_id, "reinit": "create_new", **options}, continued)
+            root.mkdir(parents=True, exist_ok=True)
+            self._run = self._start({"dir": str(root), "reinit": "create_new", **options}, run_id)
         except Exception as error:
             _say(f"not in use ({_first_line(error)}); this run is recorded in metrics.jsonl alone")
         finally:
@@ -205,9 +204,8 @@ class _Dashboard:
                 self._leave()
         self.run_id: str | None = self._run.id if self._run is not None else None
 
-    def _start(self, options: dict[str, Any], continued: bool) -> Any:
-        if continued:
-            options["resume"] = "allow"
+    def _start(self, options: dict[str, Any], continued: str | None) -> Any:
+        options |= {"id": continued, "resume": "allow"} if continued else {"id": secrets.token_hex(4)}
         mode = self._set_up({}).mode
         if mode == "disabled":
             return None
@@ -224,13 +222,13 @@ class _Dashboard:
                 reason = _first_line(error)
                 self._wandb.teardown()
         self._set_up({"mode": "offline"})
-        run = self._wandb.init(**options)
-        if continued and self._summary_file.exists():
+        run = _with_metrics(self._wandb.init(**options))
+        if continued and _summary_file(run).exists():
             # Each fragment of an offline run brings its own summary when it is uploaded, and the last one stays.
-            run.summary.update(json.loads(self._summary_file.read_text()))
+            run.summary.update(json.loads(_summary_file(run).read_text()))
         folder = Path(run.settings.sync_dir)
         _say(f"offline ({reason}); upload with: {_sync_command(folder.parent if self._alone else folder)}")
-        return _with_metrics(run)
+        return run
 
     def _set_up(self, extra: Mapping[str, Any]) -> Any:
         """The client's settings, from the environment, the user's files and `extra`; silent, and bounded in time."""
@@ -260,7 +258,7 @@ class _Dashboard:
         try:
             if run is not None:
                 summary = {key: run.summary[key] for key in run.summary.keys() if not key.startswith("_")}  # noqa: SIM118
-                self._summary_file.write_text(json.dumps(summary, default=dict))
+                _summary_file(run).write_text(json.dumps(summary, default=dict))
                 run.finish(exit_code=exit_code)
         except TimeoutError:
             command = _sync_command(Path(run.settings.sync_dir), "--include-online")
@@ -286,6 +284,10 @@ def _with_metrics(run: Any) -> Any:
     for key in _LOWER_IS_BETTER:
         run.define_metric(key, step_metric="tokens", summary="min")
     return run
+
+
+def _summary_file(run: Any) -> Path:
+    return Path(run.settings.sync_dir).parent / f"summary-{run.id}.json"
 
 
 def _say(message: str) -> None:

@@ -125,23 +125,37 @@ def _downloaded_rows(dataset: DatasetConfig) -> Rows:
 
 
 def _files_on_hub(dataset: DatasetConfig) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Asks the hub for the files of each split, and the hash of each."""
+    """The files of each split and the hash of each, as the hub states them for the commit."""
     assert dataset.hub_name is not None and dataset.hub_revision is not None
     name, revision = dataset.hub_name, dataset.hub_revision
-    what = f"list of the files of {name}"
-    hub_client.connect(f"api/datasets/{name}/revision/{revision}", what)
+    splits = _split_files(_builder(dataset), dataset)
+    files = [file for files in splits.values() for file in files]
+    return splits, hub_client.patiently(lambda: hub_client.file_hashes(name, files, revision), f"the hashes of {name}")
+
+
+def _builder(dataset: DatasetConfig) -> Any:
+    """The `datasets.DatasetBuilder`: it knows which files a config has, and has read none of them."""
+    what = f"the dataset {dataset.hub_name}"
+    hub_client.connect(f"api/datasets/{dataset.hub_name}/revision/{dataset.hub_revision}", what)
     import datasets
 
-    def ask() -> tuple[dict[str, list[str]], dict[str, str]]:
-        builder = datasets.load_dataset_builder(name, dataset.hub_config, revision=revision)
-        prefix = f"hf://datasets/{name}@{revision}/"
-        splits = {
-            str(split): [str(file).removeprefix(prefix) for file in files]
-            for split, files in (builder.config.data_files or {}).items()
-        }
-        return splits, hub_client.file_hashes(name, [file for files in splits.values() for file in files], revision)
+    def ask() -> Any:
+        try:
+            return datasets.load_dataset_builder(dataset.hub_name, dataset.hub_config, revision=dataset.hub_revision)
+        except ValueError as error:
+            if "BuilderConfig" not in str(error):
+                raise
+            raise UserError(f"dataset.hub_config={dataset.hub_config}: {error}") from error
 
     return hub_client.patiently(ask, what)
+
+
+def _split_files(builder: Any, dataset: DatasetConfig) -> dict[str, list[str]]:
+    prefix = f"hf://datasets/{dataset.hub_name}@{dataset.hub_revision}/"
+    return {
+        str(split): [str(file).removeprefix(prefix) for file in files]
+        for split, files in (builder.config.data_files or {}).items()
+    }
 
 
 def _verified(dataset: DatasetConfig, name: str, expected: str) -> Path:
@@ -195,28 +209,23 @@ def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:
 def _streamed_rows(dataset: DatasetConfig) -> Rows:
     """The rows as they arrive: only what is read is transferred."""
     what = f"{dataset.hub_name} (streamed)"
-    hub_client.connect(f"api/datasets/{dataset.hub_name}/revision/{dataset.hub_revision}", what)
+    builder = _builder(dataset)
+    for files in _split_files(builder, dataset).values():
+        hub_client.connect(f"datasets/{dataset.hub_name}/resolve/{dataset.hub_revision}/{files[0]}", what)
     import datasets
 
     # The library's own 20 retries, five seconds apart, lie above five retries of each request.
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
 
-    def open_splits() -> Any:
-        return datasets.load_dataset(
-            dataset.hub_name, dataset.hub_config, revision=dataset.hub_revision, streaming=True
-        )
-
-    splits = hub_client.patiently(open_splits, what)
-
     def rows(split: str) -> Iterator[str]:
         try:
-            yield from _column(splits[split], dataset)
+            yield from _column(builder.as_streaming_dataset(split), dataset)
         except UserError:
             raise
         except Exception as error:  # a failed request, or whatever the file's reader makes of wrong bytes
             raise hub_client.broken_off(what, error) from error
 
-    return {str(split): functools.partial(rows, split) for split in splits}
+    return {split: functools.partial(rows, split) for split in _split_files(builder, dataset)}
 
 
 def _column(rows: Any, dataset: DatasetConfig) -> Iterator[str]:

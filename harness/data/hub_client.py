@@ -18,10 +18,8 @@ from harness.errors import UserError
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _READ_TIMEOUT = "5"  # seconds without a byte, after which a download is resumed
 _ATTEMPTS = 3
-_REMEDIES = (
-    "take dataset=stdlib (needs no network), or a folder prepared on another machine with dataset.path=FOLDER, or a "
-    "mirror with HF_ENDPOINT=URL, or HF_HUB_OFFLINE=1 if the hub's cache already has it"
-)
+_ELSEWHERE = "take dataset=stdlib (needs no network), or a folder prepared on another machine with dataset.path=FOLDER"
+_REMEDIES = f"{_ELSEWHERE}, or a mirror with HF_ENDPOINT=URL, or HF_HUB_OFFLINE=1 if the hub's cache already has it"
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 Result = TypeVar("Result")
@@ -39,7 +37,7 @@ def offline() -> bool:
 def connect(path: str, what: str) -> None:
     """Raises HubUnreachable unless the hub answers for `path` in time; then the libraries may be imported."""
     if offline():
-        raise HubUnreachable(f"HF_HUB_OFFLINE is set, and {what} is not in the hub's cache: unset it, or {_REMEDIES}")
+        raise HubUnreachable(f"HF_HUB_OFFLINE is set, and {what} is not in the hub's cache: unset it, or {_ELSEWHERE}")
     if reason := reason_unreachable(f"{endpoint()}/{path}"):
         raise HubUnreachable(f"{what}: {endpoint()} is out of reach ({reason}): {_REMEDIES}")
     _set_timeouts()
@@ -59,11 +57,11 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 404) or type(error).__name__ == "DatasetNotFoundError":
                 raise UserError(
-                    f"{endpoint()} has no {what}, or it needs a token in HF_TOKEN: check the name, config and revision"
+                    f"{endpoint()} does not have {what}, or wants a token in HF_TOKEN: check name, config and revision"
                 ) from error
             if attempt == _ATTEMPTS - 1:
                 raise broken_off(what, error) from error
-        time.sleep(2**attempt)
+        time.sleep(2**attempt / 2)
     raise AssertionError("the loop returns or raises")
 
 

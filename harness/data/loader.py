@@ -98,9 +98,9 @@ def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> ND
     """A permutation of range(size), chosen by `key`, at these positions.
 
     The Feistel network permutes the next even power of two; a value outside the range is permuted again until it
-    lies inside, which keeps it a permutation and takes fewer than four rounds on average (more if size < 64).
+    lies inside, which keeps it a permutation and takes fewer than four rounds on average (more if size < 16).
     """
-    half = np.uint64(max(4, ((size - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(3, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
     keys = [_mix(np.uint64(0), *key, index) for index in range(_ROUNDS)]
     values = positions.astype(np.uint64)

@@ -140,9 +140,9 @@ def _only_named(files: list[_File], dataset: DatasetConfig) -> list[_File]:
             f"dataset.path={dataset.path} has files named for {' and '.join(splits)}, but none for train: add one, or "
             "rename them so that their names say no split"
         )
-    if len(named) < len(files):
-        left_out = len(files) - len(named)
-        print(f"{dataset.name}: {left_out} files that are not named for a split are left out", file=sys.stderr)
+    if others := [file.name for file in files if not file.split]:
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        print(f"{dataset.name}: left out, since their names say no split: {listed}", file=sys.stderr)
     return named
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from harness.errors import UserError
 
-# Rows are whole documents, of which one may be megabytes: few at a time.
-_ROWS = 64
+_BATCH = 4 << 20  # bytes of rows decoded at once; a file's own row groups may need more
+_MOST_ROWS = 4096
 
 
 def read_parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -18,12 +18,16 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             there = file.schema_arrow.names
             for column in columns:
                 if column not in there:
-                    raise UserError(f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column")
-            for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+                    raise UserError(
+                        f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column"
+                    )
+            size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+            rows = _BATCH * file.metadata.num_rows // max(size, 1)
+            for batch in file.iter_batches(batch_size=min(max(rows, 1), _MOST_ROWS), columns=columns):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({error}): copy or make it anew") from error

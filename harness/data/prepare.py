@@ -28,7 +28,7 @@ from harness.errors import UserError
 from harness.schema import DatasetConfig, TokenizerConfig
 
 _BATCH = 1_000_000  # characters encoded at once; the encodings take forty times as much memory
-_BPE_BYTES = 200_000_000  # a BPE is trained on the first so many bytes of the training split
+_BPE_BYTES = 100_000_000  # a BPE is trained on the first so many bytes of the training split
 _BPE_LEAST_BYTES = 1_000_000
 
 
@@ -129,10 +129,8 @@ def _build(
             split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
             for split in SPLITS
         }
-        for batch in _batches(source, tokenizer, dataset.name, progress):
-            tokens = tokenizer.encode_batch([piece.text for piece in batch])
-            for piece, piece_tokens in zip(batch, tokens, strict=True):
-                writers[piece.split].add(piece_tokens, piece)
+        for piece, tokens in _encoded(source, tokenizer, dataset.name, progress):
+            writers[piece.split].add(tokens, piece)
             if writers["train"].full:
                 break
         splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
@@ -198,6 +196,12 @@ def _training_text(source: Source, name: str, limit: int, bar: tqdm[Any]) -> Ite
                 yield block
                 if bar.n >= limit:
                     return
+
+
+def _encoded(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[tuple[Piece, list[int]]]:
+    """Every piece of every document with its tokens."""
+    for batch in _batches(source, tokenizer, name, progress):
+        yield from zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
 
 
 def _batches(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[list[Piece]]:

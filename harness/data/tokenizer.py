@@ -82,7 +82,8 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        # The library takes in 256 texts at once, and needs ten times their memory: small ones then.
+        backend.train_from_iterator((piece for text in texts for piece in _pieces([text], _PIECE)), trainer)
         return cls(backend)
 
     def save(self, folder: Path) -> Path | None:
@@ -114,17 +115,21 @@ class Tokenizer:
 
         Where the tokenizer splits at spaces anyway, so does this, and the tokens are those of the whole text.
         """
-        rest = ""
-        for block in blocks:
-            rest += block
-            start = 0
-            while len(rest) - start > self._piece:
-                cut = _cut(rest, start, start + self._piece)
-                yield rest[start:cut]
-                start = cut
-            rest = rest[start:]
-        if rest:
-            yield rest
+        return _pieces(blocks, self._piece)
+
+
+def _pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
+    rest = ""
+    for block in blocks:
+        rest += block
+        start = 0
+        while len(rest) - start > size:
+            cut = _cut(rest, start, start + size)
+            yield rest[start:cut]
+            start = cut
+        rest = rest[start:]
+    if rest:
+        yield rest
 
 
 def _cut(text: str, start: int, stop: int) -> int:

@@ -169,8 +169,6 @@ def text_size(split: TokenSplit, n_tokens: int, decode: Callable[[Sequence[int]]
     text_bytes, words = int(split.document_bytes[:whole].sum()), int(split.document_words[:whole].sum())
     if whole < len(ends):
         begin = int(split.document_starts[whole])
-        if n_tokens == ends[whole] - 1:  # only the end-of-text token is cut off
-            return text_bytes + int(split.document_bytes[whole]), words + int(split.document_words[whole])
         text = decode(split.tokens[begin:n_tokens].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
         text_bytes, words = text_bytes + len(text.encode()), words + len(text.split())
     return text_bytes, words

@@ -118,8 +118,9 @@ class GroupedQueryAttention(nn.Module):
         v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
-            q_BTHK = torch.cat((self.q_norm(q_BTHN), q_BTHP), dim=-1).to(v_BTGV.dtype)
-            k_BTGK = self.k_norm(k_BTGK).to(v_BTGV.dtype)
+            dtype = self.q_norm.weight.dtype  # float32 under autocast, where projections give bfloat16
+            q_BTHK = torch.cat((self.q_norm(q_BTHN.to(dtype)), q_BTHP), dim=-1).to(v_BTGV.dtype)
+            k_BTGK = self.k_norm(k_BTGK.to(dtype)).to(v_BTGV.dtype)
         new = {"k": k_BTGK, "v": v_BTGV}
         if self.rope is not None:
             tables = self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)

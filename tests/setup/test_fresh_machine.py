@@ -23,7 +23,7 @@ def test_the_three_commands_work_word_for_word_in_a_fresh_shell_without_the_hub(
     for name in ("python", "python3"):
         (tools / name).write_text(f'#!/bin/sh\nexec "{BASE_PYTHON}" "$@"\n')
         (tools / name).chmod(0o755)
-    pip = {key: value for key, value in os.environ.items() if key.startswith("PIP_") or key.endswith("_PROXY")}
+    pip = {key: value for key, value in os.environ.items() if key.startswith("PIP_") or key.lower().endswith("_proxy")}
     fresh = {"PATH": f"{tools}:/usr/bin:/bin", "HOME": os.environ["HOME"], "HF_HOME": str(tmp_path / "hub")}
 
     def shell(command: str, **environ: str) -> str:
@@ -40,6 +40,7 @@ def test_the_three_commands_work_word_for_word_in_a_fresh_shell_without_the_hub(
     assert {"torch", "pytest", "mypy"} <= set(installed(project / ".venv"))
     assert "Packages: all there" in shell("sh prepare_for_use.sh", PIP_NO_INDEX="1")
 
+    assert " passed" in shell("python scripts/run_tests.py tests/setup/test_bootstrap.py").splitlines()[-1]
     shell("python train_model.py attention=mla budget.steps=2")
     evaluated = shell("python eval_model.py")
     summary = json.loads(evaluated.strip().splitlines()[-1])

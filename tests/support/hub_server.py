@@ -21,7 +21,8 @@ class HubServer:
     The faults may be set at any time. They act on the file downloads (GET .../resolve/...) except `silent`:
     cut: so many downloads break off half way; unavailable: so many answer 503; corrupt: every download has one wrong
     byte, with the length and the hashes of the right file; stalled: downloads are accepted and never answered;
-    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file.
+    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file; `downloads` counts the GETs of a file
+    that ask for more than its first byte, by its path in the repository.
     """
 
     def __init__(self, root: Path) -> None:
@@ -32,6 +33,7 @@ class HubServer:
         self.stalled = False
         self.silent = False
         self.requests: Counter[tuple[str, str]] = Counter()
+        self.downloads: Counter[str] = Counter()
         self.closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -145,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         if download and self.hub.unavailable > 0:
             self.hub.unavailable -= 1
             return self.json({"error": "try later"}, status=503)
+        self.hub.downloads[file] += self.command == "GET" and self.headers.get("Range") != "bytes=0-0"
         entry = self.entry(kind, name, file)
         content = path.read_bytes()
         if download and self.hub.corrupt:

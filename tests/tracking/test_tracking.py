@@ -10,9 +10,9 @@ import math
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -47,6 +47,14 @@ def children() -> list[str]:
     fields = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
     return [f"{pid} {name}" for ppid, pid, state, name in fields
             if ppid == str(os.getpid()) and not state.startswith("Z") and name != "ps"]  # fmt: skip
+
+
+def obey(command: str, server: WandbServer) -> None:
+    """Types a command that was said, with the server and a key in the environment."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        environment |= {"WANDB_CACHE_DIR": cache, "TMPDIR": cache}
+        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +173,7 @@ def test_charts_are_drawn_over_tokens(tmp_path: Path, server: WandbServer) -> No
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, server: WandbServer) -> None:
     with track(tmp_path) as first:
-        first.log(1, 256, {"train/loss": 5.0})
+        first.log(1, 256, {"train/loss": 5.0, "val/loss": 4.5})
         at_the_checkpoint = first.metrics_bytes
         first.log(2, 512, {"train/loss": 4.0})
         first.summary({"before": 1})
@@ -178,7 +186,8 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path: Path, server: Wan
     run = server.only_run()
     assert run.history == rows_of(tmp_path)
     assert [row["step"] for row in run.history] == [1, 2, 3]
-    assert run.summary["before"] == 1 and run.summary["eval/books/test/bits_per_byte"] == 1.9
+    assert run.summary["before"] == 1 and run.summary["val/loss"] == {"min": 4.5}
+    assert run.summary["eval/books/test/bits_per_byte"] == 1.9
     assert run.config["attention"] == {"name": "mla", "rank": 64}
 
 
@@ -228,7 +237,7 @@ def test_a_key_in_a_file_is_found(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY")
     if place == "netrc":
-        (home / ".netrc").write_text(f"machine 127.0.0.1 login user password {KEY}\n")
+        (home / ".netrc").write_text(f"machine {server.url.removeprefix('http://')} login user password {KEY}\n")
         (home / ".netrc").chmod(0o600)
     else:
         monkeypatch.delenv("WANDB_BASE_URL")
@@ -255,8 +264,7 @@ def test_without_a_key_the_one_line_said_is_the_command_that_uploads(
 
     (command,) = re.findall(r"upload with: (.+)\n", said.err)
     with WandbServer() as server:
-        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
-        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
+        obey(command, server)
         run = server.only_run()
     assert run.run_id == tracker.run_id and run.group == "books-tiny" and run.tags == ["mla"]
     assert run.history == rows_of(run_dir)
@@ -267,10 +275,12 @@ def test_without_a_key_the_one_line_said_is_the_command_that_uploads(
 
 
 def test_nothing_is_ever_asked_on_a_terminal(tmp_path: Path) -> None:
-    program = (
-        "from tests.tracking.test_tracking import *\n"
-        f"with track(Path({str(tmp_path / 'run')!r})) as tracker: tracker.log(1, 256, {{'train/loss': 5.0}})\n"
-    )
+    program = f"""
+from tests.tracking.test_tracking import *
+
+with track(Path({str(tmp_path / "run")!r})) as tracker:
+    tracker.log(1, 256, {{"train/loss": 5.0}})
+"""
     ours, theirs = pty.openpty()
     try:
         process = subprocess.run(
@@ -348,26 +358,37 @@ def test_a_server_that_dies_in_mid_run_costs_seconds_and_loses_nothing(
     assert said.out == "" and said.err.count("\n") == 2
     (command,) = re.findall(r"upload the rest with: (.+)\n", said.err)
     with WandbServer() as revived:
-        environment = os.environ | {"WANDB_BASE_URL": revived.url}
-        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
+        obey(command, revived)
         assert revived.only_run().history == rows_of(tmp_path)
     assert len(rows_of(tmp_path)) == 199
 
 
-def test_the_run_outlives_wandbs_own_process(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with track(tmp_path / "first") as tracker:
-        (service,) = children()
-        os.kill(int(service.split()[0]), signal.SIGKILL)
-        deadline = time.monotonic() + 5
-        while capfd.readouterr().err.count("stopped") == 0 and time.monotonic() < deadline:
-            tracker.log(1, 256, {"train/loss": 5.0})
-            time.sleep(0.05)
-    lines = len(rows_of(tmp_path / "first"))
-    assert lines >= 1
-    with track(tmp_path / "second") as tracker:
-        tracker.log(1, 256, {"train/loss": 5.0})
+def test_the_run_outlives_wandbs_own_process(tmp_path: Path) -> None:
+    program = f"""
+import signal
+from tests.tracking.test_tracking import *
+
+folder = Path({str(tmp_path)!r})
+with track(folder / "first") as tracker:
+    (service,) = children()
+    os.kill(int(service.split()[0]), signal.SIGKILL)
+    for step in range(1, 21):
+        tracker.log(step, 256 * step, {{"train/loss": 5.0}})
+        time.sleep(0.05)
+with track(folder / "second") as tracker:
+    tracker.log(1, 256, {{"train/loss": 5.0}})
+assert children() == []
+"""
+    with tempfile.TemporaryDirectory() as temporary:  # a killed service leaves its socket there
+        process = subprocess.run(
+            [sys.executable, "-c", program], cwd=PROJECT_ROOT, env=os.environ | {"TMPDIR": temporary},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert [row["step"] for row in rows_of(tmp_path / "first")] == list(range(1, 21))
     assert len(list((tmp_path / "second" / "wandb").glob("offline-run-*"))) == 1
-    assert "stopped" not in capfd.readouterr().err
+    first, stopped, second = process.stderr.splitlines()
+    assert "offline" in first and "this run goes on" in stopped and "offline" in second
 
 
 def test_runs_in_one_process_do_not_meet(tmp_path: Path, server: WandbServer) -> None:

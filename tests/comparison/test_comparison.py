@@ -1,0 +1,308 @@
+"""What a comparison promises: seeds are folded, nothing incomparable shares a table, and the picture can be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.comparison import CONDITIONS, Comparison, as_csv, as_markdown, as_text, compare
+from harness.comparison_plot import COLOURS, MARKERS, draw_scatter, save_scatter
+from harness.errors import UserError
+from tests.support.wandb_server import WandbServer
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+EIGHT_VARIANTS = {
+    "mha": (2048, 1.620), "mha_learned": (2048, 1.655), "mha_decoupled": (1664, 1.622), "mha_wide": (3072, 1.612),
+    "gqa": (1024, 1.625), "mqa": (512, 1.647), "mla_plain": (512, 1.651), "mla": (640, 1.6205),
+}  # fmt: skip
+
+
+def make_run(runs: Path, attention: str, seed: int = 0, *, name: str | None = None, **changes: Any) -> Path:
+    folder = runs / (name or f"books-tiny-{attention}-seed{seed}")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("written: first\n")
+    cache, bits = EIGHT_VARIANTS[attention]
+    summary = {
+        "name": folder.name, "attention": attention, "model": "tiny", "dataset": "books", "seed": seed,
+        "data_seed": seed, "parameters": 1_300_000, "tokens": 2_000_000, "steps": 500, "loss": 3.4, "perplexity": 30.0,
+        "bits_per_byte": bits, "split": "validation", "evaluated_tokens": 65_536, "cache_bytes_per_token": cache,
+        "cache_dtype": "bfloat16", "tokens_per_second": 12_000.0, "setup_hash": f"setup-of-{attention}",
+        "data_fingerprint": "d" * 16, "tokenizer_fingerprint": "t" * 16, "device": "cpu", "torch": "2.13.0",
+        "commit": "abc",
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
+    return folder
+
+
+def evaluate(run: Path, *, file: str = "books-test-00000000", **changes: Any) -> None:
+    """What eval_model.py leaves in a run."""
+    summary = json.loads((run / "summary.json").read_text())
+    record = summary | {
+        "split": "test", "evaluated_tokens": 9_000, "per_document": False, "stride_fraction": 0.5, "max_tokens": None,
+        "precision": "float32", "device": "elsewhere",
+    }  # fmt: skip
+    (run / "evaluations").mkdir(exist_ok=True)
+    (run / "evaluations" / f"{file}.json").write_text(json.dumps(record | changes))
+
+
+def only_table(comparison: Comparison) -> dict[str, Any]:
+    (table,) = comparison.tables
+    return {setup.variant: setup for setup in table.setups}
+
+
+def test_seeds_of_one_setup_become_mean_and_sample_deviation(tmp_path: Path) -> None:
+    bits = [1.50, 1.53, 1.59]
+    for seed, value in enumerate(bits):
+        make_run(
+            tmp_path, "mla", seed, bits_per_byte=value, perplexity=20.0 + seed, tokens_per_second=100.0 * (seed + 1)
+        )
+    make_run(tmp_path, "mha")
+    rows = only_table(compare([tmp_path]))
+    mla, mha = rows["mla"], rows["mha"]
+    assert (mla.n, mla.seeds) == (3, [0, 1, 2])
+    assert mla.bits_per_byte == pytest.approx(statistics.fmean(bits))
+    assert mla.bits_per_byte_deviation == pytest.approx(statistics.stdev(bits))
+    assert (mla.perplexity, mla.perplexity_deviation, mla.tokens_per_second) == (21.0, 1.0, 200.0)
+    assert (mha.n, mha.bits_per_byte_deviation) == (1, None)
+
+
+def test_the_best_stands_first(tmp_path: Path) -> None:
+    for attention in EIGHT_VARIANTS:
+        make_run(tmp_path, attention)
+    (table,) = compare([tmp_path]).tables
+    figures = [setup.bits_per_byte for setup in table.setups]
+    assert len(figures) == 8 and figures == sorted(figures)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_what_cannot_be_compared_never_shares_a_table(condition: str, tmp_path: Path) -> None:
+    values = {"per_document": True, "tokens": 500_000, "evaluated_tokens": 77, "stride_fraction": 0.25}
+    other = values.get(condition, "another")
+    make_run(tmp_path, "mha")
+    make_run(tmp_path, "gqa")
+    make_run(tmp_path, "mla", **{condition: other})
+    comparison = compare([tmp_path])
+    assert [[setup.variant for setup in table.setups] for table in comparison.tables] == [["mha", "gqa"], ["mla"]]
+    first, second = (table.heading for table in comparison.tables)
+    assert CONDITIONS[condition].format(other) in second and CONDITIONS[condition].format(other) not in first
+    assert any(f"differ in {condition}" in note for note in comparison.notes)
+    with pytest.raises(UserError, match=f"differ in {condition} .*strict"):
+        compare([tmp_path], strict=True)
+
+
+def test_test_figures_are_used_when_every_run_has_them(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, attention) for attention in ("mha", "mla")]
+    evaluate(runs[0], bits_per_byte=1.4)
+    halfway = compare([tmp_path])
+    assert [table.conditions["split"] for table in halfway.tables] == ["validation"]
+    assert "validation figures" in halfway.notes[0] and "eval_model.py run=all" in halfway.notes[0]
+    evaluate(runs[1], bits_per_byte=1.3)
+    comparison = compare([tmp_path])
+    assert {name: setup.bits_per_byte for name, setup in only_table(comparison).items()} == {"mla": 1.3, "mha": 1.4}
+    assert comparison.tables[0].conditions["split"] == "test"
+    assert only_table(compare([tmp_path], split="validation"))["mha"].bits_per_byte == 1.62
+
+
+def test_a_split_asked_for_and_missing_is_refused_with_the_command(tmp_path: Path) -> None:
+    make_run(tmp_path, "mha")
+    with pytest.raises(UserError, match=r"1 of 1 runs have no .* python eval_model.py run=\S+-mha-seed0 split=test"):
+        compare([tmp_path], split="test")
+    with pytest.raises(UserError, match="dataset=wikitext2"):
+        compare([tmp_path], dataset="wikitext2")
+
+
+def test_evaluations_on_another_corpus_count_only_when_asked_for(tmp_path: Path) -> None:
+    for attention in ("mha", "mla"):
+        run = make_run(tmp_path, attention)
+        evaluate(run, file="wikitext2-test-1", dataset="wikitext2", data_fingerprint="w" * 16, bits_per_byte=2.5)
+    assert compare([tmp_path]).tables[0].conditions["split"] == "validation"
+    asked = compare([tmp_path], dataset="wikitext2")
+    assert asked.tables[0].conditions["dataset"] == "wikitext2"
+    assert only_table(asked)["mla"].bits_per_byte == 2.5
+
+
+def test_of_several_evaluations_the_kind_that_all_runs_have_is_compared(tmp_path: Path) -> None:
+    mha, mla = make_run(tmp_path, "mha"), make_run(tmp_path, "mla")
+    evaluate(mha, file="whole", bits_per_byte=1.4)
+    evaluate(mla, file="whole", bits_per_byte=1.3)
+    evaluate(mla, file="part", bits_per_byte=1.1, max_tokens=100, evaluated_tokens=100)
+    os.utime(mla / "evaluations" / "part.json", (time.time() + 10,) * 2)  # the newest
+    rows = only_table(compare([tmp_path]))
+    assert (rows["mha"].bits_per_byte, rows["mla"].bits_per_byte) == (1.4, 1.3)
+
+
+def test_a_run_counts_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mla")
+    assert only_table(compare([run, tmp_path, run]))["mla"].n == 1
+    make_run(tmp_path, "mla", name="the-same-again")
+    comparison = compare([tmp_path])
+    assert only_table(comparison)["mla"].n == 1
+    assert any("the-same-again repeats books-tiny-mla-seed0" in note for note in comparison.notes)
+
+
+def test_unfinished_runs_are_named_and_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, "mha")
+    (make_run(tmp_path, "mla") / "summary.json").unlink()
+    comparison = compare([tmp_path])
+    assert set(only_table(comparison)) == {"mha"}
+    assert "left out, not finished: books-tiny-mla-seed0" in comparison.notes
+
+
+def test_mistakes_are_said_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is neither a run nor a folder of runs; train one"):
+        compare([tmp_path / "nowhere"])
+    run = make_run(tmp_path / "runs", "mha")
+    (run / "summary.json").write_text('{"name": "cut o')
+    with pytest.raises(UserError, match=r"summary\.json cannot be read as JSON"):
+        compare([run])
+    (run / "summary.json").write_text('{"name": "old"}')
+    with pytest.raises(UserError, match="has no attention, model"):
+        compare([run])
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"no run to compare .*not finished.*attention=mla"):
+        compare([run])
+
+
+def test_the_ratio_to_mha_needs_an_mha_run_of_the_same_model(tmp_path: Path) -> None:
+    make_run(tmp_path, "mla")
+    assert only_table(compare([tmp_path]))["mla"].cache_ratio_to_mha is None
+    make_run(tmp_path, "mha", name="other-size", model="small", setup_hash="small", cache_bytes_per_token=9000)
+    assert only_table(compare([tmp_path]))["mla tiny"].cache_ratio_to_mha is None
+    make_run(tmp_path, "mha")
+    assert only_table(compare([tmp_path]))["mla tiny"].cache_ratio_to_mha == 640 / 2048
+
+
+def test_setups_of_one_attention_are_told_apart(tmp_path: Path) -> None:
+    make_run(tmp_path, "mla", 0)
+    make_run(tmp_path, "mla", 1)
+    make_run(tmp_path, "mla", 0, name="books-tiny-mla-kv_lora_rank=16-seed0", setup_hash="rank16")
+    rows = only_table(compare([tmp_path]))
+    assert {name: setup.n for name, setup in rows.items()} == {"mla": 2, "mla-kv_lora_rank=16": 1}
+
+
+def test_differing_circumstances_are_said(tmp_path: Path) -> None:
+    make_run(tmp_path, "mha")
+    evaluated_elsewhere = compare([tmp_path]).notes
+    assert not any("device" in note for note in evaluated_elsewhere)
+    make_run(tmp_path, "mla", device="NVIDIA H200")
+    assert "device differs (NVIDIA H200; cpu): speeds cannot be compared" in compare([tmp_path]).notes
+
+
+def test_every_form_holds_every_row(tmp_path: Path) -> None:
+    for attention in EIGHT_VARIANTS:
+        for seed in (0, 1):
+            make_run(tmp_path, attention, seed, bits_per_byte=EIGHT_VARIANTS[attention][1] + seed / 512)
+    comparison = compare([tmp_path])
+    rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [row["variant"] for row in rows] == [setup.variant for setup in comparison.tables[0].setups]
+    assert all(
+        float(row["bits_per_byte"]) == setup.bits_per_byte
+        for row, setup in zip(rows, comparison.tables[0].setups, strict=True)
+    )
+    assert {row["tokens"] for row in rows} == {"2000000"} and {row["split"] for row in rows} == {"validation"}
+    for text in (as_text(comparison), as_markdown(comparison)):
+        assert all(f"{setup.bits_per_byte:.4f} ± 0.0014" in text for setup in comparison.tables[0].setups)
+        assert "1,664" in text and comparison.tables[0].heading in text
+    assert json.loads(json.dumps(comparison.as_dict()))["tables"][0]["setups"][0]["attention"] == "mha_wide"
+
+
+def crowded(runs: Path) -> Comparison:
+    """Eight variants close together, most of them with the same cache, and a second table with single seeds."""
+    for number, attention in enumerate(EIGHT_VARIANTS):
+        for seed in (0, 1):
+            bits = 1.62 + number * 0.0006 + seed * 0.0011
+            cache = {"gqa": 1024, "mla": 640}.get(attention, 2048)
+            make_run(runs, attention, seed, bits_per_byte=bits, cache_bytes_per_token=cache)
+    make_run(runs, "mla", name="short-mla", tokens=1000, setup_hash="short")
+    return compare([runs])
+
+
+def test_no_name_in_the_picture_covers_another_or_a_marker(tmp_path: Path) -> None:
+    from matplotlib.text import Annotation
+
+    comparison = crowded(tmp_path)
+    figure = draw_scatter(comparison)
+    figure.canvas.draw()
+    panels = figure.axes
+    assert len(panels) == 2
+    for axes, table in zip(panels, comparison.tables, strict=True):
+        names = [text for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
+        assert sorted(name.get_text() for name in names) == sorted(setup.variant for setup in table.setups)
+        boxes = [name.get_window_extent() for name in names]
+        for number, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:number])
+        radius = 4 * figure.dpi / 72
+        for setup in table.setups:
+            x, y = axes.transData.transform((setup.cache_bytes_per_token, setup.bits_per_byte))
+            assert not any(
+                box.x0 < x + radius and x - radius < box.x1 and box.y0 < y + radius and y - radius < box.y1
+                for box in boxes
+            )
+        inside = axes.get_window_extent()
+        assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
+
+
+def test_markers_can_be_told_apart_without_colour(tmp_path: Path) -> None:
+    comparison = crowded(tmp_path)
+    axes = draw_scatter(comparison).axes[0]
+    markers = [container.lines[0] for container in axes.containers]
+    assert len(markers) == 8
+    assert len({line.get_marker() for line in markers}) == 8 and len({line.get_color() for line in markers}) == 8
+    assert len(set(COLOURS)) == len(COLOURS) and len(set(MARKERS)) == len(MARKERS)
+    assert axes.get_xscale() == "log"
+
+
+def test_error_bars_are_the_deviation_over_seeds(tmp_path: Path) -> None:
+    comparison = crowded(tmp_path)
+    axes = draw_scatter(comparison).axes[0]
+    for container, setup in zip(axes.containers, comparison.tables[0].setups, strict=True):
+        (low, high) = container.lines[2][0].get_segments()[0][:, 1]
+        assert (high - low) / 2 == pytest.approx(setup.bits_per_byte_deviation)
+        assert (high + low) / 2 == pytest.approx(setup.bits_per_byte)
+
+
+def test_the_picture_is_a_whole_png_in_place(tmp_path: Path) -> None:
+    from PIL import Image
+
+    comparison = crowded(tmp_path / "runs")
+    save_scatter(comparison, tmp_path / "comparison.png")
+    with Image.open(tmp_path / "comparison.png") as picture:
+        picture.load()
+        assert picture.width >= 1200
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["comparison.png"]
+
+
+def test_table_and_picture_reach_wandb(tmp_path: Path) -> None:
+    for attention in ("mha", "mla"):
+        make_run(tmp_path / "runs", attention)
+    out = tmp_path / "out"
+    with WandbServer() as server:
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
+            "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path),
+        }  # fmt: skip
+        process = subprocess.run(
+            [sys.executable, "scripts/compare_runs.py", f"runs_dir={tmp_path / 'runs'}", f"out={out}"],
+            cwd=PROJECT_ROOT, env=environment, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        run = server.only_run()
+    line = json.loads(process.stdout.splitlines()[-1])
+    assert [setup["attention"] for setup in line["tables"][0]["setups"]] == ["mha", "mla"]
+    assert sorted(Path(file).name for file in line["files"]) == [
+        "comparison.csv", "comparison.json", "comparison.md", "comparison.png",
+    ]  # fmt: skip
+    logged = {key: value for row in run.history for key, value in row.items()}
+    table = json.loads(run.files[logged["comparison"]["path"]])
+    assert [row[table["columns"].index("bits_per_byte")] for row in table["data"]] == [1.62, 1.6205]
+    assert run.files[logged["bits_per_byte_against_cache"]["path"]] == (out / "comparison.png").read_bytes()
+    assert run.job_type == "compare" and run.exit_code == 0

@@ -1,0 +1,210 @@
+"""The hub's path for real: the libraries in a process of their own, against a loopback server that plays the hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from harness.data import open_prepared
+from harness.data.hub import articles, hub_source
+from harness.schema import DatasetConfig
+from tests.support.corpora import BYTES, documents_of, text
+from tests.support.hub_server import REVISION, HubServer
+from tests.support.prepare_in_subprocess import prepare_in_subprocess
+
+STORIES = {split: [text(seed, 200) for seed in range(first, first + count)]
+           for split, first, count in (("train", 0, 3000), ("validation", 5000, 20), ("test", 6000, 20))}  # fmt: skip
+README = """---
+configs:
+- config_name: stories
+  data_files:
+  - split: train
+    path: stories/train-*
+  - split: validation
+    path: stories/validation-*
+  - split: test
+    path: stories/test-*
+- config_name: unsplit
+  data_files:
+  - split: train
+    path: stories/train-*
+---
+"""
+
+
+def write_repository(folder: Path) -> dict[str, str]:
+    """A dataset in parquet files, the training split in two; returns file -> SHA-256."""
+    (folder / "stories").mkdir(parents=True)
+    shards = {"train-00000-of-00002": STORIES["train"][:1500], "train-00001-of-00002": STORIES["train"][1500:],
+              "validation-00000-of-00001": STORIES["validation"], "test-00000-of-00001": STORIES["test"]}  # fmt: skip
+    for name, texts in shards.items():
+        table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
+        pyarrow.parquet.write_table(table, folder / f"stories/{name}.parquet", row_group_size=100)
+    (folder / "README.md").write_text(README)
+    files = sorted((folder / "stories").iterdir())
+    return {f"stories/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    with HubServer(tmp_path / "hub") as server:
+        yield server
+
+
+@pytest.fixture
+def pinned(tmp_path: Path) -> DatasetConfig:
+    return DatasetConfig(
+        name="stories",
+        source="hub",
+        hub_name="someone/stories",
+        hub_config="stories",
+        hub_revision=REVISION,
+        sha256=write_repository(tmp_path / "hub/datasets/someone/stories"),
+    )
+
+
+def prepared(hub: HubServer, dataset: DatasetConfig, tmp_path: Path, **environment: str) -> dict[str, Any]:
+    defaults = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+    return prepare_in_subprocess(dataset, BYTES, tmp_path / "data", defaults | environment)
+
+
+def check_stories(answer: dict[str, Any]) -> None:
+    assert "folder" in answer, answer
+    data = open_prepared(Path(answer["folder"]))
+    assert {split: documents_of(data, split) for split in data.splits} == STORIES
+
+
+def folders(tmp_path: Path) -> list[Path]:
+    return [path for path in tmp_path.glob("data/*") if path.is_dir()]
+
+
+def test_a_download_that_breaks_off_and_is_refused_comes_whole(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
+    hub.cut, hub.unavailable = 1, 1
+    check_stories(prepared(hub, pinned, tmp_path))
+    # Found again without asking anyone, and without the libraries.
+    hub.silent = True
+    hub.requests.clear()
+    again = prepared(hub, pinned, tmp_path)
+    check_stories(again)
+    assert not hub.requests
+    assert not {"datasets", "huggingface_hub", "pyarrow", "pandas"} & set(again["modules"])
+    # The files in the hub's cache serve another preparation, also when the user forbids the network.
+    check_stories(prepared(hub, dataclasses.replace(pinned, split_seed=1), tmp_path, HF_HUB_OFFLINE="1"))
+    assert len(folders(tmp_path)) == 2
+
+
+def test_files_without_a_pinned_hash_are_checked_against_the_hubs(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
+    unpinned = dataclasses.replace(pinned, sha256={})
+    hub.corrupt = True
+    answer = prepared(hub, unpinned, tmp_path)
+    assert "arrived twice with content other than its hash says" in answer["error"]
+    assert not folders(tmp_path)
+    hub.corrupt = False
+    check_stories(prepared(hub, unpinned, tmp_path))
+
+
+def test_wrong_bytes_of_the_right_length_are_deleted_and_never_used(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
+    hub.corrupt = True
+    answer = prepared(hub, pinned, tmp_path)
+    assert answer["kind"] == "UserError"
+    assert "arrived twice with content other than its hash says" in answer["error"]
+    assert not folders(tmp_path)
+    assert not [path for path in (tmp_path / "home").rglob("*.parquet")]
+    assert not [path for path in (tmp_path / "home").rglob("blobs/*") if path.is_file()]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["downloaded", "streamed"])
+def test_a_hub_that_never_answers_is_noticed_within_five_seconds(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path, streamed: bool
+) -> None:
+    hub.silent = True
+    dataset = dataclasses.replace(pinned, sha256={}, hub_streaming=True) if streamed else pinned
+    answer = prepared(hub, dataset, tmp_path)
+    assert answer["kind"] == "HubUnreachable"
+    assert answer["seconds"] < 5
+    for remedy in ("dataset=stdlib", "dataset.path=FOLDER", "HF_ENDPOINT=URL", "HF_HUB_OFFLINE=1"):
+        assert remedy in answer["error"]
+    assert "datasets" not in answer["modules"]
+    assert not folders(tmp_path)
+
+
+def test_downloads_that_are_accepted_and_never_answered_are_noticed_within_five_seconds(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
+    hub.stalled = True
+    answer = prepared(hub, pinned, tmp_path)
+    assert (answer["kind"], answer["seconds"] < 5) == ("HubUnreachable", True), answer
+
+
+def test_a_stream_is_read_up_to_the_cap_and_survives_a_broken_connection(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
+    hub.cut = 1
+    streamed = dataclasses.replace(
+        pinned, hub_config="unsplit", sha256={}, hub_streaming=True, max_tokens=50_000, validation_fraction=0.1
+    )
+    answer = prepared(hub, streamed, tmp_path)
+    assert "folder" in answer, answer
+    data = open_prepared(Path(answer["folder"]))
+    assert data.splits["train"].n_tokens == 50_000
+    read = [document for split in data.splits for document in documents_of(data, split)[:-1]]
+    assert len(read) == len(set(read)) and set(read) <= set(STORIES["train"][:400])
+    assert 0.04 < data.splits["validation"].n_documents / len(read) < 0.2
+    second = "train-00001-of-00002"
+    assert hub.downloads[f"stories/{second}.parquet"] == 0  # the cap was reached before
+
+
+def test_what_the_hub_does_not_have_is_no_outage(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
+    answer = prepared(hub, dataclasses.replace(pinned, hub_name="someone/else"), tmp_path)
+    assert answer["kind"] == "UserError"
+    assert "does not have stories/validation-00000-of-00001.parquet of someone/else" in answer["error"]
+
+
+def test_offline_without_a_cache_is_said_at_once(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
+    answer = prepared(hub, pinned, tmp_path, HF_HUB_OFFLINE="1")
+    assert answer["kind"] == "HubUnreachable" and "HF_HUB_OFFLINE is set" in answer["error"]
+    assert not hub.requests
+
+
+def test_a_folder_with_the_repositorys_files_needs_no_hub(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
+    hub.silent = True
+    folder = tmp_path / "hub/datasets/someone/stories"
+    check_stories(prepared(hub, dataclasses.replace(pinned, path=str(folder)), tmp_path))
+    assert hub_source(pinned).identity == hub_source(dataclasses.replace(pinned, path=str(folder))).identity
+    (folder / "stories/test-00000-of-00001.parquet").write_bytes(b"other")
+    other = dataclasses.replace(pinned, path=str(folder), split_seed=1)
+    assert "is not the file that dataset.sha256 names" in prepared(hub, other, tmp_path)["error"]
+
+
+def test_wikitext_lines_are_joined_into_articles_and_nothing_is_lost() -> None:
+    rows = ["", " = First = \n", "", " Text of it . \n", "", " = = Section = = \n", "", " More . \n", "",
+            " = Second ( film ) = \n", "", " A formula : \n", " = 1 rad / s = \n", " and so on . \n", ""]  # fmt: skip
+    first, second = articles(rows)
+    assert first == " \n = First = \n \n Text of it . \n \n = = Section = = \n \n More . \n \n"
+    assert second == " = Second ( film ) = \n \n A formula : \n = 1 rad / s = \n and so on . \n \n"
+    assert list(articles([])) == list(articles(["", ""])) == []
+    assert list(articles([" = Only = \n"])) == [" = Only = \n"]
+
+
+def test_the_published_wikitext_splits_have_sixty_articles_each() -> None:
+    folder = Path(__file__).parents[3] / "shared/data/wikitext"
+    if not folder.is_dir():
+        pytest.skip("needs ../shared/data/wikitext")
+    for split in ("validation", "test"):
+        whole = (folder / f"{split}.txt").read_text(encoding="utf-8")
+        rows = [line if line.strip() else "" for line in whole.splitlines(keepends=True)]
+        assert len(list(articles(rows))) == 60
+        assert "".join(articles(rows)).rstrip() == whole.rstrip()

@@ -1,0 +1,365 @@
+"""From documents to a folder of tokens: what is in it, and that it is whole or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness.data import PreparedData, Tokenizer, open_prepared, prepare
+from harness.data.prepared import DamagedError
+from harness.errors import UserError
+from harness.schema import DatasetConfig, TokenizerConfig
+from tests.support.corpora import BPE, BYTES, documents_of, folder_of_texts, local, text
+from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    return folder_of_texts(tmp_path / "texts", 40)
+
+
+def prepared(tmp_path: Path, tokenizer: TokenizerConfig = BYTES, **fields: object) -> PreparedData:
+    return prepare(local(tmp_path / "texts", **fields), tokenizer, tmp_path / "data", progress=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+def test_every_document_comes_back_from_its_tokens(
+    tmp_path: Path, texts: dict[str, str], tokenizer: TokenizerConfig
+) -> None:
+    data = prepared(tmp_path, tokenizer)
+    assert list(data.splits) == ["train", "validation", "test"]
+    back = [document for split in data.splits for document in documents_of(data, split)]
+    assert sorted(back) == sorted(texts.values())
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+def test_the_counts_are_those_of_the_text(tmp_path: Path, texts: dict[str, str], tokenizer: TokenizerConfig) -> None:
+    data = prepared(tmp_path, tokenizer)
+    for name, split in data.splits.items():
+        documents = documents_of(data, name)
+        assert split.document_bytes.tolist() == [len(document.encode()) for document in documents]
+        assert split.document_words.tolist() == [len(document.split()) for document in documents]
+        assert split.n_documents == len(documents)
+        assert split.n_bytes == sum(split.document_bytes)
+        assert split.n_words == sum(split.document_words)
+        assert split.document_starts[0] == 0
+        assert split.document_starts[-1] == split.n_tokens == len(split.tokens)
+        ends = split.document_starts[1:] - 1
+        assert (np.flatnonzero(split.tokens == data.end_of_text) == ends).all()
+
+
+def test_the_tokens_of_a_document_are_those_of_encoding_it_alone(tmp_path: Path, texts: dict[str, str]) -> None:
+    data = prepared(tmp_path, BPE)
+    tokenizer = Tokenizer.load(data.tokenizer_file)
+    first = data.splits["train"].tokens[: data.splits["train"].document_starts[1] - 1].tolist()
+    assert first in [tokenizer.encode(document) for document in texts.values()]
+
+
+def test_a_long_document_is_encoded_in_pieces_without_a_trace(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    long = "\n".join(text(seed, 400) for seed in range(60)) + " " + "x" * 70_000 + " end"
+    (tmp_path / "texts/train.txt").write_text(long)
+    data = prepared(tmp_path, BPE, validation_fraction=0, test_fraction=0)
+    assert documents_of(data, "train") == [long]
+    assert data.splits["train"].n_words == len(long.split())
+    assert data.splits["train"].n_bytes == len(long.encode())
+
+
+def test_special_tokens_in_a_text_do_not_end_it(tmp_path: Path, texts: dict[str, str]) -> None:
+    (tmp_path / "texts/000.txt").write_text("before <|endoftext|> after")
+    data = prepared(tmp_path, BPE)
+    for split in data.splits.values():
+        assert (np.asarray(split.tokens) == data.end_of_text).sum() == split.n_documents
+
+
+def test_a_vocabulary_above_65536_takes_32_bits(tmp_path: Path, texts: dict[str, str]) -> None:
+    vocabulary = {"[UNK]": 0, "</s>": 70_000, "sea": 69_999}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "model": model}))  # fmt: skip
+    data = prepared(tmp_path, TokenizerConfig(name="pretrained", path=str(file)))
+    assert data.splits["train"].tokens.dtype == np.uint32
+    assert data.vocab_size == 70_001
+    assert set(np.unique(data.splits["train"].tokens)) == {0, 69_999, 70_000}
+
+
+def test_preparing_again_opens_what_is_there(tmp_path: Path, texts: dict[str, str]) -> None:
+    first = prepared(tmp_path, BPE)
+    before = {file: file.stat().st_mtime_ns for file in first.folder.iterdir()}
+    second = prepared(tmp_path, BPE)
+    assert second.folder == first.folder and second.fingerprint == first.fingerprint
+    assert {file: file.stat().st_mtime_ns for file in first.folder.iterdir()} == before
+
+
+def test_two_machines_prepare_the_same_bytes(tmp_path: Path, texts: dict[str, str]) -> None:
+    first = prepared(tmp_path, BPE)
+    shutil.copytree(tmp_path / "texts", tmp_path / "elsewhere")
+    second = prepare(local(tmp_path / "elsewhere"), BPE, tmp_path / "data2", progress=False)
+    assert second.folder.name == first.folder.name
+    assert contents(second.folder) == contents(first.folder)
+
+
+def test_whatever_shapes_the_tokens_changes_the_folder(tmp_path: Path, texts: dict[str, str]) -> None:
+    folders = {
+        prepared(tmp_path, BPE).folder,
+        prepared(tmp_path, BYTES).folder,
+        prepared(tmp_path, TokenizerConfig(name="bpe", vocab_size=300)).folder,
+        prepared(tmp_path, max_tokens=5000).folder,
+        prepared(tmp_path, split_seed=1).folder,
+        prepared(tmp_path, test_fraction=0.2).folder,
+    }
+    (tmp_path / "texts/003.txt").write_text("another text")
+    folders.add(prepared(tmp_path, BYTES).folder)
+    assert len(folders) == 7
+
+
+def test_the_fingerprint_is_of_the_tokens(tmp_path: Path, texts: dict[str, str]) -> None:
+    first = prepared(tmp_path, BYTES)
+    (tmp_path / "texts/empty.txt").write_text(" \n")  # another source, the same tokens
+    second = prepared(tmp_path, BYTES)
+    assert second.folder != first.folder
+    assert second.fingerprint == first.fingerprint
+    assert prepared(tmp_path, BYTES, split_seed=1).fingerprint != first.fingerprint
+
+
+def test_nothing_in_the_folder_names_this_machine(tmp_path: Path, texts: dict[str, str]) -> None:
+    for tokenizer in (BPE, TokenizerConfig(name="pretrained", path=str(prepared(tmp_path, BPE).tokenizer_file))):
+        for name, content in contents(prepared(tmp_path, tokenizer).folder).items():
+            assert str(tmp_path).encode() not in content, name
+
+
+@pytest.mark.parametrize("limit", [2, 3, 100, 1001, 2500])
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+def test_the_cap_holds_to_the_token_and_leaves_the_other_splits_alone(
+    tmp_path: Path, texts: dict[str, str], tokenizer: TokenizerConfig, limit: int
+) -> None:
+    whole, capped = prepared(tmp_path, tokenizer), prepared(tmp_path, tokenizer, max_tokens=limit)
+    split = capped.splits["train"]
+    # A document may lose its last token or two, where the room left is for an end of text only.
+    assert limit - 1 <= split.n_tokens <= limit
+    assert split.tokens[-1] == capped.end_of_text
+    documents = documents_of(capped, "train")
+    full = documents_of(whole, "train")
+    assert documents[:-1] == full[: len(documents) - 1]
+    assert full[len(documents) - 1].startswith(documents[-1].rstrip("\ufffd"))
+    assert split.document_bytes[-1] == len(documents[-1].rstrip("\ufffd").encode())
+    assert documents_of(capped, "test") == documents_of(whole, "test")
+
+
+def test_a_tokenizer_file_replaces_the_configured_tokenizer(tmp_path: Path, texts: dict[str, str]) -> None:
+    trained = prepared(tmp_path, BPE)
+    folder_of_texts(tmp_path / "others", 10, words=30)
+    other = prepare(
+        local(tmp_path / "others", validation_fraction=0.2, test_fraction=0.2),
+        BYTES,
+        tmp_path / "data",
+        tokenizer_file=trained.tokenizer_file,
+        progress=False,
+    )
+    assert other.vocab_size == trained.vocab_size
+    assert other.meta["tokenizer"]["sha256"] == trained.meta["tokenizer"]["sha256"]
+
+
+def test_the_bpe_has_seen_the_training_split_only(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/train.txt").write_text("aaaa bbbb " * 300)
+    for split in ("validation", "test"):
+        (tmp_path / f"texts/{split}.txt").write_text("qzqzqz " * 300)
+    data = prepared(tmp_path, TokenizerConfig(name="bpe", vocab_size=265))
+    assert len(Tokenizer.load(data.tokenizer_file).encode("qzqzqz")) == 6
+    assert len(Tokenizer.load(data.tokenizer_file).encode("aaaa")) == 1
+
+
+@pytest.mark.parametrize("name", ["train.bin", "test.bin", "validation.words.npy", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_folder_is_refused_by_name_and_built_again(
+    tmp_path: Path, texts: dict[str, str], name: str, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = prepared(tmp_path, BPE)
+    before = contents(whole.folder)
+    file = whole.folder / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(DamagedError, match=name):
+        open_prepared(whole.folder)
+    again = prepared(tmp_path, BPE)
+    assert name in capsys.readouterr().err
+    assert again.folder == whole.folder
+    assert contents(again.folder) == before
+    assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == [whole.folder.name]
+
+
+def test_a_folder_of_an_older_format_is_built_again(tmp_path: Path, texts: dict[str, str]) -> None:
+    folder = prepared(tmp_path).folder
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | {"format": 0}))
+    with pytest.raises(DamagedError, match="format 0"):
+        open_prepared(folder)
+    assert prepared(tmp_path).meta["format"] == meta["format"]
+
+
+SLOW_SOURCE = """
+import time
+from harness.data import writer
+add = writer.SplitWriter.add
+def slow(self, tokens, piece):
+    time.sleep(0.05)
+    print("writing", flush=True)
+    add(self, tokens, piece)
+writer.SplitWriter.add = slow
+"""
+
+
+def start_slowly(tmp_path: Path) -> subprocess.Popen[str]:
+    """A process that prepares tmp_path/texts, 0.05 s a document, and says when it writes."""
+    code = f"""{SLOW_SOURCE}
+from pathlib import Path
+from harness.data import prepare
+from harness.schema import DatasetConfig, TokenizerConfig
+prepare(DatasetConfig(name="local", source="local", path={str(tmp_path / "texts")!r}), TokenizerConfig(name="bytes"),
+        Path({str(tmp_path / "data")!r}), progress=False)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_half_written_dataset_is_never_used(tmp_path: Path, texts: dict[str, str]) -> None:
+    child = start_slowly(tmp_path)
+    assert child.stdout is not None
+    for _ in range(10):
+        assert child.stdout.readline() == "writing\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    folders = [path for path in (tmp_path / "data").iterdir() if path.is_dir()]
+    assert [path.suffix for path in folders] == [".partial"]
+    data = prepared(tmp_path)
+    assert sorted(d for split in data.splits for d in documents_of(data, split)) == sorted(texts.values())
+    assert [path for path in (tmp_path / "data").iterdir() if path.is_dir()] == [data.folder]
+
+
+def test_two_processes_that_prepare_the_same_data_get_the_same_folder(tmp_path: Path, texts: dict[str, str]) -> None:
+    child = start_slowly(tmp_path)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "writing\n"
+    started = time.monotonic()
+    data = prepared(tmp_path)  # waits for the other one, and does not build
+    assert time.monotonic() - started > 0.5
+    assert child.stdout.read().count("writing") == 39
+    assert child.wait() == 0
+    assert sorted(d for split in data.splits for d in documents_of(data, split)) == sorted(texts.values())
+
+
+def test_a_failed_preparation_leaves_nothing_behind(tmp_path: Path, texts: dict[str, str]) -> None:
+    (tmp_path / "texts/zzz.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="UTF-8"):
+        prepared(tmp_path)
+    assert not [path for path in (tmp_path / "data").iterdir() if path.is_dir()]
+
+
+FORBID = """
+import sys
+class Forbidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("datasets", "pyarrow", "pandas", "huggingface_hub", "wandb", "transformers"):
+            raise ModuleNotFoundError(f"{name} is not on this machine")
+sys.meta_path.insert(0, Forbidden())
+"""
+
+
+def test_a_copied_folder_opens_where_there_is_no_source_and_no_library(tmp_path: Path, texts: dict[str, str]) -> None:
+    data = prepared(tmp_path, BPE)
+    shutil.copytree(data.folder, tmp_path / "copied")
+    shutil.rmtree(tmp_path / "texts")
+    shutil.rmtree(data.folder)
+    answer = prepare_in_subprocess(local(tmp_path / "copied"), BPE, tmp_path / "data", {}, prelude=FORBID)
+    assert answer.get("folder") == str(tmp_path / "copied"), answer
+    assert "torch" not in answer["modules"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokenizer", "field"),
+    [({"name": "other"}, BPE, "dataset"), ({}, BYTES, "tokenizer"), ({"max_tokens": 10}, BPE, "max_tokens")],
+)
+def test_a_copied_folder_of_other_data_is_refused(
+    tmp_path: Path, texts: dict[str, str], changes: dict[str, object], tokenizer: TokenizerConfig, field: str
+) -> None:
+    folder = prepared(tmp_path, BPE).folder
+    wanted = dataclasses.replace(local(folder), **changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"prepared with {field} "):
+        prepare(wanted, tokenizer, tmp_path / "data", progress=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
+    peaks = []
+    for megabytes in (4, 24):
+        file = tmp_path / f"{megabytes}.txt"
+        line = (text(1, 200) + "\n").encode()
+        file.write_bytes(line * (megabytes * 1_000_000 // len(line)))
+        code = f"""
+from pathlib import Path
+from harness.data import prepare
+from harness.schema import DatasetConfig, TokenizerConfig
+prepare(DatasetConfig(name="local", source="local", path={str(file)!r}), TokenizerConfig(name="bytes"),
+        Path({str(tmp_path / "data")!r}), progress=False)
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+        child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(child.stdout) / 1000)
+    assert peaks[1] - peaks[0] < 5, peaks  # MB; for 20 MB more of text
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tokenizer", "message"),
+    [
+        ({"name": "a/b"}, {}, "dataset.name=a/b"),
+        ({"source": "web"}, {}, "dataset.source=web is unknown.*hub, classic_books, stdlib, local"),
+        ({"path": None}, {}, "needs dataset.path"),
+        ({"path": "/nowhere/at/all"}, {}, "/nowhere/at/all does not exist"),
+        ({"test_fraction": 1.0}, {}, "test_fraction=1.0 must lie"),
+        ({"test_fraction": 0.5, "validation_fraction": 0.5}, {}, "leave nothing to train on"),
+        ({"max_tokens": 0}, {}, "max_tokens=0"),
+        ({"source": "hub"}, {}, "hub_name=None must be OWNER/NAME.*hub_revision=None must be a commit"),
+        ({"source": "hub", "hub_name": "a/b", "hub_revision": "main"}, {}, "hub_revision=main must be a commit"),
+        ({}, {"name": "wordpiece"}, "tokenizer.name=wordpiece is unknown"),
+        ({}, {"name": "bpe"}, "vocab_size=None must be at least 257"),
+        ({}, {"name": "bpe", "vocab_size": 256}, "vocab_size=256 must be at least 257"),
+        ({}, {"name": "bytes", "vocab_size": 500}, "no meaning for tokenizer=bytes"),
+        ({}, {"name": "pretrained"}, "needs tokenizer.path"),
+        ({}, {"name": "pretrained", "path": "./gone"}, "./gone does not exist"),
+    ],
+)
+def test_what_cannot_work_is_said_in_a_sentence(
+    tmp_path: Path, texts: dict[str, str], dataset: dict[str, object], tokenizer: dict[str, object], message: str
+) -> None:
+    fields = {"name": "local", "source": "local", "path": str(tmp_path / "texts"), **dataset}
+    settings = {"name": "bytes", **tokenizer}
+    with pytest.raises(UserError, match=message):
+        prepare(DatasetConfig(**fields), TokenizerConfig(**settings), tmp_path / "data", progress=False)  # type: ignore[arg-type]
+    assert not (tmp_path / "data").exists() or not any(path.is_dir() for path in (tmp_path / "data").iterdir())
+
+
+def test_the_summary_names_every_split(tmp_path: Path, texts: dict[str, str]) -> None:
+    data = prepared(tmp_path)
+    summary = data.summary()
+    for name, split in data.splits.items():
+        assert f"{name:<10} {split.n_documents:>11,} documents {split.n_tokens:>15,} tokens" in summary
+    assert "1.00 bytes/token" in summary or "0.99 bytes/token" in summary
