@@ -9,6 +9,7 @@ from harness.bootstrap import enter_environment
 enter_environment()
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,7 +56,7 @@ def main(overrides: list[str]) -> int:
         if session.first_step == 1:
             result = session.evaluate()
             tracker.log(0, 0, session.facts.metrics() | split_metrics(result))
-            bar.write(validation_line(0, result))
+            say(validation_line(0, result))
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
@@ -64,7 +65,7 @@ def main(overrides: list[str]) -> int:
             if steps_due(step.number, steps, config.intervals.evaluate):
                 result = session.evaluate()
                 tracker.log(step.number, step.tokens, split_metrics(result))
-                bar.write(validation_line(step.number, result))
+                say(validation_line(step.number, result))
             if steps_due(step.number, steps, config.intervals.checkpoint):
                 session.save(step, tracker)
         assert step is not None
@@ -73,6 +74,14 @@ def main(overrides: list[str]) -> int:
     write_json(run / "summary.json", summary)
     print(json.dumps(summary))
     return 0
+
+
+def say(line: str) -> None:
+    """Above the bar, and at once also where the output is a file."""
+    from tqdm import tqdm
+
+    tqdm.write(line)
+    sys.stdout.flush()
 
 
 def validation_line(number: int, result: SplitResult) -> str:

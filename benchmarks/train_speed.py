@@ -40,7 +40,6 @@ from tqdm import tqdm
 from harness.build import build_model
 from harness.command_line import parse_options, run_script
 from harness.config import load_train_config, options_of
-from harness.errors import UserError
 from harness.run import commit
 from harness.schema import TrainConfig
 from harness.session import choose_loss_chunk, pin_kernel
@@ -77,6 +76,7 @@ class Figure:
     median: float
     low: float
     high: float
+    of_plain: float  # median over the rounds of ours / plain in the same round
     mfu: float | None
     peak_memory_bytes: int
     seconds_to_first_step: float
@@ -198,68 +198,74 @@ def main(arguments: list[str]) -> int:
     fixed = [torch.randint(options.vocab_size, shape, generator=generator, device=device) for _ in range(4)]
 
     figures: list[Figure] = []
-    bar = tqdm(total=(len(pairs) + (len(pairs) > 1)) * (options.rounds + 1) + options.rounds + 1, disable=None)
-    for position, (name, backend) in enumerate(pairs):
+    bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
+    plain, plain_step = plain_steps(
+        base, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size
+    )  # fmt: skip
+    plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
+    plain_rates: list[float] = []
+    peak = hardware.peak_flops(device, precision)
+    for name, backend in pairs:
         config = load_train_config([f"model={options.model}", f"attention={name}"])
         hardware.reset_peak_memory(device)
-        candidates: dict[str, Callable[[], None]] = {}
-        first: dict[str, float] = {}
-        # The plain GPT takes turns with the first variant, and with it alone: a GPU has room and time for one more.
-        if position == 0:
-            plain, candidates["plain"] = plain_steps(
-                config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size
-            )
-        ours, kernel, candidates[name] = our_steps(
+        ours, kernel, our_step = our_steps(
             config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend
         )
-        rates: dict[str, list[float]] = {key: [] for key in candidates}
-        for key, step in candidates.items():
-            started = time.perf_counter()
-            for _ in range(3):  # compilation, allocator, caches
-                step()
-            _synchronise(device)
-            first[key] = time.perf_counter() - started
+        started = time.perf_counter()
+        for step in (plain_step, our_step):
+            timed(step, 3, device)  # compilation, allocator, caches
+        first = time.perf_counter() - started
+        bar.update()
+        rates, ratios = [], []
+        for _ in range(options.rounds):  # in turns: what slows the machine down for a while slows both
+            before = options.steps * tokens / timed(plain_step, options.steps, device)
+            rates.append(options.steps * tokens / timed(our_step, options.steps, device))
+            ratios.append(rates[-1] / before)
+            plain_rates.append(before)
             bar.update()
-        for _ in range(options.rounds):
-            for key, step in candidates.items():
-                _synchronise(device)
-                started = time.perf_counter()
-                for _ in range(options.steps):
-                    step()
-                _synchronise(device)
-                rates[key].append(options.steps * tokens / (time.perf_counter() - started))
-                bar.update()
-        peak = hardware.peak_flops(device, precision)
-        for key in candidates:
-            model: nn.Module = plain if key == "plain" else ours
-            rate = statistics.median(rates[key])
-            flops = training_flops_per_token(ours, base.model.max_seq_len)  # the plain one has mha's shapes
-            if key == "plain" and name != "mha":
-                raise UserError("attention must begin with mha, whose shapes the plain GPT has")
-            figures.append(Figure(
-                name=key, kernel="torch's choice" if key == "plain" else kernel,
-                parameters=sum(p.numel() for p in model.parameters()), median=rate, low=min(rates[key]),
-                high=max(rates[key]), mfu=rate * flops / peak if peak else None,
-                peak_memory_bytes=hardware.peak_memory_bytes(device), seconds_to_first_step=first[key],
-            ))  # fmt: skip
-            bar.write(row(figures[-1], figures[0]))
-        del ours, candidates
-        plain = None  # type: ignore[assignment]
+        flops = training_flops_per_token(ours, base.model.max_seq_len)
+        figures.append(figure(name, kernel, ours, rates, ratios, flops, peak, device, first))
+        bar.write(row(figures[-1]))
+        del ours, our_step
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch._dynamo.reset()
+    ones = [1.0] * len(plain_rates)
+    figures.insert(0, figure("plain", "torch's choice", plain, plain_rates, ones, plain_flops, peak, device, 0.0))
     bar.close()
     report(figures, options, device, precision, compiled, micro)
     return 0
 
 
-def row(f: Figure, plain: Figure) -> str:
+def row(f: Figure) -> str:
     """One line of the table."""
     return (
         f"{f.name:<16}{f.kernel:<16}{f.parameters:>12,}{f.median:>12,.0f}{f'{f.low:,.0f}-{f.high:,.0f}':>22}"
-        f"{f.median / plain.median:>10.3f}{f'{f.mfu:.1%}' if f.mfu else '-':>8}{f.peak_memory_bytes / 2**30:>7.1f}"
+        f"{f.of_plain:>10.3f}{f'{f.mfu:.1%}' if f.mfu else '-':>8}{f.peak_memory_bytes / 2**30:>7.1f}"
     )
+
+
+def timed(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds for `repeats` optimizer steps, the device's work included."""
+    _synchronise(device)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronise(device)
+    return time.perf_counter() - started
+
+
+def figure(
+    name: str, kernel: str, model: nn.Module, rates: list[float], ratios: list[float], flops: int,
+    peak: float | None, device: torch.device, first: float,
+) -> Figure:  # fmt: skip
+    """Medians and ranges of the rounds."""
+    rate = statistics.median(rates)
+    return Figure(
+        name=name, kernel=kernel, parameters=sum(p.numel() for p in model.parameters()), median=rate, low=min(rates),
+        high=max(rates), of_plain=statistics.median(ratios), mfu=rate * flops / peak if peak else None,
+        peak_memory_bytes=hardware.peak_memory_bytes(device), seconds_to_first_step=first,
+    )  # fmt: skip
 
 
 def report(
@@ -271,8 +277,8 @@ def report(
     print(f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
           f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}")  # fmt: skip
     print(f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}{'of plain':>10}{'MFU':>8}{'GiB':>7}")
-    for figure in figures:
-        print(row(figure, figures[0]))
+    for each in figures:
+        print(row(each))
     record = {"options": asdict(options), "device": machine, "precision": str(precision), "compiled": compiled,
               "micro_batch_size": micro, "torch": torch.__version__, "commit": commit(),
               "figures": [asdict(f) for f in figures]}  # fmt: skip

@@ -56,10 +56,12 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     return typing.cast(Options, typed(kind, container, ""))
 
 
-def _leaf_types(kind: type, prefix: str = "") -> dict[str, typing.Any]:
+def _leaf_types(kind: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
     leaves: dict[str, typing.Any] = {}
     for name, hint in typing.get_type_hints(kind).items():
-        leaves.update(_leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint})
+        leaves.update(
+            _leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint}
+        )
     return leaves
 
 
@@ -82,7 +84,9 @@ def run_script(main: Callable[[list[str]], int], *, description: str | None) -> 
     sys.exit(status)
 
 
-def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *, description: str | None) -> typing.NoReturn:
+def run_hydra(
+    script: str, config_name: str, main: Callable[[list[str]], int], *, description: str | None
+) -> typing.NoReturn:
     """As `run_script`, for a command configured by configs/<config_name>.yaml.
 
     Hydra itself answers --help, --cfg, --info and shell completion. With -m it expands the lists of choices; every job

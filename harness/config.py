@@ -12,11 +12,12 @@ import difflib
 import hashlib
 import inspect
 import json
+import math
 import operator
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,33 @@ def register_resolvers() -> None:
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
-    """A hint for a misspelt word: ' (did you mean x?)', or the choices themselves where none is near."""
+    """The remedy for a misspelt word: the nearest choice, or all of them where none is near."""
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(choices))}"
+
+
+def _unknown_field(key: str, known: Collection[str]) -> str:
+    """The sentence for a field that does not exist: its group's fields, or whatever comes near."""
+    group, _, name = key.rpartition(".")
+    if group in known:
+        inside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == group]
+        remedy = did_you_mean(name, inside) if inside else f"{group} is a single value"
+    else:
+        same = sorted(path for path in known if path.endswith(f".{name}"))  # lr: optimizer.lr
+        near = same or difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+        remedy = f"did you mean {' or '.join(near)}?" if near else "--cfg job shows all that there are"
+    return f"{key} is not a field of the configuration; {remedy}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a user would type it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text",
+          list: "a list like [a, b]", dict: "a group of fields"}  # fmt: skip
 
 
 def typed(kind: Any, value: Any, path: str) -> Any:
@@ -113,7 +138,7 @@ def typed(kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
             return {str(k): typed(typing.get_args(kind)[1], item, f"{path}.{k}") for k, item in value.items()}
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
     elif kind is int:
         if isinstance(value, int) and not isinstance(value, bool):
@@ -121,24 +146,23 @@ def typed(kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, float) and value.is_integer():  # budget.tokens=2e6
             return int(value)
     elif kind is str:
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
+        if isinstance(value, (str, int, float)):
+            return _shown(value)
     elif isinstance(value, kind):
         return value
-    name = getattr(origin or kind, "__name__", str(kind))
-    raise UserError(f"{path}={value} must be of type {name}, not {type(value).__name__}")
+    raise UserError(f"{path}={_shown(value)} must be {_WORDS[origin or kind]}")
 
 
 def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:
     """The fields of a mapping, each typed; unknown and missing ones are a UserError."""
     if not isinstance(value, Mapping):
-        raise UserError(f"{path or 'the configuration'}={value} must be a group of fields: {', '.join(hints)}")
+        raise UserError(f"{path or 'the configuration'}={_shown(value)} must be a group of fields: {', '.join(hints)}")
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in hints:
             raise UserError(f"{prefix}{key} is not a field of the configuration; {did_you_mean(str(key), list(hints))}")
     for key in sorted(required - set(value)):
-        raise UserError(f"{prefix}{key} is missing from the configuration; give it a value of type {hints[key]}")
+        raise UserError(f"{prefix}{key} is missing from the configuration; give it a value")
     return {key: typed(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
 
 
@@ -186,7 +210,7 @@ def _check_values(config: TrainConfig) -> None:
         if value is not None and value < least:
             raise UserError(f"{path}={value} is too small; choose {least} or more")
 
-    one_of("device", config.device.split(":")[0], "auto", "cpu", "cuda", "mps")
+    one_of("device", config.device, "auto", "cpu", "cuda", "mps")
     one_of("precision", config.precision, "auto", "float32", "bfloat16")
     one_of("compile", config.compile, "auto", "on", "off")
     one_of("cache.dtype", config.cache.dtype, "float32", "bfloat16", "float16")
@@ -198,9 +222,12 @@ def _check_values(config: TrainConfig) -> None:
         "batch_size": 1, "micro_batch_size": 1, "model.d_model": 1, "model.n_layers": 1, "model.n_heads": 1,
         "model.head_dim": 1, "model.max_seq_len": 1, "model.mlp_hidden": 1, "budget.tokens": 1, "budget.steps": 1,
         "intervals.log": 1, "intervals.evaluate": 1, "intervals.checkpoint": 1, "evaluation.batch_size": 1,
-        "evaluation.max_tokens": 1, "seed": 0, "data_seed": 0,
+        "evaluation.max_tokens": 1, "model.norm_eps": 0, "model.init_std": 0, "seed": 0, "data_seed": 0,
     }.items():  # fmt: skip
         at_least(path, operator.attrgetter(path)(config), least)
+    for path in SEED_FIELDS:
+        if (seed := operator.attrgetter(path)(config)) >= 2**63:
+            raise UserError(f"{path}={seed} is too large for torch's generator; choose a seed below 2^63")
     if config.micro_batch_size is not None and config.batch_size % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} does not divide batch_size={config.batch_size}; "
@@ -301,6 +328,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
+    for override in overrides:
+        if "=" not in override and not override.startswith("~"):
+            raise UserError(f"{override} is not of the form key=value; {did_you_mean(override, GROUPS)}")
     overrides = [quoted(override) for override in overrides]
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -309,29 +339,30 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             f"an argument cannot be read as key=value ({str(error).splitlines()[0]}); quote values that hold brackets, "
             f"commas or spaces like \"key='a, b'\""
         ) from None
+    defaults = _default_options(config_name)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        groups = [o.input_line or "" for o in parsed if _is_group(o.key_or_group)]
+        groups = [o.input_line or "" for o in parsed if o.key_or_group in defaults]
         for override in parsed:
             key = override.key_or_group
             if override.is_add() or override.is_force_add() or override.is_delete():
                 raise UserError(f"{override.input_line}: fields are neither added nor deleted; write {key}=value")
             if override.is_sweep_override():
                 raise UserError(f"{override.input_line} is a list of choices; add -m to run them all")
-            if _is_group(key) and str(override.value()) not in (*options_of(key), "null", "None"):
-                raise UserError(f"{key}={override.value()} does not exist; "
-                                f"{did_you_mean(str(override.value()), options_of(key))}")  # fmt: skip
+            if key.startswith("hydra."):
+                raise UserError(f"{override.input_line}: Hydra's own settings are fixed here; leave it out")
+            chosen = _shown(override.value())
+            if key in defaults and chosen not in (*options_of(key), _shown(defaults[key])):
+                raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
         try:
-            known = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
-            assert isinstance(known, dict)
+            known: Any = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
             final = []
             for text, override in zip(overrides, parsed, strict=True):
                 key = override.key_or_group
-                if not _is_group(key) and not key.startswith("hydra.") and key not in written:
+                if key not in defaults and key not in written:
                     if key not in optional or key.split(".")[0] not in written:
-                        raise UserError(f"{key} is not a field of the configuration; "
-                                        f"{did_you_mean(key, sorted(written | optional | set(GROUPS)))}")  # fmt: skip
+                        raise UserError(_unknown_field(key, written | optional | set(defaults)))
                     text = f"++{text}"  # a field that the YAML leaves at the schema's default
                 final.append(text)
             composed = hydra_compose(config_name, final)
@@ -345,10 +376,6 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(" ".join(str(error).split())) from None
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
-
-
-def _is_group(key: str) -> bool:
-    return key in GROUPS
 
 
 def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -391,6 +418,8 @@ def load_eval_config(overrides: Sequence[str]) -> EvalConfig:
 def load_train_config(overrides: Sequence[str]) -> TrainConfig:
     """configs/train.yaml with these overrides, checked, its name worked out."""
     config = train_config(compose("train", overrides))
+    if config.dataset.source == "local" and config.dataset.path:
+        config.dataset.path = str(Path(config.dataset.path).expanduser().absolute())  # the run is found from anywhere
     if config.name == "auto":
         config.name = default_name(config, overrides)
     return config
@@ -401,29 +430,33 @@ def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
     parts = [config.dataset.name, config.model.name, config.attention["name"]]
     if config.dataset.source == "local" and config.dataset.path:
         parts[0] += f"_{Path(config.dataset.path.rstrip('/')).stem}"
-    pairs = [override.partition("=")[::2] for override in overrides if "=" in override]
-    parts += [value for key, value in pairs if key in GROUPS[3:] and key != "tracking" and value != _default_option(key)]
-    plain = train_config(compose("train", [f"{key}={value}" for key, value in pairs if _is_group(key)]))
+    pairs = dict(override.partition("=")[::2] for override in overrides)
+    defaults = _default_options("train")
+    chosen = {key: value for key, value in pairs.items() if key in defaults}
+    parts += [
+        value for key, value in chosen.items()
+        if key not in ("dataset", "model", "attention", "tracking") and value != _shown(defaults[key])
+    ]  # fmt: skip
+    plain = train_config(compose("train", [f"{key}={value}" for key, value in chosen.items()]))
     before, after = identity(plain), identity(config)
     parts += [
-        f"{key.split('.')[-1]}={after.get(key)}" for key, _ in pairs
-        if not _is_group(key) and key not in SEED_FIELDS and before.get(key) != after.get(key)
+        f"{key.split('.')[-1]}={after.get(key)}" for key in pairs
+        if key not in (*defaults, *SEED_FIELDS, "dataset.path") and before.get(key) != after.get(key)
     ]  # fmt: skip
-    parts.append(f"seed{config.seed}")
-    if config.data_seed != config.seed:
-        parts.append(f"data{config.data_seed}")
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", "-".join(parts))
-    if len(name) > 120:  # file systems stop at 255 bytes, W&B's names at 128
-        name = f"{name[:108]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    if len(name) > 80:  # file systems stop at 255 bytes, W&B's names at 128
+        name = f"{name[:71]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name += f"-seed{config.seed}"
+    return name if config.data_seed == config.seed else f"{name}-data{config.data_seed}"
 
 
-def _default_option(group: str) -> str:
-    """What the defaults list of configs/train.yaml chooses for a group."""
-    from omegaconf import OmegaConf
+def _default_options(config_name: str) -> dict[str, str | None]:
+    """The groups of configs/<config_name>.yaml and what its defaults list chooses for each."""
+    import yaml
 
-    entries = OmegaConf.to_container(OmegaConf.load(CONFIGS / "train.yaml"), resolve=False)["defaults"]  # type: ignore
-    return str(next(entry[group] for entry in entries if isinstance(entry, dict) and group in entry))
+    entries = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return {group: option for entry in entries if isinstance(entry, dict)
+            for group, option in entry.items() if not group.startswith("optional ")}  # fmt: skip
 
 
 def load_run_config(run: Path) -> TrainConfig:
@@ -438,8 +471,10 @@ def load_run_config(run: Path) -> TrainConfig:
         container = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    assert isinstance(container, dict)
-    return train_config(typing.cast("dict[str, Any]", container))
+    try:
+        return train_config(typing.cast("dict[str, Any]", container))
+    except UserError as error:
+        raise UserError(f"{path} is not a configuration of this version: {error}") from None
 
 
 def save_run_config(config: TrainConfig, run: Path) -> None:

@@ -40,7 +40,9 @@ class ModelFacts:
 
     def lines(self) -> list[str]:
         """For the person who started the run."""
-        blocks = ", ".join(f"{block} {count:,}" for block, count in self.parameters.items() if count and block != "total")
+        blocks = ", ".join(
+            f"{block} {count:,}" for block, count in self.parameters.items() if count and block != "total"
+        )
         return [
             f"parameters  {self.parameters['total']:,} ({blocks})",
             f"training    {self.flops_per_token / 1e6:,.1f} MFLOP per token",

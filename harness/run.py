@@ -1,6 +1,6 @@
 """A run's folder: claimed by one configuration, finished when it holds summary.json.
 
-    <runs_dir>/<name>/  config.yaml  metrics.jsonl  tokenizer.json  checkpoints/  summary.json  evaluations/*.json
+<runs_dir>/<name>/  config.yaml  metrics.jsonl  tokenizer.json  checkpoints/  summary.json  evaluations/*.json
 """
 
 from __future__ import annotations

@@ -82,8 +82,9 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
     }
     write_json(run / "evaluations" / f"{record_name(record)}.json", record)
     with open_run_tracker(
-        trained.config, config.tracking, run, run_config=dataclasses.asdict(trained.config), run_id=summary["wandb_id"], metrics_bytes=None
-    ) as tracker:
+        trained.config, config.tracking, run, run_config=dataclasses.asdict(trained.config),
+        run_id=summary["wandb_id"], metrics_bytes=None,
+    ) as tracker:  # fmt: skip
         figures = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
         tracker.summary({f"eval/{dataset.name}/{config.split}/{key}": record[key] for key in figures})
     return record, result

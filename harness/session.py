@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harness.build import build_model
 from harness.config import load_run_config, setup_hash
@@ -106,7 +106,7 @@ class Session:
             data_seed=config.data_seed,
         )  # fmt: skip
         batches = loader.iterate(self.first_step - 1, device=self.device)
-        try:
+        with contextlib.closing(batches):  # ends the prefetching thread
             for step in train(
                 self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
                 first_step=self.first_step, last_step=self.steps, micro_batch_size=self.micro_batch_size,
@@ -115,8 +115,6 @@ class Session:
             ):  # fmt: skip
                 self.first_trained = self.first_trained or step
                 yield step
-        finally:
-            batches.close()  # ends the prefetching thread
 
     def evaluate(self) -> SplitResult:
         """The validation split, as eval_model.py would score it, up to evaluation.max_tokens."""
@@ -223,7 +221,9 @@ def open_session(config: TrainConfig, run: Path, device: torch.device, steps: in
     precision = select_precision(config.precision, device)
     data = prepare(config.dataset, config.tokenizer, Path(config.data_dir))
     if "validation" not in data.splits:
-        raise UserError(f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0")
+        raise UserError(
+            f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
+        )
     if data.tokenizer_file is not None:
         shutil.copyfile(data.tokenizer_file, run / "tokenizer.json")
 

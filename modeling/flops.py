@@ -7,6 +7,8 @@ torch's own counter, against which tests compare). Recomputation (activation che
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from modeling.gpt import GPT
@@ -16,7 +18,7 @@ def parameters_by_block(model: GPT) -> dict[str, int]:
     """Parameter counts: embedding, positions, attention, mlp, norms, head (0 if tied), total; the vocabulary unpadded
     is not subtracted, since the padded rows are allocated and trained."""
 
-    def count(*modules: nn.Module | None) -> int:
+    def count(*modules: Any) -> int:
         return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
     tied = model.head.weight is model.embedding.weight

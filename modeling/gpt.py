@@ -39,9 +39,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(
-        self, attention: nn.Module, mlp: MLP, *, d_model: int, norm_eps: float, dropout: float
-    ) -> None:
+    def __init__(self, attention: nn.Module, mlp: MLP, *, d_model: int, norm_eps: float, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.attention = attention
@@ -132,7 +130,8 @@ class GPT(nn.Module):
     def initialise(self, init: str, std: float, zero_outputs: bool) -> None:
         """Set every parameter as the table of this class says, from torch's global generator."""
         depth = (2 * len(self.blocks)) ** -0.5
-        outputs = {id(m) for block in self.blocks for m in (block.attention.o_proj, block.mlp.down_proj)}
+        outputs = {id(attention.o_proj) for attention in self.attentions}
+        outputs |= {id(module.down_proj) for module in self.modules() if isinstance(module, MLP)}
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
@@ -228,7 +227,5 @@ class GPT(nn.Module):
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time."""
         x_ND = self.hidden(inputs_BT).flatten(0, 1)
-        nats_N = token_nats(
-            x_ND, self.head.weight, targets_BT.flatten(), vocab_size=self.vocab_size, chunk_tokens=4096
-        )
+        nats_N = token_nats(x_ND, self.head.weight, targets_BT.flatten(), vocab_size=self.vocab_size, chunk_tokens=4096)
         return nats_N.view_as(targets_BT)

@@ -31,7 +31,9 @@ def token_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size
     return torch.cat(nats)
 
 
-def mean_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int | None) -> Tensor:
+def mean_nats(
+    x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int | None
+) -> Tensor:
     """Mean cross-entropy in nats, differentiable.
 
     chunk_tokens=None holds all N x C logits in float32. A number holds that many rows at a time and computes both

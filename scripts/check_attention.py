@@ -18,7 +18,6 @@ enter_environment()
 
 from harness.command_line import run_script
 from harness.config import load_train_config
-from harness.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
@@ -44,7 +43,10 @@ def main(arguments: list[str]) -> int:
         except (RuntimeError, ValueError, TypeError) as error:  # the user's own class may fail in any way
             verdict, remark = "FAIL", f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         failures += verdict == "FAIL"
-        print(f"  {verdict}  {check.__name__.replace('_', ' '):<48}{time.perf_counter() - started:5.1f} s{remark}", flush=True)
+        print(
+            f"  {verdict}  {check.__name__.replace('_', ' '):<48}{time.perf_counter() - started:5.1f} s{remark}",
+            flush=True,
+        )
     print(f"{len(CHECKS) - failures} of {len(CHECKS)} hold")
     return 1 if failures else 0
 

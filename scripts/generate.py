@@ -1,11 +1,11 @@
 """Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon".
 
-  run             a run's folder or name; without one, the newest finished run
-  prompt          the text to continue (empty: a fresh document)
-  max_new_tokens  128        temperature  0.8 (0: greedy)
-  top_k           null       top_p        null
-  seed            0          device       auto
-  attention.backend  auto    runs_dir     runs
+run             a run's folder or name; without one, the newest finished run
+prompt          the text to continue (empty: a fresh document)
+max_new_tokens  128        temperature  0.8 (0: greedy)
+top_k           null       top_p        null
+seed            0          device       auto
+attention.backend  auto    runs_dir     runs
 """
 
 # ruff: noqa: E402

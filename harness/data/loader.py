@@ -8,7 +8,7 @@ at once, so nothing is stored, shuffled or skipped when a run continues.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -70,7 +70,7 @@ class WindowLoader:
         starts = self.windows(step) * self.max_seq_len
         return torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.max_seq_len + 1)].astype(np.int64))
 
-    def iterate(self, start_step: int, *, device: torch.device | str) -> Iterator[torch.Tensor]:
+    def iterate(self, start_step: int, *, device: torch.device | str) -> Generator[torch.Tensor, None, None]:
         """Endless batches from `start_step` on, read ahead by a thread; pinned and copied asynchronously to CUDA.
 
         The thread ends when the generator is closed or collected; what goes wrong in it is raised here.

@@ -22,9 +22,7 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             there = file.schema_arrow.names
             for column in columns:
                 if column not in there:
-                    raise UserError(
-                        f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column"
-                    )
+                    raise UserError(f"{path} has no column {column!r}, but {', '.join(there)}: set dataset.text_column")
             size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             rows = _BATCH * file.metadata.num_rows // max(size, 1)
             for batch in file.iter_batches(batch_size=min(max(rows, 1), _MOST_ROWS), columns=columns):

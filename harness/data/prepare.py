@@ -43,17 +43,25 @@ def prepare(
     """Opens data_dir/<dataset name>-<key>, building it first if it is absent or damaged.
 
     The key hashes everything that shapes the bytes: the source's identity, max_tokens, the tokenizer's settings.
-    `tokenizer_file` (a tokenizer.json) is used instead of what `tokenizer` asks for. A dataset.path that names a
-    prepared folder, from this machine or another, opens that folder. Safe against being killed and against other
-    processes that prepare the same data. Raises UserError (HubUnreachable where the source is out of reach).
+    A dataset.path that names a prepared folder, from this machine or another, opens that folder. `tokenizer_file` (a
+    tokenizer.json) takes the place of what `tokenizer` asks for; where that made the very same tokenizer, its folder
+    serves. Safe against being killed and against other processes that prepare the same data. Raises UserError
+    (HubUnreachable where the source is out of reach).
     """
     check(dataset, tokenizer)
-    settings = _tokenizer_settings(tokenizer, tokenizer_file)
+    settings = _tokenizer_settings(tokenizer)
+    replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):
-        return _open_copy(Path(dataset.path), dataset, settings, data_dir)
+        return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir)
     source = open_source(dataset, data_dir, progress=progress)
     identity = {"source": source.identity, "max_tokens": dataset.max_tokens, "tokenizer": settings}
-    folder = data_dir / f"{dataset.name}-{_digest({'format': FORMAT, **identity})[:12]}"
+    folder = data_dir / _folder_name(dataset, identity)
+    if replaced is not None:
+        with contextlib.suppress(DamagedError):
+            if (prepared := open_prepared(folder)).meta["tokenizer"]["sha256"] == replaced:
+                return prepared
+        identity["tokenizer"] = {"file": replaced}
+        folder = data_dir / _folder_name(dataset, identity)
     # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
     with contextlib.suppress(DamagedError):
         return open_prepared(folder)
@@ -68,16 +76,19 @@ def prepare(
     return open_prepared(folder)
 
 
-def _tokenizer_settings(tokenizer: TokenizerConfig, file: Path | None) -> dict[str, Any]:
+def _folder_name(dataset: DatasetConfig, identity: dict[str, Any]) -> str:
+    return f"{dataset.name}-{_digest({'format': FORMAT, **identity})[:12]}"
+
+
+def _tokenizer_settings(tokenizer: TokenizerConfig) -> dict[str, Any]:
     """What shapes the tokens, known without training or fetching a tokenizer."""
-    if file is None and tokenizer.name == "pretrained":
-        assert tokenizer.path is not None
-        file = _local_tokenizer(tokenizer.path)
-        if file is None:
-            return {"pretrained": tokenizer.path}
-    if file is not None:
-        return {"file": Tokenizer.load(file).sha256}
-    return {"bpe": tokenizer.vocab_size} if tokenizer.name == "bpe" else {"bytes": 256}
+    if tokenizer.name == "bpe":
+        return {"bpe": tokenizer.vocab_size}
+    if tokenizer.name == "bytes":
+        return {"bytes": 256}
+    assert tokenizer.path is not None
+    file = _local_tokenizer(tokenizer.path)
+    return {"file": Tokenizer.load(file).sha256} if file else {"pretrained": tokenizer.path}
 
 
 def _local_tokenizer(path: str) -> Path | None:
@@ -90,12 +101,15 @@ def _local_tokenizer(path: str) -> Path | None:
     return None
 
 
-def _open_copy(folder: Path, dataset: DatasetConfig, settings: dict[str, Any], data_dir: Path) -> PreparedData:
+def _open_copy(
+    folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, data_dir: Path
+) -> PreparedData:
     """Opens the prepared folder that dataset.path names, if it holds what the other settings ask for."""
     prepared = open_prepared(folder)
-    identity = prepared.meta["identity"]
     asked = {"dataset": dataset.name, "max_tokens": dataset.max_tokens, "tokenizer": settings}
-    held = {"dataset": prepared.meta["dataset"], **identity}
+    held = {"dataset": prepared.meta["dataset"], **prepared.meta["identity"]}
+    if replaced is not None:
+        asked["tokenizer"], held["tokenizer"] = replaced, prepared.meta["tokenizer"]["sha256"]
     if dataset.source in ("hub", "classic_books"):  # their identity is known without reading the text
         asked["source"] = open_source(dataclasses.replace(dataset, path=None), data_dir, progress=False).identity
     for field, value in asked.items():
@@ -176,26 +190,36 @@ def _make_tokenizer(
         place = _local_tokenizer(config.path) or pretrained_tokenizer(config.path)
         return Tokenizer.load(place), {"name": "pretrained"}
     assert config.vocab_size is not None
+    tokenizer, n_bytes = _train_bpe(source, dataset, config.vocab_size, progress)
+    return tokenizer, {"name": "bpe", "trained_on_first_bytes": n_bytes}
+
+
+def _train_bpe(source: Source, dataset: DatasetConfig, vocab_size: int, progress: bool) -> tuple[Tokenizer, int]:
+    """A BPE of the first _BPE_BYTES of the training split (to the end of a block), and how many bytes those were."""
     limit = _BPE_BYTES
     if dataset.max_tokens is not None:  # several times the text that will be tokenised, so that the cap saves time
         limit = min(limit, max(_BPE_LEAST_BYTES, 8 * dataset.max_tokens))
+    n_bytes = 0
+
+    def text() -> Iterator[str]:
+        nonlocal n_bytes
+        for document in source.documents():
+            if document.split != "train":
+                continue
+            for block in document.blocks:
+                size = len(_utf8(block, dataset.name))
+                n_bytes += size
+                bar.update(size)
+                yield block
+                if n_bytes >= limit:
+                    return
+
     total = min(limit, source.text_bytes) if source.text_bytes else None
     with _bar(f"{dataset.name}: text for the tokenizer", total, progress) as bar:
-        tokenizer = Tokenizer.train_bpe(_training_text(source, dataset.name, limit, bar), config.vocab_size)
-    if tokenizer.vocab_size < config.vocab_size:
-        _say(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {config.vocab_size}.")
-    return tokenizer, {"name": "bpe", "trained_on_first_bytes": bar.n}
-
-
-def _training_text(source: Source, name: str, limit: int, bar: tqdm[Any]) -> Iterator[str]:
-    """The first `limit` bytes of the training split (to the end of a block), in blocks."""
-    for document in source.documents():
-        if document.split == "train":
-            for block in document.blocks:
-                bar.update(len(_utf8(block, name)))
-                yield block
-                if bar.n >= limit:
-                    return
+        tokenizer = Tokenizer.train_bpe(text(), vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        _say(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {vocab_size}.")
+    return tokenizer, n_bytes
 
 
 def _encoded(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[tuple[Piece, list[int]]]:

@@ -19,7 +19,12 @@ _BPE_MINIMUM = 257  # the bytes and the end of text
 
 
 def open_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> Source:
-    """The source of a checked dataset. Local and stdlib text is read at once, for its identity; the rest on demand."""
+    """The source of a checked dataset. Local and stdlib text is read at once, for its identity; the rest on demand.
+
+    dataset.path, if any, is no prepared folder: UserError where only such a folder would do.
+    """
+    if dataset.path is not None and (dataset.source == "stdlib" or dataset.hub_streaming):
+        raise UserError(f"dataset.path={dataset.path} is no prepared folder, which is all that {dataset.name} can use")
     if dataset.source == "hub":
         return hub_source(dataset)
     if dataset.source == "classic_books":

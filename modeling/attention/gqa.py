@@ -110,9 +110,7 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
         B, T, _ = x_BTD.shape
-        place = (
-            place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
-        )
+        place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
         q_BTHK = self.q_proj(x_BTD).view(B, T, self.n_heads, self.qk_width)
         k_BTGK = self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
         v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)

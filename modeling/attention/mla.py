@@ -116,11 +116,13 @@ class MultiheadLatentAttention(nn.Module):
         # Widths that are projected straight from x, in this order in the fused matrix.
         self.down_widths = (R if R is not None else n_heads * self.qk_width, L, P)
         if fused_down_projections:
-            self.in_proj = nn.Linear(d_model, sum(self.down_widths), bias=bias)
+            self.in_proj: nn.Linear | None = nn.Linear(d_model, sum(self.down_widths), bias=bias)
         else:
             self.in_proj = None
-            q_in = nn.Linear(d_model, self.down_widths[0], bias=bias)
-            self.q_proj, self.q_down_proj = (q_in, None) if R is None else (None, q_in)
+            if R is None:
+                self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=bias)
+            else:
+                self.q_down_proj = nn.Linear(d_model, R, bias=bias)
             self.kv_down_proj = nn.Linear(d_model, L, bias=bias)
             self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
         self.q_up_proj = nn.Linear(R, n_heads * self.qk_width, bias=False) if R is not None else None
@@ -216,7 +218,7 @@ class MultiheadLatentAttention(nn.Module):
         if self.in_proj is not None:
             q_in, latent_BTL, k_rope_BTP = self.in_proj(x_BTD).split(self.down_widths, dim=-1)
         else:
-            q_in = (self.q_proj if self.q_proj is not None else self.q_down_proj)(x_BTD)
+            q_in = (self.q_proj if self.q_lora_rank is None else self.q_down_proj)(x_BTD)
             latent_BTL = self.kv_down_proj(x_BTD)
             k_rope_BTP = self.k_rope_proj(x_BTD) if self.k_rope_proj is not None else x_BTD[..., :0]
         parts = latent_BTL.split(self.latent_widths, dim=-1)
@@ -246,7 +248,9 @@ def _norm(kind: str, width: int, eps: float) -> nn.Module:
 
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Norms run in their gain's dtype: under autocast that is float32, where a projection's output is bfloat16."""
-    return norm(x.to(norm.weight.dtype)) if not isinstance(norm, nn.Identity) else x
+    if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
+        x = norm(x.to(norm.weight.dtype))
+    return x
 
 
 def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:

@@ -31,9 +31,7 @@ class RotaryEmbedding(nn.Module):
         self._build(torch.get_default_device(), torch.float32)
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> None:
-        frequency_F = self.theta ** (
-            -torch.arange(0, self.width, 2, dtype=torch.float64, device=device) / self.width
-        )
+        frequency_F = self.theta ** (-torch.arange(0, self.width, 2, dtype=torch.float64, device=device) / self.width)
         angle_SF = torch.arange(self.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency_F
         self.register_buffer("cos_SF", angle_SF.cos().to(dtype), persistent=False)
         self.register_buffer("sin_SF", angle_SF.sin().to(dtype), persistent=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -48,7 +49,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def server(repository: Path, monkeypatch: pytest.MonkeyPatch) -> FileServer:
+def server(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FileServer]:
     with FileServer(repository) as server:
         monkeypatch.setenv("ATTENTION_BOOKS_URL", server.url)
         yield server
@@ -80,7 +81,9 @@ def folder_texts() -> dict[str, list[str]]:
 
 def test_a_book_is_cleaned_as_the_manifest_says() -> None:
     assert books.clean(b"# T\r\n-------\r\n\r\n body\r\nof it \r\n\r\n") == "body\nof it\n"
-    assert books.clean(b"no header\n" + b"x" * 700 + b"\n-------\nrest") == "no header\n" + "x" * 700 + "\n-------\nrest\n"
+    assert (
+        books.clean(b"no header\n" + b"x" * 700 + b"\n-------\nrest") == "no header\n" + "x" * 700 + "\n-------\nrest\n"
+    )
     assert books.clean(b"caf\xe9 -- --\n") == "caf\ufffd -- --\n"
 
 
@@ -112,7 +115,7 @@ def test_an_interrupted_download_continues_where_it_was(tmp_path: Path, server: 
     missing = server.root / books.COMMIT / "Author 9/A Book: its 9? part.md"
     content = missing.read_bytes()
     missing.unlink()
-    with pytest.raises(HubUnreachable, match="Author 9.*404.*ATTENTION_BOOKS_URL"):
+    with pytest.raises(HubUnreachable, match=r"Author 9.*404.*ATTENTION_BOOKS_URL"):
         prepared(tmp_path)
     missing.write_bytes(content)
     before = {path.name for path in (tmp_path / "data/downloads").rglob("*") if path.is_file()}
@@ -125,7 +128,7 @@ def test_wrong_bytes_of_the_right_length_are_never_used(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.corrupt = True
-    with pytest.raises(UserError, match="arrived .* with content other than the manifest's"):
+    with pytest.raises(UserError, match=r"arrived .* with content other than the manifest's"):
         prepared(tmp_path)
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file() and not path.name.endswith(".lock")]
 

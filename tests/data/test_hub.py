@@ -12,15 +12,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from harness.data import open_prepared
+from harness.data import Tokenizer, open_prepared
 from harness.data.hub import articles, hub_source
-from harness.schema import DatasetConfig
-from tests.support.corpora import BYTES, documents_of, text
+from harness.schema import DatasetConfig, TokenizerConfig
+from tests.support.corpora import BYTES, documents_of, local, text
 from tests.support.hub_server import REVISION, HubServer
 from tests.support.prepare_in_subprocess import prepare_in_subprocess
 
 STORIES = {split: [text(seed, 200) for seed in range(first, first + count)]
-           for split, first, count in (("train", 0, 3000), ("validation", 5000, 20), ("test", 6000, 20))}  # fmt: skip
+           for split, first, count in (("train", 0, 1400), ("validation", 5000, 20), ("test", 6000, 20))}  # fmt: skip
 README = """---
 configs:
 - config_name: stories
@@ -42,7 +42,7 @@ configs:
 def write_repository(folder: Path) -> dict[str, str]:
     """A dataset in parquet files, the training split in two; returns file -> SHA-256."""
     (folder / "stories").mkdir(parents=True)
-    shards = {"train-00000-of-00002": STORIES["train"][:1500], "train-00001-of-00002": STORIES["train"][1500:],
+    shards = {"train-00000-of-00002": STORIES["train"][:1200], "train-00001-of-00002": STORIES["train"][1200:],
               "validation-00000-of-00001": STORIES["validation"], "test-00000-of-00001": STORIES["test"]}  # fmt: skip
     for name, texts in shards.items():
         table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
@@ -70,9 +70,11 @@ def pinned(tmp_path: Path) -> DatasetConfig:
     )
 
 
-def prepared(hub: HubServer, dataset: DatasetConfig, tmp_path: Path, **environment: str) -> dict[str, Any]:
+def prepared(
+    hub: HubServer, dataset: DatasetConfig, tmp_path: Path, tokenizer: TokenizerConfig = BYTES, **environment: str
+) -> dict[str, Any]:
     defaults = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-    return prepare_in_subprocess(dataset, BYTES, tmp_path / "data", defaults | environment)
+    return prepare_in_subprocess(dataset, tokenizer, tmp_path / "data", defaults | environment)
 
 
 def check_stories(answer: dict[str, Any]) -> None:
@@ -167,6 +169,23 @@ def test_a_stream_is_read_up_to_the_cap_and_survives_a_broken_connection(
     assert hub.downloads[f"stories/{second}.parquet"] == 0  # the cap was reached before
 
 
+def test_a_pretrained_tokenizer_comes_from_the_hub_by_its_name(hub: HubServer, tmp_path: Path) -> None:
+    model = tmp_path / "hub/models/someone/model"
+    model.mkdir(parents=True)
+    Tokenizer.train_bpe(STORIES["test"], 300).save(model)
+    (tmp_path / "train.txt").write_text(STORIES["train"][0])
+    dataset = local(tmp_path / "train.txt", validation_fraction=0, test_fraction=0)
+    named = TokenizerConfig(name="pretrained", path="someone/model")
+    hub.unavailable = 1
+    answer = prepared(hub, dataset, tmp_path, named)
+    data = open_prepared(Path(answer["folder"]))
+    assert data.vocab_size == 300 and documents_of(data, "train") == [STORIES["train"][0]]
+    hub.silent = True
+    assert prepared(hub, dataset, tmp_path, named)["folder"] == answer["folder"]  # without asking the hub
+    absent = prepared(hub, dataset, tmp_path, dataclasses.replace(named, path="someone/else"))
+    assert absent["kind"] == "HubUnreachable" and absent["seconds"] < 5
+
+
 def test_what_the_hub_does_not_have_is_no_outage(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
     answer = prepared(hub, dataclasses.replace(pinned, hub_name="someone/else"), tmp_path)
     assert answer["kind"] == "UserError"
@@ -179,12 +198,14 @@ def test_offline_without_a_cache_is_said_at_once(hub: HubServer, pinned: Dataset
     assert not hub.requests
 
 
-def test_a_folder_with_the_repositorys_files_needs_no_hub(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
+def test_a_folder_with_the_repositorys_files_needs_no_hub(
+    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+) -> None:
     hub.silent = True
     folder = tmp_path / "hub/datasets/someone/stories"
     check_stories(prepared(hub, dataclasses.replace(pinned, path=str(folder)), tmp_path))
     assert hub_source(pinned).identity == hub_source(dataclasses.replace(pinned, path=str(folder))).identity
-    (folder / "stories/test-00000-of-00001.parquet").write_bytes(b"other")
+    (folder / "stories/validation-00000-of-00001.parquet").write_bytes(b"other")
     other = dataclasses.replace(pinned, path=str(folder), split_seed=1)
     assert "is not the file that dataset.sha256 names" in prepared(hub, other, tmp_path)["error"]
 

@@ -127,13 +127,15 @@ def test_too_few_documents_for_the_splits_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
-def test_a_single_document_is_cut_by_position(
-    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_single_document_is_cut_by_position(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
     whole = "".join(f"{seed} é {text(seed, 8)}\n" for seed in range(400))
     file = tmp_path / f"one.{suffix}"
-    {"txt": file.write_text, "jsonl": lambda one: write_jsonl(file, [one]),
-     "parquet": lambda one: write_parquet(file, [one])}[suffix](whole)  # fmt: skip
+    if suffix == "txt":
+        file.write_text(whole)
+    elif suffix == "jsonl":
+        write_jsonl(file, [whole])
+    else:
+        write_parquet(file, [whole])
     data = prepared(tmp_path, file)
     assert "a single document, cut by position" in capsys.readouterr().err
     assert "".join(everything(data)) == whole
@@ -209,13 +211,13 @@ def test_the_text_may_stand_in_another_field(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", ["x", "y", "z"], column="body")
     for name in ("a.jsonl", "b.parquet"):
         assert sorted(everything(prepared(tmp_path, tmp_path / name, text_column="body"))) == ["x", "y", "z"]
-    with pytest.raises(UserError, match="no column 'text', but id, body: set dataset.text_column"):
+    with pytest.raises(UserError, match=r"no column 'text', but id, body: set dataset.text_column"):
         prepared(tmp_path, tmp_path / "b.parquet")
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    with pytest.raises(UserError, match="a.parquet cannot be read as parquet"):
+    with pytest.raises(UserError, match=r"a.parquet cannot be read as parquet"):
         prepared(tmp_path, tmp_path / "a.parquet")
 
 
@@ -234,5 +236,5 @@ def test_test_files_without_training_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_with_another_hash_than_the_config_says_is_refused(tmp_path: Path) -> None:
     folder_of_texts(tmp_path / "texts", 4)
-    with pytest.raises(UserError, match="001.txt is not the file that dataset.sha256 names"):
+    with pytest.raises(UserError, match=r"001.txt is not the file that dataset.sha256 names"):
         prepared(tmp_path, tmp_path / "texts", sha256={"001.txt": "0" * 64})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
@@ -160,6 +161,33 @@ def test_the_cap_holds_to_the_token_and_leaves_the_other_splits_alone(
     assert full[len(documents) - 1].startswith(documents[-1].rstrip("\ufffd"))
     assert split.document_bytes[-1] == len(documents[-1].rstrip("\ufffd").encode())
     assert documents_of(capped, "test") == documents_of(whole, "test")
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bpe_of_a_large_source_is_trained_on_its_beginning(
+    tmp_path: Path, progress: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("harness.data.prepare"), "_BPE_BYTES", 1000)
+    (tmp_path / "texts").mkdir()
+    for number, words in enumerate(["aaaa " * 200, "aaaa " * 200, "bbbb " * 200]):
+        (tmp_path / f"texts/{number}.txt").write_text(words)
+    dataset = local(tmp_path / "texts", validation_fraction=0, test_fraction=0)
+    tokenizer = TokenizerConfig(name="bpe", vocab_size=262)
+    data = prepare(dataset, tokenizer, tmp_path / "data", progress=progress)
+    assert data.meta["tokenizer"]["trained_on_first_bytes"] == 1000
+    assert len(Tokenizer.load(data.tokenizer_file).encode("bbbb")) == 4
+
+
+def test_the_tokenizer_file_of_the_same_data_opens_that_data(tmp_path: Path, texts: dict[str, str]) -> None:
+    trained = prepared(tmp_path, BPE)
+    (tmp_path / "run").mkdir()
+    file = Path(shutil.copy(trained.tokenizer_file or "", tmp_path / "run"))
+    for dataset in (local(tmp_path / "texts"), local(trained.folder)):
+        again = prepare(dataset, BPE, tmp_path / "data", tokenizer_file=file, progress=False)
+        assert again.folder == trained.folder
+    shutil.rmtree(trained.folder)
+    rebuilt = prepare(local(tmp_path / "texts"), BPE, tmp_path / "data", tokenizer_file=file, progress=False)
+    assert rebuilt.fingerprint == trained.fingerprint
 
 
 def test_a_tokenizer_file_replaces_the_configured_tokenizer(tmp_path: Path, texts: dict[str, str]) -> None:

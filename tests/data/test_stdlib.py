@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sysconfig
 from pathlib import Path
 
@@ -107,6 +108,11 @@ def test_the_fingerprint_changes_with_any_file(library: Path, tmp_path: Path) ->
     second = prepare(STDLIB, BYTES, tmp_path / "data", progress=False)
     assert second.fingerprint != first.fingerprint and second.folder != first.folder
     assert second.meta["identity"]["source"]["fingerprint"] != first.meta["identity"]["source"]["fingerprint"]
+
+
+def test_a_path_that_is_no_prepared_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no prepared folder"):
+        prepare(dataclasses.replace(STDLIB, path=str(tmp_path)), BYTES, tmp_path / "data", progress=False)
 
 
 def test_a_python_without_sources_is_told_so(library: Path) -> None:

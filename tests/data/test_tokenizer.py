@@ -14,7 +14,17 @@ from harness.errors import UserError
 from tests.support.corpora import text
 
 TEXTS = [text(seed) for seed in range(40)]
-STRANGE = ["", " ", "\n\n\r\n\t", "\x00\x1c", "naïve 海 😀", f"a {END_OF_TEXT} b", "x" * 500, "'s 's  's", "\ufffd\u3000"]
+STRANGE = [
+    "",
+    " ",
+    "\n\n\r\n\t",
+    "\x00\x1c",
+    "naïve 海 😀",
+    f"a {END_OF_TEXT} b",
+    "x" * 500,
+    "'s 's  's",
+    "\ufffd\u3000",
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,9 @@ def test_cutting_a_document_into_pieces_changes_no_token(bpe: Tokenizer, monkeyp
     choice = random.Random(0)
     compared = 0
     for _ in range(100):
-        string = "".join(choice.choice(["ab", "é", " ", "  ", "\n", ".", "9", "'s", " the sea ", "海"]) for _ in range(300))
+        string = "".join(
+            choice.choice(["ab", "é", " ", "  ", "\n", ".", "9", "'s", " the sea ", "海"]) for _ in range(300)
+        )
         string += text(choice.randrange(100), 200)
         whole = bpe.encode_batch([string])[0]
         monkeypatch.setattr(bpe, "_piece", choice.choice([40, 200]))
@@ -128,5 +140,5 @@ def test_a_file_that_is_no_tokenizer_is_named_in_one_sentence(tmp_path: Path, co
     file = tmp_path / "tokenizer.json"
     if content is not None:
         file.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer.json"):
         Tokenizer.load(tmp_path)

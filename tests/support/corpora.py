@@ -10,7 +10,29 @@ from harness.schema import DatasetConfig, TokenizerConfig
 
 BYTES = TokenizerConfig(name="bytes")
 BPE = TokenizerConfig(name="bpe", vocab_size=320)
-_WORDS = "the a sea ship captain whale island storm réef said saw and of, under over old. new\nhis Über 海 12 'tis".split(" ")
+_WORDS = [
+    "the",
+    "a",
+    "sea",
+    "ship",
+    "captain",
+    "whale",
+    "island",
+    "storm",
+    "réef",
+    "said",
+    "saw",
+    "and",
+    "of,",
+    "under",
+    "over",
+    "old.",
+    "new\nhis",
+    "Über",
+    "海",
+    "12",
+    "'tis",
+]
 
 
 def text(seed: int, words: int = 60) -> str:

@@ -21,8 +21,8 @@ class HubServer:
     The faults may be set at any time. They act on the file downloads (GET .../resolve/...) except `silent`:
     cut: so many downloads break off half way; unavailable: so many answer 503; corrupt: every download has one wrong
     byte, with the length and the hashes of the right file; stalled: downloads are accepted and never answered;
-    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file; `downloads` counts the GETs of a file
-    that ask for more than its first byte, by its path in the repository.
+    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file; `downloads`
+    counts the GETs of a file that ask for more than its first byte, by its path in the repository.
     """
 
     def __init__(self, root: Path) -> None:

@@ -43,11 +43,14 @@ def prepare_in_subprocess(
         "tokenizer": dataclasses.asdict(tokenizer),
         "data_dir": str(data_dir),
     }
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    # `datasets` would import torch to stream, which takes longer than all the rest.
     child = subprocess.run(
         [sys.executable, "-c", prelude + _CHILD, json.dumps(request)],
         cwd=ROOT,
-        env=clean | environment,
+        env=clean | {"USE_TORCH": "0"} | environment,
         capture_output=True,
         text=True,
         timeout=120,
