@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from harness.command_line import run_hydra
 from harness.config import load_train_config
-from harness.run import claim_run, finished, read_json, write_json
+from harness.run import claim_run, finished, read_json, run_folder, write_json
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
@@ -30,8 +30,9 @@ def main(overrides: list[str]) -> int:
 
     from harness.build import build_model
     from harness.evaluation.evaluate import split_metrics
-    from harness.session import open_session, steps_due
+    from harness.session import load_data, open_session, steps_due
     from harness.training.device import select_device
+    from harness.training.optimizer import check_optimizer
     from harness.training.schedule import build_schedule, steps_from_budget
 
     # What cannot work is refused before anything is written.
@@ -40,14 +41,17 @@ def main(overrides: list[str]) -> int:
         config.budget, tokens_per_step=tokens_per_step, default_tokens=config.model.default_tokens
     )
     build_schedule(config.schedule, steps)
+    check_optimizer(config.optimizer)
     device = select_device(config.device)
     with torch.device("meta"):
         build_model(config, vocab_size=64)
-
-    run = claim_run(config)
-    if finished(run):
+    run = run_folder(config)
+    if finished(run) and not config.overwrite:
         return say_finished(run)
-    session = open_session(config, run, device, steps)
+    data = load_data(config)
+
+    claim_run(config)
+    session = open_session(config, run, data, device, steps)
     print("\n".join(session.lines()), flush=True)
 
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)

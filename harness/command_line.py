@@ -14,7 +14,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from harness.config import CONFIGS, ROOT, did_you_mean, quoted, register_resolvers, typed
+from harness.config import (
+    CONFIGS,
+    ROOT,
+    check_config,
+    did_you_mean,
+    forced,
+    quoted,
+    register_resolvers,
+    sweep_jobs,
+    typed,
+)
 from harness.errors import UserError
 
 Options = TypeVar("Options")
@@ -89,8 +99,9 @@ def run_hydra(
 ) -> typing.NoReturn:
     """As `run_script`, for a command configured by configs/<config_name>.yaml.
 
-    Hydra itself answers --help, --cfg, --info and shell completion. With -m it expands the lists of choices; every job
-    is a process of its own, so that nothing leaks from one run into the next, and a failed one does not stop the rest.
+    Hydra itself answers --help, --cfg, --info and shell completion. With -m it expands the lists of choices; all jobs
+    are checked before the first starts. Every job is a process of its own, so that nothing leaks from one run into the
+    next, and a failed one does not stop the rest.
     """
     flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
     if not flags:
@@ -105,7 +116,7 @@ def run_hydra(
 
     @hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
     def job(_: DictConfig) -> None:
-        overrides = list(HydraConfig.get().overrides.task)
+        overrides = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
         if HydraConfig.get().mode != hydra.types.RunMode.MULTIRUN:
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
@@ -113,12 +124,22 @@ def run_hydra(
         if status:
             failed.append(f"{' '.join(overrides)} (status {status})")
 
-    sys.argv[1:] = [quoted(argument) for argument in sys.argv[1:]]
     try:
+        words = [word for word in sys.argv[1:] if not word.startswith("-")]
+        overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
+        if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
+            for choices in sweep_jobs([override for override in overrides if not override.startswith("hydra")]):
+                check_config(config_name, choices)
+        sys.argv[1:] = [
+            forced(config_name, quoted(argument)) if argument in overrides else argument for argument in sys.argv[1:]
+        ]
         job()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe has had enough
+        sys.stderr.close()
+        sys.exit(0)
     if failed:
         print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
@@ -152,4 +173,5 @@ def newest_run(runs_dir: Path) -> Path:
 
 def finished_runs(runs_dir: Path) -> list[Path]:
     """Runs with a summary.json, the one that finished last at the end."""
-    return [path.parent for path in sorted(runs_dir.glob("*/summary.json"), key=lambda path: path.stat().st_mtime)]
+    summaries = [path for path in runs_dir.glob("*/summary.json") if not path.parent.name.startswith(".")]
+    return [path.parent for path in sorted(summaries, key=lambda path: path.stat().st_mtime)]

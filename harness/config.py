@@ -58,18 +58,22 @@ def derive(expression: str, sizes: Mapping[str, int]) -> int:
             return sizes[node.id]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
             return _OPERATORS[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("min", "max"):
-            return {"min": min, "max": max}[node.func.id](value(argument) for argument in node.args)
+        if isinstance(node, ast.Call) and node.args and not node.keywords and ast.unparse(node.func) in ("min", "max"):
+            return {"min": min, "max": max}[ast.unparse(node.func)](value(argument) for argument in node.args)
         raise UserError(f"derive:'{expression}' may use {', '.join(sizes)}, integers, + - * // min max, nothing else")
 
     try:
         return value(ast.parse(expression, mode="eval"))
     except SyntaxError as error:
         raise UserError(f"derive:'{expression}' is no arithmetic expression: {error.msg}") from None
+    except ZeroDivisionError:
+        raise UserError(f"derive:'{expression}' divides by zero for {dict(sizes)}; change one of the two") from None
 
 
 def _derive_resolver(expression: str, *, _root_: Any) -> int:
-    sizes = {key: _root_.model[key] for key in ("d_model", "n_layers", "n_heads", "head_dim")}
+    sizes = {
+        key: typed(int, _root_.model[key], f"model.{key}") for key in ("d_model", "n_layers", "n_heads", "head_dim")
+    }
     return derive(str(expression), sizes)
 
 
@@ -94,8 +98,10 @@ def _unknown_field(key: str, known: Collection[str]) -> str:
     """The sentence for a field that does not exist: its group's fields, or whatever comes near."""
     group, _, name = key.rpartition(".")
     if group in known:
-        inside = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == group]
-        remedy = did_you_mean(name, inside) if inside else f"{group} is a single value"
+        inside = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == group}
+        near = difflib.get_close_matches(name, inside, n=1, cutoff=0.6)
+        fields = f"{group} has {', '.join(sorted(inside))}" if inside else f"{group} is a single value"
+        remedy = f"did you mean {inside[near[0]]}?" if near else fields
     else:
         same = sorted(path for path in known if path.endswith(f".{name}"))  # lr: optimizer.lr
         near = same or difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
@@ -297,7 +303,6 @@ def differences(mine: TrainConfig, theirs: TrainConfig) -> list[str]:
 # --- composing -------------------------------------------------------------------------------------------------------
 
 SCHEMAS: dict[str, type] = {"train": TrainConfig, "eval": EvalConfig}
-GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "experiment")
 
 
 def quoted(argument: str) -> str:
@@ -328,18 +333,18 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise UserError(f"{override} is not of the form key=value; {did_you_mean(override, GROUPS)}")
-    overrides = [quoted(override) for override in overrides]
+    defaults = _default_options(config_name)
+    for argument in overrides:
+        if argument.find("=") < 1 and not argument.startswith("~"):
+            choices = {option: f"{group}={option}" for group in defaults for option in options_of(group)}
+            remedy = f"did you mean {choices[argument]}?" if argument in choices else "name a field and its value"
+            raise UserError(f"{argument} is not of the form key=value; {remedy}")
+    absent = [f"{group}=null" for group, option in defaults.items() if option is None]  # so anyway; Hydra refuses it
+    overrides = [quoted(argument) for argument in overrides if argument not in absent]
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except HydraException as error:
-        raise UserError(
-            f"an argument cannot be read as key=value ({str(error).splitlines()[0]}); quote values that hold brackets, "
-            f"commas or spaces like \"key='a, b'\""
-        ) from None
-    defaults = _default_options(config_name)
+        raise _unreadable(error) from None
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         groups = [o.input_line or "" for o in parsed if o.key_or_group in defaults]
@@ -352,7 +357,7 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             if key.startswith("hydra."):
                 raise UserError(f"{override.input_line}: Hydra's own settings are fixed here; leave it out")
             chosen = _shown(override.value())
-            if key in defaults and chosen not in (*options_of(key), _shown(defaults[key])):
+            if key in defaults and chosen not in options_of(key):
                 raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
         try:
             known: Any = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
@@ -360,6 +365,9 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             final = []
             for text, override in zip(overrides, parsed, strict=True):
                 key = override.key_or_group
+                if key not in defaults and key in written and (CONFIGS / key).is_dir():
+                    raise UserError(f"{text}: {key} is the run's own here; only single fields such as "
+                                    f"{key}.{next(iter(known[key]))} can be set")  # fmt: skip
                 if key not in defaults and key not in written:
                     if key not in optional or key.split(".")[0] not in written:
                         raise UserError(_unknown_field(key, written | optional | set(defaults)))
@@ -368,14 +376,47 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             composed = hydra_compose(config_name, final)
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if isinstance(cause, UserError):
-                raise cause from None
-            raise UserError(" ".join(str(error).split())) from None
+            cause: BaseException | None = error
+            while cause is not None:
+                if isinstance(cause, UserError):
+                    raise cause from None
+                cause = cause.__cause__ or cause.__context__
+            field = getattr(error, "full_key", None)
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{field}: {reason}; write a value, or the path of a field" if field else reason) from None
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
+
+
+def _unreadable(error: Exception) -> UserError:
+    return UserError(
+        f"an argument cannot be read as key=value ({str(error).splitlines()[0]}); quote values that hold brackets, "
+        f"commas or spaces like \"key='a, b'\""
+    )
+
+
+def sweep_jobs(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides of each job that -m makes of lists of choices. Raises UserError for what Hydra cannot read."""
+    from hydra import initialize_config_dir
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # for glob(*)
+        try:
+            batches = BasicSweeper.split_arguments(parser.parse_overrides(list(map(quoted, arguments))), None)
+        except HydraException as error:
+            raise _unreadable(error) from None
+    return [list(job) for batch in batches for job in batch]
+
+
+def forced(config_name: str, argument: str) -> str:
+    """The argument as Hydra's own command line takes it for a field that the YAML leaves at the schema's default."""
+    key = argument.partition("=")[0]
+    return argument if key in _default_options(config_name) or key.startswith("hydra") else f"++{argument}"
 
 
 def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -401,18 +442,31 @@ def _schema_paths(kind: Any, prefix: str = "") -> set[str]:
 
 def load_eval_config(overrides: Sequence[str]) -> EvalConfig:
     """configs/eval.yaml with these overrides, checked."""
-    container = compose("eval", overrides)
+    return eval_config(compose("eval", overrides))
+
+
+def eval_config(container: Mapping[str, Any]) -> EvalConfig:
+    """A resolved container as a checked EvalConfig."""
     config: EvalConfig = typed(EvalConfig, container, "")
     for path, value, choices in (
         ("split", config.split, ("train", "validation", "test")),
+        ("device", config.device, ("auto", "cpu", "cuda", "mps")),
         ("precision", config.precision, ("auto", "float32", "bfloat16")),
         ("cache.dtype", config.cache.dtype, ("float32", "bfloat16", "float16")),
     ):
         if value not in choices:
             raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
+    for path, least_one in (("batch_size", config.batch_size), ("max_tokens", config.max_tokens)):
+        if least_one is not None and least_one < 1:
+            raise UserError(f"{path}={least_one} is too small; choose 1 or more")
     if not 0 < config.stride_fraction <= 1:
         raise UserError(f"stride_fraction={config.stride_fraction} must be above 0 and at most 1 (a window)")
     return config
+
+
+def check_config(config_name: str, overrides: Sequence[str]) -> None:
+    """Raises the UserError that loading configs/<config_name>.yaml with these overrides would."""
+    {"train": train_config, "eval": eval_config}[config_name](compose(config_name, overrides))
 
 
 def load_train_config(overrides: Sequence[str]) -> TrainConfig:

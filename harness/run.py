@@ -18,20 +18,17 @@ from harness.errors import UserError
 from harness.schema import TrainConfig
 
 
-def claim_run(config: TrainConfig) -> Path:
-    """The run's folder, made if absent, with this configuration inside. Deletes an older run only if asked to overwrite.
+def run_folder(config: TrainConfig) -> Path:
+    """The folder that this run has or will have. Writes nothing.
 
     Raises UserError when the name is taken by a run of another configuration, naming what differs, or by something
-    that is no run.
+    that is no run. A folder in which nothing has been logged yet is free: its command failed before the first step.
     """
     folder = Path(config.runs_dir) / config.name
-    if config.overwrite and (folder / "config.yaml").is_file():
-        aside = folder.with_name(f".{folder.name}.overwritten")
-        if aside.exists():
-            shutil.rmtree(aside)
-        folder.rename(aside)
-        shutil.rmtree(aside)
-    if (folder / "config.yaml").is_file():
+    if not (folder / "config.yaml").is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
+    elif not config.overwrite and ((folder / "metrics.jsonl").exists() or finished(folder)):
         differing = differences(config, load_run_config(folder))
         if differing:
             shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
@@ -39,8 +36,21 @@ def claim_run(config: TrainConfig) -> Path:
                 f"the run {folder} exists with another configuration ({shown}): choose another name=..., or "
                 f"overwrite=true to delete it and train anew"
             )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
+    return folder
+
+
+def claim_run(config: TrainConfig) -> Path:
+    """The run's folder, made if absent, with this configuration inside. Deletes an older run only if asked to overwrite.
+
+    Raises UserError as `run_folder` does, and when the folder cannot be written.
+    """
+    folder = run_folder(config)
+    if config.overwrite and folder.exists():
+        aside = folder.with_name(f".{folder.name}.overwritten")
+        if aside.exists():
+            shutil.rmtree(aside)
+        folder.rename(aside)
+        shutil.rmtree(aside)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_run_config(config, folder)

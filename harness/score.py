@@ -32,6 +32,11 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
     Raises UserError when the split is missing or the run's data is not what it was trained on.
     """
     summary = read_json(run / "summary.json")
+    if lacking := [key for key in (*CARRIED, "data_fingerprint", "wandb_id") if key not in summary]:
+        raise UserError(
+            f"{run / 'summary.json'} lacks {', '.join(lacking)}: delete it, and the command that trained the run "
+            f"writes it again from the last checkpoint"
+        )
     device = select_device(config.device)
     precision = select_precision(config.precision, device)
     trained = load_trained(run, device=device, precision=precision, backend=config.attention["backend"])

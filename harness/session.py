@@ -101,11 +101,7 @@ class Session:
     def train(self) -> Iterator[Step]:
         """The remaining steps."""
         config = self.config
-        loader = WindowLoader(
-            self.data.splits["train"].tokens, max_seq_len=config.model.max_seq_len, batch_size=config.batch_size,
-            data_seed=config.data_seed,
-        )  # fmt: skip
-        batches = loader.iterate(self.first_step - 1, device=self.device)
+        batches = window_loader(config, self.data).iterate(self.first_step - 1, device=self.device)
         with contextlib.closing(batches):  # ends the prefetching thread
             for step in train(
                 self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
@@ -214,19 +210,30 @@ class Session:
         }
 
 
-def open_session(config: TrainConfig, run: Path, device: torch.device, steps: int) -> Session:
-    """Prepare the data, build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
-    set_deterministic(config.deterministic)
-    keep_freed_memory(device)
-    precision = select_precision(config.precision, device)
+def load_data(config: TrainConfig) -> PreparedData:
+    """The run's tokens, prepared if absent. Raises UserError when they cannot be trained on."""
     data = prepare(config.dataset, config.tokenizer, Path(config.data_dir))
     if "validation" not in data.splits:
         raise UserError(
             f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
         )
-    if data.tokenizer_file is not None:
-        shutil.copyfile(data.tokenizer_file, run / "tokenizer.json")
+    window_loader(config, data)
+    return data
 
+
+def window_loader(config: TrainConfig, data: PreparedData) -> WindowLoader:
+    """The run's training batches. Raises UserError when the split is shorter than one window."""
+    return WindowLoader(
+        data.splits["train"].tokens, max_seq_len=config.model.max_seq_len, batch_size=config.batch_size,
+        data_seed=config.data_seed,
+    )  # fmt: skip
+
+
+def open_session(config: TrainConfig, run: Path, data: PreparedData, device: torch.device, steps: int) -> Session:
+    """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+    set_deterministic(config.deterministic)
+    keep_freed_memory(device)
+    precision = select_precision(config.precision, device)
     seed_everything(config.seed)
     model = build_model(config, data.vocab_size).to(device)
     kernel = pin_kernel(model, config.attention["backend"], device=device, precision=precision)
@@ -256,6 +263,10 @@ def open_session(config: TrainConfig, run: Path, device: torch.device, steps: in
         session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
         session.last_step = Step(**state["last_step"])
         session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
+    if data.tokenizer_file is not None:
+        aside = run / "tokenizer.json.tmp"
+        shutil.copyfile(data.tokenizer_file, aside)
+        aside.replace(run / "tokenizer.json")
     reset_peak_memory(device)
     return session
 

@@ -74,6 +74,6 @@ class _ChunkedMeanNats(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x_ND, grad_weight_CD = ctx.saved_tensors
         return grad_x_ND * grad, grad_weight_CD * grad, None, None, None

@@ -35,7 +35,7 @@ from harness.schema import TrackingConfig
 @dataclass
 class CompareOptions:
     runs: list[str] = field(default_factory=list)
-    runs_dir: str = "runs"
+    runs_dir: str = str(ROOT / "runs")
     out: str | None = None
     split: str | None = None
     dataset: str | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
@@ -40,7 +40,7 @@ class GenerateOptions:
     top_p: float | None = None
     seed: int = 0
     device: str = "auto"
-    runs_dir: str = "runs"
+    runs_dir: str = str(ROOT / "runs")
     attention: AttentionOptions = field(default_factory=AttentionOptions)
 
 

@@ -65,7 +65,10 @@ def prepare(
     # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
     with contextlib.suppress(DamagedError):
         return open_prepared(folder)
-    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): choose another folder") from None
     with _lock(data_dir / f".{folder.name}.lock"):
         if folder.is_dir():
             try:

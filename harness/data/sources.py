@@ -57,7 +57,7 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         problems.append(f"dataset.max_tokens={dataset.max_tokens} must be at least 2, or null for no cap")
     if not 0 <= dataset.split_seed < 2**64:
         problems.append(f"dataset.split_seed={dataset.split_seed} must lie in [0, 2^64)")
-    if dataset.source == "local" and dataset.path is None:
+    if dataset.source == "local" and not dataset.path:
         problems.append("dataset=local needs dataset.path: a file, a folder or a quoted glob")
     if dataset.source == "hub":
         problems += _hub_problems(dataset)

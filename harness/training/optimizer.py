@@ -87,7 +87,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     matrices of `model.blocks`; embeddings, head and vectors stay with AdamW. Raises UserError when the configuration
     does not fit the optimizer.
     """
-    _check(config)
+    check_optimizer(config)
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {p for p in names if p.ndim >= 2 and id(p) not in tables}
@@ -120,7 +120,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     return Optimizer(parts, names)
 
 
-def _check(config: OptimizerConfig) -> None:
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Raises UserError for settings that cannot work, before anything is built."""
     if config.name not in ("adamw", "muon"):
         raise UserError(f"optimizer.name={config.name} is unknown: choose adamw or muon")
     if config.lr <= 0.0:

@@ -60,7 +60,9 @@ class GroupedQueryAttention(nn.Module):
             )
         if positions not in ("rope", "learned", "none", "decoupled"):
             raise ValueError(f"positions={positions} is unknown here; choose rope, learned, none or decoupled")
-        if (positions == "decoupled") != (qk_rope_head_dim > 0):
+        if head_dim < 1 or v_head_dim < 1:
+            raise ValueError(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
+        if (positions == "decoupled") != (qk_rope_head_dim > 0) or qk_rope_head_dim < 0:
             raise ValueError(
                 f"positions={positions} does not go with qk_rope_head_dim={qk_rope_head_dim}: the shared rotated key "
                 f"is wider than 0 exactly when positions=decoupled"

@@ -80,13 +80,13 @@ class MultiheadLatentAttention(nn.Module):
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
                 f"{[g for g in range(1, n_heads + 1) if n_heads % g == 0]}"
             )
-        if (positions == "decoupled") != (P > 0):
+        if (positions == "decoupled") != (P > 0) or P < 0:
             raise ValueError(
                 f"positions={positions} does not go with qk_rope_head_dim={P}: the rotated part is wider than 0 "
                 f"exactly when positions=decoupled"
             )
-        if N < 1 or L < 1:
-            raise ValueError(f"qk_nope_head_dim={N} and kv_lora_rank={L} must be at least 1")
+        if min(N, V, L) < 1:
+            raise ValueError(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
         if kv_latent == "split" and L % 2:
             raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {L + 1} for instance")
         share = L // 2 if kv_latent == "split" else L

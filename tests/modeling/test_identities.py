@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.attention.contract import randomise, relative_error
+from modeling.attention.contract import Variant, randomise, relative_error
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.attend import attend
 from tests.support.variants import attention_from
@@ -16,7 +16,7 @@ from tests.support.variants import attention_from
 D, H, d = 48, 4, 12
 
 
-def double(overrides: list[str]) -> nn.Module:
+def double(overrides: list[str]) -> Variant:
     return randomise(attention_from(overrides)).double().eval()
 
 
@@ -121,8 +121,9 @@ def test_mla_is_hugging_faces_deepseek_v3_attention(x: Tensor, q_lora_rank: int 
     config = DeepseekV3Config(
         hidden_size=D, num_attention_heads=H, num_key_value_heads=H, q_lora_rank=q_lora_rank, kv_lora_rank=24,
         qk_nope_head_dim=d, qk_rope_head_dim=6, v_head_dim=d, num_hidden_layers=1, rope_interleave=False,
-        max_position_embeddings=64, attn_implementation="sdpa",
+        max_position_embeddings=64,
     )  # fmt: skip
+    config._attn_implementation = "sdpa"
     theirs = modeling.DeepseekV3Attention(config, 0).double().eval()
     ours = double(["attention=mla", f"attention.q_lora_rank={q_lora_rank or 'null'}", "model.norm_eps=1e-6"])
     weights = {
@@ -152,7 +153,8 @@ def test_mha_is_hugging_faces_llama_attention(x: Tensor) -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=2, head_dim=d,
-                         max_position_embeddings=64, attn_implementation="sdpa")  # fmt: skip
+                         max_position_embeddings=64)  # fmt: skip
+    config._attn_implementation = "sdpa"
     theirs = modeling.LlamaAttention(config, 0).double().eval()
     ours = double(["attention=gqa"])
     theirs.load_state_dict(ours.state_dict())  # the names are the same

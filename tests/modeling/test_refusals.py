@@ -38,9 +38,9 @@ def test_a_cache_for_attention_that_is_not_causal_is_refused() -> None:
     from modeling.attention.cache import new_cache
 
     attention = attention_from(["attention=mha"])
-    attention.causal = False  # type: ignore[assignment]
+    attention.causal = False
     with pytest.raises(ValueError, match="a cache needs causal attention"):
-        new_cache(attention, 1, 4, dtype=torch.float32, device="cpu")  # type: ignore[arg-type]
+        new_cache(attention, 1, 4, dtype=torch.float32, device="cpu")
 
 
 def test_attention_that_is_not_causal_sees_both_sides() -> None:
@@ -50,7 +50,7 @@ def test_attention_that_is_not_causal_sees_both_sides() -> None:
 
     for variant in ("mha", "mla"):
         attention = randomise(attention_from([f"attention={variant}"])).eval()
-        attention.causal = False  # type: ignore[assignment]
+        attention.causal = False
         x = torch.randn(1, 6, 48, generator=torch.Generator().manual_seed(0))
         changed = x.clone()
         changed[:, -1] += 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
-
-from torch import nn
 
 from harness.build import build_layer, build_model
 from harness.config import load_train_config, options_of
+from harness.schema import TrainConfig
+from modeling.attention.contract import Variant
 from modeling.gpt import GPT
 
 SHIPPED = options_of("attention")
@@ -45,11 +46,17 @@ KNOBS: dict[str, tuple[list[str], int]] = {
 }  # fmt: skip
 
 
-def attention_from(overrides: list[str]) -> nn.Module:
+@functools.cache
+def config_at(*overrides: str) -> TrainConfig:
+    """SIZES and these overrides, composed once (it takes half a second); not to be changed."""
+    return load_train_config([*SIZES, *overrides, "name=tested"])
+
+
+def attention_from(overrides: list[str]) -> Variant:
     """The attention module alone, at SIZES unless the overrides say otherwise."""
-    return build_layer(load_train_config([*SIZES, *overrides]))
+    return build_layer(config_at(*overrides))
 
 
 def gpt_from(overrides: list[str], vocab_size: int = 100, **changes: Any) -> GPT:
     """A whole model at SIZES; `changes` replace constructor arguments."""
-    return build_model(load_train_config([*SIZES, *overrides]), vocab_size, **changes)
+    return build_model(config_at(*overrides), vocab_size, **changes)

@@ -1,0 +1,16 @@
+"""What all tests share: the flag that rewrites golden files, and few threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--rewrite-goldens", action="store_true", help="record the losses of tests/golden/ anew")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """The models here are so small that more than two threads only wait for each other."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))

@@ -1,0 +1,429 @@
+"""train_model.py: what a run leaves behind, when it is left alone, refused or continued, and that it repeats."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import train_model
+from harness.config import ROOT, load_run_config, load_train_config, options_of
+from harness.errors import UserError
+from tests.support.micro import (
+    PROMISED,
+    SIZE,
+    STEPS,
+    TOKENS_PER_STEP,
+    Workplace,
+    contents,
+    json_lines,
+    metrics_of,
+    summary_of,
+    without_clocks,
+    write_corpus,
+)
+
+EVERY_STEP = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2"]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """One finished run, `done`, that tests read and leave as it is."""
+    place = Workplace(tmp_path_factory.mktemp("shared"))
+    place.train("done", *EVERY_STEP)
+    return place
+
+
+def environ(**more: str) -> dict[str, str]:
+    """Child processes compute with as many threads as this one, so that sums are taken in the same order."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
+
+
+def command(*arguments: str, folder: Path, script: str = "train_model.py") -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / script), *arguments]
+    return subprocess.run(line, cwd=folder, env=environ(), capture_output=True, text=True)
+
+
+# --- what a run leaves behind ----------------------------------------------------------------------------------------
+
+
+def test_the_summary_has_every_promised_key_and_right_values(shared: Workplace) -> None:
+    summary = summary_of(shared.runs / "done")
+    assert summary.keys() >= PROMISED
+    known = {
+        "name": "done", "attention": "mha", "model": "tiny", "dataset": "local", "seed": 0, "steps": STEPS,
+        "tokens": STEPS * TOKENS_PER_STEP, "split": "validation", "cache_dtype": "bfloat16",
+        "cache_elements_per_token_per_layer": 2 * 2 * 16, "cache_bytes_per_token": 2 * 2 * 16 * 2,
+        # embedding (257 padded to 320), q k v o, three MLP matrices, three norms
+        "parameters": 320 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32,
+    }  # fmt: skip
+    assert {key: summary[key] for key in known} == known
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
+    assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
+    assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", summary["commit"])
+
+
+def test_a_run_holds_its_resolved_configuration(shared: Workplace) -> None:
+    run = shared.runs / "done"
+    assert "${" not in (run / "config.yaml").read_text()
+    assert load_run_config(run) == load_train_config(shared.overrides("name=done", *EVERY_STEP))
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"}
+
+
+def test_the_first_line_of_the_metrics_is_written_before_training_and_holds_sizes(shared: Workplace) -> None:
+    first = metrics_of(shared.runs / "done")[0]
+    summary = summary_of(shared.runs / "done")
+    assert (first["step"], first["tokens"]) == (0, 0)
+    assert first["parameters/total"] == summary["parameters"]
+    assert first["cache/bytes_per_token"] == first["cache/formula_bytes_per_token"] == summary["cache_bytes_per_token"]
+    assert first["flops/training_per_token"] > 6 * (summary["parameters"] - 320 * 32)
+    assert first["val/loss"] == pytest.approx(math.log(257), rel=0.05)  # an untrained model knows nothing
+
+
+def test_every_line_of_the_metrics_carries_step_and_tokens_and_the_steps_come_in_order(shared: Workplace) -> None:
+    lines = metrics_of(shared.runs / "done")
+    assert all(line["tokens"] == line["step"] * TOKENS_PER_STEP for line in lines)
+    trained = [line for line in lines if "train/loss" in line]
+    scored = [line for line in lines if "val/loss" in line]
+    assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in scored] == [0, 2, 4, 6]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    assert all(
+        line.keys() >= {"train/lr", "train/grad_norm", "speed/tokens_per_second", "memory/peak_bytes"}
+        for line in trained
+    )
+    assert all(line.keys() >= {"val/perplexity", "val/bits_per_byte"} for line in scored)
+    assert scored[-1]["val/loss"] == summary_of(shared.runs / "done")["loss"]
+
+
+def test_intervals_thin_the_metrics_but_start_and_end_always_stand(place: Workplace) -> None:
+    lines = metrics_of(place.train("run", "intervals.log=4", "intervals.evaluate=5"))
+    assert [line["step"] for line in lines if "train/loss" in line] == [4, 6]
+    assert [line["step"] for line in lines if "val/loss" in line] == [0, 5, 6]
+
+
+def test_a_run_says_what_it_will_do_before_it_does_it(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    place.train("run", "attention=mla")
+    said = capsys.readouterr().out
+    head, _, rest = said.partition("step 0: validation loss")
+    for words in ("dataset     local", "parameters  ", "KV cache    48 bytes per token in bfloat16", "attention   mla",
+                  f"budget      {STEPS} steps of {TOKENS_PER_STEP} tokens", "time        about"):  # fmt: skip
+        assert words in head
+    assert json_lines(rest) == [summary_of(place.runs / "run")]
+    assert rest.rstrip().endswith("}")
+
+
+def test_cache_sizes_are_quoted_in_cache_dtype_whatever_trains(place: Workplace) -> None:
+    summary = summary_of(place.train("run", "cache.dtype=float32", "precision=bfloat16", "budget.steps=1"))
+    assert (summary["cache_dtype"], summary["cache_bytes_per_token"]) == ("float32", 2 * 2 * 16 * 4)
+    assert summary["precision"] == "bfloat16"
+
+
+def test_a_budget_in_tokens_buys_whole_steps(place: Workplace) -> None:
+    summary = summary_of(place.train("run", "budget.steps=null", f"budget.tokens={3 * TOKENS_PER_STEP - 1}"))
+    assert (summary["steps"], summary["tokens"]) == (2, 2 * TOKENS_PER_STEP)
+
+
+# --- the same name again ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["attention.backend=reference", "intervals.log=3", "compile=off"]])
+def test_a_finished_run_is_left_as_it_is_and_says_so(
+    shared: Workplace, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shared.runs / "done"
+    before = contents(run)
+    shared.train("done", *EVERY_STEP, *more)
+    said = capsys.readouterr().out
+    assert "done is finished" in said and "overwrite=true" in said and "name=" in said
+    assert json_lines(said) == [summary_of(run)]
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "optimizer.lr=0.01", "attention=mqa", "budget.steps=7", "dataset.split_seed=1"]
+)
+def test_another_configuration_under_the_same_name_is_refused_by_field(shared: Workplace, change: str) -> None:
+    before = contents(shared.runs)
+    field = {"attention=mqa": "attention.name"}.get(change, change.partition("=")[0])
+    with pytest.raises(UserError, match=rf"another configuration.*{field} is .*name=.*overwrite=true"):
+        shared.train("done", change)
+    assert contents(shared.runs) == before
+
+
+def test_overwrite_deletes_the_old_run_and_trains_the_new_one(place: Workplace) -> None:
+    run = place.train("run", *EVERY_STEP)
+    (run / "evaluations").mkdir()
+    place.train("run", "overwrite=true", "attention=mla", "budget.steps=3")
+    assert summary_of(run)["attention"] == "mla"
+    assert not (run / "evaluations").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
+    assert [path.name for path in place.runs.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("mistake", ["optimizer.lr=-1", "dataset.path=/nowhere.txt", "model.max_seq_len=1000000"])
+def test_overwrite_deletes_nothing_for_a_run_that_cannot_be_trained(place: Workplace, mistake: str) -> None:
+    before = contents(place.train("run"))
+    with pytest.raises(UserError, match=mistake.partition("=")[0]):
+        place.train("run", "overwrite=true", mistake)
+    assert contents(place.runs / "run") == before
+
+
+@pytest.mark.parametrize("mistake", [
+    "dataset.path=/nowhere.txt", "dataset.path=", "optimizer.lr=0", "optimizer.betas=[0.9]", "dataset.max_tokens=0",
+    "dataset.validation_fraction=0", "model.max_seq_len=1000000", "schedule.warmup_fraction=1", "tokenizer.vocab_size=9",
+    "attention.n_kv_heads=3", "model.head_dim=15", "model.mlp=gelu", "attention.v_head_dim=0", "data_dir=/dev/null",
+    "runs_dir=/dev/null", "device=mps" if not torch.backends.mps.is_available() else "device=tpu",
+])  # fmt: skip
+def test_what_cannot_be_trained_is_one_sentence_and_leaves_no_run(place: Workplace, mistake: str) -> None:
+    with pytest.raises(UserError) as refused:
+        place.train("run", mistake)
+    assert len(str(refused.value).splitlines()) == 1
+    assert mistake.partition("=")[0].rpartition(".")[2] in str(refused.value)
+    assert not place.runs.exists()
+
+
+def test_a_name_is_free_as_long_as_nothing_has_been_trained_under_it(place: Workplace) -> None:
+    (place.runs / "run").mkdir(parents=True)
+    (place.runs / "run" / "config.yaml").write_text("of a command that failed before its first step")
+    assert summary_of(place.train("run"))["steps"] == STEPS
+
+
+def test_a_folder_that_is_no_run_is_not_touched(place: Workplace) -> None:
+    (place.runs / "run").mkdir(parents=True)
+    (place.runs / "run" / "thesis.txt").write_text("years of work")
+    for overwrite in ("false", "true"):
+        with pytest.raises(UserError, match="is no run"):
+            place.train("run", f"overwrite={overwrite}")
+    assert contents(place.runs) == {"run/thesis.txt": b"years of work"}
+
+
+# --- seeds -----------------------------------------------------------------------------------------------------------
+
+
+def losses(run: Path) -> list[float]:
+    return [line[key] for line in metrics_of(run) for key in ("train/loss", "val/loss") if key in line]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(shared: Workplace) -> None:
+    again = shared.train("again", *EVERY_STEP)
+    other = shared.train("other", "seed=1", *EVERY_STEP)
+    assert losses(again) == losses(shared.runs / "done")
+    assert not set(losses(other)) & set(losses(again))
+
+
+def test_data_seed_alone_changes_the_order_of_the_text_and_not_the_initial_values(shared: Workplace) -> None:
+    reordered = losses(shared.train("reordered", "data_seed=1", *EVERY_STEP))
+    plain = losses(shared.runs / "done")
+    assert reordered[0] == plain[0]
+    assert not set(reordered[1:]) & set(plain[1:])
+
+
+@pytest.fixture
+def seen_in_training() -> Iterator[list[torch.Tensor]]:
+    """The tokens that go through any embedding in training mode."""
+    seen: list[torch.Tensor] = []
+
+    def look(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, nn.Embedding) and module.training:
+            seen.append(inputs[0].clone())
+
+    handle = nn.modules.module.register_module_forward_pre_hook(look)
+    yield seen
+    handle.remove()
+
+
+def test_all_variants_see_the_same_batches_in_the_same_order(
+    place: Workplace, seen_in_training: list[torch.Tensor]
+) -> None:
+    batches: dict[str, torch.Tensor] = {}
+    for variant, micro_batch in zip(options_of("attention"), (1, 2, 4, 1, 2, 4, 1, 2), strict=False):
+        place.train(variant, f"attention={variant}", f"micro_batch_size={micro_batch}", "budget.steps=3")
+        batches[variant] = torch.cat(seen_in_training)
+        seen_in_training.clear()
+    first = batches.pop("mha")
+    assert first.shape == (3 * 4, 32)
+    assert batches and all(torch.equal(first, other) for other in batches.values())
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+# A run that is killed, without any chance to clean up, as soon as it asks for the step after `last`.
+KILLED = """
+import os, signal, sys
+from harness import session
+import train_model
+
+last, loop = int(sys.argv[1]), session.train
+
+def train(*arguments, **options):
+    for step in loop(*arguments, **options):
+        yield step
+        if step.number == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+session.train = train
+train_model.main(sys.argv[2:])
+"""
+LONG = ["budget.steps=8", "intervals.log=1", "intervals.evaluate=3", "intervals.checkpoint=3", "model.dropout=0.1",
+        "attention=mla"]  # fmt: skip
+KILLS = {"before the first checkpoint": 2, "between two checkpoints": 5, "after the last checkpoint": 8}
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Runs that were killed after 2, 5 and 8 of 8 steps, and one that was not."""
+    place = Workplace(tmp_path_factory.mktemp("interrupted"))
+    place.train("whole", *LONG)
+    killed = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(last), *place.overrides(f"name=killed{last}", *LONG)],
+            cwd=ROOT, env=environ(), stdout=subprocess.DEVNULL,
+        )
+        for last in KILLS.values()
+    ]  # fmt: skip
+    assert [process.wait() for process in killed] == [-9, -9, -9]
+    return place
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_killed_run_is_continued_as_if_nothing_had_happened(
+    interrupted: Workplace, when: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, whole = f"killed{KILLS[when]}", interrupted.runs / "whole"
+    run = interrupted.runs / name
+    assert not (run / "summary.json").exists()
+    assert max(line["step"] for line in metrics_of(run)) == KILLS[when]
+    from_step = {2: 1, 5: 4, 8: 9}[KILLS[when]]
+
+    interrupted.train(name, *LONG)
+    assert (f"from step {from_step}" in capsys.readouterr().out) == (from_step > 1)
+    assert [without_clocks(line) for line in metrics_of(run)] == [without_clocks(line) for line in metrics_of(whole)]
+    weights = "checkpoints/step-00000008/model.safetensors"
+    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
+    summaries = [without_clocks(summary_of(folder)) for folder in (run, whole)]
+    assert summaries[0] | {"name": "whole"} == summaries[1]
+
+
+def test_a_run_that_lacks_only_its_summary_gets_it_without_training(place: Workplace) -> None:
+    run = place.train("run")
+    before = contents(run)
+    summary = without_clocks(summary_of(run))
+    (run / "summary.json").unlink()
+    place.train("run")
+    assert without_clocks(summary_of(run)) == summary
+    after = contents(run)
+    assert {name for name in before if before[name] != after[name]} <= {"summary.json"}
+
+
+def test_a_run_is_not_continued_on_other_text(place: Workplace) -> None:
+    run = place.train("run", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    (run / "summary.json").unlink()
+    before = contents(run)
+    write_corpus(place.corpus, seed=1)
+    with pytest.raises(UserError, match=r"dataset=local is not what .* was started on; .*overwrite=true"):
+        place.train("run", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    assert contents(run) == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_keeps_them(place: Workplace) -> None:
+    run = place.train("run")
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / f"step-{STEPS:08}" / "model.safetensors").write_bytes(b"half")
+    before = contents(run)
+    with pytest.raises(UserError, match=r"damaged.*overwrite=true"):
+        place.train("run")
+    assert contents(run) == before
+
+
+# --- as a command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_works_from_another_folder_with_paths_relative_to_it(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "else where"
+    write_corpus(elsewhere / "my text, (old)=1.txt")
+    options = [*SIZE, "budget.steps=2", "tokenizer=bytes", "tracking=none", "device=cpu"]
+    places = ["runs_dir=my runs", "data_dir=my data"]
+    result = command("dataset=local", "dataset.path=my text, (old)=1.txt", *options, *places, folder=elsewhere)
+    assert result.returncode == 0, result.stderr
+    (summary,) = json_lines(result.stdout)
+    assert summary == summary_of(elsewhere / "my runs" / summary["name"])
+    assert {path.name for path in elsewhere.iterdir()} == {"my runs", "my data", "my text, (old)=1.txt"}
+
+    runs = [f"runs_dir={elsewhere / 'my runs'}", f"data_dir={elsewhere / 'my data'}", "tracking=none"]
+    result = command("split=validation", *runs, folder=tmp_path, script="eval_model.py")
+    assert result.returncode == 0, result.stderr
+    assert json_lines(result.stdout)[0]["loss"] == summary["loss"]
+
+
+@pytest.mark.parametrize("script", ["train_model.py", "eval_model.py"])
+def test_a_mistake_is_one_line_on_stderr_and_status_2(script: str, tmp_path: Path) -> None:
+    result = command("device=gpu", f"runs_dir={tmp_path / 'runs'}", folder=tmp_path, script=script)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: device=gpu is unknown") and len(result.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_trains_all_in_processes_of_their_own_and_a_failing_one_does_not_stop_the_rest(
+    place: Workplace,
+) -> None:
+    first = load_train_config(place.overrides("attention=mha", "budget.steps=1"))
+    (place.runs / first.name).mkdir(parents=True)
+    (place.runs / first.name / "notes.txt").write_text("this name is taken")
+
+    result = command("-m", *place.overrides("attention=mha,mla", "budget.steps=1"), folder=place.folder)
+    assert result.returncode == 1
+    assert "is no run" in result.stderr
+    assert re.search(r"error: 1 of the runs failed: attention=mha .*\(status 2\)", result.stderr)
+    (summary,) = json_lines(result.stdout)
+    assert summary["attention"] == "mla"
+    assert len(re.findall(r"^\$ .*train_model.py attention=m", result.stdout, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("mistake", ["attention=mha,mlaa", "optimizer.lr=0.1,fast", "attention.kv_lora_rank=8", "mla"])
+def test_a_sweep_with_a_mistake_in_one_job_starts_none(place: Workplace, mistake: str) -> None:
+    result = command("-m", *place.overrides("attention=mha,mla", mistake), folder=place.folder)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert not place.runs.exists()
+
+
+def test_a_sweep_reaches_fields_that_the_yaml_leaves_out_and_text_with_commas(place: Workplace) -> None:
+    corpus = place.folder / "a, b (c)=d" / "e f.txt"
+    corpus.parent.mkdir()
+    shutil.copy(place.corpus, corpus)
+    sweep = place.overrides("seed=3,4", f"dataset.path={corpus}", "dataset.max_tokens=5000", "budget.steps=1")
+    result = command("-m", *sweep, folder=place.folder)
+    assert result.returncode == 0, result.stderr
+    assert [summary["seed"] for summary in json_lines(result.stdout)] == [3, 4]
+    (meta,) = place.folder.glob("data/*/meta.json")
+    assert '"max_tokens": 5000' in meta.read_text()
+
+
+def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
+    shown = command("--help", folder=tmp_path)
+    assert shown.returncode == 0 and "attention: gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
+    shown = command("--cfg", "job", "attention=mla", "dataset.max_tokens=7", folder=tmp_path)
+    assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
+    shown = command("--cfg", "job", "attention=mlaa", folder=tmp_path)
+    assert (shown.returncode, shown.stderr) == (2, "error: attention=mlaa does not exist; did you mean mla?\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_returns_a_status_and_never_exits(shared: Workplace) -> None:
+    assert train_model.main(shared.overrides("name=done", *EVERY_STEP)) == 0

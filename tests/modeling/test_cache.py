@@ -1,0 +1,219 @@
+"""The key/value cache: each row's own slots, what is visible, what does not fit, and shapes that never change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.contract import randomise, relative_error
+from modeling.gpt import GPT
+from tests.support.variants import SHIPPED, gpt_from
+
+SHAPES: dict[str, tuple[int, ...]] = {"k": (2, 3), "v": (4,)}
+ROWS, SLOTS = 3, 8
+
+
+def new(static: bool = False, dtype: torch.dtype = torch.float32) -> Cache:
+    """An empty cache full of NaN: whatever is read without having been written shows."""
+    cache = Cache(ROWS, SLOTS, SHAPES, dtype=dtype, device="cpu", static=static)
+    for buffer in cache.buffers.values():
+        buffer.fill_(float("nan"))
+    return cache
+
+
+def entries(tokens: int, first: int) -> dict[str, Tensor]:
+    """`tokens` new entries a row; the number 100 * row + first + t stands in every element of entry t."""
+    number = 100.0 * torch.arange(ROWS)[:, None] + first + torch.arange(tokens)
+    return {name: number.view(ROWS, tokens, *(1 for _ in shape)).expand(ROWS, tokens, *shape)
+            for name, shape in SHAPES.items()}  # fmt: skip
+
+
+def held(cache: Cache, name: str) -> list[list[float]]:
+    """Per row, the number that stands in each slot up to the row's length, the same in all of its elements."""
+    rows = [cache.buffers[name][row, :length].flatten(1) for row, length in enumerate(cache.lengths_B.tolist())]
+    assert all((slots == slots[:, :1]).all() for slots in rows)
+    return [slots[:, 0].tolist() for slots in rows]
+
+
+def mask(rows: list[str]) -> Tensor:
+    """Lines of '1.' as booleans."""
+    return torch.tensor([[cell == "1" for cell in row] for row in rows])
+
+
+# --- rows of one length ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_appended_is_read_back_in_order() -> None:
+    cache = new()
+    for tokens, first in ((3, 0), (1, 3), (2, 4)):
+        seen = cache.append(**entries(tokens, first))
+        assert seen["k"].shape == (ROWS, first + tokens, 2, 3) and seen["v"].shape == (ROWS, first + tokens, 4)
+        for name, tensor in seen.items():
+            assert torch.equal(tensor, entries(first + tokens, 0)[name])
+    assert cache.lengths_B.tolist() == [6, 6, 6]
+    assert all(buffer[:, 6:].isnan().all() for buffer in cache.buffers.values())
+
+
+def test_what_is_read_is_the_buffer_itself_not_a_copy() -> None:
+    cache = new()
+    seen = cache.append(**entries(2, 0))
+    assert all(seen[name].data_ptr() == cache.buffers[name].data_ptr() for name in SHAPES)
+
+
+def test_entries_are_kept_in_the_dtype_of_the_cache() -> None:
+    cache = new(dtype=torch.bfloat16)
+    seen = cache.append(**entries(2, 0))
+    assert {tensor.dtype for tensor in seen.values()} == {torch.bfloat16}
+    ragged = new(dtype=torch.bfloat16)
+    seen = ragged.append(torch.ones(ROWS, 2, dtype=torch.bool), **entries(2, 0))
+    assert {tensor.dtype for tensor in seen.values()} == {torch.bfloat16}
+    assert held(ragged, "v") == [[0, 1], [100, 101], [200, 201]]
+
+
+def test_bytes_and_elements_are_those_of_the_buffers() -> None:
+    for dtype, width in ((torch.float32, 4), (torch.bfloat16, 2)):
+        cache = new(dtype=dtype)
+        assert cache.elements_per_token == 2 * 3 + 4
+        assert cache.bytes_per_token == 10 * width
+        assert cache.nbytes == ROWS * SLOTS * 10 * width
+        cache.append(**entries(2, 0))
+        assert cache.bytes_per_token == 10 * width
+
+
+def test_a_query_sees_the_tokens_up_to_its_own() -> None:
+    cache = new()
+    prefill = cache.place(4, None)
+    assert (prefill.start, prefill.causal, prefill.mask_BTS, prefill.positions_BT) == (0, True, None, None)
+    cache.append(**entries(4, 0))
+    single = cache.place(1, None)
+    assert (single.start, single.causal, single.mask_BTS) == (4, False, None)
+    cache.append(**entries(1, 4))
+    chunk = cache.place(3, None)  # aligned to the bottom right, not to the top left
+    assert chunk.start == 5 and not chunk.causal and chunk.mask_BTS is not None
+    assert torch.equal(chunk.mask_BTS, mask(["111111..", "1111111.", "11111111"])[None])
+
+
+# --- rows of their own lengths ---------------------------------------------------------------------------------------
+
+RIGHT = ["1111", "11..", "1..."]
+LEFT = ["1111", "..11", "...1"]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize(("pads", "kept"), [(RIGHT, ([0, 1, 2, 3], [100, 101], [200])),
+                                            (LEFT, ([0, 1, 2, 3], [102, 103], [203]))], ids=["right", "left"])  # fmt: skip
+def test_pads_take_no_slot_and_the_next_tokens_follow_each_rows_own(
+    pads: list[str], kept: tuple[list[float], ...], static: bool
+) -> None:
+    cache = new(static)
+    cache.append(mask(pads), **entries(4, 0))
+    assert cache.lengths_B.tolist() == [4, 2, 1]
+    for name in SHAPES:
+        assert held(cache, name) == list(kept)
+    cache.append(**entries(1, 50))
+    cache.append(mask(["1.", ".1", "11"]), **entries(2, 60))
+    assert cache.lengths_B.tolist() == [6, 4, 4]
+    more = ([50, 60], [150, 161], [250, 260, 261])
+    for name in SHAPES:
+        assert held(cache, name) == [row + new_ones for row, new_ones in zip(kept, more, strict=True)]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_positions_and_visibility_follow_each_rows_own_length(static: bool) -> None:
+    cache = new(static)
+    padded = cache.place(4, mask(LEFT))
+    assert not padded.causal and padded.positions_BT is not None and padded.mask_BTS is not None
+    assert padded.positions_BT.tolist() == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 0]]
+    cache.append(mask(LEFT), **entries(4, 0))
+    after = cache.place(2, None)
+    assert after.positions_BT is not None and after.mask_BTS is not None and not after.causal
+    assert after.positions_BT.tolist() == [[4, 5], [2, 3], [1, 2]]
+    visible = SLOTS if static else 6
+    for row, queries in enumerate((["11111", "111111"], ["111", "1111"], ["11", "111"])):
+        assert torch.equal(after.mask_BTS[row], mask([query.ljust(visible, ".") for query in queries]))
+
+
+def test_whole_sequences_see_real_tokens_only_and_pads_see_themselves() -> None:
+    plain = place_without_cache(3, None, causal=True)
+    assert plain.causal and plain.mask_BTS is None and plain.positions_BT is None
+    left = place_without_cache(3, mask([".11"]), causal=True)
+    assert left.mask_BTS is not None and left.positions_BT is not None and not left.causal
+    assert torch.equal(left.mask_BTS[0], mask(["1..", ".1.", ".11"]))
+    assert left.positions_BT.tolist() == [[0, 0, 1]]
+    both_ways = place_without_cache(3, mask(["11."]), causal=False)
+    assert both_ways.mask_BTS is not None
+    assert torch.equal(both_ways.mask_BTS[0], mask(["11.", "11.", "111"]))
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["equal rows", "ragged rows"])
+def test_tokens_that_do_not_fit_are_refused_and_change_nothing(ragged: bool) -> None:
+    cache = new()
+    cache.append(mask(RIGHT) if ragged else None, **entries(4, 0))
+    buffers = {name: buffer.clone() for name, buffer in cache.buffers.items()}
+    lengths = cache.lengths_B.tolist()
+    sentence = "the cache holds 8 tokens a row and 4 are taken: 5 more do not fit; allocate a longer cache"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        cache.place(5, None)
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        cache.append(**entries(5, 4))
+    assert cache.lengths_B.tolist() == lengths
+    for name, buffer in buffers.items():
+        assert torch.equal(cache.buffers[name].nan_to_num(-1), buffer.nan_to_num(-1))
+    cache.append(**entries(4, 4))
+    assert cache.lengths_B.tolist() == [length + 4 for length in lengths]
+
+
+def test_entries_of_other_names_are_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="cache holds"):
+        new().append(k=torch.zeros(ROWS, 1, 2, 3))
+
+
+# --- fixed shapes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_static_cache_always_shows_whole_buffers_and_a_mask() -> None:
+    cache = new(static=True)
+    for tokens, first in ((3, 0), (1, 3)):
+        place, seen = cache.place(tokens, None), cache.append(**entries(tokens, first))
+        assert place.mask_BTS is not None and place.mask_BTS.shape == (ROWS, tokens, SLOTS)
+        assert place.mask_BTS.sum(dim=2).tolist() == [list(range(first + 1, first + tokens + 1))] * ROWS
+        assert all(seen[name] is cache.buffers[name] for name in SHAPES)
+    assert cache.lengths_B.tolist() == [4, 4, 4]
+    assert held(cache, "v") == [[row * 100 + t for t in range(4)] for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("variant", SHIPPED)
+@torch.no_grad()
+def test_a_compiled_decode_step_is_compiled_once_however_long_the_context_grows(variant: str) -> None:
+    model: GPT = randomise(gpt_from([f"attention={variant}"], n_layers=1)).eval()
+    tokens = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0))
+    full = model(tokens)[..., :100]
+    cache = model.new_cache(2, 20, dtype=torch.float32, device="cpu", static=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    pieces = [model(tokens[:, :9], cache)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pieces += [step(token, cache) for token in tokens[:, 9:].split(1, dim=1)]
+    assert relative_error(torch.cat(pieces, dim=1)[..., :100], full) <= 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@torch.no_grad()
+def test_decoding_with_growing_views_does_recompile() -> None:
+    """What the test above would see if a static cache's shapes changed."""
+    model: GPT = gpt_from(["attention=mha"], n_layers=1).eval()
+    cache = model.new_cache(1, 20, dtype=torch.float32, device="cpu")
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with (
+        torch._dynamo.config.patch(error_on_recompile=True),
+        pytest.raises(torch._dynamo.exc.RecompileError),
+    ):
+        for _ in range(3):
+            step(torch.zeros(1, 1, dtype=torch.long), cache)

@@ -1,0 +1,206 @@
+"""Generation: greedy equals repeated full forwards, sampling follows the distribution it states, refusals in one sentence."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling.attention.contract import randomise
+from modeling.generation import generate, sample
+from modeling.gpt import GPT
+from tests.support.variants import SHIPPED, gpt_from
+
+VOCAB, DRAWS = 100, 40_000
+
+
+def model_of(variant: str, **changes: Any) -> GPT:
+    model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB, **changes))
+    return model
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def written(model: GPT, prompts: list[list[int]], **settings: Any) -> list[list[int]]:
+    """New tokens of every row."""
+    return torch.stack(list(generate(model, prompts, **settings)), dim=1).tolist()
+
+
+@torch.no_grad()
+def greedy_by_full_forwards(model: GPT, prompt: list[int], new_tokens: int) -> list[int]:
+    model.eval()
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+# --- greedy ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_greedy_generation_is_the_argmax_of_repeated_full_forwards(variant: str) -> None:
+    model, prompt = model_of(variant), random_prompt(7)
+    wanted = greedy_by_full_forwards(model, prompt, 15)
+    assert len(set(wanted)) > 5  # a model that repeats itself would prove little
+    assert written(model, [prompt], max_new_tokens=15, temperature=0) == [wanted]
+
+
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_prompts_of_unequal_length_give_each_row_what_it_gives_alone(variant: str) -> None:
+    model = model_of(variant)
+    prompts = [random_prompt(length, seed=length) for length in (3, 11, 1, 7)]
+    together = written(model, prompts, max_new_tokens=10, temperature=0)
+    assert together == [greedy_by_full_forwards(model, prompt, 10) for prompt in prompts]
+
+
+def test_generation_may_fill_the_last_position_of_the_model() -> None:
+    for variant in ("mha", "mla_plain"):
+        model, prompt = model_of(variant), random_prompt(60)
+        rows = written(model, [prompt], max_new_tokens=5, temperature=0)  # the fifth is never fed back
+        assert rows == [greedy_by_full_forwards(model, prompt, 5)]
+
+
+def test_tokens_are_yielded_one_by_one_and_only_as_many_as_asked_for() -> None:
+    stream = generate(model_of("mla"), [[1, 2], [3, 4]], max_new_tokens=3, temperature=0)
+    first = next(stream)
+    assert first.shape == (2,) and first.dtype == torch.long
+    assert len(list(stream)) == 2
+
+
+def test_generation_uses_no_dropout_and_keeps_no_gradient() -> None:
+    model = model_of("mla", dropout=0.5).train()
+    rows = written(model, [random_prompt(7)], max_new_tokens=8, temperature=0)
+    assert rows == written(model_of("mla"), [random_prompt(7)], max_new_tokens=8, temperature=0)
+    assert not any(token.requires_grad for token in generate(model, [[1]], max_new_tokens=2))
+
+
+def test_the_cache_may_be_narrower_than_the_model() -> None:
+    """With bfloat16 keys and values the first token, computed from the prompt, rarely differs; all are real tokens."""
+    model, prompts = model_of("mla"), [random_prompt(9), random_prompt(4)]
+    low = written(model, prompts, max_new_tokens=12, temperature=0, cache_dtype=torch.bfloat16)
+    assert all(0 <= token < VOCAB for row in low for token in row)
+    assert [row[0] for row in low] == [row[0] for row in written(model, prompts, max_new_tokens=1, temperature=0)]
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+P = [0.4, 0.3, 0.15, 0.1, 0.05]
+
+
+def frequencies(probabilities: list[float], **settings: Any) -> list[float]:
+    """How often each token is drawn from these probabilities, in DRAWS draws."""
+    arguments: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None} | settings
+    logits = torch.tensor(probabilities).log().expand(DRAWS, -1)
+    drawn = sample(logits, generator=torch.Generator().manual_seed(0), **arguments)
+    counts: list[int] = drawn.bincount(minlength=len(probabilities)).tolist()
+    return [count / DRAWS for count in counts]
+
+
+def normalised(weights: list[float]) -> list[float]:
+    return [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, P),
+        ({"temperature": 0.5}, normalised([p**2 for p in P])),
+        ({"temperature": 2.0}, normalised([p**0.5 for p in P])),
+        ({"top_k": 1}, [1, 0, 0, 0, 0]),
+        ({"top_k": 2}, normalised([0.4, 0.3, 0, 0, 0])),
+        ({"top_k": 5}, P),
+        ({"top_k": 99}, P),
+        ({"top_p": 1e-9}, [1, 0, 0, 0, 0]),
+        ({"top_p": 0.39}, [1, 0, 0, 0, 0]),
+        ({"top_p": 0.41}, normalised([0.4, 0.3, 0, 0, 0])),
+        ({"top_p": 0.69}, normalised([0.4, 0.3, 0, 0, 0])),
+        ({"top_p": 0.8}, normalised([0.4, 0.3, 0.15, 0, 0])),
+        ({"top_p": 1.0}, P),
+        ({"top_k": 3, "top_p": 0.7}, normalised([0.4, 0.3, 0, 0, 0])),  # of 0.85 that top_k leaves: 0.47, 0.82
+        ({"top_k": 3, "top_p": 0.83}, normalised([0.4, 0.3, 0.15, 0, 0])),
+        ({"temperature": 2.0, "top_p": 0.5}, normalised([0.4**0.5, 0.3**0.5, 0, 0, 0])),  # flattened first: 0.31, 0.57
+        ({"temperature": 0.5, "top_k": 2}, normalised([0.16, 0.09, 0, 0, 0])),
+    ],
+    ids=str,
+)
+def test_samples_follow_the_distribution_computed_by_hand(settings: dict[str, Any], wanted: list[float]) -> None:
+    for turn in (0, 2):  # the likeliest token stands first, then elsewhere
+        turned = P[turn:] + P[:turn]
+        got = frequencies(turned, **settings)
+        for token, probability in enumerate(wanted[turn:] + wanted[:turn]):
+            error = 4.5 * (probability * (1 - probability) / DRAWS) ** 0.5
+            assert abs(got[token] - probability) <= error, (token, got)
+
+
+def test_temperature_zero_takes_the_likeliest_token_of_each_row() -> None:
+    logits = torch.tensor([[0.1, 0.3, 0.2], [5.0, 4.0, 4.9]])
+    assert sample(logits, temperature=0, top_k=None, top_p=None, generator=None).tolist() == [1, 0]
+
+
+def test_each_row_is_cut_by_its_own_distribution() -> None:
+    logits = torch.tensor([[0.9, 0.05, 0.05], [0.02, 0.49, 0.49]]).log().repeat(500, 1)
+    drawn = sample(logits, temperature=1.0, top_k=None, top_p=0.6, generator=torch.Generator().manual_seed(0))
+    assert set(drawn[0::2].tolist()) == {0} and set(drawn[1::2].tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 120}, {"top_p": 1.0}, {"top_k": 120, "top_p": 1.0}], ids=str)
+def test_the_padding_of_the_vocabulary_is_never_sampled(settings: dict[str, Any]) -> None:
+    """At a temperature at which every token is as likely as any other."""
+    generator = torch.Generator().manual_seed(0)
+    logits = model_of("mha")(torch.zeros(1, 1, dtype=torch.long))[0, -1].detach().expand(5000, -1)
+    arguments: dict[str, Any] = {"top_k": None, "top_p": None} | settings
+    drawn: Tensor = sample(logits, temperature=1e6, generator=generator, **arguments)
+    assert logits.shape[1] == 128
+    assert drawn.bincount(minlength=128)[:VOCAB].min() > 0 and drawn.max() < VOCAB
+
+
+# --- determinism -----------------------------------------------------------------------------------------------------
+
+
+def test_one_seed_gives_one_text_and_another_seed_another() -> None:
+    model, prompt = model_of("mla"), random_prompt(5)
+    texts = [written(model, [prompt], max_new_tokens=20, temperature=2.0, top_k=50, top_p=0.95,
+                     generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_generator_of_ones_own_leaves_torchs_alone() -> None:
+    before = torch.random.get_rng_state()
+    written(model_of("mha"), [[1, 2]], max_new_tokens=4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+EMPTY = "a prompt has no tokens; give at least one (the end-of-text token starts a fresh text)"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        ([], {}, EMPTY),
+        ([[1, 2], []], {}, EMPTY),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ([[1]], {"temperature": -0.5}, "temperature=-0.5 must be 0 (greedy) or above"),
+        ([[1]], {"top_k": 0}, "top_k=0 must be at least 1, or null for no cut"),
+        ([[1]], {"top_p": 0.0}, "top_p=0.0 must be in (0, 1], or null for no cut"),
+        ([[1]], {"top_p": 1.5}, "top_p=1.5 must be in (0, 1], or null for no cut"),
+        ([[1] * 60, [1]], {"max_new_tokens": 6},
+         "a prompt of 60 tokens and 6 new ones exceed the model's 64 positions; ask for at most 5 new tokens"),
+        ([[1] * 70], {"max_new_tokens": 1},
+         "a prompt of 70 tokens and 1 new ones exceed the model's 64 positions; ask for at most 0 new tokens"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused_in_one_sentence(
+    prompts: list[list[int]], settings: dict[str, Any], message: str
+) -> None:
+    arguments: dict[str, Any] = {"max_new_tokens": 3} | settings
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        next(generate(model_of("mha"), prompts, **arguments))
