@@ -360,7 +360,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             if key in defaults and chosen not in options_of(key):
                 raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
         try:
-            known: Any = OmegaConf.to_container(hydra_compose(config_name, groups), resolve=False)
+            composed = hydra_compose(config_name, groups)
+            known: Any = OmegaConf.to_container(composed, resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
             final = []
             for text, override in zip(overrides, parsed, strict=True):
@@ -373,7 +374,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
                         raise UserError(_unknown_field(key, written | optional | set(defaults)))
                     text = f"++{text}"  # a field that the YAML leaves at the schema's default
                 final.append(text)
-            composed = hydra_compose(config_name, final)
+            if final != groups:
+                composed = hydra_compose(config_name, final)
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause: BaseException | None = error

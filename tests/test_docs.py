@@ -13,6 +13,7 @@ import pytest
 from harness.build import build_layer
 from harness.config import load_train_config, options_of
 from modeling.attention import MECHANISMS, MODEL_OWNED
+from modeling.attention.contract import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
@@ -89,7 +90,7 @@ def test_every_variant_has_equations_a_diagram_and_its_cached_tensors(variant: s
     body = section(variant)
     assert f"(../configs/attention/{variant}.yaml)" in body, "the section does not link the variant's YAML"
     assert "```text\n" in body and "```mermaid\n" in body, "equations (text) or diagram (mermaid) is missing"
-    layer = build_layer(load_train_config([f"attention={variant}"]))
+    layer: Variant = build_layer(load_train_config([f"attention={variant}"]))
     assert set(re.findall(r"cached: (\w+)", body)) == set(layer.cache_shapes)
     drawn = re.findall(r'(\w+)\[\("', body)
     marked = re.search(r"^ +class ([\w,]+) cached$", body, re.MULTILINE)

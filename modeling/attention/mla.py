@@ -40,7 +40,8 @@ class MultiheadLatentAttention(nn.Module):
         (over each head's un-rotated keys, values and, with q_lora_rank, un-rotated queries; blocks absorption).
     latent_scale: latents times sqrt(D / rank) (MLRA, arXiv 2603.02188), which undoes the narrowing's loss of variance.
     fused_down_projections: all down-projections of x in one matrix (in_proj), the same function.
-    bias: on the projections that read x and on o_proj, none on the up-projections (as DeepSeek's attention_bias).
+    bias: on the projections that read x and on o_proj, none on the up-projections (DeepSeek's attention_bias, which
+        leaves out a q_proj that reads x).
     Raises ValueError for sizes and choices that do not fit together.
     """
 
@@ -110,7 +111,7 @@ class MultiheadLatentAttention(nn.Module):
         self.scale = self.qk_width**-0.5  # of the heads as they are compared, never of the latent
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.latent_widths = (share, share) if kv_latent == "split" else (L,)
-        self.kv_scale = (d_model / L) ** 0.5 if latent_scale else 1.0
+        self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
 
         # Widths that are projected straight from x, in this order in the fused matrix.

@@ -24,7 +24,9 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, *, width: int, max_seq_len: int, theta: float) -> None:
         super().__init__()
         if width <= 0 or width % 2:
-            raise ValueError(f"a rotated width of {width} cannot be paired; choose an even number above 0")
+            raise ValueError(
+                f"a rotated width of {width} cannot be paired; choose an even head_dim (qk_rope_head_dim if decoupled)"
+            )
         if theta <= 0:
             raise ValueError(f"rope_theta={theta} must be positive; 10000 is usual")
         self.width, self.max_seq_len, self.theta = width, max_seq_len, theta

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import train_model
+from harness.command_line import run_hydra
 from harness.config import ROOT, load_run_config, load_train_config, options_of
 from harness.errors import UserError
 from tests.support.micro import (
@@ -187,7 +188,7 @@ def test_overwrite_deletes_nothing_for_a_run_that_cannot_be_trained(place: Workp
 @pytest.mark.parametrize("mistake", [
     "dataset.path=/nowhere.txt", "dataset.path=", "optimizer.lr=0", "optimizer.betas=[0.9]", "dataset.max_tokens=0",
     "dataset.validation_fraction=0", "model.max_seq_len=1000000", "schedule.warmup_fraction=1", "tokenizer.vocab_size=9",
-    "attention.n_kv_heads=3", "model.head_dim=15", "model.mlp=gelu", "attention.v_head_dim=0", "data_dir=/dev/null",
+    "attention.n_kv_heads=3", "model.mlp=gelu", "attention.v_head_dim=0", "data_dir=/dev/null",
     "runs_dir=/dev/null", "device=mps" if not torch.backends.mps.is_available() else "device=tpu",
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_one_sentence_and_leaves_no_run(place: Workplace, mistake: str) -> None:
@@ -379,51 +380,52 @@ def test_a_mistake_is_one_line_on_stderr_and_status_2(script: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_trains_all_in_processes_of_their_own_and_a_failing_one_does_not_stop_the_rest(
-    place: Workplace,
-) -> None:
-    first = load_train_config(place.overrides("attention=mha", "budget.steps=1"))
-    (place.runs / first.name).mkdir(parents=True)
-    (place.runs / first.name / "notes.txt").write_text("this name is taken")
-
-    result = command("-m", *place.overrides("attention=mha,mla", "budget.steps=1"), folder=place.folder)
-    assert result.returncode == 1
-    assert "is no run" in result.stderr
-    assert re.search(r"error: 1 of the runs failed: attention=mha .*\(status 2\)", result.stderr)
-    (summary,) = json_lines(result.stdout)
-    assert summary["attention"] == "mla"
-    assert len(re.findall(r"^\$ .*train_model.py attention=m", result.stdout, re.MULTILINE)) == 2
-
-
-@pytest.mark.parametrize("mistake", ["attention=mha,mlaa", "optimizer.lr=0.1,fast", "attention.kv_lora_rank=8", "mla"])
-def test_a_sweep_with_a_mistake_in_one_job_starts_none(place: Workplace, mistake: str) -> None:
-    result = command("-m", *place.overrides("attention=mha,mla", mistake), folder=place.folder)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
-    assert not place.runs.exists()
-
-
-def test_a_sweep_reaches_fields_that_the_yaml_leaves_out_and_text_with_commas(place: Workplace) -> None:
-    corpus = place.folder / "a, b (c)=d" / "e f.txt"
+def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_stop_the_rest(place: Workplace) -> None:
+    corpus = place.folder / "a, b (c)=d" / "e f.txt"  # text with commas is no list of choices
     corpus.parent.mkdir()
     shutil.copy(place.corpus, corpus)
-    sweep = place.overrides("seed=3,4", f"dataset.path={corpus}", "dataset.max_tokens=5000", "budget.steps=1")
-    result = command("-m", *sweep, folder=place.folder)
-    assert result.returncode == 0, result.stderr
-    assert [summary["seed"] for summary in json_lines(result.stdout)] == [3, 4]
+    options = [f"dataset.path={corpus}", "dataset.max_tokens=5000", "budget.steps=1"]
+    failing = load_train_config(place.overrides("attention=mha", *options)).name
+    (place.runs / failing).mkdir(parents=True)
+    (place.runs / failing / "notes.txt").write_text("this name is taken")
+
+    result = command("-m", *place.overrides("attention=mha,mla", *options), folder=place.folder)
+    assert result.returncode == 1
+    assert "is no run" in result.stderr
+    assert re.search(r"^error: 1 of the runs failed: .*attention=mha .*\(status 2\)$", result.stderr, re.MULTILINE)
+    (summary,) = json_lines(result.stdout)
+    assert summary["attention"] == "mla"
+    assert len(re.findall(r"^\$ .*train_model.py .*attention=m", result.stdout, re.MULTILINE)) == 2
     (meta,) = place.folder.glob("data/*/meta.json")
     assert '"max_tokens": 5000' in meta.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["-m", "attention=mha,mlaa"], "attention=mlaa does not exist; did you mean mla?"),
+        (["-m", "attention=glob(m*a)", "optimizer.lr=0.1,fast"], "optimizer.lr=fast must be a finite number"),
+        (["-m", "attention=mla,mha", "attention.kv_lora_rank=8"], "attention.kv_lora_rank is not a field"),
+        (["-m", "mla"], "an argument cannot be read as key=value (Error parsing override 'mla')"),
+        (["--cfg", "job", "attention=mlaa"], "attention=mlaa does not exist; did you mean mla?"),
+    ],
+)
+def test_a_mistake_in_one_of_several_jobs_starts_none(
+    arguments: list[str], sentence: str, place: Workplace, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train_model.py", *arguments, *place.places()])
+    with pytest.raises(SystemExit) as stopped:
+        run_hydra("train_model.py", "train", train_model.main, description=None)
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out) == (2, "")
+    assert said.err.startswith(f"error: {sentence}") and len(said.err.splitlines()) == 1
+    assert not place.runs.exists()
 
 
 def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
     shown = command("--help", folder=tmp_path)
     assert shown.returncode == 0 and "attention: gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
-    shown = command("--cfg", "job", "attention=mla", "dataset.max_tokens=7", folder=tmp_path)
+    shown = command("--cfg", "job", "attention=mla", "dataset=local", "dataset.max_tokens=7", folder=tmp_path)
     assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
-    shown = command("--cfg", "job", "attention=mlaa", folder=tmp_path)
-    assert (shown.returncode, shown.stderr) == (2, "error: attention=mlaa does not exist; did you mean mla?\n")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_main_returns_a_status_and_never_exits(shared: Workplace) -> None:
-    assert train_model.main(shared.overrides("name=done", *EVERY_STEP)) == 0

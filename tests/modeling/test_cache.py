@@ -115,7 +115,7 @@ def test_pads_take_no_slot_and_the_next_tokens_follow_each_rows_own(
     cache.append(**entries(1, 50))
     cache.append(mask(["1.", ".1", "11"]), **entries(2, 60))
     assert cache.lengths_B.tolist() == [6, 4, 4]
-    more = ([50, 60], [150, 161], [250, 260, 261])
+    more: tuple[list[float], ...] = ([50, 60], [150, 161], [250, 260, 261])
     for name in SHAPES:
         assert held(cache, name) == [row + new_ones for row, new_ones in zip(kept, more, strict=True)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +39,7 @@ def test_training_flops_are_torchs_count(overrides: list[str]) -> None:
 
 @pytest.mark.parametrize("changes", [{"tie_embeddings": False}, {"mlp": "relu2"}, {"bias": True}, {"n_layers": 1},
                                      {"dropout": 0.1}, {"zero_init_outputs": True}], ids=str)  # fmt: skip
-def test_training_flops_are_torchs_count_for_other_models(changes: dict[str, object]) -> None:
+def test_training_flops_are_torchs_count_for_other_models(changes: dict[str, Any]) -> None:
     model = gpt_from(["attention=mla"], **changes)
     assert training_flops_per_token(model, TOKENS) * ROWS * TOKENS == counted(model)
 

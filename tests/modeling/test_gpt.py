@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ def random_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def seeded(overrides: list[str], **changes: object) -> GPT:
+def seeded(overrides: list[str], **changes: Any) -> GPT:
     """A model whose initial values are the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return gpt_from(overrides, **changes)  # type: ignore[arg-type]
+        return gpt_from(overrides, **changes)
 
 
 def gradients(model: GPT, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -201,21 +202,24 @@ def test_initial_values_are_those_of_the_table(attention: list[str], init: str, 
     assert outputs == 2 * WIDE_LAYERS
 
 
+@pytest.mark.parametrize("latent", ["joint", "split"])
 @pytest.mark.parametrize(("norm", "scale"), [("rms", False), ("rms", True), ("none", False), ("none", True)])
-def test_up_projected_keys_and_values_have_the_stated_variance(norm: str, scale: bool) -> None:
+def test_up_projected_keys_and_values_have_the_stated_variance(norm: str, scale: bool, latent: str) -> None:
     """L s^2 with a norm on the latent, D L s^4 without one; latent_scale makes D of the L; MHA's is D s^2."""
-    size, rank = 192, 96
+    size, rank = 192, 96 if latent == "joint" else 48  # what one up-projection reads
     overrides = [f"attention.latent_norm={norm}", f"attention.latent_scale={str(scale).lower()}"]
+    overrides.append(f"attention.kv_latent={latent}")
     attention = seeded(["attention=mla", *WIDE, *overrides], init_std=STD).attentions[0]
     x = torch.randn(1, 400, size, generator=torch.Generator().manual_seed(0))
     cache = new_cache(attention, 1, 400, dtype=torch.float32, device="cpu")
     with torch.no_grad():
         for start in range(0, 400, 50):
             attention(x[:, start : start + 50], cache, positions_BT=torch.arange(50)[None])
-        latent = cache.buffers["latent"]
-        variances = [projection(latent).var().item() for projection in (attention.k_up_proj, attention.v_up_proj)]
-    assert latent.shape[-1] == rank
-    stated = (rank if not scale else size) * STD**2 * (1 if norm == "rms" else size * STD**2)
+        latents = cache.buffers["latent"]
+        variances = [attention.k_up_proj(latents[..., :rank]).var().item(),
+                     attention.v_up_proj(latents[..., -rank:]).var().item()]  # fmt: skip
+    assert latents.shape[-1] == 96
+    stated = (size if scale else rank) * STD**2 * (1 if norm == "rms" else size * STD**2)
     assert variances == pytest.approx([stated, stated], rel=0.1)
 
 
@@ -425,7 +429,7 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(overrides: list[str], side:
         ({"mlp": "gelu"}, "mlp=gelu is unknown; choose swiglu or relu2"),
     ],
 )
-def test_a_choice_that_does_not_exist_is_refused_by_name(changes: dict[str, str], message: str) -> None:
+def test_a_choice_that_does_not_exist_is_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^model=tiny attention=mha: {re.escape(message)}$"):
         gpt_from(["attention=mha"], **changes)
 

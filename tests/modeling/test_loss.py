@@ -32,7 +32,8 @@ def exact(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, vocab: int = VOCAB
     """Loss and both gradients in float64, on the unpadded vocabulary, by torch's own cross-entropy."""
     x, weight = x_ND.detach().double().requires_grad_(), weight_CD.detach().double().requires_grad_()
     loss = F.cross_entropy(x @ weight[:vocab].T, targets_N)
-    return loss.detach(), *torch.autograd.grad(loss, (x, weight))
+    grad_x, grad_weight = torch.autograd.grad(loss, (x, weight))
+    return loss.detach(), grad_x, grad_weight
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, C], ids=["padded", "unpadded"])

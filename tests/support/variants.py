@@ -25,6 +25,7 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mha decoupled, QK-norm": (["attention=mha_decoupled", "attention.qk_norm=true"], 2 * 4 * 12 + 6),
     "mha decoupled, grouped": (["attention=mha_decoupled", "attention.n_kv_heads=2"], 2 * 2 * 12 + 6),
     "mha, narrow values": (["attention=mha", "attention.v_head_dim=7"], 4 * (12 + 7)),
+    "mha, wide values": (["attention=mha", "attention.v_head_dim=16"], 4 * (12 + 16)),
     "mha, biases": (["attention=mha", "model.bias=true"], 2 * 4 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
     "mla, rank 10": (["attention=mla", "attention.kv_lora_rank=10"], 10 + 6),
