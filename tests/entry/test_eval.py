@@ -1,0 +1,259 @@
+"""eval_model.py: which runs it takes, what it says about them, and that its numbers are the training's own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.data import Tokenizer, open_prepared
+from harness.errors import UserError
+from tests.support.micro import PROMISED, Workplace, contents, json_lines, summary_of, write_corpus
+
+VARIANTS = ("mha", "mla")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Finished runs `mha` and, newer, `mla`, the latter with a BPE; and `begun`, which is not finished."""
+    place = Workplace(tmp_path_factory.mktemp("shared"))
+    place.train("mha")
+    place.train("mla", "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    shutil.copytree(place.runs / "mha", place.runs / "begun")
+    (place.runs / "begun" / "summary.json").unlink()
+    for age, name in ((100, "mha"), (50, "mla")):
+        file = place.runs / name / "summary.json"
+        os.utime(file, (file.stat().st_mtime - age,) * 2)
+    return place
+
+
+@pytest.fixture
+def copied(shared: Workplace, tmp_path: Path) -> Workplace:
+    """The same place without evaluations, free to be damaged."""
+    place = Workplace(tmp_path / "copied")
+    shutil.copytree(shared.folder, place.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evaluations"))
+    return place
+
+
+def record_of(place: Workplace, capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
+    """The JSON line of an evaluation of one run."""
+    capsys.readouterr()
+    assert place.evaluate(*overrides) == 0
+    (record,) = json_lines(capsys.readouterr().out)
+    return record
+
+
+# --- which runs ------------------------------------------------------------------------------------------------------
+
+
+def test_alone_it_takes_the_newest_finished_runs_test_split_and_names_the_others(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert shared.evaluate() == 0
+    said = capsys.readouterr().out
+    assert said.startswith("evaluating the newest finished run, mla; others (run=...): mha\n")
+    (record,) = json_lines(said)
+    assert (record["name"], record["split"]) == ("mla", "test")
+
+
+def test_all_runs_get_a_table_and_a_json_line_each(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shared.evaluate("run=all") == 0
+    said = capsys.readouterr().out
+    assert [record["name"] for record in json_lines(said)] == ["mha", "mla"]
+    assert said.count("bits per byte     ") == said.count("loss at 1-1 ") == 2
+
+
+@pytest.mark.parametrize("how", ["mha", "{runs}/mha", "{runs}/mha/"])
+def test_a_run_is_found_by_name_and_by_folder(shared: Workplace, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert record_of(shared, capsys, f"run={how.format(runs=shared.runs)}")["name"] == "mha"
+
+
+@pytest.mark.parametrize(
+    ("run", "sentence"),
+    [
+        ("begun", r"run=begun is not finished; the command that started it continues it"),
+        ("mhaa", r"run=mhaa is no run .*did you mean mha\?"),
+        ("/nowhere", r"run=/nowhere is no run"),
+    ],
+)
+def test_a_run_that_cannot_be_evaluated_is_one_sentence(shared: Workplace, run: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        shared.evaluate(f"run={run}")
+
+
+@pytest.mark.parametrize("overrides", [[], ["run=all"]])
+def test_without_any_finished_run_it_says_how_to_train_one(tmp_path: Path, overrides: list[str]) -> None:
+    with pytest.raises(UserError, match=r"no finished run in .*python train_model.py attention=mla"):
+        Workplace(tmp_path).evaluate(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("config.yaml", "name: [", r"config.yaml cannot be read"),
+        ("config.yaml", "- a\n- list\n", r"config.yaml is not a configuration of this version: .* group of fields"),
+        ("config.yaml", "name: mla\n", r"config.yaml is not a configuration of this version: .* is missing"),
+        ("summary.json", '{"name": "ml', r"summary.json cannot be read as JSON .*delete it"),
+        ("summary.json", '{"name": "mla"}', r"summary.json lacks attention, .*delete it"),
+        ("tokenizer.json", "{}", r"tokenizer.json is not a tokenizer.json"),
+        ("tokenizer.json", None, r"tokenizer.json cannot be read"),
+        ("checkpoints/step-00000006/model.safetensors", "half", r"every checkpoint in .* is damaged"),
+        ("checkpoints/step-00000006/manifest.json", None, r"every checkpoint in .* is damaged"),
+    ],
+)
+def test_a_damaged_run_is_one_sentence(copied: Workplace, file: str, content: str | None, sentence: str) -> None:
+    damaged = copied.runs / "mla" / file
+    damaged.unlink()
+    if content is not None:
+        damaged.write_text(content)
+    with pytest.raises(UserError, match=sentence) as refused:
+        copied.evaluate("run=mla")
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (copied.runs / "mla" / "evaluations").exists()
+
+
+def test_a_field_that_another_version_wrote_names_the_file_and_the_field(copied: Workplace) -> None:
+    config = copied.runs / "mla" / "config.yaml"
+    config.write_text(config.read_text().replace("d_model:", "dmodel:"))
+    with pytest.raises(UserError, match=r"mla/config.yaml .*model.dmodel is not a field.*did you mean d_model\?"):
+        copied.evaluate("run=mla")
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_json_line_has_every_promised_key_and_stands_in_the_run(
+    copied: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(copied, capsys, "run=mla")
+    assert record.keys() >= PROMISED
+    summary = summary_of(copied.runs / "mla")
+    for key in ("name", "attention", "model", "dataset", "seed", "parameters", "tokens", "steps", "cache_dtype",
+                "cache_bytes_per_token", "cache_elements_per_token_per_layer", "tokens_per_second"):  # fmt: skip
+        assert record[key] == summary[key], key
+    assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+    (file,) = (copied.runs / "mla" / "evaluations").iterdir()
+    assert json.loads(file.read_text()) == record
+
+
+def test_an_evaluation_touches_nothing_else_in_the_run(copied: Workplace) -> None:
+    before = contents(copied.runs / "mla")
+    copied.evaluate("run=mla")
+    after = contents(copied.runs / "mla")
+    assert {name: after[name] for name in before} == before
+
+
+def test_the_same_evaluation_replaces_its_record_and_another_stands_beside_it(copied: Workplace) -> None:
+    for overrides in ([], ["batch_size=3"], ["split=validation"], ["stride_fraction=1"], ["per_document=true"]):
+        copied.evaluate("run=mha", *overrides)
+    assert len(list((copied.runs / "mha" / "evaluations").iterdir())) == 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_training_validated_with_exactly_this_number(
+    shared: Workplace, variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(shared, capsys, f"run={variant}", "split=validation", "max_tokens=65536")
+    summary = summary_of(shared.runs / variant)
+    figures = ("loss", "perplexity", "word_perplexity", "bits_per_byte", "evaluated_tokens")
+    assert {key: record[key] for key in figures} == {key: summary[key] for key in figures}
+
+
+def test_validation_on_a_part_with_another_stride_is_also_this_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["max_tokens=300", "stride_fraction=0.25"]
+    place = Workplace(tmp_path)
+    summary = summary_of(place.train("run", *(f"evaluation.{setting}" for setting in settings)))
+    record = record_of(place, capsys, "split=validation", *settings)
+    assert (record["loss"], record["evaluated_tokens"]) == (summary["loss"], 300)
+
+
+def test_perplexity_does_not_depend_on_the_batch_size(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [record_of(shared, capsys, "run=mla", f"batch_size={size}")["perplexity"] for size in (1, 3, 64)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_every_token_of_the_split_counts_once_whatever_the_stride(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for settings in ([], ["stride_fraction=1"], ["stride_fraction=0.1"], ["per_document=true"]):
+        record = record_of(shared, capsys, "run=mha", *settings)
+        (folder,) = (
+            file.parent
+            for file in shared.folder.glob("data/*/meta.json")
+            if open_prepared(file.parent).vocab_size == 257
+        )
+        split = open_prepared(folder).splits["test"]
+        assert (record["evaluated_tokens"], record["evaluated_bytes"]) == (split.n_tokens, split.n_bytes)
+        nats = record["loss"] * split.n_tokens
+        assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / split.n_bytes)
+        assert record["word_perplexity"] == pytest.approx(math.exp(nats / split.n_words), rel=1e-6)
+
+
+def test_the_loss_by_position_covers_the_window_without_gaps(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(shared, capsys, "run=mha")
+    bounds = [(low, high) for low, high, _ in record["loss_by_position"]]
+    assert bounds[0][0] == 1 and bounds[-1][1] == 32
+    assert all(low == high + 1 for (_, high), (low, _) in itertools.pairwise(bounds))
+
+
+def test_cache_dtype_and_backend_are_chosen_by_the_evaluation(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = record_of(shared, capsys, "run=mla")
+    other = record_of(shared, capsys, "run=mla", "cache.dtype=float32", "attention.backend=reference")
+    assert other["cache_bytes_per_token"] == 2 * plain["cache_bytes_per_token"]
+    assert other["kernel"] == "reference" != plain["kernel"]
+    assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+
+
+# --- other text ------------------------------------------------------------------------------------------------------
+
+
+def test_another_corpus_is_read_with_the_runs_own_tokenizer(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_corpus(shared.folder / "other, text.txt", seed=5, lines=200)
+    here = record_of(shared, capsys, "run=mla")
+    there = record_of(shared, capsys, "run=mla", "dataset=local", f"dataset.path={path}", "split=train")
+    assert there["data_fingerprint"] != here["data_fingerprint"]
+    assert there["tokenizer_fingerprint"] == here["tokenizer_fingerprint"]
+    assert there["trained_on"] == "local"
+    tokenizer = Tokenizer.load(shared.runs / "mla" / "tokenizer.json")
+    (prepared,) = (
+        folder for file in shared.folder.glob("data/*/meta.json")
+        if (folder := open_prepared(file.parent)).fingerprint == there["data_fingerprint"]
+    )  # fmt: skip
+    text = path.read_bytes()[: prepared.splits["train"].n_bytes].decode()
+    assert there["evaluated_tokens"] == len(tokenizer.encode(text)) + 1  # and the end of text
+
+
+@pytest.mark.parametrize("overrides", [["split=tset"], ["stride_fraction=0"], ["device=gpu"], ["run=mha", "foo=1"]])
+def test_mistakes_are_one_sentence(shared: Workplace, overrides: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        shared.evaluate(*overrides)
+    assert overrides[-1].partition("=")[0] in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_split_that_the_corpus_lacks_names_those_it_has(shared: Workplace) -> None:
+    path = write_corpus(shared.folder / "no_test.txt", seed=6)
+    corpus = ["dataset=local", f"dataset.path={path}", "dataset.test_fraction=0"]
+    with pytest.raises(UserError, match=r"split=test is not in dataset=local; choose from .*validation"):
+        shared.evaluate("run=mha", *corpus)
+
+
+def test_text_that_changed_since_the_training_is_refused(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.train("run")
+    write_corpus(place.corpus, seed=9)
+    with pytest.raises(UserError, match=r"dataset=local is not what run was trained on; .*dataset="):
+        place.evaluate()

@@ -1,0 +1,193 @@
+"""The command lines in scripts/: generate, check_attention, compare_runs, prepare_data."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.config import ROOT
+from harness.errors import UserError
+from modeling.attention.contract import CHECKS
+from scripts import check_attention, compare_runs, generate, prepare_data
+from tests.support.micro import SIZE, Workplace, contents, json_lines, summary_of
+from tests.support.projects import copy_project
+
+COMMANDS = ["train_model.py", "eval_model.py", "scripts/generate.py", "scripts/check_attention.py",
+            "scripts/compare_runs.py", "scripts/prepare_data.py"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Two finished runs that have learned a little; `mla`, the newer one, with a BPE."""
+    place = Workplace(tmp_path_factory.mktemp("shared"))
+    place.train("mha", "budget.steps=30")
+    place.train("mla", "budget.steps=30", "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300")
+    return place
+
+
+def script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str, tmp_path: Path) -> None:
+    shown = script(str(ROOT / name), "--help", folder=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert f"python {name}" in shown.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+def written(place: Workplace, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    capsys.readouterr()
+    assert generate.main([f"runs_dir={place.runs}", "device=cpu", "max_new_tokens=12", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_continues_the_prompt_and_repeats_itself(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = written(shared, capsys, "prompt=the sea")
+    assert first.startswith("the sea") and len(first.rstrip("\n")) > len("the sea")
+    assert written(shared, capsys, "prompt=the sea") == first
+    assert written(shared, capsys, "prompt=the sea", "seed=1") != first
+    greedy = [written(shared, capsys, "prompt=the sea", "temperature=0", f"seed={seed}") for seed in (0, 1)]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_takes_a_run_by_name_and_the_newest_without_one(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, named = written(shared, capsys, "prompt=a"), written(shared, capsys, "prompt=a", "run=mla")
+    assert newest == named != written(shared, capsys, "prompt=a", "run=mha")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a, b = (c) [d] {e}", "'quoted' and \"quoted\"", "${model.d_model}", "null,", "x: y"]
+)
+def test_generate_takes_the_prompt_as_it_stands(
+    shared: Workplace, prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert written(shared, capsys, f"prompt={prompt}", "max_new_tokens=2").startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("max_new_tokens=1000", r"exceed the model's 32 positions; ask for at most \d+ new tokens"),
+        ("temperature=-1", r"temperature=-1.0 must be 0 \(greedy\) or above"),
+        ("temperature=warm", r"temperature=warm must be a number"),
+        ("top_p=2", r"top_p=2.0 must be in \(0, 1\]"),
+        ("top_k=0", r"top_k=0 must be at least 1"),
+        ("promt=x", r"promt is not an option here; did you mean prompt\?"),
+        ("run=mlaa", r"run=mlaa is no run .*did you mean mla\?"),
+        ("device=gpu", r"device=gpu is unknown"),
+        ("attention.backend=flash", r"attention.backend=flash is unknown; choose one of auto, reference"),
+    ],
+)
+def test_generate_refuses_in_one_sentence(shared: Workplace, option: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence) as refused:
+        generate.main([f"runs_dir={shared.runs}", "device=cpu", "max_new_tokens=2", option])
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_runs_are_the_projects_wherever_a_script_is_started() -> None:
+    assert generate.GenerateOptions().runs_dir == compare_runs.CompareOptions().runs_dir == str(ROOT / "runs")
+
+
+# --- check_attention -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gqa", "mla"])
+def test_check_attention_passes_a_sound_variant(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_attention.main([f"attention={variant}", *SIZE]) == 0
+    rows = re.findall(r"^  (pass|FAIL)  (.+?) +\d+\.\d s", capsys.readouterr().out, re.MULTILINE)
+    assert rows == [("pass", check.__name__.replace("_", " ")) for check in CHECKS]
+
+
+def test_check_attention_refuses_sizes_that_do_not_fit() -> None:
+    with pytest.raises(UserError, match=r"attention=gqa: n_kv_heads=3 does not divide n_heads=2; choose one of"):
+        check_attention.main(["attention=gqa", *SIZE, "attention.n_kv_heads=3"])
+
+
+PLANTED = {
+    "a mask that is left out": ("causal=place.causal,", "causal=False,", "no token sees the future"),
+    "keys that are not rotated": ("rotate(k_BTGK, tables)", "k_BTGK", "cached decoding equals the full forward"),
+    "a cache that holds more than its formula": (
+        "return self.n_kv_heads * (self.head_dim", "return 1 + self.n_kv_heads * (self.head_dim",
+        "measured cache bytes equal the formula",
+    ),
+}  # fmt: skip
+
+
+def test_check_attention_finds_planted_bugs_and_ends_with_status_1(tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "project")
+    file = project / "modeling" / "attention" / "gqa.py"
+    sound = file.read_text()
+    for bug, (right, wrong, check) in PLANTED.items():
+        if bug == "keys that are not rotated":
+            continue  # every path of the module would agree with every other: the identities tell, not the contract
+        assert sound.count(right) == 1, bug
+        file.write_text(sound.replace(right, wrong))
+        result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
+        assert result.returncode == 1, bug
+        assert re.search(rf"^  FAIL  {check} .+ s  \S", result.stdout, re.MULTILINE), bug
+        assert re.search(r"^  pass  ", result.stdout, re.MULTILINE), "the other checks go on"
+        assert "Traceback" not in result.stdout + result.stderr
+
+
+# --- compare_runs ----------------------------------------------------------------------------------------------------
+
+
+def test_compare_runs_puts_both_variants_into_files_and_a_json_line(
+    shared: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bytes_run = shared.train("mla_bytes", "budget.steps=30", "attention=mla")
+    before = contents(shared.runs)
+    capsys.readouterr()
+    out = tmp_path / "a folder, with commas"
+    assert compare_runs.main([str(shared.runs / "mha"), "mla_bytes", f"runs_dir={shared.runs}", f"out={out}",
+                              "tracking=none"]) == 0  # fmt: skip
+    said = capsys.readouterr().out
+    (record,) = json_lines(said)
+    (table,) = record["tables"]
+    rows = {row["variant"]: row for row in table["setups"]}
+    for name, run in (("mha", shared.runs / "mha"), ("mla", bytes_run)):
+        summary = summary_of(run)
+        for key in ("parameters", "tokens", "perplexity", "bits_per_byte", "cache_bytes_per_token"):
+            assert rows[name][key] == summary[key], (name, key)
+        assert f"{summary['bits_per_byte']:.4f}" in said
+    assert all(Path(file).parent == out and Path(file).stat().st_size > 0 for file in record["files"])
+    assert {Path(file).suffix for file in record["files"]} == {".md", ".csv", ".json", ".png"}
+    assert contents(shared.runs) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["mhaa"], r"run=mhaa is no run .*did you mean mha\?"), (["tracking=w&b"], r"tracking=w&b is unknown"),
+     (["split=tset"], r"split=tset is unknown; did you mean test\?")],
+)  # fmt: skip
+def test_compare_runs_refuses_in_one_sentence(shared: Workplace, arguments: list[str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        compare_runs.main([f"runs_dir={shared.runs}", *arguments])
+
+
+# --- prepare_data ----------------------------------------------------------------------------------------------------
+
+
+def test_training_uses_what_prepare_data_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = Workplace(tmp_path)
+    data = ["dataset=local", f"dataset.path={place.corpus}", "tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
+    assert prepare_data.main(data) == 0
+    assert "local is ready: tokens train" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}
+    place.train("run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
