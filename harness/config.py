@@ -35,7 +35,7 @@ EXECUTION_FIELDS = (
 SEED_FIELDS = ("seed", "data_seed")
 
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
-FREE_TEXT = ("prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
+FREE_TEXT = ("name", "prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
              "data_dir", "tracking.notes")  # fmt: skip
 
 
@@ -310,7 +310,9 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in FREE_TEXT or value == "null" or (value[:1] in "'\"" and value[-1:] == value[:1]):
         return argument
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${")
+    # Backslashes stand for themselves there, except before a quote, an interpolation or the end.
+    escaped = re.sub(r"(\\+)(?='|\$\{|$)", lambda backslashes: backslashes[1] * 2, value)
+    escaped = escaped.replace("'", "\\'").replace("${", "\\${")
     return f"{key}='{escaped}'"
 
 
@@ -363,19 +365,17 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             composed = hydra_compose(config_name, groups)
             known: Any = OmegaConf.to_container(composed, resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
-            final = []
-            for text, override in zip(overrides, parsed, strict=True):
+            for override in parsed:
                 key = override.key_or_group
-                if key not in defaults and key in written and (CONFIGS / key).is_dir():
-                    raise UserError(f"{text}: {key} is the run's own here; only single fields such as "
+                if key in defaults:
+                    continue
+                if key in written and (CONFIGS / key).is_dir():
+                    raise UserError(f"{override.input_line}: {key} is the run's own here; only single fields such as "
                                     f"{key}.{next(iter(known[key]))} can be set")  # fmt: skip
-                if key not in defaults and key not in written:
-                    if key not in optional or key.split(".")[0] not in written:
-                        raise UserError(_unknown_field(key, written | optional | set(defaults)))
-                    text = f"++{text}"  # a field that the YAML leaves at the schema's default
-                final.append(text)
-            if final != groups:
-                composed = hydra_compose(config_name, final)
+                if key not in written and (key not in optional or key.split(".")[0] not in written):
+                    raise UserError(_unknown_field(key, written | optional | set(defaults)))
+                # Added where the YAML leaves the field at the schema's default.
+                OmegaConf.update(composed, key, override.value(), merge=True, force_add=key not in written)
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause: BaseException | None = error
