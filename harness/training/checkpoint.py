@@ -72,8 +72,10 @@ def save_checkpoint(
 
     # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
     older = [path for path in _checkpoints(folder) if path.name <= final.name]
-    for path in older[keep:]:
-        shutil.rmtree(path)
+    for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
+        removed = folder / f".partial-removed-{path.name}"
+        os.replace(path, removed)
+        shutil.rmtree(removed)
     return final
 
 

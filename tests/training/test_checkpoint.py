@@ -240,6 +240,26 @@ while True:
 """
 
 
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        _save(tmp_path, step)
+
+    def cut_off(path: Path) -> None:
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            _save(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003"]
+    assert all(find_damage(path) is None for path in tmp_path.glob("step-*"))
+    _save(tmp_path, 4)  # and what was left is cleared away
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+
+
 def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ENDLESS_SAVES, str(tmp_path)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as child:
