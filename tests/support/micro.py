@@ -43,7 +43,9 @@ class Workplace:
         self.corpus = write_corpus(folder / "sea.txt")
 
     def places(self) -> list[str]:
-        return [f"runs_dir={self.runs}", f"data_dir={self.folder / 'data'}", "tracking=none", "device=cpu"]
+        """Where things lie, and float32 on every machine: `auto` takes bfloat16 where the processor has it."""
+        return [f"runs_dir={self.runs}", f"data_dir={self.folder / 'data'}", "tracking=none", "device=cpu",
+                "precision=float32"]  # fmt: skip
 
     def overrides(self, *more: str) -> list[str]:
         """The command line of a micro run; later overrides come last and win."""
