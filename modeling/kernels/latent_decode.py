@@ -1,0 +1,126 @@
+"""Decoding with latent attention, absorbed: one new token a row against the cached latents, in torch or in Triton.
+
+All heads share the cached row as key and its latent part as value (DeepSeek-V2, arXiv 2405.04434, section 2.1):
+
+    p_hs = softmax over s of  scale * (q_latent_h . latent_s + q_rope_h . k_rope_s),    out_h = sum over s of p_hs latent_s
+
+The scale is 1/sqrt(N + P) of the heads as they are compared, never of the latent. Here stand the equation in plain
+torch, for one query or many, and the choice between it and the kernel for one (latent_decode_triton.py, imported only
+when chosen). Letters: B batch, T queries, S slots of the cache, H query heads, L kv_lora_rank, P rotated width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+KERNELS = ("torch", "triton")
+
+
+def latent_decode(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    kernel: str = "torch",
+) -> Tensor:
+    """softmax(scale * (q_latent . latent + q_rope . k_rope)) latent over slots 0..lengths_B[b]-1; returns out_BHL.
+
+    q_rope_BHP and k_rope_BSP are None for plain MLA. All tensors are of one dtype; the caches may be views, their last
+    dimension contiguous. lengths_B (integers, at least 1) stays on the device, and S may be larger: a preallocated cache.
+    Both kernels compute logits, softmax and sums in float32 at least (torch keeps float64; on a CPU it rounds logits to
+    the inputs' dtype first). kernel="triton" never looks beyond a row's length; kernel="torch" gives those slots weight
+    0, so they must hold finite numbers, as those of a `Cache` do: 0 * NaN is NaN.
+    Raises ValueError for what the Triton kernel cannot do: see `check_widths`; it has no float64 and no backward pass.
+    """
+    assert (q_rope_BHP is None) == (k_rope_BSP is None)
+    if kernel == "triton":
+        from modeling.kernels.latent_decode_triton import latent_decode_triton
+
+        return latent_decode_triton(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale)
+    assert kernel == "torch", kernel
+    mask_B1S = torch.arange(latent_BSL.shape[1], device=lengths_B.device) < lengths_B[:, None, None]
+    out_B1HL, _ = latent_attend(
+        q_latent_BHL.unsqueeze(1), None if q_rope_BHP is None else q_rope_BHP.unsqueeze(1), latent_BSL, k_rope_BSP,
+        latent_BSL, scale=scale, mask_BTS=mask_B1S,
+    )  # fmt: skip
+    return out_B1HL.squeeze(1)
+
+
+def latent_attend(
+    q_latent_BTHL: Tensor,
+    q_rope_BTHP: Tensor | None,
+    key_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    value_BSL: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask_BTS: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same for any number of queries and any mask, in plain torch: (out_BTHL, weights_BHTS).
+
+    causal: query t sees keys 0..t (T == S). mask_BTS: True where query t may see key s, first dimension 1 or B. Joint
+    latents pass one tensor as key and value, split ones their two. Neither cache is copied or joined with the other: the
+    logits are the sum of two products, in each of which all queries and heads read a key once.
+    """
+    B, T, H, L = q_latent_BTHL.shape
+    S = key_BSL.shape[1]
+    logits_BMS = _product(q_latent_BTHL.reshape(B, T * H, L), key_BSL.transpose(1, 2))  # M = T * H
+    if q_rope_BTHP is not None and k_rope_BSP is not None:
+        logits_BMS = logits_BMS + _product(q_rope_BTHP.reshape(B, T * H, -1), k_rope_BSP.transpose(1, 2))
+    logits_BTHS = scale * logits_BMS.view(B, T, H, S)
+    if causal:
+        mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=logits_BTHS.device).tril()
+    if mask_BTS is not None:
+        logits_BTHS = logits_BTHS.masked_fill(~mask_BTS.unsqueeze(2), float("-inf"))
+    weights_BTHS = logits_BTHS.softmax(dim=-1)
+    out_BML = torch.bmm(weights_BTHS.view(B, T * H, S).to(value_BSL.dtype), value_BSL)
+    return out_BML.view(B, T, H, -1), weights_BTHS.transpose(1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """A batched matrix product whose result is float32 at least.
+
+    Logits around 30 that are rounded to bfloat16 are off by up to 0.06, so a weight is off by 6 %: where torch's product
+    can keep its float32 sums, it does.
+    """
+    if a.is_cuda and torch.version.hip is None and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a, b).to(torch.promote_types(a.dtype, torch.float32))
+
+
+def check_kernel(name: str, device: torch.device | str) -> None:
+    """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
+    if name not in KERNELS:
+        raise ValueError(f"attention.kernel={name} is unknown; choose {' or '.join(KERNELS)}")
+    if name != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "attention.kernel=triton needs the package triton: pip install -r requirements-kernels.txt, or take "
+            "attention.kernel=torch"
+        )
+    device = torch.device(device)
+    as_triton_reads_it = ("1", "true", "on", "yes", "y")
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
+    kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
+    if kind != "cuda" and not interpreted:
+        raise ValueError(
+            f"attention.kernel=triton needs a CUDA device and this one is {kind}; take attention.kernel=torch"
+        )
+
+
+def check_widths(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """Raise ValueError if the Triton kernel has no tile for a latent and a rotated key of these widths."""
+    if not (1 <= kv_lora_rank <= 512 and 0 <= qk_rope_head_dim <= 64):
+        raise ValueError(
+            f"attention.kernel=triton takes kv_lora_rank up to 512 and qk_rope_head_dim up to 64, not {kv_lora_rank} and "
+            f"{qk_rope_head_dim}; take attention.kernel=torch"
+        )

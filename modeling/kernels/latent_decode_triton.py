@@ -1,0 +1,340 @@
+"""The decode kernel of latent attention in Triton: the equation of latent_decode.py with the cache split over programs.
+
+A program takes a block of heads and a range of one row's slots, reads each tile of latents once for both products
+(scores and weighted sum) and keeps a running maximum and sum (online softmax, Milakov and Gimelshein, arXiv 1805.02867).
+With several ranges a row ("splits") a second kernel joins their results by their log-sum-exp, as Flash-Decoding does.
+Ranges follow from each row's own length, on the device; their number follows from shapes alone, so that a launch waits
+for nothing and can be captured in a CUDA graph. No atomics: results repeat bit for bit.
+
+Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. Inside the kernels: rows of a tile are heads
+or slots, columns are the widths, padded to a power of two.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton's compiler gives the parameters of its kernels their types at each launch.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modeling.kernels.latent_decode import check_widths
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SPLITS = 128  # the joining kernel reads them one after another
+SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program works on, heads x slots at a time, and what it takes of a multiprocessor.
+
+    registers: the most that a thread may take. Left alone, the compiler takes 194 at 16 x 32 with one split and 127 with
+    several; held to 128 it spills nothing, and four programs are resident instead of two.
+    resident: programs that a Hopper multiprocessor holds at a time, by registers and shared memory
+    (python benchmarks/latent_decode.py --offline compiles every tile and says).
+    """
+
+    heads: int
+    slots: int
+    warps: int
+    stages: int
+    registers: int
+    resident: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    tile: Tile
+    splits: int
+
+
+# Padded latent width -> tile, the first row whose width suffices.
+# WIDE: 64 heads fill wgmma, Hopper's matrix instruction, which has no smaller tile; below it only mma.sync is left and
+# a cache row is read once per 16 heads (from L2). NARROW: enough for 16 heads, which wait for memory in any case.
+WIDE = {128: Tile(64, 64, 4, 2, 168, 3), 256: Tile(64, 64, 8, 2, 255, 1), 512: Tile(64, 64, 8, 2, 255, 1)}
+NARROW = {128: Tile(16, 128, 4, 2, 128, 3), 256: Tile(16, 64, 4, 2, 128, 4), 512: Tile(16, 32, 4, 2, 128, 4)}
+# float32 on the ordinary cores: half the slots, since an element takes twice the room.
+NARROW_FLOAT32 = {128: Tile(16, 64, 4, 2, 168, 3), 256: Tile(16, 32, 4, 2, 168, 3), 512: Tile(16, 16, 8, 2, 128, 2)}
+
+
+def choose_tile(*, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, has_wgmma: bool) -> Tile:
+    """The tile for these shapes. Up to 16 heads are narrow; more are padded to 64, which costs no memory traffic."""
+    half_precision = WIDE if has_wgmma and n_heads > 16 else NARROW
+    table = NARROW_FLOAT32 if dtype == torch.float32 else half_precision
+    return next(tile for width, tile in table.items() if kv_lora_rank <= width)
+
+
+def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, multiprocessors: int) -> int:
+    """How many ranges each row is split into: the number that ends first by an estimate, in slots of one program.
+
+    A program walks its range and pays for its start (64 slots, about 2 us) and, when there are several, for partial
+    sums that are written and read again (2 x 4 bytes against a slot's 2: about 4 slots a head of the tile). Programs run
+    in waves of as many as the device holds. Joining reads one partial sum after another.
+    """
+    blocks = batch_size * -(-n_heads // tile.heads)
+    lanes = multiprocessors * tile.resident
+    best, least = 1, -(-blocks // lanes) * (slots + 64)
+    for splits in range(2, min(MAX_SPLITS, -(-slots // tile.slots)) + 1):
+        per_split = -(-slots // (splits * tile.slots)) * tile.slots
+        cost = -(-blocks * splits // lanes) * (per_split + 64 + 4 * tile.heads) + splits
+        if cost < least:
+            best, least = splits, cost
+    return best
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(
+    *, batch_size: int, slots: int, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, multiprocessors: int,
+    has_wgmma: bool,
+) -> Plan:  # fmt: skip
+    """Tile and number of splits, from shapes and the device's size alone."""
+    tile = choose_tile(n_heads=n_heads, kv_lora_rank=kv_lora_rank, dtype=dtype, has_wgmma=has_wgmma)
+    splits = choose_splits(
+        batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors
+    )
+    return Plan(tile, splits)
+
+
+@functools.cache
+def _size_of(device: torch.device) -> tuple[int, bool]:
+    """(multiprocessors, has wgmma). The interpreter on a CPU stands for a small device."""
+    if device.type != "cuda":
+        return 8, False
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, major == 9  # Blackwell has no wgmma any more
+
+
+@triton.jit
+def _load_rows(rows, columns, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
+    """A tile of whole rows; where nothing is padded, nothing is masked."""
+    if COLUMNS == PADDED:
+        tile = tl.load(rows + columns[None, :])
+    else:
+        tile = tl.load(rows + columns[None, :], mask=columns[None, :] < COLUMNS, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+def attend_kernel(
+    q_latent, q_rope, latent, k_rope, lengths, out, lse, scale_log2, slots, splits,
+    q_latent_stride_b, q_latent_stride_h, q_rope_stride_b, q_rope_stride_h,
+    latent_stride_b, latent_stride_s, k_rope_stride_b, k_rope_stride_s,
+    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PADDED_RANK: tl.constexpr, PADDED_ROPE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, ONE_SPLIT: tl.constexpr,
+):  # fmt: skip
+    # Head blocks that read the same slots run side by side and share them in L2.
+    block = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)  # offsets of a whole row pass 2^31
+    heads = block * BLOCK_H + tl.arange(0, BLOCK_H)
+    columns = tl.arange(0, PADDED_RANK)
+    rope_columns = tl.arange(0, PADDED_ROPE)
+
+    length = tl.minimum(tl.load(lengths + row).to(tl.int32), slots)
+    per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
+    start = split * per_split
+    end = tl.minimum(start + per_split, length)
+
+    is_head = heads[:, None] < HEADS
+    q = tl.load(
+        q_latent + row * q_latent_stride_b + heads[:, None] * q_latent_stride_h + columns[None, :],
+        mask=is_head & (columns[None, :] < RANK), other=0.0,
+    )  # fmt: skip
+    if ROPE > 0:
+        qr = tl.load(
+            q_rope + row * q_rope_stride_b + heads[:, None] * q_rope_stride_h + rope_columns[None, :],
+            mask=is_head & (rope_columns[None, :] < ROPE), other=0.0,
+        )  # fmt: skip
+
+    latent += row * latent_stride_b
+    k_rope += row * k_rope_stride_b
+    largest = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    weighted = tl.zeros([BLOCK_H, PADDED_RANK], tl.float32)
+    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        numbers = first + tl.arange(0, BLOCK_S)
+        # The last valid slot stands in for those beyond the end: nothing beyond is read, and where a mask on the load
+        # takes 191 registers at 16 heads x 32 slots, this takes 128 (twice the programs a multiprocessor).
+        rows = tl.minimum(numbers, end - 1)[:, None].to(tl.int64)
+        c = _load_rows(latent + rows * latent_stride_s, columns, RANK, PADDED_RANK)
+        scores = tl.dot(q, tl.trans(c), input_precision="ieee")
+        if ROPE > 0:
+            k = _load_rows(k_rope + rows * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
+            scores = tl.dot(qr, tl.trans(k), scores, input_precision="ieee")
+        scores = tl.where(numbers[None, :] < end, scores * scale_log2, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))  # finite: the first slot of a tile is always valid
+        shrink = tl.exp2(largest - new_largest)
+        weights = tl.exp2(scores - new_largest[:, None])
+        total = total * shrink + tl.sum(weights, 1)
+        weighted = tl.dot(weights.to(c.dtype), c, weighted * shrink[:, None], input_precision="ieee")
+        largest = new_largest
+
+    out_rows = row * HEADS + heads
+    if ONE_SPLIT:
+        tl.store(
+            out + out_rows[:, None] * RANK + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty),
+            mask=is_head & (columns[None, :] < RANK),
+        )  # fmt: skip
+    else:
+        out_rows = out_rows * splits + split
+        # A range beyond the row's length leaves -inf (not 0/0) and no sum: `join_kernel` passes over it.
+        total = tl.where(start < end, total, 1.0)
+        filled_heads = tl.where(start < end, HEADS, 0)
+        tl.store(lse + out_rows, largest + tl.log2(total), mask=heads < HEADS)
+        tl.store(
+            out + out_rows[:, None] * RANK + columns[None, :], weighted / total[:, None],
+            mask=(heads[:, None] < filled_heads) & (columns[None, :] < RANK),
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def join_kernel(
+    partial, lse, out, splits, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    row = tl.program_id(2).to(tl.int64) * HEADS + tl.program_id(1)
+    lse += row * splits
+    partial += row * splits * RANK
+    largest = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    weighted = tl.zeros([BLOCK_L], tl.float32)
+    for first in range(0, splits, BLOCK_N):
+        numbers = first + tl.arange(0, BLOCK_N)
+        each = tl.load(lse + numbers, mask=numbers < splits, other=float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(each, 0))  # finite: the first split of a row is never empty
+        shrink = tl.exp2(largest - new_largest)
+        weights = tl.exp2(each - new_largest)
+        sums = tl.load(
+            partial + numbers[:, None] * RANK + columns[None, :],
+            mask=(each > float("-inf"))[:, None] & (columns[None, :] < RANK), other=0.0,
+        )  # fmt: skip
+        total = total * shrink + tl.sum(weights, 0)
+        weighted = weighted * shrink + tl.sum(weights[:, None] * sums, 0)
+        largest = new_largest
+    tl.store(out + row * RANK + columns, (weighted / total).to(out.dtype.element_ty), mask=columns < RANK)
+
+
+def launch(
+    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    *, scale: float, plan: Plan,
+) -> Tensor:  # fmt: skip
+    """Run the kernel by this plan; returns out_BHL. Every plan gives the same result up to rounding."""
+    B, H, L = q_latent_BHL.shape
+    P = 0 if q_rope_BHP is None else q_rope_BHP.shape[-1]
+    tile, splits = plan.tile, plan.splits
+    assert latent_BSL.stride(-1) == 1 and (k_rope_BSP is None or k_rope_BSP.stride(-1) == 1)
+    q_latent_BHL = _with_whole_rows(q_latent_BHL)
+    # Without a rotated part the kernel reads neither; it needs pointers all the same.
+    q_rope_BHP = q_latent_BHL if q_rope_BHP is None else _with_whole_rows(q_rope_BHP)
+    k_rope_BSP = latent_BSL if k_rope_BSP is None else k_rope_BSP
+
+    out_BHL = torch.empty((B, H, L), dtype=q_latent_BHL.dtype, device=q_latent_BHL.device)
+    partial_BHNL = lse_BHN = out_BHL
+    if splits > 1:  # N: splits
+        partial_BHNL = torch.empty((B, H, splits, L), dtype=torch.float32, device=out_BHL.device)
+        lse_BHN = torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
+        attend_kernel[(triton.cdiv(H, tile.heads), splits, B)](
+            q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B.contiguous(), partial_BHNL, lse_BHN,
+            scale * math.log2(math.e), latent_BSL.shape[1], splits,
+            q_latent_BHL.stride(0), q_latent_BHL.stride(1), q_rope_BHP.stride(0), q_rope_BHP.stride(1),
+            latent_BSL.stride(0), latent_BSL.stride(1), k_rope_BSP.stride(0), k_rope_BSP.stride(1),
+            **attend_constants(n_heads=H, kv_lora_rank=L, qk_rope_head_dim=P, plan=plan),
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        )  # fmt: skip
+        if splits > 1:
+            constants = join_constants(n_heads=H, kv_lora_rank=L)
+            grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
+            join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=4)
+    return out_BHL
+
+
+def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, plan: Plan) -> dict[str, int | bool]:
+    """What `attend_kernel` is compiled for."""
+    return {
+        "HEADS": n_heads,
+        "RANK": kv_lora_rank,
+        "ROPE": qk_rope_head_dim,
+        "PADDED_RANK": max(16, triton.next_power_of_2(kv_lora_rank)),  # 16: the narrowest matrix product
+        "PADDED_ROPE": max(16, triton.next_power_of_2(qk_rope_head_dim)),
+        "BLOCK_H": plan.tile.heads,
+        "BLOCK_S": plan.tile.slots,
+        "STAGES": plan.tile.stages,
+        "ONE_SPLIT": plan.splits == 1,
+    }
+
+
+def join_constants(*, n_heads: int, kv_lora_rank: int) -> dict[str, int]:
+    """What `join_kernel` is compiled for: 16 partial sums of 128 columns at a time."""
+    return {
+        "HEADS": n_heads,
+        "RANK": kv_lora_rank,
+        "BLOCK_N": 16,
+        "BLOCK_L": min(128, triton.next_power_of_2(kv_lora_rank)),
+    }
+
+
+def _with_whole_rows(q: Tensor) -> Tensor:
+    return q if q.stride(-1) == 1 else q.contiguous()
+
+
+def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
+    """The plan for these tensors on their device."""
+    B, H, L = q_latent_BHL.shape
+    S = latent_BSL.shape[1]
+    multiprocessors, has_wgmma = _size_of(q_latent_BHL.device)
+    plan = choose_plan(
+        batch_size=B, slots=-(-S // SLOTS_ROUNDED_TO) * SLOTS_ROUNDED_TO, n_heads=H, kv_lora_rank=L,
+        dtype=q_latent_BHL.dtype, multiprocessors=multiprocessors, has_wgmma=has_wgmma,
+    )  # fmt: skip
+    return Plan(plan.tile, min(plan.splits, -(-S // plan.tile.slots)))
+
+
+def _launch_by_plan(
+    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    plan = plan_for(q_latent_BHL, latent_BSL)
+    return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, plan=plan)
+
+
+# Inside torch.compile the launch is one opaque operator; called directly it would pay for the operator's bookkeeping.
+_operator = torch.library.custom_op("latent_decode::triton", _launch_by_plan, mutates_args=())
+
+
+@_operator.register_fake
+def _(
+    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return q_latent_BHL.new_empty(q_latent_BHL.shape)
+
+
+def latent_decode_triton(
+    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """As `latent_decode`. Raises ValueError for widths, dtypes and gradients that the kernel does not have."""
+    tensors = [x for x in (q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP) if x is not None]
+    dtype = latent_BSL.dtype
+    assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
+    check_widths(latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"attention.kernel=triton computes in bfloat16, float16 or float32, not in {dtype}; take attention.kernel=torch"
+        )
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise ValueError(
+            "attention.kernel=triton has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
+        )
+    run = _operator if torch.compiler.is_compiling() else _launch_by_plan
+    return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale)
