@@ -1,7 +1,9 @@
 """Finished runs side by side: seeds folded, only what can be compared in one table, quality against cache size.
 
 Runs are compared on one evaluation: the test split if eval_model.py has scored every run on it, else the validation
-split at the end of training. Runs that differ in one of CONDITIONS stand in separate tables.
+split at the end of training; of a run's evaluations one without a cache, where there is one. Runs that differ in one of
+CONDITIONS stand in separate tables. With every cache, the evaluations of a run that differ in nothing but the cache are
+rows of one table instead, so that savings of the architecture stand beside those of quantising and of evicting.
 """
 
 from __future__ import annotations
@@ -31,11 +33,21 @@ CONDITIONS = {
     "stride_fraction": "stride_fraction={}",
     "tokens": "trained on {:,} tokens",
     "cache_dtype": "cache in {}",
+    "through_cache": "through_cache={}",
+    "cache_window": "window {}",
+    "cache_sinks": "{} sinks",
 }
 _IN_EVERY_HEADING = ("dataset", "split", "tokens", "cache_dtype")
 
-# What makes the evaluations of two runs the same evaluation, whatever the runs' data.
-_EVALUATION = ("per_document", "stride_fraction", "max_tokens", "cache_dtype", "precision")
+# What makes the evaluations of two runs the same evaluation, whatever the runs' data: how it was done, on which cache.
+_PROTOCOL = ("per_document", "stride_fraction", "max_tokens", "precision")
+_CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
+_KIND = (*_PROTOCOL, *_CACHE)
+_PLAIN = {"through_cache": False, "cache_window": None, "cache_sinks": 0}
+_REFERENCE = ("bfloat16", *_PLAIN.values())  # of mha: what the sizes of all caches are related to
+_EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
+# What records lack that were written before evaluations through a cache.
+_FORMERLY = _PLAIN | {"cache_context": None, "cache_bytes_at_context": None}
 _NEEDED = ("name", "attention", "model", "dataset", "split", "seed", "data_seed", "setup_hash", "data_fingerprint",
            "tokenizer_fingerprint", "parameters", "tokens", "perplexity", "bits_per_byte", "cache_bytes_per_token",
            "cache_dtype", "tokens_per_second")  # fmt: skip
@@ -46,15 +58,13 @@ _CIRCUMSTANCES = {
     "commit": "the code may have changed between the runs",
 }
 
-COLUMNS = ("variant", "seeds", "parameters", "tokens", "perplexity", "bits per byte", "cache bytes/token", "x MHA",
-           "tokens/s")  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Setup:
-    """One configuration with its seeds folded: means and sample standard deviations (None for a single seed)."""
+    """One configuration, on one cache, seeds folded: means and sample standard deviations (None for a single seed)."""
 
     variant: str  # what it is called here: its attention, and whatever else tells it from the other rows
+    cache: str  # the part of that name which tells caches of one configuration apart, or nothing
     attention: str
     model: str
     n: int
@@ -65,25 +75,23 @@ class Setup:
     perplexity_deviation: float | None
     bits_per_byte: float
     bits_per_byte_deviation: float | None
-    cache_bytes_per_token: int
-    cache_ratio_to_mha: float | None  # None: there is no mha run of this model in the table
+    cache_dtype: str
+    through_cache: bool  # scored through such a cache, not only quoted for it
+    cache_window: int | None
+    cache_sinks: int
+    cache_bytes_per_token: int  # of a token that is held
+    cache_context: int | None  # None: the record is older than this and the next figure
+    cache_bytes_at_context: int | None
+    cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
+    cache_ratio_to_mha: float | None  # of the figure above; None: there is no mha row of this model to compare with
     tokens_per_second: float
     setup_hash: str
     runs: list[str]
 
-    def cells(self) -> list[str]:
-        """The row for people, in the order of COLUMNS."""
-        return [
-            self.variant,
-            str(self.n),
-            f"{self.parameters:,}",
-            f"{self.tokens:,}",
-            _with_deviation(self.perplexity, self.perplexity_deviation, 3),
-            _with_deviation(self.bits_per_byte, self.bits_per_byte_deviation, 4),
-            f"{self.cache_bytes_per_token:,}",
-            "" if self.cache_ratio_to_mha is None else f"{self.cache_ratio_to_mha:.3f}",
-            f"{self.tokens_per_second:,.0f}",
-        ]
+    @property
+    def configuration(self) -> str:
+        """The name without the cache."""
+        return self.variant.removesuffix(f", {self.cache}")
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,38 @@ class Table:
     heading: str
     conditions: dict[str, Any]
     setups: list[Setup]
+
+    @property
+    def has_caches_as_rows(self) -> bool:
+        return "cache_dtype" not in self.conditions
+
+    def cache_size(self, setup: Setup) -> float:
+        """What quality is plotted against: bytes per token, of the context where a window may hold fewer tokens."""
+        return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.cache_bytes_per_token
+
+    def cells(self) -> list[list[str]]:
+        """The table for people: names of columns, then a row a setup."""
+        contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
+        at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
+        rows = []
+        for setup in self.setups:
+            row = {
+                "variant": setup.variant,
+                "seeds": str(setup.n),
+                "parameters": f"{setup.parameters:,}",
+                "tokens": f"{setup.tokens:,}",
+                "perplexity": _with_deviation(setup.perplexity, setup.perplexity_deviation, 3),
+                "bits per byte": _with_deviation(setup.bits_per_byte, setup.bits_per_byte_deviation, 4),
+                "cache bytes/token": f"{setup.cache_bytes_per_token:,}",
+            }
+            if self.has_caches_as_rows:
+                allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
+                which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
+                row[at_context] = allocated + which
+            row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
+            row["tokens/s"] = f"{setup.tokens_per_second:,.0f}"
+            rows.append(row)
+        return [list(rows[0]), *(list(row.values()) for row in rows)]
 
 
 @dataclass(frozen=True)
@@ -108,19 +148,25 @@ class Comparison:
 
 
 def compare(
-    folders: Sequence[Path], *, split: str | None = None, dataset: str | None = None, strict: bool = False
+    folders: Sequence[Path],
+    *,
+    split: str | None = None,
+    dataset: str | None = None,
+    every_cache: bool = False,
+    strict: bool = False,
 ) -> Comparison:
     """Reads runs and compares them.
 
     folders: runs, or folders of runs. split and dataset ask for one evaluation of eval_model.py, on the corpus of that
-    name (None: the one each run was trained on); without them the rule of this module's first lines holds. Unfinished
-    runs are named and left out. Raises UserError if nothing is left, if a run lacks the evaluation asked for, or, with
-    strict, if the runs cannot all stand in one table.
+    name (None: the one each run was trained on); without them the rule of this module's first lines holds. every_cache:
+    a run's evaluations that differ from the chosen one only in the cache become rows too. Unfinished runs are named and
+    left out. Raises UserError if nothing is left, if a run lacks the evaluation asked for, or, with strict, if the runs
+    cannot all stand in one table.
     """
-    runs, notes = _finished_runs(_expanded(folders))
-    records, source = _chosen_records(runs, split, dataset)
-    records, repeated = _without_repeats(records)
-    tables = _tables(records)
+    finished, notes = _finished_runs(_expanded(folders))
+    runs, repeated = _without_repeats(finished)
+    records, source = _chosen_records(runs, split, dataset, every_cache)
+    tables = _tables(records, every_cache)
     if strict and len(tables) > 1:
         differing = _differing([table.conditions for table in tables])
         raise UserError(
@@ -130,7 +176,9 @@ def compare(
     if len(tables) > 1:
         names = ", ".join(_differing([table.conditions for table in tables]))
         notes.append(f"separate tables, because these runs differ in {names}")
-    return Comparison(tables, [source, *notes, *repeated, *_circumstances(records)])
+    if every_cache:
+        notes.append("x MHA: cache bytes per token of context, over those of mha without a window in bfloat16")
+    return Comparison(tables, [source, *notes, *repeated, *_uneven_seeds(tables), *_circumstances(records)])
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -166,13 +214,13 @@ def _finished_runs(folders: Sequence[Path]) -> tuple[list[_Run], list[str]]:
     for folder in folders:
         if folder in unfinished:
             continue
-        summary = _read(folder / "summary.json")
+        summary = _FORMERLY | _read(folder / "summary.json")
         missing = [key for key in _NEEDED if key not in summary]
         if missing:
             notes.append(f"left out: the summary.json of {folder.name} has no {', '.join(missing)}")
             continue
         files = sorted(folder.glob("evaluations/*.json"), key=lambda path: path.stat().st_mtime)
-        runs.append(_Run(folder, summary, [_read(path) for path in files]))
+        runs.append(_Run(folder, summary, [_FORMERLY | _read(path) for path in files]))
     if not runs:
         raise UserError(f"no run to compare ({'; '.join(notes)}); train one with: python train_model.py attention=mla")
     return runs, notes
@@ -188,8 +236,10 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _chosen_records(runs: Sequence[_Run], split: str | None, dataset: str | None) -> tuple[list[dict[str, Any]], str]:
-    """One record a run, all of the same kind of evaluation, and a sentence on which."""
+def _chosen_records(
+    runs: Sequence[_Run], split: str | None, dataset: str | None, every_cache: bool
+) -> tuple[list[dict[str, Any]], str]:
+    """One record a run, all of the same kind of evaluation, or one a run and cache; and a sentence on which."""
     wanted = split or "test"
     found = [_evaluations_on(run, wanted, dataset) for run in runs]
     lacking = [run.folder for run, records in zip(runs, found, strict=True) if not records]
@@ -202,15 +252,23 @@ def _chosen_records(runs: Sequence[_Run], split: str | None, dataset: str | None
     if lacking:
         remedy = " (for the test split first run: python eval_model.py run=all)" if split is None else ""
         return [run.summary for run in runs], f"final validation figures of each run{remedy}"
-    # Of several evaluations of a run, the kind that most runs have; of that, the newest.
-    kinds = Counter(kind for records in found for kind in {_kind(record) for record in records})
-    chosen = [max(enumerate(records), key=lambda pair: (kinds[_kind(pair[1])], pair[0]))[1] for records in found]
-    kept = [_NEEDED[0], *_CIRCUMSTANCES]
-    records = [
-        run.summary | record | {key: run.summary.get(key) for key in kept}
-        for run, record in zip(runs, chosen, strict=True)
-    ]
-    return records, f"figures of eval_model.py on the {wanted} split"
+    # Of several evaluations of a run, one without a cache; of those the kind that most runs have; of that, the newest.
+    kinds = Counter(kind for evaluations in found for kind in {_values(record, _KIND) for record in evaluations})
+    records, others = [], 0
+    for run, evaluations in zip(runs, found, strict=True):
+        _, chosen = max(
+            enumerate(evaluations),
+            key=lambda pair: (not pair[1]["through_cache"], kinds[_values(pair[1], _KIND)], pair[0]),
+        )
+        rows = [chosen]
+        if every_cache:
+            alike = [record for record in evaluations if _values(record, _PROTOCOL) == _values(chosen, _PROTOCOL)]
+            rows = list({_values(record, _CACHE): record for record in alike}.values())  # the newest of each cache
+            others += len(evaluations) - len(alike)
+        kept = {key: run.summary.get(key) for key in (_NEEDED[0], *_CIRCUMSTANCES)}
+        records += [run.summary | record | kept for record in rows]
+    left_out = f"; left out: {others} that differ in {', '.join(_PROTOCOL)}" if others else ""
+    return records, f"figures of eval_model.py on the {wanted} split{left_out}"
 
 
 def _evaluations_on(run: _Run, split: str, dataset: str | None) -> list[dict[str, Any]]:
@@ -223,74 +281,90 @@ def _evaluations_on(run: _Run, split: str, dataset: str | None) -> list[dict[str
     ]  # fmt: skip
 
 
-def _kind(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(record.get(key) for key in _EVALUATION)
+def _values(record: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in keys)
 
 
-def _without_repeats(records: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """One record for each setup and seed: two runs of one seed say nothing about the spread over seeds."""
-    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _without_repeats(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
+    """One run for each setup and seed: two runs of one seed say nothing about the spread over seeds."""
+    kept: dict[tuple[Any, ...], _Run] = {}
     notes = []
-    for record in records:
-        key = (record["setup_hash"], record["seed"], record["data_seed"])
-        if key in kept:
-            notes.append(f"left out: {record['name']} repeats {kept[key]['name']}, setup and seed are the same")
-        else:
-            kept[key] = record
+    for run in runs:
+        first = kept.setdefault(_values(run.summary, ("setup_hash", "seed", "data_seed")), run)
+        if first is not run:
+            name, other = run.summary["name"], first.summary["name"]
+            notes.append(f"left out: {name} repeats {other}, setup and seed are the same")
     return list(kept.values()), notes
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(records: Sequence[Mapping[str, Any]]) -> list[Table]:
+def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[Table]:
     """Records with equal conditions share a table; the largest table comes first."""
+    keys = [key for key in CONDITIONS if not (every_cache and key in _CACHE)]
     grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:
-        grouped.setdefault(tuple(record.get(key) for key in CONDITIONS), []).append(record)
-    all_conditions = [dict(zip(CONDITIONS, values, strict=True)) for values in grouped]
-    shown = [key for key in CONDITIONS if key in _IN_EVERY_HEADING or key in _differing(all_conditions)]
-    tables = [
-        Table(_heading(conditions, shown), conditions, _setups(members))
-        for conditions, members in zip(all_conditions, grouped.values(), strict=True)
-    ]
+        grouped.setdefault(_values(record, keys), []).append(record)
+    all_conditions = [dict(zip(keys, values, strict=True)) for values in grouped]
+    # A cache that figures were scored through is said even where all tables have it.
+    differing = _differing([*all_conditions, all_conditions[0] | _PLAIN])
+    shown = [key for key in keys if key in _IN_EVERY_HEADING or key in differing]
+    tables = []
+    for conditions, members in zip(all_conditions, grouped.values(), strict=True):
+        heading, unsaid = _heading(conditions, shown), None
+        quoted = {record["cache_dtype"] for record in members if not record["through_cache"]}
+        if every_cache and len(quoted) == 1:
+            unsaid = quoted.pop()
+            heading += f", cache in {unsaid} where a row says nothing else"
+        tables.append(Table(heading, conditions, _setups(members, every_cache, unsaid)))
     return sorted(tables, key=lambda table: (-len(table.setups), table.heading))
 
 
 def _differing(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [key for key in CONDITIONS if any(other[key] != conditions[0][key] for other in conditions)]
+    return [key for key in conditions[0] if any(other[key] != conditions[0][key] for other in conditions)]
 
 
 def _heading(conditions: Mapping[str, Any], shown: Sequence[str]) -> str:
+    absent = {"cache_window": "no window"}
     return ", ".join(
-        CONDITIONS[key].format(conditions[key]) if conditions[key] is not None else f"{key} unknown" for key in shown
+        absent.get(key, f"{key} unknown") if conditions[key] is None else CONDITIONS[key].format(conditions[key])
+        for key in shown
     )
 
 
-def _setups(records: Sequence[Mapping[str, Any]]) -> list[Setup]:
-    """Records of one setup folded into one row each."""
-    grouped: dict[str, list[Mapping[str, Any]]] = {}
+def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str | None) -> list[Setup]:
+    """Records of one setup on one cache folded into one row each."""
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:
-        grouped.setdefault(record["setup_hash"], []).append(record)
+        grouped.setdefault(_values(record, ("setup_hash", *_CACHE)), []).append(record)
     groups = list(grouped.values())
+    firsts = [group[0] for group in groups]
+    names = _names(firsts)
     mha_bytes = {
-        group[0]["model"]: group[0]["cache_bytes_per_token"] for group in groups if group[0]["attention"] == "mha"
+        first["model"]: _bytes_per_context_token(first)
+        for first in firsts
+        if first["attention"] == "mha" and (not every_cache or _values(first, _CACHE) == _REFERENCE)
     }
     setups = []
-    for group, label in zip(groups, _labels([group[0] for group in groups]), strict=True):
-        first = group[0]
+    for first, group in zip(firsts, groups, strict=True):
+        name, cache = names[first["setup_hash"]], _cache_label(first, unsaid) if every_cache else ""
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
-        mha = mha_bytes.get(first["model"])
+        per_token, mha = _bytes_per_context_token(first), mha_bytes.get(first["model"])
         setups.append(
             Setup(
-                variant=label, attention=first["attention"], model=first["model"],
+                variant=f"{name}, {cache}" if cache else name, cache=cache,
+                attention=first["attention"], model=first["model"],
                 n=len(group), seeds=sorted(record["seed"] for record in group),
                 parameters=first["parameters"], tokens=first["tokens"],
                 perplexity=perplexity, perplexity_deviation=perplexity_deviation,
                 bits_per_byte=bits, bits_per_byte_deviation=bits_deviation,
-                cache_bytes_per_token=first["cache_bytes_per_token"],
-                cache_ratio_to_mha=first["cache_bytes_per_token"] / mha if mha else None,
+                cache_dtype=first["cache_dtype"], through_cache=first["through_cache"],
+                cache_window=first["cache_window"], cache_sinks=first["cache_sinks"],
+                cache_bytes_per_token=first["cache_bytes_per_token"], cache_context=first["cache_context"],
+                cache_bytes_at_context=first["cache_bytes_at_context"], cache_bytes_per_context_token=per_token,
+                cache_ratio_to_mha=per_token / mha if mha else None,
                 tokens_per_second=statistics.fmean(record["tokens_per_second"] for record in group),
                 setup_hash=first["setup_hash"], runs=[record["name"] for record in group],
             )
@@ -298,17 +372,37 @@ def _setups(records: Sequence[Mapping[str, Any]]) -> list[Setup]:
     return sorted(setups, key=lambda setup: setup.bits_per_byte)
 
 
-def _labels(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A short name for each setup: its attention, with what else tells it from the others."""
+def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
+    """Cache bytes at the context over its tokens; older records know no context, and no window that would evict."""
+    if record["cache_bytes_at_context"] is None:
+        return float(record["cache_bytes_per_token"])
+    return float(record["cache_bytes_at_context"] / record["cache_context"])
+
+
+def _cache_label(record: Mapping[str, Any], unsaid: str | None) -> str:
+    """`int8`, or `window 64, 4 sinks`; nothing for a plain evaluation quoted in the dtype that goes without saying."""
+    dtype, window, sinks = (record[key] for key in ("cache_dtype", "cache_window", "cache_sinks"))
+    implied = window is not None or dtype in _EIGHT_BITS
+    how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"
+    parts = [
+        dtype if dtype != unsaid else "",
+        f"window {window}" if window is not None else "",
+        f"{sinks} sink{'s' if sinks > 1 else ''}" if sinks else "",
+        how,
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A short name by setup_hash: its attention, with what else tells it from the other setups."""
+    setups = {record["setup_hash"]: record for record in reversed(records)}
     several_models = len({record["model"] for record in records}) > 1
-    labels = [
-        f"{record['attention']} {record['model']}" if several_models else record["attention"] for record in records
-    ]
-    counts = Counter(labels)
-    return [
-        label if counts[label] == 1 else _distinguishing_name(record)
-        for label, record in zip(labels, records, strict=True)
-    ]
+    names = {
+        key: f"{record['attention']} {record['model']}" if several_models else record["attention"]
+        for key, record in setups.items()
+    }
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else _distinguishing_name(setups[key]) for key, name in names.items()}
 
 
 def _distinguishing_name(record: Mapping[str, Any]) -> str:
@@ -319,6 +413,20 @@ def _distinguishing_name(record: Mapping[str, Any]) -> str:
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _uneven_seeds(tables: Sequence[Table]) -> list[str]:
+    """A sentence for each configuration whose caches were not scored on the same seeds."""
+    notes = []
+    for table in tables:
+        seeds: dict[str, set[tuple[int, ...]]] = {}
+        for setup in table.setups:
+            seeds.setdefault(setup.configuration, set()).add(tuple(setup.seeds))
+        notes += [
+            f"the caches of {name} were scored on different seeds: what lies between them is not only the cache"
+            for name, sets in seeds.items() if len(sets) > 1
+        ]  # fmt: skip
+    return notes
 
 
 def _circumstances(records: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -342,8 +450,8 @@ def as_text(comparison: Comparison) -> str:
     """Aligned columns for a terminal."""
     lines = []
     for table in comparison.tables:
-        rows = [list(COLUMNS), *(setup.cells() for setup in table.setups)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        rows = table.cells()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [table.heading, ""]
         lines += [
             "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
@@ -358,9 +466,10 @@ def as_markdown(comparison: Comparison) -> str:
     """One section a table."""
     lines = []
     for table in comparison.tables:
-        lines += [f"### {table.heading}", "", _markdown_row(COLUMNS)]
-        lines.append(_markdown_row(["---"] + ["---:"] * (len(COLUMNS) - 1)))
-        lines += [_markdown_row(setup.cells()) for setup in table.setups]
+        columns, *rows = table.cells()
+        lines += [f"### {table.heading}", "", _markdown_row(columns)]
+        lines.append(_markdown_row(["---"] + ["---:"] * (len(columns) - 1)))
+        lines += [_markdown_row(row) for row in rows]
         lines.append("")
     return "\n".join(lines + [f"- {note}" for note in comparison.notes]) + "\n"
 
@@ -371,13 +480,14 @@ def _markdown_row(cells: Sequence[str]) -> str:
 
 def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """Column names and unrounded rows of all tables in one, each row with its conditions."""
-    fields = [field.name for field in dataclasses.fields(Setup) if field.name != "tokens"]
-    rows = [
-        [" ".join(map(str, value)) if isinstance(value := getattr(setup, name), list) else value for name in fields]
-        + list(table.conditions.values())
-        for table in comparison.tables for setup in table.setups
-    ]  # fmt: skip
-    return [*fields, *CONDITIONS], rows
+    columns = [field.name for field in dataclasses.fields(Setup) if field.name not in CONDITIONS] + list(CONDITIONS)
+    rows = []
+    for table in comparison.tables:
+        for setup in table.setups:
+            values = dataclasses.asdict(setup) | table.conditions
+            row = (values[column] for column in columns)
+            rows.append([" ".join(map(str, value)) if isinstance(value, list) else value for value in row])
+    return columns, rows
 
 
 def as_csv(comparison: Comparison) -> str:

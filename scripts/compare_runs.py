@@ -2,11 +2,15 @@
 
 python scripts/compare_runs.py                          every finished run
 python scripts/compare_runs.py runs/A runs/B runs/C     these, by folder or name
+python scripts/compare_runs.py caches=all               also through quantised and windowed caches, if so evaluated
 
 runs_dir  runs                  where runs are looked for
 out       artifacts/comparison  gets comparison.md, .csv, .json and .png
 split     null                  test, validation or train; null: test if every run was evaluated on it, else validation
 dataset   null                  the corpus of the evaluations; null: the one each run was trained on
+caches    plain                 all: every evaluation of a run that differs from the plain one only in its cache becomes a
+                                row (python eval_model.py run=all cache.dtype=int8, or cache.window=64 cache.sinks=4),
+                                and sizes are cache bytes per token of the context
 strict    false                 true: refuse runs that cannot stand in one table, instead of making several
 tracking  wandb                 none: nothing goes to Weights & Biases
 """
@@ -39,6 +43,7 @@ class CompareOptions:
     out: str | None = None
     split: str | None = None
     dataset: str | None = None
+    caches: str = "plain"
     strict: bool = False
     tracking: str = "wandb"
 
@@ -47,6 +52,7 @@ def main(arguments: list[str]) -> int:
     options = parse_options(CompareOptions, arguments, positional="runs")
     for key, value, choices in (
         ("tracking", options.tracking, ("wandb", "none")),
+        ("caches", options.caches, ("plain", "all")),
         ("split", options.split or "test", ("train", "validation", "test")),
     ):
         if value not in choices:
@@ -60,7 +66,8 @@ def main(arguments: list[str]) -> int:
     from harness.tracking import open_tracker
 
     comparison = compare(
-        folders or [runs_dir], split=options.split, dataset=options.dataset, strict=options.strict
+        folders or [runs_dir], split=options.split, dataset=options.dataset, every_cache=options.caches == "all",
+        strict=options.strict,
     )  # fmt: skip
     print(as_text(comparison))
     picture = out / "comparison.png"

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from harness.comparison import CONDITIONS, Comparison, as_csv, as_markdown, as_text, compare
 from harness.comparison_plot import COLOURS, MARKERS, draw_scatter, save_scatter
 from harness.errors import UserError
+from scripts import compare_runs
 from tests.support.wandb_server import WandbServer
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +57,23 @@ def evaluate(run: Path, *, file: str = "books-test-00000000", **changes: Any) ->
     (run / "evaluations" / f"{file}.json").write_text(json.dumps(record | changes))
 
 
+QUANTISED = {"cache_dtype": "int8", "through_cache": True}
+WINDOWED = {"through_cache": True, "cache_window": 64, "cache_sinks": 4}
+
+
+def evaluate_on_caches(run: Path, **changes: Any) -> None:
+    """Evaluations of eval_model.py without a cache, and through three, each a little worse; 256 tokens of context."""
+    summary = json.loads((run / "summary.json").read_text())
+    per_token, bits = summary["cache_bytes_per_token"], changes.pop("bits_per_byte", summary["bits_per_byte"])
+    caches = [({}, per_token, 256), (QUANTISED, per_token // 2 + 8, 256),
+              (QUANTISED | {"cache_dtype": "fp8"}, per_token // 2 + 8, 256), (WINDOWED, per_token, 68)]  # fmt: skip
+    for number, (cache, size, slots) in enumerate(caches):
+        evaluate(
+            run, file=f"books-test-{number}", bits_per_byte=bits + number / 64, cache_bytes_per_token=size,
+            cache_context=256, cache_bytes_at_context=size * slots, **({"through_cache": False} | cache), **changes,
+        )  # fmt: skip
+
+
 def only_table(comparison: Comparison) -> dict[str, Any]:
     (table,) = comparison.tables
     return {setup.variant: setup for setup in table.setups}
@@ -86,7 +105,8 @@ def test_the_best_stands_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_what_cannot_be_compared_never_shares_a_table(condition: str, tmp_path: Path) -> None:
-    values = {"per_document": True, "tokens": 500_000, "evaluated_tokens": 77, "stride_fraction": 0.25}
+    values = {"per_document": True, "tokens": 500_000, "evaluated_tokens": 77, "stride_fraction": 0.25,
+              "through_cache": True, "cache_window": 64, "cache_sinks": 4}  # fmt: skip
     other = values.get(condition, "another")
     make_run(tmp_path, "mha")
     make_run(tmp_path, "gqa")
@@ -139,6 +159,130 @@ def test_of_several_evaluations_the_kind_that_all_runs_have_is_compared(tmp_path
     os.utime(mla / "evaluations" / "part.json", (time.time() + 10,) * 2)  # the newest
     rows = only_table(compare([tmp_path]))
     assert (rows["mha"].bits_per_byte, rows["mla"].bits_per_byte) == (1.4, 1.3)
+
+
+def test_evaluations_without_a_cache_are_compared_unless_all_are_asked_for(tmp_path: Path) -> None:
+    mha, mla = make_run(tmp_path, "mha"), make_run(tmp_path, "mla")
+    evaluate(mha, bits_per_byte=1.4)  # before evaluations knew caches: no such keys
+    evaluate_on_caches(mla)
+    for run in (mha, mla):
+        evaluate(run, file="newest", **QUANTISED)
+        os.utime(run / "evaluations" / "newest.json", (time.time() + 10,) * 2)
+    comparison = compare([tmp_path])
+    rows = only_table(comparison)
+    assert (rows["mha"].bits_per_byte, rows["mla"].bits_per_byte) == (1.4, 1.6205)
+    assert (rows["mha"].through_cache, rows["mha"].cache_window, rows["mha"].cache_bytes_at_context) == (
+        False,
+        None,
+        None,
+    )
+    header = as_text(comparison).splitlines()[2]
+    assert header.split("  ")[-1] == "tokens/s" and "cache bytes/token" in header and "cache bytes at" not in header
+    assert "through" not in comparison.tables[0].heading and "window" not in comparison.tables[0].heading
+
+
+def test_a_run_without_a_plain_evaluation_stands_apart_and_says_why(tmp_path: Path) -> None:
+    evaluate(make_run(tmp_path, "mha"))
+    evaluate(make_run(tmp_path, "mla"), **WINDOWED)
+    comparison = compare([tmp_path])
+    assert [[setup.variant for setup in table.setups] for table in comparison.tables] == [["mha"], ["mla"]]
+    assert "through_cache=False, no window, 0 sinks" in comparison.tables[0].heading
+    assert "through_cache=True, window 64, 4 sinks" in comparison.tables[1].heading
+    with pytest.raises(UserError, match="differ in through_cache, cache_window, cache_sinks"):
+        compare([tmp_path], strict=True)
+    (alone,) = compare([tmp_path / "books-tiny-mla-seed0"]).tables
+    assert "through_cache=True, window 64, 4 sinks" in alone.heading
+
+
+def test_all_caches_stand_in_one_table_with_their_seeds_folded(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        evaluate_on_caches(make_run(tmp_path, "mha", seed), bits_per_byte=1.5 + seed / 128)
+    mla = make_run(tmp_path, "mla")
+    evaluate_on_caches(mla, bits_per_byte=1.75)
+    evaluate(mla, file="shorter", max_tokens=100, **QUANTISED)
+    comparison = compare([tmp_path], every_cache=True, strict=True)
+    rows = only_table(comparison)
+    assert list(rows) == ["mha", "mha, int8", "mha, fp8", "mha, window 64, 4 sinks",
+                          "mla", "mla, int8", "mla, fp8", "mla, window 64, 4 sinks"]  # fmt: skip
+    assert [row.n for row in rows.values()] == [2] * 4 + [1] * 4
+    for number, row in enumerate(list(rows.values())[:4]):
+        assert row.bits_per_byte == pytest.approx(1.5 + 1 / 256 + number / 64)
+        assert row.bits_per_byte_deviation == pytest.approx(statistics.stdev([0, 1 / 128]))
+    assert comparison.tables[0].heading.endswith("cache in bfloat16 where a row says nothing else")
+    assert "left out: 1 that differ in per_document, stride_fraction, max_tokens" in comparison.notes[0]
+
+
+def test_caches_scored_on_different_seeds_are_said(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "mha", seed) for seed in (0, 1)]
+    for run in runs:
+        evaluate_on_caches(run)
+    assert not any("different seeds" in note for note in compare([tmp_path], every_cache=True).notes)
+    (runs[1] / "evaluations" / "books-test-1.json").unlink()
+    assert any(
+        "caches of mha were scored on different seeds" in note for note in compare([tmp_path], every_cache=True).notes
+    )
+
+
+def test_the_size_of_a_cache_among_others_is_that_of_a_token_of_context(tmp_path: Path) -> None:
+    for attention in ("mha", "mla"):
+        evaluate_on_caches(make_run(tmp_path, attention))
+    comparison = compare([tmp_path], every_cache=True)
+    rows, (table,) = only_table(comparison), comparison.tables
+    sizes = {name: table.cache_size(setup) for name, setup in rows.items()}
+    assert sizes["mha"] == rows["mha"].cache_bytes_per_token == 2048
+    assert sizes["mha, int8"] == 2048 / 2 + 8
+    assert sizes["mha, window 64, 4 sinks"] == 2048 * 68 / 256 != rows["mha, window 64, 4 sinks"].cache_bytes_per_token
+    assert all(row.cache_ratio_to_mha == sizes[name] / 2048 for name, row in rows.items())
+    text = as_markdown(comparison)
+    assert "| cache bytes at 256 tokens | x MHA |" in text and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
+
+
+def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
+    evaluate_on_caches(make_run(tmp_path, "mla"))
+    evaluate(make_run(tmp_path, "mqa"), cache_context=512, cache_bytes_at_context=512 * 512)
+    evaluate(make_run(tmp_path, "gqa"))
+    text = as_markdown(compare([tmp_path], every_cache=True))
+    assert "| cache bytes at context |" in text
+    assert f"| {640 * 256:,} at 256 |" in text and f"| {512 * 512:,} at 512 |" in text
+    (old,) = (line for line in text.splitlines() if line.startswith("| gqa |"))
+    assert "| 1,024 |  |  |" in old
+
+
+def test_among_all_caches_the_ratio_is_to_plain_mha_in_bfloat16(tmp_path: Path) -> None:
+    evaluate(make_run(tmp_path, "mla"))
+    mha = make_run(tmp_path, "mha")
+    evaluate(mha, file="quantised", cache_bytes_per_token=1032, **QUANTISED)
+    evaluate(mha, file="wide", cache_bytes_per_token=4096, cache_dtype="float32")
+    assert {row.cache_ratio_to_mha for row in only_table(compare([tmp_path], every_cache=True)).values()} == {None}
+    evaluate(mha, file="plain")
+    rows = only_table(compare([tmp_path], every_cache=True))
+    assert {name: row.cache_ratio_to_mha for name, row in rows.items()} == {
+        "mha, bfloat16": 1.0, "mha, float32": 2.0, "mha, int8": 1032 / 2048, "mla, bfloat16": 640 / 2048,
+    }  # fmt: skip
+
+
+def test_caches_of_one_dtype_are_told_apart(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mha")
+    evaluate(run, file="plain")
+    evaluate(run, file="through", through_cache=True)
+    evaluate(run, file="window", through_cache=True, cache_window=64)
+    evaluate(run, file="one", through_cache=True, cache_window=64, cache_sinks=1)
+    evaluate(run, file="both", **QUANTISED | WINDOWED)
+    assert set(only_table(compare([tmp_path], every_cache=True))) == {
+        "mha", "mha, through the cache", "mha, window 64", "mha, window 64, 1 sink", "mha, int8, window 64, 4 sinks",
+    }  # fmt: skip
+    evaluate(make_run(tmp_path, "gqa", cache_dtype="int8"), file="other-protocol", max_tokens=5)
+    quoted = only_table(compare([tmp_path], every_cache=True, split="validation"))
+    assert set(quoted) == {"mha, bfloat16", "gqa, int8, quoted"}
+
+
+def test_an_evaluation_done_again_is_one_row(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mha")
+    evaluate(run, file="named-otherwise-then", bits_per_byte=1.4)
+    evaluate(run, file="again", bits_per_byte=1.5, through_cache=False, cache_window=None, cache_sinks=0)
+    os.utime(run / "evaluations" / "again.json", (time.time() + 10,) * 2)
+    rows = only_table(compare([tmp_path], every_cache=True))
+    assert {name: (row.n, row.bits_per_byte) for name, row in rows.items()} == {"mha": (1, 1.5)}
 
 
 def test_a_run_counts_once(tmp_path: Path) -> None:
@@ -216,6 +360,20 @@ def test_every_form_holds_every_row(tmp_path: Path) -> None:
     assert json.loads(json.dumps(comparison.as_dict()))["tables"][0]["setups"][0]["attention"] == "mha_wide"
 
 
+def test_caches_follow_into_every_form(tmp_path: Path) -> None:
+    for attention in ("mha", "mla"):
+        evaluate_on_caches(make_run(tmp_path, attention))
+    plain, every = compare([tmp_path]), compare([tmp_path], every_cache=True)
+    rows = list(csv.DictReader(io.StringIO(as_csv(every))))
+    assert len(rows) == 8 and list(rows[0]) == list(csv.DictReader(io.StringIO(as_csv(plain))).fieldnames or [])
+    (row,) = (row for row in rows if row["variant"] == "mla, window 64, 4 sinks")
+    assert (row["cache_dtype"], row["cache_window"], row["through_cache"]) == ("bfloat16", "64", "True")
+    assert float(row["cache_bytes_per_context_token"]) == int(row["cache_bytes_at_context"]) / 256 == 640 * 68 / 256
+    assert all(row["variant"] in text for row in rows for text in (as_text(every), as_markdown(every)))
+    (table,) = json.loads(json.dumps(every.as_dict()))["tables"]
+    assert {setup["variant"]: setup["cache"] for setup in table["setups"]}["mla, int8"] == "int8"
+
+
 def crowded(runs: Path) -> Comparison:
     """Eight variants close together, most of them with the same cache, and a second table with single seeds."""
     for number, attention in enumerate(EIGHT_VARIANTS):
@@ -227,23 +385,35 @@ def crowded(runs: Path) -> Comparison:
     return compare([runs])
 
 
-def test_no_name_in_the_picture_covers_another_or_a_marker(tmp_path: Path) -> None:
+def on_caches(runs: Path) -> Comparison:
+    """Six configurations on four caches each."""
+    for attention in ("mha", "gqa", "mqa", "mla", "mla_plain", "mha_wide"):
+        evaluate_on_caches(make_run(runs, attention))
+    return compare([runs], every_cache=True)
+
+
+@pytest.mark.parametrize(("make", "tables"), [(crowded, 2), (on_caches, 1)])
+def test_no_name_in_the_picture_covers_another_or_a_marker(
+    make: Callable[[Path], Comparison], tables: int, tmp_path: Path
+) -> None:
     from matplotlib.text import Annotation
 
-    comparison = crowded(tmp_path)
+    comparison = make(tmp_path)
     figure = draw_scatter(comparison)
     figure.canvas.draw()
     panels = figure.axes
-    assert len(panels) == 2
+    assert len(panels) == tables
     for axes, table in zip(panels, comparison.tables, strict=True):
         names = [text for text in axes.texts if isinstance(text, Annotation) and text.get_text()]
-        assert sorted(name.get_text() for name in names) == sorted(setup.variant for setup in table.setups)
+        assert sorted(name.get_text() for name in names) == sorted(
+            setup.cache if setup.through_cache else setup.variant for setup in table.setups
+        )
         boxes = [name.get_window_extent() for name in names]
         for number, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:number])
         radius = 4 * figure.dpi / 72
         for setup in table.setups:
-            x, y = axes.transData.transform((setup.cache_bytes_per_token, setup.bits_per_byte))
+            x, y = axes.transData.transform((table.cache_size(setup), setup.bits_per_byte))
             assert not any(
                 box.x0 < x + radius and x - radius < box.x1 and box.y0 < y + radius and y - radius < box.y1
                 for box in boxes
@@ -260,6 +430,23 @@ def test_markers_can_be_told_apart_without_colour(tmp_path: Path) -> None:
     assert len({line.get_marker() for line in markers}) == 8 and len({line.get_color() for line in markers}) == 8
     assert len(set(COLOURS)) == len(COLOURS) and len(set(MARKERS)) == len(MARKERS)
     assert axes.get_xscale() == "log"
+
+
+def test_caches_of_a_configuration_share_colour_and_shape_and_are_joined(tmp_path: Path) -> None:
+    comparison = on_caches(tmp_path)
+    (axes,), (table,) = draw_scatter(comparison).axes, comparison.tables
+    looks: dict[str, set[tuple[Any, ...]]] = {}
+    for container, setup in zip(axes.containers, table.setups, strict=True):
+        marker = container.lines[0]
+        looks.setdefault(setup.configuration, set()).add((marker.get_color(), marker.get_marker()))
+        assert (marker.get_markerfacecolor() == "white") == setup.through_cache
+    assert len(looks) == 6 and all(len(look) == 1 for look in looks.values()) and len(set.union(*looks.values())) == 6
+    plain = {setup.configuration: setup for setup in table.setups if not setup.through_cache}
+    lines = {tuple(map(tuple, line.get_xydata())) for line in axes.lines if len(line.get_xydata()) == 2}
+    for setup in table.setups:
+        ends = [(float(table.cache_size(one)), one.bits_per_byte) for one in (plain[setup.configuration], setup)]
+        assert (tuple(ends) in lines) == setup.through_cache
+    assert axes.get_xlabel() == "KV cache, bytes per token of context (log scale)"
 
 
 def test_error_bars_are_the_deviation_over_seeds(tmp_path: Path) -> None:
@@ -306,3 +493,17 @@ def test_table_and_picture_reach_wandb(tmp_path: Path) -> None:
     assert [row[table["columns"].index("bits_per_byte")] for row in table["data"]] == [1.62, 1.6205]
     assert run.files[logged["bits_per_byte_against_cache"]["path"]] == (out / "comparison.png").read_bytes()
     assert run.job_type == "compare" and run.exit_code == 0
+
+
+def test_the_script_takes_plain_or_all_caches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate_on_caches(make_run(tmp_path / "runs", "mla"))
+    arguments = [f"runs_dir={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "tracking=none"]
+    variants = {}
+    for caches in ("plain", "all"):
+        assert compare_runs.main([*arguments, f"caches={caches}"]) == 0
+        line = json.loads(capsys.readouterr().out.splitlines()[-1])
+        variants[caches] = [setup["variant"] for table in line["tables"] for setup in table["setups"]]
+        assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert variants == {"plain": ["mla"], "all": ["mla", "mla, int8", "mla, fp8", "mla, window 64, 4 sinks"]}
+    with pytest.raises(UserError, match=r"^caches=every is unknown; choose from all, plain$"):
+        compare_runs.main([*arguments, "caches=every"])
