@@ -63,12 +63,26 @@ def print_table(record: dict[str, Any], result: SplitResult) -> None:
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:,.3f} per token, {word} per word"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ("KV cache", f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, measured"),
+        ("KV cache", f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, "
+                     f"{record['cache_bytes_at_context']:,} at {record['cache_context']:,} tokens, measured"),
+        *(through_rows(record) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
         *((f"loss at {low}-{high}", f"{loss:.4f}") for low, high, loss in result.loss_by_position),
     ]  # fmt: skip
     for name, value in rows:
         print(f"{name:<18}{value}")
+
+
+def through_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """What scoring through the cache changed."""
+    from harness.score import cache_label
+
+    before, after = record["perplexity_without_cache"], record["perplexity"]
+    return [
+        ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),
+        ("without it", f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
+                       f"({100 * (after / before - 1):+.3f} % perplexity through it)"),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ from harness.command_line import parse_options, run_script
 from harness.config import load_train_config, options_of
 from harness.run import commit
 from harness.schema import TrainConfig
-from harness.session import choose_loss_chunk, pin_kernel
+from harness.session import choose_loss_chunk, pin_execution
 from harness.training import device as hardware
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
@@ -164,7 +164,7 @@ def our_steps(
 ) -> tuple[GPT, str, Callable[[], None]]:  # fmt: skip
     """The harness's model and loop as train_model.py runs them, and a function that makes one optimizer step."""
     model = build_model(config, vocab_size).to(device)
-    kernel = pin_kernel(model, backend, device=device, precision=precision)
+    kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=precision)
     choose_loss_chunk(model, micro_batch_size=micro, device=device)
     steps = train(
         model, batches, optimizer=build_optimizer(model, config.optimizer), schedule=lambda step: 1.0, first_step=1,

@@ -10,7 +10,7 @@ from torch import nn
 from harness.config import attention_options
 from harness.errors import UserError
 from harness.schema import TrainConfig
-from modeling.attention import MODEL_OWNED, build_attention
+from modeling.attention import MODEL_OWNED, build_attentions
 from modeling.gpt import GPT
 
 _NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr")
@@ -34,5 +34,6 @@ def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
 def build_layer(config: TrainConfig) -> nn.Module:
     """One attention layer of a configuration, alone."""
     owned = {name: getattr(config.model, name) for name in MODEL_OWNED}
-    layer: nn.Module = build_attention(config.attention["mechanism"], attention_options(config.attention), **owned)
+    (layer,) = build_attentions(config.attention["mechanism"], attention_options(config.attention), 1, **owned)
+    assert isinstance(layer, nn.Module)
     return layer

@@ -30,9 +30,11 @@ CONFIGS = ROOT / "configs"
 # How a run is computed is not what it is: these may differ between two commands that mean the same run.
 EXECUTION_FIELDS = (
     "name", "runs_dir", "data_dir", "device", "compile", "deterministic", "overwrite", "micro_batch_size",
-    "intervals", "evaluation.batch_size", "tracking", "attention.backend", "model.activation_checkpointing", "dataset.path",
+    "intervals", "evaluation.batch_size", "tracking", "attention.backend", "attention.decode",
+    "attention.kernel", "model.activation_checkpointing", "dataset.path",
 )  # fmt: skip
 SEED_FIELDS = ("seed", "data_seed")
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/attention/cache.py
 
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
 FREE_TEXT = ("name", "prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
@@ -174,8 +176,9 @@ def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path:
 
 def typed_attention(attention: Any) -> dict[str, Any]:
     """A variant's options checked against the constructor of its class: the class is the schema."""
-    from modeling.attention import MECHANISMS, MODEL_OWNED
+    from modeling.attention import EXECUTION, MECHANISMS, MODEL_OWNED
     from modeling.kernels.attend import BACKENDS
+    from modeling.kernels.latent_decode import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
     if mechanism not in MECHANISMS:
@@ -185,10 +188,10 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     for name in inspect.signature(constructor).parameters:
         if name != "self" and name not in MODEL_OWNED:
             hints[name] = typing.get_type_hints(constructor)[name]
-    options = typed_fields(hints, set(hints), attention, "attention")
-    if options["backend"] not in BACKENDS:
-        raise UserError(f"attention.backend={options['backend']} is unknown; "
-                        f"{did_you_mean(options['backend'], BACKENDS)}")  # fmt: skip
+    options = EXECUTION | typed_fields(hints | dict.fromkeys(EXECUTION, str), set(hints), attention, "attention")
+    for field, choices in (("backend", BACKENDS), ("kernel", KERNELS)):
+        if options[field] not in choices:
+            raise UserError(f"attention.{field}={options[field]} is unknown; {did_you_mean(options[field], choices)}")
     return options
 
 
@@ -219,7 +222,7 @@ def _check_values(config: TrainConfig) -> None:
     one_of("device", config.device, "auto", "cpu", "cuda", "mps")
     one_of("precision", config.precision, "auto", "float32", "bfloat16")
     one_of("compile", config.compile, "auto", "on", "off")
-    one_of("cache.dtype", config.cache.dtype, "float32", "bfloat16", "float16")
+    one_of("cache.dtype", config.cache.dtype, *CACHE_DTYPES)
     one_of("optimizer.name", config.optimizer.name, "adamw", "muon")
     one_of("schedule.name", config.schedule.name, "cosine", "wsd")
     one_of("tracking.name", config.tracking.name, "wandb", "none")
@@ -454,13 +457,21 @@ def eval_config(container: Mapping[str, Any]) -> EvalConfig:
         ("split", config.split, ("train", "validation", "test")),
         ("device", config.device, ("auto", "cpu", "cuda", "mps")),
         ("precision", config.precision, ("auto", "float32", "bfloat16")),
-        ("cache.dtype", config.cache.dtype, ("float32", "bfloat16", "float16")),
+        ("cache.dtype", config.cache.dtype, CACHE_DTYPES),
     ):
         if value not in choices:
             raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
     for path, least_one in (("batch_size", config.batch_size), ("max_tokens", config.max_tokens)):
         if least_one is not None and least_one < 1:
             raise UserError(f"{path}={least_one} is too small; choose 1 or more")
+    if config.cache.window is not None and config.cache.window < 1:
+        raise UserError(
+            f"cache.window={config.cache.window} sees nothing; choose 1 or more, or null for the whole context"
+        )
+    if config.cache.sinks < 0 or (config.cache.sinks and config.cache.window is None):
+        raise UserError(
+            f"cache.sinks={config.cache.sinks} stay visible beside a window; choose 0 or more and set cache.window"
+        )
     if not 0 < config.stride_fraction <= 1:
         raise UserError(f"stride_fraction={config.stride_fraction} must be above 0 and at most 1 (a window)")
     return config

@@ -10,6 +10,7 @@ import torch
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.schema import TrainConfig
+from modeling.attention.cache import DTYPES, formula_bytes
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
 
@@ -23,6 +24,7 @@ class ModelFacts:
     cache_dtype: str
     cache_bytes_per_token: int  # all layers, batch 1, measured on allocated buffers
     cache_formula_bytes_per_token: int
+    cache_bytes_at_context: int  # allocated for max_seq_len tokens
     cache_elements_per_token_per_layer: float
     cache_ratio_to_mha: float  # MHA of the same heads: 2 * n_heads * head_dim elements
     gqa_groups: float  # GQA of the same head width with this many groups would cache as much
@@ -54,9 +56,9 @@ class ModelFacts:
 
 def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
     """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
-    dtype: torch.dtype = getattr(torch, config.cache.dtype)
+    dtype = DTYPES[config.cache.dtype]
     size = measure_cache(model, dtype=dtype)
-    formula = sum(attention.cache_formula for attention in model.attentions) * dtype.itemsize
+    formula = sum(formula_bytes(attention, dtype) for attention in model.attentions)
     if size.bytes_per_token != formula:
         raise UserError(
             f"attention={config.attention['name']} allocates {size.bytes_per_token} bytes of cache per token, its "
@@ -70,6 +72,7 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
         cache_dtype=config.cache.dtype,
         cache_bytes_per_token=size.bytes_per_token,
         cache_formula_bytes_per_token=formula,
+        cache_bytes_at_context=size.bytes_at_context,
         cache_elements_per_token_per_layer=elements,
         cache_ratio_to_mha=elements / (one_group * config.model.n_heads),
         gqa_groups=elements / one_group,

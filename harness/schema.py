@@ -121,7 +121,18 @@ class EvaluationConfig:
 
 @dataclass
 class CacheConfig:
-    dtype: str = "bfloat16"  # the dtype cache sizes are quoted in: float32 | bfloat16 | float16
+    """The dtype that cache sizes are quoted in, and at evaluation what a cache keeps."""
+
+    dtype: str = "bfloat16"  # float32 | bfloat16 | float16 | int8 | fp8
+
+
+@dataclass
+class EvalCacheConfig(CacheConfig):
+    """With 8 bits, a window or through=true the split is scored through such a cache, not only quoted."""
+
+    through: bool = False
+    window: int | None = None  # newest positions a query sees, its own included; None: all
+    sinks: int = 0  # first positions that stay visible beside a window
 
 
 @dataclass
@@ -167,7 +178,7 @@ class EvalConfig:
     max_tokens: int | None
     device: str
     precision: str
-    cache: CacheConfig
+    cache: EvalCacheConfig
     attention: dict[str, Any]
     tracking: TrackingConfig
     dataset: DatasetConfig | None = None  # None: the corpus the run was trained on

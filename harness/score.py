@@ -14,12 +14,13 @@ import torch
 from harness.data import prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
-from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.perplexity import SplitResult
 from harness.run import commit, read_json, write_json
 from harness.schema import EvalConfig
-from harness.session import load_trained, open_run_tracker
+from harness.session import decode_path, load_trained, open_run_tracker
 from harness.training.device import select_device, select_precision
+from modeling.attention.cache import DTYPES
 
 # What an evaluation's record takes over from the training's summary.
 CARRIED = ("name", "attention", "model", "seed", "data_seed", "parameters", "tokens", "steps", "tokens_per_second",
@@ -39,7 +40,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
         )
     device = select_device(config.device)
     precision = select_precision(config.precision, device)
-    trained = load_trained(run, device=device, precision=precision, backend=config.attention["backend"])
+    trained = load_trained(run, device=device, precision=precision, execution=config.attention)
     dataset = config.dataset or trained.config.dataset
     data = prepare(dataset, trained.config.tokenizer, Path(config.data_dir), tokenizer_file=trained.tokenizer_file)
     if config.split not in data.splits:
@@ -49,15 +50,22 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
             f"the data of dataset={dataset.name} is not what {run.name} was trained on; bring that data back, or name "
             f"the corpus to evaluate on with dataset=..."
         )
-    cache = measure_cache(trained.model, dtype=getattr(torch, config.cache.dtype))
+    choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
+    cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
     mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
 
     started = time.perf_counter()
-    result = evaluate_model(
-        trained.model, data.splits[config.split], end_of_text=data.end_of_text, decode=trained.tokenizer.decode,
-        stride_fraction=config.stride_fraction, batch_size=config.batch_size, precision=precision, device=device,
-        per_document=config.per_document, max_tokens=config.max_tokens, progress=True,
-    )  # fmt: skip
+
+    def score(through: CacheChoice | None) -> SplitResult:
+        return evaluate_model(
+            trained.model, data.splits[config.split], end_of_text=data.end_of_text, decode=trained.tokenizer.decode,
+            stride_fraction=config.stride_fraction, batch_size=config.batch_size, precision=precision, device=device,
+            per_document=config.per_document, max_tokens=config.max_tokens, progress=True, through=through,
+        )  # fmt: skip
+
+    plain = score(None)
+    result = score(choice) if through else plain
     record = {key: summary[key] for key in CARRIED} | {
         "trained_on": trained.config.dataset.name,
         "dataset": dataset.name,
@@ -74,12 +82,21 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
         "evaluated_bytes": result.bytes,
         "evaluated_words": result.words,
         "loss_by_position": result.loss_by_position,
+        "through_cache": through,
+        "loss_without_cache": plain.loss,
+        "perplexity_without_cache": plain.perplexity,
+        "bits_per_byte_without_cache": plain.bits_per_byte,
         "cache_bytes_per_token": cache.bytes_per_token,
         "cache_dtype": config.cache.dtype,
+        "cache_window": choice.window,
+        "cache_sinks": choice.sinks,
+        "cache_context": cache.context,
+        "cache_bytes_at_context": cache.bytes_at_context,
         "cache_elements_per_token_per_layer": cache.elements_per_token_per_layer,
         "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
         "seconds": time.perf_counter() - started,
         "kernel": trained.kernel,
+        "decode": decode_path(trained.model) if through else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
         "checkpoint": trained.checkpoint,
@@ -91,12 +108,21 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
         run_id=summary["wandb_id"], metrics_bytes=None,
     ) as tracker:  # fmt: skip
         figures = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-        tracker.summary({f"eval/{dataset.name}/{config.split}/{key}": record[key] for key in figures})
+        place = "/".join(["eval", dataset.name, config.split, *([cache_label(record)] if through else [])])
+        tracker.summary({f"{place}/{key}": record[key] for key in figures})
     return record, result
+
+
+def cache_label(record: dict[str, Any]) -> str:
+    """The cache that was scored through, for people: `int8`, or `bfloat16, window 64, 4 sinks`."""
+    window, sinks = record["cache_window"], record["cache_sinks"]
+    parts = [record["cache_dtype"], *([f"window {window}"] if window else []), *([f"{sinks} sinks"] if sinks else [])]
+    return ", ".join(parts)
 
 
 def record_name(record: dict[str, Any]) -> str:
     """dataset-split-hash: the same evaluation done again replaces its file, another one stands beside it."""
-    shaping = ("data_fingerprint", "cache_dtype", "precision", "per_document", "stride_fraction", "max_tokens")
+    shaping = ("data_fingerprint", "cache_dtype", "precision", "per_document", "stride_fraction", "max_tokens",
+               "through_cache", "cache_window", "cache_sinks")  # fmt: skip
     digest = hashlib.sha256(json.dumps([record[key] for key in shaping]).encode()).hexdigest()
     return f"{record['dataset']}-{record['split']}-{digest[:8]}"

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,10 @@ from harness.training.device import (
 from harness.training.loop import Step, train
 from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.schedule import build_schedule
+from modeling.attention import EXECUTION
 from modeling.gpt import GPT
 from modeling.kernels.attend import choose_backend
+from modeling.kernels.latent_decode import check_kernel, check_widths
 
 # Above this many bytes of float32 logits in one forward pass the loss is computed in pieces (modeling/loss.py): on a CPU
 # small pieces stay in its caches, on a GPU the plain loss is faster as long as its logits fit.
@@ -192,6 +194,8 @@ class Session:
             "train_loss": step.loss,
             "cache_bytes_per_token": self.facts.cache_bytes_per_token,
             "cache_dtype": self.facts.cache_dtype,
+            "cache_context": config.model.max_seq_len,
+            "cache_bytes_at_context": self.facts.cache_bytes_at_context,
             "cache_elements_per_token_per_layer": self.facts.cache_elements_per_token_per_layer,
             "cache_ratio_to_mha": self.facts.cache_ratio_to_mha,
             "tokens_per_second": self.mean_tokens_per_second(step),
@@ -236,7 +240,7 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
     precision = select_precision(config.precision, device)
     seed_everything(config.seed)
     model = build_model(config, data.vocab_size).to(device)
-    kernel = pin_kernel(model, config.attention["backend"], device=device, precision=precision)
+    kernel = pin_execution(model, config.attention, device=device, precision=precision)
     facts = model_facts(model, config)
     micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
         config.batch_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
@@ -283,17 +287,24 @@ class TrainedModel:
     checkpoint: str
 
 
-def load_trained(run: Path, *, device: torch.device, precision: torch.dtype, backend: str) -> TrainedModel:
-    """Rebuild the model from the configuration inside the run. Raises UserError when the run holds no checkpoint."""
+def load_trained(
+    run: Path, *, device: torch.device, precision: torch.dtype, execution: Mapping[str, Any]
+) -> TrainedModel:
+    """Rebuild the model from the configuration inside the run, computed as `execution` says (backend, decode, kernel).
+
+    Raises UserError when the run holds no checkpoint, or when its variant cannot be computed so.
+    """
     config = load_run_config(run)
     tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
     tokenizer = Tokenizer.load(tokenizer_file)
-    model = build_model(config, tokenizer.vocab_size).to(device)
+    # How it was computed in training says nothing of how it is used.
+    plain = dataclasses.replace(config, attention=config.attention | EXECUTION)
+    model = build_model(plain, tokenizer.vocab_size).to(device)
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
     load_checkpoint(checkpoint, model=model, optimizer=None)
-    kernel = pin_kernel(model, backend, device=device, precision=precision)
+    kernel = pin_execution(model, execution, device=device, precision=precision)
     return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name)
 
 
@@ -318,18 +329,36 @@ def open_run_tracker(
     )  # fmt: skip
 
 
-def pin_kernel(model: GPT, requested: str, *, device: torch.device, precision: torch.dtype) -> str:
-    """Choose the attention kernel once, set it in every layer and return its name. Raises UserError if it cannot run."""
+def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:
+    """Choose backend, decode path and decode kernel once, set them in every layer and return the backend's name.
+
+    Raises UserError if one of them cannot run.
+    """
     first = model.attentions[0]
     try:
-        kernel = choose_backend(
-            requested, n_heads=first.n_heads, n_kv_heads=first.n_kv_heads, qk_width=first.qk_width,
+        check_kernel(execution["kernel"], device)
+        backend = choose_backend(
+            execution["backend"], n_heads=first.n_heads, n_kv_heads=first.n_kv_heads, qk_width=first.qk_width,
             v_width=first.v_head_dim, dropout=first.dropout, device=device, dtype=precision,
         )  # fmt: skip
+        model.set_execution(backend=backend, decode=execution["decode"], kernel=execution["kernel"])
+        if execution["kernel"] == "triton":
+            check_widths(first.kv_lora_rank, first.qk_rope_head_dim)
     except ValueError as error:
         raise UserError(str(error)) from None
-    model.set_backend(kernel)
-    return kernel
+    return backend
+
+
+def decode_path(model: GPT) -> str:
+    """How a call through the cache is computed, in words."""
+    first = model.attentions[0]
+    if first.decode_paths == ("auto",):
+        return "keys and values as they are cached"
+    kernel = f" ({first.kernel} kernel)"
+    if first.decode != "auto":
+        return first.decode + (kernel if first.decode == "absorbed" else "")
+    limit = first.absorbs_up_to
+    return f"absorbed{kernel} up to {limit:,} new tokens a call, expanded above" if limit else "expand"
 
 
 def choose_loss_chunk(model: GPT, *, micro_batch_size: int, device: torch.device) -> None:

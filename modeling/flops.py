@@ -19,7 +19,8 @@ def parameters_by_block(model: GPT) -> dict[str, int]:
     is not subtracted, since the padded rows are allocated and trained."""
 
     def count(*modules: Any) -> int:
-        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+        found = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
+        return sum(found.values())  # what layers share is there once
 
     tied = model.head.weight is model.embedding.weight
     counts = {
@@ -37,6 +38,8 @@ def parameters_by_block(model: GPT) -> dict[str, int]:
 
 def training_flops_per_token(model: GPT, seq_len: int) -> int:
     """Forward and backward FLOPs for one token of a sequence of seq_len tokens."""
-    matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    # Layer by layer, since a matrix that layers share multiplies in each of them.
+    matrices = sum(m.weight.numel() for part in (*model.blocks, model.head) for m in part.modules()
+                   if isinstance(m, nn.Linear))  # fmt: skip
     attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * seq_len for a in model.attentions)
     return 3 * 2 * (matrices + attention)

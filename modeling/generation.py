@@ -5,11 +5,12 @@ Letters: B batch, T prompt tokens, C vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from modeling.attention.cache import Cache
 from modeling.gpt import GPT
 
 
@@ -44,13 +45,20 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    stop: int | None = None,
     cache_dtype: torch.dtype | None = None,
+    window: int | None = None,
+    sinks: int = 0,
+    step: str = "auto",
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, (B,), max_new_tokens times; prompts may differ in length.
+    """Yield the next token of every row, (B,), max_new_tokens times at most; prompts may differ in length.
 
-    cache_dtype: what the cache holds (None: the parameters' dtype). Raises ValueError for an empty prompt, for settings
-    out of range, and when prompt and new tokens exceed the model's max_seq_len.
+    stop: a row that has drawn this token is finished, takes no more room and yields it again; when all have, that is
+    the end. cache_dtype: what the cache holds (None: the parameters' dtype; modeling/attention/cache.py has all), window
+    and sinks likewise. step: how one token is computed, `eager`, `compile` (torch.compile) or `graph` (a CUDA graph);
+    `auto` takes the graph on CUDA and eager elsewhere. Raises ValueError for an empty prompt, for settings out of range,
+    and when prompt and new tokens exceed the model's max_seq_len.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, dtype = model.embedding.weight.device, cache_dtype or model.embedding.weight.dtype
@@ -62,17 +70,93 @@ def generate(
         valid_BT[row, : len(prompt)] = True
     tokens_BT, valid_BT = tokens_BT.to(device), valid_BT.to(device)
     ragged = any(len(prompt) != longest for prompt in prompts)
-    cache = model.new_cache(len(prompts), longest + max_new_tokens - 1, dtype=dtype, device=device)
+    cache = model.new_cache(
+        len(prompts), longest + max_new_tokens - 1, dtype=dtype, device=device, window=window, sinks=sinks
+    )
 
     model.eval()
     logits_BTC = model(tokens_BT, cache, valid_BT=valid_BT if ragged else None)
     last_B = valid_BT.sum(dim=1) - 1
     logits_BC = logits_BTC[torch.arange(len(prompts), device=device), last_B]
-    for step in range(max_new_tokens):
+    running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    for number in range(max_new_tokens):
         token_B = sample(logits_BC, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+        if stop is not None:
+            token_B = torch.where(running_B, token_B, stop)
         yield token_B
-        if step + 1 < max_new_tokens:
-            logits_BC = model(token_B[:, None], cache)[:, -1]
+        if number + 1 == max_new_tokens:
+            return
+        if stop is not None:
+            running_B = running_B & (token_B != stop)
+            if not running_B.any():
+                return
+        if decode is None:
+            decode = decode_step(model, cache, step, token_B, None if stop is None else running_B)
+        logits_BC = decode(token_B, None if stop is None else running_B)
+
+
+def decode_step(
+    model: GPT, cache: Sequence[Cache], step: str, token_B: Tensor, running_B: Tensor | None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A function (token_B, running_B) -> logits_BC that appends one token a row to a filled cache.
+
+    Rows that are not running take in nothing. `compile` and `graph` make the cache static. token_B and running_B are
+    examples of what the function will be given. Raises ValueError where `step` cannot run.
+    """
+    device = token_B.device
+    if step == "auto":
+        step = "graph" if device.type == "cuda" else "eager"
+    if step not in ("eager", "compile", "graph"):
+        raise ValueError(f"step={step} is unknown; choose auto, eager, compile or graph")
+    if step == "graph" and device.type != "cuda":
+        raise ValueError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
+
+    def eager(token_B: Tensor, running_B: Tensor | None) -> Tensor:
+        valid_BT = None if running_B is None else running_B[:, None]
+        logits_BTC: Tensor = forward(token_B[:, None], cache, valid_BT=valid_BT)
+        return logits_BTC[:, -1]
+
+    forward: Callable[..., Tensor] = model
+    if step == "eager":
+        return eager
+    for layer in cache:
+        layer.make_static()
+    if step == "compile":
+        forward = torch.compile(model, fullgraph=True, dynamic=False)
+        return eager
+    return _captured(eager, cache, token_B, running_B)
+
+
+def _captured(
+    step: Callable[[Tensor, Tensor | None], Tensor], cache: Sequence[Cache], token_B: Tensor, running_B: Tensor | None
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The step as a CUDA graph: one launch a token. What the warm-up took in is taken back before the capture."""
+    inputs = [tensor.clone() for tensor in (token_B, running_B) if tensor is not None]
+    arguments = (inputs[0], inputs[1] if running_B is not None else None)
+    changed = [tensor for layer in cache for tensor in (layer.lengths_B, *layer.tensors())]
+    before = [tensor.clone() for tensor in changed]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    for tensor, value in zip(changed, before, strict=True):
+        tensor.copy_(value)
+    del before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits_BC = step(*arguments)
+
+    def replay(token_B: Tensor, running_B: Tensor | None) -> Tensor:
+        given = [tensor for tensor in (token_B, running_B) if tensor is not None]
+        for own, new in zip(inputs, given, strict=True):
+            own.copy_(new)
+        graph.replay()
+        return logits_BC.clone()
+
+    return replay
 
 
 def _check(

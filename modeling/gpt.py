@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import build_attention
+from modeling.attention import EXECUTION, build_attentions, set_execution, shares_latents
 from modeling.attention.cache import Cache, new_cache
 from modeling.loss import mask_padding, mean_nats, token_nats
 
@@ -46,12 +46,18 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
+        self.shares_latents = shares_latents(attention)
 
     def forward(
-        self, x_BTD: Tensor, cache: Cache | None, positions_BT: Tensor | None, valid_BT: Tensor | None
-    ) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), cache, positions_BT, valid_BT=valid_BT))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        self, x_BTD: Tensor, cache: Cache | None, positions_BT: Tensor | None, valid_BT: Tensor | None,
+        latents: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """x_BTD, and the latents for the layers behind: those of `latents`, or this layer's own if it leads a group."""
+        shared = list(latents)
+        more = {"shared": shared} if self.shares_latents else {}
+        attended = self.attention(self.attention_norm(x_BTD), cache, positions_BT, valid_BT=valid_BT, **more)
+        x_BTD = x_BTD + self.dropout(attended)
+        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), tuple(shared)
 
 
 class GPT(nn.Module):
@@ -103,14 +109,13 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(padded, d_model)
         self.blocks = nn.ModuleList(
             Block(
-                build_attention(
-                    mechanism, attention, d_model=d_model, n_heads=n_heads, max_seq_len=max_seq_len, causal=causal,
-                    bias=bias, norm_eps=norm_eps,
-                ),
-                MLP(d_model=d_model, hidden=mlp_hidden, kind=mlp, bias=bias),
+                layer, MLP(d_model=d_model, hidden=mlp_hidden, kind=mlp, bias=bias),
                 d_model=d_model, norm_eps=norm_eps, dropout=dropout,
             )
-            for _ in range(n_layers)
+            for layer in build_attentions(
+                mechanism, attention, n_layers, d_model=d_model, n_heads=n_heads, max_seq_len=max_seq_len,
+                causal=causal, bias=bias, norm_eps=norm_eps,
+            )
         )  # fmt: skip
         learned = self.attentions[0].positions == "learned"
         self.position_embedding = nn.Embedding(max_seq_len, d_model) if learned else None
@@ -148,19 +153,24 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def set_backend(self, backend: str) -> None:
-        """Choose how attention is computed (modeling/kernels/attend.py) in every layer."""
+    def set_execution(self, **changes: str) -> None:
+        """Choose how attention is computed in every layer: backend, decode, kernel; what is not named stays.
+
+        Raises ValueError for a path that the variant does not have.
+        """
         for attention in self.attentions:
-            attention.backend = backend
+            set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
 
     def new_cache(
-        self, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str, static: bool = False
-    ) -> list[Cache]:
-        """One empty cache per layer."""
+        self, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str, static: bool = False,
+        window: int | None = None, sinks: int = 0,
+    ) -> list[Cache]:  # fmt: skip
+        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's latents is empty."""
         return [
-            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static)
+            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window,
+                      sinks=sinks)
             for attention in self.attentions
-        ]
+        ]  # fmt: skip
 
     def hidden(
         self,
@@ -174,12 +184,13 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             x_BTD = x_BTD + self._positions(tokens_BT.shape[1], cache, positions_BT, valid_BT)
         x_BTD = self.dropout(x_BTD)
+        latents: tuple[Tensor, ...] = ()
         for layer, block in enumerate(self.blocks):
-            layer_cache = None if cache is None else cache[layer]
+            inputs = (x_BTD, None if cache is None else cache[layer], positions_BT, valid_BT, latents)
             if self.activation_checkpointing and self.training:
-                x_BTD = checkpoint(block, x_BTD, layer_cache, positions_BT, valid_BT, use_reentrant=False)
+                x_BTD, latents = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, layer_cache, positions_BT, valid_BT)
+                x_BTD, latents = block(*inputs)
         return self.norm(x_BTD)
 
     def _positions(
@@ -224,8 +235,12 @@ class GPT(nn.Module):
             vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens,
         )  # fmt: skip
 
-    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time."""
-        x_ND = self.hidden(inputs_BT).flatten(0, 1)
+    def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
+        """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time.
+
+        With an empty cache each token sees what decoding one by one would have left there: quantised entries, its own
+        included, or those inside a window.
+        """
+        x_ND = self.hidden(inputs_BT, cache).flatten(0, 1)
         nats_N = token_nats(x_ND, self.head.weight, targets_BT.flatten(), vocab_size=self.vocab_size, chunk_tokens=4096)
         return nats_N.view_as(targets_BT)

@@ -41,7 +41,7 @@ def test_the_steps_that_add_a_variant_add_one_that_keeps_the_contract_and_trains
 
     checked = run(project, "scripts/check_attention.py", "attention=shared")
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "13 of 13 hold" in checked.stdout
+    assert "16 of 16 hold" in checked.stdout
 
     (tmp_path / "text.txt").write_text("\n".join(f"line {i} of a small corpus" for i in range(400)), encoding="utf-8")
     trained = run(

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from harness.evaluation.perplexity import SplitResult, TokenSplit, evaluate_split
 from modeling.gpt import GPT
+
+
+@dataclass(frozen=True)
+class CacheChoice:
+    """What modeling/attention/cache.py is asked for."""
+
+    dtype: torch.dtype
+    window: int | None = None
+    sinks: int = 0
 
 
 def evaluate_model(
@@ -24,12 +34,22 @@ def evaluate_model(
     per_document: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
+    through: CacheChoice | None = None,
 ) -> SplitResult:
-    """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back."""
+    """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
+
+    through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
+    of decoding them one by one. None: without a cache.
+    """
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        cache = None
+        if through is not None:
+            cache = model.new_cache(
+                *inputs_BT.shape, dtype=through.dtype, device=device, window=through.window, sinks=through.sinks
+            )
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            return model.token_losses(inputs_BT, targets_BT)
+            return model.token_losses(inputs_BT, targets_BT, cache)
 
     was_training = model.training
     model.eval()

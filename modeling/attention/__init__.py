@@ -28,7 +28,10 @@ class Attention(Protocol):
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table
     positions: str
     causal: bool
-    backend: str
+    backend: str  # the three of EXECUTION
+    decode: str
+    kernel: str
+    decode_paths: tuple[str, ...]  # what `decode` may be: ("auto",) where there is one path only
     scale: float  # of the logits
     n_heads: int
     n_kv_heads: int
@@ -68,7 +71,46 @@ MECHANISMS: dict[str, type[nn.Module]] = {
 
 MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")
 
+# How attention is computed, not what it is: no constructor takes these, `set_execution` may change them at any time.
+#   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
+#   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
+#   kernel   torch | triton: what computes the absorbed path of one new token (modeling/kernels/latent_decode.py)
+EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "torch"}
 
-def build_attention(mechanism: str, options: Mapping[str, Any], **owned: Any) -> Any:
-    """The variant `mechanism` from its YAML's options and the model's own numbers. A name, never code, selects it."""
-    return MECHANISMS[mechanism](**owned, **options)
+
+def build_attentions(mechanism: str, options: Mapping[str, Any], n_layers: int, **owned: Any) -> list[Any]:
+    """The attention of every layer, from its YAML's options and the model's own numbers. A name, never code, selects it.
+
+    options may hold the keys of EXECUTION. Layers that share (options["sharing"]) are joined to their group's first.
+    """
+    shape = {key: value for key, value in options.items() if key not in EXECUTION}
+    layers: list[Any] = [MECHANISMS[mechanism](**owned, **shape) for _ in range(n_layers)]
+    group = options.get("sharing_layers", 1)
+    for index, layer in enumerate(layers):
+        set_execution(layer, **{key: options.get(key, default) for key, default in EXECUTION.items()})
+        if index % group:
+            layer.follow(layers[index - index % group])
+    return layers
+
+
+def shares_latents(attention: Any) -> bool:
+    """Whether layers hand latents on to one another, so that `forward` takes `shared`."""
+    return getattr(attention, "sharing", "none") == "latent"
+
+
+def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> None:
+    """Choose how a variant is computed. Raises ValueError for a path that it does not have."""
+    paths = attention.decode_paths
+    if decode not in paths:
+        reason = "it caches keys and values as they are used" if len(paths) == 1 else \
+            "a norm or a rotation stands between W_Q and W_UK"  # fmt: skip
+        known = decode in ("expand", "absorbed")
+        raise ValueError(
+            f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
+            f"{' or '.join(paths)}"
+        )
+    if kernel != "torch" and ("absorbed" not in paths or decode == "expand"):
+        raise ValueError(
+            f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
+        )
+    attention.backend, attention.decode, attention.kernel = backend, decode, kernel

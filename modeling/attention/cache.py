@@ -1,19 +1,29 @@
 """The key/value cache: named, preallocated buffers that grow together, with a length per row.
 
 A variant names its buffers (GQA: k, v; MLA: latent, k_rope). Keys are cached after rotation, latents after their norm,
-so nothing is computed twice. Letters: B batch, T new tokens, S visible slots, M max_seq_len.
+so nothing is computed twice. Letters: B batch, T new tokens, S visible slots, M allocated slots.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from modeling.attention.quantisation import LARGEST, SCALE, dequantise, quantise
+
 if TYPE_CHECKING:
     from modeling.attention import Attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
+          "fp8": torch.float8_e4m3fn}  # fmt: skip
+
+# Buffers that a cache of 8 bits keeps in 16: one rotated key shared by all heads has large and unlike elements, and a
+# scale calibrated on its neighbours saturates it (vLLM issue 42956). It is a small part of what MLA caches.
+SIXTEEN_BITS = ("k_rope",)
 
 
 @dataclass(frozen=True)
@@ -22,20 +32,29 @@ class Placement:
 
     start: the position of the first new token when all rows are equally long, positions_BT otherwise.
     causal: query t sees keys 0..t, and there are no others. mask_BTS: True where a query may see a key (None: all).
+    key_positions_BS: position of each visible key, where it is not its slot (caches with a window).
     """
 
     start: int
     positions_BT: Tensor | None
     causal: bool
     mask_BTS: Tensor | None
+    key_positions_BS: Tensor | None = None
 
 
 class Cache:
-    """Buffers of shape (B, max_seq_len, *shape) by name; `lengths_B` counts each row's valid tokens.
+    """Buffers of shape (B, M, *shape) by name; `lengths_B` counts the tokens that each row has taken in.
 
     Eager (static=False): reads return views of the slots in use; while all rows are equally long that is exact and free.
     Static (static=True): reads return whole buffers and the mask alone says what is visible, so that shapes never change
     and a decode step can be compiled or captured; the caller checks that it fits (`max_seq_len`).
+
+    Eight bits (int8, fp8 e4m3): entries carry a bfloat16 scale per token and head in `scales`, SIXTEEN_BITS excepted;
+    reads return them multiplied out in the dtype that was appended.
+
+    window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
+    (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
+    rotated at). M is then sinks + window at most, whatever the context.
     """
 
     def __init__(
@@ -47,35 +66,58 @@ class Cache:
         dtype: torch.dtype,
         device: torch.device | str,
         static: bool = False,
+        window: int | None = None,
+        sinks: int = 0,
     ) -> None:
+        if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
+            raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
         self.batch_size, self.max_seq_len, self.static = batch_size, max_seq_len, static
+        self.window, self.sinks = window, sinks
+        self.slots = max_seq_len if window is None else min(max_seq_len, sinks + window)
         # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
-        self.buffers = {
-            name: torch.zeros(batch_size, max_seq_len, *shape, dtype=dtype, device=device)
-            for name, shape in shapes.items()
-        }
+        self.buffers: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        for name, shape in shapes.items():
+            kept = dtype
+            if dtype in LARGEST:
+                if name in SIXTEEN_BITS:
+                    kept = torch.bfloat16
+                else:
+                    self.scales[name] = torch.zeros(batch_size, self.slots, *shape[:-1], dtype=SCALE, device=device)
+            self.buffers[name] = torch.zeros(batch_size, self.slots, *shape, dtype=kept, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self._extent = 0  # slots in use by the longest row, known without asking the device
+        self._extent = 0  # tokens of the longest row, known without asking the device
         self._ragged = False
+
+    def make_static(self) -> None:
+        """From now on shapes stay as they are: a prompt is read eagerly, then decoding is compiled or captured."""
+        self.static = True
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that grows with the tokens held."""
+        yield from self.buffers.values()
+        yield from self.scales.values()
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in this layer, read off the buffers."""
-        return sum(buffer[0, 0].nbytes for buffer in self.buffers.values())
+        """Bytes that one token of one row takes in this layer, scales included, read off the buffers."""
+        return sum(tensor[0, 0].nbytes for tensor in self.tensors())
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers that one token of one row takes in this layer, read off the buffers."""
+        """Numbers that one token of one row takes in this layer, scales not counted, read off the buffers."""
         return sum(buffer[0, 0].numel() for buffer in self.buffers.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, all rows and slots."""
-        return sum(buffer.nbytes for buffer in self.buffers.values())
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def place(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
         """Positions and visibility of the next `new_tokens` tokens a row. Call it before `append`."""
         self._check_room(new_tokens)
+        if self.window is not None:
+            return self._place_in_window(new_tokens, valid_BT)
         device = self.lengths_B.device
         if not (self.static or self._ragged or valid_BT is not None):
             start, visible = self._extent, self._extent + new_tokens
@@ -85,17 +127,13 @@ class Cache:
                 mask_BTS = (torch.arange(visible, device=device) <= slots_T[:, None])[None]
             return Placement(start, None, start == 0 and new_tokens > 1, mask_BTS)
 
-        if valid_BT is None:
-            rank_BT = torch.arange(new_tokens, device=device).expand(self.batch_size, -1)
-        else:
-            rank_BT = valid_BT.long().cumsum(dim=1) - 1
-        slots_BT = (self.lengths_B[:, None] + rank_BT).clamp(min=0)  # a leading pad sees slot 0, whatever is there
+        slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
         visible = self.max_seq_len if self.static else self._extent + new_tokens
         mask_BTS = torch.arange(visible, device=device) <= slots_BT[:, :, None]
         return Placement(0, slots_BT, False, mask_BTS)
 
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
-        """Write (B, T, ...) tensors at each row's own next slots; returns what is visible afterwards, by name.
+        """Take in (B, T, ...) tensors at each row's own next positions; returns what is visible afterwards, by name.
 
         valid_BT marks real tokens (True) where rows are padded, on either side; pads take no slot. Raises ValueError
         when the tokens do not fit.
@@ -103,39 +141,138 @@ class Cache:
         assert new.keys() == self.buffers.keys(), f"cache holds {set(self.buffers)}, got {set(new)}"
         T = next(iter(new.values())).shape[1]
         self._check_room(T)
-        if valid_BT is not None:
-            self._ragged = True
-        if self.static or self._ragged:
-            self._scatter(T, valid_BT, new)
+        self._ragged = self._ragged or valid_BT is not None
+        entries = {name: self._encoded(name, tensor) for name, tensor in new.items()}
+        if self.window is not None:
+            seen = self._through_window(entries, valid_BT)
+        elif self.static or self._ragged:
+            self._scatter(T, valid_BT, entries)
+            visible = self.max_seq_len if self.static else self._extent + T
+            seen = {name: self._stored(name, visible) for name in new}
         else:
-            for name, tensor in new.items():
-                self.buffers[name][:, self._extent : self._extent + T] = tensor
-            self.lengths_B += T
-        if self.static:
-            return self.buffers
-        self._extent += T
-        return {name: buffer[:, : self._extent] for name, buffer in self.buffers.items()}
+            for name, parts in entries.items():
+                for buffer, part in zip(self._parts(name), parts, strict=True):
+                    buffer[:, self._extent : self._extent + T] = part
+            seen = {name: self._stored(name, self._extent + T) for name in new}
+        self.advance(T, valid_BT)
+        return {name: self._decoded(parts, new[name].dtype) for name, parts in seen.items()}
 
-    def _scatter(self, T: int, valid_BT: Tensor | None, new: dict[str, Tensor]) -> None:
+    def advance(self, new_tokens: int, valid_BT: Tensor | None = None) -> None:
+        """Count tokens as taken in. `append` does; a layer that reads another one's latents has nothing to append."""
+        self._ragged = self._ragged or valid_BT is not None
+        self.lengths_B += new_tokens if valid_BT is None else valid_BT.sum(dim=1)
+        if not self.static:
+            self._extent += new_tokens
+
+    # --- storage: a buffer, with its scales where it holds 8 bits ----------------------------------------------------
+
+    def _parts(self, name: str) -> tuple[Tensor, ...]:
+        """Float8 is handed out as its bytes: few operations know the type itself."""
+        buffer = self.buffers[name]
+        if name not in self.scales:
+            return (buffer,)
+        return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer, self.scales[name]
+
+    def _encoded(self, name: str, new: Tensor) -> tuple[Tensor, ...]:
+        buffer = self.buffers[name]
+        if name not in self.scales:
+            return (new.to(buffer.dtype),)
+        payload, scale = quantise(new, buffer.dtype)
+        return payload.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else payload, scale
+
+    def _decoded(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+        if len(parts) == 1:
+            return parts[0]
+        payload, scale = parts
+        return dequantise(payload.view(torch.float8_e4m3fn) if payload.dtype == torch.uint8 else payload, scale, dtype)
+
+    def _stored(self, name: str, visible: int) -> tuple[Tensor, ...]:
+        parts = self._parts(name)
+        return parts if self.static else tuple(part[:, :visible] for part in parts)
+
+    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, tuple[Tensor, ...]]) -> None:
         order_BT = None
         if valid_BT is not None:
             # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
-            order_BT = torch.argsort(valid_BT.logical_not().to(torch.uint8), dim=1, stable=True)
+            order_BT = _real_first(valid_BT)
         device = self.lengths_B.device
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
-        for name, tensor in new.items():
-            buffer = self.buffers[name]
-            source = tensor if order_BT is None else tensor[rows_B1, order_BT]
-            buffer.index_put_((rows_B1, slots_BT), source.to(buffer.dtype))
-        self.lengths_B += T if valid_BT is None else valid_BT.sum(dim=1)
+        for name, parts in entries.items():
+            for buffer, part in zip(self._parts(name), parts, strict=True):
+                buffer.index_put_((rows_B1, slots_BT), part if order_BT is None else part[rows_B1, order_BT])
+
+    def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
+        """Position of each new token, counted in real tokens of its row; a pad has that of the one before it, or 0."""
+        if valid_BT is None:
+            rank_BT = torch.arange(new_tokens, device=self.lengths_B.device).expand(self.batch_size, -1)
+        else:
+            rank_BT = valid_BT.long().cumsum(dim=1) - 1
+        return (self.lengths_B[:, None] + rank_BT).clamp(min=0)
 
     def _check_room(self, new_tokens: int) -> None:
-        if not self.static and self._extent + new_tokens > self.max_seq_len:
+        wraps = self.window is not None and self.slots == self.sinks + self.window
+        if not (self.static or wraps) and self._extent + new_tokens > self.max_seq_len:
             raise ValueError(
                 f"the cache holds {self.max_seq_len} tokens a row and {self._extent} are taken: "
                 f"{new_tokens} more do not fit; allocate a longer cache"
             )
+
+    # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
+
+    def _held(self, lengths_B: Tensor) -> Tensor:
+        """Position that each slot holds in rows of these lengths, (B, M); -1 where none yet."""
+        assert self.window is not None
+        slot_M = torch.arange(self.slots, device=lengths_B.device)
+        newest_B1 = lengths_B[:, None] - 1
+        ring = self.slots - self.sinks
+        in_ring = newest_B1 - torch.remainder(newest_B1 - slot_M, ring) if ring > 0 else slot_M
+        held_BM = torch.where(slot_M < self.sinks, slot_M, in_ring)
+        return torch.where((held_BM >= slot_M) & (held_BM <= newest_B1), held_BM, -1)
+
+    def _place_in_window(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
+        """The visible keys are what the slots hold, then the new tokens."""
+        assert self.window is not None
+        positions_BT = self._positions(new_tokens, valid_BT)
+        used = self.slots if self.static else min(self._extent, self.slots)
+        new_BT = positions_BT if valid_BT is None else torch.where(valid_BT, positions_BT, -1)
+        keys_BS = torch.cat((self._held(self.lengths_B)[:, :used], new_BT), dim=1)
+        query, key = positions_BT[:, :, None], keys_BS[:, None, :]
+        mask_BTS = (key >= 0) & (key <= query) & ((key < self.sinks) | (query - key < self.window))
+        if valid_BT is not None:  # a pad sees itself, so that its softmax is defined
+            itself = torch.arange(used + new_tokens, device=keys_BS.device) - used
+            mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
+        return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0))
+
+    def _through_window(
+        self, entries: dict[str, tuple[Tensor, ...]], valid_BT: Tensor | None
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """What the slots held before, then the new entries; afterwards the slots hold what is still needed."""
+        T = next(iter(entries.values()))[0].shape[1]
+        device = self.lengths_B.device
+        used = self.slots if self.static else min(self._extent, self.slots)
+        seen = {
+            name: tuple(torch.cat((buffer[:, :used], part), dim=1)
+                        for buffer, part in zip(self._parts(name), parts, strict=True))
+            for name, parts in entries.items()
+        }  # fmt: skip
+        held_BM = self._held(self.lengths_B + (T if valid_BT is None else valid_BT.sum(dim=1)))
+        rank_BM = held_BM - self.lengths_B[:, None]  # among the row's new tokens; below 0: it is there already
+        order_BT = torch.arange(T, device=device).expand(self.batch_size, -1)
+        if valid_BT is not None:
+            order_BT = _real_first(valid_BT)
+        source_BM = order_BT.gather(1, rank_BM.clamp(0, T - 1))
+        rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
+        for name, parts in entries.items():
+            for buffer, part in zip(self._parts(name), parts, strict=True):
+                is_new = (rank_BM >= 0).view(*rank_BM.shape, *(1 for _ in buffer.shape[2:]))
+                buffer.copy_(torch.where(is_new, part[rows_B1, source_BM], buffer))
+        return seen
+
+
+def _real_first(valid_BT: Tensor) -> Tensor:
+    """Indices that bring each row's real tokens to the front, in order."""
+    return torch.argsort(valid_BT.logical_not().to(torch.uint8), dim=1, stable=True)
 
 
 def new_cache(
@@ -146,11 +283,29 @@ def new_cache(
     dtype: torch.dtype,
     device: torch.device | str,
     static: bool = False,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> Cache:
     """An empty cache for one layer, of the shapes that the variant states."""
     if not attention.causal:
         raise ValueError("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
-    return Cache(batch_size, max_seq_len, attention.cache_shapes, dtype=dtype, device=device, static=static)
+    return Cache(
+        batch_size, max_seq_len, attention.cache_shapes, dtype=dtype, device=device, static=static, window=window,
+        sinks=sinks,
+    )  # fmt: skip
+
+
+def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
+    """Bytes per token of one layer by the paper's element count, not by any buffer.
+
+    With 8 bits: a byte an element, two more for the scale of each head or latent, two for each element in SIXTEEN_BITS.
+    """
+    if dtype not in LARGEST:
+        return attention.cache_formula * dtype.itemsize
+    shapes = attention.cache_shapes
+    exempt = sum(shape[-1] for name, shape in shapes.items() if name in SIXTEEN_BITS)
+    scales = sum(shape[0] if len(shape) > 1 else 1 for name, shape in shapes.items() if name not in SIXTEEN_BITS)
+    return attention.cache_formula + exempt + SCALE.itemsize * scales
 
 
 def place_without_cache(new_tokens: int, valid_BT: Tensor | None, *, causal: bool) -> Placement:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.attention.cache import Cache, new_cache
+from modeling.attention.cache import DTYPES, Cache, formula_bytes, new_cache
 
 BATCH, TOKENS = 3, 24
 Variant = Any  # an nn.Module that keeps the Attention protocol: both at once, which Python cannot spell
@@ -44,11 +44,12 @@ def _module_and_input(build: Build) -> tuple[Variant, Tensor]:
     return module, x_BTD
 
 
-def _poisoned_cache(module: Variant, max_seq_len: int, dtype: torch.dtype = torch.float32) -> Cache:
+def _poisoned_cache(module: Variant, max_seq_len: int, dtype: torch.dtype = torch.float32, **options: Any) -> Cache:
     """A cache full of NaN: a read beyond the length cannot go unnoticed."""
-    cache = new_cache(module, BATCH, max_seq_len, dtype=dtype, device="cpu")
-    for buffer in cache.buffers.values():
-        buffer.fill_(float("nan"))
+    cache = new_cache(module, BATCH, max_seq_len, dtype=dtype, device="cpu", **options)
+    for tensor in cache.tensors():
+        if tensor.dtype != torch.int8:  # whose scales are poisoned
+            tensor.fill_(float("nan"))
     return cache
 
 
@@ -102,6 +103,57 @@ def a_static_cache_equals_the_full_forward(build: Build) -> None:
 
 
 @torch.no_grad()
+def every_decode_path_gives_the_same(build: Build) -> None:
+    """Each path that the variant states, in float64 to 1e-10 and in float32 to 1e-5: prefill, chunks, single tokens."""
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        module, x_BTD = _module_and_input(build)
+        module, x_BTD = module.to(dtype), x_BTD.to(dtype)
+        full = module(x_BTD)
+        for path in module.decode_paths:
+            module.decode = path
+            for split in ([TOKENS], [5, 1, 7, TOKENS - 13], [TOKENS - 3, 1, 1, 1]):
+                cache = _poisoned_cache(module, TOKENS, dtype)
+                pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
+                error = relative_error(pieces, full)
+                assert error <= bound, f"decode={path}, split {split}, {dtype}: relative error {error:.1e}"
+
+
+@torch.no_grad()
+def a_window_hides_what_it_should(build: Build) -> None:
+    """Token by token through a ring of 2 sinks and 5 newest equals one call in which a mask hides the rest."""
+    module, x_BTD = _module_and_input(build)
+    window, sinks = 5, 2
+    ring = _poisoned_cache(module, TOKENS, window=window, sinks=sinks)
+    assert ring.slots == window + sinks, f"{ring.slots} slots for a window of {window} and {sinks} sinks"
+    singles = torch.cat([module(piece, ring) for piece in x_BTD.split(1, dim=1)], dim=1)
+    whole = module(x_BTD, _poisoned_cache(module, TOKENS, window=window, sinks=sinks))
+    error = relative_error(singles, whole)
+    assert error <= 1e-5, f"relative error {error:.1e} between one token at a time and one call"
+    for hidden, query in ((sinks, sinks + window), (TOKENS - window - 1, TOKENS - 1)):
+        changed = x_BTD.clone()
+        changed[:, hidden] += 1.0
+        after = module(changed, _poisoned_cache(module, TOKENS, window=window, sinks=sinks))
+        assert torch.equal(after[:, query], whole[:, query]), f"token {query} sees token {hidden} beyond its window"
+        assert not torch.equal(after[:, query - 1], whole[:, query - 1]), f"token {query - 1} misses token {hidden}"
+    assert not torch.equal(whole[:, -1], module(x_BTD)[:, -1]), "a window changes nothing"
+
+
+@torch.no_grad()
+def eight_bit_caches_stay_close(build: Build) -> None:
+    """int8 and fp8: one call gives what single tokens give, within 10 % (int8) and 30 % (fp8) of full precision."""
+    module, x_BTD = _module_and_input(build)
+    full = module(x_BTD)
+    for dtype, bound in ((torch.int8, 0.1), (torch.float8_e4m3fn, 0.3)):
+        whole = module(x_BTD, _poisoned_cache(module, TOKENS, dtype))
+        cache = _poisoned_cache(module, TOKENS, dtype)
+        singles = torch.cat([module(piece, cache) for piece in x_BTD.split(1, dim=1)], dim=1)
+        error = relative_error(singles, whole)
+        assert error <= 1e-5, f"{dtype}: relative error {error:.1e} between one token at a time and one call"
+        error = relative_error(whole, full)
+        assert 0 < error <= bound, f"{dtype}: relative error {error:.1e} against full precision"
+
+
+@torch.no_grad()
 def padded_rows_equal_the_rows_alone(build: Build) -> None:
     """A batch of three lengths, padded on the right and on the left, without and with a cache, then decoded on."""
     module, x_BTD = _module_and_input(build)
@@ -127,11 +179,11 @@ def padded_rows_equal_the_rows_alone(build: Build) -> None:
 
 
 def measured_cache_bytes_equal_the_formula(build: Build) -> None:
-    """Bytes read off the buffers, in three dtypes, are the formula's elements times the element size."""
+    """Bytes read off the buffers are the formula's elements times the element size; with 8 bits, and their scales."""
     module = build()
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in DTYPES.values():
         cache = new_cache(module, 2, 8, dtype=dtype, device="cpu")
-        wanted = module.cache_formula * dtype.itemsize
+        wanted = formula_bytes(module, dtype)
         assert cache.bytes_per_token == wanted, f"{dtype}: {cache.bytes_per_token} bytes measured, {wanted} by formula"
         assert cache.nbytes == 2 * 8 * wanted, f"{cache.nbytes} bytes allocated for 16 tokens of {wanted}"
 
@@ -234,6 +286,9 @@ CHECKS: tuple[Callable[[Build], None], ...] = (
     no_token_sees_the_future,
     cached_decoding_equals_the_full_forward,
     a_static_cache_equals_the_full_forward,
+    every_decode_path_gives_the_same,
+    a_window_hides_what_it_should,
+    eight_bit_caches_stay_close,
     padded_rows_equal_the_rows_alone,
     measured_cache_bytes_equal_the_formula,
     a_full_cache_refuses_another_token,

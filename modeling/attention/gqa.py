@@ -33,6 +33,8 @@ class GroupedQueryAttention(nn.Module):
     Raises ValueError for sizes that do not fit together.
     """
 
+    decode_paths = ("auto",)  # keys and values are cached as they are used
+
     def __init__(
         self,
         *,
@@ -50,7 +52,6 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: float,
         qk_norm: bool,
         dropout: float,
-        backend: str,
     ) -> None:
         super().__init__()
         if n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -69,7 +70,8 @@ class GroupedQueryAttention(nn.Module):
             )
         self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
-        self.positions, self.causal, self.dropout, self.backend = positions, causal, dropout, backend
+        self.positions, self.causal, self.dropout = positions, causal, dropout
+        self.backend, self.decode, self.kernel = "auto", "auto", "torch"
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
 

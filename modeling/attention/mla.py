@@ -9,6 +9,13 @@ Equations 9-19 of the paper, in row-vector convention (W_x is the module's weigh
     [q_C ; q_R] = c_Q [W_UQ ; W_QR]       q_up_proj, or q_proj on x without q_lora_rank; q_R is rotated
     o    = softmax([q_C ; q_R] [k_C ; k_R]^T / sqrt(N + P)) v_C,  out = o W_O
 
+Two execution paths, one set of weights (attention.decode):
+
+    expand     keys and values are rebuilt from the latents: training, and long chunks. O(S) projections a call.
+    absorbed   attention in latent space: q_L = q_C W_UK^T replaces the query, o = (softmax(...) c_KV) W_UV the value,
+               as W_UK and W_UV associate with either side. MQA of width L + P; the two thin factors stay apart (merged
+               they have 3.2 times the parameters at DeepSeek's shape). The scale stays 1/sqrt(N + P).
+
 Cache per token: L + P elements. Hugging Face's names: q_down_proj q_a_proj, q_up_proj q_b_proj, kv_down_proj and
 k_rope_proj together kv_a_proj_with_mqa, k_up_proj and v_up_proj together kv_b_proj, latent_norm kv_a_layernorm.
 
@@ -25,9 +32,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.cache import Cache, Placement, place_without_cache
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.attend import attend
+from modeling.kernels.latent_decode import latent_attend, latent_decode
+
+MANY = 2**31 - 1  # queries
 
 
 class MultiheadLatentAttention(nn.Module):
@@ -40,6 +50,9 @@ class MultiheadLatentAttention(nn.Module):
         (over each head's un-rotated keys, values and, with q_lora_rank, un-rotated queries; blocks absorption).
     latent_scale: latents times sqrt(D / rank) (MLRA, arXiv 2603.02188), which undoes the narrowing's loss of variance.
     fused_down_projections: all down-projections of x in one matrix (in_proj), the same function.
+    sharing, sharing_layers: what groups of that many consecutive layers have in common. `weights`: one kv_down_proj and
+        k_rope_proj (fewer parameters; the same cache, for each layer compresses its own input). `latent`: the latent and
+        rotated key of the group's first layer, which the others read (a cache divided by sharing_layers).
     bias: on the projections that read x and on o_proj, none on the up-projections (DeepSeek's attention_bias, which
         leaves out a q_proj that reads x).
     Raises ValueError for sizes and choices that do not fit together.
@@ -67,8 +80,9 @@ class MultiheadLatentAttention(nn.Module):
         positions: str,
         rope_theta: float,
         fused_down_projections: bool,
+        sharing: str,
+        sharing_layers: int,
         dropout: float,
-        backend: str,
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -76,6 +90,17 @@ class MultiheadLatentAttention(nn.Module):
         _check_choice("kv_latent", kv_latent, ("joint", "split"))
         _check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
         _check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
+        _check_choice("sharing", sharing, ("none", "weights", "latent"))
+        if (sharing_layers < 2) if sharing != "none" else (sharing_layers != 1):
+            raise ValueError(
+                f"sharing={sharing} does not go with sharing_layers={sharing_layers}: groups of layers have at least 2, "
+                f"and without sharing each layer is on its own (1)"
+            )
+        if sharing != "none" and fused_down_projections:
+            raise ValueError(
+                f"sharing={sharing} takes the key/value down-projections apart from the queries': set "
+                f"fused_down_projections=false"
+            )
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
@@ -107,7 +132,9 @@ class MultiheadLatentAttention(nn.Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.q_lora_rank, self.kv_lora_rank = R, L
         self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.qk_width = N, P, V, N + P
-        self.positions, self.causal, self.dropout, self.backend = positions, causal, dropout, backend
+        self.positions, self.causal, self.dropout = positions, causal, dropout
+        self.backend, self.decode, self.kernel = "auto", "auto", "torch"
+        self.sharing, self.follows = sharing, False
         self.scale = self.qk_width**-0.5  # of the heads as they are compared, never of the latent
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.latent_widths = (share, share) if kv_latent == "split" else (L,)
@@ -146,18 +173,54 @@ class MultiheadLatentAttention(nn.Module):
             RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta) if rotated_width else None
         )
 
+    def follow(self, leader: MultiheadLatentAttention) -> None:
+        """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do."""
+        self.follows = True
+        if self.sharing == "weights":
+            self.kv_down_proj, self.k_rope_proj = leader.kv_down_proj, leader.k_rope_proj
+        else:
+            del self.kv_down_proj, self.k_rope_proj, self.latent_norms
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the latents come from another layer, so that this one caches nothing."""
+        return self.follows and self.sharing == "latent"
+
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape per token of each cached tensor."""
-        shapes: dict[str, tuple[int, ...]] = {"latent": (self.kv_lora_rank,)}
-        if self.qk_rope_head_dim:
-            shapes["k_rope"] = (self.qk_rope_head_dim,)
+        shapes: dict[str, tuple[int, ...]] = {}
+        if not self.reads_latents:
+            shapes["latent"] = (self.kv_lora_rank,)
+            if self.qk_rope_head_dim:
+                shapes["k_rope"] = (self.qk_rope_head_dim,)
         return shapes
 
     @property
     def cache_formula(self) -> int:
-        """Cached elements per token: L + P (Table 1 of the paper: d_c + d_h^R)."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        """Cached elements per token: L + P (Table 1 of the paper: d_c + d_h^R); none where another layer's are read."""
+        return 0 if self.reads_latents else self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def decode_paths(self) -> tuple[str, ...]:
+        """The values that attention.decode may take. Between W_Q and W_UK nothing may stand for them to be absorbed."""
+        between = self.positions == "rope_after_up" or not isinstance(self.k_up_norm, nn.Identity)
+        return ("auto", "expand") if between else ("auto", "expand", "absorbed")
+
+    @property
+    def absorbs_up_to(self) -> int:
+        """Most queries a row and call for which `auto` takes the absorbed path; 0 where it does not exist.
+
+        Expanding costs G L (N + V) products a cached token whatever T is, absorbing widens attention from N + P + V to
+        2 L + P for each query and head: equal at T = G L (N + V) / (H (2 L - N - V)). Measured crossovers lie there too,
+        whatever the context (docs/PERFORMANCE.md).
+        """
+        if "absorbed" not in self.decode_paths:
+            return 0
+        narrow, wide = self.qk_nope_head_dim + self.v_head_dim, 2 * self.latent_widths[0]
+        if wide <= narrow:
+            return MANY
+        return max(1, self.n_kv_heads * self.latent_widths[0] * narrow // (self.n_heads * (wide - narrow)))
 
     def forward(
         self,
@@ -167,39 +230,79 @@ class MultiheadLatentAttention(nn.Module):
         *,
         valid_BT: Tensor | None = None,
         weights_out: list[Tensor] | None = None,
+        shared: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py.
+
+        shared: with sharing=latent, what a group's first layer fills with its visible latents (and rotated keys) and the
+        others read.
+        """
         B, T, _ = x_BTD.shape
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
-        tables = (
-            self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
-            if self.rope is not None
-            else None
-        )
         if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
             raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
-        q_in, latent_BTL, k_rope_BTP = self._project_down(x_BTD)
-        q_nope_BTHN, q_rope_BTHP = self._queries(q_in)
-        if tables is not None and self.qk_rope_head_dim:
-            q_rope_BTHP = rotate(q_rope_BTHP, tables)
-            k_rope_BTP = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
-        new = {"latent": latent_BTL}
-        if self.qk_rope_head_dim:
-            new["k_rope"] = k_rope_BTP
-        seen = new if cache is None else cache.append(valid_BT, **new)
+        tables = None
+        if self.rope is not None:
+            tables = self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
 
-        k_BSGN, v_BSGV = self._expand(seen["latent"].to(latent_BTL.dtype))
-        if tables is not None and self.positions == "rope_after_up":
-            assert self.rope is not None
-            q_nope_BTHN = rotate(q_nope_BTHN, tables)
-            # A cached latent carries no angle; its slot is its position.
-            k_BSGN = rotate(k_BSGN, tables if cache is None else self.rope.tables(0, k_BSGN.shape[1], None))
-        q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
+        if self.reads_latents:
+            assert shared is not None and len(shared) > 0, "a layer that reads another one's latents was given none"
+            q_in, seen = self._query_input(x_BTD), shared
+            if cache is not None:
+                cache.advance(T, valid_BT)
+        else:
+            q_in, latent_BTL, k_rope_BTP = self._project_down(x_BTD)
+            new = {"latent": latent_BTL}
+            if self.qk_rope_head_dim:
+                assert tables is not None
+                new["k_rope"] = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
+            seen = list((new if cache is None else cache.append(valid_BT, **new)).values())
+            if shared is not None:
+                shared[:] = seen
+        latent_BSL = seen[0]
+        k_rope_BSP = seen[1] if self.qk_rope_head_dim else None
+
+        q_nope_BTHN, q_rope_BTHP = self._queries(q_in)
         if self.qk_rope_head_dim:
+            assert tables is not None
+            q_rope_BTHP = rotate(q_rope_BTHP, tables)
+        if cache is not None and self._absorbs(T):
+            out_BTHV, weights_BHTS = self._attend_absorbed(
+                q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, cache, want_weights=weights_out is not None
+            )
+        else:
+            out_BTHV, weights_BHTS = self._attend_expanded(
+                q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, tables, cached=cache is not None,
+                want_weights=weights_out is not None,
+            )  # fmt: skip
+        if weights_out is not None and weights_BHTS is not None:
+            weights_out.append(weights_BHTS)
+        return self.o_proj(out_BTHV.reshape(B, T, -1))
+
+    def _absorbs(self, new_tokens: int) -> bool:
+        """Which path a call through a cache takes."""
+        if self.decode == "auto":
+            return new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
+        return self.decode == "absorbed"
+
+    def _attend_expanded(
+        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, latent_BSL: Tensor, k_rope_BSP: Tensor | None, place: Placement,
+        tables: tuple[Tensor, Tensor] | None, *, cached: bool, want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Attention over keys and values rebuilt from the latents."""
+        k_BSGN, v_BSGV = self._expand(latent_BSL.to(q_nope_BTHN.dtype))
+        if self.positions == "rope_after_up":
+            assert self.rope is not None and tables is not None
+            q_nope_BTHN = rotate(q_nope_BTHN, tables)
+            # A cached latent carries no angle; its slot is its position, unless the cache has a window.
+            k_tables = self.rope.tables(0, k_BSGN.shape[1], place.key_positions_BS) if cached else tables
+            k_BSGN = rotate(k_BSGN, k_tables)
+        q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
+        if k_rope_BSP is not None:
             q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
-            k_rope_BSGP = seen["k_rope"].to(k_BSGN.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
+            k_rope_BSGP = k_rope_BSP.to(k_BSGN.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
             k_BSGK = torch.cat((k_BSGN, k_rope_BSGP), dim=-1)
-        out_BTHV, weights_BHTS = attend(
+        return attend(
             q_BTHK,
             k_BSGK,
             v_BSGV,
@@ -208,24 +311,55 @@ class MultiheadLatentAttention(nn.Module):
             mask_BTS=place.mask_BTS,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
-            return_weights=weights_out is not None,
+            return_weights=want_weights,
         )
-        if weights_out is not None and weights_BHTS is not None:
-            weights_out.append(weights_BHTS)
-        return self.o_proj(out_BTHV.reshape(B, T, -1))
+
+    def _attend_absorbed(
+        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, latent_BSL: Tensor, k_rope_BSP: Tensor | None, place: Placement,
+        cache: Cache, *, want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Attention over the latents themselves: W_UK goes to the queries, W_UV to what comes out."""
+        B, T, H, N = q_nope_BTHN.shape
+        G, share, dtype = self.n_kv_heads, self.latent_widths[0], q_nope_BTHN.dtype
+        up_GNL = self.k_up_proj.weight.view(G, N, share)
+        q_latent_BTHL = torch.einsum("btghn,gnl->btghl", q_nope_BTHN.view(B, T, G, H // G, N), up_GNL).flatten(2, 3)
+        one_latent = len(self.latent_widths) == 1
+        if T == 1 and self.kernel != "torch" and one_latent and not want_weights:
+            if cache.window is not None:
+                raise ValueError("attention.kernel=triton reads caches without a window: take attention.kernel=torch")
+            lengths_B = cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1
+            kept = latent_BSL.dtype
+            out_BHL = latent_decode(
+                q_latent_BTHL[:, 0].to(kept), q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None, latent_BSL,
+                None if k_rope_BSP is None else k_rope_BSP.to(kept), lengths_B, scale=self.scale, kernel=self.kernel,
+            )  # fmt: skip
+            out_BTHL, weights_BHTS = out_BHL.unsqueeze(1), None
+        else:
+            parts = latent_BSL.to(dtype).split(self.latent_widths, dim=-1)
+            out_BTHL, weights_BHTS = latent_attend(
+                q_latent_BTHL.to(dtype), q_rope_BTHP if k_rope_BSP is not None else None, parts[0], None if k_rope_BSP is None else k_rope_BSP.to(dtype),
+                parts[-1], scale=self.scale, causal=place.causal, mask_BTS=place.mask_BTS,
+            )  # fmt: skip
+        up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)
+        out_BTGHV = torch.einsum("btghl,gvl->btghv", out_BTHL.unflatten(2, (G, H // G)).to(up_GVL.dtype), up_GVL)
+        return out_BTGHV.flatten(2, 3), weights_BHTS
 
     def _project_down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(queries or their latent, the normed and scaled key/value latent, the un-rotated shared key)."""
         if self.in_proj is not None:
             q_in, latent_BTL, k_rope_BTP = self.in_proj(x_BTD).split(self.down_widths, dim=-1)
         else:
-            q_in = (self.q_proj if self.q_lora_rank is None else self.q_down_proj)(x_BTD)
+            q_in = self._query_input(x_BTD)
             latent_BTL = self.kv_down_proj(x_BTD)
             k_rope_BTP = self.k_rope_proj(x_BTD) if self.k_rope_proj is not None else x_BTD[..., :0]
         parts = latent_BTL.split(self.latent_widths, dim=-1)
         normed = [_normed(norm, part) for norm, part in zip(self.latent_norms, parts, strict=True)]
         latent_BTL = (torch.cat(normed, dim=-1) if len(normed) > 1 else normed[0]) * self.kv_scale
         return q_in, latent_BTL.to(q_in.dtype), k_rope_BTP
+
+    def _query_input(self, x_BTD: Tensor) -> Tensor:
+        """The queries, or their latent before its norm."""
+        return (self.q_proj if self.q_lora_rank is None else self.q_down_proj)(x_BTD)
 
     def _queries(self, q_in: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated and to-be-rotated query parts, from x's projection or from its latent."""

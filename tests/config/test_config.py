@@ -143,9 +143,11 @@ def test_the_model_owns_the_sizes_and_the_variants_follow() -> None:
 REFUSED = {
     "attention=mlaa": "attention=mlaa does not exist; did you mean mla?",
     "attention=flash": "attention=flash does not exist; choose from "
-                       "gqa, mha, mha_decoupled, mha_learned, mha_wide, mla, mla_plain, mqa",
+                       "gqa, mha, mha_decoupled, mha_learned, "
+    "mha_wide, mla, mla_plain, mla_shared_latent, mla_shared_weights, mqa",
     "attention=null": "attention=null does not exist; choose from "
-                      "gqa, mha, mha_decoupled, mha_learned, mha_wide, mla, mla_plain, mqa",
+                      "gqa, mha, mha_decoupled, mha_learned, "
+    "mha_wide, mla, mla_plain, mla_shared_latent, mla_shared_weights, mqa",
     "model=tyny": "model=tyny does not exist; did you mean tiny?",
     "model={a:1}": "model={'a': 1} does not exist; choose from gpt2, medium, small, tiny",
     "tracking=tensorboard": "tracking=tensorboard does not exist; choose from none, wandb",
@@ -160,8 +162,8 @@ REFUSED = {
     "attention=mla attention.kv_rank=8": "attention.kv_rank is not a field of the configuration; "
                                          "did you mean attention.kv_lora_rank?",
     "attention=mla attention.mechanism=gqa": "attention.q_lora_rank is not a field of the configuration; choose from "
-        "backend, dropout, head_dim, mechanism, n_kv_heads, name, positions, qk_norm, qk_rope_head_dim, rope_theta, "
-        "v_head_dim",
+        "backend, decode, dropout, head_dim, kernel, mechanism, n_kv_heads, name, positions, "
+        "qk_norm, qk_rope_head_dim, rope_theta, v_head_dim",
     "mla": "mla is not of the form key=value; did you mean attention=mla?",
     "=3": "=3 is not of the form key=value; name a field and its value",
     "+new=1": "+new=1: fields are neither added nor deleted; write new=value",
@@ -190,7 +192,7 @@ REFUSED = {
     "device=cuda:1": "device=cuda:1 is unknown; did you mean cuda?",
     "precision=fp16": "precision=fp16 is unknown; choose from auto, bfloat16, float32",
     "compile=true": "compile=true is unknown; choose from auto, off, on",
-    "cache.dtype=int8": "cache.dtype=int8 is unknown; choose from bfloat16, float16, float32",
+    "cache.dtype=int4": "cache.dtype=int4 is unknown; did you mean int8?",
     "optimizer.name=sgd": "optimizer.name=sgd is unknown; choose from adamw, muon",
     "schedule.name=linear": "schedule.name=linear is unknown; choose from cosine, wsd",
     "tracking.name=mlflow": "tracking.name=mlflow is unknown; choose from none, wandb",
@@ -252,7 +254,9 @@ REFUSED_IN_EVAL = {
                      "can be set",
     "model=tiny": "model is not a field of the configuration; --cfg job shows all that there are",
     "device=tpu": "device=tpu is unknown; did you mean cpu?",
-    "cache.dtype=fp8": "cache.dtype=fp8 is unknown; choose from bfloat16, float16, float32",
+    "cache.dtype=q4": "cache.dtype=q4 is unknown; choose from bfloat16, float16, float32, fp8, int8",
+    "cache.window=0": "cache.window=0 sees nothing; choose 1 or more, or null for the whole context",
+    "cache.sinks=4": "cache.sinks=4 stay visible beside a window; choose 0 or more and set cache.window",
     "stride_fraction=2": "stride_fraction=2.0 must be above 0 and at most 1 (a window)",
     "batch_size=0": "batch_size=0 is too small; choose 1 or more",
     "max_tokens=-1": "max_tokens=-1 is too small; choose 1 or more",
@@ -337,8 +341,8 @@ def test_a_missing_field_is_named() -> None:
 # Another value for every field. Fields that are checked against each other change together.
 ANOTHER: dict[str, Any] = {
     "device": "cpu", "precision": "float32", "compile": "off", "cache.dtype": "float32", "model.mlp": "relu2",
-    "attention.mechanism": None, "attention.backend": "reference", "optimizer.name": "muon", "schedule.name": "wsd",
-    "tokenizer.name": "bytes", "tracking.name": "none", "model.causal": None, "micro_batch_size": 1,
+    "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
+    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "model.causal": None, "micro_batch_size": 1,
     "dataset.source": "stdlib", "dataset.sha256": {"a": "b"}, "attention.q_lora_rank": 16,
 }  # fmt: skip
 # Numbers that are absent (null) by default.

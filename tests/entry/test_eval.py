@@ -216,6 +216,75 @@ def test_cache_dtype_and_backend_are_chosen_by_the_evaluation(
     assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
+# --- through a cache -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run", VARIANTS)
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_eight_bits_are_scored_through_and_stand_beside_full_precision(
+    shared: Workplace, capsys: pytest.CaptureFixture[str], run: str, dtype: str
+) -> None:
+    plain = record_of(shared, capsys, f"run={run}")
+    assert shared.evaluate(f"run={run}", f"cache.dtype={dtype}") == 0
+    said = capsys.readouterr().out
+    (record,) = json_lines(said)
+    assert (plain["through_cache"], record["through_cache"]) == (False, True)
+    assert record["perplexity_without_cache"] == plain["perplexity"] == plain["perplexity_without_cache"]
+    assert record["perplexity"] != plain["perplexity"]
+    assert record["perplexity"] == pytest.approx(plain["perplexity"], rel=0.01)
+    # 2 heads of 16 and a scale for each, twice; or rank 16, its scale, and a rotated key of 8 in 16 bits.
+    assert record["cache_bytes_per_token"] == {"mha": 2 * 2 * (16 + 2), "mla": 16 + 2 + 2 * 8}[run]
+    assert f"a cache of {dtype}" in said and f"perplexity {plain['perplexity']:,.3f}" in said
+
+
+def test_sixteen_bits_are_quoted_unless_asked_to_be_scored_through(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = record_of(shared, capsys, "run=mha")
+    exact = record_of(shared, capsys, "run=mha", "cache.dtype=float32", "cache.through=true")
+    half = record_of(shared, capsys, "run=mha", "cache.through=true")
+    assert exact["through_cache"] and exact["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert half["through_cache"] and half["loss"] != plain["loss"]
+    assert half["loss"] == pytest.approx(plain["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("run", VARIANTS)
+def test_a_window_is_scored_and_its_whole_allocation_measured(
+    shared: Workplace, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    plain = record_of(shared, capsys, f"run={run}")
+    window = record_of(shared, capsys, f"run={run}", "cache.window=6", "cache.sinks=2")
+    assert (window["cache_window"], window["cache_sinks"], window["cache_context"]) == (6, 2, 32)
+    assert window["cache_bytes_per_token"] == plain["cache_bytes_per_token"]
+    assert plain["cache_bytes_at_context"] == 32 * plain["cache_bytes_per_token"]
+    assert window["cache_bytes_at_context"] == 8 * plain["cache_bytes_per_token"]
+    assert window["loss"] != plain["loss"] == window["loss_without_cache"]
+    wide = record_of(shared, capsys, f"run={run}", "cache.window=32", "cache.dtype=float32")
+    assert wide["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+
+
+def test_evaluations_through_other_caches_stand_beside_one_another(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kinds = [[], ["cache.dtype=int8"], ["cache.window=6"], ["cache.window=6", "cache.sinks=2"], ["cache.through=true"]]
+    folder = shared.runs / "mha" / "evaluations"
+    shutil.rmtree(folder, ignore_errors=True)
+    for kind in kinds:
+        record_of(shared, capsys, "run=mha", *kind)
+    assert len(list(folder.iterdir())) == len(kinds)
+
+
+def test_the_decode_path_is_said_and_changes_no_figure(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [
+        record_of(shared, capsys, "run=mla", "cache.dtype=int8", f"attention.decode={path}")
+        for path in ("expand", "absorbed")
+    ]
+    assert [record["decode"] for record in records] == ["expand", "absorbed (torch kernel)"]
+    assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
+    with pytest.raises(UserError, match=r"attention.decode=absorbed is not a path of this variant"):
+        shared.evaluate("run=mha", "attention.decode=absorbed")
+
+
 # --- other text ------------------------------------------------------------------------------------------------------
 
 

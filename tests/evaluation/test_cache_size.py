@@ -67,5 +67,5 @@ def test_the_buffers_hold_what_the_formula_says_in_the_dtype_asked_for(attention
         assert size.dtype == dtype
         assert size.bytes_per_token == width * sum(formula)
         assert list(size.elements_per_token_by_layer) == formula
-        assert size.elements_per_token_per_layer == formula[0]
+        assert size.elements_per_token_per_layer == sum(formula) / len(formula)
         assert isinstance(size.elements_per_token_per_layer, int)

@@ -173,6 +173,67 @@ def test_entries_of_other_names_are_our_own_mistake() -> None:
         new().append(k=torch.zeros(ROWS, 1, 2, 3))
 
 
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def ring(window: int, sinks: int, static: bool = False, longest: int = 100) -> Cache:
+    return Cache(ROWS, longest, SHAPES, dtype=torch.float32, device="cpu", static=static, window=window, sinks=sinks)
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize("chunks", [[1] * 20, [20], [3, 9, 1, 7], [13, 1, 1, 1, 4]])
+def test_a_window_keeps_the_sinks_and_the_newest_tokens_and_no_more_slots(chunks: list[int], static: bool) -> None:
+    window, sinks = 4, 2
+    cache, first = ring(window, sinks, static), 0
+    for tokens in chunks:
+        place = cache.place(tokens, None)
+        assert place.mask_BTS is not None and place.key_positions_BS is not None and place.positions_BT is not None
+        seen = cache.append(**entries(tokens, first))["v"][..., 0]
+        for row in range(ROWS):
+            for t in range(tokens):
+                position = first + t
+                visible = place.mask_BTS[row, t]
+                wanted = [p for p in range(position + 1) if p < sinks or position - p < window]
+                assert sorted(place.key_positions_BS[row, visible].tolist()) == wanted
+                assert sorted(seen[row, visible].tolist()) == [100 * row + p for p in wanted]
+        first += tokens
+    assert all(buffer.shape[1] == window + sinks for buffer in cache.buffers.values())
+    assert sorted(cache.buffers["v"][1, :, 0].tolist()) == [100, 101, 116, 117, 118, 119]
+    assert cache.nbytes == ROWS * (window + sinks) * cache.bytes_per_token
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_a_window_follows_each_rows_own_length(static: bool) -> None:
+    cache = ring(window=3, sinks=1, static=static)
+    valid = mask(["111111", "..1111", "11...."])
+    cache.place(6, valid)
+    cache.append(valid, **entries(6, 0))
+    assert cache.lengths_B.tolist() == [6, 4, 2]
+    held_numbers = [sorted(cache.buffers["v"][row, :, 0].tolist()) for row in range(ROWS)]
+    assert held_numbers[:2] == [[0, 3, 4, 5], [102, 103, 104, 105]]
+    assert cache.buffers["v"][2, :2, 0].tolist() == [200, 201]
+    place = cache.place(1, None)
+    assert place.positions_BT is not None and place.positions_BT.tolist() == [[6], [4], [2]]
+    seen = cache.append(**entries(1, 50))["v"][..., 0]
+    assert place.mask_BTS is not None
+    visible = [sorted(seen[row, place.mask_BTS[row, 0]].tolist()) for row in range(ROWS)]
+    assert visible == [[0, 4, 5, 50], [102, 104, 105, 150], [200, 201, 250]]
+
+
+def test_a_window_as_long_as_the_cache_is_no_window() -> None:
+    cache = ring(window=50, sinks=0, longest=SLOTS)
+    assert cache.slots == SLOTS
+    cache.append(**entries(SLOTS, 0))
+    with pytest.raises(ValueError, match="allocate a longer cache"):
+        cache.append(**entries(1, SLOTS))
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(0, 0), (-1, 0), (4, -1), (None, 3)])
+def test_an_impossible_window_is_refused(window: int | None, sinks: int) -> None:
+    with pytest.raises(ValueError, match=f"^window={window} and sinks={sinks}: a window holds at least 1 token"):
+        Cache(1, 8, SHAPES, dtype=torch.float32, device="cpu", window=window, sinks=sinks)
+
+
 # --- fixed shapes ----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ G, L, R, P = 2, 24, 20, 6  # gqa's groups, mla's rank, a query rank, the rotated
 
 def counted(model: GPT) -> int:
     """FLOPs of one forward and backward pass by torch's counter, on the backend it can see through."""
-    model.set_backend("reference")
+    model.set_execution(backend="reference")
     tokens = torch.randint(model.vocab_size, (ROWS, TOKENS + 1), generator=torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
@@ -119,7 +119,8 @@ def deepseek_mla(*, d_model: int, n_heads: int = 128) -> MultiheadLatentAttentio
             d_model=d_model, n_heads=n_heads, max_seq_len=8, causal=True, bias=False, norm_eps=1e-6,
             n_kv_heads=n_heads, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
             v_head_dim=128, kv_latent="joint", latent_norm="rms", latent_norm_place="latent", latent_scale=False,
-            positions="decoupled", rope_theta=10000.0, fused_down_projections=False, dropout=0.0, backend="sdpa",
+            positions="decoupled", rope_theta=10000.0, fused_down_projections=False,
+            sharing="none", sharing_layers=1, dropout=0.0,
         )  # fmt: skip
 
 
@@ -138,7 +139,7 @@ def test_deepseek_v2_caches_576_elements_where_mha_caches_32768() -> None:
         mha = GroupedQueryAttention(
             d_model=5120, n_heads=128, max_seq_len=8, causal=True, bias=False, norm_eps=1e-6, n_kv_heads=128,
             head_dim=128, v_head_dim=128, qk_rope_head_dim=0, positions="rope", rope_theta=10000.0, qk_norm=False,
-            dropout=0.0, backend="sdpa",
+            dropout=0.0,
         )  # fmt: skip
     for layer, elements in ((mla, 576), (mha, 32768)):
         cache = new_cache(layer, 1, 4, dtype=torch.bfloat16, device="meta")

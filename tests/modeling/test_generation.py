@@ -205,3 +205,76 @@ def test_settings_out_of_range_are_refused_in_one_sentence(
     arguments: dict[str, Any] = {"max_new_tokens": 3} | settings
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         next(generate(model_of("mha"), prompts, **arguments))
+
+
+# --- rows that finish, and how a step is computed --------------------------------------------------------------------
+
+
+def until_stop(model: GPT, prompt: list[int], stop: int, most: int) -> list[int]:
+    """What one row gives alone: its greedy tokens up to and including `stop`."""
+    tokens = greedy_by_full_forwards(model, prompt, most)
+    return tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+
+
+@pytest.mark.parametrize("step", ["eager", pytest.param("compile", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["gqa", "mla", "mla_plain", "mla_shared_latent"])
+def test_rows_that_finish_early_leave_the_others_what_they_give_alone(variant: str, step: str) -> None:
+    if step == "compile" and variant != "mla":
+        pytest.skip("one variant compiled; tests/modeling/test_cache.py compiles them all")
+    model = model_of(variant)
+    prompts = [random_prompt(length, seed=length) for length in (3, 11, 1, 7)]
+    stop = greedy_by_full_forwards(model, prompts[1], 20)[2]  # row 1 is done after at most three tokens
+    alone = [until_stop(model, prompt, stop, 20) for prompt in prompts]
+    assert len({len(tokens) for tokens in alone}) > 1
+    together = written(model, prompts, max_new_tokens=20, temperature=0, stop=stop, step=step)
+    for row, tokens in zip(together, alone, strict=True):
+        assert row[: len(tokens)] == tokens and set(row[len(tokens) :]) <= {stop}
+
+
+def test_generation_ends_when_every_row_has_stopped() -> None:
+    model, prompt = model_of("mla"), random_prompt(5)
+    stop = greedy_by_full_forwards(model, prompt, 5)[3]
+    assert written(model, [prompt], max_new_tokens=50, temperature=0, stop=stop) == [
+        until_stop(model, prompt, stop, 50)
+    ]
+
+
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_generation_through_a_window_is_the_argmax_of_forwards_that_mask_the_rest(variant: str) -> None:
+    model, prompt = model_of(variant), random_prompt(9)
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(15):
+            cache = model.new_cache(1, 64, dtype=torch.float32, device="cpu", window=6, sinks=2)
+            tokens.append(int(model(torch.tensor([tokens]), cache)[0, -1].argmax()))
+    windowed = written(model, [prompt], max_new_tokens=15, temperature=0, window=6, sinks=2)
+    assert windowed == [tokens[9:]]
+    assert windowed != written(model, [prompt], max_new_tokens=15, temperature=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_generation_through_eight_bits_stays_close(dtype: torch.dtype) -> None:
+    model, prompt = model_of("mla"), random_prompt(9)
+    exact = written(model, [prompt], max_new_tokens=1, temperature=0)
+    assert written(model, [prompt], max_new_tokens=1, temperature=0, cache_dtype=dtype) == exact
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [("graph", "step=graph needs a CUDA device, not cpu; take step=compile or step=eager"),
+     ("fast", "step=fast is unknown; choose auto, eager, compile or graph")],
+)  # fmt: skip
+def test_a_step_that_cannot_run_is_refused(step: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        list(generate(model_of("mha"), [[1, 2]], max_new_tokens=2, step=step))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_a_captured_step_writes_what_the_eager_one_writes(variant: str) -> None:
+    model = model_of(variant).cuda()
+    prompts = [random_prompt(length, seed=length) for length in (3, 11, 1, 7)]
+    eager = written(model, prompts, max_new_tokens=20, temperature=0, step="eager")
+    assert written(model, prompts, max_new_tokens=20, temperature=0, step="graph") == eager
+    windowed = {"window": 6, "sinks": 2, "max_new_tokens": 20, "temperature": 0.0}
+    assert written(model, prompts, step="graph", **windowed) == written(model, prompts, step="eager", **windowed)

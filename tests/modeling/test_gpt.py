@@ -94,9 +94,9 @@ def test_the_loss_compiles_without_a_graph_break(variant: str, chunk: int | None
 def test_both_backends_give_the_same_logits(variant: str) -> None:
     model = randomise(seeded([f"attention={variant}"]))
     tokens = random_tokens(2, 20)
-    model.set_backend("reference")
+    model.set_execution(backend="reference")
     reference = model(tokens)[..., :VOCAB]
-    model.set_backend("sdpa")
+    model.set_execution(backend="sdpa")
     assert [attention.backend for attention in model.attentions] == ["sdpa"] * LAYERS
     assert relative_error(model(tokens)[..., :VOCAB], reference) < 1e-5
 
@@ -340,7 +340,7 @@ def test_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize("variant", ["mha", "mla"])
 def test_dropout_on_attention_weights_alone_acts_in_training_only(variant: str, backend: str) -> None:
     model = randomise(seeded([f"attention={variant}", "attention.dropout=0.5"]))
-    model.set_backend(backend)
+    model.set_execution(backend=backend)
     tokens = random_tokens(2, 12)
     assert model.dropout.p == 0
     model.train()

@@ -1,0 +1,65 @@
+"""Scoring through a cache is decoding through it: one call a window gives what one token at a time gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from harness.evaluation.evaluate import CacheChoice, evaluate_model
+from harness.evaluation.perplexity import cut_windows, gather
+from modeling.attention.contract import randomise
+from modeling.gpt import GPT
+from tests.evaluation.test_perplexity import Split
+from tests.support.variants import SHIPPED, gpt_from
+
+VOCAB, END, TOKENS = 100, 99, 150
+CHOICES = {
+    "int8": CacheChoice(torch.int8),
+    "fp8": CacheChoice(torch.float8_e4m3fn),
+    "bfloat16": CacheChoice(torch.bfloat16),
+    "window": CacheChoice(torch.float32, window=9, sinks=3),
+    "int8 window": CacheChoice(torch.int8, window=9),
+}
+
+
+def split() -> Split:
+    tokens = np.random.default_rng(0).integers(0, END, TOKENS).astype(np.uint16)
+    tokens[-1] = END
+    one = np.array([2 * TOKENS])
+    return Split(tokens, np.array([0, TOKENS]), one, one)
+
+
+@torch.no_grad()
+def decoded_one_by_one(model: GPT, choice: CacheChoice, stride: int) -> float:
+    """Mean nats, every window decoded from an empty cache, a token at a time."""
+    text = split()
+    windows = cut_windows(np.array([0, TOKENS]), max_seq_len=model.max_seq_len, stride=stride)
+    nats, scored = 0.0, 0
+    for window in range(len(windows.start)):
+        inputs, targets = map(torch.from_numpy, gather(text.tokens, windows, np.array([window]), end_of_text=END))
+        cache = model.new_cache(1, inputs.shape[1], dtype=choice.dtype, device="cpu", window=choice.window,
+                                sinks=choice.sinks)  # fmt: skip
+        for t in range(inputs.shape[1]):
+            logits = model(inputs[:, t : t + 1], cache)[:, -1]
+            if t >= windows.skip[window]:
+                nats += torch.nn.functional.cross_entropy(logits, targets[:, t]).item()
+                scored += 1
+    assert scored == TOKENS
+    return nats / scored
+
+
+@pytest.mark.parametrize("kind", CHOICES)
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> None:
+    model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB)).eval()
+    choice = CHOICES[kind]
+
+    def loss(through: CacheChoice | None) -> float:
+        return evaluate_model(
+            model, split(), end_of_text=END, decode=lambda ids: "x " * len(ids), stride_fraction=0.5, batch_size=3,
+            precision=torch.float32, device=torch.device("cpu"), through=through,
+        ).loss  # fmt: skip
+
+    assert loss(choice) == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
+    assert loss(choice) != loss(None)
