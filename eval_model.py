@@ -9,6 +9,7 @@ from harness.bootstrap import enter_environment
 enter_environment()
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,22 @@ def main(overrides: list[str]) -> int:
     config = load_eval_config(overrides)
     runs = chosen_runs(config)
 
-    from harness.score import score_run
+    from harness.score import keep_record, score_run
 
+    failed = []
     for run in runs:
-        record, result = score_run(run, config)
-        print_table(record, result)
-        print(json.dumps(record), flush=True)
+        try:
+            record, result = score_run(run, config)
+            print_table(record, result)
+            print(json.dumps(record), flush=True)
+            keep_record(run, record, config)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            print(f"error: {run.name}: {error}", file=sys.stderr)
+            failed.append(run.name)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs could not be evaluated: {', '.join(failed)}; see above")
     return 0
 
 

@@ -6,6 +6,7 @@
 #   sh prepare_for_use.sh stdlib tokenizer=bytes     with key=value overrides, as train_model.py takes them
 #
 # An active virtual environment is used as it is; otherwise .venv is made in the project's folder.
+# --help (-h) shows this text and does nothing else.
 set -eu
 
 say() { printf '== %s\n' "$*"; }
@@ -14,6 +15,24 @@ fail() {
     printf 'prepare_for_use.sh: %s\n' "$*" >&2
     exit 2
 }
+
+# The comment at the head of this file.
+usage() {
+    while IFS= read -r line; do
+        case $line in
+            '#!'*) ;;
+            '#'*) line=${line#'#'} && printf '%s\n' "${line# }" ;;
+            *) return ;;
+        esac
+    done <"$0"
+}
+
+for argument; do
+    case $argument in
+        -h | --help) usage && exit ;;
+        -*) fail "$argument is no option here: name datasets and key=value overrides, or --help." ;;
+    esac
+done
 
 # "3.12" for a python that starts, failure for one that does not (a dangling link, a version manager's empty shim).
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }

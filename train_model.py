@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from harness.command_line import run_hydra
 from harness.config import load_train_config
-from harness.run import claim_run, finished, read_json, run_folder, write_json
+from harness.run import Claim, finished, lock_run, read_json, run_folder, write_json
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
+    from harness.session import Session
 
 
 def main(overrides: list[str]) -> int:
@@ -26,11 +27,9 @@ def main(overrides: list[str]) -> int:
     config = load_train_config(overrides)
 
     import torch
-    from tqdm import tqdm
 
     from harness.build import build_model
-    from harness.evaluation.evaluate import split_metrics
-    from harness.session import load_data, open_session, steps_due
+    from harness.session import load_data, open_session
     from harness.training.device import select_device
     from harness.training.optimizer import check_optimizer
     from harness.training.schedule import build_schedule, steps_from_budget
@@ -50,32 +49,48 @@ def main(overrides: list[str]) -> int:
         return say_finished(run)
     data = load_data(config)
 
-    claim_run(config)
-    session = open_session(config, run, data, device, steps)
-    print("\n".join(session.lines()), flush=True)
+    with lock_run(run):
+        claim = Claim(config)
+        try:
+            session = open_session(config, run, data, device, steps)
+            print("\n".join(session.lines()), flush=True)
+            result = session.evaluate() if session.first_step == 1 else None
+        except BaseException:
+            claim.undo()
+            raise
+        claim.settle()
+        return train_session(session, result)
 
+
+def train_session(session: Session, result: SplitResult | None) -> int:
+    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing."""
+    from tqdm import tqdm
+
+    from harness.evaluation.evaluate import split_metrics
+    from harness.session import steps_due
+
+    intervals, steps = session.config.intervals, session.steps
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)
-    step, result = session.last_step, None
+    step = session.last_step
     with session.open_tracker() as tracker, bar:
-        if session.first_step == 1:
-            result = session.evaluate()
+        if result is not None:
             tracker.log(0, 0, session.facts.metrics() | split_metrics(result))
             say(validation_line(0, result))
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
-            if steps_due(step.number, steps, config.intervals.log):
+            if steps_due(step.number, steps, intervals.log):
                 tracker.log(step.number, step.tokens, session.step_metrics(step))
-            if steps_due(step.number, steps, config.intervals.evaluate):
+            if steps_due(step.number, steps, intervals.evaluate):
                 result = session.evaluate()
                 tracker.log(step.number, step.tokens, split_metrics(result))
                 say(validation_line(step.number, result))
-            if steps_due(step.number, steps, config.intervals.checkpoint):
+            if steps_due(step.number, steps, intervals.checkpoint):
                 session.save(step, tracker)
         assert step is not None
         summary = session.summary(step, result or session.evaluate())
         tracker.summary(summary)
-    write_json(run / "summary.json", summary)
+    write_json(session.run / "summary.json", summary)
     print(json.dumps(summary))
     return 0
 

@@ -7,6 +7,8 @@ the others. Arguments without '=' go to the field named by `positional`.
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import subprocess
 import sys
 import typing
@@ -31,7 +33,10 @@ Options = TypeVar("Options")
 
 
 def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: str | None = None) -> Options:
-    """The dataclass filled from key=value arguments; dotted keys reach nested dataclasses. Raises UserError."""
+    """The dataclass filled from key=value arguments; dotted keys reach nested dataclasses. Raises UserError.
+
+    What has no `=`, or one behind no option and nothing like one (the default names of runs hold some), is positional.
+    """
     import yaml
 
     leaves = _leaf_types(kind)
@@ -39,17 +44,18 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     rest: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if key not in leaves and positional is not None and (not equals or "/" in key):
+        resembling = difflib.get_close_matches(key, list(leaves), n=1, cutoff=0.6)
+        if key not in leaves and positional is not None and (not equals or "/" in key or not resembling):
             rest.append(argument)
             continue
         if not equals:
             raise UserError(f"{argument} is not of the form key=value; {did_you_mean(argument, list(leaves))}")
         if key not in leaves:
             raise UserError(f"{key} is not an option here; {did_you_mean(key, list(leaves))}")
-        is_text = leaves[key] in (str, str | None)
+        is_text = leaves[key] is str or (leaves[key] == str | None and value != "null")
         try:
-            parsed = value if is_text and value != "null" else yaml.safe_load(value)
-        except yaml.YAMLError:
+            parsed = value if is_text else yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):  # no such date, a number of thousands of digits
             raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
         if isinstance(parsed, str) and leaves[key] in (float, float | None):
             try:  # YAML 1.1 reads 1e-3 as text
@@ -125,7 +131,10 @@ def run_hydra(
             failed.append(f"{' '.join(overrides)} (status {status})")
 
     try:
-        words = [word for word in sys.argv[1:] if not word.startswith("-")]
+        taken = ("-c", "--cfg", "-i", "--info", "-p", "--package")  # by the flag before it
+        words = [
+            word for before, word in itertools.pairwise(sys.argv) if not word.startswith("-") and before not in taken
+        ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
         if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
             for choices in sweep_jobs([override for override in overrides if not override.startswith("hydra")]):

@@ -44,7 +44,6 @@ _PROTOCOL = ("per_document", "stride_fraction", "max_tokens", "precision")
 _CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
 _KIND = (*_PROTOCOL, *_CACHE)
 _PLAIN = {"through_cache": False, "cache_window": None, "cache_sinks": 0}
-_REFERENCE = ("bfloat16", *_PLAIN.values())  # of mha: what the sizes of all caches are related to
 _EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
 # What records lack that were written before evaluations through a cache.
 _FORMERLY = _PLAIN | {"cache_context": None, "cache_bytes_at_context": None}
@@ -83,7 +82,7 @@ class Setup:
     cache_context: int | None  # None: the record is older than this and the next figure
     cache_bytes_at_context: int | None
     cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
-    cache_ratio_to_mha: float | None  # of the figure above; None: there is no mha row of this model to compare with
+    cache_ratio_to_mha: float | None  # MHA of this model's heads and layers; None: the record is older
     tokens_per_second: float
     setup_hash: str
     runs: list[str]
@@ -177,7 +176,7 @@ def compare(
         names = ", ".join(_differing([table.conditions for table in tables]))
         notes.append(f"separate tables, because these runs differ in {names}")
     if every_cache:
-        notes.append("x MHA: cache bytes per token of context, over those of mha without a window in bfloat16")
+        notes.append("x MHA: cache bytes per token of context, over those of MHA with the model's heads in bfloat16")
     return Comparison(tables, [source, *notes, *repeated, *_uneven_seeds(tables), *_circumstances(records)])
 
 
@@ -195,7 +194,7 @@ def _expanded(folders: Sequence[Path]) -> list[Path]:
     """Every run once, in the order given; a folder of runs stands for all of them."""
     found: dict[Path, Path] = {}
     for folder in folders:
-        inside = [folder] if _is_run(folder) else sorted(path for path in folder.glob("*") if _is_run(path))
+        inside = [folder] if _is_run(folder) else sorted(path for path in folder.glob("[!.]*") if _is_run(path))
         if not inside:
             raise UserError(f"{folder} is neither a run nor a folder of runs; train one with: python train_model.py")
         found |= {path.resolve(): path for path in inside if path.resolve() not in found}
@@ -341,17 +340,15 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
     groups = list(grouped.values())
     firsts = [group[0] for group in groups]
     names = _names(firsts)
-    mha_bytes = {
-        first["model"]: _bytes_per_context_token(first)
-        for first in firsts
-        if first["attention"] == "mha" and (not every_cache or _values(first, _CACHE) == _REFERENCE)
-    }
     setups = []
     for first, group in zip(firsts, groups, strict=True):
         name, cache = names[first["setup_hash"]], _cache_label(first, unsaid) if every_cache else ""
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
-        per_token, mha = _bytes_per_context_token(first), mha_bytes.get(first["model"])
+        per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
+        ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
+        if every_cache:
+            ratio = per_token / mha if mha else None
         setups.append(
             Setup(
                 variant=f"{name}, {cache}" if cache else name, cache=cache,
@@ -364,7 +361,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
                 cache_window=first["cache_window"], cache_sinks=first["cache_sinks"],
                 cache_bytes_per_token=first["cache_bytes_per_token"], cache_context=first["cache_context"],
                 cache_bytes_at_context=first["cache_bytes_at_context"], cache_bytes_per_context_token=per_token,
-                cache_ratio_to_mha=per_token / mha if mha else None,
+                cache_ratio_to_mha=ratio,
                 tokens_per_second=statistics.fmean(record["tokens_per_second"] for record in group),
                 setup_hash=first["setup_hash"], runs=[record["name"] for record in group],
             )

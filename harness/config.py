@@ -7,6 +7,7 @@ of runs, and the split of a configuration into what a run is (its identity) and 
 from __future__ import annotations
 
 import ast
+import collections
 import dataclasses
 import difflib
 import hashlib
@@ -447,7 +448,10 @@ def _schema_paths(kind: Any, prefix: str = "") -> set[str]:
 
 def load_eval_config(overrides: Sequence[str]) -> EvalConfig:
     """configs/eval.yaml with these overrides, checked."""
-    return eval_config(compose("eval", overrides))
+    config = eval_config(compose("eval", overrides))
+    if config.dataset is not None:
+        config.dataset.path = _whole_path(config.dataset.path)
+    return config
 
 
 def eval_config(container: Mapping[str, Any]) -> EvalConfig:
@@ -485,30 +489,47 @@ def check_config(config_name: str, overrides: Sequence[str]) -> None:
 def load_train_config(overrides: Sequence[str]) -> TrainConfig:
     """configs/train.yaml with these overrides, checked, its name worked out."""
     config = train_config(compose("train", overrides))
-    if config.dataset.source == "local" and config.dataset.path:
-        config.dataset.path = str(Path(config.dataset.path).expanduser().absolute())  # the run is found from anywhere
+    # Whole paths: the run is found, continued and evaluated from any folder.
+    config.dataset.path = _whole_path(config.dataset.path)
+    if (
+        config.tokenizer.path is not None and Path(config.tokenizer.path).expanduser().exists()
+    ):  # else a name on the hub
+        config.tokenizer.path = _whole_path(config.tokenizer.path)
     if config.name == "auto":
         config.name = default_name(config, overrides)
     return config
 
 
+def _whole_path(path: str | None) -> str | None:
+    return str(Path(path).expanduser().absolute()) if path else path
+
+
 def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
-    """dataset-model-attention, then each override that changes what the run is, then the seed."""
+    """dataset-model-attention, then each override that changes what the run is, by field, then the seed.
+
+    A field is called by the last part of its name where no other field has the same.
+    """
     parts = [config.dataset.name, config.model.name, config.attention["name"]]
-    if config.dataset.source == "local" and config.dataset.path:
-        parts[0] += f"_{Path(config.dataset.path.rstrip('/')).stem}"
+    if config.dataset.source == "local" and config.dataset.path:  # of two corpora with one name, each has its own
+        digest = hashlib.sha256(config.dataset.path.encode()).hexdigest()[:6]
+        parts[0] += f"_{Path(config.dataset.path.rstrip('/')).stem}_{digest}"
     pairs = dict(override.partition("=")[::2] for override in overrides)
     defaults = _default_options("train")
-    chosen = {key: value for key, value in pairs.items() if key in defaults}
+    chosen = {key: value for key, value in sorted(pairs.items()) if key in defaults}
     parts += [
         value for key, value in chosen.items()
         if key not in ("dataset", "model", "attention", "tracking") and value != _shown(defaults[key])
     ]  # fmt: skip
     plain = train_config(compose("train", [f"{key}={value}" for key, value in chosen.items()]))
     before, after = identity(plain), identity(config)
+    said = (*SEED_FIELDS, "dataset.path")
+    given = {key for key in pairs if key not in defaults}
+    lasts = collections.Counter(path.split(".")[-1] for path in after)
     parts += [
-        f"{key.split('.')[-1]}={after.get(key)}" for key in pairs
-        if key not in (*defaults, *SEED_FIELDS, "dataset.path") and before.get(key) != after.get(key)
+        f"{path.split('.')[-1] if lasts[path.split('.')[-1]] == 1 else path}={_shown(value)}"
+        for path, value in sorted(after.items())
+        if any(path == key or path.startswith(f"{key}.") for key in given) and path not in said
+        and before.get(path) != value
     ]  # fmt: skip
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", "-".join(parts))
     if len(name) > 80:  # file systems stop at 255 bytes, W&B's names at 128

@@ -27,6 +27,7 @@ class ModelFacts:
     cache_bytes_at_context: int  # allocated for max_seq_len tokens
     cache_elements_per_token_per_layer: float
     cache_ratio_to_mha: float  # MHA of the same heads: 2 * n_heads * head_dim elements
+    mha_cache_bytes_per_token: int  # MHA of the same heads, all layers, in bfloat16
     gqa_groups: float  # GQA of the same head width with this many groups would cache as much
 
     def metrics(self) -> dict[str, float]:
@@ -75,6 +76,7 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
         cache_bytes_at_context=size.bytes_at_context,
         cache_elements_per_token_per_layer=elements,
         cache_ratio_to_mha=elements / (one_group * config.model.n_heads),
+        mha_cache_bytes_per_token=2 * one_group * config.model.n_heads * config.model.n_layers,
         gqa_groups=elements / one_group,
     )
 

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,9 @@ def run_folder(config: TrainConfig) -> Path:
     """
     folder = Path(config.runs_dir) / config.name
     if not (folder / "config.yaml").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
             raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
-    elif not config.overwrite and ((folder / "metrics.jsonl").exists() or finished(folder)):
+    elif not config.overwrite and (begun(folder) or finished(folder)):
         differing = differences(config, load_run_config(folder))
         if differing:
             shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
@@ -39,25 +41,67 @@ def run_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def claim_run(config: TrainConfig) -> Path:
-    """The run's folder, made if absent, with this configuration inside. Deletes an older run only if asked to overwrite.
+def begun(run: Path) -> bool:
+    """Has anything been logged or saved?"""
+    return (run / "metrics.jsonl").exists() or any(run.glob("checkpoints/step-*"))
 
-    Raises UserError as `run_folder` does, and when the folder cannot be written.
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Nobody else trains this run meanwhile. The system frees the lock of a process that dies.
+
+    Raises UserError when another process holds it, or when the folder above cannot be written.
     """
-    folder = run_folder(config)
-    if config.overwrite and folder.exists():
-        aside = folder.with_name(f".{folder.name}.overwritten")
-        if aside.exists():
-            shutil.rmtree(aside)
-        folder.rename(aside)
-        shutil.rmtree(aside)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_run_config(config, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = (folder.parent / f".{folder.name}.lock").open("w")
     except OSError as error:
-        raise UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another runs_dir=...") \
-            from None  # fmt: skip
-    return folder
+        raise _unwritable(folder, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {folder}: wait for its end, or choose another name=...") \
+                from None  # fmt: skip
+        yield
+
+
+class Claim:
+    """A run's folder, made if absent, with this configuration inside; an older run that is overwritten lies aside.
+
+    `settle` deletes the older run once the new one has proved that it can train, `undo` puts it back. Killed in between,
+    the next command with overwrite=true finds the older run aside and takes it for the one to be overwritten. Raises
+    UserError as `run_folder` does, and when the folder cannot be written.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder = run_folder(config)
+        self.aside = self.folder.with_name(f".{self.folder.name}.overwritten")
+        try:
+            if config.overwrite and self.folder.exists():
+                if self.aside.exists():  # this command was killed before: what stands there now has never settled
+                    shutil.rmtree(self.folder)
+                else:
+                    self.folder.rename(self.aside)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_run_config(config, self.folder)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+
+    def settle(self) -> None:
+        """The new run stands."""
+        if self.aside.exists():
+            shutil.rmtree(self.aside)
+
+    def undo(self) -> None:
+        """As if nothing had been claimed; without an older run the folder stays, free to be claimed again."""
+        if self.aside.exists():
+            shutil.rmtree(self.folder)
+            self.aside.rename(self.folder)
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another runs_dir=...")
 
 
 def finished(run: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.config import load_run_config
 from harness.data import prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
@@ -28,7 +29,7 @@ CARRIED = ("name", "attention", "model", "seed", "data_seed", "parameters", "tok
 
 
 def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResult]:
-    """Rebuild the model from the run's own configuration, score the split, record it in the run and in its W&B run.
+    """Rebuild the model from the run's own configuration and score the split.
 
     Raises UserError when the split is missing or the run's data is not what it was trained on.
     """
@@ -41,8 +42,17 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
     device = select_device(config.device)
     precision = select_precision(config.precision, device)
     trained = load_trained(run, device=device, precision=precision, execution=config.attention)
+    if trained.step != summary["steps"]:
+        raise UserError(
+            f"the last checkpoint of {run} (step {summary['steps']}) is damaged or missing, so that the trained model is not "
+            f"there: delete {run / 'summary.json'}, and the command that trained the run makes it again from "
+            f"{trained.checkpoint}"
+        )
     dataset = config.dataset or trained.config.dataset
-    data = prepare(dataset, trained.config.tokenizer, Path(config.data_dir), tokenizer_file=trained.tokenizer_file)
+    data = prepare(
+        dataset, trained.config.tokenizer, Path(config.data_dir), tokenizer_file=trained.tokenizer_file,
+        for_training=False,
+    )  # fmt: skip
     if config.split not in data.splits:
         raise UserError(f"split={config.split} is not in dataset={dataset.name}; choose from {', '.join(data.splits)}")
     if config.dataset is None and data.fingerprint != summary["data_fingerprint"]:
@@ -96,27 +106,43 @@ def score_run(run: Path, config: EvalConfig) -> tuple[dict[str, Any], SplitResul
         "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
         "seconds": time.perf_counter() - started,
         "kernel": trained.kernel,
-        "decode": decode_path(trained.model) if through else None,
+        "decode": decode_path(trained.model, trained.model.max_seq_len) if through else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
         "checkpoint": trained.checkpoint,
         "commit": commit(),
     }
-    write_json(run / "evaluations" / f"{record_name(record)}.json", record)
+    return record, result
+
+
+def keep_record(run: Path, record: dict[str, Any], config: EvalConfig) -> None:
+    """Store an evaluation in the run and in its W&B run. Raises UserError when the run's folder cannot be written."""
+    try:
+        write_json(run / "evaluations" / f"{record_name(record)}.json", record)
+    except OSError as error:
+        raise UserError(
+            f"the record of this evaluation cannot be stored in {run} ({error.strerror}): make the folder writable, or "
+            f"copy the run to one that is"
+        ) from None
+    trained = load_run_config(run)
     with open_run_tracker(
-        trained.config, config.tracking, run, run_config=dataclasses.asdict(trained.config),
-        run_id=summary["wandb_id"], metrics_bytes=None,
+        trained, config.tracking, run, run_config=dataclasses.asdict(trained),
+        run_id=read_json(run / "summary.json")["wandb_id"], metrics_bytes=None,
     ) as tracker:  # fmt: skip
         figures = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-        place = "/".join(["eval", dataset.name, config.split, *([cache_label(record)] if through else [])])
+        label = [cache_label(record)] if record["through_cache"] else []
+        place = "/".join(["eval", record["dataset"], record["split"], *label])
         tracker.summary({f"{place}/{key}": record[key] for key in figures})
-    return record, result
 
 
 def cache_label(record: dict[str, Any]) -> str:
     """The cache that was scored through, for people: `int8`, or `bfloat16, window 64, 4 sinks`."""
     window, sinks = record["cache_window"], record["cache_sinks"]
-    parts = [record["cache_dtype"], *([f"window {window}"] if window else []), *([f"{sinks} sinks"] if sinks else [])]
+    parts = [
+        record["cache_dtype"],
+        *([f"window {window}"] if window else []),
+        *([f"{sinks} sink{'s' if sinks > 1 else ''}"] if sinks else []),
+    ]
     return ", ".join(parts)
 
 

@@ -198,6 +198,7 @@ class Session:
             "cache_bytes_at_context": self.facts.cache_bytes_at_context,
             "cache_elements_per_token_per_layer": self.facts.cache_elements_per_token_per_layer,
             "cache_ratio_to_mha": self.facts.cache_ratio_to_mha,
+            "mha_cache_bytes_per_token": self.facts.mha_cache_bytes_per_token,
             "tokens_per_second": self.mean_tokens_per_second(step),
             "seconds": self.seconds_before + (0.0 if step is self.last_step else step.seconds),
             "peak_memory_bytes": peak_memory_bytes(self.device),
@@ -285,6 +286,7 @@ class TrainedModel:
     tokenizer_file: Path | None  # None: plain bytes
     kernel: str
     checkpoint: str
+    step: int
 
 
 def load_trained(
@@ -303,9 +305,9 @@ def load_trained(
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
-    load_checkpoint(checkpoint, model=model, optimizer=None)
+    state = load_checkpoint(checkpoint, model=model, optimizer=None)
     kernel = pin_execution(model, execution, device=device, precision=precision)
-    return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name)
+    return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"])
 
 
 def open_run_tracker(
@@ -349,16 +351,17 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
     return backend
 
 
-def decode_path(model: GPT) -> str:
-    """How a call through the cache is computed, in words."""
+def decode_path(model: GPT, new_tokens: int | None = None) -> str:
+    """How calls through the cache are computed, in words; with new_tokens, a call of so many tokens a row."""
     first = model.attentions[0]
     if first.decode_paths == ("auto",):
         return "keys and values as they are cached"
-    kernel = f" ({first.kernel} kernel)"
-    if first.decode != "auto":
-        return first.decode + (kernel if first.decode == "absorbed" else "")
-    limit = first.absorbs_up_to
-    return f"absorbed{kernel} up to {limit:,} new tokens a call, expanded above" if limit else "expand"
+    absorbed = f"absorbed ({first.kernel} kernel)"
+    if new_tokens is not None:
+        return absorbed if first.absorbs(new_tokens) else "expanded"
+    if first.decode == "auto" and first.absorbs(1):
+        return f"{absorbed} up to {first.absorbs_up_to:,} new tokens a call, expanded above"
+    return absorbed if first.absorbs(1) else "expanded"
 
 
 def choose_loss_chunk(model: GPT, *, micro_batch_size: int, device: torch.device) -> None:

@@ -206,6 +206,8 @@ class _Dashboard:
 
     def _start(self, options: dict[str, Any], continued: str | None) -> Any:
         options |= {"id": continued, "resume": "allow"} if continued else {"id": secrets.token_hex(4)}
+        # A variable that the client refuses is refused here, where no thread of its own runs yet that it would not end.
+        self._wandb.Settings().update_from_env_vars(dict(os.environ))
         mode = self._set_up({}).mode
         if mode == "disabled":
             return None
@@ -295,8 +297,20 @@ def _say(message: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    if type(error).__name__ == "ValidationError" and callable(errors := getattr(error, "errors", None)):
+        return _refused_setting(errors()[0])
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _refused_setting(details: Mapping[str, Any]) -> str:
+    """A setting that the client does not accept and what it would, from pydantic, whose first line says neither."""
+    name = ".".join(str(part) for part in details["loc"])
+    variable = f"WANDB_{name.upper()}"
+    # Of a setting with fixed choices the value is shown too: of others it may be an API key.
+    value = f"={details['input']}" if details["type"] == "literal_error" else ""
+    message = details["msg"][:1].lower() + details["msg"][1:]
+    return f"{variable if variable in os.environ else name}{value}: {message.rstrip('.')}"
 
 
 def _sync_command(folder: Path, *options: str) -> str:

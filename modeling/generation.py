@@ -13,6 +13,8 @@ from torch import Tensor
 from modeling.attention.cache import Cache
 from modeling.gpt import GPT
 
+COLDEST = 1e-3  # logits divided by less leave the range of float32
+
 
 def sample(
     logits_BC: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
@@ -167,8 +169,8 @@ def _check(
         raise ValueError("a prompt has no tokens; give at least one (the end-of-text token starts a fresh text)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
+    if temperature != 0 and not temperature >= COLDEST:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least {COLDEST}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or null for no cut")
     if top_p is not None and not 0 < top_p <= 1:

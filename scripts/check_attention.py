@@ -6,18 +6,25 @@ The overrides are train_model.py's (attention, model, and their fields). A table
 # ruff: noqa: E402
 from __future__ import annotations
 
+import functools
+import logging
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
 from harness.command_line import run_script
 from harness.config import load_train_config
+from harness.errors import UserError
+
+MODELING = ROOT / "modeling"
 
 
 def main(arguments: list[str]) -> int:
@@ -28,27 +35,49 @@ def main(arguments: list[str]) -> int:
     from harness.build import build_layer, build_model
     from modeling.attention.contract import CHECKS
 
-    with torch.device("meta"):
-        build_model(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+    # torch.compile logs the traceback of what it fails on: its first line stands in the table.
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+
+    def it_builds_into_a_model() -> None:
+        with torch.device("meta"):
+            build_model(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+
+    started = time.perf_counter()
+    unbuilt = mistake(it_builds_into_a_model)
     print(f"attention={config.attention['name']} ({config.attention['mechanism']}), {config.model.n_heads} heads, "
           f"d_model {config.model.d_model}")  # fmt: skip
-    failures = 0
+    failures, rows = 0, len(CHECKS)
+    if unbuilt is not None:  # a row of its own: the checks build a layer without the model around it
+        print_row(it_builds_into_a_model.__name__, time.perf_counter() - started, unbuilt)
+        failures, rows = 1, rows + 1
     for check in CHECKS:
         started = time.perf_counter()
-        try:
-            check(lambda: build_layer(config))
-            verdict, remark = "pass", ""
-        except AssertionError as error:
-            verdict, remark = "FAIL", f"  {error}"
-        except (RuntimeError, ValueError, TypeError) as error:  # the user's own class may fail in any way
-            verdict, remark = "FAIL", f"  {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        failures += verdict == "FAIL"
-        print(
-            f"  {verdict}  {check.__name__.replace('_', ' '):<48}{time.perf_counter() - started:5.1f} s{remark}",
-            flush=True,
-        )
-    print(f"{len(CHECKS) - failures} of {len(CHECKS)} hold")
+        found = mistake(functools.partial(check, functools.partial(build_layer, config)))
+        print_row(check.__name__, time.perf_counter() - started, found)
+        failures += found is not None
+    print(f"{rows - failures} of {rows} hold")
     return 1 if failures else 0
+
+
+def mistake(check: Callable[[], None]) -> str | None:
+    """What a check finds wrong, in one line; None where it holds. Raises UserError for sizes that do not fit."""
+    try:
+        check()
+    except UserError:
+        raise
+    except Exception as error:  # the user's own class may fail in any way
+        line = next(iter(str(error).strip().splitlines()), "")[:200]
+        if isinstance(error, AssertionError) and line:
+            return line
+        frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        ours = [f" ({file.relative_to(ROOT)}:{number})" for file, number in frames if file.is_relative_to(MODELING)]
+        return f"{type(error).__name__}: {line}{ours[-1] if ours else ''}"
+    return None
+
+
+def print_row(name: str, seconds: float, found: str | None) -> None:
+    verdict, remark = ("pass", "") if found is None else ("FAIL", f"  {found}")
+    print(f"  {verdict}  {name.replace('_', ' '):<48}{seconds:5.1f} s{remark}", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,11 @@ def main(arguments: list[str]) -> int:
     )  # fmt: skip
     print(as_text(comparison))
     picture = out / "comparison.png"
-    files = [*write_tables(comparison, out), picture]
-    save_scatter(comparison, picture)
+    try:
+        files = [*write_tables(comparison, out), picture]
+        save_scatter(comparison, picture)
+    except OSError as error:
+        raise UserError(f"out={out} cannot be written ({error.strerror}): choose another folder with out=...") from None
     print(f"written: {', '.join(str(path) for path in files)}", flush=True)
 
     runs = [run for table in comparison.tables for setup in table.setups for run in setup.runs]

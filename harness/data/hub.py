@@ -32,11 +32,11 @@ _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "t
 Rows = dict[str, Callable[[], Iterator[str]]]  # split -> its texts, row by row
 
 
-def hub_source(dataset: DatasetConfig) -> Source:
+def hub_source(dataset: DatasetConfig, *, for_training: bool) -> Source:
     """Documents of dataset.hub_name at its commit; nothing is fetched before they are asked for.
 
     With dataset.path, the files named in dataset.sha256 are read from that folder instead. A validation or test split
-    that the dataset lacks is carved from its training split.
+    that the dataset lacks is carved from its training split, without which there is no training.
     """
     identity = {
         "source": "hub",
@@ -55,7 +55,7 @@ def hub_source(dataset: DatasetConfig) -> Source:
 
     def documents() -> Iterator[Document]:
         rows = _streamed_rows(dataset) if dataset.hub_streaming else _downloaded_rows(dataset)
-        if "train" not in rows:
+        if for_training and "train" not in rows:
             raise UserError(f"{dataset.hub_name} has no train split, but {', '.join(rows)}: choose another hub_config")
         validation = 0.0 if "validation" in rows else dataset.validation_fraction
         test = 0.0 if "test" in rows else dataset.test_fraction
@@ -65,7 +65,7 @@ def hub_source(dataset: DatasetConfig) -> Source:
                 yield from (Document(split, (text,)) for text in join(rows[split]()))
 
         def training() -> Iterator[Document]:
-            return _carved(join(rows["train"]()), carving)
+            return _carved(join(rows["train"]()) if "train" in rows else (), carving)
 
         carved_files = (validation or test) and not dataset.hub_streaming
         yield from evaluation_first(training) if carved_files else training()

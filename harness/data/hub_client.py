@@ -18,8 +18,12 @@ from harness.errors import UserError
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _READ_TIMEOUT = "5"  # seconds without a byte, after which a download is resumed
 _ATTEMPTS = 3
-_ELSEWHERE = "take dataset=stdlib (needs no network), or a folder prepared on another machine with dataset.path=FOLDER"
-_REMEDIES = f"{_ELSEWHERE}, or a mirror with HF_ENDPOINT=URL, or HF_HUB_OFFLINE=1 if the hub's cache already has it"
+# What to take in place of a repository of each kind.
+_ELSEWHERE = {
+    "dataset": "take dataset=stdlib (needs no network), or a folder prepared on another machine with "
+               "dataset.path=FOLDER",
+    "model": "take tokenizer=bpe (needs no network), or a tokenizer.json of this machine with tokenizer.path=FILE",
+}  # fmt: skip
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
 Result = TypeVar("Result")
@@ -34,16 +38,20 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def connect(path: str, what: str) -> None:
-    """Raises HubUnreachable unless the hub answers for `path` in time; then the libraries may be imported."""
+def connect(path: str, what: str, kind: str = "dataset") -> None:
+    """Raises HubUnreachable unless the hub answers for `path` in time; then the libraries may be imported.
+
+    `kind`, here and below: dataset or model.
+    """
     if offline():
-        raise HubUnreachable(f"HF_HUB_OFFLINE is set, and {what} is not in the hub's cache: unset it, or {_ELSEWHERE}")
+        remedy = f"unset it, or {_ELSEWHERE[kind]}"
+        raise HubUnreachable(f"HF_HUB_OFFLINE is set, and {what} is not in the hub's cache: {remedy}")
     if reason := reason_unreachable(f"{endpoint()}/{path}"):
-        raise HubUnreachable(f"{what}: {endpoint()} is out of reach ({reason}): {_REMEDIES}")
+        raise HubUnreachable(f"{what}: {endpoint()} is out of reach ({reason}): {_remedies(kind)}")
     _set_timeouts()
 
 
-def patiently(call: Callable[[], Result], what: str) -> Result:
+def patiently(call: Callable[[], Result], what: str, kind: str = "dataset") -> Result:
     """The result of a library call, tried three times.
 
     Raises UserError at once for what the hub does not have, HubUnreachable for what it breaks off every time.
@@ -60,15 +68,15 @@ def patiently(call: Callable[[], Result], what: str) -> Result:
                     f"{endpoint()} does not have {what}, or wants a token in HF_TOKEN: check name, config and revision"
                 ) from error
             if attempt == _ATTEMPTS - 1:
-                raise broken_off(what, error) from error
+                raise broken_off(what, error, kind) from error
         time.sleep(2**attempt / 2)
     raise AssertionError("the loop returns or raises")
 
 
-def broken_off(what: str, error: Exception) -> HubUnreachable:
+def broken_off(what: str, error: Exception, kind: str = "dataset") -> HubUnreachable:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return HubUnreachable(
-        f"{what} could not be had from {endpoint()} ({reason}): run it again to continue, or {_REMEDIES}"
+        f"{what} could not be had from {endpoint()} ({reason}): run it again to continue, or {_remedies(kind)}"
     )
 
 
@@ -82,15 +90,15 @@ def cached_file(repository: str, name: str, revision: str | None, kind: str) -> 
 
 
 def download_file(repository: str, name: str, revision: str | None, kind: str, what: str) -> Path:
-    """Downloads into the hub's cache, resuming what broke off. `kind`: dataset or model."""
+    """Downloads into the hub's cache, resuming what broke off."""
     folder = "datasets/" if kind == "dataset" else ""
-    connect(f"{folder}{repository}/resolve/{revision or 'main'}/{name}", what)
+    connect(f"{folder}{repository}/resolve/{revision or 'main'}/{name}", what, kind)
     import huggingface_hub
 
     def download() -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=kind))
 
-    return patiently(download, what)
+    return patiently(download, what, kind)
 
 
 def file_hashes(repository: str, names: list[str], revision: str) -> dict[str, str]:
@@ -113,6 +121,11 @@ def pretrained_tokenizer(name: str) -> Path:
     return cached or download_file(
         repository, "tokenizer.json", revision or None, "model", f"the tokenizer.json of {repository}"
     )
+
+
+def _remedies(kind: str) -> str:
+    cached = "HF_HUB_OFFLINE=1 if the hub's cache already has it"
+    return f"{_ELSEWHERE[kind]}, or a mirror with HF_ENDPOINT=URL, or {cached}"
 
 
 def _set_timeouts() -> None:

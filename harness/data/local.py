@@ -46,16 +46,17 @@ class _File(NamedTuple):
         return self.path.suffix in (".txt", ".md")
 
 
-def local_source(dataset: DatasetConfig) -> Source:
+def local_source(dataset: DatasetConfig, *, for_training: bool) -> Source:
     """A .txt or .md file is one document, so is a line of .jsonl and a row of .parquet (dataset.text_column).
 
     Files named for a split (train.txt, validation-0.parquet, test/a.md) make the splits, and then the other files are
-    left out; missing splits are carved from the training documents by a seeded hash. A single document is cut by
-    position. The files are read once to find their identity, which holds no path of this machine.
+    left out; missing splits are carved from the training documents, if any, by a seeded hash. A single document is cut
+    by position. The files are read once to find their identity, which holds no path of this machine. Raises UserError
+    for files without text, and for_training for files named for splits of which none is train.
     """
     files = _find(dataset)
     if any(file.split for file in files):
-        files = _only_named(files, dataset)
+        files = _only_named(files, dataset, for_training=for_training)
     given = {file.split for file in files}
     validation = 0.0 if "validation" in given else dataset.validation_fraction
     test = 0.0 if "test" in given else dataset.test_fraction
@@ -78,6 +79,8 @@ def local_source(dataset: DatasetConfig) -> Source:
             return Carving(dataset.split_seed, 0, 0)
         contents = (content for file in training_files for content, _ in _documents(file, dataset))
         hashes = np.fromiter((seeded_hash(dataset.split_seed, content) for content in contents), dtype=np.uint64)
+        if not len(hashes):
+            return Carving(dataset.split_seed, 0, 0)
         if len(hashes) == 1:
             print(f"{dataset.name}: a single document, cut by position into its splits", file=sys.stderr)
             return None
@@ -98,7 +101,15 @@ def local_source(dataset: DatasetConfig) -> Source:
                 yield from (Document(file.split, blocks) for _, blocks in _documents(file, dataset))
         yield from evaluation_first(training) if validation or test else training()
 
-    return Source(identity, documents, sum(file.path.stat().st_size for file in files))
+    def some_documents() -> Iterator[Document]:
+        found = documents()
+        first = next(found, None)
+        if first is None:
+            raise UserError(f"dataset.path={dataset.path} holds no text: name a file or a folder that does")
+        yield first
+        yield from found
+
+    return Source(identity, some_documents, sum(file.path.stat().st_size for file in files))
 
 
 def _find(dataset: DatasetConfig) -> list[_File]:
@@ -132,10 +143,10 @@ def _find(dataset: DatasetConfig) -> list[_File]:
     ]
 
 
-def _only_named(files: list[_File], dataset: DatasetConfig) -> list[_File]:
+def _only_named(files: list[_File], dataset: DatasetConfig, *, for_training: bool) -> list[_File]:
     named = [file for file in files if file.split]
     splits = sorted({str(file.split) for file in named})
-    if "train" not in splits:
+    if for_training and "train" not in splits:
         raise UserError(
             f"dataset.path={dataset.path} has files named for {' and '.join(splits)}, but none for train: add one, or "
             "rename them so that their names say no split"

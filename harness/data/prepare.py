@@ -38,6 +38,7 @@ def prepare(
     data_dir: Path,
     *,
     tokenizer_file: Path | None = None,
+    for_training: bool = True,
     progress: bool = True,
 ) -> PreparedData:
     """Opens data_dir/<dataset name>-<key>, building it first if it is absent or damaged.
@@ -45,15 +46,32 @@ def prepare(
     The key hashes everything that shapes the bytes: the source's identity, max_tokens, the tokenizer's settings.
     A dataset.path that names a prepared folder, from this machine or another, opens that folder. `tokenizer_file` (a
     tokenizer.json) takes the place of what `tokenizer` asks for; where that made the very same tokenizer, its folder
-    serves. Safe against being killed and against other processes that prepare the same data. Raises UserError
-    (HubUnreachable where the source is out of reach).
+    serves. Training needs a training split and every split that the fractions ask for; an evaluation (for_training
+    false, or a tokenizer_file, which is a trained run's own) takes the splits that are there. Safe against being killed
+    and against other processes that prepare the same data. Raises UserError (HubUnreachable where the source is out of
+    reach).
     """
+    for_training = for_training and tokenizer_file is None
+    prepared = _open_or_build(dataset, tokenizer, data_dir, tokenizer_file, for_training, progress)
+    if for_training and "train" not in prepared.splits:  # an evaluation made the folder
+        raise _nothing_to_train_on(dataset)
+    return prepared
+
+
+def _open_or_build(
+    dataset: DatasetConfig,
+    tokenizer: TokenizerConfig,
+    data_dir: Path,
+    tokenizer_file: Path | None,
+    for_training: bool,
+    progress: bool,
+) -> PreparedData:
     check(dataset, tokenizer)
     settings = _tokenizer_settings(tokenizer)
     replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):
         return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir)
-    source = open_source(dataset, data_dir, progress=progress)
+    source = open_source(dataset, data_dir, for_training=for_training, progress=progress)
     identity = {"source": source.identity, "max_tokens": dataset.max_tokens, "tokenizer": settings}
     folder = data_dir / _folder_name(dataset, identity)
     if replaced is not None:
@@ -65,17 +83,15 @@ def prepare(
     # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
     with contextlib.suppress(DamagedError):
         return open_prepared(folder)
-    try:
+    with _writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): choose another folder") from None
     with _lock(data_dir / f".{folder.name}.lock"):
         if folder.is_dir():
             try:
                 return open_prepared(folder)
             except DamagedError as error:
                 _say(f"{error}. Preparing it again.")
-        _build(folder, source, dataset, tokenizer, tokenizer_file, identity, progress)
+        _build(folder, source, dataset, tokenizer, tokenizer_file, identity, for_training, progress)
     return open_prepared(folder)
 
 
@@ -114,7 +130,8 @@ def _open_copy(
     if replaced is not None:
         asked["tokenizer"], held["tokenizer"] = replaced, prepared.meta["tokenizer"]["sha256"]
     if dataset.source in ("hub", "classic_books"):  # their identity is known without reading the text
-        asked["source"] = open_source(dataclasses.replace(dataset, path=None), data_dir, progress=False).identity
+        source = open_source(dataclasses.replace(dataset, path=None), data_dir, for_training=False, progress=False)
+        asked["source"] = source.identity
     for field, value in asked.items():
         if held[field] != value:
             raise UserError(
@@ -130,14 +147,16 @@ def _build(
     tokenizer_config: TokenizerConfig,
     tokenizer_file: Path | None,
     identity: dict[str, Any],
+    for_training: bool,
     progress: bool,
 ) -> None:
     """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
     leftovers = f".{folder.name}.*.partial"
-    for leftover in folder.parent.glob(leftovers):
-        shutil.rmtree(leftover)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    partial.mkdir()
+    with _writing(folder.parent):
+        for leftover in folder.parent.glob(leftovers):
+            shutil.rmtree(leftover)
+        partial.mkdir()
     try:
         tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
         tokenizer.save(partial)
@@ -151,7 +170,7 @@ def _build(
             if writers["train"].full:
                 break
         splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
-        _check_splits(splits, dataset)
+        _check_splits(splits, dataset, for_training)
         digests = {split: counts["sha256"] for split, counts in splits.items()}
         meta = {
             "format": FORMAT,
@@ -263,15 +282,23 @@ def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
             yield from blocks
 
 
-def _check_splits(splits: dict[str, Any], dataset: DatasetConfig) -> None:
+def _check_splits(splits: dict[str, Any], dataset: DatasetConfig, for_training: bool) -> None:
+    if not splits:
+        raise UserError(f"{dataset.name} has no text at all: choose another dataset or another dataset.path")
+    if not for_training:
+        return
     if "train" not in splits:
-        raise UserError(f"{dataset.name} has no text to train on: give it some, or lower the other splits' fractions")
+        raise _nothing_to_train_on(dataset)
     for split, fraction in (("validation", dataset.validation_fraction), ("test", dataset.test_fraction)):
         if fraction and split not in splits:
             raise UserError(
                 f"the {split} split of {dataset.name} came out empty: raise dataset.{split}_fraction or "
                 f"dataset.max_tokens, or set dataset.{split}_fraction=0 to do without"
             )
+
+
+def _nothing_to_train_on(dataset: DatasetConfig) -> UserError:
+    return UserError(f"{dataset.name} has no text to train on: give it some, or lower the other splits' fractions")
 
 
 def _utf8(text: str, name: str) -> bytes:
@@ -285,9 +312,20 @@ def _utf8(text: str, name: str) -> bytes:
 
 
 @contextlib.contextmanager
+def _writing(data_dir: Path) -> Iterator[None]:
+    """What data_dir refuses is said in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): choose another folder") from None
+
+
+@contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of a killed one."""
-    with path.open("w") as file:
+    with _writing(path.parent):
+        file = path.open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

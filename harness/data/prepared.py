@@ -72,7 +72,7 @@ class PreparedData:
 
 def is_prepared(folder: Path) -> bool:
     """Whether this looks like a folder that `prepare` made (whole or damaged)."""
-    return (folder / "meta.json").is_file() and (folder / "train.bin").is_file()
+    return (folder / "meta.json").is_file() and any((folder / f"{split}.bin").is_file() for split in SPLITS)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:

@@ -18,21 +18,22 @@ TOKENIZERS = ("bpe", "bytes", "pretrained")
 _BPE_MINIMUM = 257  # the bytes and the end of text
 
 
-def open_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> Source:
+def open_source(dataset: DatasetConfig, data_dir: Path, *, for_training: bool, progress: bool) -> Source:
     """The source of a checked dataset. Local and stdlib text is read at once, for its identity; the rest on demand.
 
-    dataset.path, if any, is no prepared folder: UserError where only such a folder would do.
+    dataset.path, if any, is no prepared folder: UserError where only such a folder would do. `for_training`: files
+    without a training split are a UserError.
     """
     if dataset.path is not None and (dataset.source == "stdlib" or dataset.hub_streaming):
         raise UserError(f"dataset.path={dataset.path} is no prepared folder, which is all that {dataset.name} can use")
     if dataset.source == "hub":
-        return hub_source(dataset)
+        return hub_source(dataset, for_training=for_training)
     if dataset.source == "classic_books":
         return books_source(dataset, data_dir, progress=progress)
     if dataset.source == "stdlib":
         return stdlib_source(dataset)
     assert dataset.source == "local"
-    return local_source(dataset)
+    return local_source(dataset, for_training=for_training)
 
 
 def check(dataset: DatasetConfig, tokenizer: TokenizerConfig) -> None:

@@ -126,7 +126,7 @@ class MultiheadLatentAttention(nn.Module):
         if R is not None and not 1 <= R <= min(d_model, n_heads * (N + P)):
             raise ValueError(
                 f"q_lora_rank={R} compresses nothing: queries go from {d_model} to {n_heads * (N + P)} dimensions; "
-                f"choose at most {min(d_model, n_heads * (N + P))} ({d_model // 2} is usual), or null for none"
+                f"choose at most {min(d_model, n_heads * (N + P))}, or null for none"
             )
 
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
@@ -266,7 +266,7 @@ class MultiheadLatentAttention(nn.Module):
         if self.qk_rope_head_dim:
             assert tables is not None
             q_rope_BTHP = rotate(q_rope_BTHP, tables)
-        if cache is not None and self._absorbs(T):
+        if cache is not None and self.absorbs(T):
             out_BTHV, weights_BHTS = self._attend_absorbed(
                 q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, cache, want_weights=weights_out is not None
             )
@@ -279,8 +279,8 @@ class MultiheadLatentAttention(nn.Module):
             weights_out.append(weights_BHTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
 
-    def _absorbs(self, new_tokens: int) -> bool:
-        """Which path a call through a cache takes."""
+    def absorbs(self, new_tokens: int) -> bool:
+        """Whether a call of so many tokens a row through a cache takes the absorbed path."""
         if self.decode == "auto":
             return new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
         return self.decode == "absorbed"
@@ -337,7 +337,7 @@ class MultiheadLatentAttention(nn.Module):
         else:
             parts = latent_BSL.to(dtype).split(self.latent_widths, dim=-1)
             out_BTHL, weights_BHTS = latent_attend(
-                q_latent_BTHL.to(dtype), q_rope_BTHP if k_rope_BSP is not None else None, parts[0], None if k_rope_BSP is None else k_rope_BSP.to(dtype),
+                q_latent_BTHL.to(dtype), q_rope_BTHP, parts[0], None if k_rope_BSP is None else k_rope_BSP.to(dtype),
                 parts[-1], scale=self.scale, causal=place.causal, mask_BTS=place.mask_BTS,
             )  # fmt: skip
         up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)

@@ -40,7 +40,7 @@ def make_run(runs: Path, attention: str, seed: int = 0, *, name: str | None = No
         "bits_per_byte": bits, "split": "validation", "evaluated_tokens": 65_536, "cache_bytes_per_token": cache,
         "cache_dtype": "bfloat16", "tokens_per_second": 12_000.0, "setup_hash": f"setup-of-{attention}",
         "data_fingerprint": "d" * 16, "tokenizer_fingerprint": "t" * 16, "device": "cpu", "torch": "2.13.0",
-        "commit": "abc",
+        "commit": "abc", "cache_ratio_to_mha": cache / 2048, "mha_cache_bytes_per_token": 2048,
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary | changes))
     return folder
@@ -245,15 +245,14 @@ def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
     assert "| cache bytes at context |" in text
     assert f"| {640 * 256:,} at 256 |" in text and f"| {512 * 512:,} at 512 |" in text
     (old,) = (line for line in text.splitlines() if line.startswith("| gqa |"))
-    assert "| 1,024 |  |  |" in old
+    assert "| 1,024 |  | 0.500 |" in old
 
 
-def test_among_all_caches_the_ratio_is_to_plain_mha_in_bfloat16(tmp_path: Path) -> None:
+def test_among_all_caches_the_ratio_is_to_mha_in_bfloat16(tmp_path: Path) -> None:
     evaluate(make_run(tmp_path, "mla"))
     mha = make_run(tmp_path, "mha")
     evaluate(mha, file="quantised", cache_bytes_per_token=1032, **QUANTISED)
     evaluate(mha, file="wide", cache_bytes_per_token=4096, cache_dtype="float32")
-    assert {row.cache_ratio_to_mha for row in only_table(compare([tmp_path], every_cache=True)).values()} == {None}
     evaluate(mha, file="plain")
     rows = only_table(compare([tmp_path], every_cache=True))
     assert {name: row.cache_ratio_to_mha for name, row in rows.items()} == {
@@ -317,13 +316,18 @@ def test_mistakes_are_said_in_one_sentence(tmp_path: Path) -> None:
         compare([run])
 
 
-def test_the_ratio_to_mha_needs_an_mha_run_of_the_same_model(tmp_path: Path) -> None:
+def test_the_ratio_to_mha_is_each_runs_own_whatever_stands_beside_it(tmp_path: Path) -> None:
+    """MHA runs of the same model's name but with more layers, or none at all, must not change it."""
     make_run(tmp_path, "mla")
-    assert only_table(compare([tmp_path]))["mla"].cache_ratio_to_mha is None
-    make_run(tmp_path, "mha", name="other-size", model="small", setup_hash="small", cache_bytes_per_token=9000)
-    assert only_table(compare([tmp_path]))["mla tiny"].cache_ratio_to_mha is None
+    make_run(tmp_path, "mha", name="deeper", setup_hash="deeper", cache_bytes_per_token=9000, cache_ratio_to_mha=1.0)
+    rows = only_table(compare([tmp_path]))
+    assert {name: row.cache_ratio_to_mha for name, row in rows.items()} == {"mla": 640 / 2048, "mha": 1.0}
+
+
+def test_what_an_overwriting_command_left_aside_is_no_run(tmp_path: Path) -> None:
+    make_run(tmp_path, "mla", name=".books-tiny-mla-seed0.overwritten")
     make_run(tmp_path, "mha")
-    assert only_table(compare([tmp_path]))["mla tiny"].cache_ratio_to_mha == 640 / 2048
+    assert set(only_table(compare([tmp_path]))) == {"mha"}
 
 
 def test_setups_of_one_attention_are_told_apart(tmp_path: Path) -> None:

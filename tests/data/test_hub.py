@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from harness.data.hub import articles, hub_source
 from harness.schema import DatasetConfig, TokenizerConfig
 from tests.support.corpora import BYTES, documents_of, local, text
 from tests.support.hub_server import REVISION, HubServer
-from tests.support.prepare_in_subprocess import prepare_in_subprocess
+from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
 
 STORIES = {split: [text(seed, 200) for seed in range(first, first + count)]
            for split, first, count in (("train", 0, 1400), ("validation", 5000, 20), ("test", 6000, 20))}  # fmt: skip
@@ -52,9 +55,25 @@ def write_repository(folder: Path) -> dict[str, str]:
     return {f"stories/{file.name}": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+class TimedHub(HubServer):
+    """Notes when each connection is accepted: what a process does before it asks takes as long as the machine is busy."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.accepted: list[float] = []
+        accept = self.server.get_request
+
+        def get_request() -> Any:
+            request = accept()
+            self.accepted.append(time.monotonic())
+            return request
+
+        self.server.get_request = get_request  # type: ignore[method-assign]
+
+
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[HubServer]:
-    with HubServer(tmp_path / "hub") as server:
+def hub(tmp_path: Path) -> Iterator[TimedHub]:
+    with TimedHub(tmp_path / "hub") as server:
         yield server
 
 
@@ -75,6 +94,15 @@ def prepared(
 ) -> dict[str, Any]:
     defaults = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
     return prepare_in_subprocess(dataset, tokenizer, tmp_path / "data", defaults | environment)
+
+
+def waited(
+    hub: TimedHub, dataset: DatasetConfig, tmp_path: Path, tokenizer: TokenizerConfig = BYTES
+) -> tuple[dict[str, Any], float]:
+    """The answer, and the seconds from the first time that the hub is asked to the end of the process that asks."""
+    before = len(hub.accepted)
+    answer = prepared(hub, dataset, tmp_path, tokenizer)
+    return answer, time.monotonic() - hub.accepted[before]
 
 
 def check_stories(answer: dict[str, Any]) -> None:
@@ -130,13 +158,13 @@ def test_wrong_bytes_of_the_right_length_are_deleted_and_never_used(
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["downloaded", "streamed"])
 def test_a_hub_that_never_answers_is_noticed_within_five_seconds(
-    hub: HubServer, pinned: DatasetConfig, tmp_path: Path, streamed: bool
+    hub: TimedHub, pinned: DatasetConfig, tmp_path: Path, streamed: bool
 ) -> None:
     hub.silent = True
     dataset = dataclasses.replace(pinned, sha256={}, hub_streaming=True) if streamed else pinned
-    answer = prepared(hub, dataset, tmp_path)
+    answer, seconds = waited(hub, dataset, tmp_path)
     assert answer["kind"] == "HubUnreachable"
-    assert answer["seconds"] < 5
+    assert seconds < 5
     for remedy in ("dataset=stdlib", "dataset.path=FOLDER", "HF_ENDPOINT=URL", "HF_HUB_OFFLINE=1"):
         assert remedy in answer["error"]
     assert "datasets" not in answer["modules"]
@@ -144,11 +172,12 @@ def test_a_hub_that_never_answers_is_noticed_within_five_seconds(
 
 
 def test_downloads_that_are_accepted_and_never_answered_are_noticed_within_five_seconds(
-    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
+    hub: TimedHub, pinned: DatasetConfig, tmp_path: Path
 ) -> None:
     hub.stalled = True
-    answer = prepared(hub, pinned, tmp_path)
-    assert (answer["kind"], answer["seconds"] < 5) == ("HubUnreachable", True), answer
+    answer, seconds = waited(hub, pinned, tmp_path)
+    assert answer["kind"] == "HubUnreachable", answer
+    assert seconds < 5
 
 
 def test_a_stream_is_read_up_to_the_cap_and_survives_a_broken_connection(
@@ -169,7 +198,7 @@ def test_a_stream_is_read_up_to_the_cap_and_survives_a_broken_connection(
     assert hub.downloads[f"stories/{second}.parquet"] == 0  # the cap was reached before
 
 
-def test_a_pretrained_tokenizer_comes_from_the_hub_by_its_name(hub: HubServer, tmp_path: Path) -> None:
+def test_a_pretrained_tokenizer_comes_from_the_hub_by_its_name(hub: TimedHub, tmp_path: Path) -> None:
     model = tmp_path / "hub/models/someone/model"
     model.mkdir(parents=True)
     Tokenizer.train_bpe(STORIES["test"], 300).save(model)
@@ -182,8 +211,28 @@ def test_a_pretrained_tokenizer_comes_from_the_hub_by_its_name(hub: HubServer, t
     assert data.vocab_size == 300 and documents_of(data, "train") == [STORIES["train"][0]]
     hub.silent = True
     assert prepared(hub, dataset, tmp_path, named)["folder"] == answer["folder"]  # without asking the hub
-    absent = prepared(hub, dataset, tmp_path, dataclasses.replace(named, path="someone/else"))
-    assert absent["kind"] == "HubUnreachable" and absent["seconds"] < 5
+    absent, seconds = waited(hub, dataset, tmp_path, dataclasses.replace(named, path="someone/else"))
+    assert absent["kind"] == "HubUnreachable" and seconds < 5
+
+
+@pytest.mark.parametrize("how", ["silent", "refusing", "offline"])
+def test_a_tokenizer_out_of_reach_is_replaced_by_another_tokenizer_not_another_dataset(
+    hub: HubServer, tmp_path: Path, how: str
+) -> None:
+    model = tmp_path / "hub/models/someone/model"
+    model.mkdir(parents=True)
+    (model / "tokenizer.json").write_text("{}")
+    hub.silent, hub.unavailable = how == "silent", 99 if how == "refusing" else 0
+    (tmp_path / "train.txt").write_text("some text")
+    dataset = local(tmp_path / "train.txt", validation_fraction=0, test_fraction=0)
+    named = TokenizerConfig(name="pretrained", path="someone/model")
+    answer = prepared(hub, dataset, tmp_path, named, **({"HF_HUB_OFFLINE": "1"} if how == "offline" else {}))
+    assert answer["kind"] == "HubUnreachable", answer
+    assert "the tokenizer.json of someone/model" in answer["error"]
+    for remedy in ("tokenizer=bpe", "tokenizer.path=FILE"):
+        assert remedy in answer["error"]
+    assert "dataset" not in answer["error"]
+    assert not folders(tmp_path)
 
 
 def test_what_the_hub_does_not_have_is_no_outage(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
@@ -204,10 +253,33 @@ def test_a_folder_with_the_repositorys_files_needs_no_hub(
     hub.silent = True
     folder = tmp_path / "hub/datasets/someone/stories"
     check_stories(prepared(hub, dataclasses.replace(pinned, path=str(folder)), tmp_path))
-    assert hub_source(pinned).identity == hub_source(dataclasses.replace(pinned, path=str(folder))).identity
+    here = dataclasses.replace(pinned, path=str(folder))
+    assert hub_source(pinned, for_training=True).identity == hub_source(here, for_training=True).identity
     (folder / "stories/validation-00000-of-00001.parquet").write_bytes(b"other")
     other = dataclasses.replace(pinned, path=str(folder), split_seed=1)
     assert "is not the file that dataset.sha256 names" in prepared(hub, other, tmp_path)["error"]
+
+
+def test_an_evaluation_takes_a_repository_without_a_training_split(pinned: DatasetConfig, tmp_path: Path) -> None:
+    test = "stories/test-00000-of-00001.parquet"
+    folder = tmp_path / "hub/datasets/someone/stories"
+    dataset = dataclasses.replace(pinned, path=str(folder), sha256={test: pinned.sha256[test]})
+    code = f"""
+from harness.data.hub import hub_source
+from harness.errors import UserError
+from harness.schema import DatasetConfig
+
+dataset = DatasetConfig(**{dataclasses.asdict(dataset)!r})
+print([document.split for document in hub_source(dataset, for_training=False).documents()].count("test"))
+try:
+    list(hub_source(dataset, for_training=True).documents())
+except UserError as error:
+    print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert child.stdout.splitlines() == [
+        "20", "someone/stories has no train split, but test: choose another hub_config"
+    ]  # fmt: skip
 
 
 def test_wikitext_lines_are_joined_into_articles_and_nothing_is_lost() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from harness.data import PreparedData, prepare
 from harness.errors import UserError
-from tests.support.corpora import BYTES, documents_of, folder_of_texts, local, text
+from harness.schema import TokenizerConfig
+from tests.support.corpora import BPE, BYTES, documents_of, folder_of_texts, local, text
 
 SPLITS = ["train", "validation", "test"]
 
@@ -152,6 +153,27 @@ def test_one_huge_line_is_read_and_cut_between_characters(tmp_path: Path) -> Non
     assert sum(split.n_words for split in data.splits.values()) == 3
 
 
+@pytest.mark.parametrize("name", ["empty.txt", "empty.md", "empty.jsonl", "empty.parquet", "train.txt", "folder"])
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_a_file_or_folder_without_text_is_said_to_hold_none(
+    tmp_path: Path, name: str, tokenizer: TokenizerConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        (path / "empty.txt").touch()
+        (path / "blank.md").write_text(" \n\n")
+    elif path.suffix == ".parquet":
+        write_parquet(path, [None, ""])
+    else:
+        path.touch()
+    with pytest.raises(UserError) as refused:
+        prepare(local(path), tokenizer, tmp_path / "data", progress=False)
+    assert str(refused.value) == f"dataset.path={path} holds no text: name a file or a folder that does"
+    assert capsys.readouterr().err == ""
+    assert not [file for file in (tmp_path / "data").iterdir() if file.is_dir()]
+
+
 def test_a_single_document_too_short_to_cut_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("word\n")
     with pytest.raises(UserError, match="one document too short to give a validation part"):
@@ -197,7 +219,7 @@ def test_a_text_cut_off_within_a_character_is_named(tmp_path: Path) -> None:
         ('{"content": "a", "id": 1}\n', r"no text in 'text' \(its fields: content, id\): set dataset.text_column"),
         ('{"text": 5}\n', "no text in 'text'"),
         ('{"text": "half \\ud800 pair"}\n', "half of a surrogate pair"),
-        ("", "no text to train on"),
+        ("", "a.jsonl holds no text: name a file or a folder that does"),
     ],
 )
 def test_wrong_json_lines_are_named(tmp_path: Path, content: str, message: str) -> None:

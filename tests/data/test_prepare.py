@@ -204,6 +204,53 @@ def test_a_tokenizer_file_replaces_the_configured_tokenizer(tmp_path: Path, text
     assert other.meta["tokenizer"]["sha256"] == trained.meta["tokenizer"]["sha256"]
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_evaluation_needs_no_training_split_and_training_does(
+    tmp_path: Path, texts: dict[str, str], split: str
+) -> None:
+    trained = prepared(tmp_path, BPE)
+    file = tmp_path / "another" / f"{split}.txt"
+    file.parent.mkdir()
+    file.write_text("the sea and the ship")
+    dataset, data_dir = local(file), tmp_path / "data"
+    with_a_file = prepare(dataset, BPE, data_dir, tokenizer_file=trained.tokenizer_file, progress=False)
+    with_bytes = prepare(dataset, BYTES, data_dir, for_training=False, progress=False)
+    for data in (with_a_file, with_bytes):
+        assert list(data.splits) == [split]
+        assert documents_of(data, split) == ["the sea and the ship"]
+    again = prepare(local(with_a_file.folder), BPE, data_dir, tokenizer_file=trained.tokenizer_file, progress=False)
+    assert again.folder == with_a_file.folder
+    pretrained = TokenizerConfig(name="pretrained", path=str(trained.tokenizer_file))
+    for tokenizer in (BPE, BYTES, pretrained):
+        with pytest.raises(UserError, match=f"has files named for {split}, but none for train"):
+            prepare(dataset, tokenizer, data_dir, progress=False)
+    with pytest.raises(UserError, match="has no text to train on"):
+        prepare(local(with_bytes.folder), BYTES, data_dir, progress=False)
+
+
+def test_training_refuses_what_an_evaluation_prepared_from_a_blank_training_file(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for name, content in (("train", " \n"), ("validation", "the sea"), ("test", "a ship")):
+        (tmp_path / f"texts/{name}.txt").write_text(content)
+    dataset = local(tmp_path / "texts")
+    assert list(prepare(dataset, BYTES, tmp_path / "data", for_training=False, progress=False).splits) == [
+        "validation", "test"
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="has no text to train on"):
+        prepared(tmp_path, BYTES)
+
+
+def test_an_evaluation_finds_the_folder_that_training_prepared(tmp_path: Path, texts: dict[str, str]) -> None:
+    for tokenizer in (BYTES, BPE):
+        trained = prepared(tmp_path, tokenizer)
+        again = prepare(
+            local(tmp_path / "texts"), tokenizer, tmp_path / "data", tokenizer_file=trained.tokenizer_file,
+            for_training=False, progress=False,
+        )  # fmt: skip
+        assert again.folder == trained.folder
+    assert len([path for path in (tmp_path / "data").iterdir() if path.is_dir()]) == 2
+
+
 def test_the_bpe_has_seen_the_training_split_only(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/train.txt").write_text("aaaa bbbb " * 300)
@@ -242,6 +289,41 @@ def test_a_folder_of_an_older_format_is_built_again(tmp_path: Path, texts: dict[
     with pytest.raises(DamagedError, match="format 0"):
         open_prepared(folder)
     assert prepared(tmp_path).meta["format"] == meta["format"]
+
+
+REFUSED = r"data_dir=.* cannot be written \(.+\): choose another folder"
+
+
+def test_a_data_dir_that_takes_no_files_is_refused_in_one_sentence(tmp_path: Path, texts: dict[str, str]) -> None:
+    closed = Path(
+        "/sys"
+    )  # takes files from nobody, the superuser included, who may write wherever permissions forbid it
+    if os.geteuid() != 0:
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o555)
+    elif not closed.is_dir():
+        pytest.skip("needs /sys, or a user whom permissions hold back")
+    with pytest.raises(UserError, match=REFUSED) as refused:
+        prepare(local(tmp_path / "texts"), BYTES, closed, progress=False)
+    assert len(str(refused.value).splitlines()) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=REFUSED):
+        prepare(local(tmp_path / "texts"), BYTES, tmp_path / "file", progress=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="permissions do not hold back the superuser")
+def test_a_data_dir_that_became_read_only_opens_what_is_there_and_refuses_the_rest(
+    tmp_path: Path, texts: dict[str, str]
+) -> None:
+    there = prepared(tmp_path, BYTES)
+    shutil.rmtree(prepared(tmp_path, BPE).folder)  # its lock stays, and may be written
+    (tmp_path / "data").chmod(0o555)
+    try:
+        assert prepared(tmp_path, BYTES).folder == there.folder
+        with pytest.raises(UserError, match=REFUSED):
+            prepared(tmp_path, BPE)
+    finally:
+        (tmp_path / "data").chmod(0o755)
 
 
 SLOW_SOURCE = """

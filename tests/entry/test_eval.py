@@ -216,6 +216,33 @@ def test_cache_dtype_and_backend_are_chosen_by_the_evaluation(
     assert other["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
+def test_weights_of_an_earlier_step_are_not_passed_off_as_the_trained_model(copied: Workplace) -> None:
+    run = copied.train("short", "intervals.checkpoint=3")
+    newest = sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"the last checkpoint of .*short \(step 6\) is damaged .*from step-00000003"):
+        copied.evaluate("run=short")
+    assert not (run / "evaluations").exists()
+
+
+def test_a_broken_run_does_not_keep_the_others_from_being_evaluated(
+    copied: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied.runs / "mha" / "checkpoints").rename(copied.runs / "mha" / "elsewhere")
+    with pytest.raises(UserError, match=r"^1 of 2 runs could not be evaluated: mha; see above$"):
+        copied.evaluate("run=all")
+    captured = capsys.readouterr()
+    assert [record["name"] for record in json_lines(captured.out)] == ["mla"]
+    assert "mha" in captured.err and "holds no checkpoint" in captured.err
+
+
+def test_what_cannot_be_stored_is_at_least_printed(copied: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    (copied.runs / "mla" / "evaluations").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"cannot be stored in .*mla .*: make the folder writable"):
+        copied.evaluate("run=mla")
+    assert [record["name"] for record in json_lines(capsys.readouterr().out)] == ["mla"]
+
+
 # --- through a cache -------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +306,7 @@ def test_the_decode_path_is_said_and_changes_no_figure(shared: Workplace, capsys
         record_of(shared, capsys, "run=mla", "cache.dtype=int8", f"attention.decode={path}")
         for path in ("expand", "absorbed")
     ]
-    assert [record["decode"] for record in records] == ["expand", "absorbed (torch kernel)"]
+    assert [record["decode"] for record in records] == ["expanded", "absorbed (torch kernel)"]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
     with pytest.raises(UserError, match=r"attention.decode=absorbed is not a path of this variant"):
         shared.evaluate("run=mha", "attention.decode=absorbed")
@@ -304,6 +331,17 @@ def test_another_corpus_is_read_with_the_runs_own_tokenizer(
     )  # fmt: skip
     text = path.read_bytes()[: prepared.splits["train"].n_bytes].decode()
     assert there["evaluated_tokens"] == len(tokenizer.encode(text)) + 1  # and the end of text
+
+
+@pytest.mark.parametrize("run", VARIANTS)  # plain bytes, and a BPE
+def test_a_corpus_that_is_one_test_file_is_enough_to_evaluate_on(
+    shared: Workplace, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    path = write_corpus(shared.folder / "elsewhere" / "test.txt", seed=7, lines=50)
+    record = record_of(shared, capsys, f"run={run}", "dataset=local", f"dataset.path={path}")
+    assert record["evaluated_bytes"] == path.stat().st_size
+    with pytest.raises(UserError, match="none for train"):
+        shared.train("other", f"dataset.path={path}")
 
 
 @pytest.mark.parametrize("overrides", [["split=tset"], ["stride_fraction=0"], ["device=gpu"], ["run=mha", "foo=1"]])

@@ -71,7 +71,7 @@ def test_generate_takes_a_run_by_name_and_the_newest_without_one(
 
 
 @pytest.mark.parametrize(
-    "prompt", ["a, b = (c) [d] {e}", "'quoted' and \"quoted\"", "${model.d_model}", "null,", "x: y"]
+    "prompt", ["a, b = (c) [d] {e}", "'quoted' and \"quoted\"", "${model.d_model}", "null,", "null", "1e3", "x: y"]
 )
 def test_generate_takes_the_prompt_as_it_stands(
     shared: Workplace, prompt: str, capsys: pytest.CaptureFixture[str]
@@ -83,8 +83,13 @@ def test_generate_takes_the_prompt_as_it_stands(
     ("option", "sentence"),
     [
         ("max_new_tokens=1000", r"exceed the model's 32 positions; ask for at most \d+ new tokens"),
-        ("temperature=-1", r"temperature=-1.0 must be 0 \(greedy\) or above"),
+        ("temperature=-1", r"temperature=-1.0 must be 0 \(greedy\) or at least 0.001"),
         ("temperature=warm", r"temperature=warm must be a number"),
+        ("temperature=1e-45", r"temperature=1e-45 must be 0 \(greedy\) or at least 0.001"),
+        ("temperature=0.00099", r"temperature=0.00099 must be 0"),
+        (f"seed={10**23}", rf"seed={10**23} is too large for torch's generator; choose a seed below 2\^63"),
+        (f"seed=-{2**64}", r"seed=-\d+ is too large"),
+        ("prompt=a\udcff", r"the prompt is not UTF-8 \(byte 2\)"),
         ("top_p=2", r"top_p=2.0 must be in \(0, 1\]"),
         ("top_k=0", r"top_k=0 must be at least 1"),
         ("promt=x", r"promt is not an option here; did you mean prompt\?"),
@@ -97,6 +102,20 @@ def test_generate_refuses_in_one_sentence(shared: Workplace, option: str, senten
     with pytest.raises(UserError, match=sentence) as refused:
         generate.main([f"runs_dir={shared.runs}", "device=cpu", "max_new_tokens=2", option])
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_smallest_temperature_and_the_largest_seed_are_taken(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smallest = written(shared, capsys, "prompt=the sea", "temperature=0.001", f"seed={2**63 - 1}")
+    assert smallest == written(shared, capsys, "prompt=the sea", "temperature=0")
+
+
+def test_a_prompt_of_wrong_bytes_is_one_sentence_on_the_command_line(shared: Workplace) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "generate.py"), f"runs_dir={shared.runs}", b"prompt=the s\xe9a"]
+    result = subprocess.run(command, cwd=shared.folder, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: the prompt is not UTF-8 (byte 6); give it in that encoding\n"
 
 
 def test_runs_are_the_projects_wherever_a_script_is_started() -> None:
@@ -137,6 +156,53 @@ def test_check_attention_finds_planted_bugs_and_ends_with_status_1(tmp_path: Pat
     assert "outputs before token 1 changed with it" in failed["no token sees the future"]
     assert re.search(r"256 bytes measured, 260 by formula", failed["measured cache bytes equal the formula"])
     assert len(failed) < len(CHECKS) and f"{len(CHECKS) - len(failed)} of {len(CHECKS)} hold" in result.stdout
+
+
+ROW = re.compile(r"^  (pass|FAIL)  (.+?) +\d+\.\d s(?:  (.+))?$", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "remark"),
+    [
+        ("self.o_proj(", "self.o_projection(", r"AttributeError: .* object has no attribute 'o_projection'"),
+        ("self.o_proj(", "self.n_heads(", r"TypeError: 'int' object is not callable"),
+        ("self.o_proj(", "{}['o_proj'](", r"KeyError: 'o_proj'"),
+        ("self.o_proj(", "self.o_proj(torch.ones(5) + ", r"RuntimeError: The size of tensor a \(5\) must match"),
+    ],
+    ids=["AttributeError", "TypeError", "KeyError", "RuntimeError"],
+)
+def test_check_attention_reports_a_mistake_in_forward_as_rows_and_goes_on(
+    tmp_path: Path, right: str, wrong: str, remark: str
+) -> None:
+    project = copy_project(tmp_path / "project")
+    file = project / "modeling" / "attention" / "gqa.py"
+    source = file.read_text()
+    assert source.count(right) == 1
+    file.write_text(source.replace(right, wrong))
+    result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    rows = ROW.findall(result.stdout)
+    assert [name for _, name, _ in rows] == [check.__name__.replace("_", " ") for check in CHECKS]
+    remarks = {name: found for verdict, name, found in rows if verdict == "FAIL"}
+    line = source[: source.index(right)].count("\n") + 1
+    assert re.fullmatch(rf"{remark}.* \(modeling/attention/gqa\.py:{line}\)", remarks["no token sees the future"])
+    passed = [name for verdict, name, _ in rows if verdict == "pass"]
+    assert "measured cache bytes equal the formula" in passed  # which calls no forward
+    assert f"{len(passed)} of {len(CHECKS)} hold" in result.stdout
+
+
+def test_check_attention_reports_a_variant_that_no_model_can_be_built_with(tmp_path: Path) -> None:
+    project = copy_project(tmp_path / "project")
+    file = project / "modeling" / "attention" / "gqa.py"
+    source = file.read_text()
+    assert source.count("self.positions, ") == 1
+    file.write_text(source.replace("self.positions, ", "self.position, "))
+    result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (1, "")
+    rows = ROW.findall(result.stdout)
+    assert rows[0][1] == "it builds into a model"
+    assert len(rows) == len(CHECKS) + 1
+    assert "AttributeError" in rows[0][2] and "'positions'" in rows[0][2]
 
 
 # --- compare_runs ----------------------------------------------------------------------------------------------------

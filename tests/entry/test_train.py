@@ -20,6 +20,7 @@ import train_model
 from harness.command_line import run_hydra
 from harness.config import ROOT, load_run_config, load_train_config, options_of
 from harness.errors import UserError
+from harness.session import Session
 from tests.support.micro import (
     PROMISED,
     SIZE,
@@ -174,15 +175,79 @@ def test_overwrite_deletes_the_old_run_and_trains_the_new_one(place: Workplace) 
     assert summary_of(run)["attention"] == "mla"
     assert not (run / "evaluations").exists()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000003"]
-    assert [path.name for path in place.runs.iterdir()] == ["run"]
+    assert [path.name for path in place.runs.glob("[!.]*")] == ["run"] and not list(place.runs.glob("*.overwritten"))
 
 
-@pytest.mark.parametrize("mistake", ["optimizer.lr=-1", "dataset.path=/nowhere.txt", "model.max_seq_len=1000000"])
+MISTAKES = ["optimizer.lr=-1", "dataset.path=/nowhere.txt", "model.max_seq_len=1000000", "attention.backend=sdpa_cudnn"]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
 def test_overwrite_deletes_nothing_for_a_run_that_cannot_be_trained(place: Workplace, mistake: str) -> None:
     before = contents(place.train("run"))
     with pytest.raises(UserError, match=mistake.partition("=")[0]):
         place.train("run", "overwrite=true", mistake)
     assert contents(place.runs / "run") == before
+
+
+def test_an_old_run_comes_back_when_the_one_that_overwrites_it_cannot_start(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever goes wrong, up to the first evaluation: here the memory is not enough for it."""
+    before = contents(place.train("run"))
+
+    def no_memory(self: Session) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Session, "evaluate", no_memory)
+        with pytest.raises(MemoryError):
+            place.train("run", "overwrite=true", "attention=mla")
+    assert contents(place.runs / "run") == before
+    assert not list(place.runs.glob("*.overwritten"))
+
+
+def test_a_command_killed_while_it_overwrites_loses_the_old_run_only_to_the_next_one_that_trains(
+    place: Workplace,
+) -> None:
+    run = place.train("run")
+    aside = place.runs / ".run.overwritten"
+    run.rename(aside)  # killed here: the new run's folder has a configuration and nothing else
+    run.mkdir()
+    shutil.copy(aside / "config.yaml", run)
+    with pytest.raises(UserError, match="sdpa_cudnn"):
+        place.train("run", "overwrite=true", "attention.backend=sdpa_cudnn")
+    assert summary_of(run)["attention"] == "mha" and not aside.exists()
+
+
+def test_a_second_process_on_the_same_run_is_refused_and_a_dead_ones_lock_is_gone(place: Workplace) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from harness.run import lock_run\n"
+        "with lock_run(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(place.runs / "run")]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=r"another process is training .*run: wait for its end, or choose another"):
+            place.train("run")
+        assert not (place.runs / "run").exists()
+        holder.kill()
+    assert summary_of(place.train("run"))["steps"] == STEPS
+
+
+def test_a_kill_between_two_writes_of_the_claim_leaves_the_name_free(place: Workplace) -> None:
+    (place.runs / "run").mkdir(parents=True)
+    (place.runs / "run" / "config.yaml.tmp").write_text("half")
+    assert summary_of(place.train("run"))["steps"] == STEPS
+
+
+def test_checkpoints_without_metrics_are_a_run_that_another_seed_does_not_take_over(place: Workplace) -> None:
+    run = place.train("run")
+    for name in ("metrics.jsonl", "summary.json"):
+        (run / name).unlink()
+    before = contents(run)
+    with pytest.raises(UserError, match=r"another configuration.*seed is 0 there and 1 here"):
+        place.train("run", "seed=1")
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("mistake", [

@@ -188,7 +188,7 @@ EMPTY = "a prompt has no tokens; give at least one (the end-of-text token starts
         ([], {}, EMPTY),
         ([[1, 2], []], {}, EMPTY),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ([[1]], {"temperature": -0.5}, "temperature=-0.5 must be 0 (greedy) or above"),
+        ([[1]], {"temperature": -0.5}, "temperature=-0.5 must be 0 (greedy) or at least 0.001"),
         ([[1]], {"top_k": 0}, "top_k=0 must be at least 1, or null for no cut"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0 must be in (0, 1], or null for no cut"),
         ([[1]], {"top_p": 1.5}, "top_p=1.5 must be in (0, 1], or null for no cut"),

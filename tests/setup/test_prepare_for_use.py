@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,25 @@ def test_from_any_folder_the_arguments_reach_the_data_step_as_they_were_typed(
     called = prepared.data_step()
     assert called["argv"] == arguments
     assert Path(called["folder"]) == tmp_path
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["stdlib", "--help"]])
+def test_help_is_the_comment_at_its_head_and_does_nothing(
+    project: SmallProject, tmp_path: Path, arguments: list[str]
+) -> None:
+    before = sorted(project.folder.rglob("*"))
+    result = project.set_up(*arguments, folder=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    head = (project.folder / "prepare_for_use.sh").read_text().split("\nset -eu")[0].splitlines()[1:]
+    assert result.stdout.splitlines() == [line[1:].removeprefix(" ") for line in head]
+    assert "sh prepare_for_use.sh stdlib tinystories" in result.stdout
+    assert sorted(project.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("arguments", [["-x"], ["stdlib", "--verbose"]])
+def test_an_unknown_flag_is_refused_before_anything_is_made(project: SmallProject, arguments: list[str]) -> None:
+    assert_refused(project.set_up(*arguments), arguments[-1], "--help")
+    assert not project.environment.exists()
 
 
 def test_a_failing_data_step_fails_the_set_up(prepared: SmallProject) -> None:
@@ -303,11 +323,30 @@ def test_an_environment_of_the_users_own_in_the_project_is_refused_not_removed(p
     assert python.exists()
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt", "requirements-extra.txt"])
-def test_every_requirement_names_exactly_one_version(file: str) -> None:
+REQUIREMENT_FILES = sorted(file.name for file in ROOT.glob("requirements*.txt"))
+
+
+def requirements(file: str) -> tuple[list[str], list[str]]:
+    """The `name==version` lines of a file and the files that it includes, without comments."""
     lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    names = [line.split("==")[0] for line in lines if line]
-    assert all(len(line.split("==")) == 2 and "*" not in line for line in lines if line)
-    assert len(names) == len(set(names))
+    included = [line.removeprefix("-r ") for line in lines if line.startswith("-r ")]
+    return [line for line in lines if line and not line.startswith("-r ")], included
+
+
+@pytest.mark.parametrize("file", REQUIREMENT_FILES)
+def test_every_requirement_names_exactly_one_version(file: str) -> None:
+    lines, included = requirements(file)
+    assert lines and all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.+]*", line) for line in lines)
+    assert set(included) <= set(REQUIREMENT_FILES)
     if file == "requirements.txt":
         assert lines[0] == "torch==2.13.0"
+
+
+def test_every_package_is_pinned_in_one_place() -> None:
+    names = [line.split("==")[0] for file in REQUIREMENT_FILES for line in requirements(file)[0]]
+    assert len(names) == len(set(names))
+
+
+def test_the_extras_bring_the_kernels_package() -> None:
+    assert requirements("requirements-extra.txt")[1] == ["requirements-kernels.txt"]
+    assert [line.split("==")[0] for line in requirements("requirements-kernels.txt")[0]] == ["triton"]

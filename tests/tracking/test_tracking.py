@@ -309,6 +309,25 @@ def test_wandb_is_off_or_offline_when_its_variable_says_so(
     assert server.runs == {}
 
 
+def test_a_setting_that_wandb_does_not_take_is_said_in_one_line_with_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    with track(tmp_path / "mode") as tracker:
+        tracker.log(1, 256, {"train/loss": 5.0})
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "metrics.jsonl alone" in said.err
+    for word in ("WANDB_MODE=nonsense", "online", "offline", "disabled", "dryrun"):
+        assert word in said.err
+    assert len(rows_of(tmp_path / "mode")) == 1
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "a while")
+    with track(tmp_path / "timeout"):
+        pass
+    said = capfd.readouterr()
+    assert said.err.count("\n") == 1 and "WANDB_INIT_TIMEOUT: input should be a valid number" in said.err
+
+
 def test_a_missing_package_leaves_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
