@@ -136,6 +136,9 @@ def run_hydra(
             word for before, word in itertools.pairwise(sys.argv) if not word.startswith("-") and before not in taken
         ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
+        asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
+        if asking and not {"-m", "--multirun"}.isdisjoint(flags):
+            raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
         if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
             for choices in sweep_jobs([override for override in overrides if not override.startswith("hydra")]):
                 check_config(config_name, choices)

@@ -212,15 +212,15 @@ class MultiheadLatentAttention(nn.Module):
         """Most queries a row and call for which `auto` takes the absorbed path; 0 where it does not exist.
 
         Expanding costs G L (N + V) products a cached token whatever T is, absorbing widens attention from N + P + V to
-        2 L + P for each query and head: equal at T = G L (N + V) / (H (2 L - N - V)). Measured crossovers lie there too,
-        whatever the context (docs/PERFORMANCE.md).
+        2 L + P for each query and head: equal at T = G L (N + V) / (H (2 L - N - V)), whatever the context. Expanding also
+        writes and reads what it makes: measured crossovers lie a third higher (docs/PERFORMANCE.md).
         """
         if "absorbed" not in self.decode_paths:
             return 0
         narrow, wide = self.qk_nope_head_dim + self.v_head_dim, 2 * self.latent_widths[0]
         if wide <= narrow:
             return MANY
-        return max(1, self.n_kv_heads * self.latent_widths[0] * narrow // (self.n_heads * (wide - narrow)))
+        return max(1, 4 * self.n_kv_heads * self.latent_widths[0] * narrow // (3 * self.n_heads * (wide - narrow)))
 
     def forward(
         self,

@@ -149,7 +149,7 @@ REFUSED = {
                       "gqa, mha, mha_decoupled, mha_learned, "
     "mha_wide, mla, mla_plain, mla_shared_latent, mla_shared_weights, mqa",
     "model=tyny": "model=tyny does not exist; did you mean tiny?",
-    "model={a:1}": "model={'a': 1} does not exist; choose from gpt2, medium, small, tiny",
+    "model={a:1}": "model={'a': 1} does not exist; choose from deepseek_v2_lite, deepseek_v3, gpt2, medium, small, tiny",
     "tracking=tensorboard": "tracking=tensorboard does not exist; choose from none, wandb",
     "attentoin=mla": "attentoin is not a field of the configuration; did you mean attention?",
     "model.dmodel=64": "model.dmodel is not a field of the configuration; did you mean model.d_model?",
@@ -428,9 +428,13 @@ def test_seeds_of_one_setup_share_a_hash_and_everything_else_changes_it() -> Non
         ("budget.tokens=5 budget.tokens=6", "wikitext2-tiny-mha-tokens=6-seed0"),
         ("attention=mla attention.q_lora_rank=null", "wikitext2-tiny-mla-seed0"),
         ("optimizer.betas=[0.9,0.99]", "wikitext2-tiny-mha-betas=_0.9,_0.99_-seed0"),
-        ("dataset=local dataset.path=/my/long/road.txt", "local_road-tiny-mha-seed0"),
+        ("dataset=local dataset.path=/my/long/road.txt", "local_road_b84997-tiny-mha-seed0"),
         ("experiment=books_tiny", "classic_books-tiny-mha-books_tiny-seed0"),
         ("experiment=null", "wikitext2-tiny-mha-seed0"),
+        ("budget={tokens:99000}", "wikitext2-tiny-mha-tokens=99000-seed0"),
+        ("dataset.max_tokens=9000", "wikitext2-tiny-mha-dataset.max_tokens=9000-seed0"),
+        ("evaluation.max_tokens=9000", "wikitext2-tiny-mha-evaluation.max_tokens=9000-seed0"),
+        ("attention.dropout=0.1", "wikitext2-tiny-mha-attention.dropout=0.1-seed0"),
     ],
 )
 def test_the_default_name_carries_what_differs(line: str, name: str) -> None:
@@ -446,7 +450,11 @@ def test_a_long_name_is_cut_and_stays_unique_and_keeps_the_seed() -> None:
     names = [load_train_config(["attention=mla", *line, "seed=7"]).name for line in lines]
     assert len(set(names)) == 2
     for name in names:
-        assert len(name) < 100 and name.endswith("-seed7") and "-tiny-mla-kv_lora_rank=2" in name
+        assert (
+            len(name) < 100
+            and name.endswith("-seed7")
+            and "-tiny-mla-fused_down_projections=true-kv_lora_rank=2" in name
+        )
 
 
 def test_a_name_of_ones_own_is_taken_as_it_is() -> None:
@@ -482,6 +490,18 @@ def test_free_text_reaches_a_script_as_it_was_typed(text: str) -> None:
     assert parse_options(Options, [f"prompt={text}", f"run={text}"]) == Options(prompt=text, run=text)
 
 
+def test_the_default_name_of_a_run_is_positional_though_it_holds_an_equals_sign() -> None:
+    @dataclasses.dataclass
+    class Options:
+        runs: list[str] = dataclasses.field(default_factory=list)
+        caches: str = "plain"
+
+    names = ["stdlib-tiny-mla-tokens=100000-seed0", "a/b=c", "plain"]
+    assert parse_options(Options, [*names, "caches=all"], positional="runs") == Options(names, "all")
+    with pytest.raises(UserError, match=r"cache is not an option here; did you mean caches\?"):
+        parse_options(Options, ["cache=all"], positional="runs")
+
+
 def test_text_that_was_quoted_for_hydra_is_not_quoted_again() -> None:
     assert quoted("dataset.path='a, b'") == "dataset.path='a, b'"
     assert load_train_config(["name=run", "dataset=local", "dataset.path='/a, b'"]).dataset.path == "/a, b"
@@ -489,11 +509,26 @@ def test_text_that_was_quoted_for_hydra_is_not_quoted_again() -> None:
     assert quoted("optimizer.lr=0.1") == "optimizer.lr=0.1"
 
 
-def test_a_local_corpus_is_known_by_its_whole_path_and_other_paths_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_corpus_is_known_by_its_whole_path_and_so_are_all_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT / "tests")
     assert train("dataset=local", "dataset.path=a b.txt").dataset.path == str(ROOT / "tests" / "a b.txt")
     assert train("dataset=local").dataset.path is None
-    assert train("dataset=classic_books", "dataset.path=books").dataset.path == "books"
+    assert train("dataset=classic_books", "dataset.path=books").dataset.path == str(ROOT / "tests" / "books")
+    assert load_eval_config(["dataset=local", "dataset.path=a.txt"]).dataset.path == str(ROOT / "tests" / "a.txt")
+    pretrained = ["tokenizer=pretrained"]
+    assert train(*pretrained, "tokenizer.path=conftest.py").tokenizer.path == str(ROOT / "tests" / "conftest.py")
+    assert train(*pretrained, "tokenizer.path=gpt2").tokenizer.path == "gpt2"  # a name on the hub
+
+
+def test_equal_names_of_local_corpora_in_two_places_make_two_names_of_runs() -> None:
+    names = {load_train_config(["dataset=local", f"dataset.path={path}"]).name for path in
+             ("/a/texts", "/b/texts", "/a/*.md", "/a/*.txt")}  # fmt: skip
+    assert len(names) == 4
+
+
+def test_the_order_of_overrides_does_not_change_the_name() -> None:
+    line = ["attention=mla", "optimizer.lr=0.1", "budget.steps=7", "tokenizer=bytes", "optimizer=muon"]
+    assert len({load_train_config([*order, "dataset=stdlib"]).name for order in (line, line[::-1])}) == 1
 
 
 def test_every_field_of_free_text_exists_where_it_is_read() -> None:

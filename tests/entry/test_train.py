@@ -472,6 +472,7 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
         (["-m", "attention=glob(m*a)", "optimizer.lr=0.1,fast"], "optimizer.lr=fast must be a finite number"),
         (["-m", "attention=mla,mha", "attention.kv_lora_rank=8"], "attention.kv_lora_rank is not a field"),
         (["-m", "mla"], "an argument cannot be read as key=value (Error parsing override 'mla')"),
+        (["-m", "attention=mha,mla", "--cfg", "job"], "-m and --cfg cannot stand together; leave one out"),
         (["--cfg", "job", "attention=mlaa"], "attention=mlaa does not exist; did you mean mla?"),
     ],
 )

@@ -71,7 +71,7 @@ def paths_taken(model: GPT, tokens: int, *, cached: bool = True) -> set[str]:
 def test_auto_absorbs_short_calls_through_a_cache_and_expands_everything_else() -> None:
     model = model_of("mla")
     limit = model.attentions[0].absorbs_up_to
-    assert limit == 24 * 24 // (2 * 24 - 24)  # L (N + V) / (2 L - N - V) with as many key/value heads as heads
+    assert limit == 4 * 24 * 24 // (3 * (2 * 24 - 24))  # 4/3 L (N + V) / (2 L - N - V) with a key/value head a head
     assert paths_taken(model, 1) == paths_taken(model, limit) == {"absorbed"}
     assert paths_taken(model, limit + 1) == {"expanded"}
     assert paths_taken(model, 1, cached=False) == {"expanded"}
@@ -84,7 +84,7 @@ def test_a_path_that_is_named_is_taken_whatever_the_length() -> None:
         assert paths_taken(model, 1) == paths_taken(model, 60) == {taken}
 
 
-def test_deepseeks_shape_absorbs_up_to_170_queries_and_a_narrow_latent_always() -> None:
+def test_deepseeks_shape_absorbs_up_to_227_queries_and_a_narrow_latent_always() -> None:
     with torch.device("meta"):
         deepseek = gpt_from(
             ["attention=mla", "model.n_heads=16", "model.head_dim=128", "model.d_model=1024"], n_layers=1
