@@ -90,7 +90,7 @@ def test_deepseeks_shape_absorbs_up_to_227_queries_and_a_narrow_latent_always() 
             ["attention=mla", "model.n_heads=16", "model.head_dim=128", "model.d_model=1024"], n_layers=1
         )
     assert deepseek.attentions[0].kv_lora_rank == 512
-    assert deepseek.attentions[0].absorbs_up_to == 512 * 256 // (1024 - 256) == 170
+    assert deepseek.attentions[0].absorbs_up_to == 4 * 512 * 256 // (3 * (1024 - 256)) == 227
     narrow = model_of("mla, rank 10").attentions[0]  # 2 L = 20 is less than N + V = 24
     assert narrow.absorbs_up_to > 10**9
 
