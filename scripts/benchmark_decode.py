@@ -1,0 +1,361 @@
+"""What decoding costs, by variant, context and batch size: python scripts/benchmark_decode.py [key=value ...].
+
+attention      mha,gqa,mqa,mla   variants, separated by commas, or all          model   tiny   a YAML of configs/model
+run            null              a trained run's shape and vocabulary instead   runs_dir  runs
+model.KEY, attention.KEY         as for train_model.py; for the variants that have the field
+level          model             model; or attention: the attention layers alone, without norms, MLP and head
+layers         null              how many are built and timed; null: all, at level=attention 1
+vocab_size     4096              contexts  256,1024,4096      batch_sizes  1,8
+queries        1                 new tokens a call; above 1 for MLA in both paths, at the smallest batch size
+decode         both              MLA's paths: auto, expand, absorbed; both: a row each, and where they change places
+kernel         torch             torch or triton: what computes the absorbed path      backend  auto (attention kernel)
+step           auto              eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere
+dtype          auto              of weights and arithmetic: bfloat16 on CUDA, else float32      cache.dtype  auto (the same)
+steps          16                of a reading, fewer where they take longer than a second together
+rounds         5                 readings; a figure is the median over their steps with quartiles; variants take turns
+prefill_tokens 8192              time to first token, and generation end to end, up to so many tokens of prompt in all
+peers          true              at level=model transformers' generate on the same weights, where it is installed; at
+                                 level=attention torch's SDPA on a cache of MLA's expanded keys and values
+memory_budget_gib  null          for the largest batch, and for what is measured; null: half of the memory
+device         auto              seed      0
+out            artifacts/decode  gets decode.json, decode.csv and decode.png
+
+Weights and caches are random, of a run too: speed does not depend on them. What the columns mean is said in
+harness/evaluation/decode_speed.py. Largest batch: of the model with all its layers (level=attention: their attention).
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import ROOT, enter_environment
+
+enter_environment()
+
+import dataclasses
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from harness.command_line import find_run, parse_options, run_script, user_path
+from harness.config import CACHE_DTYPES, did_you_mean, load_run_config, load_train_config, options_of
+from harness.errors import UserError
+from harness.schema import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from harness.evaluation.decode_speed import Cell, Plan, Subject, Writer
+
+
+@dataclass
+class CacheOptions:
+    dtype: str = "auto"
+
+
+@dataclass
+class DecodeOptions:
+    attention: str = "mha,gqa,mqa,mla"
+    model: str = "tiny"
+    run: str | None = None
+    level: str = "model"
+    layers: int | None = None
+    vocab_size: int = 4096
+    contexts: str = "256,1024,4096"
+    batch_sizes: str = "1,8"
+    queries: str = "1"
+    decode: str = "both"
+    kernel: str = "torch"
+    backend: str = "auto"
+    step: str = "auto"
+    dtype: str = "auto"
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    steps: int = 16
+    rounds: int = 5
+    prefill_tokens: int = 8192
+    peers: bool = True
+    memory_budget_gib: float | None = None
+    device: str = "auto"
+    seed: int = 0
+    out: str | None = None
+    runs_dir: str = str(ROOT / "runs")
+
+
+CHOICES = {
+    "level": ("model", "attention"), "decode": ("auto", "expand", "absorbed", "both"),
+    "step": ("auto", "eager", "compile", "graph"), "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "cache.dtype": ("auto", *CACHE_DTYPES), "kernel": ("torch", "triton"),
+}  # fmt: skip
+LARGEST_DIFFERENCE = 1e-4  # of logits in float32, relative: above it a peer computes something else and is not timed
+
+
+def main(arguments: list[str]) -> int:
+    overrides = [word for word in arguments if word.startswith(("model.", "attention."))]
+    options = parse_options(DecodeOptions, [word for word in arguments if word not in overrides])
+    check(options, overrides)
+    configs, vocab_size = configurations(options, overrides, arguments)
+
+    import torch
+    from tqdm import tqdm
+
+    from harness.evaluation import decode_plot
+    from harness.evaluation.decode_speed import measure, plan_cells, swept_bytes
+    from harness.run import commit, write_json
+    from harness.training.device import keep_freed_memory, seed_everything
+
+    plan = make_plan(options)
+    keep_freed_memory(plan.device)  # or a step's temporaries are mapped and zeroed anew each time
+    seed_everything(options.seed)
+    notes: list[str] = []
+    subjects = make_subjects(configs, vocab_size, options, plan, notes)
+    cells = plan_cells(subjects, plan)
+    turns = sum(len(group) for cell in cells for group in cell.groups) * plan.rounds
+    with tqdm(total=turns, unit="reading", disable=None) as bar:
+
+        def progress(cell: Cell, subjects: int) -> None:
+            bar.set_description(f"batch {cell.batch_size}, context {cell.context:,}", refresh=False)
+            bar.update(subjects)
+
+        results = measure(cells, plan, progress=progress)
+
+    machine = (
+        torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda"
+        else f"{plan.device.type}, threads: {torch.get_num_threads()}"
+    )  # fmt: skip
+    heading = title(options, overrides, configs, plan, machine)
+    limits = {subject.name: subject.part.attentions[0].absorbs_up_to for subject in subjects if len(subject.paths) > 1}
+    crossovers = decode_plot.crossovers(results.figures, limits)
+    print("\n".join([heading, *decode_plot.table(results), *map(decode_plot.sentence, crossovers), *notes]))
+    print(f"bandwidth: {results.bandwidth / 1e9:,.1f} GB/s, reading {swept_bytes(plan) / 2**20:,.0f} MiB in this run; "
+          f"largest batch: within {plan.budget_bytes / 2**30:,.1f} GiB")  # fmt: skip
+
+    out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "decode"
+    files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", "png")]
+    record = {
+        "options": dataclasses.asdict(options), "overrides": overrides, "device": machine, "dtype": str(plan.dtype),
+        "cache_dtype": str(plan.cache_dtype), "step": plan.step_used, "torch": torch.__version__, "commit": commit(),
+        "vocab_size": vocab_size, "read_bandwidth": results.bandwidth, "budget_bytes": plan.budget_bytes,
+        "figures": [dataclasses.asdict(figure) for figure in results.figures],
+        "skipped": [dataclasses.asdict(each) for each in results.skipped],
+        "crossovers": [dataclasses.asdict(each) for each in crossovers], "notes": notes,
+        "files": files,
+    }  # fmt: skip
+    write_json(out / "decode.json", record)
+    (out / "decode.csv").write_text(decode_plot.as_csv(results.figures), encoding="utf-8")
+    if results.figures:
+        decode_plot.save_picture(results.figures, out / "decode.png", title=heading)
+    print(f"written: {', '.join(files)}", flush=True)
+    print(json.dumps(record))
+    return 0
+
+
+def check(options: DecodeOptions, overrides: list[str]) -> None:
+    """Raises UserError for options that are unknown, impossible or do not go together."""
+    for key, choices in CHOICES.items():
+        value = options.cache.dtype if key == "cache.dtype" else getattr(options, key)
+        if value not in choices:
+            raise UserError(f"{key}={value} is unknown; {did_you_mean(value, choices)}")
+    for key, least in (
+        ("layers", 1),
+        ("vocab_size", 1),
+        ("steps", 1),
+        ("rounds", 1),
+        ("prefill_tokens", 0),
+        ("seed", 0),
+    ):
+        value = getattr(options, key)
+        if value is not None and value < least:
+            raise UserError(f"{key}={value} is too small; choose {least} or more")
+    if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
+        raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals:
+            raise UserError(f"{word} is not of the form key=value; write {word}=...")
+        if key in ("attention.decode", "attention.kernel", "attention.backend"):
+            raise UserError(f"{key} is an option of its own here; write {key.removeprefix('attention.')}=...")
+
+
+def whole_numbers(key: str, text: str) -> tuple[int, ...]:
+    """The positive whole numbers of a list with commas, each once, in order."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UserError(f"{key}={text} must be positive whole numbers, separated by commas")
+    return tuple(sorted({int(number) for number in text.split(",")}))
+
+
+def configurations(options: DecodeOptions, overrides: list[str], arguments: list[str]) -> tuple[list[TrainConfig], int]:
+    """What to measure, and the vocabulary. Raises UserError for what does not exist or does not go together."""
+    if options.run is not None:
+        given = [word for word in arguments if word.partition("=")[0] in ("attention", "model", "vocab_size")]
+        if given or overrides:
+            raise UserError(f"{[*given, *overrides][0]} stands beside run=..., which is a whole model: leave one out")
+        from harness.data import Tokenizer
+
+        folder = find_run(options.run, user_path(options.runs_dir))
+        config = load_run_config(folder)
+        file = folder / "tokenizer.json" if config.tokenizer.name != "bytes" else None
+        return [config], Tokenizer.load(file).vocab_size
+    names = options_of("attention") if options.attention == "all" else options.attention.split(",")
+    configs, used = [], set()
+    for name in dict.fromkeys(names):
+        choice = [f"attention={name}", f"model={options.model}", "name=decode"]
+        fields = load_train_config(choice).attention
+        known = [
+            word
+            for word in overrides
+            if not word.startswith("attention.") or word.partition("=")[0].removeprefix("attention.") in fields
+        ]
+        used |= set(known)
+        configs.append(load_train_config([*choice, *known]))
+    for word in overrides:
+        if word not in used:
+            known = sorted({f"attention.{key}" for config in configs for key in config.attention})
+            key = word.partition("=")[0]
+            raise UserError(f"{key} is a field of none of {', '.join(names)}; {did_you_mean(key, known)}")
+    return configs, options.vocab_size
+
+
+def make_plan(options: DecodeOptions) -> Plan:
+    """Settings as decode_speed.py takes them. Raises UserError for what this machine cannot do."""
+    import torch
+
+    from harness.evaluation.decode_speed import Plan
+    from harness.training.device import memory_bytes, select_device
+    from modeling.attention.cache import DTYPES
+
+    device = select_device(options.device)
+    if options.step == "graph" and device.type != "cuda":
+        raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
+    automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = automatic if options.dtype == "auto" else getattr(torch, options.dtype)
+    gib = options.memory_budget_gib
+    return Plan(
+        contexts=whole_numbers("contexts", options.contexts),
+        batch_sizes=whole_numbers("batch_sizes", options.batch_sizes),
+        queries=whole_numbers("queries", options.queries), steps=options.steps, rounds=options.rounds,
+        step=options.step, device=device, dtype=dtype,
+        cache_dtype=dtype if options.cache.dtype == "auto" else DTYPES[options.cache.dtype],
+        budget_bytes=memory_bytes(device) // 2 if gib is None else int(gib * 2**30),
+        prefill_tokens=options.prefill_tokens, generate=options.peers, seed=options.seed,
+    )  # fmt: skip
+
+
+def make_subjects(
+    configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: Plan, notes: list[str]
+) -> list[Subject]:
+    """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
+    import torch
+
+    from harness.evaluation.decode_speed import AttentionLayers, ExpandedAttention, Subject, footprint, paths_of
+    from harness.session import pin_execution
+
+    longest = plan.contexts[-1] + plan.room
+    shapes = []
+    for config in configs:
+        count = options.layers or (config.model.n_layers if options.level == "model" else 1)
+        with torch.device("meta"):
+            whole = build_part(config, vocab_size, options.level, config.model.n_layers, longest)
+            built = build_part(config, vocab_size, options.level, count, longest)
+        shapes.append((whole, count, sum(parameter.numel() for parameter in built.parameters())))
+    needed = sum(numbers for _, _, numbers in shapes) * plan.dtype.itemsize
+    if needed > plan.budget_bytes:
+        raise UserError(
+            f"the weights of {len(configs)} variants take {needed / 2**20:,.1f} MiB, more than memory_budget_gib="
+            f"{plan.budget_bytes / 2**30:.3g}: take fewer with layers=1, level=attention or attention=..., or raise it"
+        )
+
+    subjects = []
+    for config, (whole, count, _) in zip(configs, shapes, strict=True):
+        name = config.attention["name"]
+        with torch.device(plan.device):
+            part = build_part(config, vocab_size, options.level, count, longest).eval()
+        first = part.attentions[0]
+        paths = paths_of(first, options.decode)
+        if not paths:
+            raise UserError(f"decode={options.decode} is not a path of attention={name}; take decode=auto")
+        sizes = functools.partial(footprint, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
+        subject = Subject(name, part, paths, sizes(whole))
+        if options.level == "model" and options.peers:
+            subject.writer = transformers_writer(part, config, plan.dtype, notes)
+        part.to(plan.dtype)
+        if "absorbed" in first.decode_paths and paths != ("expand",):
+            subject.kernel = options.kernel
+        execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
+        pin_execution(part, execution, device=plan.device, precision=plan.dtype)
+        subjects.append(subject)
+        if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
+            padded = first.backend == "sdpa_flash" and plan.device.type == "cpu"
+            peer, whole_peer = (
+                AttentionLayers([ExpandedAttention(layer, pad_values=padded) for layer in each.attentions])
+                for each in (part, whole)
+            )
+            label = f"{name}, expanded cache (SDPA)"
+            subjects.append(Subject(label, peer, ("auto",), sizes(whole_peer), prefills=False))
+    return subjects
+
+
+def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, longest: int) -> Any:
+    """The model or its attention, with so many layers and positions. Raises UserError for sizes that do not fit."""
+    from harness.build import build_model
+    from harness.config import attention_options
+    from harness.evaluation.decode_speed import AttentionLayers
+    from modeling.attention import MODEL_OWNED, build_attentions
+
+    if level == "model":
+        return build_model(config, vocab_size, n_layers=n_layers, max_seq_len=longest)
+    owned = {name: getattr(config.model, name) for name in MODEL_OWNED} | {"max_seq_len": longest}
+    try:
+        return AttentionLayers(
+            build_attentions(config.attention["mechanism"], attention_options(config.attention), n_layers, **owned)
+        )
+    except ValueError as error:
+        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
+
+
+def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, notes: list[str]) -> Writer | None:
+    """transformers' generation with the weights of a float32 model, which is cast; None, with a note, where it cannot be."""
+    from harness import huggingface
+    from harness.evaluation.decode_speed import Writer
+
+    name = config.attention["name"]
+    try:
+        theirs = huggingface.as_transformers(model, config)
+        error = huggingface.difference(model, theirs)
+        if error > LARGEST_DIFFERENCE:
+            raise UserError(f"its logits differ by {error:.1e} of their size, more than {LARGEST_DIFFERENCE:.0e}")
+    except (ImportError, UserError) as reason:
+        notes.append(f"no transformers beside {name}: {reason}")
+        return None
+    if model.embedding.weight.dtype != dtype:
+        theirs = huggingface.as_transformers(model.to(dtype), config)
+    return Writer(
+        "transformers", functools.partial(huggingface.write, theirs), huggingface.cache_bytes_per_token(theirs),
+        sum(parameter.nbytes for parameter in theirs.parameters()),
+    )  # fmt: skip
+
+
+def title(
+    options: DecodeOptions, overrides: list[str], configs: list[TrainConfig], plan: Plan, machine: str
+) -> str:  # fmt: skip
+    """What was measured, in a line."""
+    import torch
+
+    model = configs[0].model
+    layers = options.layers or (model.n_layers if options.level == "model" else 1)
+    part = "whole model" if options.level == "model" else "attention alone"
+    weights, cache = (str(dtype).removeprefix("torch.") for dtype in (plan.dtype, plan.cache_dtype))
+    what = " ".join([f"run {options.run}" if options.run is not None else model.name, *overrides])
+    return (
+        f"{what}, {part}, {layers} of {model.n_layers} layers; {weights}, cache {cache}, "
+        f"{plan.step_used}; {machine}, torch {torch.__version__}"
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

@@ -1,0 +1,365 @@
+"""What decoding costs: the arithmetic of the figures, the peer, and the command from end to end. Nothing about speed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness.config import save_run_config
+from harness.errors import UserError
+from harness.evaluation import decode_speed
+from harness.evaluation.decode_plot import compared, crossings, in_ms
+from harness.evaluation.decode_speed import (
+    AttentionLayers,
+    Clock,
+    ExpandedAttention,
+    Footprint,
+    Plan,
+    Spread,
+    Subject,
+    filled_cache,
+    footprint,
+    in_groups,
+    measure,
+    paths_of,
+    plan_cells,
+    weight_bytes,
+)
+from modeling.attention.cache import Cache, Placement
+from modeling.attention.contract import randomise, relative_error
+from scripts import benchmark_decode
+from tests.support.micro import json_lines
+from tests.support.variants import SHIPPED, attention_from, config_at, gpt_from
+
+MICRO = ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.head_dim=16", "model.mlp_hidden=64",
+         "vocab_size=100", "device=cpu", "rounds=2", "steps=3", "memory_budget_gib=0.5"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def as_many_steps_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is meanwhile."""
+    monkeypatch.setattr(decode_speed, "READING_SECONDS", 1e9)
+
+
+def plan(**changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "contexts": (16,), "batch_sizes": (2,), "queries": (1,), "steps": 3, "rounds": 2, "step": "auto",
+        "device": torch.device("cpu"), "dtype": torch.float32, "cache_dtype": torch.float32, "budget_bytes": 2**28,
+        "prefill_tokens": 64, "generate": False, "seed": 0,
+    }  # fmt: skip
+    return Plan(**(settings | changes))
+
+
+def subject(attention: str, *, layers: int = 0, decode: str = "both") -> Subject:
+    """The variant at SIZES: the whole model, or so many attention layers."""
+    overrides = [f"attention={attention}"]
+    part = AttentionLayers([attention_from(overrides) for _ in range(layers)]) if layers else gpt_from(overrides)
+    sizes = footprint(part, dtype=torch.float32, cache_dtype=torch.float32)
+    return Subject(attention, part, paths_of(part.attentions[0], decode), sizes)
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_batch_is_what_fits_beside_the_weights() -> None:
+    assert Footprint(1000, 10).largest_batch(8, 1000 + 3 * 80) == 3
+    assert Footprint(1000, 10).largest_batch(8, 1000 + 3 * 80 - 1) == 2
+    assert Footprint(1000, 10).largest_batch(8, 999) == 0
+
+
+@pytest.mark.parametrize(("attention", "elements"), [("mha", 2 * 4 * 12), ("gqa", 2 * 2 * 12), ("mla", 24 + 6)])
+def test_a_footprint_is_counted_on_the_meta_device(attention: str, elements: int) -> None:
+    with torch.device("meta"):
+        model = gpt_from([f"attention={attention}"])
+    sizes = footprint(model, dtype=torch.bfloat16, cache_dtype=torch.float32)
+    assert sizes == Footprint(2 * sum(p.numel() for p in model.parameters()), 4 * 2 * elements)
+
+
+def test_a_step_reads_every_weight_but_the_tables_that_give_it_rows() -> None:
+    tied, own_head = gpt_from(["attention=mha"]), gpt_from(["attention=mha", "model.tie_embeddings=false"])
+    learned = gpt_from(["attention=mha_learned"])
+    assert weight_bytes(tied) == 4 * sum(p.numel() for p in tied.parameters())
+    assert weight_bytes(own_head) == weight_bytes(tied)  # a head of its own, and an embedding that is not read whole
+    assert weight_bytes(learned) == weight_bytes(tied)
+    assert weight_bytes(tied.to(torch.bfloat16)) == weight_bytes(own_head) / 2
+
+
+def test_figures_hold_the_bytes_and_rates_that_follow_from_their_sizes() -> None:
+    variants = [subject("mha"), subject("mla")]
+    p = plan(contexts=(16, 40))
+    results = measure(plan_cells(variants, p), p, progress=lambda cell, subjects: None)
+    assert [(f.row, f.context) for f in results.figures] == [
+        (row, context) for context in (16, 40) for row in ("mha", "mla expand", "mla absorbed")
+    ]  # fmt: skip
+    assert results.bandwidth > 0 and not results.skipped
+    for f in results.figures:
+        width = 4 * 2 * (2 * 4 * 12 if f.variant == "mha" else 24 + 6)  # float32, two layers
+        of_variant = variants[f.variant == "mla"]
+        assert (f.cache_bytes_per_token, f.cache_bytes) == (width, 2 * f.context * width)
+        assert f.step_bytes == weight_bytes(of_variant.part) + 2 * (f.context + 1) * width
+        assert f.tokens_per_second == pytest.approx(2 / f.call.median)
+        assert f.bytes_per_second == pytest.approx(f.step_bytes / f.call.median)
+        assert f.of_bandwidth == pytest.approx(f.bytes_per_second / results.bandwidth)
+        assert f.largest_batch == (2**28 - of_variant.whole.parameter_bytes) // (width * f.context)
+        assert f.call.n == p.rounds * p.steps and f.call.low <= f.call.median <= f.call.high
+        assert (f.first_token is None) == (2 * f.context > p.prefill_tokens)
+
+
+def test_a_spread_is_the_median_with_the_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 3.0, 2.0, 4.0]) == Spread(3.0, 2.0, 4.0, 5)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0, 1)
+
+
+def test_a_clock_gives_the_time_before_each_mark() -> None:
+    clock = Clock(torch.device("cpu"))
+    for _ in range(3):
+        clock.mark()
+    assert len(clock.seconds()) == 3 and all(seconds >= 0 for seconds in clock.seconds())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(2.5, "2,500"), (0.1234, "123"), (0.01234, "12.3"), (1.234e-3, "1.23"), (1.2e-5, "0.0120")]
+)
+def test_milliseconds_have_three_figures(seconds: float, shown: str) -> None:
+    assert in_ms(seconds) == shown
+
+
+# --- crossovers ------------------------------------------------------------------------------------------------------
+
+
+def test_power_laws_cross_where_they_are_equal() -> None:
+    points = [(x, x / 300) for x in (16, 64, 256, 1024)]  # equal at 300
+    assert crossings(points) == [pytest.approx(300)]
+    assert crossings([(x, 1 / ratio) for x, ratio in points]) == [pytest.approx(300)]
+    assert crossings(points[:3]) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "sentence"),
+    [
+        ([0.25, 0.5, 4.0], "absorbed is faster up to about 17 tokens, expand above"),
+        ([2.0, 0.5, 0.1], "expand is faster up to about 5 tokens, absorbed above"),
+        ([0.9, 0.8, 0.7], "absorbed is faster at all that was measured, 2 to 32 tokens"),
+        ([1.5], "expand is faster at all that was measured, 2 tokens"),
+        ([2.0, 0.5, 2.0], "not settled: the paths change places at about 5, 20 tokens"),
+    ],
+)
+def test_a_crossover_in_words(ratios: list[float], sentence: str) -> None:
+    assert compared(list(zip((2, 12, 32)[: len(ratios)], ratios, strict=True)), "tokens") == sentence
+
+
+# --- what is timed ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad_values", [False, True])
+@pytest.mark.parametrize(
+    "overrides",
+    [["attention=mla"], ["attention=mla", "attention.v_head_dim=20"], ["attention=mla_plain"],
+     ["attention=mla", "attention.q_lora_rank=20", "attention.latent_scale=true"],
+     ["attention=mla", "attention.n_kv_heads=2"]],
+)  # fmt: skip
+def test_the_expanded_cache_gives_the_same_outputs(overrides: list[str], pad_values: bool) -> None:
+    mla = randomise(attention_from(overrides)).eval()
+    assert ExpandedAttention.fits(mla)
+    parts = [AttentionLayers([mla]), AttentionLayers([ExpandedAttention(mla, pad_values=pad_values)])]
+    caches = [part.new_cache(2, 24, dtype=torch.float32, device="cpu") for part in parts]
+    x_BTD = torch.randn(2, 20, 48, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for piece in x_BTD.split([12, 1, 1, 6], dim=1):
+            theirs, ours = (part(piece, cache) for part, cache in zip(parts, caches, strict=True))
+            assert relative_error(ours, theirs) < 1e-5
+    v_width = max(mla.qk_width, mla.v_head_dim) if pad_values else mla.v_head_dim
+    expanded = mla.n_kv_heads * (mla.qk_width + v_width)
+    assert caches[1][0].elements_per_token == expanded > caches[0][0].elements_per_token
+
+
+def test_only_the_papers_mla_has_an_expanded_cache() -> None:
+    fitting = [name for name in SHIPPED if ExpandedAttention.fits(attention_from([f"attention={name}"]))]
+    assert fitting == ["mla", "mla_plain"]
+    for change in ("fused_down_projections=true", "kv_latent=split", "latent_norm_place=up_projected"):
+        assert not ExpandedAttention.fits(attention_from(["attention=mla", f"attention.{change}"])), change
+
+
+@pytest.mark.parametrize("attention", SHIPPED)
+def test_attention_alone_is_the_sum_of_a_models_attentions(attention: str) -> None:
+    model = gpt_from([f"attention={attention}"]).eval()
+    part = AttentionLayers(model.attentions)
+    x_BTD = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
+    wanted, shared = torch.zeros_like(x_BTD), []
+    with torch.no_grad():
+        for layer, cache in zip(
+            model.attentions, model.new_cache(2, 9, dtype=torch.float32, device="cpu"), strict=True
+        ):
+            more = {"shared": shared} if attention == "mla_shared_latent" else {}
+            wanted += layer(x_BTD, cache, **more)
+        assert torch.equal(part(x_BTD, part.new_cache(2, 9, dtype=torch.float32, device="cpu")), wanted)
+
+
+def test_paths_are_those_that_a_variant_has() -> None:
+    mla, late = (
+        attention_from(["attention=mla"]),
+        attention_from(["attention=mla_plain", "attention.positions=rope_after_up"]),
+    )
+    assert paths_of(mla, "both") == ("expand", "absorbed") and paths_of(mla, "auto") == ("auto",)
+    assert paths_of(late, "both") == ("expand",) and paths_of(late, "absorbed") == ()
+    assert paths_of(attention_from(["attention=gqa"]), "absorbed") == ("auto",)
+
+
+@pytest.mark.parametrize("attention", SHIPPED)
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.int8])
+def test_a_filled_cache_holds_the_context_and_has_room(attention: str, cache_dtype: torch.dtype) -> None:
+    part, p = gpt_from([f"attention={attention}"]), plan(cache_dtype=cache_dtype)
+    for cache in filled_cache(part, 2, 16, p, torch.Generator().manual_seed(0)):
+        assert cache.lengths_B.tolist() == [16, 16] and cache.max_seq_len == 16 + p.room
+        for buffer in cache.buffers.values():
+            assert buffer[:, :16].float().std() > 0.5 and not buffer[:, 16:].any()
+
+
+@pytest.mark.parametrize(
+    ("layers", "seen"), [(0, {16, 17, 18}), (2, {16})]
+)  # one cache for three steps, or one for each
+def test_every_reading_starts_at_the_context(
+    layers: int, seen: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Steps are taken back, those of one token and those of several: more of them are timed than a cache has room for."""
+    lengths: list[int] = []
+    mla = subject("mla", layers=layers)
+    place = Cache.place
+
+    def noted(self: Cache, new_tokens: int, valid_BT: torch.Tensor | None) -> Placement:
+        lengths.append(int(self.lengths_B.max()))
+        return place(self, new_tokens, valid_BT)
+
+    monkeypatch.setattr(Cache, "place", noted)
+    p = plan(queries=(1, 5), rounds=7, prefill_tokens=0)
+    results = measure(plan_cells([mla], p), p, progress=lambda cell, subjects: None)
+    assert {(f.path, f.queries, f.call.n) for f in results.figures} == {
+        (path, queries, 21) for path in ("expand", "absorbed") for queries in (1, 5)
+    }
+    assert set(lengths) == seen
+
+
+def test_neighbours_are_timed_together_as_far_as_they_fit() -> None:
+    a, b, c, d = (subject("mha", layers=1) for _ in range(4))
+    assert in_groups([(a, 4), (b, 5), (c, 10), (d, 3)], 10) == ((a, b), (c,), (d,))
+
+
+def test_what_does_not_fit_is_skipped_by_name_and_path() -> None:
+    p = plan(contexts=(16, 20_000, 100_000), budget_bytes=2**23, prefill_tokens=0, batch_sizes=(1,))
+    cells = plan_cells([subject("mqa", layers=1), subject("mla", layers=1)], p)
+    fitting = [[(s.name, s.paths) for group in cell.groups for s in group] for cell in cells]
+    assert fitting == [[("mqa", ("auto",)), ("mla", ("expand", "absorbed"))], [("mqa", ("auto",)), ("mla", ("absorbed",))],
+                       []]  # fmt: skip
+    assert [[s.row for s in cell.skipped] for cell in cells] == [
+        [],
+        ["mla expand"],
+        ["mqa", "mla expand", "mla absorbed"],
+    ]
+    assert all("takes about" in s.reason for cell in cells for s in cell.skipped)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def measured(capsys: pytest.CaptureFixture[str], out: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    capsys.readouterr()
+    assert benchmark_decode.main([*MICRO, f"out={out}", *options]) == 0
+    said = capsys.readouterr().out
+    (record,) = json_lines(said)
+    return said, record
+
+
+def test_a_whole_model_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    said, record = measured(capsys, tmp_path, "contexts=8,24", "batch_sizes=1,2", "queries=1,4", "prefill_tokens=24",
+                            "attention.q_lora_rank=8", "attention=gqa,mla,mla_plain")  # fmt: skip
+    rows = {(f["row"], f["batch_size"], f["context"], f["queries"]) for f in record["figures"]}
+    for batch, context in ((1, 8), (1, 24), (2, 8), (2, 24)):
+        for name in ("gqa", "mla expand", "mla absorbed", "mla_plain expand", "mla_plain absorbed"):
+            assert (name, batch, context, 1) in rows
+        for name in ("gqa, generate", "gqa, transformers", "mla, transformers", "mla_plain, generate"):
+            assert ((name, batch, context, 1) in rows) == (batch * context <= 24)
+    assert ("mla expand", 1, 24, 4) in rows and ("mla expand", 2, 24, 4) not in rows and ("gqa", 1, 24, 4) not in rows
+    (remark,) = record["notes"]
+    assert remark.startswith("no transformers beside mla_plain: ") and remark in said
+    assert {(c["axis"], c["batch_size"], c["context"]) for c in record["crossovers"] if c["variant"] == "mla"} == {
+        ("context", 1, None), ("context", 2, None), ("queries", 1, 8), ("queries", 1, 24)
+    }  # fmt: skip
+    for crossover in record["crossovers"]:
+        assert crossover["words"] in said
+
+    assert record == json.loads((tmp_path / "decode.json").read_text())
+    with (tmp_path / "decode.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["call_median"]) for line in lines] == [f["call"]["median"] for f in record["figures"]]
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(map(str, tmp_path.iterdir())) == sorted(record["files"])
+
+
+def test_attention_alone_beside_the_expanded_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said, record = measured(
+        capsys, tmp_path, "level=attention", "contexts=8,20000000", "batch_sizes=1", "cache.dtype=bfloat16"
+    )
+    rows = ["mha", "gqa", "mqa", "mla expand", "mla absorbed", "mla, expanded cache (SDPA)"]
+    assert [f["row"] for f in record["figures"]] == rows
+    assert [s["row"] for s in record["skipped"]] == rows
+    assert said.count("skipped: takes about") == len(rows)
+    cache = {f["row"]: f["cache_bytes_per_token"] for f in record["figures"]}  # one layer, bfloat16
+    assert cache["mla expand"] == 2 * (16 + 8) and cache["mla, expanded cache (SDPA)"] == 2 * 2 * 2 * (16 + 8)
+    assert "attention alone, 1 of 2 layers" in said
+
+
+def test_a_run_is_measured_at_its_own_shape_and_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    save_run_config(config_at("attention=mla", "tokenizer=bytes"), tmp_path / "runs" / "mine")
+    words = [word for word in MICRO if not word.startswith(("model.", "vocab_size"))]
+    run = ["run=mine", f"runs_dir={tmp_path / 'runs'}", f"out={tmp_path / 'out'}", "contexts=8", "peers=false"]
+    assert benchmark_decode.main([*words, *run]) == 0
+    (record,) = json_lines(capsys.readouterr().out)
+    assert record["vocab_size"] > 255 and {f["cache_bytes_per_token"] for f in record["figures"]} == {4 * 2 * (24 + 6)}
+    assert {f["row"] for f in record["figures"]} == {"mla expand", "mla absorbed"}
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(benchmark_decode, "LARGEST_DIFFERENCE", 1e-12)
+    _, record = measured(capsys, tmp_path, "attention=mla", "contexts=8", "batch_sizes=1")
+    assert [f["row"] for f in record["figures"]] == ["mla expand", "mla absorbed", "mla, generate"]
+    assert "its logits differ by" in record["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["attention=mhaa"], r"attention=mhaa does not exist; did you mean mha\?"),
+        (["contxts=8"], r"contxts is not an option here; did you mean contexts\?"),
+        (["contexts=8,x"], r"contexts=8,x must be positive whole numbers"),
+        (["batch_sizes=0"], r"batch_sizes=0 must be positive whole numbers"),
+        (["level=layer"], r"level=layer is unknown"),
+        (["decode=absorb"], r"decode=absorb is unknown; did you mean absorbed\?"),
+        (["step=graph"], r"step=graph needs a CUDA device, not cpu"),
+        (["rounds=0"], r"rounds=0 is too small; choose 1 or more"),
+        (["memory_budget_gib=0.0001"], r"weights of 4 variants take \d.\d MiB, more than memory_budget_gib=0.0001"),
+        (["memory_budget_gib=-1"], r"memory_budget_gib=-1 is too small"),
+        (["attention=gqa", "attention.q_lora_rank=8"], r"attention.q_lora_rank is a field of none of gqa"),
+        (["attention.decode=expand"], r"attention.decode is an option of its own here; write decode="),
+        (["attention=mla_plain", "attention.positions=rope_after_up", "decode=absorbed"], r"is not a path of attention="),
+        (["model.n_heads"], r"model.n_heads is not of the form key=value"),
+        (["model.n_hads=2"], r"did you mean model.n_heads\?"),
+        (["attention.kv_lora_rank=99", "attention=mla"], r"kv_lora_rank=99 compresses nothing"),
+        (["attention.kv_lora_rank=99", "attention=mla", "level=attention"], r"kv_lora_rank=99 compresses nothing"),
+        (["run=some"], r"stands beside run=..., which is a whole model: leave one out"),
+        (["kernel=cuda"], r"kernel=cuda is unknown"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_in_one_sentence(options: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence) as refused:
+        benchmark_decode.main([*MICRO, f"out={tmp_path / 'out'}", *options])
+    assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "out").exists()
