@@ -371,7 +371,7 @@ def needed_bytes(subject: Subject, path: str, B: int, S: int, T: int, plan: Plan
     if hasattr(first, "kv_lora_rank"):
         if path != "absorbed":  # up-projected, joined with the rotated key, values padded to the width of keys
             elements = first.n_kv_heads * (2 * K + V + max(K, V))
-        if path != "expand":
+        if path != "expand" or T > 1:  # which has a mask, and so no fused kernel
             logits = 3 * T * first.n_heads
     elif K != V or plan.cache_dtype != plan.dtype:  # no fused kernel on some devices; a cast
         elements = first.n_kv_heads * (K + V)
