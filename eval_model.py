@@ -35,8 +35,10 @@ def main(overrides: list[str]) -> int:
         try:
             record, result = score_run(run, config)
             print_table(record, result)
-            print(json.dumps(record), flush=True)
-            keep_record(run, record, config)
+            try:
+                keep_record(run, record, config)
+            finally:  # the JSON line comes last, and it comes whatever becomes of the record
+                print(json.dumps(record), flush=True)
         except UserError as error:
             if len(runs) == 1:
                 raise
