@@ -77,9 +77,9 @@ def generate(
     )
 
     model.eval()
-    logits_BTC = model(tokens_BT, cache, valid_BT=valid_BT if ragged else None)
-    last_B = valid_BT.sum(dim=1) - 1
-    logits_BC = logits_BTC[torch.arange(len(prompts), device=device), last_B]
+    x_BTD = model.hidden(tokens_BT, cache, valid_BT=valid_BT if ragged else None)
+    last_B = valid_BT.sum(dim=1) - 1  # the head sees one position a row, not the whole prompt
+    logits_BC = model.logits(x_BTD[torch.arange(len(prompts), device=device), last_B])
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
     decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
     for number in range(max_new_tokens):

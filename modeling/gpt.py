@@ -225,8 +225,11 @@ class GPT(nn.Module):
         cache: one per layer, from `new_cache`; the tokens are appended. valid_BT: True at real tokens of a batch that
         is padded on either side. positions_BT: positions other than the tokens' own places.
         """
-        logits_BTC = F.linear(self.hidden(tokens_BT, cache, positions_BT, valid_BT), self.head.weight).float()
-        return mask_padding(logits_BTC, self.vocab_size)
+        return self.logits(self.hidden(tokens_BT, cache, positions_BT, valid_BT))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final-norm activations (..., D) -> logits (..., C) in float32, -inf at the padded part of the vocabulary."""
+        return mask_padding(F.linear(x, self.head.weight).float(), self.vocab_size)
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy of the targets in nats, differentiable, scalar float32."""

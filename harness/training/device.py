@@ -133,7 +133,7 @@ def keep_freed_memory(device: torch.device) -> None:
         return
     libc = ctypes.CDLL("libc.so.6")
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 2**28)):  # -1: never trim
         libc.mallopt(parameter, value)
 
 

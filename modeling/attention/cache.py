@@ -158,7 +158,10 @@ class Cache:
         return {name: self._decoded(parts, new[name].dtype) for name, parts in seen.items()}
 
     def advance(self, new_tokens: int, valid_BT: Tensor | None = None) -> None:
-        """Count tokens as taken in. `append` does; a layer that reads another one's latents has nothing to append."""
+        """Count tokens as taken in. `append` does; a layer that reads another one's latents has nothing to append.
+
+        A negative number takes the last ones back, where there is no window: a benchmark decodes one token again.
+        """
         self._ragged = self._ragged or valid_BT is not None
         self.lengths_B += new_tokens if valid_BT is None else valid_BT.sum(dim=1)
         if not self.static:

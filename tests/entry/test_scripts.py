@@ -18,7 +18,8 @@ from tests.support.micro import SIZE, Workplace, contents, json_lines, summary_o
 from tests.support.projects import copy_project
 
 COMMANDS = ["train_model.py", "eval_model.py", "scripts/generate.py", "scripts/check_attention.py",
-            "scripts/compare_runs.py", "scripts/prepare_data.py"]  # fmt: skip
+            "scripts/compare_runs.py", "scripts/prepare_data.py", "scripts/benchmark_decode.py",
+            "scripts/kv_calculator.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
