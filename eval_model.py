@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.command_line import find_run, finished_runs, newest_run, run_hydra
+from harness.comparison import cache_label
 from harness.config import load_eval_config
 from harness.errors import UserError
 from harness.run import finished
@@ -88,8 +89,6 @@ def print_table(record: dict[str, Any], result: SplitResult) -> None:
 
 def through_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
     """What scoring through the cache changed."""
-    from harness.score import cache_label
-
     before, after = record["perplexity_without_cache"], record["perplexity"]
     return [
         ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),

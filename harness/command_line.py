@@ -44,8 +44,11 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     rest: list[str] = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        resembling = difflib.get_close_matches(key, list(leaves), n=1, cutoff=0.6)
-        if key not in leaves and positional is not None and (not equals or "/" in key or not resembling):
+        if (
+            key not in leaves
+            and positional is not None
+            and (not equals or "/" in key or not difflib.get_close_matches(key, list(leaves), n=1, cutoff=0.6))
+        ):
             rest.append(argument)
             continue
         if not equals:

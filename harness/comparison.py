@@ -342,7 +342,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
     names = _names(firsts)
     setups = []
     for first, group in zip(firsts, groups, strict=True):
-        name, cache = names[first["setup_hash"]], _cache_label(first, unsaid) if every_cache else ""
+        name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
         per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
@@ -376,18 +376,22 @@ def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
     return float(record["cache_bytes_at_context"] / record["cache_context"])
 
 
-def _cache_label(record: Mapping[str, Any], unsaid: str | None) -> str:
-    """`int8`, or `window 64, 4 sinks`; nothing for a plain evaluation quoted in the dtype that goes without saying."""
+def cache_label(record: Mapping[str, Any], unsaid: str | None = None) -> str:
+    """What an evaluation's cache keeps, for people: `int8`, or `window 64, 4 sinks`; the dtype `unsaid` is left out."""
     dtype, window, sinks = (record[key] for key in ("cache_dtype", "cache_window", "cache_sinks"))
-    implied = window is not None or dtype in _EIGHT_BITS
-    how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"
     parts = [
         dtype if dtype != unsaid else "",
         f"window {window}" if window is not None else "",
         f"{sinks} sink{'s' if sinks > 1 else ''}" if sinks else "",
-        how,
     ]
     return ", ".join(filter(None, parts))
+
+
+def _row_label(record: Mapping[str, Any], unsaid: str | None) -> str:
+    """The same, and how it was scored where its cache does not imply that; nothing for a plain evaluation in `unsaid`."""
+    implied = record["cache_window"] is not None or record["cache_dtype"] in _EIGHT_BITS
+    how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"
+    return ", ".join(filter(None, (cache_label(record, unsaid), how)))
 
 
 def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from harness.comparison import cache_label
 from harness.config import load_run_config
 from harness.data import prepare
 from harness.errors import UserError
@@ -133,17 +134,6 @@ def keep_record(run: Path, record: dict[str, Any], config: EvalConfig) -> None:
         label = [cache_label(record)] if record["through_cache"] else []
         place = "/".join(["eval", record["dataset"], record["split"], *label])
         tracker.summary({f"{place}/{key}": record[key] for key in figures})
-
-
-def cache_label(record: dict[str, Any]) -> str:
-    """The cache that was scored through, for people: `int8`, or `bfloat16, window 64, 4 sinks`."""
-    window, sinks = record["cache_window"], record["cache_sinks"]
-    parts = [
-        record["cache_dtype"],
-        *([f"window {window}"] if window else []),
-        *([f"{sinks} sink{'s' if sinks > 1 else ''}"] if sinks else []),
-    ]
-    return ", ".join(parts)
 
 
 def record_name(record: dict[str, Any]) -> str:

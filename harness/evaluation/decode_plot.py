@@ -178,17 +178,12 @@ def save_picture(figures: Sequence[Figure], path: Path, *, title: str) -> None:
     legend: dict[str, Any] = {}
     for (above, below), batch in zip(panels.T, batches, strict=True):
         lines: dict[str, list[Figure]] = {}
-        with_cache: set[str] = set()  # variants; their paths and writers share it
         for figure in sorted((f for f in figures if f.batch_size == batch), key=lambda f: f.context):
             lines.setdefault(figure.row, []).append(figure)
         for row in dict.fromkeys(f.row for f in figures if f.row in lines):
-            variant = lines[row][0].variant
-            drawn = _draw(above, lines[row], variants.index(variant))
-            if variant not in with_cache:
-                caches = [f.cache_bytes / 2**20 for f in lines[row]]
-                below.plot([f.context for f in lines[row]], caches, **_style(variants.index(variant)))
-                with_cache.add(variant)
-            legend.setdefault(row, drawn)
+            legend.setdefault(row, _draw(above, lines[row], variants.index(lines[row][0].variant)))
+        for variant, points in cache_lines([f for f in figures if f.batch_size == batch]).items():
+            below.plot(*zip(*points, strict=True), **_style(variants.index(variant)))
         above.set_title(f"batch {batch:,}", loc="left", fontsize=9)
         _finish(above, "time per token, ms (quartiles)")
         _finish(below, "cache of the context, MiB")
@@ -204,6 +199,14 @@ def save_picture(figures: Sequence[Figure], path: Path, *, title: str) -> None:
     aside = path.with_name(f"{path.stem}.unfinished.png")
     picture.savefig(aside)
     aside.replace(path)
+
+
+def cache_lines(figures: Sequence[Figure]) -> dict[str, list[tuple[int, float]]]:
+    """(context, MiB) along the context, by variant. Its paths and writers share it: what one was skipped at, another has."""
+    found: dict[str, dict[int, float]] = {}
+    for figure in figures:
+        found.setdefault(figure.variant, {}).setdefault(figure.context, figure.cache_bytes / 2**20)
+    return {variant: sorted(points.items()) for variant, points in found.items()}
 
 
 def _style(number: int) -> dict[str, Any]:

@@ -329,6 +329,13 @@ def test_typed_refuses_what_does_not(kind: Any, value: Any) -> None:
         typed(kind, value, "field")
 
 
+def test_the_cache_dtypes_of_the_command_line_are_those_of_the_cache() -> None:
+    """Written twice, so that an evaluation's mistakes are found without importing torch."""
+    from modeling.attention.cache import DTYPES
+
+    assert tuple(DTYPES) == configuration.CACHE_DTYPES
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UserError, match=r"^model.d_model is missing from the configuration; give it a value$"):
         container = compose("train", PLAIN)

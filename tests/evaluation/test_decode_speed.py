@@ -13,11 +13,12 @@ import torch
 from harness.config import save_run_config
 from harness.errors import UserError
 from harness.evaluation import decode_speed
-from harness.evaluation.decode_plot import compared, crossings, in_ms
+from harness.evaluation.decode_plot import cache_lines, compared, crossings, in_ms
 from harness.evaluation.decode_speed import (
     AttentionLayers,
     Clock,
     ExpandedAttention,
+    Figure,
     Footprint,
     Plan,
     Spread,
@@ -364,3 +365,12 @@ def test_bad_input_is_refused_in_one_sentence(options: list[str], sentence: str,
     with pytest.raises(UserError, match=sentence) as refused:
         benchmark_decode.main([*MICRO, f"out={tmp_path / 'out'}", *options])
     assert len(str(refused.value).splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_cache_is_drawn_at_a_context_that_only_one_of_its_paths_fits() -> None:
+    def at(row: str, context: int) -> Figure:
+        spread = Spread(1.0, 1.0, 1.0, 1)
+        return Figure(row, "mla", row, 8, context, 1, None, spread, 1.0, 1, 1.0, 1.0, context * 2**20, 2**20, None)
+
+    figures = [at("expand", 1), at("expand", 2), at("absorbed", 1), at("absorbed", 2), at("absorbed", 4)]
+    assert cache_lines(figures) == {"mla": [(1, 1.0), (2, 2.0), (4, 4.0)]}
