@@ -19,6 +19,7 @@ from harness.config import load_eval_config
 from harness.errors import UserError
 from harness.run import finished
 from harness.schema import EvalConfig
+from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 def main(overrides: list[str]) -> int:
     """Evaluate one run, or all; a table and one JSON line each."""
     config = load_eval_config(overrides)
+    check_tracking(config.tracking)
     runs = chosen_runs(config)
 
     from harness.score import keep_record, score_run
@@ -37,7 +39,7 @@ def main(overrides: list[str]) -> int:
             record, result = score_run(run, config)
             print_table(record, result)
             try:
-                keep_record(run, record, config)
+                keep_record(run, record, config, result.segments)
             finally:  # the JSON line comes last, and it comes whatever becomes of the record
                 print(json.dumps(record), flush=True)
         except UserError as error:
@@ -69,6 +71,8 @@ def chosen_runs(config: EvalConfig) -> list[Path]:
 
 def print_table(record: dict[str, Any], result: SplitResult) -> None:
     """For people; the JSON line follows."""
+    from harness.evaluation.extras import extras_rows
+
     word = "beyond a float" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
     rows = [
         ("run", record["name"]),
@@ -82,6 +86,7 @@ def print_table(record: dict[str, Any], result: SplitResult) -> None:
         *(through_rows(record) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
         *((f"loss at {low}-{high}", f"{loss:.4f}") for low, high, loss in result.loss_by_position),
+        *extras_rows(record["extras"]),
     ]  # fmt: skip
     for name, value in rows:
         print(f"{name:<18}{value}")
@@ -94,6 +99,7 @@ def through_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
         ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),
         ("without it", f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
                        f"({100 * (after / before - 1):+.3f} % perplexity through it)"),
+        ("extras", "none: they are measured without a cache"),
     ]  # fmt: skip
 
 

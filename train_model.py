@@ -30,6 +30,7 @@ def main(overrides: list[str]) -> int:
 
     from harness.build import build_model
     from harness.session import load_data, open_session
+    from harness.tracking import check_tracking
     from harness.training.device import select_device
     from harness.training.optimizer import check_optimizer
     from harness.training.schedule import build_schedule, steps_from_budget
@@ -41,6 +42,7 @@ def main(overrides: list[str]) -> int:
     )
     build_schedule(config.schedule, steps)
     check_optimizer(config.optimizer)
+    check_tracking(config.tracking)
     device = select_device(config.device)
     with torch.device("meta"):
         build_model(config, vocab_size=64)

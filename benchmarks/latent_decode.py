@@ -303,7 +303,11 @@ def ours(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     if options.tile is not None:
         tile = kernel.Tile(*whole_numbers("tile", options.tile), resident=1)
         if options.splits is None:
-            splits = kernel.splits_for(case.q_latent_IBHL[0], case.latent_IBSL[0], tile)
+            query, latent = case.q_latent_IBHL[0], case.latent_IBSL[0]
+            splits = kernel.choose_splits(
+                batch_size=latent.shape[0], slots=latent.shape[1], n_heads=query.shape[1], tile=tile,
+                multiprocessors=torch.cuda.get_device_properties(latent.device).multi_processor_count,
+            )  # fmt: skip
     plan = kernel.Plan(tile, splits)
     name = f"{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages} /{splits}"
     return lambda i: kernel.launch(*case.arguments(i), scale=case.scale, plan=plan), name

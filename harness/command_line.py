@@ -22,6 +22,7 @@ from harness.config import (
     check_config,
     did_you_mean,
     forced,
+    implied,
     quoted,
     register_resolvers,
     sweep_jobs,
@@ -143,8 +144,11 @@ def run_hydra(
         if asking and not {"-m", "--multirun"}.isdisjoint(flags):
             raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
         if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
-            for choices in sweep_jobs([override for override in overrides if not override.startswith("hydra")]):
+            ours = [override for override in overrides if not override.startswith("hydra")]
+            for choices in sweep_jobs(ours):
                 check_config(config_name, choices)
+            if asking:
+                sys.argv += implied(config_name, ours)
         sys.argv[1:] = [
             forced(config_name, quoted(argument)) if argument in overrides else argument for argument in sys.argv[1:]
         ]

@@ -35,7 +35,11 @@ EXECUTION_FIELDS = (
     "attention.kernel", "model.activation_checkpointing", "dataset.path",
 )  # fmt: skip
 SEED_FIELDS = ("seed", "data_seed")
+TRACKING = ("wandb", "trackio", "none")  # harness/tracking/
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/attention/cache.py
+EXTRAS = ("beyond", "repeats", "recall", "latents")  # harness/evaluation/extras.py
+
+_BYTES = "tokenizer=bytes"
 
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
 FREE_TEXT = ("name", "prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
@@ -226,7 +230,7 @@ def _check_values(config: TrainConfig) -> None:
     one_of("cache.dtype", config.cache.dtype, *CACHE_DTYPES)
     one_of("optimizer.name", config.optimizer.name, "adamw", "muon")
     one_of("schedule.name", config.schedule.name, "cosine", "wsd")
-    one_of("tracking.name", config.tracking.name, "wandb", "none")
+    one_of("tracking.name", config.tracking.name, *TRACKING)
     one_of("tokenizer.name", config.tokenizer.name, "bpe", "bytes", "pretrained")
     for path, least in {
         "batch_size": 1, "micro_batch_size": 1, "model.d_model": 1, "model.n_layers": 1, "model.n_heads": 1,
@@ -283,6 +287,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     leaves = flat(dataclasses.asdict(config))
     # A local corpus is known by its place; any other dataset's content is pinned, wherever it lies.
     execution = [field for field in EXECUTION_FIELDS if field != "dataset.path" or config.dataset.source != "local"]
+    if config.dataset.source != "synthetic":  # what such a corpus is made of says nothing of any other
+        execution += [path for path in leaves if path.startswith("dataset.synthetic_")]
     return {
         path: value for path, value in leaves.items()
         if not any(path == field or path.startswith(f"{field}.") for field in execution)
@@ -367,6 +373,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
                 raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
         try:
             composed = hydra_compose(config_name, groups)
+            if "tokenizer" in defaults and _reads_bytes(OmegaConf.select(composed, "dataset.source"), overrides):
+                composed = hydra_compose(config_name, [*groups, _BYTES])
             known: Any = OmegaConf.to_container(composed, resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
             for override in parsed:
@@ -392,6 +400,18 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"{field}: {reason}; write a value, or the path of a field" if field else reason) from None
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
+
+
+def _reads_bytes(source: str | None, overrides: Sequence[str]) -> bool:
+    """Whether a corpus brings its tokenizer with it: each symbol of a synthetic one is a token, unless one is chosen."""
+    return source == "synthetic" and not any(override.startswith("tokenizer=") for override in overrides)
+
+
+def implied(config_name: str, overrides: Sequence[str]) -> list[str]:
+    """The choices that `compose` adds to these overrides: for what Hydra composes itself (--cfg)."""
+    container = compose(config_name, overrides)
+    source = (container.get("dataset") or {}).get("source")
+    return [_BYTES] if "tokenizer" in container and _reads_bytes(source, overrides) else []
 
 
 def _unreadable(error: Exception) -> UserError:
@@ -462,10 +482,17 @@ def eval_config(container: Mapping[str, Any]) -> EvalConfig:
         ("device", config.device, ("auto", "cpu", "cuda", "mps")),
         ("precision", config.precision, ("auto", "float32", "bfloat16")),
         ("cache.dtype", config.cache.dtype, CACHE_DTYPES),
+        ("tracking.name", config.tracking.name, TRACKING),
     ):
         if value not in choices:
             raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
-    for path, least_one in (("batch_size", config.batch_size), ("max_tokens", config.max_tokens)):
+    for extra in config.extras:
+        if extra not in EXTRAS:
+            raise UserError(f"extras={extra} is unknown; {did_you_mean(extra, EXTRAS)}")
+    for path, least_one in (
+        ("batch_size", config.batch_size), ("max_tokens", config.max_tokens),
+        ("extras_max_tokens", config.extras_max_tokens),
+    ):  # fmt: skip
         if least_one is not None and least_one < 1:
             raise UserError(f"{path}={least_one} is too small; choose 1 or more")
     if config.cache.window is not None and config.cache.window < 1:

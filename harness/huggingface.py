@@ -18,7 +18,7 @@ from modeling.gpt import GPT
 # What a variant must have to be one of their classes, and the class. Their DeepSeek norms take 1e-6 whatever is asked.
 _LLAMA: dict[str, Any] = {"positions": "rope", "qk_norm": False, "qk_rope_head_dim": 0}
 _DEEPSEEK: dict[str, Any] = {
-    "positions": "decoupled", "kv_latent": "joint", "latent_norm": "rms", "latent_norm_place": "latent",
+    "positions": "decoupled", "latent": "learned", "kv_latent": "joint", "latent_norm": "rms", "latent_norm_place": "latent",
     "latent_scale": False, "fused_down_projections": False, "sharing": "none",
 }  # fmt: skip
 

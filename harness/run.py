@@ -1,6 +1,7 @@
 """A run's folder: claimed by one configuration, finished when it holds summary.json.
 
 <runs_dir>/<name>/  config.yaml  metrics.jsonl  tokenizer.json  checkpoints/  summary.json  evaluations/*.json
+                    segments/*.json  downstream/*.json
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class DatasetConfig:
     """Where the text comes from. `name` names the cache folder and stands in every run."""
 
     name: str
-    source: str  # hub | classic_books | stdlib | local
+    source: str  # hub | classic_books | stdlib | synthetic | local
     # local: a file, folder or glob; classic_books: a folder with its parquet files; hub: a folder with the files that
     # sha256 names; all: a folder prepared on this or another machine
     path: str | None = None
@@ -56,6 +56,11 @@ class DatasetConfig:
     hub_streaming: bool = False
     hub_rows: str = "documents"  # what a row is: documents | wikitext_lines (joined into articles)
     sha256: dict[str, str] = field(default_factory=dict)  # file in the source -> SHA-256, checked when present
+    # synthetic_: of source synthetic only (harness/data/synthetic.py), and no part of what other runs are
+    synthetic_task: str | None = None  # mqar | passkey
+    synthetic_documents: int = 50_000  # in all splits, shared out by the two fractions
+    synthetic_tokens: int = 256  # of every document, its end of text included
+    synthetic_pairs: list[int] = field(default_factory=lambda: [8, 16, 32])  # mqar: in a document, one of these
 
 
 @dataclass
@@ -87,7 +92,7 @@ class ScheduleConfig:
 
 @dataclass
 class TrackingConfig:
-    name: str  # wandb | none (metrics.jsonl is always written)
+    name: str  # wandb | trackio | none (metrics.jsonl is always written)
     project: str = "attention-ablation"
     entity: str | None = None
     group: str | None = None
@@ -181,4 +186,6 @@ class EvalConfig:
     cache: EvalCacheConfig
     attention: dict[str, Any]
     tracking: TrackingConfig
+    extras: list[str]  # harness/evaluation/extras.py
+    extras_max_tokens: int  # that each extra looks at, at most
     dataset: DatasetConfig | None = None  # None: the corpus the run was trained on

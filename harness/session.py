@@ -319,15 +319,27 @@ def open_run_tracker(
     run_id: str | None,
     metrics_bytes: int | None,
 ) -> Tracker:
-    """The tracker of a training run, first opened or continued: always the same name, group and tags.
+    """The tracker of a training run, first opened or continued: always the same project, name, group and tags.
 
-    Runs of one dataset and model size share a group, so that the dashboard shows variants and seeds side by side.
+    `tracking` of another command than the one that trains (an evaluation) says how to track and what to add. Without a
+    tracking.group, runs of one dataset and model size share a group in W&B, whose dashboard has filters for the rest, and
+    runs of one variant in trackio.
     """
+    by_variant = tracking.name == "trackio"
     return open_tracker(
-        tracking, run_dir=run, name=config.name, run_config=run_config,
-        group=f"{config.dataset.name}-{config.model.name}", job_type="train",
+        _with_the_runs_own(tracking, config.tracking), run_dir=run, name=config.name, run_config=run_config,
+        group=config.attention["name"] if by_variant else f"{config.dataset.name}-{config.model.name}", job_type="train",
         tags=[config.attention["name"], config.dataset.name, config.model.name], run_id=run_id,
         metrics_bytes=metrics_bytes,
+    )  # fmt: skip
+
+
+def _with_the_runs_own(tracking: TrackingConfig, own: TrackingConfig) -> TrackingConfig:
+    """`tracking` where it says something, and what the run was trained with where it leaves its defaults."""
+    return dataclasses.replace(
+        tracking, project=own.project if tracking.project == TrackingConfig.project else tracking.project,
+        entity=tracking.entity or own.entity, group=tracking.group or own.group, notes=tracking.notes or own.notes,
+        tags=[*own.tags, *tracking.tags],
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from modeling.gpt import GPT
 
 def parameters_by_block(model: GPT) -> dict[str, int]:
     """Parameter counts: embedding, positions, attention, mlp, norms, head (0 if tied), total; the vocabulary unpadded
-    is not subtracted, since the padded rows are allocated and trained."""
+    is not subtracted, since the padded rows are allocated and trained. Frozen ones are stored, and so are counted."""
 
     def count(*modules: Any) -> int:
         found = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
@@ -39,7 +39,8 @@ def parameters_by_block(model: GPT) -> dict[str, int]:
 def training_flops_per_token(model: GPT, seq_len: int) -> int:
     """Forward and backward FLOPs for one token of a sequence of seq_len tokens."""
     # Layer by layer, since a matrix that layers share multiplies in each of them.
-    matrices = sum(m.weight.numel() for part in (*model.blocks, model.head) for m in part.modules()
-                   if isinstance(m, nn.Linear))  # fmt: skip
+    linear = [m for part in (*model.blocks, model.head) for m in part.modules() if isinstance(m, nn.Linear)]
+    matrices = sum(m.weight.numel() for m in linear)
     attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * seq_len for a in model.attentions)
-    return 3 * 2 * (matrices + attention)
+    frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)  # no gradient of their own
+    return 3 * 2 * (matrices + attention) - 2 * frozen

@@ -71,6 +71,7 @@ class GPT(nn.Module):
         matrices                        N(0, s)                    U(+-sqrt(6 / (fan_in + fan_out)))
         outputs                         N(0, s / sqrt(2 n_layers)) xavier / sqrt(2 n_layers)
         outputs, zero_init_outputs      0                          0
+        frozen matrices (MLA's latent)  N(0, 1 / sqrt(fan_in))     the same
 
     MLA's factored products under `normal`: with a norm on the latent (unit variance) each up-projected key or value has
     variance L s^2, without one D L s^4, where MHA's has D s^2 (x of unit variance). latent_scale multiplies the first
@@ -141,7 +142,9 @@ class GPT(nn.Module):
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
             elif isinstance(module, nn.Linear):
-                if module is self.head:
+                if not module.weight.requires_grad:
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                elif module is self.head:
                     if module.weight is not self.embedding.weight:
                         nn.init.normal_(module.weight, std=std)
                 elif id(module) in outputs and zero_outputs:

@@ -51,7 +51,7 @@ from harness.schema import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-    from harness.evaluation.decode_speed import Cell, Plan, Subject, Writer
+    from harness.evaluation.decode_subjects import Cell, Plan, Subject, Writer
 
 
 @dataclass
@@ -105,7 +105,8 @@ def main(arguments: list[str]) -> int:
     from tqdm import tqdm
 
     from harness.evaluation import decode_plot
-    from harness.evaluation.decode_speed import measure, plan_cells, swept_bytes
+    from harness.evaluation.decode_speed import machine_name, measure, swept_bytes
+    from harness.evaluation.decode_subjects import plan_cells
     from harness.run import commit, write_json
     from harness.training.device import keep_freed_memory, seed_everything
 
@@ -124,10 +125,7 @@ def main(arguments: list[str]) -> int:
 
         results = measure(cells, plan, progress=progress)
 
-    machine = (
-        torch.cuda.get_device_name(plan.device) if plan.device.type == "cuda"
-        else f"{plan.device.type}, threads: {torch.get_num_threads()}"
-    )  # fmt: skip
+    machine = machine_name(plan.device)
     heading = title(options, overrides, configs, plan, machine)
     limits = {subject.name: subject.part.attentions[0].absorbs_up_to for subject in subjects if len(subject.paths) > 1}
     crossovers = decode_plot.crossovers(results.figures, limits)
@@ -222,10 +220,10 @@ def configurations(options: DecodeOptions, overrides: list[str], arguments: list
 
 
 def make_plan(options: DecodeOptions) -> Plan:
-    """Settings as decode_speed.py takes them. Raises UserError for what this machine cannot do."""
+    """Settings as decode_subjects.py takes them. Raises UserError for what this machine cannot do."""
     import torch
 
-    from harness.evaluation.decode_speed import Plan
+    from harness.evaluation.decode_subjects import Plan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.cache import DTYPES
 
@@ -252,7 +250,7 @@ def make_subjects(
     """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
     import torch
 
-    from harness.evaluation.decode_speed import AttentionLayers, ExpandedAttention, Subject, footprint, paths_of
+    from harness.evaluation.decode_subjects import AttentionLayers, ExpandedAttention, Subject, footprint, paths_of
     from harness.session import pin_execution
 
     longest = plan.contexts[-1] + plan.room
@@ -304,7 +302,7 @@ def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, 
     """The model or its attention, with so many layers and positions. Raises UserError for sizes that do not fit."""
     from harness.build import build_model
     from harness.config import attention_options
-    from harness.evaluation.decode_speed import AttentionLayers
+    from harness.evaluation.decode_subjects import AttentionLayers
     from modeling.attention import MODEL_OWNED, build_attentions
 
     if level == "model":
@@ -321,7 +319,7 @@ def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, 
 def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, notes: list[str]) -> Writer | None:
     """transformers' generation with the weights of a float32 model, which is cast; None, with a note, where it cannot be."""
     from harness import huggingface
-    from harness.evaluation.decode_speed import Writer
+    from harness.evaluation.decode_subjects import Writer
 
     name = config.attention["name"]
     try:

@@ -12,7 +12,7 @@ caches    plain                 all: every evaluation of a run that differs from
                                 row (python eval_model.py run=all cache.dtype=int8, or cache.window=64 cache.sinks=4),
                                 and sizes are cache bytes per token of the context
 strict    false                 true: refuse runs that cannot stand in one table, instead of making several
-tracking  wandb                 none: nothing goes to Weights & Biases
+tracking  wandb                 trackio: a dashboard on this machine; none: nothing goes to Weights & Biases
 """
 
 # ruff: noqa: E402
@@ -31,7 +31,7 @@ enter_environment()
 import json
 
 from harness.command_line import find_run, parse_options, run_script, user_path
-from harness.config import ROOT, did_you_mean
+from harness.config import ROOT, TRACKING, did_you_mean
 from harness.errors import UserError
 from harness.schema import TrackingConfig
 
@@ -51,7 +51,7 @@ class CompareOptions:
 def main(arguments: list[str]) -> int:
     options = parse_options(CompareOptions, arguments, positional="runs")
     for key, value, choices in (
-        ("tracking", options.tracking, ("wandb", "none")),
+        ("tracking", options.tracking, TRACKING),
         ("caches", options.caches, ("plain", "all")),
         ("split", options.split or "test", ("train", "validation", "test")),
     ):
@@ -63,8 +63,9 @@ def main(arguments: list[str]) -> int:
 
     from harness.comparison import as_text, compare, plain_table, write_tables
     from harness.comparison_plot import save_scatter
-    from harness.tracking import open_tracker
+    from harness.tracking import check_tracking, open_tracker
 
+    check_tracking(TrackingConfig(name=options.tracking))
     comparison = compare(
         folders or [runs_dir], split=options.split, dataset=options.dataset, every_cache=options.caches == "all",
         strict=options.strict,

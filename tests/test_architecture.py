@@ -23,9 +23,11 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "harness.bootstrap": (),
     "harness.packages": (),
     "harness.data": ("harness.data", "harness.schema", "harness.errors"),
-    "harness.tracking": ("harness.schema", "harness.errors"),
+    "harness.tracking": ("harness.tracking", "harness.schema", "harness.errors"),
     "harness.training": ("harness.training", "harness.schema", "harness.errors", "modeling"),
     "harness.evaluation": ("harness.evaluation", "harness.schema", "harness.errors", "modeling"),
+    "harness.study.statistics": ("harness.errors",),
+    "harness.study.drawing": (),
     "harness.comparison": ("harness.errors",),
     "harness.comparison_plot": ("harness.comparison",),
     "harness.config": ("harness.schema", "harness.errors", "modeling"),
@@ -34,6 +36,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "train_model": ("harness", "modeling"),
     "eval_model": ("harness", "modeling"),
     "scripts": ("harness", "modeling"),
+    "scripts.study_run": ("harness", "modeling", "train_model", "eval_model"),  # the two in one process
     "benchmarks": ("harness", "modeling"),
 }
 
@@ -41,25 +44,32 @@ ARROWS: dict[str, tuple[str, ...]] = {
 ONLY_IN: dict[str, set[str]] = {
     "hydra": {"harness/config.py", "harness/command_line.py"},
     "omegaconf": {"harness/config.py", "harness/command_line.py"},
-    "wandb": {"harness/tracking.py"},
+    "wandb": {"harness/tracking/wandb_run.py"},
+    "trackio": {"harness/tracking/trackio_run.py"},
     "transformers": {"harness/huggingface.py"},
     "datasets": {"harness/data/hub.py"},
     "huggingface_hub": {"harness/data/hub_client.py"},
     "tokenizers": {"harness/data/tokenizer.py"},
     "pyarrow": {"harness/data/parquet.py"},
-    "matplotlib": {"harness/comparison_plot.py", "harness/evaluation/decode_plot.py"},
+    "matplotlib": {"harness/comparison_plot.py", "harness/evaluation/decode_plot.py", "harness/study/figures.py"},
     "safetensors": {"harness/training/checkpoint.py"},
+    "scipy": {"harness/study/statistics.py"},
+    "statsmodels": {"harness/study/statistics.py"},
     "triton": {"modeling/kernels/latent_decode_triton.py", "benchmarks/latent_decode.py"},
-    "lm_eval": set(),
+    "lm_eval": {"harness/evaluation/lm_eval.py"},
 }
 LAZY = (
     "wandb",
+    "trackio",
     "transformers",
     "datasets",
     "huggingface_hub",
     "tokenizers",
     "pyarrow",
     "matplotlib",
+    "scipy",
+    "statsmodels",
+    "lm_eval",
     "hydra",
     "omegaconf",
 )
@@ -142,7 +152,7 @@ def test_heavy_libraries_are_imported_where_they_are_needed_and_not_before(file:
 
 
 def test_no_folder_or_file_of_ours_hides_a_package() -> None:
-    taken = {"datasets", "evaluate", "kernels", "tokenizers", "transformers", "triton", "wandb"}
+    taken = {"datasets", "evaluate", "kernels", "lm_eval", "tokenizers", "trackio", "transformers", "triton", "wandb"}
     modules = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert modules.isdisjoint(taken | set(sys.stdlib_module_names))
 

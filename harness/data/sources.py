@@ -10,10 +10,11 @@ from harness.data.documents import Source
 from harness.data.hub import hub_source
 from harness.data.local import local_source
 from harness.data.stdlib import stdlib_source
+from harness.data.synthetic import synthetic_problems, synthetic_source
 from harness.errors import UserError
 from harness.schema import DatasetConfig, TokenizerConfig
 
-SOURCES = ("hub", "classic_books", "stdlib", "local")
+SOURCES = ("hub", "classic_books", "stdlib", "synthetic", "local")
 TOKENIZERS = ("bpe", "bytes", "pretrained")
 _BPE_MINIMUM = 257  # the bytes and the end of text
 
@@ -24,7 +25,7 @@ def open_source(dataset: DatasetConfig, data_dir: Path, *, for_training: bool, p
     dataset.path, if any, is no prepared folder: UserError where only such a folder would do. `for_training`: files
     without a training split are a UserError.
     """
-    if dataset.path is not None and (dataset.source == "stdlib" or dataset.hub_streaming):
+    if dataset.path is not None and (dataset.source in ("stdlib", "synthetic") or dataset.hub_streaming):
         raise UserError(f"dataset.path={dataset.path} is no prepared folder, which is all that {dataset.name} can use")
     if dataset.source == "hub":
         return hub_source(dataset, for_training=for_training)
@@ -32,6 +33,8 @@ def open_source(dataset: DatasetConfig, data_dir: Path, *, for_training: bool, p
         return books_source(dataset, data_dir, progress=progress)
     if dataset.source == "stdlib":
         return stdlib_source(dataset)
+    if dataset.source == "synthetic":
+        return synthetic_source(dataset)
     assert dataset.source == "local"
     return local_source(dataset, for_training=for_training)
 
@@ -39,6 +42,11 @@ def open_source(dataset: DatasetConfig, data_dir: Path, *, for_training: bool, p
 def check(dataset: DatasetConfig, tokenizer: TokenizerConfig) -> None:
     """Raises UserError for settings that cannot work, before anything is read or fetched."""
     problems = _dataset_problems(dataset) + _tokenizer_problems(tokenizer)
+    if dataset.source == "synthetic" and tokenizer.name != "bytes":
+        problems.append(
+            f"tokenizer={tokenizer.name} joins the symbols of dataset={dataset.name}, each of which is a key or an answer "
+            "of its own: it takes tokenizer=bytes"
+        )
     if problems:
         raise UserError("; ".join(problems))
 
@@ -62,6 +70,8 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         problems.append("dataset=local needs dataset.path: a file, a folder or a quoted glob")
     if dataset.source == "hub":
         problems += _hub_problems(dataset)
+    if dataset.source == "synthetic":
+        problems += synthetic_problems(dataset)
     return problems
 
 

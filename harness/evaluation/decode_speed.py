@@ -1,17 +1,15 @@
 """What decoding costs: time to the first token and per token, bytes that must move, cache, largest batch, crossovers.
 
-A step takes T new tokens a row (one, except where several are asked for) against a cache filled with random numbers up
-to the context. Readings of all variants take turns, so that what slows the machine down for a while slows all of them.
-Every step of a reading is clocked (on CUDA by events in its stream, and the device is waited for); figures are medians
-over the steps of all readings with quartiles, warm-up excluded.
+Readings of all subjects (harness/evaluation/decode_subjects.py) take turns, so that what slows the machine down for a
+while slows all of them. Every step of a reading is clocked (on CUDA by events in its stream, and the device is waited
+for); figures are medians over the steps of all readings with quartiles, warm-up excluded.
 
 Bytes that must move in a step, at least: every weight of what is timed once, in its dtype (of an embedding that is not
 the head as well, only a row a token is read: not counted), and the entries of all visible tokens, by the buffers of the
 cache. What a path writes and reads beyond that (expanded keys and values, logits) is not counted: the share of the
 bandwidth says how far a step is from the least that it could take. A share above 1 was served by the processor's caches.
 
-Letters: B batch, T new tokens in this call, S cached tokens (the context), D d_model, H query heads, G key/value heads,
-K = N + P query/key width, V value width.
+Letters: B batch, T new tokens in this call, S cached tokens (the context).
 """
 
 from __future__ import annotations
@@ -27,240 +25,31 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from modeling.attention import EXECUTION, set_execution, shares_latents
-from modeling.attention.cache import Cache, new_cache
-from modeling.attention.mla import MultiheadLatentAttention
-from modeling.attention.rope import rotate
+from harness.evaluation.decode_subjects import (
+    INPUTS,
+    WARM_UP_CALLS,
+    Cell,
+    Part,
+    Plan,
+    Skipped,
+    Subject,
+    Writer,
+    cache_bytes_per_token,
+    caches_in_rotation,
+    draw,
+    filled_cache,
+    weight_bytes,
+)
+from modeling.attention.cache import Cache
 from modeling.generation import decode_step, generate
 from modeling.gpt import GPT
-from modeling.kernels.attend import attend
 
 READING_SECONDS = 1.0  # a reading has as many steps as fit, at most Plan.steps, at least one
-WARM_UP_CALLS = 3
-INPUTS = 4  # tokens or activations in rotation
-MOST_CACHES = 32
-# Attention alone is timed on several caches in rotation, each as the next layer would find it: together they are larger
-# than what a processor keeps (two cores of a Xeon read 16 MiB at 54 GB/s and 64 MiB at 10).
-ROTATED_CPU_BYTES = 128 * 2**20
-ROTATED_AT_MOST_BYTES = 2 * 2**30
-FILLED_AT_ONCE = 1024  # tokens
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
-
-
-class AttentionLayers(nn.Module):
-    """The attention of some layers without norms, MLP and head: each reads x_BTD, the outputs are summed.
-
-    It offers what decoding asks of a GPT, with activations in place of tokens.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-
-    @property
-    def attentions(self) -> list[Any]:
-        return list(self.layers)
-
-    def set_execution(self, **changes: str) -> None:
-        """As GPT's."""
-        for attention in self.attentions:
-            set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
-
-    def new_cache(
-        self, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str
-    ) -> list[Cache]:
-        """As GPT's."""
-        return [new_cache(layer, batch_size, max_seq_len, dtype=dtype, device=device) for layer in self.attentions]
-
-    def forward(self, x_BTD: Tensor, cache: Sequence[Cache], *, valid_BT: Tensor | None = None) -> Tensor:
-        """x_BTD -> x_BTD."""
-        out_BTD = torch.zeros_like(x_BTD)
-        shared: list[Tensor] = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            more = {"shared": shared} if shares_latents(layer) else {}
-            out_BTD = out_BTD + layer(x_BTD, layer_cache, valid_BT=valid_BT, **more)
-        return out_BTD
-
-
-class ExpandedAttention(nn.Module):
-    """MLA that caches keys and values of all heads as they are used, G (K + V) elements a token, for torch's SDPA: a peer.
-
-    It has the weights of `layer` and computes the same function. pad_values: values are cached as wide as keys, for
-    kernels of one width (the CPU's): padding at every step would copy the cache, and the kernel that takes two widths
-    copies it too, from two rows on (batch 8, 1,024 tokens, 16 heads of 192/128: 306 ms, 109 and, padded ahead, 19).
-    """
-
-    decode_paths = ("auto",)
-
-    def __init__(self, layer: MultiheadLatentAttention, *, pad_values: bool) -> None:
-        super().__init__()
-        self.layer, self.padding = layer, max(0, layer.qk_width - layer.v_head_dim) if pad_values else 0
-        self.causal, self.n_heads, self.n_kv_heads = layer.causal, layer.n_heads, layer.n_kv_heads
-        self.qk_width, self.v_head_dim = layer.qk_width, layer.v_head_dim + self.padding
-        self.backend, self.decode, self.kernel = layer.backend, "auto", "torch"
-        self.cache_shapes = {"k": (self.n_kv_heads, self.qk_width), "v": (self.n_kv_heads, self.v_head_dim)}
-
-    @property
-    def o_proj(self) -> nn.Linear:
-        return self.layer.o_proj
-
-    @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Whether it is the paper's MLA, rotated or not: what this class can do."""
-        return (
-            isinstance(layer, MultiheadLatentAttention) and "absorbed" in layer.decode_paths and layer.in_proj is None
-            and len(layer.latent_widths) == 1 and layer.sharing == "none"
-        )  # fmt: skip
-
-    def forward(self, x_BTD: Tensor, cache: Cache, *, valid_BT: Tensor | None = None) -> Tensor:
-        """x_BTD -> x_BTD."""
-        mla = self.layer
-        B, T, _ = x_BTD.shape
-        place = cache.place(T, valid_BT)
-        if mla.q_up_proj is None:
-            q_in = mla.q_proj(x_BTD)
-        else:
-            q_in = mla.q_up_proj(mla.q_latent_norm(mla.q_down_proj(x_BTD)) * mla.q_scale)
-        q_BTHK = q_in.unflatten(-1, (mla.n_heads, mla.qk_width))
-        latent_BTL = mla.latent_norms[0](mla.kv_down_proj(x_BTD)) * mla.kv_scale
-        k_BTGK = mla.k_up_proj(latent_BTL).unflatten(-1, (mla.n_kv_heads, mla.qk_nope_head_dim))
-        v_BTGV = mla.v_up_proj(latent_BTL).unflatten(-1, (mla.n_kv_heads, mla.v_head_dim))
-        if mla.rope is not None and mla.k_rope_proj is not None:
-            tables = mla.rope.tables(place.start, T, place.positions_BT)
-            q_BTHN, q_BTHP = q_BTHK.split((mla.qk_nope_head_dim, mla.qk_rope_head_dim), dim=-1)
-            q_BTHK = torch.cat((q_BTHN, rotate(q_BTHP, tables)), dim=-1)
-            k_BT1P = rotate(mla.k_rope_proj(x_BTD).unsqueeze(2), tables)
-            k_BTGK = torch.cat((k_BTGK, k_BT1P.expand(-1, -1, mla.n_kv_heads, -1)), dim=-1)
-        seen = cache.append(valid_BT, k=k_BTGK, v=F.pad(v_BTGV, (0, self.padding)))
-        out_BTHV, _ = attend(
-            q_BTHK, seen["k"].to(q_BTHK.dtype), seen["v"].to(q_BTHK.dtype), scale=mla.scale, causal=place.causal,
-            mask_BTS=place.mask_BTS, backend=self.backend,
-        )  # fmt: skip
-        return mla.o_proj(out_BTHV[..., : mla.v_head_dim].reshape(B, T, -1))
-
-
-Part = GPT | AttentionLayers
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What a model takes in memory."""
-
-    parameter_bytes: int
-    cache_bytes_per_token: int  # all layers
-
-    def largest_batch(self, context: int, budget_bytes: int) -> int:
-        """Sequences of this length whose caches fit beside the weights; 0 where the weights alone do not."""
-        return max(0, (budget_bytes - self.parameter_bytes) // (self.cache_bytes_per_token * context))
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Generation end to end, ours or someone else's: write(prompts_BT, new_tokens, stamp) stamps after each token."""
-
-    name: str
-    write: Callable[[Tensor, int, Callable[[], None]], None]
-    cache_bytes_per_token: int
-    parameter_bytes: int  # of a copy of the weights
-
-
-@dataclass
-class Subject:
-    """A variant: the part of it that is timed, in which paths, and what its whole model would take."""
-
-    name: str
-    part: Part
-    paths: tuple[str, ...]  # values of attention.decode, a row of the table each
-    whole: Footprint
-    kernel: str = "torch"  # of the absorbed path
-    prefills: bool = True  # False: a peer that differs in its steps alone
-    writer: Writer | None = None
-
-    def row(self, path: str) -> str:
-        return self.name if path == "auto" else f"{self.name} {path}"
-
-    def select(self, path: str) -> None:
-        """Have the part computed so."""
-        self.part.set_execution(decode=path, kernel="torch" if path == "expand" else self.kernel)
-
-
-def paths_of(attention: Any, decode: str) -> tuple[str, ...]:
-    """The values of attention.decode that `decode` (auto, expand, absorbed or both) means for this variant."""
-    if decode == "auto" or attention.decode_paths == ("auto",):
-        return ("auto",)
-    wanted = ("expand", "absorbed") if decode == "both" else (decode,)
-    return tuple(path for path in wanted if path in attention.decode_paths)
-
-
-def footprint(part: Part, *, dtype: torch.dtype, cache_dtype: torch.dtype) -> Footprint:
-    """Of a part in that dtype, which may stand on the meta device: nothing is allocated."""
-    numbers = sum(parameter.numel() for parameter in part.parameters())
-    return Footprint(numbers * dtype.itemsize, cache_bytes_per_token(part, cache_dtype))
-
-
-def weight_bytes(part: Part) -> int:
-    """Bytes of the weights that a step reads whole."""
-    tables: set[int] = set()
-    if isinstance(part, GPT):
-        embeddings = (part.embedding, part.position_embedding)
-        tables = {id(table.weight) for table in embeddings if table is not None} - {id(part.head.weight)}
-    return sum(parameter.nbytes for parameter in part.parameters() if id(parameter) not in tables)
-
-
-# --- what to measure, and what came of it ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings of a measurement. `queries`: new tokens a call; above 1 only where a variant has both paths."""
-
-    contexts: tuple[int, ...]
-    batch_sizes: tuple[int, ...]
-    queries: tuple[int, ...]
-    steps: int
-    rounds: int
-    step: str  # auto | eager | compile | graph (modeling/generation.py)
-    device: torch.device
-    dtype: torch.dtype
-    cache_dtype: torch.dtype
-    budget_bytes: int  # for weights and caches together
-    prefill_tokens: int  # time to first token where batch times context is at most this
-    generate: bool  # end to end too, where a whole model is timed and a prompt may be read
-    seed: int
-
-    @property
-    def room(self) -> int:
-        """Tokens that may follow the context."""
-        return max(self.steps + WARM_UP_CALLS, *self.queries)
-
-    @property
-    def step_used(self) -> str:
-        return ("graph" if self.device.type == "cuda" else "eager") if self.step == "auto" else self.step
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One batch size, context and number of new tokens, with the subjects that fit into memory together, and the others."""
-
-    batch_size: int
-    context: int
-    queries: int
-    groups: tuple[tuple[Subject, ...], ...]
-    skipped: tuple[Skipped, ...]
-
-
-@dataclass(frozen=True)
-class Skipped:
-    row: str
-    batch_size: int
-    context: int
-    queries: int
-    reason: str
+# --- what comes of it ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -319,103 +108,6 @@ class Job:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"first": [], "call": []})
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-def plan_cells(subjects: Sequence[Subject], plan: Plan) -> list[Cell]:
-    """Every combination that is asked for, with who fits beside whom by estimate."""
-    parameters = {id(p): p.nbytes for subject in subjects for p in subject.part.parameters()}
-    written = sum(subject.writer.parameter_bytes for subject in subjects if subject.writer is not None)
-    left = plan.budget_bytes - sum(parameters.values()) - written
-    cells = []
-    for B, S, T in itertools.product(plan.batch_sizes, plan.contexts, plan.queries):
-        asked = [subject for subject in subjects if T == 1 or (len(subject.paths) > 1 and min(plan.batch_sizes) == B)]
-        if not asked:
-            continue
-        fitting, skipped = [], []
-        for subject in asked:
-            needs = {path: needed_bytes(subject, path, B, S, T, plan) for path in subject.paths}
-            kept = tuple(path for path, need in needs.items() if need <= left)
-            if kept:
-                fitting.append((dataclasses.replace(subject, paths=kept), max(needs[path] for path in kept)))
-            skipped += [
-                Skipped(subject.row(path), B, S, T, f"takes about {need / 2**20:,.0f} MiB, {max(0, left) / 2**20:,.0f} "
-                        f"MiB of the budget are left beside the weights")
-                for path, need in needs.items() if path not in kept
-            ]  # fmt: skip
-        cells.append(Cell(B, S, T, in_groups(fitting, left), tuple(skipped)))
-    return cells
-
-
-def in_groups(needs: Sequence[tuple[Subject, int]], room: int) -> tuple[tuple[Subject, ...], ...]:
-    """Subjects in groups of neighbours that fit into `room` together."""
-    groups: list[list[Subject]] = []
-    taken = 0
-    for subject, need in needs:
-        if groups and taken + need <= room:
-            groups[-1].append(subject)
-            taken += need
-        else:
-            groups.append([subject])
-            taken = need
-    return tuple(map(tuple, groups))
-
-
-def needed_bytes(subject: Subject, path: str, B: int, S: int, T: int, plan: Plan) -> int:
-    """Bytes beside the weights: caches, and by estimate what the largest layer makes of them meanwhile."""
-    part, first = subject.part, subject.part.attentions[0]
-    per_token = cache_bytes_per_token(part, plan.cache_dtype)
-    caches = caches_in_rotation(part, B * S * per_token, plan) if T == 1 else 1
-    K, V = first.qk_width, first.v_head_dim
-    elements, logits = 0, 0  # a token and row
-    if hasattr(first, "kv_lora_rank"):
-        if path != "absorbed":  # up-projected, joined with the rotated key, values padded to the width of keys
-            elements = first.n_kv_heads * (2 * K + V + max(K, V))
-        if path != "expand" or T > 1:  # which has a mask, and so no fused kernel
-            logits = 3 * T * first.n_heads
-    elif K != V or plan.cache_dtype != plan.dtype:  # no fused kernel on some devices; a cast
-        elements = first.n_kv_heads * (K + V)
-    meanwhile = B * S * (elements * plan.dtype.itemsize + 4 * logits)
-    if T == 1 and plan.prefill_tokens >= B * S:
-        whole = part.vocab_size * 8 if isinstance(part, GPT) else 0  # logits of all the prompt, and their copy
-        meanwhile = max(meanwhile, B * S * (whole + 4 * first.n_kv_heads * (K + V) * plan.dtype.itemsize + per_token))
-    return caches * B * (S + plan.room) * per_token + meanwhile
-
-
-def cache_bytes_per_token(part: Part, dtype: torch.dtype) -> int:
-    """Read off the buffers of a cache that is not allocated."""
-    return sum(cache.bytes_per_token for cache in part.new_cache(1, 1, dtype=dtype, device="meta"))
-
-
-def caches_in_rotation(part: Part, nbytes: int, plan: Plan) -> int:
-    """How many caches of `nbytes` the steps go through in turn. A whole model goes through those of its layers."""
-    if isinstance(part, GPT) or plan.step == "compile":  # which would compile for each
-        return 1
-    enough = ROTATED_CPU_BYTES
-    if plan.device.type == "cuda":
-        enough = 4 * torch.cuda.get_device_properties(plan.device).L2_cache_size
-    wanted = min(MOST_CACHES, max(INPUTS, -(-enough // nbytes)))
-    return max(1, min(wanted, ROTATED_AT_MOST_BYTES // nbytes, plan.budget_bytes // 8 // nbytes))
-
-
-def filled_cache(part: Part, B: int, S: int, plan: Plan, generator: torch.Generator) -> list[Cache]:
-    """A cache with S random tokens a row and room for more: what a prompt would leave, without reading one."""
-    caches = part.new_cache(B, S + plan.room, dtype=plan.cache_dtype, device=plan.device)
-    for attention, cache in zip(part.attentions, caches, strict=True):
-        piece = {
-            name: torch.randn(B, min(S, FILLED_AT_ONCE), *shape, dtype=plan.dtype, device=plan.device,
-                              generator=generator)
-            for name, shape in attention.cache_shapes.items()
-        }  # fmt: skip
-        for start in range(0, S, FILLED_AT_ONCE):
-            T = min(FILLED_AT_ONCE, S - start)
-            if piece:
-                cache.append(**{name: tensor[:, :T] for name, tensor in piece.items()})
-            else:  # the layer reads another one's latents
-                cache.advance(T)
-    return caches
-
-
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
@@ -427,14 +119,9 @@ def measure(cells: Sequence[Cell], plan: Plan, *, progress: Callable[[Cell, int]
     """
     results = Results(bandwidth=read_bandwidth(plan))
     for cell in cells:
-        results.skipped += cell.skipped
-        for group in cell.groups:
-            results.figures += _in_turns(group, cell, plan, results.skipped, progress)
-            gc.collect()
-            if plan.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if plan.step_used == "compile":
-                torch.compiler.reset()  # one graph a shape, never a dynamic one made from several
+        figures, skipped = measure_cell(cell, plan, progress=progress)
+        results.figures += figures
+        results.skipped += skipped
         results.bandwidth = max(results.bandwidth, read_bandwidth(plan))
     results.figures = [
         dataclasses.replace(figure, of_bandwidth=figure.bytes_per_second / results.bandwidth)
@@ -443,10 +130,34 @@ def measure(cells: Sequence[Cell], plan: Plan, *, progress: Callable[[Cell, int]
     return results
 
 
+@torch.inference_mode()
+def measure_cell(
+    cell: Cell, plan: Plan, *, seconds: float = math.inf, progress: Callable[[Cell, int], None]
+) -> tuple[list[Figure], list[Skipped]]:
+    """Time one cell; of_bandwidth is nan, since no bandwidth is measured.
+
+    seconds: after so many no further round begins, the subjects of every group having had an equal share of them. The
+    first round of each group is always whole.
+    """
+    figures, skipped = [], list(cell.skipped)
+    subjects = sum(map(len, cell.groups))
+    for group in cell.groups:
+        share = seconds * len(group) / subjects
+        figures += _in_turns(group, cell, plan, skipped, share, progress)
+        gc.collect()
+        if plan.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if plan.step_used == "compile":
+            torch.compiler.reset()  # one graph a shape, never a dynamic one made from several
+    return figures, skipped
+
+
 def _in_turns(
-    group: Sequence[Subject], cell: Cell, plan: Plan, skipped: list[Skipped], progress: Callable[[Cell, int], None],
+    group: Sequence[Subject], cell: Cell, plan: Plan, skipped: list[Skipped], share: float,
+    progress: Callable[[Cell, int], None],
 ) -> list[Figure]:  # fmt: skip
-    """The figures of subjects whose readings take turns."""
+    """The figures of subjects whose readings take turns; no round begins after `share` seconds, but for the first."""
+    began = time.perf_counter()
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
     jobs: list[tuple[Subject, Job]] = []
     for subject in group:
@@ -456,7 +167,9 @@ def _in_turns(
         except torch.OutOfMemoryError:
             skipped.append(Skipped(subject.name, cell.batch_size, cell.context, cell.queries, "no memory left for it"))
             torch.cuda.empty_cache()
-    for _ in range(plan.rounds):
+    for number in range(plan.rounds):
+        if number and time.perf_counter() - began > share:
+            break
         for _, job in jobs:
             for quantity, seconds in job.read().items():
                 job.seconds[quantity] += seconds
@@ -514,14 +227,6 @@ def _jobs(subject: Subject, cell: Cell, plan: Plan, generator: torch.Generator) 
             read = _writing(writer, prompts_BT, plan)
             read()
             yield Job((f"{subject.name}, {writer.name}",), read, writer.name, writer.cache_bytes_per_token)
-
-
-def draw(part: Part, B: int, T: int, plan: Plan, generator: torch.Generator) -> Tensor:
-    """Random tokens for a model, (B, T); random activations for attention alone, (B, T, D)."""
-    if isinstance(part, GPT):
-        return torch.randint(part.vocab_size, (B, T), device=plan.device, generator=generator)
-    width = part.attentions[0].o_proj.out_features
-    return torch.randn(B, T, width, dtype=plan.dtype, device=plan.device, generator=generator)
 
 
 def _call(part: Part, cache: Sequence[Cache]) -> Callable[[Tensor, Tensor | None], Tensor]:
@@ -654,6 +359,13 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def machine_name(device: torch.device) -> str:
+    """The GPU's name; of another device its type and how many threads torch may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, threads: {torch.get_num_threads()}"
 
 
 def swept_bytes(plan: Plan) -> int:

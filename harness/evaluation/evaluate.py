@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.evaluation.perplexity import SplitResult, TokenSplit, evaluate_split
+from harness.evaluation.perplexity import Integers, SplitResult, TokenSplit, evaluate_split
 from modeling.gpt import GPT
 
 
@@ -35,11 +37,12 @@ def evaluate_model(
     max_tokens: int | None = None,
     progress: bool = False,
     through: CacheChoice | None = None,
+    segment_tokens: int | None = None,
 ) -> SplitResult:
     """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
 
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one. None: without a cache.
+    of decoding them one by one. None: without a cache. segment_tokens: see evaluate_split.
     """
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -58,9 +61,21 @@ def evaluate_model(
             token_losses, split, end_of_text=end_of_text, max_seq_len=model.max_seq_len,
             stride=max(1, round(stride_fraction * model.max_seq_len)), batch_size=batch_size, device=device,
             decode=decode, per_document=per_document, max_tokens=max_tokens, progress=progress,
+            segment_tokens=segment_tokens,
         )  # fmt: skip
     finally:
         model.train(was_training)
+
+
+def target_nats(
+    model: GPT, inputs_BT: Integers, targets_BT: Integers, *, precision: torch.dtype, device: torch.device
+) -> NDArray[np.float64]:
+    """The loss of every target in nats, as `evaluate_model` computes it; the model is in evaluation mode already."""
+    tokens_2BT = torch.from_numpy(np.stack((inputs_BT, targets_BT))).to(device)
+    with torch.no_grad(), torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        losses_BT = model.token_losses(*tokens_2BT)
+    nats_BT: NDArray[np.float64] = losses_BT.cpu().double().numpy()
+    return nats_BT
 
 
 def split_metrics(result: SplitResult, prefix: str = "val") -> dict[str, float]:

@@ -7,6 +7,7 @@ the last window is moved back to end with the stream. A stream's first token is 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,10 @@ from torch import Tensor
 from harness.errors import UserError
 
 Integers = NDArray[np.int64]
+
+SEGMENT_TOKENS = 2048
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+_CUT_CONTEXT = 32  # tokens, more than one character ever has
 
 
 class TokenSplit(Protocol):
@@ -39,6 +44,18 @@ class TokenSplit(Protocol):
 
 
 @dataclass(frozen=True)
+class Segments:
+    """A split cut into pieces of text, in order: the units that a bootstrap draws from. All three sum to the split's.
+
+    No segment crosses from one document into the next; nats and tokens count end-of-text targets, bytes do not.
+    """
+
+    tokens: list[int]
+    nats: list[float]
+    bytes: list[int]  # UTF-8; a character cut in two belongs where it ends
+
+
+@dataclass(frozen=True)
 class SplitResult:
     """Ratios of totals over one split. End-of-text targets count in tokens and nats, not in bytes and words."""
 
@@ -51,6 +68,7 @@ class SplitResult:
     words: int
     nats: float
     loss_by_position: list[tuple[int, int, float]]  # (from, to, loss): nats per token with from..to tokens of context
+    segments: Segments | None = None  # where they were asked for
 
 
 @dataclass(frozen=True)
@@ -77,14 +95,16 @@ def evaluate_split(
     per_document: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
+    segment_tokens: int | None = None,
 ) -> SplitResult:
     """Score a split with token_losses(inputs_BT, targets_BT) -> nats_BT; the caller puts the model into eval mode.
 
     stride: from 1 to max_seq_len (each window on its own). batch_size: windows per call; it does not change the result.
     per_document: every document is a stream of its own, no context crosses. max_tokens: only the split's first tokens;
     decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those
-    of the overlaps too, by its number of context tokens in the window. Raises UserError on an impossible stride, a part
-    without text, or a model whose loss is not finite.
+    of the overlaps too, by its number of context tokens in the window. segment_tokens: keep the result's segments too,
+    that long but for the last of each document. Raises UserError on an impossible stride, a part without text, or a
+    model whose loss is not finite.
     """
     if not 1 <= stride <= max_seq_len:
         raise UserError(f"a stride of {stride} tokens does not fit windows of {max_seq_len}: give 1 to {max_seq_len}")
@@ -98,6 +118,7 @@ def evaluate_split(
     windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=stride)
 
     nats, scored = 0.0, 0
+    nats_N = None if segment_tokens is None else np.zeros(n_tokens)
     nats_by_position, count_by_position = np.zeros(max_seq_len), np.zeros(max_seq_len, dtype=np.int64)
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
@@ -110,6 +131,8 @@ def evaluate_split(
         scored_BT = real_BT & (position_T >= windows.skip[batch, None])
         nats += nats_BT.sum(where=scored_BT)
         scored += int(scored_BT.sum())
+        if nats_N is not None:
+            nats_N[(windows.start[batch, None] + position_T)[scored_BT]] = nats_BT[scored_BT]
         nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
         count_by_position[: len(position_T)] += real_BT.sum(axis=0)
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
@@ -119,6 +142,9 @@ def evaluate_split(
     text_bytes, words = text_size(split, n_tokens, decode)
     if text_bytes == 0:
         raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
+    segments = None
+    if nats_N is not None and segment_tokens is not None:
+        segments = cut_segments(split, nats_N, segment_tokens, text_bytes, decode)
     return SplitResult(
         loss=loss,
         perplexity=math.exp(loss),
@@ -129,6 +155,7 @@ def evaluate_split(
         words=words,
         nats=nats,
         loss_by_position=_by_octave(nats_by_position, count_by_position),
+        segments=segments,
     )
 
 
@@ -144,6 +171,11 @@ def cut_windows(bounds: Integers, *, max_seq_len: int, stride: int) -> Windows:
     # The window before ends stride tokens before this one's unmoved end; what lies up to there is scored already.
     skip = np.where(rank == 0, 0, unmoved - stride + max_seq_len - start)
     return Windows(start, length, skip, rank == 0)
+
+
+def evenly(count: int, most: int) -> Integers:
+    """At most `most` of 0 .. count - 1, evenly spread, all of them if there are no more."""
+    return np.arange(count) if count <= most else np.arange(most) * count // most
 
 
 def gather(
@@ -169,9 +201,51 @@ def text_size(split: TokenSplit, n_tokens: int, decode: Callable[[Sequence[int]]
     text_bytes, words = int(split.document_bytes[:whole].sum()), int(split.document_words[:whole].sum())
     if whole < len(ends):
         begin = int(split.document_starts[whole])
-        text = decode(split.tokens[begin:n_tokens].tolist()).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = decode(split.tokens[begin:n_tokens].tolist()).rstrip(_BROKEN)
         text_bytes, words = text_bytes + len(text.encode()), words + len(text.split())
     return text_bytes, words
+
+
+def cut_segments(
+    split: TokenSplit, nats_N: NDArray[np.float64], length: int, text_bytes: int, decode: Callable[[Sequence[int]], str]
+) -> Segments:
+    """Segments of `length` tokens, counted from each document's start, over the first len(nats_N) tokens.
+
+    text_bytes: of those tokens (`text_size`). What a segment adds to its document's text is decoded behind a few tokens
+    that come before it; where a tokenizer does not give the text back exactly, the document's true bytes are shared out
+    in proportion.
+    """
+    n_tokens = len(nats_N)
+    starts = split.document_starts
+    begins: list[int] = []
+    sizes: list[int] = []
+    left = text_bytes
+    for document in range(int(np.searchsorted(starts[:-1], n_tokens))):
+        begin, end = int(starts[document]), min(int(starts[document + 1]), n_tokens)
+        own_bytes = int(split.document_bytes[document]) if end == starts[document + 1] else left
+        left -= own_bytes
+        cuts = range(begin, end, length)
+        shared = [0]
+        if len(cuts) > 1:
+            added = [_text_added(split, begin, cut, min(cut + length, end), decode) for cut in cuts]
+            *upto, decoded = itertools.accumulate(added)
+            shared += [own_bytes * size // decoded if decoded else 0 for size in upto]
+        sizes += np.diff([*shared, own_bytes]).tolist()
+        begins += cuts
+    return Segments(
+        tokens=np.diff([*begins, n_tokens]).tolist(),
+        nats=np.add.reduceat(nats_N, begins).tolist(),
+        bytes=sizes,
+    )
+
+
+def _text_added(split: TokenSplit, document: int, begin: int, end: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """UTF-8 bytes by which the tokens begin .. end - 1 lengthen the text of a document that starts at `document`."""
+    before, after = (
+        len(decode(split.tokens[max(document, begin - _CUT_CONTEXT) : stop].tolist()).rstrip(_BROKEN).encode())
+        for stop in (begin, end)
+    )
+    return max(0, after - before)
 
 
 def _by_octave(nats: NDArray[np.float64], count: Integers) -> list[tuple[int, int, float]]:

@@ -81,14 +81,14 @@ class Optimizer:
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer that config names, over all parameters of `model` on their present device.
+    """The optimizer that config names, over all trained parameters of `model` on their present device.
 
     Weight decay falls on matrices only: not on norms, biases or embedding tables (a tied head is one). Muon takes the
     matrices of `model.blocks`; embeddings, head and vectors stay with AdamW. Raises UserError when the configuration
     does not fit the optimizer.
     """
     check_optimizer(config)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     matrices = {p for p in names if p.ndim >= 2 and id(p) not in tables}
     hidden = {p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")} if config.name == "muon" else set()

@@ -23,6 +23,7 @@ class Attention(Protocol):
 
     The constructor takes keyword arguments only, each typed and explicit: the six that the model owns (MODEL_OWNED),
     the rest from the variant's YAML. It raises ValueError with both numbers and the remedy when they do not fit.
+    A class with parameters that are never trained has `frozen`, their names, besides; all others must get a gradient.
     """
 
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table

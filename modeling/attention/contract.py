@@ -142,13 +142,15 @@ def a_window_hides_what_it_should(build: Build) -> None:
 def eight_bit_caches_stay_close(build: Build) -> None:
     """int8 and fp8: one call gives what single tokens give, within 10 % (int8) and 30 % (fp8) of full precision."""
     module, x_BTD = _module_and_input(build)
+    # In float32 the two differ in the last place, which tips an entry halfway between two levels to the other one.
+    module, x_BTD = module.to(torch.float64), x_BTD.to(torch.float64)
     full = module(x_BTD)
     for dtype, bound in ((torch.int8, 0.1), (torch.float8_e4m3fn, 0.3)):
         whole = module(x_BTD, _poisoned_cache(module, TOKENS, dtype))
         cache = _poisoned_cache(module, TOKENS, dtype)
         singles = torch.cat([module(piece, cache) for piece in x_BTD.split(1, dim=1)], dim=1)
         error = relative_error(singles, whole)
-        assert error <= 1e-5, f"{dtype}: relative error {error:.1e} between one token at a time and one call"
+        assert error <= 1e-10, f"{dtype}: relative error {error:.1e} between one token at a time and one call"
         error = relative_error(whole, full)
         assert 0 < error <= bound, f"{dtype}: relative error {error:.1e} against full precision"
 
@@ -215,11 +217,17 @@ def rows_do_not_mix(build: Build) -> None:
 
 
 def every_parameter_gets_a_gradient(build: Build) -> None:
-    """Backward reaches every parameter with finite, non-zero values."""
+    """Backward reaches every parameter with finite, non-zero values, but those that the class states as `frozen`."""
     module, x_BTD = _module_and_input(build)
+    frozen = set(getattr(module, "frozen", ()))
+    unknown = frozen - dict(module.named_parameters()).keys()
+    assert not unknown, f"{sorted(unknown)} are stated as frozen and are no parameters"
     weight = torch.randn(x_BTD.shape, generator=torch.Generator().manual_seed(2))
     (module(x_BTD) * weight).sum().backward()
     for name, parameter in module.named_parameters():
+        if name in frozen:
+            assert not parameter.requires_grad and parameter.grad is None, f"{name} is stated as frozen and is trained"
+            continue
         assert parameter.grad is not None, f"{name} gets no gradient"
         assert parameter.grad.isfinite().all(), f"{name} gets a non-finite gradient"
         # A bias on keys shifts all logits of a query alike: softmax removes it, and its gradient is zero by algebra.

@@ -44,6 +44,8 @@ class MultiheadLatentAttention(nn.Module):
     """MLA with every choice that an ablation wants to move, one at a time.
 
     n_kv_heads below n_heads: the up-projections make G heads, shared as in GQA; the cache does not change.
+    latent: where it comes from. `learned` (the paper's); the controls `frozen`, a random projection of x that is never
+        trained (N(0, 1/D), so that latents have x's variance), and `slice`, the first L dimensions of x itself.
     kv_latent: `joint` (keys and values read one latent) or `split` (each reads its own half of the L dimensions: the
         same cache as joint).
     latent_norm: rms | layer | none; latent_norm_place: `latent` (before caching, as in the paper) or `up_projected`
@@ -53,7 +55,7 @@ class MultiheadLatentAttention(nn.Module):
     sharing, sharing_layers: what groups of that many consecutive layers have in common. `weights`: one kv_down_proj and
         k_rope_proj (fewer parameters; the same cache, for each layer compresses its own input). `latent`: the latent and
         rotated key of the group's first layer, which the others read (a cache divided by sharing_layers).
-    bias: on the projections that read x and on o_proj, none on the up-projections (DeepSeek's attention_bias, which
+    bias: on the learned projections that read x and on o_proj, none on the up-projections (DeepSeek's attention_bias, which
         leaves out a q_proj that reads x).
     Raises ValueError for sizes and choices that do not fit together.
     """
@@ -73,6 +75,7 @@ class MultiheadLatentAttention(nn.Module):
         qk_nope_head_dim: int,
         qk_rope_head_dim: int,
         v_head_dim: int,
+        latent: str,
         kv_latent: str,
         latent_norm: str,
         latent_norm_place: str,
@@ -87,6 +90,7 @@ class MultiheadLatentAttention(nn.Module):
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
         _check_choice("positions", positions, ("decoupled", "learned", "none", "rope_after_up"))
+        _check_choice("latent", latent, ("learned", "frozen", "slice"))
         _check_choice("kv_latent", kv_latent, ("joint", "split"))
         _check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
         _check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
@@ -100,6 +104,11 @@ class MultiheadLatentAttention(nn.Module):
             raise ValueError(
                 f"sharing={sharing} takes the key/value down-projections apart from the queries': set "
                 f"fused_down_projections=false"
+            )
+        if latent != "learned" and (fused_down_projections or sharing == "weights"):
+            raise ValueError(
+                f"latent={latent} has no learned down-projection, which fused_down_projections=true and sharing=weights "
+                f"are about: set fused_down_projections=false and sharing=none"
             )
         if n_kv_heads < 1 or n_heads % n_kv_heads:
             raise ValueError(
@@ -123,18 +132,22 @@ class MultiheadLatentAttention(nn.Module):
                 f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
                 f"{n_kv_heads} heads of {N}+{V}) is {widest} wide; {recommended} would"
             )
+        if latent == "slice" and d_model < L:
+            raise ValueError(
+                f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
+            )
         if R is not None and not 1 <= R <= min(d_model, n_heads * (N + P)):
             raise ValueError(
                 f"q_lora_rank={R} compresses nothing: queries go from {d_model} to {n_heads * (N + P)} dimensions; "
                 f"choose at most {min(d_model, n_heads * (N + P))}, or null for none"
             )
 
-        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.q_lora_rank, self.kv_lora_rank = R, L
         self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.qk_width = N, P, V, N + P
         self.positions, self.causal, self.dropout = positions, causal, dropout
         self.backend, self.decode, self.kernel = "auto", "auto", "torch"
-        self.sharing, self.follows = sharing, False
+        self.latent, self.sharing, self.follows = latent, sharing, False
         self.scale = self.qk_width**-0.5  # of the heads as they are compared, never of the latent
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.latent_widths = (share, share) if kv_latent == "split" else (L,)
@@ -151,7 +164,11 @@ class MultiheadLatentAttention(nn.Module):
                 self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=bias)
             else:
                 self.q_down_proj = nn.Linear(d_model, R, bias=bias)
-            self.kv_down_proj = nn.Linear(d_model, L, bias=bias)
+            self.kv_down_proj = nn.Linear(d_model, L, bias=bias and latent == "learned") if latent != "slice" else None
+            if latent == "frozen":
+                assert self.kv_down_proj is not None
+                self.kv_down_proj.requires_grad_(False)
+                nn.init.normal_(self.kv_down_proj.weight, std=d_model**-0.5)
             self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
         self.q_up_proj = nn.Linear(R, n_heads * self.qk_width, bias=False) if R is not None else None
         self.k_up_proj = nn.Linear(share, n_kv_heads * N, bias=False)
@@ -180,6 +197,11 @@ class MultiheadLatentAttention(nn.Module):
             self.kv_down_proj, self.k_rope_proj = leader.kv_down_proj, leader.k_rope_proj
         else:
             del self.kv_down_proj, self.k_rope_proj, self.latent_norms
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the parameters that are never trained."""
+        return ("kv_down_proj.weight",) if self.latent == "frozen" and not self.reads_latents else ()
 
     @property
     def reads_latents(self) -> bool:
@@ -350,7 +372,7 @@ class MultiheadLatentAttention(nn.Module):
             q_in, latent_BTL, k_rope_BTP = self.in_proj(x_BTD).split(self.down_widths, dim=-1)
         else:
             q_in = self._query_input(x_BTD)
-            latent_BTL = self.kv_down_proj(x_BTD)
+            latent_BTL = x_BTD[..., : self.kv_lora_rank] if self.kv_down_proj is None else self.kv_down_proj(x_BTD)
             k_rope_BTP = self.k_rope_proj(x_BTD) if self.k_rope_proj is not None else x_BTD[..., :0]
         parts = latent_BTL.split(self.latent_widths, dim=-1)
         normed = [_normed(norm, part) for norm, part in zip(self.latent_norms, parts, strict=True)]

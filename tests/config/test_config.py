@@ -29,6 +29,7 @@ from harness.config import (
     differences,
     flat,
     identity,
+    implied,
     load_eval_config,
     load_run_config,
     load_train_config,
@@ -65,7 +66,7 @@ def refusal(*overrides: str, load: Any = load_train_config) -> str:
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_groups_of_the_command_line_exist_and_no_others(group: str) -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    assert group in folders and folders - set(GROUPS) <= {"local"}
+    assert group in folders and folders - set(GROUPS) <= {"local", "study"}
     assert options_of(group)
 
 
@@ -144,13 +145,13 @@ REFUSED = {
     "attention=mlaa": "attention=mlaa does not exist; did you mean mla?",
     "attention=flash": "attention=flash does not exist; choose from "
                        "gqa, mha, mha_decoupled, mha_learned, "
-    "mha_wide, mla, mla_plain, mla_shared_latent, mla_shared_weights, mqa",
+    "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
     "attention=null": "attention=null does not exist; choose from "
                       "gqa, mha, mha_decoupled, mha_learned, "
-    "mha_wide, mla, mla_plain, mla_shared_latent, mla_shared_weights, mqa",
+    "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
     "model=tyny": "model=tyny does not exist; did you mean tiny?",
-    "model={a:1}": "model={'a': 1} does not exist; choose from deepseek_v2_lite, deepseek_v3, gpt2, medium, small, tiny",
-    "tracking=tensorboard": "tracking=tensorboard does not exist; choose from none, wandb",
+    "model={a:1}": "model={'a': 1} does not exist; choose from deepseek_v2_lite, deepseek_v3, gpt2, medium, mini, small, tiny",
+    "tracking=tensorboard": "tracking=tensorboard does not exist; choose from none, trackio, wandb",
     "attentoin=mla": "attentoin is not a field of the configuration; did you mean attention?",
     "model.dmodel=64": "model.dmodel is not a field of the configuration; did you mean model.d_model?",
     "d_model=64": "d_model is not a field of the configuration; did you mean model.d_model?",
@@ -195,7 +196,7 @@ REFUSED = {
     "cache.dtype=int4": "cache.dtype=int4 is unknown; did you mean int8?",
     "optimizer.name=sgd": "optimizer.name=sgd is unknown; choose from adamw, muon",
     "schedule.name=linear": "schedule.name=linear is unknown; choose from cosine, wsd",
-    "tracking.name=mlflow": "tracking.name=mlflow is unknown; choose from none, wandb",
+    "tracking.name=mlflow": "tracking.name=mlflow is unknown; choose from none, trackio, wandb",
     "tokenizer.name=word": "tokenizer.name=word is unknown; choose from bpe, bytes, pretrained",
     "attention.mechanism=linear": "attention.mechanism=linear is unknown; choose from gqa, mla",
     "attention.backend=flash": "attention.backend=flash is unknown; did you mean sdpa_flash?",
@@ -260,6 +261,9 @@ REFUSED_IN_EVAL = {
     "stride_fraction=2": "stride_fraction=2.0 must be above 0 and at most 1 (a window)",
     "batch_size=0": "batch_size=0 is too small; choose 1 or more",
     "max_tokens=-1": "max_tokens=-1 is too small; choose 1 or more",
+    "extras=[beyond,latent]": "extras=latent is unknown; did you mean latents?",
+    "extras=beyond": "extras=beyond must be a list like [a, b]",
+    "extras_max_tokens=0": "extras_max_tokens=0 is too small; choose 1 or more",
     "per_document=maybe": "per_document=maybe must be true or false",
     "dataset=stdlibb": "dataset=stdlibb does not exist; did you mean stdlib?",
 }  # fmt: skip
@@ -273,6 +277,22 @@ def test_a_mistake_in_an_evaluation_is_said_in_one_sentence(line: str) -> None:
 def test_a_field_at_the_schemas_default_may_be_set_though_its_yaml_is_silent() -> None:
     assert "split_seed" not in (CONFIGS / "dataset" / "stdlib.yaml").read_text()
     assert train("dataset=stdlib", "dataset.split_seed=3").dataset.split_seed == 3
+
+
+@pytest.mark.parametrize("dataset", ["mqar", "passkey"])
+def test_a_corpus_of_symbols_is_read_byte_by_byte_unless_a_tokenizer_is_chosen(dataset: str) -> None:
+    plain = load_train_config([f"dataset={dataset}"])
+    assert (plain.tokenizer.name, plain.name) == ("bytes", f"{dataset}-tiny-mha-seed0")
+    assert identity(plain) == identity(load_train_config([f"dataset={dataset}", "tokenizer=bytes"]))
+    assert train(f"dataset={dataset}", "tokenizer=bpe").tokenizer.name == "bpe"  # which harness/data refuses
+    assert (train("dataset=stdlib").tokenizer.name, load_eval_config([f"dataset={dataset}"]).split) == ("bpe", "test")
+    assert implied("train", [f"dataset={dataset}", "seed=3"]) == ["tokenizer=bytes"]
+    for said in (
+        ["train", f"dataset={dataset}", "tokenizer=bytes"],
+        ["train", "dataset=stdlib"],
+        ["eval", f"dataset={dataset}"],
+    ):
+        assert implied(said[0], said[1:]) == []
 
 
 def test_null_is_accepted_for_a_group_that_is_absent_by_default() -> None:
@@ -336,6 +356,14 @@ def test_the_cache_dtypes_of_the_command_line_are_those_of_the_cache() -> None:
     assert tuple(DTYPES) == configuration.CACHE_DTYPES
 
 
+def test_the_extras_of_the_command_line_are_those_that_can_be_measured_and_all_of_them_by_default() -> None:
+    from harness.evaluation.extras import EXTRAS, ROWS, WHY_NOT
+
+    assert set(configuration.EXTRAS) == EXTRAS.keys() == ROWS.keys() == WHY_NOT.keys()
+    assert load_eval_config([]).extras == list(configuration.EXTRAS)
+    assert load_eval_config(["extras=[]", "extras_max_tokens=7"]).extras == []
+
+
 def test_a_missing_field_is_named() -> None:
     with pytest.raises(UserError, match=r"^model.d_model is missing from the configuration; give it a value$"):
         container = compose("train", PLAIN)
@@ -388,6 +416,7 @@ def test_execution_fields_are_no_part_of_what_a_run_is_and_all_others_are() -> N
         if path.endswith(NUMBERS) and not isinstance(another, (int, float)):
             another = 1
         is_execution = any(path == field or path.startswith(f"{field}.") for field in EXECUTION_FIELDS)
+        is_execution |= path.startswith("dataset.synthetic_")  # which says nothing of WikiText
         other = with_change(container, path, another)
         assert other != config, path
         assert (identity(other) == identity(config)) == is_execution, path
@@ -398,6 +427,14 @@ def test_the_place_of_a_local_corpus_is_part_of_what_a_run_is_and_that_of_any_ot
     for dataset, is_part in (("local", True), ("classic_books", False), ("stdlib", False)):
         here, there = (train(f"dataset={dataset}", f"dataset.path=/{place}") for place in "ab")
         assert (identity(here) != identity(there)) == is_part
+
+
+def test_what_a_synthetic_corpus_is_made_of_is_part_of_its_own_runs_alone() -> None:
+    for dataset, is_part in (("mqar", True), ("passkey", True), ("stdlib", False)):
+        for change in ("synthetic_documents=9", "synthetic_tokens=300", "synthetic_pairs=[5]"):
+            here, there = train(f"dataset={dataset}"), train(f"dataset={dataset}", f"dataset.{change}")
+            assert (identity(here) != identity(there)) == is_part
+    assert not any("synthetic" in path for path in identity(train()))
 
 
 def test_differences_name_the_field_and_both_values() -> None:

@@ -37,6 +37,6 @@ def test_a_tokenizer_is_a_valid_choice_and_has_the_name_of_its_file(file: Path) 
 
 def test_all_datasets_of_the_readme_are_there() -> None:
     assert [file.stem for file in DATASETS] == [
-        "classic_books", "fineweb_edu", "local", "stdlib", "tinystories", "wikitext103", "wikitext2",
+        "classic_books", "fineweb_edu", "local", "mqar", "passkey", "stdlib", "tinystories", "wikitext103", "wikitext2",
     ]  # fmt: skip
     assert [file.stem for file in TOKENIZERS] == ["bpe", "bytes", "pretrained"]

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from harness.config import EXTRAS, load_eval_config
 from harness.data import Tokenizer, open_prepared
 from harness.errors import UserError
+from harness.score import lengthened, record_name
+from harness.session import load_trained
 from tests.support.micro import PROMISED, Workplace, contents, json_lines, summary_of, write_corpus
 
 VARIANTS = ("mha", "mla")
@@ -37,7 +41,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def copied(shared: Workplace, tmp_path: Path) -> Workplace:
     """The same place without evaluations, free to be damaged."""
     place = Workplace(tmp_path / "copied")
-    shutil.copytree(shared.folder, place.folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("evaluations"))
+    evaluated = shutil.ignore_patterns("evaluations", "segments")
+    shutil.copytree(shared.folder, place.folder, dirs_exist_ok=True, ignore=evaluated)
     return place
 
 
@@ -241,6 +246,75 @@ def test_what_cannot_be_stored_is_at_least_printed(copied: Workplace, capsys: py
     with pytest.raises(UserError, match=r"cannot be stored in .*mla .*: make the folder writable"):
         copied.evaluate("run=mla")
     assert [record["name"] for record in json_lines(capsys.readouterr().out)] == ["mla"]
+
+
+# --- what perplexity hides -------------------------------------------------------------------------------------------
+
+
+def test_every_extra_is_measured_unless_it_is_left_out_and_stands_in_the_table(
+    copied: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copied.evaluate("run=mla", "split=train") == 0
+    said = capsys.readouterr().out
+    (record,) = json_lines(said)
+    assert record["extras"].keys() == set(EXTRAS) and None not in record["extras"].values()
+    assert record["extras"]["beyond"]["longest_context"] == 4 * 32
+    assert record["extras"]["repeats"]["scored_tokens"] == record["evaluated_tokens"]
+    for row in ("loss at 33-64 ", "loss at 65-128 ", "repeated 5-grams ", "latents  "):
+        assert said.count(f"\n{row}") == 1, row
+    few = record_of(copied, capsys, "run=mha", "extras=[repeats]", "extras_max_tokens=320")
+    assert few["extras"].keys() == {"repeats"} and few["extras"]["repeats"]["scored_tokens"] == 320
+    assert record_of(copied, capsys, "run=mla", "extras=[]")["extras"] == {}
+
+
+def test_the_longer_model_holds_the_runs_weights_and_goes_on_where_its_own_window_ends(shared: Workplace) -> None:
+    config = load_eval_config([*shared.places(), "run=mla"])
+    trained = load_trained(
+        shared.runs / "mla", device=torch.device("cpu"), precision=torch.float32, execution=config.attention
+    )
+    longer = lengthened(trained, 128)
+    assert longer is not None and longer.max_seq_len == 128 and not longer.training
+    tokens = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(longer(tokens), trained.model(tokens))
+        assert longer(torch.arange(128)[None]).isfinite().any()
+
+
+def test_what_does_not_apply_to_a_model_is_null_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Workplace(tmp_path)
+    place.train("learned", "attention=mha_learned")
+    capsys.readouterr()
+    assert place.evaluate("run=learned") == 0
+    said = capsys.readouterr().out
+    (record,) = json_lines(said)
+    assert (record["extras"]["beyond"], record["extras"]["latents"]) == (None, None)
+    assert record["extras"]["repeats"]["count"] > 0
+    assert "beyond            not measured: learned positions end at" in said
+    assert "latents           not measured: no latents in this variant" in said
+
+
+def test_segments_stand_beside_the_record_and_sum_to_it(copied: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    for overrides in ([], ["per_document=true"], ["max_tokens=700"]):
+        record = record_of(copied, capsys, "run=mla", *overrides)
+        name = record_name(record)
+        assert (copied.runs / "mla" / "evaluations" / f"{name}.json").is_file()
+        segments = json.loads((copied.runs / "mla" / "segments" / f"{name}.json").read_text())
+        assert (segments["record"], segments["segment_tokens"]) == (name, 2048)
+        assert sum(segments["tokens"]) == record["evaluated_tokens"]
+        assert sum(segments["bytes"]) == record["evaluated_bytes"]
+        assert sum(segments["nats"]) / record["evaluated_tokens"] == pytest.approx(record["loss"], rel=1e-12)
+
+
+def test_through_a_cache_there_are_neither_extras_nor_segments(
+    copied: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copied.evaluate("run=mla", "cache.dtype=int8") == 0
+    said = capsys.readouterr().out
+    assert "extras            none: they are measured without a cache" in said
+    assert json_lines(said)[0]["extras"] == {}
+    assert not (copied.runs / "mla" / "segments").exists()
 
 
 # --- through a cache -------------------------------------------------------------------------------------------------

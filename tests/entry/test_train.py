@@ -494,4 +494,6 @@ def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
     assert shown.returncode == 0 and "attention: gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
     shown = command("--cfg", "job", "attention=mla", "dataset=local", "dataset.max_tokens=7", folder=tmp_path)
     assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
+    shown = command("--cfg", "job", "dataset=mqar", folder=tmp_path)
+    assert shown.returncode == 0 and "tokenizer:\n  name: bytes\n" in shown.stdout
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from modeling.attention.contract import (
     CHECKS,
     Build,
     Variant,
+    every_parameter_gets_a_gradient,
     no_token_sees_the_future,
     output_has_the_inputs_shape_and_dtype,
 )
@@ -23,7 +24,7 @@ from tests.support.variants import KNOBS, SHIPPED, attention_from
 # Cached elements per token of the shipped variants at SIZES (4 heads of 12, d_model 48), by hand.
 SHIPPED_ELEMENTS = {
     "mha": 2 * 4 * 12, "gqa": 2 * 2 * 12, "mqa": 2 * 12, "mha_learned": 2 * 4 * 12, "mha_wide": 4 * (18 + 12),
-    "mha_decoupled": 2 * 4 * 12 + 6, "mla_plain": 24, "mla": 24 + 6,
+    "mha_decoupled": 2 * 4 * 12 + 6, "mla_plain": 24, "mla": 24 + 6, "mla_frozen": 24 + 6, "mla_slice": 24 + 6,
 }  # fmt: skip
 VARIANTS = {name: [f"attention={name}"] for name in SHIPPED} | {name: knob[0] for name, knob in KNOBS.items()}
 ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}
@@ -61,6 +62,26 @@ def test_the_contract_notices_a_leak_from_the_future() -> None:
 
     with pytest.raises(AssertionError, match="outputs before token"):
         no_token_sees_the_future(Leaky)
+
+
+def test_a_parameter_goes_without_a_gradient_only_where_the_class_states_it_and_only_if_it_is_never_trained() -> None:
+    def stated(names: tuple[str, ...], *, trained: bool) -> Build:
+        def build() -> Variant:
+            module = builder("mha")()
+            module.frozen = names
+            module.k_proj.weight.requires_grad_(trained)
+            return module
+
+        return build
+
+    every_parameter_gets_a_gradient(stated(("k_proj.weight",), trained=False))
+    for names, trained, sentence in (
+        ((), False, r"k_proj.weight gets no gradient"),
+        (("k_proj.weight",), True, r"k_proj.weight is stated as frozen and is trained"),
+        (("k_proj.weight", "proj.weight"), False, r"\['proj.weight'\] are stated as frozen and are no parameters"),
+    ):
+        with pytest.raises(AssertionError, match=sentence):
+            every_parameter_gets_a_gradient(stated(names, trained=trained))
 
 
 def test_the_contract_notices_outputs_that_are_zero() -> None:

@@ -73,6 +73,8 @@ ATTENTION = {
     "mha_decoupled": D * H * (d + P) + 2 * D * H * d + D * P + H * d * D,
     "mla_plain": D * H * d + D * L + L * H * (d + d) + H * d * D + L,
     "mla": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
+    "mla_frozen": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
+    "mla_slice": D * H * (d + P) + D * P + L * H * (d + d) + H * d * D + L,
     "mla, query rank": D * R + R * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L + R,
     "mla, grouped up-projection": D * H * (d + P) + D * (L + P) + L * G * (d + d) + H * d * D + L,
     "mla, split latent": D * H * (d + P) + D * (L + P) + L // 2 * H * (d + d) + H * d * D + L,
@@ -118,7 +120,8 @@ def deepseek_mla(*, d_model: int, n_heads: int = 128) -> MultiheadLatentAttentio
         return MultiheadLatentAttention(
             d_model=d_model, n_heads=n_heads, max_seq_len=8, causal=True, bias=False, norm_eps=1e-6,
             n_kv_heads=n_heads, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-            v_head_dim=128, kv_latent="joint", latent_norm="rms", latent_norm_place="latent", latent_scale=False,
+            v_head_dim=128, latent="learned", kv_latent="joint", latent_norm="rms", latent_norm_place="latent",
+            latent_scale=False,
             positions="decoupled", rope_theta=10000.0, fused_down_projections=False,
             sharing="none", sharing_layers=1, dropout=0.0,
         )  # fmt: skip

@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 
+from harness.config import load_eval_config, load_train_config
 from harness.errors import UserError
 from harness.schema import TrackingConfig
-from harness.tracking import Tracker, open_tracker
+from harness.session import open_run_tracker
+from harness.tracking import Tracker, log_study, open_tracker
 from tests.support.wandb_server import WandbServer
 
 KEY = "0123456789" * 4
@@ -421,3 +423,149 @@ def test_runs_in_one_process_do_not_meet(tmp_path: Path, server: WandbServer) ->
     assert [set(run.history[0]) for run in (mha, mla)] == [
         {"step", "tokens", "train/mha"}, {"step", "tokens", "train/mla"},
     ]  # fmt: skip
+
+
+# --- studies: runs in groups, and the results ------------------------------------------------------------------------
+
+
+def arm_runs(folder: Path) -> None:
+    """A run of an arm: trained in part, continued, then evaluated by a command that says nothing of groups."""
+    config = load_train_config(
+        ["name=arm-seed3", "attention=mla", "dataset=wikitext2", "tracking.group=mla-64", "tracking.project=theirs",
+         "tracking.tags=[cache, family]", "tracking.notes=one arm"]
+    )  # fmt: skip
+    run_id, metrics_bytes = None, 0
+    for step in (1, 2):
+        with open_run_tracker(
+            config, config.tracking, folder, run_config={"seed": 3}, run_id=run_id, metrics_bytes=metrics_bytes
+        ) as tracker:
+            tracker.log(step, 256 * step, {"train/loss": 5.0 / step})
+            run_id, metrics_bytes = tracker.run_id, tracker.metrics_bytes
+    with open_run_tracker(
+        config, load_eval_config([]).tracking, folder, run_config={"seed": 3}, run_id=run_id, metrics_bytes=None
+    ) as tracker:
+        tracker.summary({"eval/wikitext2/test/loss": 3.5})
+
+
+def assert_in_its_arm(server: WandbServer, folder: Path) -> None:
+    run = server.only_run()
+    assert (run.project, run.group, run.job_type, run.display_name) == ("theirs", "mla-64", "train", "arm-seed3")
+    assert run.tags == ["cache", "family", "mla", "wikitext2", "tiny"] and run.notes == "one arm"
+    assert run.history == rows_of(folder) and run.summary["eval/wikitext2/test/loss"] == 3.5
+
+
+def test_a_run_stays_in_its_arm_when_it_is_resumed_and_evaluated_online(tmp_path: Path, server: WandbServer) -> None:
+    arm_runs(tmp_path)
+    assert_in_its_arm(server, tmp_path)
+
+
+def test_a_run_stays_in_its_arm_when_it_is_resumed_and_evaluated_offline(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arm_runs(tmp_path)
+    command, *_ = re.findall(r"upload with: (.+)\n", capfd.readouterr().err)
+    with WandbServer() as server:
+        obey(command, server)
+        assert_in_its_arm(server, tmp_path)
+
+
+def test_an_evaluation_may_say_where_a_run_goes_and_add_tags(tmp_path: Path, server: WandbServer) -> None:
+    config = load_train_config(["name=run", "dataset=wikitext2", "tracking.group=arm", "tracking.tags=[cache]"])
+    chosen = load_eval_config(["tracking.group=other", "tracking.tags=[late]", "tracking.project=mine"]).tracking
+    with open_run_tracker(config, chosen, tmp_path, run_config={}, run_id="abcd1234", metrics_bytes=None):
+        pass
+    run = server.only_run()
+    assert (run.project, run.group) == ("mine", "other")
+    assert run.tags == ["cache", "late", "mha", "wikitext2", "tiny"]
+
+
+def test_runs_of_one_dataset_and_size_share_a_group_without_a_study(tmp_path: Path, server: WandbServer) -> None:
+    config = load_train_config(["name=run", "dataset=wikitext2", "attention=mqa"])
+    with open_run_tracker(config, config.tracking, tmp_path, run_config={}, run_id=None, metrics_bytes=0):
+        pass
+    assert server.only_run().group == "wikitext2-tiny"
+
+
+def study_files(folder: Path) -> tuple[Path, Path]:
+    from PIL import Image
+
+    picture, page = folder / "pareto.png", folder / "report.html"
+    Image.new("RGB", (4, 3), "orange").save(picture)
+    page.write_text("<!doctype html><html><head></head><p>verdict: réef</p></html>")
+    return picture, page
+
+
+def log_results(
+    folder: Path, picture: Path, page: Path, *, config: TrackingConfig | None = None, bpb: float = 1.5
+) -> None:
+    log_study(
+        config or TrackingConfig(name="wandb", tags=["family"]), study="cache", folder=folder,
+        columns=["arm", "cache bytes", "bits per byte"], rows=[["mla", 640, bpb], ["mha", 2048, None], ["mqa", "?", 2]],
+        images={"pareto": picture}, html=page, scatter=("cache bytes", "bits per byte"),
+    )  # fmt: skip
+
+
+def test_a_studys_table_chart_picture_and_page_arrive_in_one_run(tmp_path: Path, server: WandbServer) -> None:
+    picture, page = study_files(tmp_path)
+    for bpb in (1.25, 1.5):
+        log_results(tmp_path / "study", picture, page, bpb=bpb)
+    run = server.only_run()
+    assert (run.display_name, run.group, run.job_type) == ("cache", "cache", "study")
+    assert run.tags == ["family", "cache"]
+    assert run.exit_code == 0
+    logged = {key: value for row in run.history for key, value in row.items()}
+    table = json.loads(run.files[logged["results"]["path"]])
+    assert table["columns"] == ["arm", "cache bytes", "bits per byte"]
+    assert table["data"] == [["mla", 640, 1.5], ["mha", 2048, None], ["mqa", "?", 2]]
+    assert run.files[logged["pareto"]["path"]] == picture.read_bytes()
+    assert run.files[logged["report"]["path"]] == page.read_bytes()
+    # A chart is a table and, in the configuration, the panel that draws two of its columns.
+    chart = json.loads(run.files[logged["scatter_table"]["path"]])
+    assert chart["data"] == table["data"]
+    panel = run.config["_wandb"]["visualize"]["scatter"]["panel_config"]
+    assert panel["panelDefId"] == "wandb/scatter/v0"
+    assert panel["fieldSettings"] == {"x": "cache bytes", "y": "bits per byte"}
+
+
+def test_a_study_can_be_uploaded_later(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture, page = study_files(tmp_path)
+    log_results(tmp_path / "study", picture, page)
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    (command,) = re.findall(r"upload with: (.+)\n", said.err)
+    with WandbServer() as server:
+        obey(command, server)
+        run = server.only_run()
+    assert run.job_type == "study" and "scatter" in run.config["_wandb"]["visualize"]
+    assert run.files[{**run.history[0], **run.history[-1]}["report"]["path"]] == page.read_bytes()
+
+
+def test_a_study_does_nothing_without_tracking(tmp_path: Path) -> None:
+    log_results(tmp_path / "study", tmp_path / "no.png", tmp_path / "no.html", config=TrackingConfig(name="none"))
+    assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("fault", ["missing file", "gone", "no such column", "folder"])
+def test_a_study_that_cannot_be_logged_harms_nobody(
+    fault: str, tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "2")
+    picture, page = study_files(tmp_path)
+    folder = tmp_path / "study"
+    if fault == "missing file":
+        page.unlink()
+    elif fault == "gone":
+        server.close()
+    elif fault == "folder":
+        folder.write_text("not a folder")
+    columns = ["arm"] if fault == "no such column" else ["arm", "cache bytes", "bits per byte"]
+    started = time.monotonic()
+    log_study(
+        TrackingConfig(name="wandb"), study="cache", folder=folder, columns=columns, rows=[["mla", 1, 2]],
+        images={"pareto": picture}, html=page, scatter=("cache bytes", "bits per byte"),
+    )  # fmt: skip
+    assert time.monotonic() - started < 10
+    said = capfd.readouterr()
+    assert said.out == ""
+    expected = {"missing file": "stopped", "gone": "offline", "no such column": "stopped", "folder": "not in use"}
+    assert expected[fault] in said.err.splitlines()[-1]

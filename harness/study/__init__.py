@@ -1,0 +1,1 @@
+"""Ablations: arms trained over the same seeds, compared with error bars."""

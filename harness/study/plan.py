@@ -1,0 +1,314 @@
+"""A study as its YAML states it, and what follows from it: arms with solved sizes, and the runs that each phase needs.
+
+configs/study/<name>.yaml holds a base setup and arms, both as train_model.py's overrides, the seeds, what is matched, and
+the contrasts declared before anything runs. A run of a study is an ordinary run, <runs_dir>/<study>/<arm>-lr<rate>-seed<n>:
+its name says all that tells it from the others of its study.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config import CONFIGS, did_you_mean, load_train_config, options_of, setup_hash, typed
+from harness.errors import UserError
+from harness.run import read_json, write_json
+from harness.schema import TrainConfig
+from harness.study.matching import MatchConfig, Matched, match_arm, quantities
+from harness.training.schedule import steps_from_budget
+
+STUDY_FILE = "study.json"
+
+
+@dataclass
+class ArmConfig:
+    """One line of a comparison: overrides on the study's base."""
+
+    overrides: list[str]
+    family: str  # what it is drawn as: mha, gqa, mqa, mla
+    level: str | None = None  # of the budget that it fills, where a study has several
+    reference: bool = False  # beside the comparison, not in it
+    match: list[MatchConfig] | None = None  # None: the study's
+
+
+@dataclass
+class TuneConfig:
+    """tune=lr: validation loss at several rates for every arm, the same number of them."""
+
+    factors: list[float]  # of the base's rate
+    seed: int = 0
+    extensions: int = 2  # how often the grid grows, for all arms, while one arm's optimum is at its edge
+    tokens: int | None = None  # of a sweep's run; None: the study's own budget
+    transfer_arms: list[str] = field(default_factory=list)  # swept at the full budget too, where the sweep's is shorter
+
+
+@dataclass
+class StudyConfig:
+    """configs/study/*.yaml, whole."""
+
+    question: str
+    base: list[str]
+    arms: dict[str, ArmConfig]
+    seeds: list[int]
+    contrasts: list[list[str]] = field(default_factory=list)  # [a, b]: a minus b, declared beforehand
+    primary_seeds: list[int] | None = None  # of the arms in contrasts; None: as the others
+    match: list[MatchConfig] = field(default_factory=list)  # solved in this order, each on top of the ones before
+    staircase: list[str] = field(default_factory=list)  # arms in the order of their changes
+    tune: TuneConfig | None = None
+    metric: str = "bits_per_byte"  # bits_per_byte | loss | perplexity, of the test split
+    evaluate: list[str] = field(default_factory=list)  # overrides of eval_model.py
+    decode_contexts: list[int] = field(default_factory=list)  # tokens; decode time per token is measured there
+    decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm whose sizes are solved, at the base's learning rate."""
+
+    name: str
+    overrides: list[str]  # the solved ones at the end
+    family: str
+    level: str | None
+    reference: bool
+    config: TrainConfig
+    quantities: dict[str, int]  # params, train_flops, kv_bytes
+    matches: list[Matched]
+
+    @property
+    def tokens(self) -> int:
+        """That one run trains on."""
+        config = self.config
+        per_step = config.batch_size * config.model.max_seq_len
+        return per_step * steps_from_budget(
+            config.budget, tokens_per_step=per_step, default_tokens=config.model.default_tokens
+        )
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: an arm at a rate, a seed and perhaps a budget of its own."""
+
+    arm: str
+    lr: float
+    seed: int
+    tokens: int  # that it trains on
+    budget: int | None  # budget.tokens, where it is not the study's
+    setup_hash: str
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        short = "" if self.budget is None else f"-tokens{self.budget}"
+        return f"{self.arm}-lr{self.lr:.3g}{short}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study ready to run in a folder of its own."""
+
+    name: str
+    command: str
+    folder: Path
+    config: StudyConfig
+    arms: dict[str, Arm]
+    shared_lr: float
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return [(a, b) for a, b in self.config.contrasts]
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """More of them for arms that a declared contrast is about."""
+        primary = {name for pair in self.config.contrasts for name in pair}
+        return (self.config.primary_seeds if arm in primary else None) or self.config.seeds
+
+    def spec(self, arm: str, lr: float, seed: int, budget: int | None = None) -> RunSpec:
+        """A run of this study. The rate counts with three significant digits, as in the run's name."""
+        lr = float(f"{lr:.3g}")
+        config = self.arms[arm].config
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
+        tokens = self.arms[arm].tokens
+        if budget is not None:
+            per_step = config.batch_size * config.model.max_seq_len
+            config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, tokens=budget, steps=None))
+            tokens = budget // per_step * per_step
+        return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config))
+
+    def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
+        """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
+        specs = [self.spec(arm, lr[arm], seed) for arm in arms for seed in self.seeds_of(arm)]
+        return sorted(specs, key=lambda spec: spec.seed)
+
+    def overrides(self, spec: RunSpec) -> list[str]:
+        """The arguments of train_model.py for a run. In a tracker all seeds of an arm are one group."""
+        budget = [] if spec.budget is None else [f"budget.tokens={spec.budget}", "budget.steps=null"]
+        arm = self.arms[spec.arm]
+        tracking = [f"tracking.group={spec.arm}", f"tracking.tags=[{self.name},{arm.family}]"]
+        return merged(
+            [
+                *tracking, *self.config.base, *arm.overrides, f"optimizer.lr={spec.lr:.3g}", f"seed={spec.seed}", *budget,
+                f"name={spec.name}", f"runs_dir={self.folder}",
+            ]
+        )  # fmt: skip
+
+
+def merged(overrides: Sequence[str]) -> list[str]:
+    """Of several overrides of one field the last, in the place of the first: an arm's before the base's."""
+    last = {override.partition("=")[0]: override for override in overrides}
+    return list(last.values())
+
+
+def load_study(study: str, folder: Path | None = None) -> StudyConfig:
+    """configs/study/<study>.yaml, checked. Raises UserError for what it says wrong."""
+    import yaml
+
+    path = (folder or CONFIGS / "study") / f"{study}.yaml"
+    if not path.is_file():
+        raise UserError(f"study={study} does not exist; {did_you_mean(study, options_of('study'))}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    config: StudyConfig = typed(StudyConfig, content, "")
+    _check(config, study)
+    return config
+
+
+def _check(config: StudyConfig, study: str) -> None:
+    """What can be refused without composing anything."""
+    if not config.arms or not config.seeds:
+        raise UserError(f"study={study} needs at least one arm and one seed")
+    named = [(name, "contrasts") for pair in config.contrasts for name in pair]
+    named += [(name, "staircase") for name in config.staircase]
+    named += [(name, "tune.transfer_arms") for name in (config.tune.transfer_arms if config.tune else [])]
+    for name, where in named:
+        if name not in config.arms:
+            raise UserError(
+                f"{where} of study={study} names {name}, no arm of it; {did_you_mean(name, [*config.arms])}"
+            )
+    if wrong := [pair for pair in config.contrasts if len(pair) != 2 or pair[0] == pair[1]]:
+        raise UserError(f"contrasts={wrong[0]} of study={study} must name two different arms: [a, b] is a minus b")
+    for seeds in (config.seeds, config.primary_seeds or [0]):
+        if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise UserError(f"seeds={seeds} of study={study} must be different whole numbers from 0 on")
+    if config.metric not in ("bits_per_byte", "loss", "perplexity"):
+        raise UserError(f"metric={config.metric} of study={study} is unknown; choose bits_per_byte, loss or perplexity")
+    if config.tune is not None and (len(config.tune.factors) < 3 or sorted(set(config.tune.factors)) != config.tune.factors
+                                    or config.tune.factors[0] <= 0):  # fmt: skip
+        raise UserError(
+            f"tune.factors={config.tune.factors} of study={study} must be three or more, positive and rising"
+        )
+
+
+def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path, vocab_size: int | None = None) -> Plan:
+    """Compose every arm and solve what is matched. Writes nothing.
+
+    vocab_size: of the prepared data; None: what the tokenizer's configuration says. Raises UserError when an arm does
+    not compose, or its achieved mismatch is above the tolerance.
+    """
+    arms: dict[str, Arm] = {}
+    for arm_name, arm in _references_first(config):
+        composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]))
+        vocabulary = vocab_size or vocabulary_of(composed)
+        solved, matches = match_arm(
+            arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
+            others={name: done.quantities for name, done in arms.items()},
+        )  # fmt: skip
+        overrides = [*arm.overrides, *solved]
+        if solved:
+            composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
+        arms[arm_name] = Arm(
+            arm_name,
+            overrides,
+            arm.family,
+            arm.level,
+            arm.reference,
+            composed,
+            quantities(composed, vocabulary),
+            matches,
+        )
+    arms = {arm_name: arms[arm_name] for arm_name in config.arms}
+    rates = {arm.config.optimizer.lr for arm in arms.values()}
+    if len(rates) > 1:
+        raise UserError(
+            f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only"
+        )
+    return Plan(name, command, runs_dir / name, config, arms, rates.pop())
+
+
+def _references_first(config: StudyConfig) -> list[tuple[str, ArmConfig]]:
+    """Arms that others are matched to come before them."""
+    named = {match.to for arm in config.arms.values() for match in (config.match if arm.match is None else arm.match)}
+    return sorted(config.arms.items(), key=lambda item: item[0] not in named)
+
+
+def vocabulary_of(config: TrainConfig) -> int:
+    """What the tokenizer's configuration says. Raises UserError where only the tokenizer itself knows."""
+    if config.tokenizer.name == "bytes":
+        return 257
+    if config.tokenizer.vocab_size is not None:
+        return config.tokenizer.vocab_size
+    raise UserError(
+        f"the size of tokenizer={config.tokenizer.name} is known once the data are prepared: run python "
+        f"scripts/prepare_data.py with the study's dataset and tokenizer first"
+    )
+
+
+# --- the record in the study's folder --------------------------------------------------------------------------------
+
+
+def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpec], sweep: Sequence[RunSpec],
+           failures: Sequence[Mapping[str, str]]) -> dict[str, Any]:  # fmt: skip
+    """study.json: all that the report needs beside the runs."""
+    config = plan.config
+    return {
+        "name": plan.name,
+        "question": config.question,
+        "command": plan.command,
+        "metric": config.metric,
+        "base": config.base,
+        "contrasts": config.contrasts,
+        "staircase": config.staircase,
+        "arms": {
+            name: {
+                "family": arm.family, "level": arm.level, "reference": arm.reference, "overrides": arm.overrides,
+                "setup_hash": setup_hash(arm.config), "quantities": arm.quantities,
+                "match": [dataclasses.asdict(match) for match in arm.matches],
+            }
+            for name, arm in plan.arms.items()
+        },
+        "shared_lr": plan.shared_lr,
+        "chosen_lr": dict(chosen_lr),
+        "runs": [dataclasses.asdict(spec) | {"name": spec.name} for spec in specs],
+        "sweep": [dataclasses.asdict(spec) | {"name": spec.name} for spec in sweep],
+        "failures": [dict(failure) for failure in failures],
+    }  # fmt: skip
+
+
+def write_record(plan: Plan, **content: Any) -> None:
+    """Whole or not at all."""
+    write_json(plan.folder / STUDY_FILE, record(plan, **content))
+
+
+def check_same_study(plan: Plan) -> None:
+    """Raises UserError when the folder holds another study: an arm of the same name that is something else."""
+    path = plan.folder / STUDY_FILE
+    if not path.is_file():
+        return
+    before = read_json(path)["arms"]
+    changed = [
+        name for name, arm in plan.arms.items()
+        if name in before and before[name]["setup_hash"] != setup_hash(arm.config)
+    ]  # fmt: skip
+    if changed:
+        old, new = before[changed[0]]["overrides"], plan.arms[changed[0]].overrides
+        same = json.dumps(old) == json.dumps(new)
+        difference = "the base differs" if same else f"{' '.join(old)} there, {' '.join(new)} here"
+        raise UserError(
+            f"{plan.folder} holds this study with another setup ({len(changed)} of its arms changed, the first is "
+            f"{changed[0]}: {difference}): choose another name=..., or delete that folder"
+        )

@@ -1,0 +1,278 @@
+"""Runs of a study, each in a fresh process: a queue over the GPUs present, or one at a time on a CPU.
+
+A run is judged by what it left on disk: with summary.json and the evaluations it is finished and skipped, with a
+checkpoint it is continued by the very command that started it. A failed one does not stop the others. Children watch
+their standard input, whose other end this process holds: when it dies, however it dies, so do they.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.config import ROOT
+from harness.errors import UserError
+from harness.run import finished, read_json
+from harness.study.plan import Plan, RunSpec, merged
+
+WORKER = ROOT / "scripts" / "study_run.py"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 30.0  # for children that were told to stop
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place where one run at a time computes."""
+
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended with an error."""
+
+    run: str
+    error: str
+
+
+def slots(gpus: Sequence[str], *, jobs: int | None, cores: int) -> list[Slot]:
+    """One a GPU, or `jobs` a GPU; without GPUs one, or `jobs` that share the cores.
+
+    Small models leave most of a GPU idle: several runs at a time finish sooner, each of them more slowly.
+    """
+    if gpus:
+        return [Slot({"CUDA_VISIBLE_DEVICES": gpu}) for _ in range(jobs or 1) for gpu in gpus]
+    jobs = jobs or 1
+    return [Slot({} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}) for _ in range(jobs)]
+
+
+def visible_gpus(device: str) -> list[str]:
+    """Of this machine, as CUDA_VISIBLE_DEVICES names them; none where the study computes elsewhere."""
+    if device not in ("auto", "cuda"):
+        return []
+    import torch
+
+    count, given = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[:count] if given else [str(gpu) for gpu in range(count)]
+
+
+def is_done(plan: Plan, spec: RunSpec) -> bool:
+    """Trained to its end and evaluated on the test split. Raises UserError for a run that is not what the plan says."""
+    folder = plan.folder / spec.name
+    if not finished(folder):
+        return False
+    summary = read_json(folder / "summary.json")
+    if summary.get("setup_hash") != spec.setup_hash or summary.get("seed") != spec.seed:
+        raise UserError(
+            f"{folder} is a run of another setup than this study's arm {spec.arm}: move it away, or give the study "
+            f"another name=..."
+        )
+    return any(folder.glob("evaluations/*-test-*.json"))
+
+
+class Progress:
+    """One display: a bar over all tokens that are to be trained, what runs now and what has ended."""
+
+    def __init__(self, plan: Plan, specs: Sequence[RunSpec], *, title: str) -> None:
+        from tqdm import tqdm
+
+        self._folder, self._total = plan.folder, len(specs)
+        self._before = {spec.name: _trained(plan.folder / spec.name) for spec in specs}
+        self._seen = dict(self._before)
+        self._done = 0
+        self._bar = tqdm(
+            total=sum(spec.tokens for spec in specs), initial=sum(self._before.values()), desc=title, unit="tok",
+            unit_scale=True, disable=None, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self, running: Sequence[RunSpec]) -> None:
+        """Read how far the runs have come."""
+        for spec in running:
+            self._advance(spec, min(spec.tokens, _trained(self._folder / spec.name)))
+        names = ", ".join(spec.name for spec in running[:3]) + (", ..." if len(running) > 3 else "")
+        self._bar.set_postfix_str(f"{self._done}/{self._total} runs; {names}", refresh=True)
+
+    def ended(self, spec: RunSpec, failure: Failure | None, seconds: float) -> None:
+        """A line that stays."""
+        self._done += 1
+        self._advance(spec, spec.tokens)
+        how = f"FAILED: {failure.error}" if failure else _figures(self._folder / spec.name)
+        self._bar.write(f"[{self._done}/{self._total}] {spec.name}: {how} ({seconds:.0f} s)")
+        sys.stdout.flush()
+
+    def _advance(self, spec: RunSpec, tokens: int) -> None:
+        self._bar.update(max(0, tokens - self._seen[spec.name]))
+        self._seen[spec.name] = max(tokens, self._seen[spec.name])
+
+
+def run_all(
+    plan: Plan,
+    specs: Sequence[RunSpec],
+    *,
+    places: Sequence[Slot],
+    train_overrides: Sequence[str],
+    evaluate_overrides: Sequence[str],
+    title: str,
+) -> list[Failure]:
+    """Train and evaluate what is not done yet. Returns the failures; on an interruption every child is stopped first.
+
+    train_overrides, evaluate_overrides: of the machine, for every run alike; the study's own come before them.
+    """
+    todo = [spec for spec in specs if not is_done(plan, spec)]
+    if len(todo) < len(specs):
+        print(f"{title}: {len(specs) - len(todo)} of {len(specs)} runs are finished already", flush=True)
+    if not todo:
+        return []
+    (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
+    failures: list[Failure] = []
+    waiting, free = list(todo), list(places)
+    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
+    with Progress(plan, todo, title=title) as progress, _interruptible(running):
+        while waiting or running:
+            while waiting and free:
+                spec, slot = waiting.pop(0), free.pop(0)
+                command = [
+                    sys.executable, str(WORKER), *merged([*plan.overrides(spec), *train_overrides]), "--",
+                    f"run={spec.name}", f"runs_dir={plan.folder}", *merged([*plan.config.evaluate, *evaluate_overrides]),
+                ]  # fmt: skip
+                running[_start(command, slot, plan.folder / "logs" / f"{spec.name}.log")] = (
+                    spec,
+                    slot,
+                    time.monotonic(),
+                )
+            time.sleep(POLL_SECONDS)
+            for process in [process for process in running if process.poll() is not None]:
+                spec, slot, started = running.pop(process)
+                free.append(slot)
+                failure = None
+                if process.returncode or not is_done(plan, spec):
+                    failure = Failure(
+                        spec.name, _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
+                    )
+                    failures.append(failure)
+                progress.ended(spec, failure, time.monotonic() - started)
+            progress.update([spec for spec, _, _ in running.values()])
+    return failures
+
+
+def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | slot.environment, stdin=subprocess.PIPE, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[None]:
+    """SIGTERM leaves as SIGINT does, by an exception; whatever ends the block, no child outlives it."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for process in running:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _trained(run: Path) -> int:
+    """Tokens by the last whole line of metrics.jsonl; 0 where there is none."""
+    path = run / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["tokens"]) if lines else 0
+    except (OSError, ValueError, KeyError):  # being written, or cut at the front of what was read
+        return 0
+
+
+def _figures(run: Path) -> str:
+    summary = read_json(run / "summary.json")
+    size = summary["cache_bytes_per_token"]
+    return f"validation {summary['bits_per_byte']:.4f} bits per byte, {size:,} cache bytes per token"
+
+
+def _last_words(log: Path, status: int) -> str:
+    """The error's sentence in a run's log, else its last line."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    words = errors[-1] if errors else lines[-1] if lines else "it said nothing"
+    return f"{words} (status {status}; {log})"
+
+
+def tuned(
+    plan: Plan,
+    arms: Sequence[str],
+    run: Callable[[Sequence[RunSpec]], list[Failure]],
+) -> tuple[dict[str, float], list[RunSpec], list[Failure], list[str]]:
+    """The sweep of tune=lr: the rate of each arm, the runs it took, what failed, and sentences for the reader.
+
+    Every arm gets the same rates. The sweep's rates are judged by the validation loss at the end of each run; a run that
+    fails counts as infinitely bad. Raises UserError when an arm has no finished run.
+    """
+    from harness.study.tuning import first_grid, grown_grid, optimum
+
+    tune = plan.config.tune
+    assert tune is not None
+    grid, failures, notes = first_grid(plan.shared_lr, tune.factors), [], []  # type: ignore[var-annotated]
+    for extension in range(tune.extensions + 1):
+        specs = [plan.spec(arm, lr, tune.seed, tune.tokens) for lr in grid for arm in arms]
+        failed = {failure.run for failure in failures}
+        failures += run([spec for spec in specs if spec.name not in failed])
+        losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
+        if lacking := [arm for arm in arms if min(losses[arm].values()) == float("inf")]:
+            raise UserError(
+                f"no run of the sweep of {', '.join(lacking)} has finished; the logs are in {plan.folder / 'logs'}"
+            )
+        grown = grown_grid(grid, losses)
+        if len(grown) == len(grid) or extension == tune.extensions:
+            break
+        grid = grown
+    chosen = {arm: optimum(losses[arm]) for arm in arms}
+    for arm, best in chosen.items():
+        if best.at_edge:
+            notes.append(f"{arm}: the lowest loss of the sweep is at its edge, {best.lr:g}; the optimum may lie beyond")
+    if tune.tokens is not None and tune.transfer_arms:
+        transfer = [plan.spec(arm, lr, tune.seed) for arm in tune.transfer_arms if arm in arms for lr in grid]
+        failures += run(transfer)
+        specs += transfer
+        for arm in tune.transfer_arms:
+            full = {spec.lr: _final_loss(plan, spec) for spec in transfer if spec.arm == arm}
+            if full and min(full.values()) < float("inf"):
+                notes.append(
+                    f"{arm}: best rate {chosen[arm].lr:g} at {tune.tokens:,} tokens, {optimum(full).lr:g} at the study's budget"
+                )
+    return {arm: best.lr for arm, best in chosen.items()}, specs, failures, notes
+
+
+def _final_loss(plan: Plan, spec: RunSpec) -> float:
+    folder = plan.folder / spec.name
+    return float(read_json(folder / "summary.json")["loss"]) if finished(folder) else float("inf")

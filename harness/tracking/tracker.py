@@ -1,0 +1,220 @@
+"""What a run logs to: metrics.jsonl, the record of a run, and a dashboard that mirrors it.
+
+The dashboard may fail in any way (no package, no key, no server, a server that falls silent, a locked database) without
+harming the run or holding it up for longer than a minute or so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from harness.errors import UserError
+from harness.schema import TrackingConfig
+from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, say, without_repeats
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raises UserError if this tracking needs a package that is not installed. W&B is part of requirements.txt."""
+    # A folder of the same name without an __init__.py counts as a package to Python: it has no origin.
+    spec = importlib.util.find_spec("trackio") if config.name == "trackio" else None
+    if config.name == "trackio" and (spec is None or spec.origin is None):
+        raise UserError(
+            "tracking=trackio needs the package trackio: pip install -r requirements-extra.txt, or take tracking=wandb "
+            "or tracking=none"
+        )
+
+
+def open_tracker(
+    config: TrackingConfig,
+    *,
+    run_dir: Path,
+    name: str,
+    run_config: Mapping[str, Any],
+    group: str,
+    job_type: str,
+    tags: Sequence[str],
+    run_id: str | None,
+    metrics_bytes: int | None,
+) -> Tracker:
+    """Starts or continues the tracking of a run.
+
+    run_config: nested plain values, shown as the run's configuration. group and tags: added to by `config`; for W&B,
+    WANDB_PROJECT, _ENTITY, _RUN_GROUP, _NAME, _TAGS, _NOTES, _MODE, _DIR and _BASE_URL in the environment come first.
+    run_id: the W&B run to continue, None for a new one; whoever continues a run passes the run's own name, group,
+    job_type and tags again. A run in trackio is known by its folder. metrics_bytes: metrics.jsonl is cut to this size
+    (0: a new run) and appended to; None leaves it untouched, so that an evaluation cannot disturb a run that will be
+    resumed.
+
+    At most one tracker is open at a time. Raises UserError if metrics.jsonl is shorter than metrics_bytes, and as
+    check_tracking does.
+    """
+    check_tracking(config)
+    metrics = None if metrics_bytes is None else _MetricsFile(run_dir / "metrics.jsonl", metrics_bytes)
+    described = RunDescription(
+        project=config.project, entity=config.entity, group=config.group or group, name=name, notes=config.notes,
+        tags=without_repeats([*config.tags, *tags]), job_type=job_type, config=run_config,
+    )  # fmt: skip
+    dashboard: Dashboard | None = None
+    if config.name == "wandb":
+        from harness.tracking.wandb_run import open_wandb
+
+        dashboard = open_wandb(described, run_dir=run_dir, run_id=run_id)
+    elif config.name == "trackio":
+        from harness.tracking.trackio_run import open_trackio
+
+        dashboard = open_trackio(described, run_dir=run_dir, anew=metrics_bytes == 0)
+    else:
+        assert config.name == "none", config.name
+    return Tracker(metrics, dashboard, (dashboard.run_id if dashboard is not None else None) or run_id)
+
+
+def log_study(
+    config: TrackingConfig,
+    *,
+    study: str,
+    folder: Path,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    images: Mapping[str, Path],
+    html: Path | None,
+    scatter: tuple[str, str] | None = None,
+) -> None:
+    """A study's results as one run of the dashboard, named after the study, with job type "study".
+
+    It holds the table `results`, the pictures under their names (PNG files), the page `report` (an .html file), and with
+    scatter=(column of x, column of y) a chart of these columns of the table in which points can be looked at: W&B only,
+    trackio has no such chart and shows the pictures. Called again for the same folder it adds to the same run: W&B shows
+    the newest, trackio keeps the newest. A file that is missing ends the mirroring with one line; nothing is raised but
+    what check_tracking raises. tracking=none: does nothing.
+    """
+    if config.name == "none":
+        return
+    with open_tracker(
+        config, run_dir=folder, name=study, run_config={"study": study}, group=study, job_type="study", tags=[study],
+        run_id=_study_id(folder) if config.name == "wandb" else None, metrics_bytes=None,
+    ) as tracker:  # fmt: skip
+        tracker.log_table("results", columns, rows)
+        if scatter is not None:
+            tracker.log_scatter("scatter", columns, rows, x=scatter[0], y=scatter[1])
+        for key, path in images.items():
+            tracker.log_image(key, path, caption=key)
+        if html is not None:
+            tracker.log_page("report", html)
+
+
+def _study_id(folder: Path) -> str | None:
+    """The W&B run of a study's results, kept in its folder so that a report made again continues it."""
+    path = folder / "wandb_id"
+    # A folder that cannot be written gets a new run each time.
+    with contextlib.suppress(OSError):
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(secrets.token_hex(4) + "\n")
+        return path.read_text().strip() or None
+    return None
+
+
+class Tracker:
+    """What a run logs to. `run_id` is W&B's name for the run (None if it has none): store it to continue the run."""
+
+    def __init__(self, metrics: _MetricsFile | None, dashboard: Dashboard | None, run_id: str | None) -> None:
+        self._metrics, self._dashboard, self.run_id = metrics, dashboard, run_id
+        self._mirrors = dashboard is not None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(exit_code=0 if kind is None else 1)
+
+    @property
+    def metrics_bytes(self) -> int:
+        """Size of metrics.jsonl, all of it safe on disk: a checkpoint with this number can be resumed from."""
+        assert self._metrics is not None, "opened with metrics_bytes=None"
+        return self._metrics.size()
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and one row in the dashboard. tokens: seen so far, the x-axis of every chart."""
+        assert self._metrics is not None, "opened with metrics_bytes=None"
+        row = {"step": step, "tokens": tokens, **metrics}
+        self._metrics.append(row)
+        self._mirror(lambda dashboard: dashboard.log(row, step))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Final figures in the dashboard; keys that are there already are replaced, the others stay."""
+        self._mirror(lambda dashboard: dashboard.summary(dict(values)))
+
+    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A table in the dashboard."""
+        self._mirror(lambda dashboard: dashboard.table(key, Table(columns, rows)))
+
+    def log_scatter(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, x: str, y: str) -> None:
+        """A chart of two of these columns whose points can be looked at: in W&B only."""
+        self._mirror(lambda dashboard: dashboard.scatter(key, Table(columns, rows), x=x, y=y))
+
+    def log_image(self, key: str, path: Path, caption: str) -> None:
+        """A picture in the dashboard, from a PNG file."""
+        self._mirror(lambda dashboard: dashboard.image(key, path, caption))
+
+    def log_page(self, key: str, path: Path) -> None:
+        """An HTML page in the dashboard, from an .html file."""
+        self._mirror(lambda dashboard: dashboard.page(key, path))
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends the tracking; exit_code 0 marks the run as finished in W&B, any other as failed. May be called twice."""
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._dashboard is not None:
+            self._dashboard.close(exit_code)
+            self._dashboard = None
+
+    def _mirror(self, send: Callable[[Dashboard], None]) -> None:
+        """The first failure, of any kind, ends the mirroring: hours of training must not end because of a dashboard."""
+        if self._dashboard is None or not self._mirrors:
+            return
+        try:
+            send(self._dashboard)
+        except Exception as error:
+            kept = "this run goes on and is recorded in metrics.jsonl alone" if self._metrics else "the files are whole"
+            say(self._dashboard.label, f"stopped ({first_line(error)}); {kept}")
+            self._mirrors = False
+            self._dashboard.give_up()
+
+
+class _MetricsFile:
+    """metrics.jsonl: every line reaches the operating system at once, so that a killed process loses none."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else 0
+        if size < keep_bytes:
+            raise UserError(
+                f"{path} has {size} bytes, fewer than the {keep_bytes} it had at the checkpoint: put the file back, or "
+                "train anew with overwrite=true"
+            )
+        self._file = path.open("ab")
+        self._file.truncate(keep_bytes)
+
+    def append(self, row: Mapping[str, float]) -> None:
+        # JSON has no infinity and no NaN; readers other than Python's stop at them.
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def size(self) -> int:
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,332 @@
+"""From a question to a matched comparison with error bars: python scripts/run_study.py study=NAME [key=value ...].
+
+study      demo                  a YAML of configs/study: demo, kv_budget, kv_tradeoff, staircase, mla_knobs, positions
+dry_run    false                 true: print every run with its parameters, FLOPs, cache bytes and the time, and stop
+tune       null                  lr: sweep the learning rate of each arm first; none: one rate for all; stored: the rates
+                                 of an earlier sweep of this study; null: lr where the study declares a sweep
+arms       null                  some of the arms, separated by commas
+seeds      null                  other seeds than the study's, separated by commas
+jobs       null                  runs at a time: for each GPU, or on a CPU in all; null: one
+name       null                  of the study's folder below runs_dir; null: the study's
+runs_dir   runs                  the study's runs and its report lie in <runs_dir>/<name>
+report     true                  write the report at the end (python scripts/report.py study=NAME does it again)
+sweep_file null                  write the same runs as a W&B sweep to this file, and stop
+Any other key=value is an override of every run (model=small, budget.tokens=4e6, device=cpu, tracking=none, ...).
+
+Every run is a fresh process. Repeating the command skips finished runs and continues interrupted ones; runs that were
+finished elsewhere count when their folders are copied into the study's. A failed run is reported at the end.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import ROOT, enter_environment
+
+enter_environment()
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from harness.command_line import parse_options, run_script, user_path
+from harness.config import did_you_mean
+from harness.errors import UserError
+from harness.run import finished, lock_run, read_json, write_json
+from harness.tracking import check_tracking
+
+if TYPE_CHECKING:
+    from harness.study.plan import Plan, RunSpec
+
+# Of the machine rather than of the run: what is said of them for training holds for evaluating too.
+_FOR_EVALUATION = ("device", "precision", "data_dir", "tracking", "tracking.project", "tracking.entity")
+
+
+@dataclass
+class StudyOptions:
+    study: str = "demo"
+    dry_run: bool = False
+    tune: str | None = None
+    arms: str | None = None
+    seeds: str | None = None
+    jobs: int | None = None
+    name: str | None = None
+    runs_dir: str = str(ROOT / "runs")
+    report: bool = True
+    sweep_file: str | None = None
+
+
+def main(arguments: list[str]) -> int:
+    fields = {field.name for field in dataclasses.fields(StudyOptions)}
+    options = parse_options(StudyOptions, [a for a in arguments if a.partition("=")[0] in fields])
+    overrides = [a for a in arguments if a.partition("=")[0] not in fields]
+
+    from harness.study.plan import build_plan, check_same_study, load_study
+
+    config = load_study(options.study)
+    if options.tune not in (None, "lr", "none", "stored"):
+        raise UserError(f"tune={options.tune} is unknown; {did_you_mean(options.tune, ['lr', 'none', 'stored'])}")
+    if options.tune == "lr" and config.tune is None:
+        raise UserError(f"study={options.study} declares no sweep (tune: in its YAML), so tune=lr has no rates to try")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"jobs={options.jobs} runs nothing; choose 1 or more")
+    if options.seeds is not None:
+        config.seeds, config.primary_seeds = _whole_numbers("seeds", options.seeds), None
+    config.base += overrides
+    plan = build_plan(
+        config, name=options.name or options.study, command=shlex.join(["python", "scripts/run_study.py", *arguments]),
+        runs_dir=user_path(options.runs_dir),
+    )  # fmt: skip
+    arms = _chosen_arms(plan, options.arms)
+    print_arms(plan)
+    check_same_study(plan)
+    if options.sweep_file is not None:
+        return write_sweep_file(plan, options, overrides, arms)
+    tune = options.tune or ("none" if config.tune is None else "lr")
+    check_tracking(next(iter(plan.arms.values())).config.tracking)
+    if options.dry_run:
+        return print_runs(plan, arms, tune, options.jobs)
+    with lock_run(plan.folder) if options.arms is None else contextlib.nullcontext():
+        return run(plan, arms, tune, options, overrides)
+
+
+def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overrides: Sequence[str]) -> int:
+    """Sweep, train, evaluate, measure decoding, report."""
+    from harness.session import load_data
+    from harness.study.plan import write_record
+    from harness.study.runner import Failure, run_all, slots, visible_gpus
+
+    first = next(iter(plan.arms.values())).config
+    places = slots(visible_gpus(first.device), jobs=options.jobs, cores=os.cpu_count() or 1)
+    load_data(first)  # once, before many processes ask for it
+    evaluate = [a for a in overrides if a.partition("=")[0] in _FOR_EVALUATION]
+    evaluate += [f"data_dir={first.data_dir}"]
+
+    def train(specs: Sequence[RunSpec], title: str) -> list[Failure]:
+        return run_all(plan, specs, places=places, train_overrides=[], evaluate_overrides=evaluate, title=title)
+
+    rates, sweep, failures, notes = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
+    specs = plan.main_runs(rates, arms)
+
+    def keep() -> None:
+        write_record(plan, chosen_lr=rates if tune != "none" else {}, specs=_with_earlier(plan, specs, arms), sweep=sweep,
+                     failures=[dataclasses.asdict(failure) for failure in failures])  # fmt: skip
+
+    keep()
+    failures += train(specs, "runs")
+    keep()
+    files: list[Path] = []
+    if options.report:
+        if plan.config.decode_contexts:
+            measure_decoding(plan)
+        files = report(plan, tracking=first.tracking)
+    for note in notes:
+        print(f"note: {note}")
+    print(json.dumps({"study": plan.name, "folder": str(plan.folder), "runs": len(specs), "sweep": len(sweep),
+                      "failures": [dataclasses.asdict(failure) for failure in failures],
+                      "files": [str(file) for file in files]}))  # fmt: skip
+    if failures:
+        lines = "; ".join(f"{failure.run}: {failure.error}" for failure in failures)
+        raise UserError(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
+    return 0
+
+
+def _rates(
+    plan: Plan, arms: Sequence[str], tune: str, train: Any
+) -> tuple[dict[str, float], list[RunSpec], list[Any], list[str]]:
+    """The learning rate of each arm."""
+    if tune == "lr":
+        from harness.study.runner import tuned
+
+        return tuned(plan, arms, train)
+    if tune == "none":
+        return dict.fromkeys(arms, plan.shared_lr), [], [], []
+    path = plan.folder / "study.json"
+    stored = read_json(path)["chosen_lr"] if path.is_file() else {}
+    if lacking := [arm for arm in arms if arm not in stored]:
+        raise UserError(f"{plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
+    return {arm: stored[arm] for arm in arms}, [], [], []
+
+
+def _with_earlier(plan: Plan, specs: Sequence[RunSpec], arms: Sequence[str]) -> list[RunSpec]:
+    """The runs of this command, and those of arms that an earlier one of this study ran."""
+    path = plan.folder / "study.json"
+    earlier = read_json(path)["runs"] if path.is_file() else []
+    others = [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in earlier
+              if run["arm"] in plan.arms and run["arm"] not in arms]  # fmt: skip
+    return [*specs, *others]
+
+
+def measure_decoding(plan: Plan) -> None:
+    """decode.json, once: what a token costs to decode for each arm, on this machine."""
+    path = plan.folder / "decode.json"
+    if path.is_file():
+        return
+    from harness.study.decode_times import decode_times
+    from harness.study.plan import vocabulary_of
+    from harness.training.device import select_device, select_precision
+
+    configs = {name: arm.config for name, arm in plan.arms.items()}
+    first = next(iter(configs.values()))
+    device = select_device(first.device)
+    rows = decode_times(
+        configs, vocab_size=vocabulary_of(first), contexts=plan.config.decode_contexts,
+        batch_sizes=plan.config.decode_batch_sizes, device=device, dtype=select_precision(first.precision, device),
+        max_seconds=300.0,
+    )  # fmt: skip
+    write_json(path, {"rows": rows})
+
+
+def report(plan: Plan, *, tracking: Any) -> list[Path]:
+    """The page and its tables and figures, and the same in the tracker."""
+    from harness.study.publish import publish
+    from harness.study.report import write_report
+    from harness.study.results import load_results
+
+    results = load_results(plan.folder)
+    files = write_report(results, plan.folder)
+    publish(results, plan.folder, tracking)
+    print(f"report: {plan.folder / 'report.html'}")
+    return files
+
+
+# --- before anything runs --------------------------------------------------------------------------------------------
+
+
+def print_arms(plan: Plan) -> None:
+    """What is compared, and how well it is matched."""
+    print(f"{plan.name}: {plan.config.question}")
+    rows = [["arm", "parameters", "MFLOP/token", "cache bytes/token", "matched"]]
+    for name, arm in plan.arms.items():
+        matches = "; ".join(
+            f"{match.quantity} {match.mismatch:+.2%} of {match.to} by {match.vary}={match.value}"
+            for match in arm.matches
+        )
+        sizes = arm.quantities
+        rows.append(
+            [name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}", matches]
+        )
+    print_table(rows)
+
+
+def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> int:
+    """dry_run: every run and the time they will take together."""
+    from harness.study.runner import is_done, slots, visible_gpus
+    from harness.study.tuning import first_grid
+
+    sweep: list[RunSpec] = []
+    if tune == "lr" and plan.config.tune is not None:
+        settings = plan.config.tune
+        grid = first_grid(plan.shared_lr, settings.factors)
+        sweep = [plan.spec(arm, lr, settings.seed, settings.tokens) for lr in grid for arm in arms]
+        if settings.tokens is not None:
+            sweep += [plan.spec(arm, lr, settings.seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
+    main_runs = plan.main_runs(dict.fromkeys(arms, plan.shared_lr), arms)
+    rows = [["run", "parameters", "MFLOP/token", "cache bytes/token", "tokens", "state"]]
+    todo = []
+    for spec in [*sweep, *main_runs]:
+        sizes, folder = plan.arms[spec.arm].quantities, plan.folder / spec.name
+        done = is_done(plan, spec)
+        todo += [] if done else [spec]
+        state = "finished" if done else "to evaluate" if finished(folder) else "begun" if folder.is_dir() else ""
+        rows.append([spec.name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}",
+                     f"{spec.tokens:,}", state])  # fmt: skip
+    print_table(rows)
+    if sweep:
+        print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
+    first = next(iter(plan.arms.values())).config
+    at_a_time = len(slots(visible_gpus(first.device), jobs=jobs, cores=os.cpu_count() or 1))
+    seconds, basis = estimated(plan, todo)
+    print(
+        f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens; about "
+        f"{seconds / at_a_time / 60:,.0f} minutes, {at_a_time} at a time, evaluation apart ({basis})"
+    )
+    print(json.dumps({"study": plan.name, "runs": len(main_runs), "sweep": len(sweep), "todo": len(todo),
+                      "seconds": seconds / at_a_time}))  # fmt: skip
+    return 0
+
+
+def estimated(plan: Plan, specs: Sequence[RunSpec]) -> tuple[float, str]:
+    """Seconds of training one after the other, by the speed of the study's finished runs, else by a product timed now."""
+    speeds = [read_json(path)["tokens_per_second"] for path in plan.folder.glob("*/summary.json")]
+    if speeds:
+        return sum(spec.tokens for spec in specs) / statistics.median(speeds), "by the speed of finished runs"
+    import torch
+
+    from harness.facts import estimated_seconds
+    from harness.training.device import select_device, select_precision
+
+    first = next(iter(plan.arms.values())).config
+    device = select_device(first.device)
+    flops = float(sum(spec.tokens * plan.arms[spec.arm].quantities["train_flops"] for spec in specs))
+    dtype: torch.dtype = select_precision(first.precision, device)
+    return estimated_seconds(flops, device=device, dtype=dtype, width=first.model.d_model), "to a factor of two"
+
+
+def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str], arms: Sequence[str]) -> int:
+    """The study's main runs as a W&B sweep: wandb sweep FILE, then wandb agent ID on as many machines as there are."""
+    import yaml
+
+    path = plan.folder / "study.json"
+    stored = path.is_file() and set(arms) <= set(read_json(path)["chosen_lr"])
+    assert options.sweep_file is not None
+    file = user_path(options.sweep_file)
+    seeds = sorted({seed for arm in arms for seed in plan.seeds_of(arm)})
+    name = [f"name={options.name}"] if options.name else []
+    sweep = {
+        "program": "scripts/run_study.py",
+        "name": plan.name,
+        "method": "grid",
+        "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
+        "parameters": {"arms": {"values": list(arms)}, "seeds": {"values": seeds}},
+        "command": ["${env}", "${interpreter}", "${program}", f"study={options.study}", *name,
+                    f"runs_dir={user_path(options.runs_dir)}", f"tune={'stored' if stored else 'none'}", "report=false",
+                    *overrides, "${args_no_hyphens}"],
+    }  # fmt: skip
+    try:
+        file.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"sweep_file={file} cannot be written ({error.strerror}): choose another file") from None
+    print(f"written: {file}; start it with: wandb sweep {shlex.quote(str(file))}")
+    return 0
+
+
+def _chosen_arms(plan: Plan, text: str | None) -> list[str]:
+    if text is None:
+        return list(plan.arms)
+    arms = [arm.strip() for arm in text.split(",")]
+    for arm in arms:
+        if arm not in plan.arms:
+            raise UserError(f"arms={text}: {arm} is no arm of {plan.name}; {did_you_mean(arm, list(plan.arms))}")
+    return arms
+
+
+def _whole_numbers(key: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{key}={text} must be whole numbers separated by commas") from None
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
+                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        print("  ".join(cells).rstrip())
+    print(flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

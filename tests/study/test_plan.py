@@ -1,0 +1,147 @@
+"""A study's YAML, its plan and its record: what is refused, which runs follow, and what the folder keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from harness.config import load_train_config, options_of, setup_hash
+from harness.errors import UserError
+from harness.study.plan import Plan, StudyConfig, build_plan, check_same_study, load_study, merged, write_record
+from scripts import run_study
+
+GOOD = """
+question: which?
+base: [model=tiny, dataset=stdlib, optimizer.lr=0.004]
+seeds: [0, 1]
+primary_seeds: [0, 1, 2]
+arms:
+  mha: {family: mha, overrides: [attention=mha]}
+  gqa: {family: gqa, overrides: [attention=gqa]}
+  mla: {family: mla, overrides: [attention=mla]}
+contrasts: [[mla, gqa]]
+tune: {factors: [0.5, 1, 2]}
+"""
+
+
+def study(folder: Path, text: str) -> StudyConfig:
+    (folder / "given.yaml").write_text(text)
+    return load_study("given", folder)
+
+
+def plan(folder: Path, text: str = GOOD) -> Plan:
+    return build_plan(study(folder, text), name="given", command="command", runs_dir=folder / "runs")
+
+
+@pytest.mark.parametrize("name", options_of("study"))
+def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_path: Path) -> None:
+    shipped = build_plan(load_study(name), name=name, command="", runs_dir=tmp_path)
+    first = (Path(run_study.ROOT) / "configs" / "study" / f"{name}.yaml").read_text().splitlines()[0]
+    assert first.startswith(f"# python scripts/run_study.py study={name}")
+    assert len(shipped.arms) >= 4
+    assert {a for pair in shipped.pairs for a in pair} <= shipped.arms.keys()
+    assert len({setup_hash(arm.config) for arm in shipped.arms.values()}) == len(shipped.arms), "two arms are one"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("[[mla, gqa]]", "[[mla, gqq]]", "contrasts of study=given names gqq, no arm of it; did you mean gqa?"),
+        ("[[mla, gqa]]", "[[mla, mla]]", "must name two different arms"),
+        ("seeds: [0, 1]", "seeds: [0, 0]", "seeds=[0, 0] of study=given must be different whole numbers"),
+        ("factors: [0.5, 1, 2]", "factors: [0.5, 1]", "must be three or more, positive and rising"),
+        (
+            "question: which?",
+            "questoin: which?",
+            "questoin is not a field of the configuration; did you mean question?",
+        ),
+        ("attention=gqa", "attention=gqqa", "attention=gqqa does not exist; did you mean gqa?"),
+        ("[attention=gqa]", "[attention=gqa, optimizer.lr=0.1]", "start from different learning rates [0.004, 0.1]"),
+    ],
+)
+def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, before: str, after: str, sentence: str) -> None:
+    assert before in GOOD
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, GOOD.replace(before, after, 1))
+    assert sentence in str(caught.value)
+
+
+def test_a_study_that_does_not_exist_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"study=kv_bugdet does not exist; did you mean kv_budget\?"):
+        load_study("kv_bugdet")
+
+
+def test_arms_of_declared_contrasts_get_the_larger_number_of_seeds_and_runs_come_seed_by_seed(tmp_path: Path) -> None:
+    runs = plan(tmp_path).main_runs(dict.fromkeys(("mha", "gqa", "mla"), 0.004), ["mha", "gqa", "mla"])
+    assert [(run.seed, run.arm) for run in runs] == [
+        (0, "mha"), (0, "gqa"), (0, "mla"), (1, "mha"), (1, "gqa"), (1, "mla"), (2, "gqa"), (2, "mla"),
+    ]  # fmt: skip
+
+
+def test_the_hash_of_a_planned_run_is_that_of_the_run_its_overrides_make(tmp_path: Path) -> None:
+    planned = plan(tmp_path)
+    for spec in (planned.spec("mla", 0.00312345, 2), planned.spec("gqa", 0.004, 0, 100_000)):
+        config = load_train_config(planned.overrides(spec))
+        assert setup_hash(config) == spec.setup_hash
+        assert (config.name, config.seed, config.data_seed) == (spec.name, spec.seed, spec.seed)
+        assert config.optimizer.lr == spec.lr
+        assert config.tracking.group == spec.arm
+    assert planned.spec("mla", 0.00312345, 2).name == "mla-lr0.00312-seed2"
+    assert planned.spec("gqa", 0.004, 0, 100_000).name == "gqa-lr0.004-tokens100000-seed0"
+
+
+def test_a_folder_takes_more_seeds_and_arms_but_no_other_setup(tmp_path: Path) -> None:
+    planned = plan(tmp_path)
+    write_record(planned, chosen_lr={}, specs=[], sweep=[], failures=[])
+    check_same_study(planned)
+    check_same_study(plan(tmp_path, GOOD.replace("seeds: [0, 1]", "seeds: [0, 1, 5]", 1)))
+    fewer = "\n".join(line for line in GOOD.splitlines() if not line.startswith("  mha:"))
+    check_same_study(plan(tmp_path, fewer))
+    with pytest.raises(UserError, match=r"the first is mla: attention=mla there, attention=mla_plain here\): choose"):
+        check_same_study(plan(tmp_path, GOOD.replace("attention=mla]", "attention=mla_plain]")))
+    with pytest.raises(UserError, match="the base differs"):
+        check_same_study(plan(tmp_path, GOOD.replace("model=tiny", "model=mini")))
+
+
+def test_of_two_overrides_of_one_field_the_last_holds() -> None:
+    assert merged(["model=tiny", "seed=1", "model=mini"]) == ["model=mini", "seed=1"]
+
+
+def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["study=demo", "dry_run=true", f"runs_dir={tmp_path / 'runs'}", "tracking=none"]
+    assert run_study.main(arguments) == 0
+    output = capsys.readouterr().out
+    for arm in ("mha", "gqa", "mqa", "mla"):
+        assert f"{arm}-lr0.005-seed2" in output
+        assert f"{arm}-lr0.01-tokens100000-seed0" in output
+    assert "24 of 24 runs to do" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "sweep.yaml"
+    arguments = ["study=demo", f"sweep_file={file}", f"runs_dir={tmp_path / 'runs'}", "tracking=none"]
+    assert run_study.main(arguments) == 0
+    sweep = yaml.safe_load(file.read_text())
+    assert sweep["parameters"] == {"arms": {"values": ["mha", "gqa", "mqa", "mla"]}, "seeds": {"values": [0, 1, 2]}}
+    assert sweep["program"] == "scripts/run_study.py"
+    assert {"study=demo", "tune=none", "tracking=none", "${args_no_hyphens}"} <= set(sweep["command"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("tune=yes", "tune=yes is unknown"),
+        ("arms=mha,mlaa", r"mlaa is no arm of demo; did you mean mla\?"),
+        ("seeds=0,x", "seeds=0,x must be whole numbers separated by commas"),
+        ("jobs=0", "jobs=0 runs nothing"),
+        ("tune=stored", "holds no tuned rate of mha, gqa, mqa, mla; sweep them with tune=lr"),
+        ("modle=tiny", r"modle is not a field of the configuration; did you mean model\?"),
+    ],
+)
+def test_a_wrong_command_is_refused_in_one_sentence(tmp_path: Path, argument: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        run_study.main(["study=demo", f"runs_dir={tmp_path}", "tracking=none", argument])

@@ -1,0 +1,170 @@
+"""The runner under failure: what is finished is never repeated, what fails stops nothing, what is killed leaves nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.config import ROOT
+from harness.errors import UserError
+from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
+from harness.study.results import load_results
+from harness.study.runner import Slot, is_done, run_all, slots, tuned
+from tests.support.micro import Workplace, summary_of
+
+ONE_THREAD = Slot({"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("study"))
+
+
+def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Plan:
+    base = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
+    config = StudyConfig(
+        question="which?", base=[*base, f"budget.tokens={tokens}", "optimizer.lr=0.01"], seeds=[0],
+        arms={arm: ArmConfig(overrides=[f"attention={arm}"], family=arm) for arm in ("mha", "mqa")},
+        contrasts=[["mqa", "mha"]], evaluate=["extras=[]", "max_tokens=400"],
+        tune=TuneConfig(factors=[0.5, 1.0, 2.0], extensions=0, tokens=4 * 32 * 2),
+    )  # fmt: skip
+    return build_plan(config, name=name, command="", runs_dir=place.runs)
+
+
+def run(place: Workplace, plan: Plan, specs: list) -> list:  # type: ignore[type-arg]
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+    return run_all(
+        plan, specs, places=[ONE_THREAD, ONE_THREAD], train_overrides=[], evaluate_overrides=machine, title="runs"
+    )
+
+
+def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_repeated(
+    place: Workplace, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = micro_plan(place, "failing")
+    specs = plan.main_runs({"mha": 0.01, "mqa": 0.01}, plan.arms)
+    broken = plan.folder / "mha-lr0.01-seed0"
+    broken.mkdir(parents=True)
+    (broken / "letter.txt").write_text("not a run")
+    (failure,) = run(place, plan, specs)
+    assert failure.run == "mha-lr0.01-seed0"
+    assert "exists and is no run (it has no config.yaml)" in failure.error
+    assert is_done(plan, specs[1])
+    assert "[2/2]" in capfd.readouterr().out
+
+    finished = plan.folder / "mqa-lr0.01-seed0" / "summary.json"
+    before = finished.stat().st_mtime_ns
+    (broken / "letter.txt").unlink()
+    assert run(place, plan, specs) == []
+    assert finished.stat().st_mtime_ns == before
+    assert "1 of 2 runs are finished already" in capfd.readouterr().out
+    assert run(place, plan, specs) == []
+
+
+def test_a_sweep_gives_every_arm_the_same_rates_and_its_own_optimum(place: Workplace) -> None:
+    plan = micro_plan(place, "swept")
+    rates, specs, failures, _ = tuned(plan, list(plan.arms), lambda wanted: run(place, plan, list(wanted)))
+    assert failures == []
+    assert {(spec.arm, spec.lr) for spec in specs} == {(arm, lr) for arm in plan.arms for lr in (0.005, 0.01, 0.02)}
+    assert all(spec.tokens == summary_of(plan.folder / spec.name)["tokens"] == 256 for spec in specs)
+    assert rates.keys() == plan.arms.keys()
+    assert all(0.005 <= rate <= 0.02 for rate in rates.values())
+
+
+def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:
+    plan = micro_plan(place, "copied")
+    spec = plan.spec("mqa", 0.01, 0)
+    folder = plan.folder / spec.name
+    (folder / "evaluations").mkdir(parents=True)
+    (folder / "evaluations" / "local-test-0.json").write_text("{}")
+    summary = {"setup_hash": spec.setup_hash, "seed": 0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert is_done(plan, spec)
+    (folder / "summary.json").write_text(json.dumps(summary | {"setup_hash": "another"}))
+    with pytest.raises(UserError, match="is a run of another setup than this study's arm mqa"):
+        is_done(plan, spec)
+
+
+def test_places_are_one_a_gpu_or_several_and_on_a_cpu_share_the_cores() -> None:
+    assert slots(["0", "1"], jobs=None, cores=8) == [
+        Slot({"CUDA_VISIBLE_DEVICES": "0"}),
+        Slot({"CUDA_VISIBLE_DEVICES": "1"}),
+    ]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(["0", "3"], jobs=2, cores=8)] == [
+        "0",
+        "3",
+        "0",
+        "3",
+    ]
+    assert slots([], jobs=None, cores=8) == [Slot({})]
+    assert slots([], jobs=2, cores=8) == [Slot({"OMP_NUM_THREADS": "4"})] * 2
+
+
+def command(place: Workplace, *more: str) -> list[str]:
+    """A study of four micro runs through the real command."""
+    machine = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
+    return [
+        sys.executable, str(ROOT / "scripts" / "run_study.py"), "study=demo", "tune=none", "seeds=0", "report=false",
+        "name=killed", f"runs_dir={place.runs}", *machine, "budget.tokens=8192", "intervals.checkpoint=4", *more,
+    ]  # fmt: skip
+
+
+def workers(study: Path) -> list[int]:
+    """Process ids of the runs of a study that are alive."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = entry.read_bytes().decode(errors="replace")
+            if "study_run.py" in line and str(study) in line:
+                found.append(int(entry.parent.name))
+    return found
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Path]:
+    """The folder of a study, none of whose runs outlives the test."""
+    folder = tmp_path / "runs" / "killed"
+    yield folder
+    for process in workers(folder):
+        os.kill(process, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_finished_runs(
+    tmp_path: Path, number: signal.Signals, study: Path
+) -> None:
+    place = Workplace(tmp_path)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(place), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(list(study.glob("*/metrics.jsonl"))) < 2:  # the second run is under way
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    assert workers(study)
+    process.send_signal(number)
+    assert process.wait(60) == (-9 if number == signal.SIGKILL else 143)
+    deadline = time.monotonic() + 30
+    while workers(study):
+        assert time.monotonic() < deadline, "a run outlived its study"
+        time.sleep(0.05)
+
+    done = {path: path.stat().st_mtime_ns for path in study.glob("*/summary.json")}
+    assert len(done) == 1
+    again = subprocess.run(command(place), env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 of 4 runs are finished already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    results = load_results(study)
+    assert {run.arm for run in results.runs} == {"mha", "gqa", "mqa", "mla"}
+    assert results.missing == 0
+    assert all(run.evaluation() is not None for run in results.runs)
