@@ -148,7 +148,9 @@ def run_hydra(
             for choices in sweep_jobs(ours):
                 check_config(config_name, choices)
             if asking:
-                sys.argv += implied(config_name, ours)
+                # Beside the last of them: argparse takes the words before a flag and those behind it, not both.
+                place = sys.argv.index(ours[-1]) + 1 if ours else len(sys.argv)
+                sys.argv[place:place] = implied(config_name, ours)
         sys.argv[1:] = [
             forced(config_name, quoted(argument)) if argument in overrides else argument for argument in sys.argv[1:]
         ]

@@ -52,7 +52,7 @@ def measure_recall(subject: Subject) -> dict[str, Any] | None:
 
 
 def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """For people: one row for each length, and for each number of pairs."""
+    """For people: one row for each length, for each number of pairs and for each octave of distances."""
     rows = []
     for entry in figures["passkey"] or []:
         rows.append(
@@ -67,9 +67,10 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
              f"{100 * entry['accuracy']:.1f} % right")
         )  # fmt: skip
     if answers := figures["answers"]:
+        newest = f", the newest value: {100 * answers['newest']:.1f} %" if answers["newest"] is not None else ""
         rows.append(
             ("answers",
-             f"{100 * answers['accuracy']:.1f} % right (at random: {100 * answers['chance']:.1f} %), "
+             f"{100 * answers['accuracy']:.1f} % right (at random: {100 * answers['chance']:.1f} %{newest}), "
              f"{answers['loss']:.3f} nats; all right in {100 * answers['exact']:.1f} % of {answers['documents']:,}")
         )  # fmt: skip
         rows += [
@@ -78,6 +79,13 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{100 * entry['accuracy']:.1f} % right, {entry['loss']:.3f} nats",
             )
             for entry in answers["by_pairs"]
+        ]
+        rows += [
+            (
+                f"  {entry['low']}-{entry['high']} back",
+                f"{100 * entry['accuracy']:.1f} % right, {entry['loss']:.3f} nats",
+            )
+            for entry in answers["by_distance"]
         ]
     return rows
 
@@ -206,9 +214,11 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
 
     accuracy and loss: per answer token, which is the value of every key that was there before (mqar) or every digit of
     the key (passkey); exact: documents all of whose answers are right; chance: accuracy of one who guesses among the
-    values there are; by_pairs (empty for passkey): by number of pairs in the document; by_distance: by tokens between
-    where an answer stood last and where it is asked for. Documents longer than the window and those without a
-    question are left out, and so are the tokens beyond max_tokens. None where no document is left.
+    values there are; newest (None for passkey): of one who says the value that came last, which needs no recall and is
+    often right, since the newest keys are asked for most; by_pairs (empty for passkey): by number of pairs in the
+    document; by_distance: by tokens between where an answer stood last and where it is asked for. Documents longer than
+    the window and those without a question are left out, and so are the tokens beyond max_tokens. None where no
+    document is left.
     """
     find = _FINDERS[subject.dataset]
     starts, limit = subject.split.document_starts, subject.model.max_seq_len
@@ -235,6 +245,9 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
         places_BA[row, : len(places)] = np.array(places) + 1
         distance_BA[row, : len(places)] = distances
     asked_BA = places_BA > 0
+    newest_BA = np.take_along_axis(tokens_BT, np.maximum(places_BA - 2, 0), axis=1) == np.take_along_axis(
+        tokens_BT, places_BA, axis=1
+    )
     nats_BA, right_BA = scored(subject, subject.model, tokens_BT, np.maximum(places_BA, 1))
 
     def part(chosen_BA: NDArray[np.bool_]) -> dict[str, Any]:
@@ -251,6 +264,7 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
     values = set().union(*(values for *_, values in found))
     return part(asked_BA) | {
         "chance": 1 / len(values),
+        "newest": float(newest_BA[asked_BA].mean()) if subject.dataset == "mqar" else None,
         "exact": float((right_BA | ~asked_BA).all(axis=1).mean()),
         "documents": len(found),
         "by_pairs": [

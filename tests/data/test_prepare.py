@@ -441,7 +441,7 @@ print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM"
     ("dataset", "tokenizer", "message"),
     [
         ({"name": "a/b"}, {}, "dataset.name=a/b"),
-        ({"source": "web"}, {}, "dataset.source=web is unknown.*hub, classic_books, stdlib, local"),
+        ({"source": "web"}, {}, "dataset.source=web is unknown.*hub, classic_books, stdlib, synthetic, local"),
         ({"path": None}, {}, "needs dataset.path"),
         ({"path": "/nowhere/at/all"}, {}, "/nowhere/at/all does not exist"),
         ({"test_fraction": 1.0}, {}, "test_fraction=1.0 must lie"),

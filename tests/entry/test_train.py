@@ -494,6 +494,7 @@ def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
     assert shown.returncode == 0 and "attention: gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
     shown = command("--cfg", "job", "attention=mla", "dataset=local", "dataset.max_tokens=7", folder=tmp_path)
     assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
-    shown = command("--cfg", "job", "dataset=mqar", folder=tmp_path)
-    assert shown.returncode == 0 and "tokenizer:\n  name: bytes\n" in shown.stdout
+    for line in (("--cfg", "job", "dataset=mqar"), ("dataset=mqar", "seed=3", "--cfg", "job")):
+        shown = command(*line, folder=tmp_path)
+        assert shown.returncode == 0 and "tokenizer:\n  name: bytes\n" in shown.stdout
     assert list(tmp_path.iterdir()) == []

@@ -200,10 +200,21 @@ def test_the_answers_of_mqar_by_pairs_and_by_distance() -> None:
     assert (figures["answers"], figures["documents"], figures["chance"], figures["exact"]) == (6, 2, 0.25, 0.5)
     assert figures["accuracy"] == pytest.approx(5 / 6)
     assert figures["loss"] == pytest.approx((5 * SURE + UNIFORM) / 6, rel=1e-5)
+    assert figures["newest"] == pytest.approx(2 / 6)
 
     perfect = measure_answers(subject(looks_back(1), split, 32, dataset="mqar"))
     assert perfect is not None
     assert (perfect["accuracy"], perfect["exact"]) == (1.0, 1.0)
+
+
+def test_the_score_that_needs_no_recall_is_that_of_a_model_which_repeats_the_newest_value() -> None:
+    split = pairs_documents("a1a1b2a1b2\n", "a1b2c3d4a1d4d4\n", "a7b7a7c8b7\n")
+    figures = measure_answers(
+        subject(lambda tokens: tokens[-2] if len(tokens) > 1 else None, split, 32, dataset="mqar")
+    )
+    assert figures is not None
+    # a of the third line comes after the 7 of b, which is its own value too.
+    assert figures["accuracy"] == figures["newest"] == pytest.approx(3 / 8)
 
 
 def test_documents_that_do_not_fit_the_window_or_ask_nothing_are_left_out() -> None:
@@ -221,6 +232,7 @@ def test_the_digits_of_the_passkey_corpus_are_its_answers() -> None:
     # 5 + 1 + 5 + 16 = 27 tokens back in the first document, 15 more in the second.
     assert [(entry["low"], entry["accuracy"]) for entry in answers["by_distance"]] == [(16, 1.0), (32, 0.0)]
     assert (answers["exact"], answers["accuracy"], answers["chance"], answers["by_pairs"]) == (0.5, 0.5, 0.1, [])
+    assert answers["newest"] is None
 
 
 def test_what_cannot_be_lengthened_sees_the_same_prompts_at_its_own_lengths() -> None:
@@ -272,4 +284,6 @@ def test_a_person_reads_what_was_found_and_what_it_was_worth() -> None:
     assert set(rows) == {f"passkey in {n}" for n in (64, 128, 256)} | {f"copying in {n}" for n in (32, 64, 128, 256)}
     asked = measure_recall(subject(looks_back(1), pairs_documents("a1b2b2a1\n"), 16, dataset="mqar"))
     assert asked is not None
-    assert dict(recall_rows(asked))["  of 2 pairs"] == f"100.0 % right, {SURE:.3f} nats"
+    rows = dict(recall_rows(asked))
+    assert rows["answers"].startswith("100.0 % right (at random: 50.0 %, the newest value: 50.0 %), ")
+    assert rows["  of 2 pairs"] == rows["  2-3 back"] == rows["  4-7 back"] == f"100.0 % right, {SURE:.3f} nats"
