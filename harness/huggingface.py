@@ -1,11 +1,18 @@
-"""Our models as transformers' own classes, with the same weights: Llama for MHA, GQA and MQA, DeepSeek-V3 for MLA.
+"""Our models as transformers' own classes, with the same weights, in memory and as a folder.
+
+    MHA, GQA, MQA               Llama; with qk_norm, Qwen3
+    MLA with RMSNorm latents    DeepSeek-V3, every layer dense
 
 The one file that imports transformers, and only when one of these functions is called.
+
+Letters: D d_model, H heads, N un-rotated and P rotated part of queries and keys, V value width, L kv_lora_rank.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +22,14 @@ from harness.errors import UserError
 from harness.schema import TrainConfig
 from modeling.gpt import GPT
 
-# What a variant must have to be one of their classes, and the class. Their DeepSeek norms take 1e-6 whatever is asked.
-_LLAMA: dict[str, Any] = {"positions": "rope", "qk_norm": False, "qk_rope_head_dim": 0}
-_DEEPSEEK: dict[str, Any] = {
-    "positions": "decoupled", "latent": "learned", "kv_latent": "joint", "latent_norm": "rms", "latent_norm_place": "latent",
-    "latent_scale": False, "fused_down_projections": False, "sharing": "none",
+# What a variant must have to be one of their classes, and the choices that fit.
+_GQA: dict[str, tuple[Any, ...]] = {"positions": ("rope",)}
+_MLA: dict[str, tuple[Any, ...]] = {
+    "positions": ("decoupled",), "kv_latent": ("joint",), "latent_norm": ("rms",), "latent_norm_place": ("latent",),
+    "sharing": ("none", "weights"),
 }  # fmt: skip
+# Of the norms on latents in their DeepSeek-V3, whatever its configuration says.
+_LATENT_NORM_EPS = 1e-6
 
 
 def as_transformers(model: GPT, config: TrainConfig) -> Any:
@@ -30,31 +39,44 @@ def as_transformers(model: GPT, config: TrainConfig) -> Any:
     for a variant that none of their classes is.
     """
     _check(config)
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
 
     sizes, attention = config.model, config.attention
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": model.vocab_size, "hidden_size": sizes.d_model, "intermediate_size": sizes.mlp_hidden,
         "num_hidden_layers": len(model.blocks), "num_attention_heads": sizes.n_heads,
-        "num_key_value_heads": attention["n_kv_heads"], "max_position_embeddings": model.max_seq_len,
-        "rms_norm_eps": sizes.norm_eps, "tie_word_embeddings": sizes.tie_embeddings, "attention_bias": sizes.bias,
+        "max_position_embeddings": model.max_seq_len, "rms_norm_eps": sizes.norm_eps,
+        "tie_word_embeddings": sizes.tie_embeddings, "attention_bias": sizes.bias,
         "rope_parameters": {"rope_type": "default", "rope_theta": attention["rope_theta"]},
         "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     theirs: Any
     with torch.device("meta"):  # no initial values: all of them are replaced
         if attention["mechanism"] == "gqa":
-            theirs = LlamaForCausalLM(LlamaConfig(**shared, head_dim=sizes.head_dim, mlp_bias=sizes.bias))
+            heads: dict[str, Any] = {"num_key_value_heads": attention["n_kv_heads"], "head_dim": attention["head_dim"]}
+            if attention["qk_norm"]:
+                theirs = Qwen3ForCausalLM(Qwen3Config(**shared, **heads))
+            else:
+                theirs = LlamaForCausalLM(LlamaConfig(**shared, **heads, mlp_bias=sizes.bias))
         else:
             ranks = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             theirs = DeepseekV3ForCausalLM(
                 DeepseekV3Config(
-                    **shared, **{rank: attention[rank] for rank in ranks}, rope_interleave=False, num_mtp_layers=0,
+                    **shared, **{rank: attention[rank] for rank in ranks}, num_key_value_heads=sizes.n_heads,
+                    # Their checkpoints' layout: implementations that know no other read ours too.
+                    rope_interleave=True, num_mtp_layers=0,
                     first_k_dense_replace=len(model.blocks),  # no experts
                 )
             )  # fmt: skip
     theirs.to(model.embedding.weight.dtype).to_empty(device=model.embedding.weight.device)
-    weights = dict(_weights(model))
+    weights = dict(_weights(model, sizes.norm_eps))
     if sizes.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     theirs.load_state_dict(weights)
@@ -67,30 +89,27 @@ def as_transformers(model: GPT, config: TrainConfig) -> Any:
 def _check(config: TrainConfig) -> None:
     """Raises UserError where no class of theirs computes the same."""
     model, attention = config.model, config.attention
-    wanted = _LLAMA if attention["mechanism"] == "gqa" else _DEEPSEEK
-    differing = [f"attention.{key}={attention[key]}" for key, value in wanted.items() if attention.get(key) != value]
+    grouped = attention["mechanism"] == "gqa"
+    wanted = _GQA if grouped else _MLA
+    differing = [
+        f"attention.{key}={attention[key]}" for key, fitting in wanted.items() if attention[key] not in fitting
+    ]
+    if grouped and attention["v_head_dim"] != attention["head_dim"]:
+        differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
+    if model.bias and (not grouped or attention["qk_norm"]):  # only Llama has them in the MLP
+        differing.append("model.bias=true")
     if model.mlp != "swiglu":
         differing.append(f"model.mlp={model.mlp}")
-    if attention["mechanism"] == "gqa":
-        if attention["v_head_dim"] != attention["head_dim"]:
-            differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
-        if attention["head_dim"] != model.head_dim:
-            differing.append(f"attention.head_dim={attention['head_dim']}")
-    else:
-        if attention["n_kv_heads"] != model.n_heads:
-            differing.append(f"attention.n_kv_heads={attention['n_kv_heads']}")
-        if model.bias:
-            differing.append("model.bias=true")
-        if model.norm_eps != 1e-6:
-            differing.append(f"model.norm_eps={model.norm_eps}")
+    if not model.causal:
+        differing.append("model.causal=false")
     if differing:
-        name = "Llama" if attention["mechanism"] == "gqa" else "DeepSeek-V3"
+        name = ("Qwen3" if attention["qk_norm"] else "Llama") if grouped else "DeepSeek-V3"
         raise UserError(
             f"attention={attention['name']} is no model of transformers: its {name} has no {' and no '.join(differing)}"
         )
 
 
-def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
+def _weights(model: GPT, norm_eps: float) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under their names."""
     yield "model.embed_tokens.weight", model.embedding.weight[: model.vocab_size].detach()
     yield "model.norm.weight", model.norm.weight.detach()
@@ -102,25 +121,83 @@ def _weights(model: GPT) -> Iterator[tuple[str, Tensor]]:
         for name, part in parts.items():
             for key, value in part.state_dict().items():
                 yield f"{layer}.{name}.{key}", value
-        attention = block.attention
-        if not hasattr(attention, "kv_lora_rank"):
-            for key, value in attention.state_dict().items():  # Llama's names are ours
-                yield f"{layer}.self_attn.{key}", value
-            continue
-        if attention.q_lora_rank is None:
-            queries = {"q_proj": attention.q_proj}
+        latent = hasattr(block.attention, "kv_lora_rank")
+        attention = _latent_weights(block.attention, norm_eps) if latent else block.attention.state_dict()
+        for key, value in attention.items():  # of the others, Llama's and Qwen3's names are ours
+            yield f"{layer}.self_attn.{key}", value.detach()
+
+
+def _latent_weights(attention: Any, norm_eps: float) -> dict[str, Tensor]:
+    """MLA's parameters under DeepSeek's names.
+
+    A latent times a is normed with eps as the latent itself with eps / a^2: that makes our eps of their fixed one. Scales
+    of latents go into the norms' gains, a latent that is a slice of x is a projection by rows of the identity, up-projections
+    that several heads share stand there once for each.
+    """
+    H, N, P, L = attention.n_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.kv_lora_rank
+    eps_factor = (_LATENT_NORM_EPS / norm_eps) ** 0.5
+    if attention.in_proj is not None:
+        queries, kv_down, k_rope = attention.in_proj.weight.split(attention.down_widths)
+    else:
+        queries = (attention.q_proj if attention.q_lora_rank is None else attention.q_down_proj).weight
+        k_rope = attention.k_rope_proj.weight
+        if attention.kv_down_proj is None:
+            kv_down = torch.eye(L, attention.d_model, dtype=k_rope.dtype, device=k_rope.device)
         else:
-            queries = {"q_a_proj": attention.q_down_proj, "q_a_layernorm": attention.q_latent_norm,
-                       "q_b_proj": attention.q_up_proj}  # fmt: skip
-        for name, module in (
-            queries | {"kv_a_layernorm": attention.latent_norms[0], "o_proj": attention.o_proj}
-        ).items():
-            yield f"{layer}.self_attn.{name}.weight", module.weight.detach()
-        down = torch.cat([attention.kv_down_proj.weight, attention.k_rope_proj.weight])
-        yield f"{layer}.self_attn.kv_a_proj_with_mqa.weight", down.detach()
-        # Theirs has each head's keys and values side by side.
-        heads = [up.weight.unflatten(0, (attention.n_heads, -1)) for up in (attention.k_up_proj, attention.v_up_proj)]
-        yield f"{layer}.self_attn.kv_b_proj.weight", torch.cat(heads, dim=1).flatten(0, 1).detach()
+            kv_down = attention.kv_down_proj.weight
+    weights = {
+        "kv_a_proj_with_mqa.weight": torch.cat([kv_down * eps_factor, _interleaved(k_rope)]),
+        "kv_a_layernorm.weight": attention.latent_norms[0].weight * attention.kv_scale,
+        "o_proj.weight": attention.o_proj.weight,
+    }
+    if attention.q_lora_rank is not None:
+        weights["q_a_proj.weight"] = queries * eps_factor
+        weights["q_a_layernorm.weight"] = attention.q_latent_norm.weight * attention.q_scale
+        queries = attention.q_up_proj.weight
+    nope, rope = queries.unflatten(0, (H, N + P)).split((N, P), dim=1)
+    name = "q_proj.weight" if attention.q_lora_rank is None else "q_b_proj.weight"
+    weights[name] = torch.cat([nope, _interleaved(rope, dim=1)], dim=1).flatten(0, 1)
+    # Theirs has each head's keys and values side by side.
+    ups = [up.weight.unflatten(0, (attention.n_kv_heads, -1)) for up in (attention.k_up_proj, attention.v_up_proj)]
+    weights["kv_b_proj.weight"] = (
+        torch.cat(ups, dim=1).repeat_interleave(H // attention.n_kv_heads, dim=0).flatten(0, 1)
+    )
+    return weights
+
+
+def _interleaved(weight: Tensor, dim: int = 0) -> Tensor:
+    """Rows that are rotated in pairs (i, i + P/2), reordered for pairs (2i, 2i + 1)."""
+    return weight.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def save(theirs: Any, folder: Path, end_of_text: int) -> None:
+    """config.json, generation_config.json and model.safetensors; `generate` stops at the token `end_of_text`."""
+    theirs.config.eos_token_id = theirs.config.pad_token_id = end_of_text
+    theirs.generation_config.eos_token_id = theirs.generation_config.pad_token_id = end_of_text
+    with _no_progress_bars():
+        theirs.save_pretrained(folder)
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model (float32, in evaluation mode) and tokenizer of a folder, as anybody loads them: by its files alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.inference_mode()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from harness.errors import UserError
-from harness.huggingface import as_transformers, cache_bytes_per_token, difference, write
+from harness.huggingface import as_transformers, cache_bytes_per_token, difference, load, save, write
 from modeling.attention.contract import randomise, relative_error
 from modeling.generation import generate
 from tests.support.variants import config_at, gpt_from
@@ -23,7 +28,20 @@ SAME = {
     "mla, its own head": ["attention=mla", "model.tie_embeddings=false"],
     "mla, query rank": ["attention=mla", "attention.q_lora_rank=20"],
     "mla, unlike widths": ["attention=mla", "attention.qk_nope_head_dim=10", "attention.v_head_dim=14"],
-}
+    "gqa, QK-norm, heads unlike d_model": ["attention=gqa", "attention.qk_norm=true", "model.head_dim=16"],
+    "mha, heads of their own width": ["attention=mha", "attention.head_dim=16", "attention.v_head_dim=16"],
+    "gqa, large eps": ["attention=gqa", "model.norm_eps=0.3"],
+    "mla, large eps": ["attention=mla", "model.norm_eps=0.3", "attention.q_lora_rank=20"],
+    "mla, another base": ["attention=mla", "attention.rope_theta=500.0"],
+    "mla, latent scale": ["attention=mla", "attention.latent_scale=true", "attention.q_lora_rank=20"],
+    "mla, grouped up-projection": ["attention=mla", "attention.n_kv_heads=2"],
+    "mla, fused": ["attention=mla", "attention.fused_down_projections=true"],
+    "mla, fused with query rank": ["attention=mla", "attention.fused_down_projections=true",
+                                   "attention.q_lora_rank=20"],
+    "mla, shared weights": ["attention=mla_shared_weights"],
+    "mla, frozen": ["attention=mla_frozen"],
+    "mla, slice": ["attention=mla_slice", "model.norm_eps=0.3"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("overrides", SAME.values(), ids=SAME)
@@ -72,11 +90,13 @@ def test_their_cache_is_measured(attention: str, elements: int) -> None:
     ("overrides", "named"),
     [
         (["attention=mha_learned"], r"attention.positions=learned"),
-        (["attention=gqa", "attention.qk_norm=true"], r"attention.qk_norm=True"),
+        (["attention=gqa", "attention.positions=none"], r"its Llama has no attention.positions=none"),
+        (["attention=gqa", "attention.qk_norm=true", "model.bias=true"], r"its Qwen3 has no model.bias=true"),
         (["attention=mha", "attention.v_head_dim=7"], r"attention.v_head_dim=7"),
         (["attention=mha", "model.mlp=relu2"], r"model.mlp=relu2"),
         (["attention=mla_plain"], r"attention.positions=learned"),
-        (["attention=mla", "attention.n_kv_heads=2"], r"attention.n_kv_heads=2"),
+        (["attention=mla", "attention.latent_norm=layer"], r"attention.latent_norm=layer"),
+        (["attention=mla_shared_latent"], r"attention.sharing=latent"),
         (["attention=mla", "attention.latent_norm=none"], r"attention.latent_norm=none"),
         (["attention=mla", "attention.kv_latent=split", "model.bias=true"],
          r"attention.kv_latent=split and no model.bias=true"),
@@ -86,3 +106,69 @@ def test_what_they_do_not_have_is_refused_in_one_sentence(overrides: list[str], 
     with pytest.raises(UserError, match=named) as refused:
         as_transformers(gpt_from(overrides), config_at(*overrides))
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_encoder_is_refused() -> None:
+    config = config_at("attention=mha")
+    encoder = dataclasses.replace(config, model=dataclasses.replace(config.model, causal=False))
+    with pytest.raises(UserError, match=r"its Llama has no model.causal=false"):
+        as_transformers(gpt_from(["attention=mha"], causal=False), encoder)
+
+
+CLASSES = {
+    "LlamaForCausalLM": ["attention=gqa", "model.norm_eps=0.3", "attention.rope_theta=500.0", "model.head_dim=16"],
+    "Qwen3ForCausalLM": ["attention=gqa", "attention.qk_norm=true", "model.tie_embeddings=false"],
+    "DeepseekV3ForCausalLM": ["attention=mla", "model.norm_eps=0.3", "attention.rope_theta=500.0"],
+}
+
+
+def saved(name: str, folder: Path, **changes: Any) -> float:
+    """The difference of a randomised model and of what its folder gives, once its config.json has been changed."""
+    model = randomise(gpt_from(CLASSES[name])).eval()
+    save(as_transformers(model, config_at(*CLASSES[name])), folder, end_of_text=99)
+    (folder / "tokenizer.json").write_text(json.dumps(WORDS))
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    assert written["architectures"] == [name]
+    assert written["vocab_size"] == 100  # of 128 with padding
+    assert set(changes) <= set(written)
+    file.write_text(json.dumps(written | changes))
+    theirs, _ = load(folder)
+    assert type(theirs).__name__ == name and theirs.generation_config.eos_token_id == 99
+    assert theirs.get_input_embeddings().weight.shape[0] == theirs.lm_head.weight.shape[0] == 100
+    return difference(model, theirs)
+
+
+WORDS = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_saved_folder_computes_the_same(name: str, tmp_path: Path) -> None:
+    assert saved(name, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("LlamaForCausalLM", {"rms_norm_eps": 1e-6}),
+        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("DeepseekV3ForCausalLM", {"rms_norm_eps": 1e-6}),
+        ("DeepseekV3ForCausalLM", {"rope_interleave": False}),
+        ("DeepseekV3ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    ],
+)
+def test_each_convention_is_seen_in_the_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    assert saved(name, tmp_path, **changes) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "tied"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)])
+def test_a_tied_head_is_written_once_and_an_own_one_beside_the_embedding(name: str, tied: bool, tmp_path: Path) -> None:
+    saved(name, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is tied
+    size = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    names = json.loads((tmp_path / "model.safetensors").read_bytes()[8 : 8 + size])
+    assert ("lm_head.weight" in names) is not tied and "model.embed_tokens.weight" in names

@@ -114,7 +114,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: p
     output = capsys.readouterr().out
     for arm in ("mha", "gqa", "mqa", "mla"):
         assert f"{arm}-lr0.005-seed2" in output
-        assert f"{arm}-lr0.01-tokens100000-seed0" in output
+        assert f"{arm}-lr0.00125-tokens100000-seed0" in output
     assert "24 of 24 runs to do" in output
     assert not (tmp_path / "runs").exists()
 

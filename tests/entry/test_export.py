@@ -1,0 +1,217 @@
+"""scripts/export.py: a run's folder, loaded by transformers alone, is the run; what does not fit leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import export, huggingface
+from harness.errors import UserError
+from harness.session import TrainedModel, load_trained
+from modeling.attention import EXECUTION
+from modeling.generation import generate
+from scripts.export import main
+from tests.support.micro import Workplace, contents, summary_of
+
+pytest.importorskip("transformers")
+
+BPE = ["tokenizer=bpe", "tokenizer.vocab_size=300"]
+RUNS = {
+    "gqa": ["attention=gqa", "attention.n_kv_heads=1", "model.tie_embeddings=false"],
+    "qwen": ["attention=mha", "attention.qk_norm=true", *BPE],
+    "mla": ["attention=mla", "attention.q_lora_rank=20", "attention.latent_scale=true", "model.norm_eps=1e-5", *BPE],
+    "learned": ["attention=mha_learned"],
+}
+CLASSES = {"gqa": "LlamaForCausalLM", "qwen": "Qwen3ForCausalLM", "mla": "DeepseekV3ForCausalLM"}
+TEXTS = [
+    "the captain saw  a whale", "réef 中文 🙂\tand\n\nthe sea ", "", "<|endoftext|>", "a<|endoftext|>b <s> [SEP]",
+    "\x00\x7f\x80\xad\xff", "don't", " x",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Runs that have learned a little, and what each is exported to."""
+    place = Workplace(tmp_path_factory.mktemp("export"))
+    for name, overrides in RUNS.items():
+        place.train(name, "budget.steps=20", *overrides)
+    assert place.evaluate(f"run={place.runs / 'gqa'}", "split=test") == 0
+    for name in CLASSES:
+        assert main([f"run={name}", f"runs_dir={place.runs}", f"to={place.folder / 'out' / name}"]) == 0
+    return place
+
+
+def ours(place: Workplace, name: str) -> TrainedModel:
+    return load_trained(place.runs / name, device=torch.device("cpu"), precision=torch.float32, execution=EXECUTION)
+
+
+def theirs(place: Workplace, name: str) -> tuple[Any, Any]:
+    import transformers
+
+    folder = place.folder / "out" / name
+    return transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_exported_model_is_of_a_stock_class_and_gives_the_same_logits(place: Workplace, name: str) -> None:
+    trained, (model, _) = ours(place, name), theirs(place, name)
+    assert type(model).__name__ == CLASSES[name] and type(model).__module__.startswith("transformers.models.")
+    assert model.dtype == torch.float32
+    assert huggingface.difference(trained.model, model) < 1e-5
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_both_write_the_same_greedy_text(place: Workplace, name: str) -> None:
+    trained, (model, tokenizer) = ours(place, name), theirs(place, name)
+    prompt = tokenizer("the sea", return_tensors="pt")
+    written = model.generate(**prompt, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :].tolist()
+    tokens = trained.tokenizer.encode("the sea")
+    expected = [int(token) for token in generate(trained.model, [tokens], max_new_tokens=16, temperature=0)]
+    assert written == expected[: len(written)] and (len(written) == 16 or written[-1] == trained.tokenizer.end_of_text)
+    assert tokenizer.decode(written, skip_special_tokens=True) == trained.tokenizer.decode(written)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_pipeline_continues_a_prompt(place: Workplace, name: str) -> None:
+    import transformers
+
+    write = transformers.pipeline("text-generation", model=str(place.folder / "out" / name))
+    (continued,) = write("the sea", max_new_tokens=8, do_sample=False)
+    trained = ours(place, name)
+    tokens = trained.tokenizer.encode("the sea")
+    for token in generate(trained.model, [tokens], max_new_tokens=8, temperature=0):
+        tokens.append(int(token))
+        if tokens[-1] == trained.tokenizer.end_of_text:
+            break
+    assert continued["generated_text"] == trained.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_generation_stops_at_the_end_of_text(place: Workplace, name: str) -> None:
+    trained, (model, tokenizer) = ours(place, name), theirs(place, name)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == trained.tokenizer.end_of_text
+    assert tokenizer.model_max_length == trained.model.max_seq_len == model.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_exported_tokenizer_gives_the_same_tokens_and_text(place: Workplace, name: str, text: str) -> None:
+    tokenizer, trained = tokenizers(place, name)
+    tokens = tokenizer(text)["input_ids"]
+    assert tokens == trained.encode(text)
+    assert tokenizer.decode(tokens) == trained.decode(tokens) == text
+
+
+def tokenizers(place: Workplace, name: str) -> tuple[Any, Any]:
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(place.folder / "out" / name), ours(place, name).tokenizer
+
+
+def test_every_byte_is_its_own_number(place: Workplace) -> None:
+    tokenizer, _ = tokenizers(place, "gqa")
+    assert tokenizer.is_fast and len(tokenizer) == 257
+    text = "".join(map(chr, range(256)))
+    assert tokenizer(text)["input_ids"] == list(text.encode())
+
+
+def test_a_post_processor_that_adds_tokens_is_left_out(place: Workplace, tmp_path: Path) -> None:
+    run = shutil.copytree(place.runs / "mla", tmp_path / "runs" / "adds")
+    specification = json.loads((run / "tokenizer.json").read_text())
+    (eos,) = specification["added_tokens"]
+    special = {"id": eos["content"], "ids": [eos["id"]], "tokens": [eos["content"]]}
+    first = [{"SpecialToken": {"id": eos["content"], "type_id": 0}}]
+    specification["post_processor"] = {
+        "type": "TemplateProcessing", "single": [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [*first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {eos["content"]: special},
+    }  # fmt: skip
+    (run / "tokenizer.json").write_text(json.dumps(specification))
+    exported = export.export_run(run, tmp_path / "out")
+    _, tokenizer = huggingface.load(exported.folder)
+    assert tokenizer("the sea")["input_ids"] == theirs(place, "mla")[1]("the sea")["input_ids"]
+
+
+def test_the_folder_holds_what_is_promised_and_the_card_the_runs_figures(place: Workplace) -> None:
+    folder = place.folder / "out" / "gqa"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md",
+    }  # fmt: skip
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+    card, summary = (folder / "README.md").read_text(), summary_of(place.runs / "gqa")
+    (evaluation,) = [json.loads(path.read_text()) for path in (place.runs / "gqa" / "evaluations").glob("*.json")]
+    assert f"| local | validation | {summary['evaluated_tokens']:,} | {summary['loss']:.4f} |" in card
+    assert f"| local | test | {evaluation['evaluated_tokens']:,} | {evaluation['loss']:.4f} |" in card
+    assert f"{summary['cache_bytes_per_token']:,} bytes" in card and "32 elements (1 key/value heads of 16)" in card
+    assert f"{evaluation['bits_per_byte']:.4f}" in card and "LlamaForCausalLM" in card
+
+
+def test_the_card_of_an_unfinished_run_claims_no_figures(place: Workplace, tmp_path: Path) -> None:
+    run = shutil.copytree(place.runs / "gqa", tmp_path / "runs" / "half")
+    (run / "summary.json").unlink()
+    card = (export.export_run(run, tmp_path / "out").folder / "README.md").read_text()
+    assert "had not finished training" in card and "| step 20 |" in card and "perplexity" not in card
+
+
+def test_a_variant_without_a_stock_class_is_refused_and_nothing_appears(place: Workplace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"its Llama has no attention.positions=learned") as refused:
+        main([f"run={place.runs / 'learned'}", f"to={tmp_path / 'out'}"])
+    assert len(str(refused.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_holds_something_is_left_as_it_was(place: Workplace, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists and is no empty folder"):
+        main([f"run={place.runs / 'gqa'}", f"to={target}"])
+    with pytest.raises(UserError, match=r"exists and is no empty folder"):
+        main([f"run={place.runs / 'gqa'}", f"to={target / 'mine.txt'}"])
+    assert contents(tmp_path) == {"out/mine.txt": b"mine"}
+
+
+def test_an_empty_target_is_filled(place: Workplace, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert main([f"run={place.runs / 'gqa'}", f"to={tmp_path / 'out'}"]) == 0
+    assert contents(tmp_path / "out").keys() == contents(place.folder / "out" / "gqa").keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def break_weights(theirs: Any, folder: Path, end_of_text: int, save: Callable[..., None] = huggingface.save) -> None:
+    with torch.no_grad():
+        theirs.model.norm.weight[0] += 0.5
+    save(theirs, folder, end_of_text)
+
+
+def fill_the_disk(theirs: Any, folder: Path, end_of_text: int) -> None:
+    (folder / "config.json").write_text("{}")
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("failing", "sentence"),
+    [
+        (break_weights, r"the exported logits differ from the run's by \d"),
+        (fill_the_disk, r"cannot be written \(No sp"),
+    ],
+)
+def test_a_failed_export_leaves_no_folder(
+    place: Workplace, tmp_path: Path, failing: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "save", failing)
+    with pytest.raises(UserError, match=sentence):
+        main([f"run={place.runs / 'gqa'}", f"to={tmp_path / 'out'}"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_is_asked_for(place: Workplace) -> None:
+    with pytest.raises(UserError, match=r"to= is missing"):
+        main([f"run={place.runs / 'gqa'}"])
