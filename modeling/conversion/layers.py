@@ -1,0 +1,213 @@
+"""One attention layer's weights in the two forms that a conversion goes between, and their way in and out of modules.
+
+Letters: D d_model, H query heads, G key/value heads, K query/key width, V value width, P rotated width, C = P/2 rotated
+pairs (dimension p is paired with p + C), L latent width, B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.rope import rotate
+
+
+@dataclass(frozen=True)
+class GroupedLayer:
+    """GQA whose keys are rotated over all K dimensions with frequencies theta^(-2i/K).
+
+    Queries, keys and values all have biases or none has.
+    """
+
+    q_HKD: Tensor
+    k_GKD: Tensor
+    v_GVD: Tensor
+    o_DHV: Tensor
+    theta: float
+    q_bias_HK: Tensor | None = None
+    k_bias_GK: Tensor | None = None
+    v_bias_GV: Tensor | None = None
+    o_bias_D: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LatentLayer:
+    """Latent attention with one rotated key of P dimensions for all heads, of whatever frequencies.
+
+    Head h of group g, with q = W_q x + b_q: logit(i, j) = (q_i . k_up_g latent_j + rotate(rope_up_g q_i) . k_rope_j) / sqrt(K).
+    keys is the number of leading latent dimensions that hold keys alone, None where keys and values are mixed.
+    fold: how many neighbouring frequencies each turned block of pairs spans; 0 while no pair has been turned.
+    """
+
+    q_HKD: Tensor
+    rope_up_GPK: Tensor
+    k_rope_PD: Tensor
+    kv_down_LD: Tensor
+    k_up_GKL: Tensor
+    v_up_GVL: Tensor
+    o_DHV: Tensor
+    frequencies_C: Tensor
+    theta: float
+    keys: int | None
+    fold: int = 0
+    q_bias_HK: Tensor | None = None
+    k_rope_bias_P: Tensor | None = None
+    o_bias_D: Tensor | None = None
+
+    @property
+    def cache_elements(self) -> int:
+        """Per token: L + P."""
+        return self.kv_down_LD.shape[0] + self.k_rope_PD.shape[0]
+
+
+def rope_frequencies(width: int, theta: float) -> Tensor:
+    """theta^(-2i/width) for i < width/2, float64: the table of modeling/attention/rope.py."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+
+
+def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
+    """The weights of a module. Raises ValueError where no stage is exact: QK-norm, keys that are not rotated throughout."""
+    if attention.q_norm is not None:
+        raise ValueError(
+            "qk_norm=true normalises keys after their projection, which no latent that is cached before it can take over: "
+            "convert a model with qk_norm=false"
+        )
+    if attention.positions != "rope" or attention.rope is None:
+        raise ValueError(
+            f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts"
+        )
+    H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
+    q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    biased = q.bias is not None
+    return GroupedLayer(
+        q_HKD=q.weight.detach().unflatten(0, (H, K)),
+        k_GKD=k.weight.detach().unflatten(0, (G, K)),
+        v_GVD=v.weight.detach().unflatten(0, (G, V)),
+        o_DHV=o.weight.detach().unflatten(1, (H, V)),
+        theta=attention.rope.theta,
+        q_bias_HK=q.bias.detach().view(H, K) if biased else None,
+        k_bias_GK=k.bias.detach().view(G, K) if biased else None,
+        v_bias_GV=v.bias.detach().view(G, V) if biased else None,
+        o_bias_D=None if o.bias is None else o.bias.detach(),
+    )
+
+
+def grouped_state(layer: GroupedLayer) -> dict[str, Tensor]:
+    """The state dict of a GroupedQueryAttention."""
+    state = {
+        "q_proj.weight": layer.q_HKD.flatten(0, 1),
+        "k_proj.weight": layer.k_GKD.flatten(0, 1),
+        "v_proj.weight": layer.v_GVD.flatten(0, 1),
+        "o_proj.weight": layer.o_DHV.flatten(1),
+    }
+    biases = {"q": layer.q_bias_HK, "k": layer.k_bias_GK, "v": layer.v_bias_GV, "o": layer.o_bias_D}
+    return state | {f"{name}_proj.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
+
+
+def latent_state(layer: LatentLayer) -> tuple[dict[str, int | str], dict[str, Tensor]]:
+    """(options, state dict) of a MultiheadLatentAttention with positions=decoupled and latent_norm=none.
+
+    Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). Raises ValueError where its
+    rotation has other frequencies than the layer's. The class refuses latents wider than x: low_rank to D loses nothing.
+    """
+    H, K, _ = layer.q_HKD.shape
+    G, V, L = layer.v_up_GVL.shape
+    P = layer.k_rope_PD.shape[0]
+    table = rope_frequencies(P, layer.theta)
+    if not torch.allclose(layer.frequencies_C.double(), table, rtol=1e-12, atol=0.0):
+        raise ValueError(
+            f"the {P // 2} rotated pairs have other frequencies than theta^(-2i/{P}), the only ones that "
+            f"MultiheadLatentAttention has: drop RoPE to at most one head's width first"
+        )
+    if L < 1:
+        raise ValueError("the latent is 0 wide")
+    scale = ((K + P) / K) ** 0.5
+    rope_up_HPK = layer.rope_up_GPK.repeat_interleave(H // G, dim=0)
+    state = {
+        "q_proj.weight": scale * torch.cat((layer.q_HKD, rope_up_HPK @ layer.q_HKD), dim=1).flatten(0, 1),
+        "kv_down_proj.weight": layer.kv_down_LD,
+        "k_rope_proj.weight": layer.k_rope_PD,
+        "k_up_proj.weight": layer.k_up_GKL.flatten(0, 1),
+        "v_up_proj.weight": layer.v_up_GVL.flatten(0, 1),
+        "o_proj.weight": layer.o_DHV.flatten(1),
+    }
+    if layer.q_bias_HK is not None:
+        rope_HP = torch.einsum("hpk,hk->hp", rope_up_HPK, layer.q_bias_HK)
+        state["q_proj.bias"] = scale * torch.cat((layer.q_bias_HK, rope_HP), dim=1).flatten()
+        state["kv_down_proj.bias"] = layer.kv_down_LD.new_zeros(L)
+    state |= _present({"k_rope_proj.bias": layer.k_rope_bias_P, "o_proj.bias": layer.o_bias_D})
+    options: dict[str, int | str] = {
+        "n_kv_heads": G, "kv_lora_rank": L, "qk_nope_head_dim": K, "qk_rope_head_dim": P, "v_head_dim": V,
+        "positions": "decoupled", "latent": "learned", "kv_latent": "joint", "latent_norm": "none",
+    }  # fmt: skip
+    return options, state
+
+
+def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Tensor]]:
+    """(options, state dict) of a MultiheadLatentAttention with positions=rope_after_up that equals the layer.
+
+    The latent is keys and values one after the other, the up-projections select (TransMLA, arXiv 2502.07864):
+    the same cache, a larger family to train on. Where keys and values are together wider than x, the latent is x itself,
+    and narrower. Raises ValueError for biases in that case: no latent bias gives all of them.
+    """
+    _, K, D = layer.q_HKD.shape
+    G, V, _ = layer.v_GVD.shape
+    kv_ED = torch.cat((layer.k_GKD.flatten(0, 1), layer.v_GVD.flatten(0, 1)))
+    joined = kv_ED.shape[0] <= D
+    if not joined and layer.k_bias_GK is not None:
+        raise ValueError(
+            f"{kv_ED.shape[0]} biased key and value dimensions do not fit a latent of d_model={D}, whose up-projections have "
+            f"no bias: convert a model without biases, or with fewer key/value heads"
+        )
+    up_EL = torch.eye(kv_ED.shape[0], dtype=kv_ED.dtype, device=kv_ED.device) if joined else kv_ED
+    down_LD = kv_ED if joined else torch.eye(D, dtype=kv_ED.dtype, device=kv_ED.device)
+    state = {
+        "q_proj.weight": layer.q_HKD.flatten(0, 1),
+        "kv_down_proj.weight": down_LD,
+        "k_up_proj.weight": up_EL[: G * K],
+        "v_up_proj.weight": up_EL[G * K :],
+        "o_proj.weight": layer.o_DHV.flatten(1),
+    }
+    if layer.q_bias_HK is not None and layer.k_bias_GK is not None and layer.v_bias_GV is not None:
+        state["q_proj.bias"] = layer.q_bias_HK.flatten()
+        state["kv_down_proj.bias"] = torch.cat((layer.k_bias_GK.flatten(), layer.v_bias_GV.flatten()))
+    state |= _present({"o_proj.bias": layer.o_bias_D})
+    options: dict[str, int | str] = {
+        "n_kv_heads": G, "kv_lora_rank": down_LD.shape[0], "qk_nope_head_dim": K, "qk_rope_head_dim": 0, "v_head_dim": V,
+        "positions": "rope_after_up", "latent": "learned", "kv_latent": "joint", "latent_norm": "none",
+    }  # fmt: skip
+    return options, state
+
+
+def attention_output(layer: LatentLayer, x_BTD: Tensor) -> Tensor:
+    """What a layer computes, causally, from x_BTD to x_BTD: for the stages that no module of ours expresses."""
+    H, K, _ = layer.q_HKD.shape
+    shared = H // layer.v_up_GVL.shape[0]
+    q_BTHK = torch.einsum("btd,hkd->bthk", x_BTD, layer.q_HKD)
+    if layer.q_bias_HK is not None:
+        q_BTHK = q_BTHK + layer.q_bias_HK
+    k_rope_BTP = x_BTD @ layer.k_rope_PD.T
+    if layer.k_rope_bias_P is not None:
+        k_rope_BTP = k_rope_BTP + layer.k_rope_bias_P
+    T = x_BTD.shape[1]
+    angle_TC = torch.arange(T, dtype=torch.float64, device=x_BTD.device)[:, None] * layer.frequencies_C
+    tables = angle_TC.cos()[None, :, None], angle_TC.sin()[None, :, None]
+    q_rope_BTHP = torch.einsum("bthk,hpk->bthp", q_BTHK, layer.rope_up_GPK.repeat_interleave(shared, dim=0))
+    q_rope_BTHP, k_rope_BTP = rotate(q_rope_BTHP, tables), rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
+    latent_BTL = x_BTD @ layer.kv_down_LD.T
+    k_BSHK = torch.einsum("bsl,hkl->bshk", latent_BTL, layer.k_up_GKL.repeat_interleave(shared, dim=0))
+    v_BSHV = torch.einsum("bsl,hvl->bshv", latent_BTL, layer.v_up_GVL.repeat_interleave(shared, dim=0))
+    logits_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK)
+    logits_BHTS = (logits_BHTS + torch.einsum("bthp,bsp->bhts", q_rope_BTHP, k_rope_BTP)) / K**0.5
+    future_TS = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
+    weights_BHTS = logits_BHTS.masked_fill(future_TS, float("-inf")).softmax(dim=-1)
+    out_BTD = torch.einsum("bhts,bshv,dhv->btd", weights_BHTS, v_BSHV, layer.o_DHV)
+    return out_BTD if layer.o_bias_D is None else out_BTD + layer.o_bias_D
+
+
+def _present(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
