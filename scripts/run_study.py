@@ -119,8 +119,15 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     specs = plan.main_runs(rates, arms)
 
     def keep() -> None:
-        write_record(plan, chosen_lr=rates if tune != "none" else {}, specs=_with_earlier(plan, specs, arms), sweep=sweep,
-                     failures=[dataclasses.asdict(failure) for failure in failures])  # fmt: skip
+        before = _earlier(plan)
+        chosen = before["chosen_lr"] | rates
+        if tune == "none":
+            chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
+        write_record(
+            plan, chosen_lr=chosen, specs=[*specs, *_specs_of(plan, before["runs"], without=arms)],
+            sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
+            failures=[dataclasses.asdict(failure) for failure in failures],
+        )  # fmt: skip
 
     keep()
     failures += train(specs, "runs")
@@ -151,20 +158,22 @@ def _rates(
         return tuned(plan, arms, train)
     if tune == "none":
         return dict.fromkeys(arms, plan.shared_lr), [], [], []
-    path = plan.folder / "study.json"
-    stored = read_json(path)["chosen_lr"] if path.is_file() else {}
+    stored = _earlier(plan)["chosen_lr"]
     if lacking := [arm for arm in arms if arm not in stored]:
         raise UserError(f"{plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
     return {arm: stored[arm] for arm in arms}, [], [], []
 
 
-def _with_earlier(plan: Plan, specs: Sequence[RunSpec], arms: Sequence[str]) -> list[RunSpec]:
-    """The runs of this command, and those of arms that an earlier one of this study ran."""
+def _earlier(plan: Plan) -> dict[str, Any]:
+    """What the folder's record holds of commands before this one."""
     path = plan.folder / "study.json"
-    earlier = read_json(path)["runs"] if path.is_file() else []
-    others = [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in earlier
-              if run["arm"] in plan.arms and run["arm"] not in arms]  # fmt: skip
-    return [*specs, *others]
+    return read_json(path) if path.is_file() else {"chosen_lr": {}, "runs": [], "sweep": []}
+
+
+def _specs_of(plan: Plan, recorded: Sequence[dict[str, Any]], *, without: Sequence[str]) -> list[RunSpec]:
+    """The recorded runs of the study's other arms."""
+    return [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in recorded
+            if run["arm"] in plan.arms and run["arm"] not in without]  # fmt: skip
 
 
 def measure_decoding(plan: Plan) -> None:

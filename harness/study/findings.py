@@ -448,6 +448,8 @@ def _recall(figures: Mapping[str, Any]) -> dict[str, float]:
     if answers := figures.get("answers"):
         found["answers: share right"] = answers["accuracy"]
         found["answers: share by guessing"] = answers["chance"]
+        if answers.get("newest") is not None:  # what a model gets right that always says the newest value
+            found["answers: share by saying the newest value"] = answers["newest"]
         found |= {f"answers of {entry['pairs']} pairs: share right": entry["accuracy"] for entry in answers["by_pairs"]}
     return found
 

@@ -269,6 +269,7 @@ def test_recall_is_shown_by_task_and_length_with_answers_where_the_corpus_asks_q
     answers = {
         "accuracy": 0.75,
         "chance": 0.125,
+        "newest": 0.25,
         "by_pairs": [{"pairs": 4, "accuracy": 0.875}, {"pairs": 8, "accuracy": 0.5}],
     }
     for path in folder.glob("*/evaluations/*.json"):
@@ -277,7 +278,8 @@ def test_recall_is_shown_by_task_and_length_with_answers_where_the_corpus_asks_q
         path.write_text(json.dumps(record))
     found = findings_of(folder).extras["recall"]["mla"]
     assert {name: mean.mean for name, mean in found.items()} == pytest.approx(
-        {"answers: share right": 0.75, "answers: share by guessing": 0.125, "answers of 4 pairs: share right": 0.875,
+        {"answers: share right": 0.75, "answers: share by guessing": 0.125,
+         "answers: share by saying the newest value": 0.25, "answers of 4 pairs: share right": 0.875,
          "answers of 8 pairs: share right": 0.5}
     )  # fmt: skip
 
@@ -294,6 +296,26 @@ def test_an_extra_that_this_file_has_never_heard_of_is_shown_too(tmp_path: Path)
     markdown = written(folder)[0]
     assert "| arm | hit rate |" in markdown
     assert "cards" not in markdown
+
+
+def test_a_run_that_the_sweep_shares_with_the_study_has_one_row(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "shared", sweep=True)
+    record = json.loads((folder / "study.json").read_text())
+    record["sweep"].append(record["runs"][0])
+    (folder / "study.json").write_text(json.dumps(record))
+    written(folder)
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+    assert len({row["run"] for row in rows}) == len(rows) == 30
+
+
+def test_runs_of_one_arm_that_differ_are_a_difference_even_where_every_arm_has_it(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "kernels")
+    facts = {fact.name: fact.equal for fact in findings_of(folder).facts}
+    assert facts["attention kernel that ran"] and facts["seed: order of the data"]
+    for path in folder.glob("*-seed1/summary.json"):
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"kernel": "reference"}))
+    assert not {fact.name: fact.equal for fact in findings_of(folder).facts}["attention kernel that ran"]
 
 
 # --- learning rates, staircase, curves -------------------------------------------------------------------------------

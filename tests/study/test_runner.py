@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from harness.errors import UserError
 from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
 from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, run_all, slots, tuned
+from scripts import run_study
 from tests.support.micro import Workplace, summary_of
 
 ONE_THREAD = Slot({"OMP_NUM_THREADS": "1"})
@@ -78,6 +80,26 @@ def test_a_sweep_gives_every_arm_the_same_rates_and_its_own_optimum(place: Workp
     assert all(spec.tokens == summary_of(plan.folder / spec.name)["tokens"] == 256 for spec in specs)
     assert rates.keys() == plan.arms.keys()
     assert all(0.005 <= rate <= 0.02 for rate in rates.values())
+
+
+def test_a_command_for_some_arms_keeps_what_another_found_for_the_others(place: Workplace) -> None:
+    plan = micro_plan(place, "in_parts")
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+
+    def command(arms: list[str], tune: str) -> dict[str, Any]:
+        assert run_study.run(plan, arms, tune, run_study.StudyOptions(report=False, jobs=2), machine) == 0
+        record: dict[str, Any] = json.loads((plan.folder / "study.json").read_text())
+        return record
+
+    first = command(["mha"], "lr")
+    both = command(["mqa"], "lr")
+    assert both["chosen_lr"] == first["chosen_lr"] | {"mqa": both["chosen_lr"]["mqa"]}
+    assert {run["arm"] for run in both["sweep"]} == {run["arm"] for run in both["runs"]} == {"mha", "mqa"}
+    again = command(["mha", "mqa"], "stored")
+    assert again["chosen_lr"] == both["chosen_lr"]
+    assert sorted(run["name"] for run in again["runs"]) == sorted(run["name"] for run in both["runs"])
+    assert sorted(run["name"] for run in again["sweep"]) == sorted(run["name"] for run in both["sweep"])
+    assert len(load_results(plan.folder).sweep) == 6
 
 
 def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:
