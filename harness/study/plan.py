@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,6 +211,8 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path, 
     vocab_size: of the prepared data; None: what the tokenizer's configuration says. Raises UserError when an arm does
     not compose, or its achieved mismatch is above the tolerance.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+        raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
     arms: dict[str, Arm] = {}
     for arm_name, arm in _references_first(config):
         composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]))

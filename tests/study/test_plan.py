@@ -138,6 +138,7 @@ def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
         ("arms=mha,mlaa", r"mlaa is no arm of demo; did you mean mla\?"),
         ("seeds=0,x", "seeds=0,x must be whole numbers separated by commas"),
         ("jobs=0", "jobs=0 runs nothing"),
+        ("name=../outside", "name=../outside must be one plain folder name"),
         ("tune=stored", "holds no tuned rate of mha, gqa, mqa, mla; sweep them with tune=lr"),
         ("modle=tiny", r"modle is not a field of the configuration; did you mean model\?"),
     ],
