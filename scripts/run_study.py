@@ -33,6 +33,7 @@ enter_environment()
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shlex
 import statistics
@@ -104,6 +105,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.session import load_data
     from harness.study.plan import write_record
+    from harness.study.results import load_results
     from harness.study.runner import Failure, run_all, slots, visible_gpus
 
     first = next(iter(plan.arms.values())).config
@@ -116,15 +118,21 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
         return run_all(plan, specs, places=places, train_overrides=[], evaluate_overrides=evaluate, title=title)
 
     rates, sweep, failures, notes = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
-    specs = plan.main_runs(rates, arms)
+    specs = plan.main_runs(rates, [arm for arm in arms if arm in rates])
 
     def keep() -> None:
         before = _earlier(plan)
         chosen = before["chosen_lr"] | rates
+        others = _specs_of(plan, before["runs"], without=arms)
+        # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
+        named = {spec.name for spec in specs}
+        others += [spec for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
+                   if spec.name not in named and math.isclose(spec.lr, float(f"{rates[spec.arm]:.3g}"))
+                   and finished(plan.folder / spec.name)]  # fmt: skip
         if tune == "none":
             chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
         write_record(
-            plan, chosen_lr=chosen, specs=[*specs, *_specs_of(plan, before["runs"], without=arms)],
+            plan, chosen_lr=chosen, specs=[*specs, *others],
             sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
             failures=[dataclasses.asdict(failure) for failure in failures],
         )  # fmt: skip
@@ -133,7 +141,8 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     failures += train(specs, "runs")
     keep()
     files: list[Path] = []
-    if options.report:
+    # Where nothing has finished the failures are what there is to say.
+    if options.report and load_results(plan.folder).values():
         if plan.config.decode_contexts:
             measure_decoding(plan)
         files = report(plan, tracking=first.tracking)
@@ -317,14 +326,17 @@ def _chosen_arms(plan: Plan, text: str | None) -> list[str]:
     for arm in arms:
         if arm not in plan.arms:
             raise UserError(f"arms={text}: {arm} is no arm of {plan.name}; {did_you_mean(arm, list(plan.arms))}")
-    return arms
+    return list(dict.fromkeys(arms))
 
 
 def _whole_numbers(key: str, text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{key}={text} must be whole numbers separated by commas") from None
+    if len(set(numbers)) != len(numbers) or min(numbers) < 0:
+        raise UserError(f"{key}={text} must be different whole numbers from 0 on")
+    return numbers
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

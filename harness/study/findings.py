@@ -219,6 +219,13 @@ def _tested(run: RunResult) -> dict[str, Any]:
     return record
 
 
+def _protocol(run: RunResult) -> str:
+    """How the test split was scored: figures of different protocols are no figures of one thing."""
+    record = _tested(run)
+    fields = ("max_tokens", "stride_fraction", "per_document")
+    return ", ".join(f"{name}={record.get(name)}" for name in fields)
+
+
 def _only(values: Iterable[Any]) -> Any:
     """The one value that all share, else None."""
     different = set(values)
@@ -239,6 +246,16 @@ def _notes(results: StudyResults, arms: Sequence[Arm]) -> list[str]:
         notes.append(f"no finished run of {', '.join(unfinished)}")
     if unscored := [run.folder.name for run in results.runs if run.evaluation() is None]:
         notes.append(f"not evaluated on the test split, so left out: {', '.join(unscored)}")
+    protocols: dict[str, list[str]] = {}
+    for run in (run for arm in arms for run in arm.runs):
+        protocols.setdefault(_protocol(run), []).append(run.folder.name)
+    if len(protocols) > 1:
+        usual = max(protocols, key=lambda protocol: len(protocols[protocol]))
+        others = "; ".join(f"{', '.join(runs)} ({how})" for how, runs in protocols.items() if how != usual)
+        notes.append(
+            f"the test split was not scored alike in all runs, so the comparisons below do not hold: most with {usual}, "
+            f"but {others}; score these again with eval_model.py as the others were"
+        )
     counts = {len(arm.runs) for arm in arms if arm.runs}
     if len(counts) > 1:
         notes.append(
@@ -474,6 +491,7 @@ def _facts(arms: Sequence[Arm]) -> list[Fact]:
         _text_fact("tokenizer", arms, lambda run: str(run.summary["tokenizer_fingerprint"] or "bytes")[:12]),
         _text_fact("test data", arms, lambda run: _tested(run)["data_fingerprint"][:12]),
         _number_fact("test tokens", arms, lambda run: _tested(run)["evaluated_tokens"]),
+        _text_fact("how the test split was scored", arms, _protocol),
         _text_fact("seed: order of the data", arms, lambda run: f"{run.seed}: {run.summary['data_seed']}", by_seed=True),
         _text_fact("learning rate", arms, lambda run: f"{run.lr:g}"),
         _text_fact("attention kernel that ran", arms, lambda run: run.summary["kernel"]),

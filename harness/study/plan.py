@@ -148,7 +148,7 @@ class Plan:
         """The arguments of train_model.py for a run. In a tracker all seeds of an arm are one group."""
         budget = [] if spec.budget is None else [f"budget.tokens={spec.budget}", "budget.steps=null"]
         arm = self.arms[spec.arm]
-        tracking = [f"tracking.group={spec.arm}", f"tracking.tags=[{self.name},{arm.family}]"]
+        tracking = [f"tracking.group={spec.arm}", f"tracking.tags=['{self.name}','{arm.family}']"]
         return merged(
             [
                 *tracking, *self.config.base, *arm.overrides, f"optimizer.lr={spec.lr:.3g}", f"seed={spec.seed}", *budget,

@@ -236,7 +236,8 @@ def tuned(
     """The sweep of tune=lr: the rate of each arm, the runs it took, what failed, and sentences for the reader.
 
     Every arm gets the same rates. The sweep's rates are judged by the validation loss at the end of each run; a run that
-    fails counts as infinitely bad. Raises UserError when an arm has no finished run.
+    fails counts as infinitely bad. An arm without a finished run gets no rate and a sentence; the others go on. Raises
+    UserError when no arm has one.
     """
     from harness.study.tuning import first_grid, grown_grid, optimum
 
@@ -248,20 +249,24 @@ def tuned(
         failed = {failure.run for failure in failures}
         failures += run([spec for spec in specs if spec.name not in failed])
         losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
-        if lacking := [arm for arm in arms if min(losses[arm].values()) == float("inf")]:
+        swept = {arm: of_arm for arm, of_arm in losses.items() if min(of_arm.values()) < float("inf")}
+        if not swept:
             raise UserError(
-                f"no run of the sweep of {', '.join(lacking)} has finished; the logs are in {plan.folder / 'logs'}"
+                f"no run of the sweep of {', '.join(arms)} has finished; the logs are in {plan.folder / 'logs'}"
             )
-        grown = grown_grid(grid, losses)
+        grown = grown_grid(grid, swept)
         if len(grown) == len(grid) or extension == tune.extensions:
             break
         grid = grown
-    chosen = {arm: optimum(losses[arm]) for arm in arms}
+    chosen = {arm: optimum(of_arm) for arm, of_arm in swept.items()}
+    notes += [
+        f"{arm}: no run of its sweep has finished, so it has no rate and no runs" for arm in arms if arm not in swept
+    ]
     for arm, best in chosen.items():
         if best.at_edge:
             notes.append(f"{arm}: the lowest loss of the sweep is at its edge, {best.lr:g}; the optimum may lie beyond")
     if tune.tokens is not None and tune.transfer_arms:
-        transfer = [plan.spec(arm, lr, tune.seed) for arm in tune.transfer_arms if arm in arms for lr in grid]
+        transfer = [plan.spec(arm, lr, tune.seed) for arm in tune.transfer_arms if arm in chosen for lr in grid]
         failures += run(transfer)
         specs += transfer
         for arm in tune.transfer_arms:

@@ -248,6 +248,16 @@ def test_runs_of_one_arm_that_are_no_repetitions_are_told(tmp_path: Path) -> Non
     assert "the runs of gqa differ in more than their seed" in written(folder)[0]
 
 
+def test_a_run_whose_test_split_was_scored_otherwise_is_told(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "protocols")
+    assert "not scored alike" not in written(folder)[0]
+    change(folder, "gqa-*-seed1/evaluations/*.json", max_tokens=1000)
+    markdown, _, content = written(folder)
+    assert "the test split was not scored alike in all runs" in markdown
+    assert any("gqa-lr0.005-seed1 (max_tokens=1000" in note for note in content["notes"])
+    assert "how the test split was scored" in content["unequal"]
+
+
 def test_extras_are_means_over_seeds_and_what_is_equal_for_all_is_said_once(full: Path) -> None:
     results = load_results(full)
     ranks = {

@@ -102,6 +102,45 @@ def test_a_command_for_some_arms_keeps_what_another_found_for_the_others(place: 
     assert len(load_results(plan.folder).sweep) == 6
 
 
+def test_one_seed_a_command_ends_in_a_study_of_all_of_them(place: Workplace) -> None:
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+    for seed in (1, 0):
+        plan = micro_plan(place, "by_seed")
+        plan.config.seeds[:] = [seed]
+        options = run_study.StudyOptions(report=False, jobs=2)
+        assert run_study.run(plan, ["mha", "mqa"], "none", options, machine) == 0
+    results = load_results(plan.folder)
+    assert {arm: sorted(seeds) for arm, seeds in results.values().items()} == {"mha": [0, 1], "mqa": [0, 1]}
+    assert results.missing == 0
+
+
+def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = micro_plan(place, "lost_arm")
+    for spec in [plan.spec("mqa", lr, 0, 4 * 32 * 2) for lr in (0.005, 0.01, 0.02)]:
+        (plan.folder / spec.name).mkdir(parents=True)
+        (plan.folder / spec.name / "letter.txt").write_text("not a run")
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+    with pytest.raises(UserError, match="3 runs of lost_arm failed, the others are finished"):
+        run_study.run(plan, ["mha", "mqa"], "lr", run_study.StudyOptions(report=False, jobs=2), machine)
+    assert "mqa: no run of its sweep has finished, so it has no rate and no runs" in capsys.readouterr().out
+    record = json.loads((plan.folder / "study.json").read_text())
+    assert record["chosen_lr"].keys() == {"mha"}
+    assert len(record["failures"]) == 3
+    assert load_results(plan.folder).values().keys() == {"mha"}
+
+
+def test_where_every_run_fails_the_failures_are_told_and_not_that_there_is_no_report(place: Workplace) -> None:
+    plan = micro_plan(place, "all_fail")
+    for spec in plan.main_runs({"mha": 0.01, "mqa": 0.01}, plan.arms):
+        (plan.folder / spec.name).mkdir(parents=True)
+        (plan.folder / spec.name / "letter.txt").write_text("not a run")
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+    with pytest.raises(UserError, match=r"2 runs of all_fail failed.* exists and is no run"):
+        run_study.run(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine)
+
+
 def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:
     plan = micro_plan(place, "copied")
     spec = plan.spec("mqa", 0.01, 0)
