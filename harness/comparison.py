@@ -447,19 +447,21 @@ def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
     return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
+    """The lines of a table for a terminal; the columns in `left` begin at the left, the others end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if column in left else cell.rjust(width)
+                  for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]  # fmt: skip
+
+
 def as_text(comparison: Comparison) -> str:
     """Aligned columns for a terminal."""
     lines = []
     for table in comparison.tables:
-        rows = table.cells()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += [table.heading, ""]
-        lines += [
-            "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                      for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-            for row in rows
-        ]  # fmt: skip
-        lines.append("")
+        lines += [table.heading, "", *aligned(table.cells()), ""]
     return "\n".join(lines + [f"note: {note}" for note in comparison.notes])
 
 

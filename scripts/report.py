@@ -43,17 +43,12 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"tracking={options.tracking} is unknown; {did_you_mean(options.tracking, TRACKING)}")
     folder = user_path(options.runs_dir) / (options.name or options.study)
 
-    from harness.study.publish import publish
-    from harness.study.report import write_report
-    from harness.study.results import load_results
+    from harness.study.publish import report_study
     from harness.tracking import check_tracking
 
     tracking = TrackingConfig(name=options.tracking)
     check_tracking(tracking)
-    results = load_results(folder)
-    files = write_report(results, folder)
-    publish(results, folder, tracking)
-    print(f"report: {folder / 'report.html'}")
+    results, files = report_study(folder, tracking)
     print(json.dumps({"study": results.name, "folder": str(folder), "runs": len(results.runs), "missing": results.missing,
                       "files": [str(file) for file in files]}))  # fmt: skip
     return 0

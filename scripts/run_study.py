@@ -41,9 +41,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.command_line import parse_options, run_script, user_path
+from harness.comparison import aligned
 from harness.config import did_you_mean
 from harness.errors import UserError
 from harness.run import finished, lock_run, read_json, write_json
+from harness.study.results import STUDY_FILE
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def main(arguments: list[str]) -> int:
     if options.sweep_file is not None:
         return write_sweep_file(plan, options, overrides, arms)
     tune = options.tune or ("none" if config.tune is None else "lr")
-    check_tracking(next(iter(plan.arms.values())).config.tracking)
+    check_tracking(plan.first.tracking)
     if options.dry_run:
         return print_runs(plan, arms, tune, options.jobs)
     with lock_run(plan.folder) if options.arms is None else contextlib.nullcontext():
@@ -105,17 +107,18 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.session import load_data
     from harness.study.plan import write_record
+    from harness.study.publish import report_study
     from harness.study.results import load_results
     from harness.study.runner import Failure, run_all, slots, visible_gpus
 
-    first = next(iter(plan.arms.values())).config
+    first = plan.first
     places = slots(visible_gpus(first.device), jobs=options.jobs, cores=os.cpu_count() or 1)
     load_data(first)  # once, before many processes ask for it
     evaluate = [a for a in overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
 
     def train(specs: Sequence[RunSpec], title: str) -> list[Failure]:
-        return run_all(plan, specs, places=places, train_overrides=[], evaluate_overrides=evaluate, title=title)
+        return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title)
 
     rates, sweep, failures, notes = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
     specs = plan.main_runs(rates, [arm for arm in arms if arm in rates])
@@ -145,7 +148,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     if options.report and load_results(plan.folder).values():
         if plan.config.decode_contexts:
             measure_decoding(plan)
-        files = report(plan, tracking=first.tracking)
+        _, files = report_study(plan.folder, first.tracking)
     for note in notes:
         print(f"note: {note}")
     print(json.dumps({"study": plan.name, "folder": str(plan.folder), "runs": len(specs), "sweep": len(sweep),
@@ -175,7 +178,7 @@ def _rates(
 
 def _earlier(plan: Plan) -> dict[str, Any]:
     """What the folder's record holds of commands before this one."""
-    path = plan.folder / "study.json"
+    path = plan.folder / STUDY_FILE
     return read_json(path) if path.is_file() else {"chosen_lr": {}, "runs": [], "sweep": []}
 
 
@@ -194,8 +197,7 @@ def measure_decoding(plan: Plan) -> None:
     from harness.study.plan import vocabulary_of
     from harness.training.device import select_device, select_precision
 
-    configs = {name: arm.config for name, arm in plan.arms.items()}
-    first = next(iter(configs.values()))
+    configs, first = {name: arm.config for name, arm in plan.arms.items()}, plan.first
     device = select_device(first.device)
     rows = decode_times(
         configs, vocab_size=vocabulary_of(first), contexts=plan.config.decode_contexts,
@@ -203,19 +205,6 @@ def measure_decoding(plan: Plan) -> None:
         max_seconds=300.0,
     )  # fmt: skip
     write_json(path, {"rows": rows})
-
-
-def report(plan: Plan, *, tracking: Any) -> list[Path]:
-    """The page and its tables and figures, and the same in the tracker."""
-    from harness.study.publish import publish
-    from harness.study.report import write_report
-    from harness.study.results import load_results
-
-    results = load_results(plan.folder)
-    files = write_report(results, plan.folder)
-    publish(results, plan.folder, tracking)
-    print(f"report: {plan.folder / 'report.html'}")
-    return files
 
 
 # --- before anything runs --------------------------------------------------------------------------------------------
@@ -262,7 +251,7 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
     print_table(rows)
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
-    first = next(iter(plan.arms.values())).config
+    first = plan.first
     at_a_time = len(slots(visible_gpus(first.device), jobs=jobs, cores=os.cpu_count() or 1))
     seconds, basis = estimated(plan, todo)
     print(
@@ -284,7 +273,7 @@ def estimated(plan: Plan, specs: Sequence[RunSpec]) -> tuple[float, str]:
     from harness.facts import estimated_seconds
     from harness.training.device import select_device, select_precision
 
-    first = next(iter(plan.arms.values())).config
+    first = plan.first
     device = select_device(first.device)
     flops = float(sum(spec.tokens * plan.arms[spec.arm].quantities["train_flops"] for spec in specs))
     dtype: torch.dtype = select_precision(first.precision, device)
@@ -295,8 +284,7 @@ def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str]
     """The study's main runs as a W&B sweep: wandb sweep FILE, then wandb agent ID on as many machines as there are."""
     import yaml
 
-    path = plan.folder / "study.json"
-    stored = path.is_file() and set(arms) <= set(read_json(path)["chosen_lr"])
+    stored = set(arms) <= set(_earlier(plan)["chosen_lr"])
     assert options.sweep_file is not None
     file = user_path(options.sweep_file)
     seeds = sorted({seed for arm in arms for seed in plan.seeds_of(arm)})
@@ -340,13 +328,8 @@ def _whole_numbers(key: str, text: str) -> list[int]:
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Aligned columns, the first to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-                 for i, (cell, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        print("  ".join(cells).rstrip())
-    print(flush=True)
+    """Numbers to the right, the first and the last column to the left."""
+    print("\n".join([*aligned(rows, left=(0, len(rows[0]) - 1)), ""]), flush=True)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from harness.study.statistics import (
     pareto_front,
     residual_deviation,
 )
-from harness.study.tuning import Optimum, optimum
+from harness.study.tuning import Optimum, optimum, parabola
 
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token", "perplexity": "perplexity"}
 # Fields of a configuration that say where and for whom a run is, not what it is.
@@ -93,16 +93,12 @@ class Sweep:
 
     def parabola(self, points: int = 33) -> list[tuple[float, float]]:
         """Through the lowest and its neighbours, in log(rate); none where the lowest is at an edge."""
-        rates = sorted(self.losses)
-        if self.best is None or self.best.at_edge:
+        curve = parabola(self.losses)
+        if curve is None:
             return []
-        i = min(range(len(rates)), key=lambda i: self.losses[rates[i]])
-        near = rates[i - 1 : i + 2]
-        x, y = [math.log(rate) for rate in near], [self.losses[rate] for rate in near]
-        slope = (y[1] - y[0]) / (x[1] - x[0])
-        curvature = ((y[2] - y[1]) / (x[2] - x[1]) - slope) / (x[2] - x[0])
-        grid = [x[0] + (x[2] - x[0]) * step / (points - 1) for step in range(points)]
-        return [(math.exp(g), y[0] + slope * (g - x[0]) + curvature * (g - x[0]) * (g - x[1])) for g in grid]
+        first, last = curve.x[0], curve.x[-1]
+        grid = [first + (last - first) * step / (points - 1) for step in range(points)]
+        return [(math.exp(x), curve.at(x)) for x in grid]
 
 
 @dataclass(frozen=True)

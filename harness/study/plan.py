@@ -18,11 +18,10 @@ from typing import Any
 from harness.config import CONFIGS, did_you_mean, load_train_config, options_of, setup_hash, typed
 from harness.errors import UserError
 from harness.run import read_json, write_json
-from harness.schema import TrainConfig
+from harness.schema import BudgetConfig, TrainConfig
 from harness.study.matching import MatchConfig, Matched, match_arm, quantities
+from harness.study.results import STUDY_FILE
 from harness.training.schedule import steps_from_budget
-
-STUDY_FILE = "study.json"
 
 
 @dataclass
@@ -79,15 +78,6 @@ class Arm:
     quantities: dict[str, int]  # params, train_flops, kv_bytes
     matches: list[Matched]
 
-    @property
-    def tokens(self) -> int:
-        """That one run trains on."""
-        config = self.config
-        per_step = config.batch_size * config.model.max_seq_len
-        return per_step * steps_from_budget(
-            config.budget, tokens_per_step=per_step, default_tokens=config.model.default_tokens
-        )
-
 
 @dataclass(frozen=True)
 class RunSpec:
@@ -119,8 +109,9 @@ class Plan:
     shared_lr: float
 
     @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return [(a, b) for a, b in self.config.contrasts]
+    def first(self) -> TrainConfig:
+        """The first arm's configuration, for what the base sets for all of them."""
+        return next(iter(self.arms.values())).config
 
     def seeds_of(self, arm: str) -> list[int]:
         """More of them for arms that a declared contrast is about."""
@@ -132,12 +123,9 @@ class Plan:
         lr = float(f"{lr:.3g}")
         config = self.arms[arm].config
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
-        tokens = self.arms[arm].tokens
         if budget is not None:
-            per_step = config.batch_size * config.model.max_seq_len
-            config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, tokens=budget, steps=None))
-            tokens = budget // per_step * per_step
-        return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config))
+            config = dataclasses.replace(config, budget=BudgetConfig(tokens=budget))
+        return RunSpec(arm, lr, seed, trained_tokens(config), budget, setup_hash(config))
 
     def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
         """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
@@ -155,6 +143,14 @@ class Plan:
                 f"name={spec.name}", f"runs_dir={self.folder}",
             ]
         )  # fmt: skip
+
+
+def trained_tokens(config: TrainConfig) -> int:
+    """Tokens that the budget of a run pays for, in whole steps."""
+    per_step = config.batch_size * config.model.max_seq_len
+    return per_step * steps_from_budget(
+        config.budget, tokens_per_step=per_step, default_tokens=config.model.default_tokens
+    )
 
 
 def merged(overrides: Sequence[str]) -> list[str]:
@@ -205,18 +201,17 @@ def _check(config: StudyConfig, study: str) -> None:
         )
 
 
-def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path, vocab_size: int | None = None) -> Plan:
+def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) -> Plan:
     """Compose every arm and solve what is matched. Writes nothing.
 
-    vocab_size: of the prepared data; None: what the tokenizer's configuration says. Raises UserError when an arm does
-    not compose, or its achieved mismatch is above the tolerance.
+    Raises UserError when an arm does not compose, or its achieved mismatch is above the tolerance.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
         raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
     arms: dict[str, Arm] = {}
     for arm_name, arm in _references_first(config):
         composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]))
-        vocabulary = vocab_size or vocabulary_of(composed)
+        vocabulary = vocabulary_of(composed)
         solved, matches = match_arm(
             arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
             others={name: done.quantities for name, done in arms.items()},

@@ -1,4 +1,4 @@
-"""A study's report in the tracker that its runs are in: one table, the plots, and the page itself."""
+"""A study's report, in its folder and in the tracker that its runs are in: one table, the plots, and the page itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.schema import TrackingConfig
-from harness.study.results import StudyResults
+from harness.study.report import write_report
+from harness.study.results import StudyResults, load_results
 from harness.tracking import log_study
 
 COLUMNS = ("arm", "seed", "learning rate", "parameters", "training FLOPs per token", "cache bytes per token",
@@ -32,3 +33,15 @@ def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> No
         images={path.stem: path for path in sorted((folder / "figures").glob("*.png"))},
         html=page if page.is_file() else None, scatter=("cache bytes per token", "bits per byte"),
     )  # fmt: skip
+
+
+def report_study(folder: Path, tracking: TrackingConfig) -> tuple[StudyResults, list[Path]]:
+    """Write the report of what a study's folder holds, publish it and say where it is; the results and the files.
+
+    Raises UserError as `load_results` and `write_report` do.
+    """
+    results = load_results(folder)
+    files = write_report(results, folder)
+    publish(results, folder, tracking)
+    print(f"report: {folder / 'report.html'}")
+    return results, files

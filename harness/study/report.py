@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.run import write_json
+from harness.run import write_json, write_text
 from harness.study.figures import save_figure
 from harness.study.findings import Findings, Verdict, find
 from harness.study.page import page
@@ -34,9 +33,7 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
             "report.csv": as_csv(results),
         }
         for name, text in texts.items():
-            aside = folder / f"{name}.tmp"
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, folder / name)
+            write_text(folder / name, text)
         names = [str(path.relative_to(folder)) for path in figures]
         write_json(folder / "report.json", as_dict(findings) | {"figures": names})
     except OSError as error:

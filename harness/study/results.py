@@ -11,6 +11,8 @@ from typing import Any
 from harness.errors import UserError
 from harness.run import finished, read_json
 
+STUDY_FILE = "study.json"  # the record in a study's folder, written by plan.py
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -22,7 +24,7 @@ class RunResult:
     folder: Path
     config: dict[str, Any]  # config.yaml, nested plain containers
     summary: dict[str, Any]
-    evaluations: list[dict[str, Any]]  # oldest first
+    evaluations: list[dict[str, Any]]  # oldest first; "record" is each one's file, without its ending
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
 
     def evaluation(self, split: str = "test", dataset: str | None = None) -> dict[str, Any] | None:
@@ -36,9 +38,9 @@ class RunResult:
 
     def segments(self, split: str = "test") -> dict[str, list[Any]] | None:
         """tokens, nats and bytes of each segment of the split's newest plain evaluation, for the bootstrap."""
-        files = sorted(self.folder.glob(f"segments/{self.summary['dataset']}-{split}-*.json"),
-                       key=lambda path: path.stat().st_mtime)  # fmt: skip
-        return read_json(files[-1]) if files else None
+        record = self.evaluation(split)
+        path = None if record is None else self.folder / "segments" / f"{record['record']}.json"
+        return read_json(path) if path is not None and path.is_file() else None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class StudyResults:
 
 def load_results(folder: Path) -> StudyResults:
     """Read a study's folder. Raises UserError when it is none, or a file in it is damaged."""
-    path = folder / "study.json"
+    path = folder / STUDY_FILE
     if not path.is_file():
         raise UserError(
             f"{folder} holds no study.json, so it is no study: run one with python scripts/run_study.py study=..."
@@ -120,5 +122,6 @@ def _read_run(folder: Path, spec: Mapping[str, Any]) -> RunResult:
             from None  # fmt: skip
     return RunResult(
         arm=spec["arm"], seed=spec["seed"], lr=spec["lr"], folder=folder, config=config,
-        summary=read_json(folder / "summary.json"), evaluations=[read_json(path) for path in evaluations], metrics=metrics,
+        summary=read_json(folder / "summary.json"), metrics=metrics,
+        evaluations=[read_json(path) | {"record": path.stem} for path in evaluations],
     )  # fmt: skip

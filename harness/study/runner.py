@@ -125,13 +125,12 @@ def run_all(
     specs: Sequence[RunSpec],
     *,
     places: Sequence[Slot],
-    train_overrides: Sequence[str],
     evaluate_overrides: Sequence[str],
     title: str,
 ) -> list[Failure]:
     """Train and evaluate what is not done yet. Returns the failures; on an interruption every child is stopped first.
 
-    train_overrides, evaluate_overrides: of the machine, for every run alike; the study's own come before them.
+    evaluate_overrides: of the machine, for every run alike; the study's own come before them.
     """
     todo = [spec for spec in specs if not is_done(plan, spec)]
     if len(todo) < len(specs):
@@ -147,7 +146,7 @@ def run_all(
             while waiting and free:
                 spec, slot = waiting.pop(0), free.pop(0)
                 command = [
-                    sys.executable, str(WORKER), *merged([*plan.overrides(spec), *train_overrides]), "--",
+                    sys.executable, str(WORKER), *plan.overrides(spec), "--",
                     f"run={spec.name}", f"runs_dir={plan.folder}", *merged([*plan.config.evaluate, *evaluate_overrides]),
                 ]  # fmt: skip
                 running[_start(command, slot, plan.folder / "logs" / f"{spec.name}.log")] = (

@@ -22,24 +22,49 @@ class Optimum:
     at_edge: bool  # the lowest is the first or last rate: the optimum may lie beyond
 
 
-def optimum(losses: Losses) -> Optimum:
-    """The vertex of the parabola in log(rate) through the lowest point and its neighbours."""
+@dataclass(frozen=True)
+class Parabola:
+    """In x = log(rate) through three points, by Newton's divided differences."""
+
+    x: tuple[float, float, float]  # rising
+    y: tuple[float, float, float]
+
+    @property
+    def slope(self) -> float:
+        return (self.y[1] - self.y[0]) / (self.x[1] - self.x[0])
+
+    @property
+    def curvature(self) -> float:
+        """Not negative where the middle point is the lowest; 0 on a plateau."""
+        return ((self.y[2] - self.y[1]) / (self.x[2] - self.x[1]) - self.slope) / (self.x[2] - self.x[0])
+
+    def at(self, x: float) -> float:
+        return self.y[0] + self.slope * (x - self.x[0]) + self.curvature * (x - self.x[0]) * (x - self.x[1])
+
+    def vertex(self) -> float:
+        """Of a positive curvature."""
+        return (self.x[0] + self.x[1]) / 2 - self.slope / (2 * self.curvature)
+
+
+def parabola(losses: Losses) -> Parabola | None:
+    """Through the lowest point and its neighbours; None where it has but one, or where one of the three diverged."""
     rates = sorted(losses)
     best = min(range(len(rates)), key=lambda i: losses[rates[i]])
-    if best in (0, len(rates) - 1) or not math.isfinite(losses[rates[best]]):
-        return Optimum(_rounded(rates[best]), losses[rates[best]], at_edge=True)
-    if not all(math.isfinite(losses[rate]) for rate in rates[best - 1 : best + 2]):  # beside a rate that diverges
-        return Optimum(_rounded(rates[best]), losses[rates[best]], at_edge=False)
-    x = [math.log(rate) for rate in rates[best - 1 : best + 2]]
-    y = [losses[rate] for rate in rates[best - 1 : best + 2]]
-    # Newton's divided differences; the curvature is positive, since the middle is the lowest, or 0 on a plateau.
-    slope = (y[1] - y[0]) / (x[1] - x[0])
-    curvature = ((y[2] - y[1]) / (x[2] - x[1]) - slope) / (x[2] - x[0])
-    if curvature <= 0:
-        return Optimum(_rounded(rates[best]), y[1], at_edge=False)
-    vertex = (x[0] + x[1]) / 2 - slope / (2 * curvature)
-    loss = y[0] + slope * (vertex - x[0]) + curvature * (vertex - x[0]) * (vertex - x[1])
-    return Optimum(_rounded(math.exp(vertex)), loss, at_edge=False)
+    near = rates[best - 1 : best + 2] if best > 0 else []
+    if len(near) < 3 or not all(math.isfinite(losses[rate]) for rate in near):
+        return None
+    low, middle, high = near
+    return Parabola((math.log(low), math.log(middle), math.log(high)), (losses[low], losses[middle], losses[high]))
+
+
+def optimum(losses: Losses) -> Optimum:
+    """The vertex of the parabola, or the lowest point itself where there is none."""
+    lowest = min(losses, key=lambda rate: losses[rate])
+    curve = parabola(losses)
+    if curve is None or curve.curvature <= 0:
+        at_edge = lowest in (min(losses), max(losses)) or not math.isfinite(losses[lowest])
+        return Optimum(_rounded(lowest), losses[lowest], at_edge)
+    return Optimum(_rounded(math.exp(curve.vertex())), curve.at(curve.vertex()), at_edge=False)
 
 
 def first_grid(base: float, factors: Sequence[float]) -> list[float]:

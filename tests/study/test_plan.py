@@ -40,7 +40,7 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
     first = (Path(run_study.ROOT) / "configs" / "study" / f"{name}.yaml").read_text().splitlines()[0]
     assert first.startswith(f"# python scripts/run_study.py study={name}")
     assert len(shipped.arms) >= 4
-    assert {a for pair in shipped.pairs for a in pair} <= shipped.arms.keys()
+    assert {a for pair in shipped.config.contrasts for a in pair} <= shipped.arms.keys()
     assert len({setup_hash(arm.config) for arm in shipped.arms.values()}) == len(shipped.arms), "two arms are one"
 
 

@@ -44,9 +44,7 @@ def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Plan
 
 def run(place: Workplace, plan: Plan, specs: list) -> list:  # type: ignore[type-arg]
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
-    return run_all(
-        plan, specs, places=[ONE_THREAD, ONE_THREAD], train_overrides=[], evaluate_overrides=machine, title="runs"
-    )
+    return run_all(plan, specs, places=[ONE_THREAD, ONE_THREAD], evaluate_overrides=machine, title="runs")
 
 
 def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_repeated(
