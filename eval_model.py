@@ -85,7 +85,8 @@ def print_table(record: dict[str, Any], result: SplitResult) -> None:
                      f"{record['cache_bytes_at_context']:,} at {record['cache_context']:,} tokens, measured"),
         *(through_rows(record) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
-        *((f"loss at {low}-{high}", f"{loss:.4f}") for low, high, loss in result.loss_by_position),
+        *((f"loss at {low}-{high}", f"{loss:.4f} nats per token, with so many tokens of context")
+          for low, high, loss in result.loss_by_position),
         *extras_rows(record["extras"]),
     ]  # fmt: skip
     for name, value in rows:

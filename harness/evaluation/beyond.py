@@ -82,8 +82,8 @@ def beyond_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     reference = next(entry for entry in figures["bins"] if entry["high"] == figures["training_length"])
     return [
         (f"loss at {entry['low']}-{entry['high']}",
-         f"{entry['loss']:.4f}, {entry['ratio']:.3f} of what it is at {reference['low']}-{reference['high']} on the same "
-         f"{figures['targets']:,} tokens")
+         f"{entry['loss']:.4f} nats per token, {entry['ratio']:.3f} of what it is at "
+         f"{reference['low']}-{reference['high']} on the same {figures['targets']:,} tokens")
         for entry in figures["bins"] if entry["low"] > figures["training_length"]
     ]  # fmt: skip
 

@@ -8,6 +8,7 @@ be there, so that what fits here fits everywhere.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 INK, QUIET, RULE, GRID = "#1a1a1a", "#595959", "#8c8c8c", "#e6e6e6"
 LETTERS = 11.5  # of axes and labels
 LINE = 14.0  # from one line of words to the next
+MOST_ASIDE = 36.0  # from the first to the last of points that share a place
 
 # Okabe and Ito's palette without its yellow, which vanishes on white. Shapes and dashes tell apart what shares a colour,
 # and everything in grayscale.
@@ -437,7 +439,12 @@ def _side_by_side(plot: Plot, x_axis: _Axis, y_axis: _Axis) -> dict[str, float]:
             clusters.remove(cluster)
             arms, above, below = cluster[0] + arms, min(above, cluster[2]), max(below, cluster[3])
         clusters.append((arms, x, above, below))
-    return {arm: 12 * (i - (len(arms) - 1) / 2) for arms, *_ in clusters for i, arm in enumerate(arms)}
+    shifts: dict[str, float] = {}
+    for arms, *_ in clusters:
+        # However many they are, they stay nearer to their own place than to the next.
+        step = min(12.0, MOST_ASIDE / max(1, len(arms) - 1))
+        shifts |= {arm: step * (i - (len(arms) - 1) / 2) for i, arm in enumerate(arms)}
+    return shifts
 
 
 def _draw_rules(drawing: Drawing, plot: Plot, x_axis: _Axis, y_axis: _Axis, left: float, right: float, top: float,
@@ -452,11 +459,16 @@ def _draw_rules(drawing: Drawing, plot: Plot, x_axis: _Axis, y_axis: _Axis, left
         y = y_axis(plot.level[0])
         drawing.add(Line([(left, y), (right, y)], INK, 1.2))
     if plot.front:
-        points: list[Point] = []
-        for x, y in plot.front:
-            points += [(x_axis(x), points[-1][1])] if points else []
-            points.append((x_axis(x), y_axis(y)))
-        drawing.add(Line([*points, (right, points[-1][1])], "#bdbdbd", 1.6))
+        drawing.add(Line(_front_path(plot, x_axis, y_axis, right), "#bdbdbd", 1.6))
+
+
+def _front_path(plot: Plot, x_axis: _Axis, y_axis: _Axis, right: float) -> list[Point]:
+    """The corners of the staircase, out to the right; nothing where there is none."""
+    points: list[Point] = []
+    for x, y in plot.front:
+        points += [(x_axis(x), points[-1][1])] if points else []
+        points.append((x_axis(x), y_axis(y)))
+    return [*points, (right, points[-1][1])] if points else []
 
 
 def _draw_series(drawing: Drawing, series: Series, plot: Plot, x_axis: _Axis, y_axis: _Axis, shift: float,
@@ -575,8 +587,9 @@ def _label_points(drawing: Drawing, plot: Plot, x_axis: _Axis, y_axis: _Axis, na
         (x, y), mark = places[series.arm], series.marks[0]
         low, high = (y_axis(end if end is not None else mark.y) for end in (mark.low, mark.high))
         taken += [(x - 6, y - 6, x + 6, y + 6), (x - 3, high - 2, x + 3, low + 2)]
-    limits: Box = (0.0, inside[1] - 4, drawing.width, inside[3])
-    leaders: list[tuple[Point, Point]] = []
+    limits: Box = (inside[0], inside[1] - 4, drawing.width, inside[3])
+    # What a name had better not be struck through by: the front, and the lines to names that stand away.
+    leaders = list(itertools.pairwise(_front_path(plot, x_axis, y_axis, inside[2])))
     for series in plot.series:
         x, y = places[series.arm]
         best = min(

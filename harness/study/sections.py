@@ -250,10 +250,12 @@ def _decode(findings: Findings) -> Section | None:
         for row in findings.decode:
             arm = findings.arm(row["arm"])
             if (row["context"], row["batch"]) == (context, batch) and arm.mean is not None:
-                hover = f"{arm.name}: {_ms(row['milliseconds'])} ms a token ({row['path']}), {_mean(arm.mean)} {findings.unit}"
+                hover = f"{arm.name}: {_ms(row['milliseconds'])} ms a step ({row['path']}), {_mean(arm.mean)} {findings.unit}"
                 mark = Mark(row["milliseconds"], arm.mean.mean, arm.mean.low, arm.mean.high, hover)
                 series.append(Series(arm.name, found[arm.name], [mark], hollow=arm.info.reference))
-        plot = Plot("ms per token (log scale)", f"test {findings.unit}, lower is better", series, x_log=True)
+        plot = Plot(
+            "ms per step, a token in each row (log scale)", f"test {findings.unit}, lower is better", series, x_log=True
+        )
         panels.append((f"batch {batch:,}, context {context:,}", plot))
     places = sorted({(row["context"], row["batch"]) for row in findings.decode}, key=lambda place: place[::-1])
     columns = ["arm", *(f"context {context:,}, batch {batch:,}" for context, batch in places), "path", "device"]
@@ -269,7 +271,8 @@ def _decode(findings: Findings) -> Section | None:
         f"One step of decoding with a filled cache, at the longest context that was timed. {SIDE_BY_SIDE}", panels,
     )  # fmt: skip
     note = (
-        "Milliseconds a token, with quartiles. They hold for this machine and this implementation; of several paths of one arm "
+        "Milliseconds a step, which is a token in each row of the batch, with quartiles. They hold for this machine and this "
+        "implementation; of several paths of one arm "
         "the fastest is shown."
     )
     table = Table("Decode times", columns, lines, note, frozenset({0, len(columns) - 2, len(columns) - 1}))

@@ -134,4 +134,4 @@ def test_a_person_reads_one_row_for_each_octave_beyond_training() -> None:
     assert figures is not None
     rows = beyond_rows(figures)
     assert [name for name, _ in rows] == ["loss at 9-16", "loss at 17-32"]
-    assert rows[0][1].startswith("12.5000, 1.923 of what it is at 5-8 on the same ")
+    assert rows[0][1].startswith("12.5000 nats per token, 1.923 of what it is at 5-8 on the same ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -16,7 +17,21 @@ import pytest
 
 from harness.config import ROOT
 from harness.errors import UserError
-from harness.study.drawing import Drawing, Words, draw, short, spread, styles, text_width
+from harness.study.drawing import (
+    Circle,
+    Drawing,
+    Line,
+    Mark,
+    Plot,
+    Series,
+    Style,
+    Words,
+    draw,
+    short,
+    spread,
+    styles,
+    text_width,
+)
 from harness.study.findings import Findings, find
 from harness.study.page import NARROW, WIDE
 from harness.study.report import write_report
@@ -424,14 +439,45 @@ def test_no_words_of_a_figure_cover_one_another_or_leave_it(study: str, tmp_path
                 assert covered(drawing) == [], (figure.name, heading, width)
 
 
-def covered(drawing: Drawing) -> list[tuple[str, ...]]:
-    """Pairs of words that overlap, and single ones that are not inside."""
-    words = [shape for group in drawing.groups for shape in group.shapes if isinstance(shape, Words)]
-    boxes = []
-    for word in words:
+def test_the_front_strikes_through_no_name_and_points_of_one_size_stay_near_their_place() -> None:
+    arms = [f"arm_{i}" for i in range(9)]
+    points = [(512.0, 1.72), *((896.0, 1.719 - 0.001 * i) for i in range(8))]
+    series = [
+        Series(arm, Style("#0072B2"), [Mark(x, y, y - 0.004, y + 0.004)])
+        for arm, (x, y) in zip(arms, points, strict=True)
+    ]
+    plot = Plot("bytes", "bits", series, x_log=True, x_ticks=[512, 896], front=[points[0], points[-1]])
+    drawing = draw(plot, WIDE[1])
+    (front,) = (
+        shape for group in drawing.groups for shape in group.shapes if isinstance(shape, Line) and shape.width == 1.6
+    )
+    named = [(word, box) for word, box in boxes_of(drawing) if word.text in arms]
+    assert len(named) == 9
+    for word, (left, top, right, bottom) in named:
+        for (x0, y0), (x1, y1) in itertools.pairwise(front.points):
+            apart = max(x0, x1) < left or min(x0, x1) > right or max(y0, y1) < top or min(y0, y1) > bottom
+            assert apart, f"the front runs through {word.text}"
+    shared = [shape.x for group in drawing.groups for shape in group.shapes if isinstance(shape, Circle)][1:]
+    assert 0 < max(shared) - min(shared) <= 36.001
+    assert len({round(x, 2) for x in shared}) == 8
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def boxes_of(drawing: Drawing) -> list[tuple[Words, Box]]:
+    """All words and what they cover."""
+    found = []
+    for word in (shape for group in drawing.groups for shape in group.shapes if isinstance(shape, Words)):
         wide = 0.95 * text_width(word.text, word.size)
         left = word.x - {"start": 0.0, "middle": wide / 2, "end": wide}[word.anchor]
-        boxes.append((left, word.y - 0.45 * word.size, left + wide, word.y + 0.45 * word.size))
+        found.append((word, (left, word.y - 0.45 * word.size, left + wide, word.y + 0.45 * word.size)))
+    return found
+
+
+def covered(drawing: Drawing) -> list[tuple[str, ...]]:
+    """Pairs of words that overlap, and single ones that are not inside."""
+    words, boxes = zip(*boxes_of(drawing), strict=True)
     faults: list[tuple[str, ...]] = [
         (word.text,) for word, (left, top, right, bottom) in zip(words, boxes, strict=True)
         if left < -1 or right > drawing.width + 1 or top < -1 or bottom > drawing.height + 1
