@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
 def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overrides: Sequence[str]) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.session import load_data
-    from harness.study.plan import write_record
+    from harness.study.plan import record_alone, write_record
     from harness.study.publish import report_study
     from harness.study.results import load_results
     from harness.study.runner import Failure, run_all, slots, visible_gpus
@@ -124,21 +124,22 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     specs = plan.main_runs(rates, [arm for arm in arms if arm in rates])
 
     def keep() -> None:
-        before = _earlier(plan)
-        chosen = before["chosen_lr"] | rates
-        others = _specs_of(plan, before["runs"], without=arms)
-        # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
-        named = {spec.name for spec in specs}
-        others += [spec for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
-                   if spec.name not in named and math.isclose(spec.lr, float(f"{rates[spec.arm]:.3g}"))
-                   and finished(plan.folder / spec.name)]  # fmt: skip
-        if tune == "none":
-            chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
-        write_record(
-            plan, chosen_lr=chosen, specs=[*specs, *others],
-            sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
-            failures=[dataclasses.asdict(failure) for failure in failures],
-        )  # fmt: skip
+        with record_alone(plan):
+            before = _earlier(plan)
+            chosen = before["chosen_lr"] | rates
+            others = _specs_of(plan, before["runs"], without=arms)
+            # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
+            named = {spec.name for spec in specs}
+            others += [spec for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
+                       if spec.name not in named and math.isclose(spec.lr, float(f"{rates[spec.arm]:.3g}"))
+                       and finished(plan.folder / spec.name)]  # fmt: skip
+            if tune == "none":
+                chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
+            write_record(
+                plan, chosen_lr=chosen, specs=[*specs, *others],
+                sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
+                failures=[dataclasses.asdict(failure) for failure in failures],
+            )  # fmt: skip
 
     keep()
     failures += train(specs, "runs")

@@ -7,10 +7,12 @@ its name says all that tells it from the others of its study.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,15 @@ def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpe
         "sweep": [dataclasses.asdict(spec) | {"name": spec.name} for spec in sweep],
         "failures": [dict(failure) for failure in failures],
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def record_alone(plan: Plan) -> Iterator[None]:
+    """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with (plan.folder / ".record.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_record(plan: Plan, **content: Any) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 
 from harness.config import load_train_config, options_of, setup_hash
 from harness.errors import UserError
-from harness.study.plan import Plan, StudyConfig, build_plan, check_same_study, load_study, merged, write_record
+from harness.study.plan import (
+    Plan,
+    StudyConfig,
+    build_plan,
+    check_same_study,
+    load_study,
+    merged,
+    record_alone,
+    write_record,
+)
 from scripts import run_study
 
 GOOD = """
@@ -102,6 +112,21 @@ def test_a_folder_takes_more_seeds_and_arms_but_no_other_setup(tmp_path: Path) -
         check_same_study(plan(tmp_path, GOOD.replace("attention=mla]", "attention=mla_plain]")))
     with pytest.raises(UserError, match="the base differs"):
         check_same_study(plan(tmp_path, GOOD.replace("model=tiny", "model=mini")))
+
+
+def test_two_commands_that_end_at_once_rewrite_the_record_one_after_the_other(tmp_path: Path) -> None:
+    planned, entered = plan(tmp_path), threading.Event()
+
+    def other() -> None:
+        with record_alone(planned):
+            entered.set()
+
+    thread = threading.Thread(target=other)
+    with record_alone(planned):
+        thread.start()
+        assert not entered.wait(0.3)
+    assert entered.wait(10)
+    thread.join()
 
 
 def test_of_two_overrides_of_one_field_the_last_holds() -> None:
