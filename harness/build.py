@@ -13,17 +13,22 @@ from harness.schema import TrainConfig
 from modeling.attention import MODEL_OWNED, build_attentions
 from modeling.gpt import GPT
 
-_NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr")
+_NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr", "vocab_size")
 
 
 def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
     """The GPT of a configuration, on torch's default device, initialised from torch's global generator.
 
-    `changes` replace constructor arguments (a longer max_seq_len, for instance). Raises UserError for sizes that do not
-    fit together.
+    vocab_size: the tokenizer's, where the configuration has no larger one of its own. `changes` replace constructor
+    arguments (a longer max_seq_len, for instance). Raises UserError for sizes that do not fit together.
     """
+    own = config.model.vocab_size
+    if own is not None and own < vocab_size:
+        raise UserError(
+            f"model.vocab_size={own} is smaller than the tokenizer's {vocab_size}: leave it out, or raise it"
+        )
     arguments = {k: v for k, v in dataclasses.asdict(config.model).items() if k not in _NOT_SHAPE}
-    arguments |= {"vocab_size": vocab_size, "mechanism": config.attention["mechanism"],
+    arguments |= {"vocab_size": vocab_size if own is None else own, "mechanism": config.attention["mechanism"],
                   "attention": attention_options(config.attention)}  # fmt: skip
     try:
         return GPT(**(arguments | changes))

@@ -83,7 +83,7 @@ class Setup:
     cache_bytes_at_context: int | None
     cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
     cache_ratio_to_mha: float | None  # MHA of this model's heads and layers; None: the record is older
-    tokens_per_second: float
+    tokens_per_second: float | None  # None: imported or converted, not trained
     setup_hash: str
     runs: list[str]
 
@@ -129,7 +129,7 @@ class Table:
                 which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
                 row[at_context] = allocated + which
             row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
-            row["tokens/s"] = f"{setup.tokens_per_second:,.0f}"
+            row["tokens/s"] = "" if setup.tokens_per_second is None else f"{setup.tokens_per_second:,.0f}"
             rows.append(row)
         return [list(rows[0]), *(list(row.values()) for row in rows)]
 
@@ -362,11 +362,16 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
                 cache_bytes_per_token=first["cache_bytes_per_token"], cache_context=first["cache_context"],
                 cache_bytes_at_context=first["cache_bytes_at_context"], cache_bytes_per_context_token=per_token,
                 cache_ratio_to_mha=ratio,
-                tokens_per_second=statistics.fmean(record["tokens_per_second"] for record in group),
+                tokens_per_second=_mean_speed(group),
                 setup_hash=first["setup_hash"], runs=[record["name"] for record in group],
             )
         )  # fmt: skip
     return sorted(setups, key=lambda setup: setup.bits_per_byte)
+
+
+def _mean_speed(records: Sequence[Mapping[str, Any]]) -> float | None:
+    speeds = [record["tokens_per_second"] for record in records]
+    return None if None in speeds else statistics.fmean(speeds)
 
 
 def _bytes_per_context_token(record: Mapping[str, Any]) -> float:

@@ -179,21 +179,35 @@ def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path:
     return {key: typed(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
 
 
+def _variant_schema(mechanism: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(types, defaults) of a class's own options. Defaults stand in for options that older runs and YAMLs do not name."""
+    from modeling.attention import MECHANISMS, MODEL_OWNED
+
+    constructor = MECHANISMS[mechanism].__init__
+    types_of = typing.get_type_hints(constructor)
+    parameters = {
+        name: parameter for name, parameter in inspect.signature(constructor).parameters.items()
+        if name != "self" and name not in MODEL_OWNED
+    }  # fmt: skip
+    hints = {name: types_of[name] for name in parameters}
+    return hints, {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
 def typed_attention(attention: Any) -> dict[str, Any]:
     """A variant's options checked against the constructor of its class: the class is the schema."""
-    from modeling.attention import EXECUTION, MECHANISMS, MODEL_OWNED
+    from modeling.attention import EXECUTION, MECHANISMS
     from modeling.kernels.attend import BACKENDS
     from modeling.kernels.latent_decode import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
     if mechanism not in MECHANISMS:
         raise UserError(f"attention.mechanism={mechanism} is unknown; {did_you_mean(str(mechanism), list(MECHANISMS))}")
-    constructor = MECHANISMS[mechanism].__init__
-    hints: dict[str, Any] = {"name": str, "mechanism": str}
-    for name in inspect.signature(constructor).parameters:
-        if name != "self" and name not in MODEL_OWNED:
-            hints[name] = typing.get_type_hints(constructor)[name]
-    options = EXECUTION | typed_fields(hints | dict.fromkeys(EXECUTION, str), set(hints), attention, "attention")
+    hints, defaults = _variant_schema(mechanism)
+    hints |= {"name": str, "mechanism": str}
+    required = set(hints) - set(defaults)
+    options = (
+        defaults | EXECUTION | typed_fields(hints | dict.fromkeys(EXECUTION, str), required, attention, "attention")
+    )
     for field, choices in (("backend", BACKENDS), ("kernel", KERNELS)):
         if options[field] not in choices:
             raise UserError(f"attention.{field}={options[field]} is unknown; {did_you_mean(options[field], choices)}")
@@ -377,6 +391,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
                 composed = hydra_compose(config_name, [*groups, _BYTES])
             known: Any = OmegaConf.to_container(composed, resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
+            if mechanism := (known.get("attention") or {}).get("mechanism"):
+                optional |= {f"attention.{name}" for name in _variant_schema(mechanism)[1]}
             for override in parsed:
                 key = override.key_or_group
                 if key in defaults:

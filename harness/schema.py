@@ -34,6 +34,7 @@ class ModelConfig:
     default_tokens: int
     default_batch_size: int
     default_lr: float
+    vocab_size: int | None = None  # of a checkpoint with more rows than its tokenizer has tokens; None: the tokenizer's
 
 
 @dataclass

@@ -266,7 +266,8 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
 
 def estimated(plan: Plan, specs: Sequence[RunSpec]) -> tuple[float, str]:
     """Seconds of training one after the other, by the speed of the study's finished runs, else by a product timed now."""
-    speeds = [read_json(path)["tokens_per_second"] for path in plan.folder.glob("*/summary.json")]
+    summaries = map(read_json, plan.folder.glob("*/summary.json"))
+    speeds = [speed for summary in summaries if (speed := summary["tokens_per_second"]) is not None]  # None: converted
     if speeds:
         return sum(spec.tokens for spec in specs) / statistics.median(speeds), "by the speed of finished runs"
     import torch

@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,53 @@ def save_checkpoint(
     state is JSON-able and holds the step. Raises UserError when the disk is too full; older checkpoints stay intact.
     """
     assert keep >= 1
-    final = folder / f"step-{state['step']:08d}"
-    partial, replaced = folder / f".partial-{final.name}", folder / f".partial-replaced-{final.name}"
     tensors = {MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial-*"):  # a save that was killed
-        shutil.rmtree(leftover)
-    _check_room(folder, sum(tensor.nbytes for part in tensors.values() for tensor in part.values()))
 
-    partial.mkdir()
-    try:
+    def write(partial: Path) -> None:
         for name, part in tensors.items():
             contiguous = {key: tensor.detach().contiguous() for key, tensor in part.items()}
             safetensors.torch.save_file(contiguous, partial / name)
-        content = {"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()}
+
+    content = {"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()}
+    size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
+    final = _save(folder, content, write, size)
+
+    # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
+    older = [path for path in _checkpoints(folder) if path.name <= final.name]
+    for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
+        removed = folder / f".partial-removed-{path.name}"
+        os.replace(path, removed)
+        shutil.rmtree(removed)
+    return final
+
+
+def save_weights(
+    folder: Path, *, write_model: Callable[[Path], None], model_bytes: int, state: Mapping[str, Any]
+) -> Path:
+    """Write folder/step-<state["step"]> with weights alone: nothing trains on from it, everything else reads it.
+
+    write_model is handed the path of the safetensors file that it writes. Raises as save_checkpoint does.
+    """
+
+    def write(partial: Path) -> None:
+        write_model(partial / MODEL)
+        safetensors.torch.save_file({}, partial / OPTIMIZER)
+
+    return _save(folder, {"caller": dict(state), "optimizer": None, "generators": None}, write, model_bytes)
+
+
+def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None], size: int) -> Path:
+    """The folder of content["caller"]["step"], whole or not at all. write: the files of tensors, of `size` bytes."""
+    final = folder / f"step-{content['caller']['step']:08d}"
+    partial, replaced = folder / f".partial-{final.name}", folder / f".partial-replaced-{final.name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial-*"):  # a save that was killed
+        shutil.rmtree(leftover)
+    _check_room(folder, size)
+
+    partial.mkdir()
+    try:
+        write(partial)
         (partial / STATE).write_text(json.dumps(content, allow_nan=False))
         manifest = {name: _describe(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
@@ -69,13 +102,6 @@ def save_checkpoint(
             shutil.rmtree(partial)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-    # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
-    older = [path for path in _checkpoints(folder) if path.name <= final.name]
-    for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
-        removed = folder / f".partial-removed-{path.name}"
-        os.replace(path, removed)
-        shutil.rmtree(removed)
     return final
 
 
@@ -122,6 +148,10 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
     if damage is not None:
         raise UserError(f"checkpoint {path} is damaged ({damage}): use another one")
     content = json.loads((path / STATE).read_bytes())
+    if optimizer is not None and content["optimizer"] is None:
+        raise UserError(
+            f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=..."
+        )
     if optimizer is not None and content["optimizer"] != optimizer.settings():
         raise UserError(
             f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
@@ -136,9 +166,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
 
-    with torch.no_grad():
-        for name, tensor in target.items():
-            tensor.copy_(saved[name])
+    model.load_state_dict(saved, strict=False)  # tied tensors are saved under one of their names
     if optimizer is not None:
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
         _restore_generators(content["generators"])

@@ -17,6 +17,8 @@ V value width, P width of the shared rotated part.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,8 @@ class GroupedQueryAttention(nn.Module):
 
     head_dim is the width K of queries and per-head keys, v_head_dim that of values; qk_norm applies an RMSNorm over
     each head's K dimensions to queries and keys before rotation (Henry et al. 2020, arXiv 2010.04245; as in Qwen3).
+    projection_bias: which projections have biases: as the model's other matrices (`model`), besides on queries, keys and
+    values (`qkv`, as in Qwen2) or on all four (`all`). rope_scaling: modeling/attention/rope.py, scaled_frequencies.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -52,6 +56,8 @@ class GroupedQueryAttention(nn.Module):
         rope_theta: float,
         qk_norm: bool,
         dropout: float,
+        projection_bias: str = "model",
+        rope_scaling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if n_kv_heads < 1 or n_heads % n_kv_heads:
@@ -61,6 +67,12 @@ class GroupedQueryAttention(nn.Module):
             )
         if positions not in ("rope", "learned", "none", "decoupled"):
             raise ValueError(f"positions={positions} is unknown here; choose rope, learned, none or decoupled")
+        if projection_bias not in ("model", "qkv", "all"):
+            raise ValueError(f"projection_bias={projection_bias} is unknown here; choose model, qkv or all")
+        if rope_scaling is not None and positions not in ("rope", "decoupled"):
+            raise ValueError(
+                f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out"
+            )
         if head_dim < 1 or v_head_dim < 1:
             raise ValueError(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
         if (positions == "decoupled") != (qk_rope_head_dim > 0) or qk_rope_head_dim < 0:
@@ -75,16 +87,19 @@ class GroupedQueryAttention(nn.Module):
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
 
-        self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=bias)
-        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, n_kv_heads * v_head_dim, bias=bias)
-        self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=bias)
-        self.k_rope_proj = nn.Linear(d_model, qk_rope_head_dim, bias=bias) if qk_rope_head_dim else None
+        on_inputs, on_output = bias or projection_bias != "model", bias or projection_bias == "all"
+        self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=on_inputs)
+        self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=on_inputs)
+        self.v_proj = nn.Linear(d_model, n_kv_heads * v_head_dim, bias=on_inputs)
+        self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=on_output)
+        self.k_rope_proj = nn.Linear(d_model, qk_rope_head_dim, bias=on_inputs) if qk_rope_head_dim else None
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         rotated_width = {"rope": head_dim, "decoupled": qk_rope_head_dim}.get(positions, 0)
         self.rope = (
-            RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta) if rotated_width else None
+            RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling)
+            if rotated_width
+            else None
         )
 
     @property

@@ -29,11 +29,13 @@ width, V value width, N un-rotated part, P rotated part, L kv_lora_rank, R q_lor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, place_without_cache
-from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode
 
@@ -56,7 +58,9 @@ class MultiheadLatentAttention(nn.Module):
         k_rope_proj (fewer parameters; the same cache, for each layer compresses its own input). `latent`: the latent and
         rotated key of the group's first layer, which the others read (a cache divided by sharing_layers).
     bias: on the learned projections that read x and on o_proj, none on the up-projections (DeepSeek's attention_bias, which
-        leaves out a q_proj that reads x).
+        leaves out a q_proj that reads x). projection_bias: `model` (where the model's other matrices have them) or `all`.
+    rope_scaling: modeling/attention/rope.py, scaled_frequencies. rope_frequencies: `computed` from rope_theta, or `stored`
+        with the weights (converted layers, modeling/conversion/).
     Raises ValueError for sizes and choices that do not fit together.
     """
 
@@ -86,6 +90,9 @@ class MultiheadLatentAttention(nn.Module):
         sharing: str,
         sharing_layers: int,
         dropout: float,
+        projection_bias: str = "model",
+        rope_scaling: dict[str, Any] | None = None,
+        rope_frequencies: str = "computed",
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -95,6 +102,13 @@ class MultiheadLatentAttention(nn.Module):
         _check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
         _check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
         _check_choice("sharing", sharing, ("none", "weights", "latent"))
+        _check_choice("projection_bias", projection_bias, ("model", "all"))
+        _check_choice("rope_frequencies", rope_frequencies, ("computed", "stored"))
+        if rope_scaling is not None and (rope_frequencies == "stored" or positions in ("learned", "none")):
+            raise ValueError(
+                f"rope_scaling changes computed frequencies, which rope_frequencies={rope_frequencies} with "
+                f"positions={positions} does not have: leave it out"
+            )
         if (sharing_layers < 2) if sharing != "none" else (sharing_layers != 1):
             raise ValueError(
                 f"sharing={sharing} does not go with sharing_layers={sharing_layers}: groups of layers have at least 2, "
@@ -148,12 +162,14 @@ class MultiheadLatentAttention(nn.Module):
         self.positions, self.causal, self.dropout = positions, causal, dropout
         self.backend, self.decode, self.kernel = "auto", "auto", "torch"
         self.latent, self.sharing, self.follows = latent, sharing, False
-        self.scale = self.qk_width**-0.5  # of the heads as they are compared, never of the latent
+        # Of the heads as they are compared, never of the latent.
+        self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.latent_widths = (share, share) if kv_latent == "split" else (L,)
         self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
 
+        bias = bias or projection_bias == "all"
         # Widths that are projected straight from x, in this order in the fused matrix.
         self.down_widths = (R if R is not None else n_heads * self.qk_width, L, P)
         if fused_down_projections:
@@ -186,9 +202,13 @@ class MultiheadLatentAttention(nn.Module):
         self.v_up_norm = _norm(up_norm, V, norm_eps)
 
         rotated_width = {"decoupled": P, "rope_after_up": N}.get(positions, 0)
-        self.rope = (
-            RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta) if rotated_width else None
-        )
+        self.rope: RotaryEmbedding | None = None
+        if rotated_width and rope_frequencies == "stored":
+            self.rope = StoredRotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta)
+        elif rotated_width:
+            self.rope = RotaryEmbedding(
+                width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling
+            )
 
     def follow(self, leader: MultiheadLatentAttention) -> None:
         """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do."""

@@ -6,10 +6,104 @@ P rotated width, F = P/2 frequencies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# The fields of each kind of scaling, in Hugging Face's words, and those that may be left out.
+_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}  # fmt: skip
+
+
+def rope_frequencies(width: int, theta: float) -> Tensor:
+    """theta^(-2i/width) for i < width/2, float64 on the CPU."""
+    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width)
+
+
+def scaled_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
+    """(frequencies, factor of cosine and sine) of a rotation that was stretched to longer contexts.
+
+    scaling names its rope_type and that type's fields, as in Hugging Face's rope_parameters: `linear` (arXiv 2306.15595),
+    `yarn` (arXiv 2309.00071, section 3; mscale and mscale_all_dim as in DeepSeek-V2) or `llama3` (Llama 3.1). None: as trained.
+    Raises ValueError for another type, or fields that it lacks or does not have.
+    """
+    frequencies_F = rope_frequencies(width, theta)
+    if scaling is None:
+        return frequencies_F, 1.0
+    _check_scaling(scaling)
+    kind, stretched_F = scaling["rope_type"], frequencies_F / scaling["factor"]
+    if kind == "linear":
+        return stretched_F, 1.0
+    trained = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns_F = trained * frequencies_F / (2 * math.pi)  # within the context trained on
+        keep_F = ((turns_F - low) / (high - low)).clamp(0.0, 1.0)
+        return keep_F * frequencies_F + (1 - keep_F) * stretched_F, 1.0
+    # Pairs that turn beta_fast times within the trained context stay, those below beta_slow turns are stretched.
+    bounds = [
+        width * math.log(trained / (2 * math.pi * (scaling.get(field) or usual))) / (2 * math.log(theta))
+        for field, usual in (("beta_fast", 32), ("beta_slow", 1))
+    ]
+    if scaling.get("truncate", True):
+        bounds = [math.floor(bounds[0]), math.ceil(bounds[1])]
+    first, last = max(bounds[0], 0), min(bounds[1], width - 1)
+    last = last if last != first else first + 0.001
+    stretch_F = ((torch.arange(width // 2, dtype=torch.float64, device="cpu") - first) / (last - first)).clamp(0.0, 1.0)
+    return (1 - stretch_F) * frequencies_F + stretch_F * stretched_F, _yarn_factor(scaling)
+
+
+def logit_factor(scaling: Mapping[str, Any] | None) -> float:
+    """What DeepSeek multiplies MLA's 1/sqrt(N + P) by: the square of YaRN's 0.1 mscale_all_dim ln(factor) + 1, else 1."""
+    if scaling is None or not scaling.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+
+def _mscale(factor: float, weight: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _yarn_factor(scaling: Mapping[str, Any]) -> float:
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    factor, weight, all_dims = scaling["factor"], scaling.get("mscale"), scaling.get("mscale_all_dim")
+    return _mscale(factor, weight) / _mscale(factor, all_dims) if weight and all_dims else _mscale(factor)
+
+
+def _check_scaling(scaling: Mapping[str, Any]) -> None:
+    kind = scaling.get("rope_type")
+    if kind not in _SCALINGS:
+        raise ValueError(
+            f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling"
+        )
+    needed, optional = _SCALINGS[kind]
+    given = set(scaling) - {"rope_type"}
+    lacking, odd = sorted(set(needed) - given), sorted(given - {*needed, *optional})
+    if lacking or odd:
+        problem = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(odd)}, which it does not know"
+        raise ValueError(
+            f"rope_scaling of rope_type={kind} {problem}; its fields are {', '.join((*needed, *optional))}"
+        )
+    for field in sorted(given - {"truncate"}):
+        value = scaling[field]
+        absent = field in optional and value in (None, 0)
+        if not absent and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
+            raise ValueError(f"rope_scaling.{field}={value} must be a number above 0")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        raise ValueError(
+            f"rope_scaling.high_freq_factor={scaling['high_freq_factor']} must be above "
+            f"low_freq_factor={scaling['low_freq_factor']}"
+        )
 
 
 class RotaryEmbedding(nn.Module):
@@ -21,7 +115,7 @@ class RotaryEmbedding(nn.Module):
     cos_SF: Tensor
     sin_SF: Tensor
 
-    def __init__(self, *, width: int, max_seq_len: int, theta: float) -> None:
+    def __init__(self, *, width: int, max_seq_len: int, theta: float, scaling: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if width <= 0 or width % 2:
             raise ValueError(
@@ -30,17 +124,22 @@ class RotaryEmbedding(nn.Module):
         if theta <= 0:
             raise ValueError(f"rope_theta={theta} must be positive; 10000 is usual")
         self.width, self.max_seq_len, self.theta = width, max_seq_len, theta
+        self.frequencies_F, self.factor = scaled_frequencies(width, theta, scaling)
         self._build(torch.get_default_device(), torch.float32)
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> None:
-        frequency_F = self.theta ** (-torch.arange(0, self.width, 2, dtype=torch.float64, device=device) / self.width)
-        angle_SF = torch.arange(self.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequency_F
-        self.register_buffer("cos_SF", angle_SF.cos().to(dtype), persistent=False)
-        self.register_buffer("sin_SF", angle_SF.sin().to(dtype), persistent=False)
+        frequencies_F = self.frequencies_F.to(device)
+        angle_SF = torch.arange(self.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequencies_F
+        self.register_buffer("cos_SF", (self.factor * angle_SF.cos()).to(dtype), persistent=False)
+        self.register_buffer("sin_SF", (self.factor * angle_SF.sin()).to(dtype), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # module.to(bfloat16) would round the tables (position 257 becomes 256): move them, but rebuild their values.
         super()._apply(fn, recurse)
+        self._rebuild()
+        return self
+
+    def _rebuild(self) -> None:
         device = self.cos_SF.device
         dtype = torch.float64 if self.cos_SF.dtype == torch.float64 else torch.float32
         if device.type == "mps":  # no float64 there
@@ -48,7 +147,6 @@ class RotaryEmbedding(nn.Module):
             self.cos_SF, self.sin_SF = self.cos_SF.to(device), self.sin_SF.to(device)
         else:
             self._build(device, dtype)
-        return self
 
     def tables(self, start: int, length: int, positions_BT: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos, sin of shape (1 or B, T, 1, F): of positions_BT where given, else of start..start+length-1."""
@@ -61,6 +159,26 @@ class RotaryEmbedding(nn.Module):
             )
         rows = slice(start, start + length)
         return self.cos_SF[rows][None, :, None], self.sin_SF[rows][None, :, None]
+
+
+class StoredRotaryEmbedding(RotaryEmbedding):
+    """Frequencies of any kind, in any order, kept with the weights: those of a converted layer differ from layer to layer.
+
+    They are the module's extra state, so that no cast to another dtype rounds them: float64, shape (P/2,). Until a state is
+    loaded they are theta^(-2i/P).
+    """
+
+    def get_extra_state(self) -> Tensor:
+        return self.frequencies_F
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.shape != self.frequencies_F.shape:
+            raise ValueError(
+                f"{tuple(state.shape)} frequencies were stored for a rotated width of {self.width}: the weights are of "
+                f"another model"
+            )
+        self.frequencies_F = state.detach().to("cpu", torch.float64).clone()
+        self._rebuild()
 
 
 def rotate(x_BTHP: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -164,7 +164,7 @@ REFUSED = {
                                          "did you mean attention.kv_lora_rank?",
     "attention=mla attention.mechanism=gqa": "attention.q_lora_rank is not a field of the configuration; choose from "
         "backend, decode, dropout, head_dim, kernel, mechanism, n_kv_heads, name, positions, "
-        "qk_norm, qk_rope_head_dim, rope_theta, v_head_dim",
+        "projection_bias, qk_norm, qk_rope_head_dim, rope_scaling, rope_theta, v_head_dim",
     "mla": "mla is not of the form key=value; did you mean attention=mla?",
     "=3": "=3 is not of the form key=value; name a field and its value",
     "+new=1": "+new=1: fields are neither added nor deleted; write new=value",
@@ -375,6 +375,8 @@ def test_a_missing_field_is_named() -> None:
 
 # Another value for every field. Fields that are checked against each other change together.
 ANOTHER: dict[str, Any] = {
+    "attention.rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention.projection_bias": "all",
+    "attention.rope_frequencies": "stored",
     "device": "cpu", "precision": "float32", "compile": "off", "cache.dtype": "float32", "model.mlp": "relu2",
     "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
     "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "model.causal": None, "micro_batch_size": 1,

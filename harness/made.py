@@ -1,0 +1,95 @@
+"""A run that no training made: weights from elsewhere (an import, a conversion) in the folder of an ordinary run.
+
+config.yaml  tokenizer.json  checkpoints/step-N/   as train_model.py writes them, the optimizer's state empty
+origin.json                                        where the weights came from and what was done to them
+summary.json                                       once `score` has evaluated the validation split
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.config import save_run_config
+from harness.data import prepare
+from harness.errors import UserError
+from harness.evaluation.evaluate import evaluate_model
+from harness.export import check_target
+from harness.facts import model_facts
+from harness.run import read_json, write_json
+from harness.schema import TrainConfig
+from harness.session import load_trained, run_summary
+from harness.training.checkpoint import save_weights
+from modeling.attention import EXECUTION
+
+ORIGIN_FILE = "origin.json"
+
+
+def make_run(
+    config: TrainConfig,
+    target: Path,
+    *,
+    write_model: Callable[[Path], None],
+    model_bytes: int,
+    tokenizer_file: Path | None,
+    origin: Mapping[str, Any],
+    steps: int,
+) -> None:
+    """Write the run's folder aside and rename it to `target`: it is there whole, or not at all.
+
+    write_model is handed the path of the safetensors file to write, of about model_bytes. tokenizer_file: None for plain
+    bytes. origin is JSON-able; steps: optimizer steps behind the weights, 0 where nobody knows. Raises UserError when
+    `target` exists and is not an empty folder, or cannot be written.
+    """
+    check_target(target)
+    aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        save_run_config(config, aside)
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, aside / "tokenizer.json")
+        save_weights(aside / "checkpoints", write_model=write_model, model_bytes=model_bytes, state={"step": steps})
+        write_json(aside / ORIGIN_FILE, origin)
+        os.replace(aside, target)
+    except OSError as error:
+        raise UserError(f"to={target} cannot be written ({error.strerror}): choose another folder") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def score(run: Path, *, tokens: int, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Evaluate the validation split as training does at its end, and write summary.json, which makes the run finished.
+
+    tokens: trained on before, 0 where nobody knows. Returns the summary. Raises UserError when the data is not to be had.
+    """
+    trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
+    config = trained.config
+    data = prepare(
+        config.dataset,
+        config.tokenizer,
+        Path(config.data_dir),
+        tokenizer_file=trained.tokenizer_file,
+        for_training=False,
+    )
+    if "validation" not in data.splits:
+        raise UserError(
+            f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
+        )
+    evaluation = config.evaluation
+    result = evaluate_model(
+        trained.model, data.splits["validation"], end_of_text=data.end_of_text, decode=trained.tokenizer.decode,
+        stride_fraction=evaluation.stride_fraction, batch_size=evaluation.batch_size, precision=precision, device=device,
+        max_tokens=evaluation.max_tokens,
+    )  # fmt: skip
+    summary = run_summary(
+        config, facts=model_facts(trained.model, config), data=data, result=result, tokens=tokens, steps=trained.step,
+        train_loss=None, tokens_per_second=None, seconds=0.0, kernel=trained.kernel, device=device, precision=precision,
+        compiled=False, wandb_id=None,
+    ) | {"origin": read_json(run / ORIGIN_FILE)}  # fmt: skip
+    write_json(run / "summary.json", summary)
+    return summary
