@@ -6,19 +6,18 @@ pairs (dimension p is paired with p + C), L latent width, B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modeling.attention.gqa import GroupedQueryAttention
-from modeling.attention.rope import rotate
+from modeling.attention.rope import rope_frequencies, rotate
 
 
 @dataclass(frozen=True)
 class GroupedLayer:
-    """GQA whose keys are rotated over all K dimensions with frequencies theta^(-2i/K).
+    """GQA whose keys are rotated over all K dimensions with frequencies_F: theta^(-2i/K), or scaled ones.
 
     Queries, keys and values all have biases or none has.
     """
@@ -28,6 +27,7 @@ class GroupedLayer:
     v_GVD: Tensor
     o_DHV: Tensor
     theta: float
+    frequencies_F: Tensor
     q_bias_HK: Tensor | None = None
     k_bias_GK: Tensor | None = None
     v_bias_GV: Tensor | None = None
@@ -64,13 +64,11 @@ class LatentLayer:
         return self.kv_down_LD.shape[0] + self.k_rope_PD.shape[0]
 
 
-def rope_frequencies(width: int, theta: float) -> Tensor:
-    """theta^(-2i/width) for i < width/2, float64: the table of modeling/attention/rope.py."""
-    return theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-
-
 def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
-    """The weights of a module. Raises ValueError where no stage is exact: QK-norm, keys that are not rotated throughout."""
+    """The weights of a module, YaRN's factor of cosine and sine in its queries.
+
+    Raises ValueError where no stage is exact: QK-norm, keys that are not rotated throughout.
+    """
     if attention.q_norm is not None:
         raise ValueError(
             "qk_norm=true normalises keys after their projection, which no latent that is cached before it can take over: "
@@ -82,14 +80,16 @@ def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
         )
     H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
     q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-    biased = q.bias is not None
+    biased, rope = q.bias is not None, attention.rope
+    factor = rope.factor**2  # both sides of a logit have it
     return GroupedLayer(
-        q_HKD=q.weight.detach().unflatten(0, (H, K)),
+        q_HKD=factor * q.weight.detach().unflatten(0, (H, K)),
         k_GKD=k.weight.detach().unflatten(0, (G, K)),
         v_GVD=v.weight.detach().unflatten(0, (G, V)),
         o_DHV=o.weight.detach().unflatten(1, (H, V)),
-        theta=attention.rope.theta,
-        q_bias_HK=q.bias.detach().view(H, K) if biased else None,
+        theta=rope.theta,
+        frequencies_F=rope.frequencies_F.to(q.weight.device),
+        q_bias_HK=factor * q.bias.detach().view(H, K) if biased else None,
         k_bias_GK=k.bias.detach().view(G, K) if biased else None,
         v_bias_GV=v.bias.detach().view(G, V) if biased else None,
         o_bias_D=None if o.bias is None else o.bias.detach(),
@@ -108,43 +108,63 @@ def grouped_state(layer: GroupedLayer) -> dict[str, Tensor]:
     return state | {f"{name}_proj.bias": bias.flatten() for name, bias in biases.items() if bias is not None}
 
 
-def latent_state(layer: LatentLayer) -> tuple[dict[str, int | str], dict[str, Tensor]]:
-    """(options, state dict) of a MultiheadLatentAttention with positions=decoupled and latent_norm=none.
+def latent_state(
+    layer: LatentLayer, *, norm_gain: float | None = None
+) -> tuple[dict[str, int | str], dict[str, Tensor]]:
+    """(options, state dict) of a MultiheadLatentAttention with positions=decoupled.
 
-    Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). Raises ValueError where its
-    rotation has other frequencies than the layer's. The class refuses latents wider than x: low_rank to D loses nothing.
+    Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). norm_gain: of an RMSNorm on the
+    latent, the same for each dimension; None: no norm, as exactness wants. A latent whose keys and values are apart and
+    equally wide becomes kv_latent=split. The class refuses latents wider than x: low_rank to D loses nothing.
+    Raises ValueError for a latent of no width.
     """
     H, K, _ = layer.q_HKD.shape
     G, V, L = layer.v_up_GVL.shape
     P = layer.k_rope_PD.shape[0]
-    table = rope_frequencies(P, layer.theta)
-    if not torch.allclose(layer.frequencies_C.double(), table, rtol=1e-12, atol=0.0):
-        raise ValueError(
-            f"the {P // 2} rotated pairs have other frequencies than theta^(-2i/{P}), the only ones that "
-            f"MultiheadLatentAttention has: drop RoPE to at most one head's width first"
-        )
     if L < 1:
         raise ValueError("the latent is 0 wide")
+    split = layer.keys is not None and 2 * layer.keys == L
+    share = L // 2 if split else L
     scale = ((K + P) / K) ** 0.5
     rope_up_HPK = layer.rope_up_GPK.repeat_interleave(H // G, dim=0)
     state = {
         "q_proj.weight": scale * torch.cat((layer.q_HKD, rope_up_HPK @ layer.q_HKD), dim=1).flatten(0, 1),
         "kv_down_proj.weight": layer.kv_down_LD,
         "k_rope_proj.weight": layer.k_rope_PD,
-        "k_up_proj.weight": layer.k_up_GKL.flatten(0, 1),
-        "v_up_proj.weight": layer.v_up_GVL.flatten(0, 1),
+        "k_up_proj.weight": layer.k_up_GKL[:, :, :share].flatten(0, 1),
+        "v_up_proj.weight": layer.v_up_GVL[:, :, L - share :].flatten(0, 1),
         "o_proj.weight": layer.o_DHV.flatten(1),
     }
-    if layer.q_bias_HK is not None:
-        rope_HP = torch.einsum("hpk,hk->hp", rope_up_HPK, layer.q_bias_HK)
-        state["q_proj.bias"] = scale * torch.cat((layer.q_bias_HK, rope_HP), dim=1).flatten()
+    biased = layer.q_bias_HK is not None or layer.o_bias_D is not None
+    if biased:
+        q_bias_HK = layer.q_HKD.new_zeros(H, K) if layer.q_bias_HK is None else layer.q_bias_HK
+        rope_HP = torch.einsum("hpk,hk->hp", rope_up_HPK, q_bias_HK)
+        state["q_proj.bias"] = scale * torch.cat((q_bias_HK, rope_HP), dim=1).flatten()
         state["kv_down_proj.bias"] = layer.kv_down_LD.new_zeros(L)
-    state |= _present({"k_rope_proj.bias": layer.k_rope_bias_P, "o_proj.bias": layer.o_bias_D})
+        state["k_rope_proj.bias"] = _or_zeros(layer.k_rope_bias_P, layer.k_rope_PD)
+        state["o_proj.bias"] = _or_zeros(layer.o_bias_D, layer.o_DHV)
+    if norm_gain is not None:
+        for part in range(2 if split else 1):
+            state[f"latent_norms.{part}.weight"] = layer.kv_down_LD.new_full((share,), norm_gain)
     options: dict[str, int | str] = {
         "n_kv_heads": G, "kv_lora_rank": L, "qk_nope_head_dim": K, "qk_rope_head_dim": P, "v_head_dim": V,
-        "positions": "decoupled", "latent": "learned", "kv_latent": "joint", "latent_norm": "none",
+        "positions": "decoupled", "latent": "learned", "kv_latent": "split" if split else "joint",
+        "latent_norm": "none" if norm_gain is None else "rms", "projection_bias": "all" if biased else "model",
+        **_rotation(layer.frequencies_C, P, layer.theta, state),
     }  # fmt: skip
     return options, state
+
+
+def _rotation(frequencies: Tensor, width: int, theta: float, state: dict[str, Tensor]) -> dict[str, str]:
+    """The option that says where a module's frequencies come from; unusual ones go into its state."""
+    if torch.allclose(frequencies.double().cpu(), rope_frequencies(width, theta), rtol=1e-12, atol=0.0):
+        return {"rope_frequencies": "computed"}
+    state["rope._extra_state"] = frequencies.double().cpu()
+    return {"rope_frequencies": "stored"}
+
+
+def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(len(weight)) if bias is None else bias
 
 
 def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Tensor]]:
@@ -175,16 +195,18 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
     if layer.q_bias_HK is not None and layer.k_bias_GK is not None and layer.v_bias_GV is not None:
         state["q_proj.bias"] = layer.q_bias_HK.flatten()
         state["kv_down_proj.bias"] = torch.cat((layer.k_bias_GK.flatten(), layer.v_bias_GV.flatten()))
-    state |= _present({"o_proj.bias": layer.o_bias_D})
+        state["o_proj.bias"] = _or_zeros(layer.o_bias_D, layer.o_DHV)
     options: dict[str, int | str] = {
         "n_kv_heads": G, "kv_lora_rank": down_LD.shape[0], "qk_nope_head_dim": K, "qk_rope_head_dim": 0, "v_head_dim": V,
         "positions": "rope_after_up", "latent": "learned", "kv_latent": "joint", "latent_norm": "none",
+        "projection_bias": "model" if layer.q_bias_HK is None else "all",
+        **_rotation(layer.frequencies_F, K, layer.theta, state),
     }  # fmt: skip
     return options, state
 
 
 def attention_output(layer: LatentLayer, x_BTD: Tensor) -> Tensor:
-    """What a layer computes, causally, from x_BTD to x_BTD: for the stages that no module of ours expresses."""
+    """What a layer computes, causally, from x_BTD to x_BTD: the formula, with no module between."""
     H, K, _ = layer.q_HKD.shape
     shared = H // layer.v_up_GVL.shape[0]
     q_BTHK = torch.einsum("btd,hkd->bthk", x_BTD, layer.q_HKD)
@@ -207,7 +229,3 @@ def attention_output(layer: LatentLayer, x_BTD: Tensor) -> Tensor:
     weights_BHTS = logits_BHTS.masked_fill(future_TS, float("-inf")).softmax(dim=-1)
     out_BTD = torch.einsum("bhts,bshv,dhv->btd", weights_BHTS, v_BSHV, layer.o_DHV)
     return out_BTD if layer.o_bias_D is None else out_BTD + layer.o_bias_D
-
-
-def _present(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modeling.conversion.layers import GroupedLayer, LatentLayer, rope_frequencies
+from modeling.attention.rope import rope_frequencies
+from modeling.conversion.layers import GroupedLayer, LatentLayer
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,23 @@ def merge(layer: GroupedLayer) -> LatentLayer:
         k_up_GKL=layer.q_HKD.new_zeros(G, K, G * V),
         v_up_GVL=torch.eye(G * V, dtype=layer.v_GVD.dtype, device=layer.v_GVD.device).view(G, V, G * V),
         o_DHV=layer.o_DHV,
-        frequencies_C=rope_frequencies(K, layer.theta).to(layer.q_HKD.device).repeat_interleave(G),
+        frequencies_C=layer.frequencies_F.repeat_interleave(G),
         theta=layer.theta,
         keys=0,
         q_bias_HK=layer.q_bias_HK,
         k_rope_bias_P=None if bias is None else bias.unflatten(1, (2, F)).permute(1, 2, 0).reshape(-1),
         o_bias_D=o_bias_D,
     )
+
+
+def extend_rope(layer: LatentLayer) -> LatentLayer:
+    """One table of frequencies over all rotated dimensions, theta^(-2i/P), in place of each head's own. Approximate.
+
+    Neighbouring pairs of a merged layer are one frequency of its heads, and get neighbouring ones. Computed like any other
+    MLA's, and what a stock DeepSeek model can hold.
+    """
+    P = layer.k_rope_PD.shape[0]
+    return replace(layer, frequencies_C=rope_frequencies(P, layer.theta).to(layer.frequencies_C.device))
 
 
 def rotate_heads(layer: LatentLayer, moments: Moments, *, fold: int = 1) -> LatentLayer:
@@ -125,7 +136,7 @@ def rotate_heads(layer: LatentLayer, moments: Moments, *, fold: int = 1) -> Late
 def drop_rope(layer: LatentLayer, width: int) -> LatentLayer:
     """Rotation kept on `width` dimensions, the principal pairs of each block; the other keys join the latent un-rotated.
 
-    The pairs that stay get the frequencies theta^(-2i/width): for width = K / c these are every c-th of the head's.
+    The pairs that stay get every c-th frequency of the head's, c = K / width: theta^(-2i/width) where that had theta^(-2i/K).
     Exact for one head, fold=1 and width = K. Takes what rotate_heads gives, or merge (the first head stays).
     Raises ValueError where c or the fold do not divide.
     """
@@ -140,7 +151,7 @@ def drop_rope(layer: LatentLayer, width: int) -> LatentLayer:
         raise ValueError("drop_rope takes a merged layer, all of whose keys are still rotated")
     kept = fold * width // K
     pairs_MW = torch.arange(G * K // 2, device=layer.q_HKD.device).view(-1, G * fold)
-    return _keep_pairs(layer, pairs_MW[:, :kept].flatten(), rope_frequencies(width, layer.theta))
+    return _keep_pairs(layer, pairs_MW[:, :kept].flatten(), layer.frequencies_C[:: G * K // width])
 
 
 def keep_strongest_pairs(layer: LatentLayer, moments: Moments, width: int) -> LatentLayer:
@@ -170,20 +181,24 @@ def keep_strongest_pairs(layer: LatentLayer, moments: Moments, width: int) -> La
 
 
 def low_rank(
-    layer: LatentLayer, moments: Moments, rank: int, *, balance: bool = True, held_out: Moments | None = None
-) -> tuple[LatentLayer, float, float | None]:
+    layer: LatentLayer, moments: Moments, rank: int, *, balance: bool = True, split: bool = False,
+    held_out: Moments | None = None,
+) -> tuple[LatentLayer, float, float | None]:  # fmt: skip
     """(layer with a latent of `rank`, share of energy kept on the moments given, the same on held-out ones).
 
     Joint principal components of keys and values, uncentred; balance scales keys first so that both have the same energy
-    (TransMLA does so by another ratio, MHA2MLA does not). On `weight_moments` it is the singular value decomposition of
-    the weights. Exact at full rank, which is at most D. Raises ValueError for ranks that compress nothing, and for fewer
-    calibration tokens than four times the rank, which would be reconstructed however little was learned from them.
+    (TransMLA does so by another ratio, MHA2MLA does not). split: those of keys and of values apart, half the rank for each.
+    On `weight_moments` it is the singular value decomposition of the weights. Exact at full rank, which is at most D (split:
+    of each half). Raises ValueError for ranks that compress nothing, and for fewer calibration tokens than four times the
+    rank, which would be reconstructed however little was learned from them.
     """
     L, D = layer.kv_down_LD.shape
     if layer.keys is None:
         raise ValueError("low_rank takes a latent whose keys and values are still apart, not one it has mixed")
-    if not 1 <= rank <= min(L, D):
-        raise ValueError(f"rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {min(L, D)}")
+    widest = 2 * min(layer.keys, L - layer.keys, D) if split else min(L, D)
+    if not 1 <= rank <= widest or (split and rank % 2):
+        even = ", even" if split else ""
+        raise ValueError(f"rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {widest}{even}")
     if moments.tokens is not None and moments.tokens < 4 * rank:
         raise ValueError(f"{moments.tokens} calibration tokens are too few for rank={rank}: take at least {4 * rank}")
     down_LD = layer.kv_down_LD.double()
@@ -197,7 +212,12 @@ def low_rank(
     balance_L = torch.ones_like(power_L)
     if balance and keys > 0.0 and values > 0.0:
         balance_L[: layer.keys] = (values / keys) ** 0.5
-    basis_LR = torch.linalg.eigh(balance_L[:, None] * energy_LL * balance_L).eigenvectors.flip(-1)[:, :rank]
+    balanced_LL = balance_L[:, None] * energy_LL * balance_L
+    if split:
+        halves = [balanced_LL[: layer.keys, : layer.keys], balanced_LL[layer.keys :, layer.keys :]]
+        basis_LR = torch.block_diag(*(_principal(half_LL, rank // 2) for half_LL in halves))
+    else:
+        basis_LR = _principal(balanced_LL, rank)
 
     def kept(energy_LL: Tensor) -> float:
         balanced_LL = balance_L[:, None] * energy_LL * balance_L
@@ -210,9 +230,22 @@ def low_rank(
         kv_down_LD=(basis_LR.T @ (balance_L[:, None] * down_LD)).to(dtype),
         k_up_GKL=(layer.k_up_GKL.double() @ up_LR).to(dtype),
         v_up_GVL=(layer.v_up_GVL.double() @ up_LR).to(dtype),
-        keys=None,
+        keys=rank // 2 if split else None,
     )
     return compressed, kept(energy_LL), None if held_out is None else kept(energy(held_out))
+
+
+def latent_size(layer: LatentLayer, moments: Moments) -> float:
+    """Root mean square of a latent's elements over the moments: the gain of an RMSNorm that changes it least."""
+    D = layer.kv_down_LD.shape[1]
+    second_DD = moments.second_EE.to(layer.kv_down_LD.device)[:D, :D]
+    energy = torch.einsum("ld,de,le->", layer.kv_down_LD.double(), second_DD, layer.kv_down_LD.double())
+    return float(energy / len(layer.kv_down_LD)) ** 0.5
+
+
+def _principal(energy_LL: Tensor, rank: int) -> Tensor:
+    """The eigenvectors of the largest eigenvalues, as columns."""
+    return torch.linalg.eigh(energy_LL).eigenvectors.flip(-1)[:, :rank]
 
 
 def _keep_pairs(layer: LatentLayer, pairs: Tensor, frequencies_C: Tensor) -> LatentLayer:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modeling.attention.cache import new_cache
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.conversion.layers import (
@@ -22,9 +23,11 @@ from modeling.conversion.layers import (
 )
 from modeling.conversion.stages import (
     drop_rope,
+    extend_rope,
     gqa_mean,
     input_moments,
     keep_strongest_pairs,
+    latent_size,
     low_rank,
     merge,
     rotate_heads,
@@ -94,6 +97,54 @@ def test_keys_and_values_wider_than_the_input_share_it_as_their_latent() -> None
     target = mla(*exact_state(grouped_layer(source)))
     assert apart(target(x_BTD), source(x_BTD)) < 1e-10
     assert target.cache_formula == D < source.cache_formula
+
+
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 16},
+    "yarn": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("projection_bias", ["model", "qkv"])
+def test_merged_heads_with_their_own_frequencies_run_in_the_mla_class_in_both_paths(
+    projection_bias: str, scaling: str
+) -> None:
+    source = gqa(2, projection_bias=projection_bias, rope_scaling=SCALINGS[scaling])
+    x_BTD, merged = inputs(40), merge(grouped_layer(source))
+    options, state = latent_state(merged)
+    target = mla(options, state)
+    assert options["rope_frequencies"] == "stored" and target.cache_formula == source.cache_formula == 2 * (K + V)
+    assert apart(target(x_BTD), source(x_BTD)) < 1e-10
+    after_up = mla(*exact_state(grouped_layer(source)))
+    assert apart(after_up(x_BTD), source(x_BTD)) < 1e-10
+    for decode in ("expand", "absorbed"):
+        target.decode = decode
+        cache = new_cache(target, 2, 40, dtype=torch.float64, device="cpu")
+        steps = [target(x_BTD[:, start : start + 8], cache) for start in range(0, 40, 8)]
+        assert apart(torch.cat(steps, dim=1), source(x_BTD)) < 1e-10
+
+
+def test_stored_frequencies_survive_a_cast_to_another_dtype() -> None:
+    target = mla(*latent_state(merge(grouped_layer(gqa(2)))))
+    before = target.rope.frequencies_F.clone()
+    assert torch.equal(target.to(torch.bfloat16).rope.frequencies_F, before)
+    assert target.rope.cos_SF.dtype == torch.float32
+    with pytest.raises(ValueError, match="were stored for a rotated width of 16"):
+        target.rope.set_extra_state(before[:3])
+
+
+def test_one_table_over_all_rotated_dimensions_changes_what_is_computed() -> None:
+    source, x_BTD = gqa(2), inputs()
+    extended = extend_rope(merge(grouped_layer(source)))
+    options, state = latent_state(extended)
+    assert options["rope_frequencies"] == "computed"
+    assert apart(mla(options, state)(x_BTD), attention_output(extended, x_BTD)) < 1e-10
+    assert apart(attention_output(extended, x_BTD), source(x_BTD)) > 0.05
+    single = gqa(1)
+    assert apart(attention_output(extend_rope(merge(grouped_layer(single))), x_BTD), single(x_BTD)) < 1e-10
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -175,6 +226,33 @@ def test_full_rank_is_exact_and_keeps_all_energy(balance: bool) -> None:
     assert apart(attention_output(compressed, x_BTD), attention_output(dropped, x_BTD)) < 1e-10
 
 
+def test_a_split_latent_runs_in_the_mla_class_and_is_exact_at_full_rank() -> None:
+    x_BTD, moments = inputs(), input_moments(inputs(400).flatten(0, 1))
+    dropped = drop_rope(rotate_heads(merge(grouped_layer(gqa(2, v_head_dim=K // 2))), moments), K)
+    assert dropped.keys == K and dropped.kv_down_LD.shape[0] == 2 * K
+    full, kept, _ = low_rank(dropped, moments, 2 * K, split=True)
+    assert kept == pytest.approx(1.0) and apart(attention_output(full, x_BTD), attention_output(dropped, x_BTD)) < 1e-10
+    narrow, _, _ = low_rank(dropped, moments, K, split=True)
+    options, state = latent_state(narrow)
+    assert options["kv_latent"] == "split" and state["k_up_proj.weight"].shape == (2 * K, K // 2)
+    target = mla(options, state)
+    assert apart(target(x_BTD), attention_output(narrow, x_BTD)) < 1e-10
+    assert target.cache_formula == narrow.cache_elements == K + K
+
+
+def test_a_norm_with_the_latents_mean_size_as_its_gain_changes_little() -> None:
+    x_BTD, moments = inputs(), input_moments(inputs(400).flatten(0, 1))
+    layer = low_rank(drop_rope(rotate_heads(merge(grouped_layer(gqa(2))), moments), K), moments, 16)[0]
+    latents = inputs(400).flatten(0, 1) @ layer.kv_down_LD.T
+    gain = latent_size(layer, moments)
+    assert gain == pytest.approx(float(latents.square().mean().sqrt()), rel=0.1)
+    options, _ = latent_state(layer, norm_gain=gain)
+    assert options["latent_norm"] == "rms"
+    near, far = (mla(*latent_state(layer, norm_gain=size))(x_BTD) for size in (gain, 2 * gain))
+    plain = attention_output(layer, x_BTD)
+    assert float((near - plain).norm()) < 0.7 * float((far - plain).norm())
+
+
 def test_principal_components_of_activations_keep_more_than_singular_vectors_of_weights() -> None:
     spread = torch.linspace(0.05, 3.0, D)
     moments, unseen = (input_moments(inputs(2000).flatten(0, 1) * spread) for _ in range(2))
@@ -224,8 +302,8 @@ def test_partial_rope_of_every_pair_changes_nothing_and_of_some_keeps_the_strong
     some = keep_strongest_pairs(merge(replace(layer, k_GKD=k_GKD)), moments, 2)
     assert torch.equal(some.k_rope_PD, torch.stack((k_GKD[0, 1], k_GKD[1, 3], k_GKD[0, 5], k_GKD[1, 7])))
     assert low_rank(some, weight_moments(D), 10, balance=False)[0].cache_elements == 2 * 2 + 10
-    with pytest.raises(ValueError, match="other frequencies"):
-        latent_state(some)
+    target = mla(*latent_state(some))
+    assert apart(target(x_BTD), attention_output(some, x_BTD)) < 1e-10
 
 
 def test_mean_pooled_heads_are_exact_where_heads_were_equal() -> None:
@@ -277,8 +355,6 @@ def test_what_cannot_be_converted_is_refused_with_its_reason() -> None:
     layer = grouped_layer(gqa(2))
     moments, merged = input_moments(inputs(200).flatten(0, 1)), merge(layer)
     turned = rotate_heads(merged, moments)
-    with pytest.raises(ValueError, match="other frequencies"):
-        latent_state(merged)
     with pytest.raises(ValueError, match="fold=3 does not divide the 4"):
         rotate_heads(merged, moments, fold=3)
     with pytest.raises(ValueError, match="has not been turned"):
@@ -290,6 +366,10 @@ def test_what_cannot_be_converted_is_refused_with_its_reason() -> None:
         low_rank(dropped, moments, 21)
     with pytest.raises(ValueError, match="39 calibration tokens are too few for rank=10: take at least 40"):
         low_rank(dropped, input_moments(torch.randn(39, D)), 10)
+    with pytest.raises(
+        ValueError, match="rank=20 does not fit a latent of 20 made from d_model=48: choose 1 to 18, even"
+    ):
+        low_rank(replace(dropped, keys=9), moments, 20, split=True)
     with pytest.raises(ValueError, match="not one it has mixed"):
         low_rank(low_rank(dropped, moments, 10)[0], moments, 5)
     with pytest.raises(ValueError, match="2 key/value heads do not pool into 3"):
