@@ -39,11 +39,12 @@ TRACKING = ("wandb", "trackio", "none")  # harness/tracking/
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/attention/cache.py
 EXTRAS = ("beyond", "repeats", "recall", "latents")  # harness/evaluation/extras.py
 
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
 _BYTES = "tokenizer=bytes"
 
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
-FREE_TEXT = ("name", "prompt", "path", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path", "runs_dir",
-             "data_dir", "tracking.notes")  # fmt: skip
+FREE_TEXT = ("name", "prompt", "path", "init_from", "run", "runs", "to", "source", "out", "dataset.path", "tokenizer.path",
+             "runs_dir", "data_dir", "tracking.notes")  # fmt: skip
 
 
 # --- arithmetic in YAML ----------------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def _check_values(config: TrainConfig) -> None:
             "model.causal=false cannot be trained to predict the next token, which every position would then see; "
             "build the GPT from modeling/ for other objectives"
         )
-    if config.name != "auto" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", config.name):
+    if config.name != "auto" and not re.fullmatch(RUN_NAME, config.name):
         raise UserError(f"name={config.name} must be one plain folder name: letters, digits and . _ = , + - only")
 
 
@@ -310,17 +311,23 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def setup_hash(config: TrainConfig) -> str:
-    """Twelve hex digits of the identity without the seeds: runs that differ by seed alone share it."""
-    leaves = {path: value for path, value in identity(config).items() if path not in SEED_FIELDS}
+    """Twelve hex digits of the identity without the seeds: runs that differ by seed alone share it.
+
+    Of a run that another one's weights begin, that one's setup counts, not its place.
+    """
+    leaves = {path: value for path, value in identity(config).items() if path not in (*SEED_FIELDS, "init_from")}
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def differences(mine: TrainConfig, theirs: TrainConfig) -> list[str]:
-    """Sentences naming each identity field in which two configurations differ."""
+def differences(
+    mine: TrainConfig, theirs: TrainConfig, *, only: Sequence[str] | None = None, apart_from: Sequence[str] = ()
+) -> list[str]:
+    """Sentences naming each identity field in which two configurations differ; `only` groups of fields, if given."""
     a, b = identity(mine), identity(theirs)
     return [
         f"{path} is {b.get(path, 'absent')} there and {a.get(path, 'absent')} here"
-        for path in sorted(a.keys() | b.keys()) if a.get(path) != b.get(path)
+        for path in sorted(a.keys() | b.keys())
+        if a.get(path) != b.get(path) and path not in apart_from and (only is None or path.partition(".")[0] in only)
     ]  # fmt: skip
 
 
@@ -345,10 +352,13 @@ def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+def compose(
+    config_name: str, overrides: Sequence[str], inherited: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """configs/<config_name>.yaml with overrides applied and every interpolation resolved, as plain containers.
 
-    Raises UserError, in one sentence, for what Hydra would not accept.
+    inherited: groups that come from elsewhere, whole, before single fields are set. Raises UserError, in one sentence, for
+    what Hydra would not accept.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -389,6 +399,8 @@ def compose(config_name: str, overrides: Sequence[str]) -> dict[str, Any]:
             composed = hydra_compose(config_name, groups)
             if "tokenizer" in defaults and _reads_bytes(OmegaConf.select(composed, "dataset.source"), overrides):
                 composed = hydra_compose(config_name, [*groups, _BYTES])
+            for group, fields in (inherited or {}).items():
+                OmegaConf.update(composed, group, dict(fields), merge=False, force_add=True)
             known: Any = OmegaConf.to_container(composed, resolve=False)
             written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
             if mechanism := (known.get("attention") or {}).get("mechanism"):
@@ -529,9 +541,18 @@ def check_config(config_name: str, overrides: Sequence[str]) -> None:
     {"train": train_config, "eval": eval_config}[config_name](compose(config_name, overrides))
 
 
-def load_train_config(overrides: Sequence[str]) -> TrainConfig:
-    """configs/train.yaml with these overrides, checked, its name worked out."""
-    config = train_config(compose("train", overrides))
+def load_train_config(overrides: Sequence[str], starts_from: TrainConfig | None = None) -> TrainConfig:
+    """configs/train.yaml with these overrides, checked, its name worked out.
+
+    starts_from: the configuration of a run whose weights this one will start from, where init_from cannot name it yet.
+    """
+    source = _init_source(overrides)
+    if source is not None:
+        config = dataclasses.replace(_initialised(overrides, load_run_config(source)), init_from=str(source))
+    elif starts_from is not None:
+        config = _initialised(overrides, starts_from)
+    else:
+        config = train_config(compose("train", overrides))
     # Whole paths: the run is found, continued and evaluated from any folder.
     config.dataset.path = _whole_path(config.dataset.path)
     if (
@@ -541,6 +562,44 @@ def load_train_config(overrides: Sequence[str]) -> TrainConfig:
     if config.name == "auto":
         config.name = default_name(config, overrides)
     return config
+
+
+# What a run that starts from another one's weights has in common with it, but for what shapes no weight.
+_INHERITED = ("model", "attention", "tokenizer")
+_FREE_OF_SOURCE = ("model.name", "attention.name", "model.dropout", "attention.dropout", "model.max_seq_len", "model.init",
+                   "model.init_std", "model.zero_init_outputs", "model.default_tokens", "model.default_batch_size",
+                   "model.default_lr", "tokenizer.path")  # fmt: skip
+
+
+def _init_source(overrides: Sequence[str]) -> Path | None:
+    """The folder that init_from names: a path, or a run below runs_dir. Raises UserError when it is no run."""
+    given = dict(override.partition("=")[::2] for override in overrides)
+    text = given.get("init_from", "null").strip("'\"")
+    if text in ("", "null"):
+        return None
+    runs_dir = Path(given.get("runs_dir", ROOT / "runs")).expanduser()
+    for folder in (Path(text).expanduser(), runs_dir / text):
+        if (folder / "config.yaml").is_file():
+            return folder.absolute()
+    known = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
+    hint = f"; {did_you_mean(Path(text).name, known)}" if known else ""
+    raise UserError(f"init_from={text} is no run (no config.yaml in it or in {runs_dir / text}){hint}")
+
+
+def _initialised(overrides: Sequence[str], theirs: TrainConfig) -> TrainConfig:
+    """The configuration of a run that starts from the weights of `theirs`. Raises UserError where it has another shape."""
+    inherited = {group: typing.cast("dict[str, Any]", dataclasses.asdict(theirs)[group]) for group in _INHERITED}
+    config = train_config(compose("train", overrides, inherited))
+    chosen = [group for group in _INHERITED if any(override.startswith(f"{group}=") for override in overrides)]
+    found = differences(config, theirs, only=_INHERITED, apart_from=_FREE_OF_SOURCE)
+    if chosen:  # a whole group was asked for, in whose place theirs has come
+        found += differences(train_config(compose("train", overrides)), theirs, only=chosen, apart_from=_FREE_OF_SOURCE)
+    if found:
+        raise UserError(
+            f"init_from={theirs.name} brings its own model, attention and tokenizer: {found[0]}; leave that out, or train from "
+            f"scratch"
+        )
+    return dataclasses.replace(config, init_setup=setup_hash(theirs))
 
 
 def _whole_path(path: str | None) -> str | None:
@@ -569,7 +628,8 @@ def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
     given = {key for key in pairs if key not in defaults}
     lasts = collections.Counter(path.split(".")[-1] for path in after)
     parts += [
-        f"{path.split('.')[-1] if lasts[path.split('.')[-1]] == 1 else path}={_shown(value)}"
+        f"{path.split('.')[-1] if lasts[path.split('.')[-1]] == 1 else path}="
+        f"{Path(value).name if path == 'init_from' else _shown(value)}"
         for path, value in sorted(after.items())
         if any(path == key or path.startswith(f"{key}.") for key in given) and path not in said
         and before.get(path) != value

@@ -7,7 +7,9 @@ summary.json                                       once `score` has evaluated th
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,19 +17,25 @@ from typing import Any
 
 import torch
 
-from harness.config import save_run_config
+from harness.config import RUN_NAME, save_run_config
 from harness.data import prepare
 from harness.errors import UserError
-from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.evaluate import evaluate_model, split_metrics
 from harness.export import check_target
 from harness.facts import model_facts
 from harness.run import read_json, write_json
 from harness.schema import TrainConfig
-from harness.session import load_trained, run_summary
+from harness.session import load_trained, open_run_tracker, run_summary
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION
 
 ORIGIN_FILE = "origin.json"
+
+
+def check_name(target: Path) -> None:
+    """Raises UserError unless the folder's name is one that a run may have."""
+    if not re.fullmatch(RUN_NAME, target.name):
+        raise UserError(f"to={target} must end in one plain folder name: letters, digits and . _ = , + - only")
 
 
 def make_run(
@@ -86,10 +94,21 @@ def score(run: Path, *, tokens: int, device: torch.device, precision: torch.dtyp
         stride_fraction=evaluation.stride_fraction, batch_size=evaluation.batch_size, precision=precision, device=device,
         max_tokens=evaluation.max_tokens,
     )  # fmt: skip
-    summary = run_summary(
-        config, facts=model_facts(trained.model, config), data=data, result=result, tokens=tokens, steps=trained.step,
-        train_loss=None, tokens_per_second=None, seconds=0.0, kernel=trained.kernel, device=device, precision=precision,
-        compiled=False, wandb_id=None,
-    ) | {"origin": read_json(run / ORIGIN_FILE)}  # fmt: skip
+    facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)
+    with open_run_tracker(
+        config,
+        config.tracking,
+        run,
+        run_config=dataclasses.asdict(config) | {"origin": origin},
+        run_id=None,
+        metrics_bytes=0,
+    ) as tracker:
+        tracker.log(trained.step, tokens, facts.metrics() | split_metrics(result))
+        summary = run_summary(
+            config, facts=facts, data=data, result=result, tokens=tokens, steps=trained.step, train_loss=None,
+            tokens_per_second=None, seconds=0.0, kernel=trained.kernel, device=device, precision=precision, compiled=False,
+            wandb_id=tracker.run_id,
+        ) | {"origin": origin}  # fmt: skip
+        tracker.summary(summary)
     write_json(run / "summary.json", summary)
     return summary

@@ -168,6 +168,9 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     tracking: TrackingConfig
+    # A run whose weights this one starts from; its model, attention and tokenizer come along.
+    init_from: str | None = None
+    init_setup: str | None = None  # worked out: that run's setup_hash
 
 
 @dataclass

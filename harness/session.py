@@ -21,7 +21,7 @@ from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.perplexity import SplitResult
 from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
-from harness.run import commit
+from harness.run import commit, read_json
 from harness.schema import TrackingConfig, TrainConfig
 from harness.tracking import Tracker, open_tracker
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -194,6 +194,8 @@ def run_summary(
         "parameters_by_block": facts.parameters,
         "training_flops_per_token": facts.flops_per_token,
         "tokens": tokens,
+        "initial_tokens": _tokens_before(config),
+        "init_from": config.init_from,
         "steps": steps,
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -228,15 +230,40 @@ def run_summary(
     }
 
 
+def _tokens_before(config: TrainConfig) -> int:
+    """Tokens that the weights had been trained on when this run took them over; 0 where nobody knows."""
+    summary = Path(config.init_from) / "summary.json" if config.init_from is not None else None
+    if summary is None or not summary.is_file():
+        return 0
+    before = read_json(summary)
+    return int(before["tokens"]) + int(before.get("initial_tokens", 0))
+
+
 def load_data(config: TrainConfig) -> PreparedData:
     """The run's tokens, prepared if absent. Raises UserError when they cannot be trained on."""
-    data = prepare(config.dataset, config.tokenizer, Path(config.data_dir))
+    data = prepare(config.dataset, config.tokenizer, Path(config.data_dir), tokenizer_file=_initial_tokenizer(config))
     if "validation" not in data.splits:
         raise UserError(
             f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
         )
     window_loader(config, data)
     return data
+
+
+def _initial_tokenizer(config: TrainConfig) -> Path | None:
+    """The tokenizer of the run whose weights this one starts from, whatever text it goes on with."""
+    if config.init_from is None or config.tokenizer.name == "bytes":
+        return None
+    return Path(config.init_from) / "tokenizer.json"
+
+
+def load_initial_weights(config: TrainConfig, model: GPT) -> None:
+    """The newest weights of the run that init_from names. Raises UserError when it has none, or they do not fit."""
+    assert config.init_from is not None
+    checkpoint = latest_checkpoint(Path(config.init_from) / "checkpoints")
+    if checkpoint is None:
+        raise UserError(f"init_from={config.init_from} holds no checkpoint to start from; train it first")
+    load_checkpoint(checkpoint, model=model, optimizer=None)
 
 
 def window_loader(config: TrainConfig, data: PreparedData) -> WindowLoader:
@@ -271,6 +298,8 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
     )  # fmt: skip
     checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None and config.init_from is not None:
+        load_initial_weights(config, model)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         if state["data_fingerprint"] != data.fingerprint:

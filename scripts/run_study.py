@@ -170,7 +170,7 @@ def _rates(
 
         return tuned(plan, arms, train)
     if tune == "none":
-        return dict.fromkeys(arms, plan.shared_lr), [], [], []
+        return plan.untuned_rates(arms), [], [], []
     stored = _earlier(plan)["chosen_lr"]
     if lacking := [arm for arm in arms if arm not in stored]:
         raise UserError(f"{plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
@@ -239,7 +239,7 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
         sweep = [plan.spec(arm, lr, settings.seed, settings.tokens) for lr in grid for arm in arms]
         if settings.tokens is not None:
             sweep += [plan.spec(arm, lr, settings.seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
-    main_runs = plan.main_runs(dict.fromkeys(arms, plan.shared_lr), arms)
+    main_runs = plan.main_runs(plan.untuned_rates(arms), arms)
     rows = [["run", "parameters", "MFLOP/token", "cache bytes/token", "tokens", "state"]]
     todo = []
     for spec in [*sweep, *main_runs]:

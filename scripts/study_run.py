@@ -1,6 +1,7 @@
 """One run of a study, trained and evaluated in a process of its own: started by scripts/run_study.py, not by hand.
 
 python scripts/study_run.py [train_model.py's arguments] -- [eval_model.py's arguments]
+python scripts/study_run.py convert [scripts/convert.py's arguments] -- [eval_model.py's arguments]
 
 It ends when its standard input does, so that no run outlives the study that started it.
 """
@@ -9,6 +10,7 @@ It ends when its standard input does, so that no run outlives the study that sta
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,6 +25,8 @@ enter_environment()
 import eval_model
 import train_model
 from harness.command_line import run_script
+from harness.made import ORIGIN_FILE
+from harness.run import finished
 
 
 def end_with_standard_input() -> None:
@@ -35,8 +39,21 @@ def end_with_standard_input() -> None:
 
 def main(arguments: list[str]) -> int:
     threading.Thread(target=end_with_standard_input, daemon=True).start()
-    train, evaluate = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    return train_model.main(train) or eval_model.main(evaluate)
+    make, evaluate = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
+    made = convert(make[1:]) if make[0] == "convert" else train_model.main(make)
+    return made or eval_model.main(evaluate)
+
+
+def convert(arguments: list[str]) -> int:
+    """A conversion that was finished before is kept; what a killed one left is made again."""
+    from scripts import convert as script
+
+    (target,) = (Path(argument.removeprefix("to=")) for argument in arguments if argument.startswith("to="))
+    if finished(target):
+        return 0
+    if (target / ORIGIN_FILE).is_file():
+        shutil.rmtree(target)
+    return script.main(arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import CONFIGS, did_you_mean, load_train_config, options_of, setup_hash, typed
+from harness.config import CONFIGS, RUN_NAME, did_you_mean, load_train_config, options_of, setup_hash, typed
+from harness.conversion import ConversionConfig, converted_from
 from harness.errors import UserError
 from harness.run import read_json, write_json
 from harness.schema import BudgetConfig, TrainConfig
@@ -30,11 +31,15 @@ from harness.training.schedule import steps_from_budget
 class ArmConfig:
     """One line of a comparison: overrides on the study's base."""
 
-    overrides: list[str]
     family: str  # what it is drawn as: mha, gqa, mqa, mla
+    overrides: list[str] = field(default_factory=list)
     level: str | None = None  # of the budget that it fills, where a study has several
     reference: bool = False  # beside the comparison, not in it
     match: list[MatchConfig] | None = None  # None: the study's
+    starts_from: str | None = None  # an arm whose run of the same seed gives the weights
+    convert: dict[str, Any] | None = (
+        None  # what is made of them (harness/conversion.py), without training; None: trained on
+    )
 
 
 @dataclass
@@ -79,6 +84,14 @@ class Arm:
     config: TrainConfig
     quantities: dict[str, int]  # params, train_flops, kv_bytes
     matches: list[Matched]
+    starts_from: str | None
+    convert: dict[str, Any] | None
+
+    @property
+    def described(self) -> list[str]:
+        """Its overrides, and where its weights come from."""
+        source = [] if self.starts_from is None else [f"starts_from={self.starts_from}"]
+        return [*source, *(f"{key}={value}" for key, value in (self.convert or {}).items()), *self.overrides]
 
 
 @dataclass(frozen=True)
@@ -120,29 +133,61 @@ class Plan:
         primary = {name for pair in self.config.contrasts for name in pair}
         return (self.config.primary_seeds if arm in primary else None) or self.config.seeds
 
+    def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
+        """The shared rate, of arms that go on from another one's weights their own."""
+        return {
+            arm: self.shared_lr if self.arms[arm].starts_from is None else self.arms[arm].config.optimizer.lr
+            for arm in arms
+        }
+
     def spec(self, arm: str, lr: float, seed: int, budget: int | None = None) -> RunSpec:
         """A run of this study. The rate counts with three significant digits, as in the run's name."""
         lr = float(f"{lr:.3g}")
-        config = self.arms[arm].config
+        config = self._config(arm, lr, budget)
+        tokens = trained_tokens(config) if self.arms[arm].convert is None else 0
+        return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config))
+
+    def _config(self, arm: str, lr: float, budget: int | None = None) -> TrainConfig:
+        """What a run of this arm will hold, but for its seed and its place."""
+        config, source = self.arms[arm].config, self.arms[arm].starts_from
+        if source is not None:
+            begun = self._config(source, float(f"{self.untuned_rates([source])[source]:.3g}"))
+            if self.arms[arm].convert is not None:
+                return dataclasses.replace(begun, attention=config.attention, init_setup=None)
+            config = dataclasses.replace(config, init_setup=setup_hash(begun))
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
-        if budget is not None:
-            config = dataclasses.replace(config, budget=BudgetConfig(tokens=budget))
-        return RunSpec(arm, lr, seed, trained_tokens(config), budget, setup_hash(config))
+        return config if budget is None else dataclasses.replace(config, budget=BudgetConfig(tokens=budget))
+
+    def source_of(self, spec: RunSpec) -> RunSpec | None:
+        """The run whose weights this one takes over."""
+        source = self.arms[spec.arm].starts_from
+        return None if source is None else self.spec(source, self.untuned_rates([source])[source], spec.seed)
 
     def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
         """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
         specs = [self.spec(arm, lr[arm], seed) for arm in arms for seed in self.seeds_of(arm)]
         return sorted(specs, key=lambda spec: spec.seed)
 
+    def conversion(self, spec: RunSpec) -> list[str] | None:
+        """The arguments of scripts/convert.py for a run that it makes; None for one that is trained."""
+        options, source = self.arms[spec.arm].convert, self.source_of(spec)
+        if options is None or source is None:
+            return None
+        first = self.arms[spec.arm].config
+        return [f"run={self.folder / source.name}", f"to={self.folder / spec.name}", f"device={first.device}",
+                f"data_dir={first.data_dir}", *(f"{key}={value}" for key, value in options.items())]  # fmt: skip
+
     def overrides(self, spec: RunSpec) -> list[str]:
         """The arguments of train_model.py for a run. In a tracker all seeds of an arm are one group."""
+        source = self.source_of(spec)
+        begun = [] if source is None else [f"init_from={self.folder / source.name}"]
         budget = [] if spec.budget is None else [f"budget.tokens={spec.budget}", "budget.steps=null"]
         arm = self.arms[spec.arm]
         tracking = [f"tracking.group={spec.arm}", f"tracking.tags=['{self.name}','{arm.family}']"]
         return merged(
             [
                 *tracking, *self.config.base, *arm.overrides, f"optimizer.lr={spec.lr:.3g}", f"seed={spec.seed}", *budget,
-                f"name={spec.name}", f"runs_dir={self.folder}",
+                f"name={spec.name}", f"runs_dir={self.folder}", *begun,
             ]
         )  # fmt: skip
 
@@ -183,12 +228,28 @@ def _check(config: StudyConfig, study: str) -> None:
         raise UserError(f"study={study} needs at least one arm and one seed")
     named = [(name, "contrasts") for pair in config.contrasts for name in pair]
     named += [(name, "staircase") for name in config.staircase]
+    named += [(arm.starts_from, f"arms.{name}.starts_from") for name, arm in config.arms.items() if arm.starts_from]
     named += [(name, "tune.transfer_arms") for name in (config.tune.transfer_arms if config.tune else [])]
     for name, where in named:
         if name not in config.arms:
             raise UserError(
                 f"{where} of study={study} names {name}, no arm of it; {did_you_mean(name, [*config.arms])}"
             )
+    for name, arm in config.arms.items():
+        before = [name]
+        while (source := config.arms[before[-1]].starts_from) is not None:
+            if source in before:
+                raise UserError(f"arms of study={study} start from one another: {' from '.join([*before, source])}")
+            before.append(source)
+        if arm.convert is not None and (arm.starts_from is None or arm.overrides or arm.match):
+            raise UserError(
+                f"arm {name} of study={study} is converted, not trained: it needs starts_from, and neither overrides nor match"
+            )
+    if config.tune is not None and any(arm.starts_from for arm in config.arms.values()):
+        raise UserError(
+            f"study={study} sweeps learning rates, and some of its arms start from others, whose runs would have to be swept "
+            f"first: leave tune out"
+        )
     if wrong := [pair for pair in config.contrasts if len(pair) != 2 or pair[0] == pair[1]]:
         raise UserError(f"contrasts={wrong[0]} of study={study} must name two different arms: [a, b] is a minus b")
     for seeds in (config.seeds, config.primary_seeds or [0]):
@@ -208,31 +269,38 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
 
     Raises UserError when an arm does not compose, or its achieved mismatch is above the tolerance.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", name):
+    if not re.fullmatch(RUN_NAME, name):
         raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
     arms: dict[str, Arm] = {}
-    for arm_name, arm in _references_first(config):
-        composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]))
-        vocabulary = vocabulary_of(composed)
-        solved, matches = match_arm(
-            arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
-            others={name: done.quantities for name, done in arms.items()},
-        )  # fmt: skip
-        overrides = [*arm.overrides, *solved]
-        if solved:
-            composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
+    for arm_name, arm in _in_order(config):
+        source = None if arm.starts_from is None else arms[arm.starts_from].config
+        matches: list[Matched] = []
+        if arm.convert is not None:
+            assert source is not None
+            composed, overrides = (
+                converted_from(source, typed(ConversionConfig, arm.convert, f"arms.{arm_name}.convert")),
+                [],
+            )
+            vocabulary = vocabulary_of(composed)
+        else:
+            composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]), source)
+            vocabulary = vocabulary_of(composed)
+            if source is None:
+                solved, matches = match_arm(
+                    arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
+                    others={name: done.quantities for name, done in arms.items()},
+                )  # fmt: skip
+                overrides = [*arm.overrides, *solved]
+                if solved:
+                    composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
+            else:
+                overrides = list(arm.overrides)
         arms[arm_name] = Arm(
-            arm_name,
-            overrides,
-            arm.family,
-            arm.level,
-            arm.reference,
-            composed,
-            quantities(composed, vocabulary),
-            matches,
-        )
+            arm_name, overrides, arm.family, arm.level, arm.reference, composed, quantities(composed, vocabulary), matches,
+            arm.starts_from, arm.convert,
+        )  # fmt: skip
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
-    rates = {arm.config.optimizer.lr for arm in arms.values()}
+    rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
     if len(rates) > 1:
         raise UserError(
             f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only"
@@ -240,10 +308,14 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     return Plan(name, command, runs_dir / name, config, arms, rates.pop())
 
 
-def _references_first(config: StudyConfig) -> list[tuple[str, ArmConfig]]:
-    """Arms that others are matched to come before them."""
+def _in_order(config: StudyConfig) -> list[tuple[str, ArmConfig]]:
+    """Arms that others are matched to come before them, and those that others start from."""
     named = {match.to for arm in config.arms.values() for match in (config.match if arm.match is None else arm.match)}
-    return sorted(config.arms.items(), key=lambda item: item[0] not in named)
+
+    def depth(arm: ArmConfig) -> int:
+        return 0 if arm.starts_from is None else 1 + depth(config.arms[arm.starts_from])
+
+    return sorted(config.arms.items(), key=lambda item: (depth(item[1]), item[0] not in named))
 
 
 def vocabulary_of(config: TrainConfig) -> int:
@@ -275,7 +347,7 @@ def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpe
         "staircase": config.staircase,
         "arms": {
             name: {
-                "family": arm.family, "level": arm.level, "reference": arm.reference, "overrides": arm.overrides,
+                "family": arm.family, "level": arm.level, "reference": arm.reference, "overrides": arm.described,
                 "setup_hash": setup_hash(arm.config), "quantities": arm.quantities,
                 "match": [dataclasses.asdict(match) for match in arm.matches],
             }
@@ -314,7 +386,7 @@ def check_same_study(plan: Plan) -> None:
         if name in before and before[name]["setup_hash"] != setup_hash(arm.config)
     ]  # fmt: skip
     if changed:
-        old, new = before[changed[0]]["overrides"], plan.arms[changed[0]].overrides
+        old, new = before[changed[0]]["overrides"], plan.arms[changed[0]].described
         same = json.dumps(old) == json.dumps(new)
         difference = "the base differs" if same else f"{' '.join(old)} there, {' '.join(new)} here"
         raise UserError(

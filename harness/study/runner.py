@@ -143,17 +143,30 @@ def run_all(
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
     with Progress(plan, todo, title=title) as progress, _interruptible(running):
         while waiting or running:
-            while waiting and free:
-                spec, slot = waiting.pop(0), free.pop(0)
+            while free and (ready := [spec for spec in waiting if _may_start(plan, spec)]):
+                spec, slot = ready[0], free.pop(0)
+                waiting.remove(spec)
+                conversion = plan.conversion(spec)
                 command = [
-                    sys.executable, str(WORKER), *plan.overrides(spec), "--",
-                    f"run={spec.name}", f"runs_dir={plan.folder}", *merged([*plan.config.evaluate, *evaluate_overrides]),
+                    sys.executable, str(WORKER), *(plan.overrides(spec) if conversion is None else ["convert", *conversion]),
+                    "--", f"run={spec.name}", f"runs_dir={plan.folder}",
+                    *merged([*plan.config.evaluate, *evaluate_overrides]),
                 ]  # fmt: skip
                 running[_start(command, slot, plan.folder / "logs" / f"{spec.name}.log")] = (
                     spec,
                     slot,
                     time.monotonic(),
                 )
+            if not running:  # what is left waits for runs that failed, or are not among these
+                for spec in waiting:
+                    source = plan.source_of(spec)
+                    assert source is not None
+                    failure = Failure(
+                        spec.name, f"the run whose weights it starts from, {source.name}, is not finished"
+                    )
+                    failures.append(failure)
+                    progress.ended(spec, failure, 0.0)
+                break
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 spec, slot, started = running.pop(process)
@@ -167,6 +180,12 @@ def run_all(
                 progress.ended(spec, failure, time.monotonic() - started)
             progress.update([spec for spec, _, _ in running.values()])
     return failures
+
+
+def _may_start(plan: Plan, spec: RunSpec) -> bool:
+    """Whether the run that this one takes its weights from is there."""
+    source = plan.source_of(spec)
+    return source is None or finished(plan.folder / source.name)
 
 
 def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:

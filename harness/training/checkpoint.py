@@ -45,8 +45,7 @@ def save_checkpoint(
 
     def write(partial: Path) -> None:
         for name, part in tensors.items():
-            contiguous = {key: tensor.detach().contiguous() for key, tensor in part.items()}
-            safetensors.torch.save_file(contiguous, partial / name)
+            _write_tensors(part, partial / name)
 
     content = {"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()}
     size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
@@ -59,6 +58,11 @@ def save_checkpoint(
         os.replace(path, removed)
         shutil.rmtree(removed)
     return final
+
+
+def save_model(model: nn.Module, path: Path) -> None:
+    """Every tensor of a model as one safetensors file, a tied one once."""
+    _write_tensors(_unique_tensors(model), path)
 
 
 def save_weights(
@@ -103,6 +107,10 @@ def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None
     if replaced.exists():
         shutil.rmtree(replaced)
     return final
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    safetensors.torch.save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

@@ -109,13 +109,14 @@ def grouped_state(layer: GroupedLayer) -> dict[str, Tensor]:
 
 
 def latent_state(
-    layer: LatentLayer, *, norm_gain: float | None = None
+    layer: LatentLayer, *, norm_gain: float | None = None, stored: bool = False
 ) -> tuple[dict[str, int | str], dict[str, Tensor]]:
     """(options, state dict) of a MultiheadLatentAttention with positions=decoupled.
 
     Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). norm_gain: of an RMSNorm on the
     latent, the same for each dimension; None: no norm, as exactness wants. A latent whose keys and values are apart and
-    equally wide becomes kv_latent=split. The class refuses latents wider than x: low_rank to D loses nothing.
+    equally wide becomes kv_latent=split. stored: the frequencies are stored even where they could be computed. The class
+    refuses latents wider than x: low_rank to D loses nothing.
     Raises ValueError for a latent of no width.
     """
     H, K, _ = layer.q_HKD.shape
@@ -150,14 +151,17 @@ def latent_state(
         "n_kv_heads": G, "kv_lora_rank": L, "qk_nope_head_dim": K, "qk_rope_head_dim": P, "v_head_dim": V,
         "positions": "decoupled", "latent": "learned", "kv_latent": "split" if split else "joint",
         "latent_norm": "none" if norm_gain is None else "rms", "projection_bias": "all" if biased else "model",
-        **_rotation(layer.frequencies_C, P, layer.theta, state),
+        **_rotation(layer.frequencies_C, P, layer.theta, state, stored=stored),
     }  # fmt: skip
     return options, state
 
 
-def _rotation(frequencies: Tensor, width: int, theta: float, state: dict[str, Tensor]) -> dict[str, str]:
+def _rotation(
+    frequencies: Tensor, width: int, theta: float, state: dict[str, Tensor], *, stored: bool = False
+) -> dict[str, str]:
     """The option that says where a module's frequencies come from; unusual ones go into its state."""
-    if torch.allclose(frequencies.double().cpu(), rope_frequencies(width, theta), rtol=1e-12, atol=0.0):
+    computed = rope_frequencies(width, theta)
+    if not stored and torch.allclose(frequencies.double().cpu(), computed, rtol=1e-12, atol=0.0):
         return {"rope_frequencies": "computed"}
     state["rope._extra_state"] = frequencies.double().cpu()
     return {"rope_frequencies": "stored"}
