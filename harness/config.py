@@ -319,6 +319,11 @@ def setup_hash(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def origin_hash(origin: Any) -> str:
+    """Twelve hex digits of what made weights that no training of this run did (JSON-able): its `init_setup`."""
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def differences(
     mine: TrainConfig, theirs: TrainConfig, *, only: Sequence[str] | None = None, apart_from: Sequence[str] = ()
 ) -> list[str]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from harness.build import build_layer, build_model
+from harness.config import origin_hash, setup_hash
 from harness.data import PreparedData, TokenSplit, prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
@@ -165,7 +166,7 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
     if options.method in ("transmla", "mha2mla"):
         assert options.kv_lora_rank is not None
         tokens = max(tokens, 4 * options.kv_lora_rank)
-    judge = Judge(trained, data, options.method, device=device)
+    judge = Judge(trained, data, options, device=device)
     try:
         layers = [grouped_layer(copy.deepcopy(attention).double()) for attention in trained.model.attentions]
         plan = _PLANS[options.method]
@@ -177,14 +178,17 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
     for stage, exact, states in stages:
         model = judge.build(states)
         reports.append(judge.report(stage, model, exact=exact))
-    return Converted(converted_config(config, stages[-1][2][0][0], method=options.method), model, reports, details)
+    target = converted_config(config, stages[-1][2][0][0], options)
+    return Converted(target, model, reports, details)
 
 
 class Judge:
     """Measures converted models against the run's own, on the same validation tokens."""
 
-    def __init__(self, trained: TrainedModel, data: PreparedData, method: str, *, device: torch.device) -> None:
-        self._trained, self._data, self._method, self._device = trained, data, method, device
+    def __init__(
+        self, trained: TrainedModel, data: PreparedData, options: ConversionConfig, *, device: torch.device
+    ) -> None:
+        self._trained, self._data, self._options, self._device = trained, data, options, device
         if "validation" not in data.splits:
             raise UserError(f"dataset={trained.config.dataset.name} has no validation split to judge a conversion by")
         self._tokens_BT = _windows(data.splits["validation"], _COMPARED_TOKENS, trained.model.max_seq_len).to(device)
@@ -196,7 +200,7 @@ class Judge:
         for number, (_, state) in enumerate(states):
             weights |= {f"blocks.{number}.attention.{name}": tensor for name, tensor in state.items()}
         with torch.random.fork_rng(devices=[]):  # its initial values are replaced
-            config = converted_config(self._trained.config, states[0][0], method=self._method)
+            config = converted_config(self._trained.config, states[0][0], self._options)
             model = build_model(config, source.vocab_size)
         model.load_state_dict(weights)
         return model.to(self._device).eval()
@@ -374,10 +378,10 @@ def _no_wider(layers: Sequence[LatentLayer]) -> list[LatentLayer]:
     return [low_rank(layer, weight_moments(d_model), d_model, balance=False)[0] for layer in layers]
 
 
-def converted_config(source: TrainConfig, options: dict[str, int | str], *, method: str) -> TrainConfig:
-    """The run's configuration with the attention that a stage made. Execution fields are the defaults'."""
+def converted_config(source: TrainConfig, shape: dict[str, int | str], options: ConversionConfig) -> TrainConfig:
+    """The run's configuration with the attention that a stage made, whose shape this is. Execution fields are the defaults'."""
     attention = source.attention
-    if "kv_lora_rank" in options:
+    if "kv_lora_rank" in shape:
         plain = {
             "mechanism": "mla", "q_lora_rank": None, "latent_norm_place": "latent", "latent_scale": False,
             "fused_down_projections": False, "sharing": "none", "sharing_layers": 1,
@@ -385,8 +389,14 @@ def converted_config(source: TrainConfig, options: dict[str, int | str], *, meth
         }  # fmt: skip
     else:
         plain = dict(attention)
-    made = plain | options | EXECUTION | {"name": f"{attention['name']}_{_SHORT.get(method, method)}"}
-    return dataclasses.replace(source, attention=made, init_from=None, init_setup=None)
+    method = _SHORT.get(options.method, options.method)
+    made = plain | shape | EXECUTION | {"name": f"{attention['name']}_{method}"}
+    return dataclasses.replace(source, attention=made, init_from=None, init_setup=conversion_setup(source, options))
+
+
+def conversion_setup(source: TrainConfig, options: ConversionConfig) -> str:
+    """The init_setup of a run converted from one of `source`: the same for all its seeds."""
+    return origin_hash([setup_hash(source), dataclasses.asdict(options)])
 
 
 def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfig:
@@ -402,18 +412,17 @@ def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfi
     with torch.random.fork_rng(devices=[]):
         attention = build_layer(source)
     assert isinstance(attention, GroupedQueryAttention)
+    way = options
     if options.method == "transmla" and options.fold is None:
         assert options.qk_rope_head_dim is not None
-        fold = possible_folds(attention.head_dim, options.qk_rope_head_dim)[0]
-        options = dataclasses.replace(options, fold=fold)
+        way = dataclasses.replace(options, fold=possible_folds(attention.head_dim, options.qk_rope_head_dim)[0])
     white = [weight_moments(source.model.d_model)]
     try:
-        stages, _ = _PLANS[options.method](
-            [grouped_layer(attention.double())], Calibration(white, white), options, None
-        )
+        layer = grouped_layer(attention.double())
+        stages, _ = _PLANS[options.method]([layer], Calibration(white, white), way, None)
     except ValueError as error:
         raise UserError(f"{source.attention['name']} does not convert so: {error}") from None
-    return converted_config(source, stages[-1][2][0][0], method=options.method)
+    return converted_config(source, stages[-1][2][0][0], options)
 
 
 def _calibrate(model: GPT, data: PreparedData, tokens: int, device: torch.device) -> Calibration:

@@ -1,4 +1,6 @@
-"""A run as a folder that stock transformers, and what is built on it, loads with no code of ours.
+"""A run as a folder that stock transformers, and what is built on it, loads with no code of ours where it has the class.
+
+What no stock class computes becomes a folder of our own class, which transformers loads after harness.huggingface.register().
 
     config.json  generation_config.json  model.safetensors      harness/huggingface.py
     tokenizer.json  tokenizer_config.json                       the run's tokenizer; plain bytes too are a fast tokenizer
@@ -25,6 +27,7 @@ from harness.run import finished, read_json, write_json
 from harness.session import TrainedModel, load_trained
 from modeling.attention import EXECUTION
 
+KINDS = ("auto", "stock", "own")
 LARGEST_DIFFERENCE = 1e-5  # of the logits, relative to their size, float32
 # What tokenizers get wrong: two spaces, accents, several bytes a character, and a special token that is only text.
 _SAMPLE = f"The captain's  ship,\n\tnaïve 中文 \N{SLIGHTLY SMILING FACE} 1234 {END_OF_TEXT} end"
@@ -32,24 +35,41 @@ _SAMPLE = f"The captain's  ship,\n\tnaïve 中文 \N{SLIGHTLY SMILING FACE} 1234
 
 @dataclass
 class Exported:
-    """What was written where. difference: ||ours - theirs|| / ||theirs|| of the logits, float32."""
+    """What was written where. difference: ||ours - theirs|| / ||theirs|| of the logits, float32.
+
+    own: it is of our own class. misfits: what of the run no stock class has.
+    """
 
     folder: Path
     architecture: str
     parameters: int
     difference: float
+    own: bool
+    misfits: list[str]
+
+    @property
+    def why_own(self) -> str:
+        """The reason, as the rest of a sentence."""
+        return f"because no stock one has {' and '.join(self.misfits)}" if self.misfits else "as it was asked for"
 
 
-def export_run(run: Path, target: Path) -> Exported:
+def export_run(run: Path, target: Path, *, kind: str = "auto") -> Exported:
     """Write the newest checkpoint of `run` to the folder `target`, in float32.
 
-    Raises UserError when `target` exists and is not an empty folder, when the run holds no checkpoint or no stock class
-    computes what it does, and when what was written does not give the run's logits or tokens; then `target` is as before.
+    kind: of a `stock` class, of our `own`, or `auto`: stock where one computes the same. Raises UserError when `target`
+    exists and is not an empty folder, when the run holds no checkpoint, when kind=stock and no stock class computes what it
+    does, and when what was written does not give the run's logits or tokens; then `target` is as before.
     """
+    if kind not in KINDS:
+        raise UserError(f"kind={kind} is unknown; choose {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     check_target(target)
     trained = load_trained(run, device=torch.device("cpu"), precision=torch.float32, execution=EXECUTION)
-    theirs = huggingface.as_transformers(trained.model, trained.config)
-    exported = Exported(target, type(theirs).__name__, theirs.num_parameters(), 0.0)
+    misfits = huggingface.misfits(trained.config)
+    own = kind == "own" or (kind == "auto" and bool(misfits))
+    if own:
+        huggingface.register()
+    theirs = (huggingface.as_own if own else huggingface.as_transformers)(trained.model, trained.config)
+    exported = Exported(target, type(theirs).__name__, theirs.num_parameters(), 0.0, own, misfits)
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         aside.mkdir(parents=True)
@@ -156,16 +176,12 @@ def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
     """README.md: what the model is, how to load it, and the figures in summary.json and evaluations/."""
     config = trained.config
     attention = config.attention
-    latent = attention["mechanism"] == "mla"
     rows = [
         ("class", f"`{exported.architecture}`, float32"),
         ("attention", attention["name"]),
         ("shape", f"{config.model.n_layers} layers, d_model {config.model.d_model}, {config.model.n_heads} heads, "
          f"context {config.model.max_seq_len:,} tokens"),
-        ("cached per token and layer", f"{attention['kv_lora_rank'] + attention['qk_rope_head_dim']} elements (latent "
-         f"{attention['kv_lora_rank']} + rotated key {attention['qk_rope_head_dim']})" if latent else
-         f"{attention['n_kv_heads'] * (attention['head_dim'] + attention['v_head_dim'])} elements "
-         f"({attention['n_kv_heads']} key/value heads of {attention['head_dim']})"),
+        ("cached per token and layer", _cached(attention)),
         ("parameters", f"{exported.parameters:,}"),
         ("vocabulary", f"{trained.tokenizer.vocab_size:,} ({config.tokenizer.name})"),
         ("trained on", config.dataset.name),
@@ -180,8 +196,17 @@ def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {config.name}", ""]
     lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
     lines += _figures(run)
+    use = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if exported.own:
+        use = [
+            f"The class is our own, {exported.why_own}. This folder holds no code: transformers knows the class once the "
+            "project that trained the model can be imported (start Python in its folder, or add that to PYTHONPATH) and "
+            "`register()` has been called. No trust_remote_code is needed.", "", "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+            "from harness.huggingface import register", "", "register()",
+        ]  # fmt: skip
     lines += [
-        "## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
+        "## Use", "", *use,
         f'model = AutoModelForCausalLM.from_pretrained("{exported.folder.name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{exported.folder.name}")', 'inputs = tokenizer("The sea",'
         ' return_tensors="pt")', "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))", "```", "",
@@ -189,6 +214,19 @@ def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
         "Training documents were separated by the end-of-text token: a prompt of that token alone begins a new one.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _cached(attention: dict[str, Any]) -> str:
+    """What a layer keeps of each token, in words."""
+    rotated = attention["qk_rope_head_dim"]
+    if attention["mechanism"] == "mla":
+        rank, group = attention["kv_lora_rank"], attention["sharing_layers"]
+        where = f", in the first of every {group} layers" if attention["sharing"] == "latent" else ""
+        return f"{rank + rotated} elements (latent {rank} + rotated key {rotated}){where}"
+    keys, values, heads = attention["head_dim"], attention["v_head_dim"], attention["n_kv_heads"]
+    widths = f"{keys}" if keys == values else f"{keys} and {values}"
+    shared = f" + rotated key {rotated}" if rotated else ""
+    return f"{heads * (keys + values) + rotated} elements ({heads} key/value heads of {widths}{shared})"
 
 
 def _figures(run: Path) -> list[str]:

@@ -170,7 +170,9 @@ class TrainConfig:
     tracking: TrackingConfig
     # A run whose weights this one starts from; its model, attention and tokenizer come along.
     init_from: str | None = None
-    init_setup: str | None = None  # worked out: that run's setup_hash
+    init_setup: str | None = (
+        None  # worked out: that run's setup_hash; of a conversion or an import, what made the weights
+    )
 
 
 @dataclass

@@ -1,13 +1,18 @@
-"""A trained run as a stock Hugging Face model: python scripts/export.py run=runs/NAME to=DIR.
+"""A trained run as a Hugging Face model: python scripts/export.py run=runs/NAME to=DIR.
 
 run             a run's folder or name; without one, the newest finished run
 to              the folder to write: absent, or empty
+kind            auto    of a stock class where one computes the same, else of our own
+                stock   refused, naming what does not fit, where no stock class computes the same
+                own     of our own class, whatever the variant
 runs_dir        runs
 
-MHA, GQA and MQA with rotation become LlamaForCausalLM (with attention.qk_norm, Qwen3ForCausalLM), MLA with RMSNorm latents
-and a decoupled rotation DeepseekV3ForCausalLM. AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with
-no code of ours; what was written is loaded and compared with the run before the folder appears. A variant that no stock
-class computes (learned positions, no rotation, relu2, ...) is refused, naming what does not fit.
+MHA, GQA and MQA with rotation become LlamaForCausalLM (with attention.qk_norm Qwen3ForCausalLM, with
+attention.projection_bias=qkv Qwen2ForCausalLM), MLA with RMSNorm latents and a decoupled rotation DeepseekV3ForCausalLM.
+AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no code of ours. Everything else (learned
+positions, no rotation, relu2, ...) becomes a folder of our own class, which holds no code either and loads where this
+project can be imported, after harness.huggingface.register(). What was written is loaded and compared with the run before
+the folder appears.
 """
 
 # ruff: noqa: E402
@@ -31,6 +36,7 @@ from harness.errors import UserError
 class ExportOptions:
     run: str | None = None
     to: str | None = None
+    kind: str = "auto"
     runs_dir: str = str(ROOT / "runs")
 
 
@@ -43,11 +49,17 @@ def main(arguments: list[str]) -> int:
 
     from harness.export import export_run
 
-    exported = export_run(run, Path(options.to).expanduser().absolute())
+    exported = export_run(run, Path(options.to).expanduser().absolute(), kind=options.kind)
     print(
         f"{exported.folder}: {exported.architecture}, {exported.parameters:,} parameters; loaded again, its logits differ "
         f"from the run's by {exported.difference:.1e} of their size"
     )
+    if exported.own:
+        print(
+            f"The class is our own, {exported.why_own}: call harness.huggingface.register() before loading (see README.md)"
+        )
+    else:
+        print("The class is a stock one of transformers: it loads with no code of ours")
     return 0
 
 

@@ -18,6 +18,14 @@ from tests.support.variants import config_at, gpt_from
 
 pytest.importorskip("transformers")
 
+# Stretched from 16 positions: the tests go beyond them.
+LINEAR = "attention.rope_scaling={rope_type:linear,factor:3.0}"
+LLAMA3 = ("attention.rope_scaling={rope_type:llama3,factor:6.0,low_freq_factor:1.0,high_freq_factor:3.0,"
+          "original_max_position_embeddings:16}")  # fmt: skip
+YARN = "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:16,beta_fast:8.0}"
+DEEPSEEK_YARN = f"{YARN[:-1]},mscale:0.7,mscale_all_dim:1.5}}"
+UNTRUNCATED_YARN = f"{YARN[:-1]},truncate:false,attention_factor:1.3}}"
+
 SAME = {
     "mha": ["attention=mha"],
     "gqa": ["attention=gqa"],
@@ -41,6 +49,34 @@ SAME = {
     "mla, shared weights": ["attention=mla_shared_weights"],
     "mla, frozen": ["attention=mla_frozen"],
     "mla, slice": ["attention=mla_slice", "model.norm_eps=0.3"],
+    "gqa, biases on queries, keys and values": ["attention=gqa", "attention.projection_bias=qkv"],
+    "gqa, such biases, heads unlike d_model": ["attention=gqa", "attention.projection_bias=qkv", "model.head_dim=16",
+                                               "model.tie_embeddings=false"],
+    "gqa, biases everywhere, qkv asked for": ["attention=gqa", "attention.projection_bias=qkv", "model.bias=true"],
+    "mha, biases on all projections": ["attention=mha", "attention.projection_bias=all"],
+    "gqa, QK-norm, biases on all projections": ["attention=gqa", "attention.qk_norm=true",
+                                                "attention.projection_bias=all"],
+    "gqa, QK-norm, no bias on the output": ["attention=gqa", "attention.qk_norm=true", "attention.projection_bias=qkv"],
+    "mla, biases on all projections": ["attention=mla", "attention.q_lora_rank=20", "attention.projection_bias=all"],
+    "mla, biases and large eps": ["attention=mla", "attention.q_lora_rank=20", "attention.projection_bias=all",
+                                  "model.norm_eps=0.3", "attention.latent_scale=true"],
+    "mla, biases, fused": ["attention=mla", "attention.q_lora_rank=20", "attention.projection_bias=all",
+                           "attention.fused_down_projections=true"],
+    "mla, biases, slice": ["attention=mla_slice", "attention.q_lora_rank=20", "attention.projection_bias=all"],
+    "mla, biases, frozen": ["attention=mla_frozen", "attention.q_lora_rank=20", "attention.projection_bias=all"],
+    "gqa, linear scaling": ["attention=gqa", LINEAR],
+    "gqa, llama3 scaling": ["attention=gqa", LLAMA3],
+    "gqa, biases and llama3 scaling": ["attention=gqa", "attention.projection_bias=qkv", LLAMA3],
+    "gqa, YaRN": ["attention=gqa", YARN],
+    "gqa, QK-norm, YaRN with mscale": ["attention=gqa", "attention.qk_norm=true", DEEPSEEK_YARN],
+    "gqa, YaRN untruncated": ["attention=gqa", UNTRUNCATED_YARN, "attention.rope_theta=500.0"],
+    "mla, linear scaling": ["attention=mla", LINEAR],
+    "mla, llama3 scaling": ["attention=mla", LLAMA3],
+    "mla, YaRN": ["attention=mla", YARN],
+    "mla, YaRN with mscale": ["attention=mla", DEEPSEEK_YARN, "attention.q_lora_rank=20"],
+    "mla, YaRN untruncated": ["attention=mla", UNTRUNCATED_YARN],
+    "gqa, a wider vocabulary": ["attention=gqa", "model.vocab_size=130"],
+    "mla, a wider vocabulary, its own head": ["attention=mla", "model.vocab_size=130", "model.tie_embeddings=false"],
 }  # fmt: skip
 
 
@@ -48,11 +84,12 @@ SAME = {
 def test_logits_agree_where_they_are_large(overrides: list[str]) -> None:
     model = randomise(gpt_from(overrides)).eval()
     theirs = as_transformers(model, config_at(*overrides))
-    tokens_BT = torch.randint(100, (2, 40), generator=torch.Generator().manual_seed(1))
+    tokens_BT = torch.randint(model.vocab_size, (2, 60), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         ours_BTC, theirs_BTC = model(tokens_BT), theirs(input_ids=tokens_BT).logits
-    assert theirs_BTC.shape[-1] == 100 and theirs_BTC.std() > 1
-    assert relative_error(ours_BTC[..., :100], theirs_BTC) < 1e-4
+    assert model.vocab_size == (130 if "model.vocab_size=130" in overrides else 100)
+    assert theirs_BTC.shape[-1] == model.vocab_size < ours_BTC.shape[-1] and theirs_BTC.std() > 1
+    assert relative_error(ours_BTC[..., : model.vocab_size], theirs_BTC) < 1e-4
     assert difference(model, theirs) < 1e-4
 
 
@@ -65,9 +102,30 @@ def test_a_wrong_weight_is_a_difference() -> None:
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_both_write_the_same_text(attention: str) -> None:
+def test_another_pairing_of_rotated_dimensions_is_a_difference(attention: str) -> None:
     model = randomise(gpt_from([f"attention={attention}"])).eval()
     theirs = as_transformers(model, config_at(f"attention={attention}"))
+    with torch.no_grad():
+        for layer in theirs.model.layers:  # the same order in queries and keys
+            if attention == "gqa":
+                for weight in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+                    heads = weight.unflatten(0, (-1, 12))
+                    weight.copy_(torch.cat([heads[:, ::2], heads[:, 1::2]], dim=1).flatten(0, 1))
+            else:
+                heads, key = (
+                    layer.self_attn.q_proj.weight.unflatten(0, (4, 18)),
+                    layer.self_attn.kv_a_proj_with_mqa.weight,
+                )
+                for rotated in (heads[:, 12:], key[None, 24:]):
+                    rotated.copy_(torch.cat([rotated[:, ::2], rotated[:, 1::2]], dim=1))
+    assert difference(model, theirs) > 1e-2
+
+
+@pytest.mark.parametrize("overrides", [["attention=gqa"], ["attention=mla", "attention.projection_bias=all",
+                                                           "attention.q_lora_rank=20"]])  # fmt: skip
+def test_both_write_the_same_text(overrides: list[str]) -> None:
+    model = randomise(gpt_from(overrides)).eval()
+    theirs = as_transformers(model, config_at(*overrides))
     prompts_BT = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(2))
     ours = torch.stack(list(generate(model, prompts_BT.tolist(), max_new_tokens=6, temperature=0)), dim=1)
     assert torch.equal(theirs.generate(prompts_BT, max_new_tokens=6, do_sample=False)[:, 9:], ours)
@@ -98,6 +156,11 @@ def test_their_cache_is_measured(attention: str, elements: int) -> None:
         (["attention=mla", "attention.latent_norm=layer"], r"attention.latent_norm=layer"),
         (["attention=mla_shared_latent"], r"attention.sharing=latent"),
         (["attention=mla", "attention.latent_norm=none"], r"attention.latent_norm=none"),
+        (["attention=mla", "attention.rope_frequencies=stored"], r"attention.rope_frequencies=stored"),
+        (["attention=mla", "attention.projection_bias=all"],
+         r"no attention.projection_bias=all with attention.q_lora_rank=null"),
+        (["attention=mla", "model.norm_eps=0"], r"its DeepSeek-V3 has no model.norm_eps=0"),
+        (["attention=gqa", "attention.projection_bias=qkv", "model.mlp=relu2"], r"its Qwen2 has no model.mlp=relu2"),
         (["attention=mla", "attention.kv_latent=split", "model.bias=true"],
          r"attention.kv_latent=split and no model.bias=true"),
     ],
@@ -118,8 +181,10 @@ def test_an_encoder_is_refused() -> None:
 CLASSES = {
     "LlamaForCausalLM": ["attention=gqa", "model.norm_eps=0.3", "attention.rope_theta=500.0", "model.head_dim=16"],
     "Qwen3ForCausalLM": ["attention=gqa", "attention.qk_norm=true", "model.tie_embeddings=false"],
-    "DeepseekV3ForCausalLM": ["attention=mla", "model.norm_eps=0.3", "attention.rope_theta=500.0"],
+    "Qwen2ForCausalLM": ["attention=gqa", "attention.projection_bias=qkv", "model.head_dim=16", LLAMA3],
+    "DeepseekV3ForCausalLM": ["attention=mla", "model.norm_eps=0.3", "attention.rope_theta=500.0", DEEPSEEK_YARN],
 }
+DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
 
 
 def saved(name: str, folder: Path, **changes: Any) -> float:
@@ -158,11 +223,32 @@ def test_a_saved_folder_computes_the_same(name: str, tmp_path: Path) -> None:
         ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
         ("DeepseekV3ForCausalLM", {"rms_norm_eps": 1e-6}),
         ("DeepseekV3ForCausalLM", {"rope_interleave": False}),
-        ("DeepseekV3ForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        ("DeepseekV3ForCausalLM", {"rope_parameters": DEFAULT}),
+        ("Qwen2ForCausalLM", {"rope_parameters": DEFAULT | {"rope_theta": 10000.0}}),
+        ("Qwen2ForCausalLM", {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 4}),
+        ("LlamaForCausalLM", {"tie_word_embeddings": False}),
     ],
 )
 def test_each_convention_is_seen_in_the_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     assert saved(name, tmp_path, **changes) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("Qwen2ForCausalLM", "factor", 5.0), ("Qwen2ForCausalLM", "low_freq_factor", 0.5),
+        ("Qwen2ForCausalLM", "high_freq_factor", 6.0), ("Qwen2ForCausalLM", "original_max_position_embeddings", 64),
+        ("DeepseekV3ForCausalLM", "rope_theta", 400.0), ("DeepseekV3ForCausalLM", "factor", 3.0),
+        ("DeepseekV3ForCausalLM", "mscale", 0.5), ("DeepseekV3ForCausalLM", "mscale_all_dim", 1.0),
+        ("DeepseekV3ForCausalLM", "original_max_position_embeddings", 64),
+    ],
+)  # fmt: skip
+def test_each_field_of_a_stretched_rotation_is_seen_in_the_logits(
+    name: str, field: str, value: float, tmp_path: Path
+) -> None:
+    written = as_transformers(gpt_from(CLASSES[name]), config_at(*CLASSES[name])).config.rope_parameters
+    assert field in written
+    assert saved(name, tmp_path, rope_parameters=dict(written) | {field: value}) > 1e-3
 
 
 @pytest.mark.parametrize(("name", "tied"), [("LlamaForCausalLM", True), ("Qwen3ForCausalLM", False)])

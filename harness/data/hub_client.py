@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ _ELSEWHERE = {
     "dataset": "take dataset=stdlib (needs no network), or a folder prepared on another machine with "
                "dataset.path=FOLDER",
     "model": "take tokenizer=bpe (needs no network), or a tokenizer.json of this machine with tokenizer.path=FILE",
+    "weights": "name a folder of this machine that holds the model",
 }  # fmt: skip
 _FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
 
@@ -41,7 +43,7 @@ def offline() -> bool:
 def connect(path: str, what: str, kind: str = "dataset") -> None:
     """Raises HubUnreachable unless the hub answers for `path` in time; then the libraries may be imported.
 
-    `kind`, here and below: dataset or model.
+    `kind`, here and below: dataset, model (its tokenizer) or weights (all of a model).
     """
     if offline():
         remedy = f"unset it, or {_ELSEWHERE[kind]}"
@@ -121,6 +123,53 @@ def pretrained_tokenizer(name: str) -> Path:
     return cached or download_file(
         repository, "tokenizer.json", revision or None, "model", f"the tokenizer.json of {repository}"
     )
+
+
+def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """The commit that a revision of a model is (None: its newest), and what the hub states of each file of it.
+
+    That is SHA-256, or git's SHA-1 of a blob for small files outside LFS: see `is_whole`.
+    """
+    what = f"the model {repository}"
+    connect(f"api/models/{repository}/revision/{revision or 'main'}", what, "weights")
+    import huggingface_hub
+
+    hub = huggingface_hub.HfApi()
+
+    def listed() -> tuple[str, dict[str, str]]:
+        commit = hub.model_info(repository, revision=revision).sha
+        assert commit is not None
+        entries = hub.list_repo_tree(repository, revision=commit, repo_type="model")
+        hashes = {
+            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+            for entry in entries
+            if isinstance(entry, huggingface_hub.RepoFile)
+        }
+        return commit, hashes
+
+    return patiently(listed, what, "weights")
+
+
+def model_file(repository: str, name: str, commit: str) -> Path:
+    """One file of a model, downloaded into the hub's cache where it is not there, resuming what broke off."""
+    if cached := cached_file(repository, name, commit, "model"):
+        return cached
+    what = f"{name} of {repository}"
+    connect(f"{repository}/resolve/{commit}/{name}", what, "weights")
+    import huggingface_hub
+
+    return patiently(lambda: Path(huggingface_hub.hf_hub_download(repository, name, revision=commit)), what, "weights")
+
+
+def is_whole(path: Path, stated: str) -> bool:
+    """Whether a file is the one of which the hub states this SHA-256, or this SHA-1 of a git blob."""
+    with path.open("rb") as file:
+        if len(stated) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest() == stated
+        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+        while block := file.read(2**20):
+            blob.update(block)
+        return blob.hexdigest() == stated
 
 
 def _remedies(kind: str) -> str:

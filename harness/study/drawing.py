@@ -483,7 +483,8 @@ def _draw_series(drawing: Drawing, series: Series, plot: Plot, x_axis: _Axis, y_
             upper = [(x_axis(m.x), y_axis(min(m.high, most))) for m in banded if m.high is not None]
             lower = [(x_axis(m.x), y_axis(m.low)) for m in reversed(banded) if m.low is not None]
             shapes.append(Area([*upper, *lower], colour, opacity=bands))
-        shapes.append(Line([(x_axis(m.x), y_axis(m.y)) for m in shown], colour, 1.8, series.style.dash))
+        if len(shown) > 1:
+            shapes.append(Line([(x_axis(m.x), y_axis(m.y)) for m in shown], colour, 1.8, series.style.dash))
         drawing.add(*shapes, arms=arms, hover=series.label or series.arm)
     for mark in shown:
         x, shapes = x_axis(mark.x) + shift, []

@@ -26,6 +26,7 @@ from harness.study.statistics import (
     mean_interval,
     pareto_front,
     residual_deviation,
+    without,
 )
 from harness.study.tuning import Optimum, optimum, parabola
 
@@ -162,13 +163,15 @@ def find(results: StudyResults) -> Findings:
             f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "
             f"{results.command or 'python scripts/run_study.py'} end"
         )
+    apart = [info.name for info in results.arms if info.converted]
+    pooled = without(values, apart) or values
     arms = [
         Arm(
             info,
             sorted(
                 (run for run in results.runs if run.arm == info.name and run.evaluation()), key=lambda run: run.seed
             ),
-            mean_interval(values, info.name) if info.name in values else None,
+            _mean(values, pooled, info.name),
         )
         for info in results.arms
     ]
@@ -178,10 +181,10 @@ def find(results: StudyResults) -> Findings:
     baseline = next((arm.name for arm in done if arm.info.reference), done[0].name) if len(done) > 1 else None
     declared, others, lacking = _pairs(results, values, baseline)
     notes += lacking
-    found = contrasts(values, primary=declared, other=others)
+    found = contrasts(values, primary=declared, other=others, apart=apart)
     by_arm = {arm.name: arm for arm in arms}
     verdicts = [_verdict(contrast, by_arm, unit) for contrast in found]
-    sigma, dof = residual_deviation(values)
+    sigma, dof = residual_deviation(pooled)
     positions, beyond = _by_context(done)
     curve_key = "val/loss" if len({arm.summary("tokenizer_fingerprint") for arm in done}) == 1 else "val/bits_per_byte"
     curves = {arm.name: [_curve(run, curve_key) for run in arm.runs] for arm in done}
@@ -328,9 +331,17 @@ def _staircase(results: StudyResults, verdicts: Sequence[Verdict], values: Value
 # --- series ----------------------------------------------------------------------------------------------------------
 
 
+def _mean(values: Values, pooled: Values, arm: str) -> Mean | None:
+    """Of an arm that shares the others' variance with their error bar; of one that does not, the plain mean."""
+    if arm not in values:
+        return None
+    return mean_interval(pooled, arm) if arm in pooled else mean_interval({arm: values[arm]}, arm)
+
+
 def _curve(run: RunResult, key: str) -> dict[float, float]:
-    """tokens -> value."""
-    return {float(line["tokens"]): float(line[key]) for line in run.metrics if key in line}
+    """tokens -> value; those that the weights had seen before count too."""
+    before = run.summary.get("initial_tokens", 0)
+    return {float(line["tokens"] + before): float(line[key]) for line in run.metrics if key in line}
 
 
 def _over_seeds(curves: Sequence[Mapping[float, float]]) -> list[CurvePoint]:
@@ -482,6 +493,7 @@ def _facts(arms: Sequence[Arm]) -> list[Fact]:
         _number_fact("cache bytes per token", arms, lambda run: run.summary["cache_bytes_per_token"]),
         _text_fact("cache dtype", arms, lambda run: run.summary["cache_dtype"]),
         _number_fact("training tokens", arms, lambda run: run.summary["tokens"]),
+        _number_fact("tokens before, of the run it starts from", arms, lambda run: run.summary.get("initial_tokens", 0)),
         _number_fact("training tokens per parameter", arms, lambda run: run.summary["tokens"] / run.summary["parameters"]),
         _text_fact("training data", arms, lambda run: f"{run.summary['dataset']} {run.summary['data_fingerprint'][:12]}"),
         _text_fact("tokenizer", arms, lambda run: str(run.summary["tokenizer_fingerprint"] or "bytes")[:12]),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import CONFIGS, RUN_NAME, did_you_mean, load_train_config, options_of, setup_hash, typed
-from harness.conversion import ConversionConfig, converted_from
+from harness.conversion import ConversionConfig, conversion_setup, converted_from
 from harness.errors import UserError
 from harness.run import read_json, write_json
 from harness.schema import BudgetConfig, TrainConfig
@@ -153,7 +153,8 @@ class Plan:
         if source is not None:
             begun = self._config(source, float(f"{self.untuned_rates([source])[source]:.3g}"))
             if self.arms[arm].convert is not None:
-                return dataclasses.replace(begun, attention=config.attention, init_setup=None)
+                way = conversion_setup(begun, _conversion(arm, self.arms[arm].convert))
+                return dataclasses.replace(begun, attention=config.attention, init_setup=way)
             config = dataclasses.replace(config, init_setup=setup_hash(begun))
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
         return config if budget is None else dataclasses.replace(config, budget=BudgetConfig(tokens=budget))
@@ -190,6 +191,11 @@ class Plan:
                 f"name={spec.name}", f"runs_dir={self.folder}", *begun,
             ]
         )  # fmt: skip
+
+
+def _conversion(arm: str, options: Any) -> ConversionConfig:
+    conversion: ConversionConfig = typed(ConversionConfig, options, f"arms.{arm}.convert")
+    return conversion
 
 
 def trained_tokens(config: TrainConfig) -> int:
@@ -278,7 +284,7 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
         if arm.convert is not None:
             assert source is not None
             composed, overrides = (
-                converted_from(source, typed(ConversionConfig, arm.convert, f"arms.{arm_name}.convert")),
+                converted_from(source, _conversion(arm_name, arm.convert)),
                 [],
             )
             vocabulary = vocabulary_of(composed)
@@ -348,7 +354,7 @@ def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpe
         "arms": {
             name: {
                 "family": arm.family, "level": arm.level, "reference": arm.reference, "overrides": arm.described,
-                "setup_hash": setup_hash(arm.config), "quantities": arm.quantities,
+                "setup_hash": setup_hash(arm.config), "quantities": arm.quantities, "converted": arm.convert is not None,
                 "match": [dataclasses.asdict(match) for match in arm.matches],
             }
             for name, arm in plan.arms.items()

@@ -53,6 +53,7 @@ class ArmInfo:
     level: str | None
     reference: bool
     match: list[dict[str, Any]]  # harness/study/matching.py: Matched
+    converted: bool = False  # from another arm's weights, without training
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,21 @@ def load_results(folder: Path) -> StudyResults:
     runs = [_read_run(folder / spec["name"], spec) for spec in record["runs"] if finished(folder / spec["name"])]
     sweep = [_read_run(folder / spec["name"], spec) for spec in record["sweep"] if finished(folder / spec["name"])]
     decode = folder / "decode.json"
+    arms = [
+        ArmInfo(
+            name,
+            arm["family"],
+            arm["overrides"],
+            arm["level"],
+            arm["reference"],
+            arm["match"],
+            arm.get("converted", False),
+        )
+        for name, arm in record["arms"].items()
+    ]
     return StudyResults(
         name=record["name"], question=record["question"], folder=folder, command=record["command"],
-        metric=record["metric"],
-        arms=[
-            ArmInfo(name, arm["family"], arm["overrides"], arm["level"], arm["reference"], arm["match"])
-            for name, arm in record["arms"].items()
-        ],
+        metric=record["metric"], arms=arms,
         contrasts=[(a, b) for a, b in record["contrasts"]], staircase=record["staircase"] or None, runs=runs, sweep=sweep,
         chosen_lr=record["chosen_lr"], shared_lr=record["shared_lr"], failures=record["failures"],
         missing=len(record["runs"]) - len(runs), decode=read_json(decode)["rows"] if decode.is_file() else None,

@@ -161,11 +161,9 @@ def run_all(
                 for spec in waiting:
                     source = plan.source_of(spec)
                     assert source is not None
-                    failure = Failure(
-                        spec.name, f"the run whose weights it starts from, {source.name}, is not finished"
-                    )
-                    failures.append(failure)
-                    progress.ended(spec, failure, 0.0)
+                    reason = f"the run whose weights it starts from, {source.name}, is not finished"
+                    failures.append(Failure(spec.name, reason))
+                    progress.ended(spec, failures[-1], 0.0)
                 break
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:

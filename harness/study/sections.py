@@ -165,7 +165,7 @@ def _main(findings: Findings) -> Section:
         note = (
             f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all of them "
             f"({findings.sigma:.2g} {findings.unit}, {findings.dof} degrees of freedom); what a seed does to all arms alike "
-            f"is not in it. {note}"
+            f"is not in it.{_apart(findings)} {note}"
         )
     else:
         note = f"No error bars: no arm has seeds that disagree. {note}"
@@ -206,6 +206,17 @@ def _ms(milliseconds: float) -> str:
 
 
 # --- quality against costs -------------------------------------------------------------------------------------------
+
+
+def _apart(findings: Findings) -> str:
+    """What is to be known of arms that were converted, not trained."""
+    names = [arm.name for arm in findings.arms if arm.info.converted]
+    if not names:
+        return ""
+    return (
+        f" Not pooled, for what is converted without training scatters on its own: {', '.join(names)}; comparisons with them "
+        f"have the variance of their two arms alone."
+    )
 
 
 def _pareto(findings: Findings) -> Section:
@@ -658,7 +669,7 @@ def _provenance(findings: Findings) -> Section:
     if findings.sigma:
         after.append(
             "Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms. A seed "
-            "sets initialisation and order of the data alike for every arm, so differences are within seeds."
+            f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
         )
     return Section("provenance", "How this was made", words=words, code=results.command, after=after)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,15 @@ class _Model:
         return np.ravel(test.effect).tolist(), np.ravel(test.pvalue).tolist(), intervals
 
 
-def contrasts(values: Values, *, primary: Sequence[Pair], other: Sequence[Pair] = ()) -> list[Contrast]:
+def contrasts(
+    values: Values, *, primary: Sequence[Pair], other: Sequence[Pair] = (), apart: Collection[str] = ()
+) -> list[Contrast]:
     """The differences a - b of pairs of arms (a, b): the declared ones first, each in the order given.
 
     values: arm -> seed -> result, of every arm of the study, those without a pair too: they add to the pooled variance.
     primary: the comparisons that were declared before the results, one family for Holm's correction; other: the rest.
+    apart: arms that scatter unlike the others, such as models converted without training: they add nothing to the pooled
+    variance, and a pair with one of them has the variance of its own two arms alone.
 
     seeds_needed takes the difference and the σ that were seen for the true ones, so it is a guide and no promise: the
     fewest seeds of both arms, above n, at which the two-sided t test has 80 % power. Every seed more is one degree of
@@ -137,39 +141,44 @@ def contrasts(values: Values, *, primary: Sequence[Pair], other: Sequence[Pair] 
     from statsmodels.stats.multitest import multipletests
 
     pairs = [*primary, *other]
-    model = _fit(values)
+    pooled = _fit(without(values, apart) or values)
     _check_pairs(values, pairs)
-    if not pairs:
-        return []
-
-    weights_CP = np.zeros((len(pairs), len(model.fitted.params)))
-    for row_P, (a, b) in zip(weights_CP, pairs, strict=True):
-        row_P[model.arms.index(a)], row_P[model.arms.index(b)] = 1, -1
-    differences, p_values, intervals = model.estimates(weights_CP)
+    models = {
+        (a, b): _fit({a: values[a], b: values[b]}) if a in apart or b in apart else pooled for a, b in pairs
+    }  # fmt: skip
+    estimates = [_difference(models[pair], *pair) for pair in pairs]
     common = [len(values[a].keys() & values[b].keys()) for a, b in pairs]
-    if not p_values:
-        return [
-            Contrast(a, b, i < len(primary), common[i], differences[i], None, None, None, None, None, None)
-            for i, (a, b) in enumerate(pairs)
-        ]
-
-    corrected: list[float] = []
-    if primary:
-        corrected = multipletests(p_values[: len(primary)], alpha=ALPHA, method="holm")[1].tolist()
-    unresolved = sum(p >= ALPHA for p in corrected)
+    declared = [p for _, p, _ in estimates[: len(primary)] if p is not None]
+    corrected = iter(multipletests(declared, alpha=ALPHA, method="holm")[1].tolist() if declared else [])
+    holm = [None if p is None else next(corrected) for _, p, _ in estimates[: len(primary)]]
+    unresolved = sum(p is None or p >= ALPHA for p in holm)
     found = []
-    for i, (a, b) in enumerate(pairs):
-        p_holm = corrected[i] if i < len(primary) else None
-        resolved = (p_values[i] if p_holm is None else p_holm) < ALPHA
+    for i, ((a, b), (difference, p, interval)) in enumerate(zip(pairs, estimates, strict=True)):
+        is_declared = i < len(primary)
+        if p is None or interval is None:
+            found.append(Contrast(a, b, is_declared, common[i], difference, None, None, None, None, None, None))
+            continue
+        p_holm = holm[i] if is_declared else None
+        resolved = (p if p_holm is None else p_holm) < ALPHA
         needed = None
         if not resolved:
             alpha = ALPHA if p_holm is None else ALPHA / unresolved
-            needed = _seeds_needed(differences[i], model, n=common[i], alpha=alpha)
-        found.append(
-            Contrast(a, b, p_holm is not None, common[i], differences[i], *intervals[i], p_values[i], p_holm, resolved,
-                     needed)
-        )  # fmt: skip
+            needed = _seeds_needed(difference, models[a, b], n=common[i], alpha=alpha)
+        found.append(Contrast(a, b, is_declared, common[i], difference, *interval, p, p_holm, resolved, needed))
     return found
+
+
+def without(values: Values, apart: Collection[str]) -> Values:
+    """The results of the arms that share one variance."""
+    return {arm: by_seed for arm, by_seed in values.items() if arm not in apart}
+
+
+def _difference(model: _Model, a: str, b: str) -> tuple[float, float | None, Interval | None]:
+    """a - b, its p and its 95 % interval."""
+    weights_P = np.zeros(len(model.fitted.params))
+    weights_P[model.arms.index(a)], weights_P[model.arms.index(b)] = 1, -1
+    (difference,), p_values, intervals = model.estimates(weights_P[None])
+    return (difference, p_values[0], intervals[0]) if p_values else (difference, None, None)
 
 
 def residual_deviation(values: Values) -> tuple[float | None, int]:

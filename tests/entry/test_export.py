@@ -1,9 +1,13 @@
-"""scripts/export.py: a run's folder, loaded by transformers alone, is the run; what does not fit leaves nothing behind."""
+"""scripts/export.py: a run's folder, loaded by transformers, is the run: every shipped variant, of a stock class or our own."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from modeling.attention import EXECUTION
 from modeling.generation import generate
 from scripts.export import main
 from tests.support.micro import Workplace, contents, summary_of
+from tests.support.variants import SHIPPED
 
 pytest.importorskip("transformers")
 
@@ -27,8 +32,13 @@ RUNS = {
     "qwen": ["attention=mha", "attention.qk_norm=true", *BPE],
     "mla": ["attention=mla", "attention.q_lora_rank=20", "attention.latent_scale=true", "model.norm_eps=1e-5", *BPE],
     "learned": ["attention=mha_learned"],
-}
-CLASSES = {"gqa": "LlamaForCausalLM", "qwen": "Qwen3ForCausalLM", "mla": "DeepseekV3ForCausalLM"}
+    "biases": ["attention=gqa", "attention.n_kv_heads=1", "attention.projection_bias=qkv",
+               "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:8}"],
+}  # fmt: skip
+CLASSES = {"gqa": "LlamaForCausalLM", "qwen": "Qwen3ForCausalLM", "mla": "DeepseekV3ForCausalLM",
+           "biases": "Qwen2ForCausalLM"}  # fmt: skip
+OWN = "AttentionAblationForCausalLM"
+ROOT = Path(export.__file__).resolve().parents[1]
 TEXTS = [
     "the captain saw  a whale", "réef 中文 🙂\tand\n\nthe sea ", "", "<|endoftext|>", "a<|endoftext|>b <s> [SEP]",
     "\x00\x7f\x80\xad\xff", "don't", " x",
@@ -42,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     for name, overrides in RUNS.items():
         place.train(name, "budget.steps=20", *overrides)
     assert place.evaluate(f"run={place.runs / 'gqa'}", "split=test") == 0
-    for name in CLASSES:
+    for name in [*CLASSES, "learned"]:
         assert main([f"run={name}", f"runs_dir={place.runs}", f"to={place.folder / 'out' / name}"]) == 0
     return place
 
@@ -66,9 +76,36 @@ def test_the_exported_model_is_of_a_stock_class_and_gives_the_same_logits(place:
     assert huggingface.difference(trained.model, model) < 1e-5
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_variant_is_exported_and_is_the_run(
+    place: Workplace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.train(f"shipped-{name}", "budget.steps=2", f"attention={name}", "model.n_layers=2")
+    folder = tmp_path / name
+    capsys.readouterr()
+    assert main([f"run={run}", f"to={folder}"]) == 0
+    said = capsys.readouterr().out
+    trained = load_trained(run, device=torch.device("cpu"), precision=torch.float32, execution=EXECUTION)
+    (model, tokenizer), misfits = huggingface.load(folder), huggingface.misfits(trained.config)
+    stock = "The class is a stock one of transformers" in said
+    assert stock is not misfits and stock is (type(model).__name__ != OWN) and type(model).__name__ in said
+    if not stock:
+        assert f"The class is our own, because no stock one has {' and '.join(misfits)}" in said
+        trained.model.set_execution(backend="auto")  # the kernel that torch takes, as in theirs
+        assert torch.equal(model(torch.arange(20)[None]).logits, trained.model(torch.arange(20)[None])[..., :257])
+    assert huggingface.difference(trained.model, model) < 1e-5
+    check_text(trained, model, tokenizer)
+    elements = max(attention.cache_formula for attention in trained.model.attentions)
+    assert f"| cached per token and layer | {elements} elements (" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_both_write_the_same_greedy_text(place: Workplace, name: str) -> None:
-    trained, (model, tokenizer) = ours(place, name), theirs(place, name)
+    check_text(ours(place, name), *theirs(place, name))
+
+
+def check_text(trained: TrainedModel, model: Any, tokenizer: Any) -> None:
+    """Both continue a prompt alike, and decode it alike."""
     prompt = tokenizer("the sea", return_tensors="pt")
     written = model.generate(**prompt, max_new_tokens=16)[0, prompt["input_ids"].shape[1] :].tolist()
     tokens = trained.tokenizer.encode("the sea")
@@ -160,11 +197,56 @@ def test_the_card_of_an_unfinished_run_claims_no_figures(place: Workplace, tmp_p
     assert "had not finished training" in card and "| step 20 |" in card and "perplexity" not in card
 
 
-def test_a_variant_without_a_stock_class_is_refused_and_nothing_appears(place: Workplace, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"its Llama has no attention.positions=learned") as refused:
-        main([f"run={place.runs / 'learned'}", f"to={tmp_path / 'out'}"])
-    assert len(str(refused.value).splitlines()) == 1
+def test_without_a_stock_class_kind_stock_is_refused_and_nothing_appears(place: Workplace, tmp_path: Path) -> None:
+    for kind, sentence in {
+        "stock": r"its Llama has no attention.positions=learned",
+        "odd": r"kind=odd is unknown",
+    }.items():
+        with pytest.raises(UserError, match=sentence) as refused:
+            main([f"run={place.runs / 'learned'}", f"to={tmp_path / 'out'}", f"kind={kind}"])
+        assert len(str(refused.value).splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_kind_own_writes_our_class_where_a_stock_one_would_do(
+    place: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"run={place.runs / 'mla'}", f"to={tmp_path / 'out'}", "kind=own"]) == 0
+    assert "our own, as it was asked for: call harness.huggingface.register()" in capsys.readouterr().out
+    model, tokenizer = huggingface.load(tmp_path / "out")
+    assert type(model).__name__ == OWN
+    check_text(ours(place, "mla"), model, tokenizer)
+    assert "The class is our own, as it was asked for." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_cards_own_lines_load_the_model_where_the_project_can_be_imported(place: Workplace) -> None:
+    folder = place.folder / "out" / "learned"
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (place.folder / "out" / "gqa").iterdir()}
+    card = (folder / "README.md").read_text()
+    assert "our own, because no stock one has attention.positions=learned" in card and "register()" in card
+    assert "register" not in (place.folder / "out" / "gqa" / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    known = os.environ | {"PYTHONPATH": str(ROOT)}
+    written = subprocess.run(
+        [sys.executable, "-c", lines], cwd=folder.parent, env=known, capture_output=True, text=True
+    )
+    assert written.returncode == 0, written.stderr
+    trained = ours(place, "learned")
+    tokens = trained.tokenizer.encode("The sea")
+    tokens += [int(token) for token in generate(trained.model, [tokens], max_new_tokens=20, temperature=0)]
+    assert written.stdout.rstrip("\n") == trained.tokenizer.decode(tokens).rstrip("\n")
+
+
+def test_a_pipeline_continues_a_prompt_with_our_class(place: Workplace) -> None:
+    import transformers
+
+    huggingface.register()
+    write = transformers.pipeline("text-generation", model=str(place.folder / "out" / "learned"))
+    (continued,) = write("the sea", max_new_tokens=8, do_sample=False)
+    trained = ours(place, "learned")
+    tokens = trained.tokenizer.encode("the sea")
+    tokens += [int(token) for token in generate(trained.model, [tokens], max_new_tokens=8, temperature=0)]
+    assert continued["generated_text"] == trained.tokenizer.decode(tokens)
 
 
 def test_a_target_that_holds_something_is_left_as_it_was(place: Workplace, tmp_path: Path) -> None:

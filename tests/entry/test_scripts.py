@@ -20,7 +20,8 @@ from tests.support.projects import copy_project
 COMMANDS = ["train_model.py", "eval_model.py", "scripts/generate.py", "scripts/check_attention.py",
             "scripts/compare_runs.py", "scripts/prepare_data.py", "scripts/benchmark_decode.py",
             "scripts/kv_calculator.py", "scripts/show_runs.py", "scripts/downstream_eval.py", "scripts/run_study.py",
-            "scripts/report.py", "scripts/export.py"]  # fmt: skip
+            "scripts/report.py", "scripts/export.py", "scripts/import_hf.py",
+            "scripts/convert.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,12 @@ SHIPPED = options_of("attention")
 SIZES = ["model.d_model=48", "model.n_heads=4", "model.head_dim=12", "model.n_layers=2", "model.max_seq_len=64",
          "model.mlp_hidden=96"]  # fmt: skip
 
+# Contexts stretched from 16 positions, so that SIZES' are beyond them.
+LLAMA3 = ("attention.rope_scaling={rope_type:llama3,factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,"
+          "original_max_position_embeddings:16}")  # fmt: skip
+YARN = "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:16}"
+DEEPSEEK_YARN = f"{YARN[:-1]},mscale:0.7,mscale_all_dim:0.9}}"
+
 # name -> overrides; cached elements per token as written down here by hand for SIZES.
 KNOBS: dict[str, tuple[list[str], int]] = {
     "mha, no positions": (["attention=mha", "attention.positions=none"], 2 * 4 * 12),
@@ -48,6 +54,15 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mla, fused with query rank": (["attention=mla", "attention.fused_down_projections=true",
                                     "attention.q_lora_rank=20", "attention.kv_latent=split"], 24 + 6),
     "mla, biases": (["attention=mla", "model.bias=true"], 24 + 6),
+    "gqa, biases on queries, keys and values": (["attention=gqa", "attention.projection_bias=qkv"], 2 * 2 * 12),
+    "gqa, QK-norm and biases on all projections": (["attention=gqa", "attention.qk_norm=true",
+                                                    "attention.projection_bias=all"], 2 * 2 * 12),
+    "gqa, linear scaling": (["attention=gqa", "attention.rope_scaling={rope_type:linear,factor:4.0}"], 2 * 2 * 12),
+    "gqa, Llama 3's scaling": (["attention=gqa", LLAMA3], 2 * 2 * 12),
+    "mha decoupled, YaRN": (["attention=mha_decoupled", YARN], 2 * 4 * 12 + 6),
+    "mla, biases on all projections": (["attention=mla", "attention.projection_bias=all"], 24 + 6),
+    "mla, YaRN with mscale_all_dim": (["attention=mla", DEEPSEEK_YARN], 24 + 6),
+    "mla, stored frequencies": (["attention=mla", "attention.rope_frequencies=stored"], 24 + 6),
 }  # fmt: skip
 
 

@@ -1,0 +1,669 @@
+"""scripts/import_hf.py: their models become our runs with the same function, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from harness.config import ROOT, load_run_config
+from harness.data import Tokenizer
+from harness.errors import UserError
+from harness.session import TrainedModel, load_trained
+from modeling.attention import EXECUTION
+from modeling.attention.contract import relative_error
+from modeling.generation import generate
+from scripts import export, import_hf
+from scripts import generate as generate_script
+from tests.support.hub_server import REVISION, HubServer
+from tests.support.micro import PROMISED, Workplace, contents, json_lines, summary_of
+
+pytest.importorskip("transformers")
+
+VOCABULARY = 300  # tokens; the embeddings have 305 rows, ours 320
+SIZES = {"vocab_size": 305, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+MLA = {"kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "first_k_dense_replace": 2,
+       "num_key_value_heads": 4}  # fmt: skip
+# Stretched from 16 positions to the 64 that are compared.
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16, "rope_theta": 100.0}  # fmt: skip
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"num_key_value_heads": 2}),
+    "llama, tied, wide heads": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 16}),
+    "llama, all biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 0.1}),
+    "llama, biases in attention": ("Llama", {"attention_bias": True}),
+    "llama, llama3": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
+    "llama, linear, no rows to spare": ("Llama", {"vocab_size": 300, "rope_parameters": {
+        "rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}),
+    "llama, yarn": ("Llama", {"rope_parameters": DEEPSEEK_YARN}),
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-5}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2, yarn": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
+    "qwen3, biases": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}),
+    "deepseek_v2": ("DeepseekV2", MLA | {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
+    "deepseek_v2, yarn": ("DeepseekV2", MLA | {"q_lora_rank": 20, "rope_parameters": DEEPSEEK_YARN}),
+    "deepseek_v3": ("DeepseekV3", MLA | {"q_lora_rank": 20}),
+    "deepseek_v3, pairs apart": ("DeepseekV3", MLA | {"q_lora_rank": 20, "rope_interleave": False,
+                                                      "rms_norm_eps": 1e-5}),
+    "deepseek_v3, yarn": ("DeepseekV3", MLA | {"q_lora_rank": None, "tie_word_embeddings": True,
+                                               "rope_parameters": DEEPSEEK_YARN}),
+    "deepseek_v3, biases": ("DeepseekV3", MLA | {"q_lora_rank": 20, "attention_bias": True, "rms_norm_eps": 1e-4}),
+    "deepseek_v3, biases but on queries": ("DeepseekV3", MLA | {"q_lora_rank": None, "attention_bias": True}),
+}  # fmt: skip
+
+
+class Zoo(Workplace):
+    """Their models, made and saved when asked for, and what they are imported as."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.tokenizer = Tokenizer.train_bpe([self.corpus.read_text()], VOCABULARY)
+        assert self.tokenizer.vocab_size == VOCABULARY
+        self.models: dict[str, Any] = {}
+
+    def model(self, name: str) -> Any:
+        if name not in self.models:
+            self.models[name] = large_model(*MODELS[name])
+        return self.models[name]
+
+    def source(self, name: str) -> Path:
+        """A folder as they save it, in shards; not to be changed."""
+        folder = self.folder / "theirs" / name
+        if not folder.exists():
+            self.model(name).save_pretrained(folder, max_shard_size="30KB")
+            self.tokenizer.save(folder)
+        return folder
+
+    def changed(self, name: str, folder: Path, **fields: Any) -> Path:
+        """A copy in `folder` with other fields in its config.json; `absent` removes one."""
+        shutil.copytree(self.source(name), folder)
+        config = json.loads((folder / "config.json").read_text()) | fields
+        config = {key: value for key, value in config.items() if value is not ABSENT}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def options(self, *more: str) -> list[str]:
+        return ["dataset=local", f"dataset.path={self.corpus}", f"data_dir={self.folder / 'data'}", "device=cpu",
+                "precision=float32", "tracking=none", *more]  # fmt: skip
+
+    def bring(self, source: Path | str, to: Path, *more: str) -> TrainedModel:
+        """Imported, not scored, and loaded."""
+        assert import_hf.main(self.options(f"source={source}", f"to={to}", "score=false", *more)) == 0
+        return loaded(to)
+
+
+ABSENT = object()
+
+
+def large_model(kind: str, fields: dict[str, Any]) -> Any:
+    """A model of theirs whose weights are so large that attention is sharp and logits are far apart."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**SIZES | fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise * (2 / parameter.shape[-1]) ** 0.5)
+            else:
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else noise)
+    return model
+
+
+def loaded(run: Path) -> TrainedModel:
+    return load_trained(run, device=torch.device("cpu"), precision=torch.float32, execution=EXECUTION)
+
+
+def difference(trained: TrainedModel, model: Any, length: int = 64) -> float:
+    tokens_BT = torch.randint(VOCABULARY, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        theirs_BTC = model(input_ids=tokens_BT).logits.float()
+        ours_BTC = trained.model(tokens_BT)
+    assert theirs_BTC.std() > 1 and ours_BTC[..., theirs_BTC.shape[-1] :].eq(-torch.inf).all()
+    return relative_error(ours_BTC[..., : theirs_BTC.shape[-1]], theirs_BTC)
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    return safetensors.torch.load_file(checkpoint / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
+    return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_logits_are_theirs_at_every_position(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    source = zoo.source(name)
+    assert len(list(source.glob("*.safetensors"))) > 3
+    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen2, yarn", "deepseek_v2, yarn"])
+def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    trained, model = zoo.bring(zoo.source(name), tmp_path / "run"), zoo.model(name)
+    prompts_BT = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
+    ours_BT = torch.stack(list(generate(trained.model, prompts_BT.tolist(), max_new_tokens=30, temperature=0)), dim=1)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs_BT = model.generate(
+        prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=30, **options
+    )  # fmt: skip
+    assert torch.equal(theirs_BT[:, 9:], ours_BT)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"rms_norm_eps": 0.1}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
+        ("llama, yarn", {"rope_parameters": DEEPSEEK_YARN | {"mscale": 2.0}}),
+        ("llama, llama3", {"rope_parameters": LLAMA3 | {"factor": 2.0}}),
+        ("deepseek_v2, yarn", {"rope_parameters": DEEPSEEK_YARN | {"mscale_all_dim": 0.0}}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("deepseek_v3, pairs apart", {"rope_interleave": True}),
+        ("deepseek_v3, pairs apart", {"rms_norm_eps": 1e-2}),
+    ],
+)
+def test_each_field_that_shapes_the_function_is_read(
+    zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    source = zoo.changed(name, tmp_path / "theirs", **fields)
+    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"rope_parameters": ABSENT, "rope_theta": 10000.0, "head_dim": ABSENT, "attention_bias": ABSENT,
+                   "mlp_bias": ABSENT, "hidden_act": "swish"}),
+        ("llama, llama3", {"rope_parameters": ABSENT, "rope_theta": 100.0,
+                           "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
+        ("qwen2, yarn", {"rope_parameters": ABSENT, "rope_theta": 100.0, "use_sliding_window": False,
+                         "sliding_window": 8, "rope_scaling": {"type": "yarn", "factor": 4.0,
+                                                               "original_max_position_embeddings": 16}}),
+        ("qwen2, yarn", {"rope_parameters": YARN | {"factor": None}}),
+        ("qwen2, yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0},
+                         "original_max_position_embeddings": 16}),
+        ("qwen2, yarn", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ABSENT,
+                         "max_window_layers": 2}),
+        ("deepseek_v3", {"rope_interleave": ABSENT, "architectures": ABSENT, "n_routed_experts": None,
+                         "first_k_dense_replace": 0}),
+        ("mistral", {"model_type": ABSENT, "sliding_window": 64}),
+    ],
+)  # fmt: skip
+def test_older_and_shorter_ways_to_say_the_same_are_understood(
+    zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    trained = zoo.bring(zoo.changed(name, tmp_path / "theirs", **fields), tmp_path / "run")
+    assert trained.model.max_seq_len == 64 and difference(trained, zoo.model(name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3"])
+def test_an_import_exported_and_imported_again_has_the_same_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    zoo.bring(zoo.source(name), tmp_path / "first")
+    assert export.main([f"run={tmp_path / 'first'}", f"to={tmp_path / 'exported'}"]) == 0
+    zoo.bring(tmp_path / "exported", tmp_path / "second")
+    first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
+    assert first.keys() == second.keys() and len(first) > 15
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_weights_keep_their_dtype_and_a_product_is_not_rounded_to_it(zoo: Zoo, tmp_path: Path) -> None:
+    import transformers
+
+    name = "deepseek_v3, pairs apart"  # whose norm_eps is another than that of their latent norms
+    model = large_model(*MODELS[name]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    zoo.tokenizer.save(tmp_path / "theirs")
+    trained = zoo.bring(tmp_path / "theirs", tmp_path / "run")
+    dtypes = {key.split(".", 2)[-1]: tensor.dtype for key, tensor in weights_of(tmp_path / "run").items()}
+    scaled = {"attention.kv_down_proj.weight", "attention.q_down_proj.weight"}
+    assert {key for key, dtype in dtypes.items() if dtype == torch.float32} == scaled
+    assert {dtype for key, dtype in dtypes.items() if key not in scaled} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32)
+    assert difference(trained, theirs) < 1e-5
+
+
+def test_an_imported_run_is_generated_with_evaluated_and_exported(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = zoo.runs / "llama-imported"
+    assert import_hf.main(zoo.options(f"source={zoo.source('llama')}", f"to={run}")) == 0
+    said = capsys.readouterr().out
+    # 320 x 48 twice, then per layer q, o, k, v, three of the MLP and two norms, and the last norm
+    parameters = 2 * 320 * 48 + 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80 + 2 * 48) + 48
+    assert "LlamaForCausalLM" in said and f"parameters  {parameters:,}" in said
+    assert (
+        f"KV cache    {2 * 2 * 2 * 2 * 12} bytes per token in bfloat16" in said
+    )  # layers, bytes, k and v, heads of 12
+    assert "documents end with token 0 here, not with eos_token_id=2" in said
+    summary = summary_of(run)
+    assert set(summary) >= PROMISED and json_lines(said)[0].items() <= summary.items()
+    assert (summary["parameters"], summary["steps"], summary["attention"]) == (parameters, 0, "gqa")
+    assert summary["origin"]["kind"] == "import" and summary["cache_bytes_per_token"] == 2 * 2 * 2 * 2 * 12
+    assert zoo.evaluate(f"run={run.name}", "split=validation", "max_tokens=65536") == 0
+    (record,) = json_lines(capsys.readouterr().out)
+    assert record["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-6)
+    assert generate_script.main([f"run={run}", "device=cpu", "prompt=the sea", "max_new_tokens=5"]) == 0
+    assert capsys.readouterr().out.startswith("the sea")
+    assert export.main([f"run={run}", f"to={tmp_path / 'exported'}"]) == 0
+
+
+def test_the_run_names_where_it_came_from(zoo: Zoo, tmp_path: Path) -> None:
+    import hashlib
+
+    source = zoo.source("deepseek_v2, yarn")
+    zoo.bring(source, tmp_path / "run", "max_seq_len=40")
+    origin = json.loads((tmp_path / "run" / "origin.json").read_text())
+    used = {path.name: path for path in source.iterdir() if path.name != "generation_config.json"}
+    assert origin["sha256"] == {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in used.items()}
+    assert (origin["kind"], origin["source"], origin["revision"]) == ("import", str(source), None)
+    assert (origin["model_type"], origin["architecture"]) == ("deepseek_v2", "DeepseekV2ForCausalLM")
+    config = load_run_config(tmp_path / "run")
+    assert (config.name, config.runs_dir, config.dataset.name) == ("run", str(tmp_path), "local")
+    assert (config.tokenizer.name, config.tokenizer.path) == ("pretrained", str(tmp_path / "run" / "tokenizer.json"))
+    assert (config.model.name, config.attention["name"], config.model.max_seq_len) == ("deepseek_v2_yarn", "mla", 40)
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == used["tokenizer.json"].read_bytes()
+
+
+def test_the_same_command_scores_later_and_another_import_is_left_alone(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = zoo.options(f"source={zoo.source('mistral')}", f"to={run}")
+    assert import_hf.main([*command, "score=false"]) == 0
+    assert "the same command with score=true" in capsys.readouterr().out and not (run / "summary.json").exists()
+    before = contents(run)
+    assert import_hf.main(command) == 0
+    after = contents(run)
+    assert set(after) - set(before) == {"summary.json", "metrics.jsonl"} and before.items() <= after.items()
+    assert import_hf.main(command) == 0
+    assert "already" in capsys.readouterr().out and contents(run) == after
+    with pytest.raises(UserError, match=r"holds another import \(it was imported from other files, those of"):
+        import_hf.main(zoo.options(f"source={zoo.source('llama')}", f"to={run}"))
+    with pytest.raises(UserError, match=r"holds another import \(model.max_seq_len is 64 there and 32 here\)"):
+        import_hf.main([*command, "max_seq_len=32"])
+    assert contents(run) == after
+
+
+def test_a_token_that_would_begin_every_text_is_mentioned(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(zoo.source("llama"), tmp_path / "theirs")
+    specification = json.loads((source / "tokenizer.json").read_text())
+    name = specification["added_tokens"][0]["content"]
+    specification["post_processor"] = {
+        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                                                 {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {name: {"id": name, "ids": [0], "tokens": [name]}},
+    }  # fmt: skip
+    (source / "tokenizer.json").write_text(json.dumps(specification))
+    trained = zoo.bring(source, tmp_path / "run")
+    assert "post_processor, which may begin a text with a token, is not applied" in capsys.readouterr().out
+    assert trained.tokenizer.encode("the sea") == zoo.tokenizer.encode("the sea")
+
+
+def test_data_that_is_missing_costs_the_score_and_not_the_import(zoo: Zoo, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [f"source={zoo.source('llama')}", f"to={run}", "dataset=local", "device=cpu", f"data_dir={tmp_path}",
+               "tracking=none"]  # fmt: skip
+    with pytest.raises(UserError, match=r"is imported but not scored, and the same command scores it later: .*nowhere"):
+        import_hf.main([*command, f"dataset.path={tmp_path / 'nowhere.txt'}"])
+    assert difference(loaded(run), zoo.model("llama")) < 1e-5
+
+
+def test_within_a_sliding_window_the_model_is_the_same(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import transformers
+
+    source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    trained = zoo.bring(source, tmp_path / "run")
+    assert "max_seq_len=20 of 64: within its sliding_window the model is the same" in capsys.readouterr().out
+    assert trained.model.max_seq_len == 20 and difference(trained, model, 20) < 1e-5
+    qwen: dict[str, Any] = {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+        "layer_types": ABSENT,
+    }
+    assert zoo.bring(zoo.changed("qwen2", tmp_path / "qwen", **qwen), tmp_path / "two").model.max_seq_len == 16
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """All tensors of a folder changed and put into one file."""
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(file)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_buffers_that_config_json_implies_and_modules_for_several_tokens_are_left_out(
+    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+        tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(3)
+
+    source = shutil.copytree(zoo.source("deepseek_v3"), tmp_path / "theirs")
+    rewritten(source, add)
+    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model("deepseek_v3")) < 1e-5
+    assert "1 tensors of multi-token prediction (layers from 2 on) are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("same", "tied"), [(True, True), (False, False)])
+def test_a_head_that_is_said_to_be_tied_and_stands_there_is_believed(
+    zoo: Zoo, same: bool, tied: bool, tmp_path: Path
+) -> None:
+    source = zoo.changed("llama", tmp_path / "theirs", tie_word_embeddings=True)
+    if same:
+        rewritten(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    trained = zoo.bring(source, tmp_path / "run")
+    assert (trained.model.head.weight is trained.model.embedding.weight) is tied
+    assert ("head.weight" in weights_of(tmp_path / "run")) is not tied
+
+
+def test_a_head_that_is_missing_is_the_embedding(zoo: Zoo, tmp_path: Path) -> None:
+    name = "llama, tied, wide heads"
+    source = zoo.changed(name, tmp_path / "theirs", tie_word_embeddings=False)
+    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) < 1e-5
+
+
+MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("llama", {"model_type": "gemma3"}, r"model_type=gemma3 is not covered by the import; covered are llama, mist"),
+        ("llama", {"model_type": ABSENT, "architectures": ABSENT}, r"model_type=null is not covered"),
+        ("llama", {"model_type": ["llama"]}, r"model_type=\['llama'\] is not covered"),
+        ("llama", {"architectures": ["LlamaModel"]}, r"architectures=LlamaModel is not covered"),
+        ("llama", {"hidden_act": "gelu"}, r'hidden_act="gelu" of the config.json is not covered'),
+        ("llama", {"partial_rotary_factor": 0.5}, r"^partial_rotary_factor=0.5 .* rotated whole"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5}},
+         r"rope_parameters.partial_rotary_factor=0.5"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"rope_scaling.rope_type=longrope"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling.rope_type=dynamic"),
+        ("llama", {"rope_scaling": {"rope_type": "proportional"}}, r"rope_type=proportional .* is not covered"),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": -1}}, r"rope_scaling.factor=-1 must be a number"),
+        ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, r"rope_parameters=.* one group of fields"),
+        ("llama", {"rope_parameters": {"rope_theta": "big"}}, r"rope_theta=big of the config.json must be a number"),
+        ("llama", {"mlp_bias": True}, r"mlp_bias=true .* beside attention_bias=true only"),
+        ("llama", {"attention_bias": "no"}, r'attention_bias="no" .* must be true or false'),
+        ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads=3 .* does not divide num_attention_heads=4"),
+        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": ABSENT},
+         r"hidden_size=48 .* is no multiple of num_attention_heads=5"),
+        ("llama", {"hidden_size": ABSENT}, r"hidden_size=null of the config.json must be a whole number"),
+        ("llama", {"num_hidden_layers": True}, r"num_hidden_layers=true of the config.json must be a whole number"),
+        ("llama", {"rms_norm_eps": 0}, r"rms_norm_eps=0 of the config.json must be a number above 0"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config .* quantised weights"),
+        ("llama", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=true"),
+        ("llama", {"per_layer_config": {"0": {}}}, r"per_layer_config"),
+        ("llama", {"num_hidden_layers": 3}, r"model.layers.2.\S+ is in none of the weight files"),
+        ("llama", {"num_hidden_layers": 1}, r"model.layers.1.\S+ is in the weight files and has no place"),
+        ("llama", {"intermediate_size": 96}, r"gate_proj.weight is \(80, 48\) in \S+ and \(96, 48\) by config.json"),
+        ("llama", {"vocab_size": 304}, r"embed_tokens.weight is \(305, 48\) in \S+ and \(304, 48\)"),
+        ("llama", {"vocab_size": 299}, r"has 300 tokens and the embedding vocab_size=299 rows"),
+        ("llama", {"attention_bias": True}, r"self_attn.\w+.bias is in none of the weight files"),
+        ("qwen2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"_proj.bias is in the weight files"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "linear"]},
+         r"layer_types="),
+        ("deepseek_v3", MOE, r"n_routed_experts=8 .* with first_k_dense_replace=1 makes layers of experts"),
+        ("deepseek_v2", MOE | {"first_k_dense_replace": None}, r"n_routed_experts=8 .* first_k_dense_replace=0"),
+        ("deepseek_v3", {"qk_rope_head_dim": 0}, r"qk_rope_head_dim=0 .* at least 1"),
+        ("deepseek_v3", {"kv_lora_rank": 48, "qk_nope_head_dim": 2, "v_head_dim": 2}, r"kv_lora_rank=48 compresses nothing"),
+        ("deepseek_v3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+         r"rope_scaling.mscale_all_dim=1.0 .* with yarn only"),
+    ],
+)  # fmt: skip
+def test_what_is_not_covered_is_refused_by_name_and_nothing_is_written(
+    zoo: Zoo, name: str, fields: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    source = zoo.changed(name, tmp_path / "theirs", **fields)
+    refused_by(zoo, source, tmp_path / "runs" / "run", sentence)
+
+
+def refused_by(zoo: Zoo, source: Path, target: Path, sentence: str, *more: str) -> None:
+    before = contents(source)
+    with pytest.raises(UserError, match=sentence) as refused:
+        import_hf.main(zoo.options(f"source={source}", f"to={target}", *more))
+    assert len(str(refused.value).splitlines()) == 1
+    assert not target.parent.exists() and contents(source) == before
+
+
+def shard(folder: Path, index: int = 1) -> Path:
+    return sorted(folder.glob("*.safetensors"))[index]
+
+
+def damage_header(folder: Path) -> None:
+    shard(folder).write_bytes(b"\x10\0\0\0\0\0\0\0{'no': json      ")
+
+
+def claim_terabytes(folder: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}}).encode()
+    shard(folder).write_bytes(len(header).to_bytes(8, "little") + header)
+
+
+def claim_a_long_header(folder: Path) -> None:
+    shard(folder).write_bytes((2**60).to_bytes(8, "little") + b"{}")
+
+
+def overlap(folder: Path) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"x": entry, "y": entry}).encode()
+    shard(folder).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+def wrong_count(folder: Path) -> None:
+    header = json.dumps({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
+    shard(folder).write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+
+
+def truncate(folder: Path) -> None:
+    shard(folder).write_bytes(shard(folder).read_bytes()[:-1])
+
+
+def pickle_only(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+
+
+def no_weights(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+
+
+def climbing_shard(folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "../secret.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def twice(folder: Path) -> None:
+    shutil.copy(shard(folder, 2), shard(folder))
+
+
+def other_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    return lambda folder: rewritten(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), r"config.json holds no JSON object"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is not a tokenizer.json"),
+        (lambda folder: shard(folder).unlink(),
+         r"model-00002-of-\d+.safetensors, a shard that model.safetensors.index.json names, is not in"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), r"has no weight_map"),
+        (damage_header, r"its header is no JSON"), (claim_terabytes, r"its header speaks of 1,099,511,\d+"),
+        (claim_a_long_header, r"is no whole safetensors file"), (truncate, r"has [\d,]+ bytes and its header speaks of"),
+        (overlap, r"overlap or leave holes"), (wrong_count, r"the header's entry of x makes no sense"),
+        (pickle_only, r"has pickled weights only \(pytorch_model.bin\), .* convert them to safetensors"),
+        (no_weights, r"has neither model.safetensors nor"), (climbing_shard, r"names ../secret.safetensors as a shard"),
+        (twice, r"\S+ stands in \S+ and in \S+: remove the shard"),
+        (other_tensors(lambda t: t.pop("model.norm.weight")), r"model.norm.weight is in none of the weight files"),
+        (other_tensors(lambda t: t.update({"model.norm.bias": torch.ones(48)})), r"model.norm.bias is in the weight files"),
+        (other_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
+         r"model.norm.weight is of I8, which is not read"),
+    ],
+)  # fmt: skip
+def test_files_that_are_damaged_or_missing_are_refused_and_nothing_is_written(
+    zoo: Zoo, damage: Callable[[Path], object], sentence: str, tmp_path: Path
+) -> None:
+    source = shutil.copytree(zoo.source("llama"), tmp_path / "theirs")
+    damage(source)
+    refused_by(zoo, source, tmp_path / "runs" / "run", sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["max_seq_len=65"], r"max_seq_len=65 must be between 1 and the model's max_position_embeddings=64"),
+        (["max_seq_len=0"], r"max_seq_len=0 must be between"),
+        (["dataset=nowhere"], r"dataset=nowhere does not exist"),
+        (["dataset=mqar", "dataset.path=null"], r"it takes tokenizer=bytes"),
+        (["to=runs/a name"], r"runs/a name must end in one plain folder name"),
+        (["source=", "to=runs/x"], r"source= is missing"),
+        (["to="], r"to= is missing"),
+        (["source=./nowhere"], r"source=./nowhere does not exist"),
+        (["source=a/b/c"], r"source=a/b/c does not exist"),
+        (["sauce=x"], r"sauce is not an option here; did you mean source\?"),
+        (["device=gpu"], r"device=gpu is unknown"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(zoo: Zoo, options: list[str], sentence: str, tmp_path: Path) -> None:
+    refused_by(zoo, zoo.source("llama"), tmp_path / "runs" / "run", sentence, *options)
+
+
+def test_a_window_that_is_asked_beyond_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
+    refused_by(
+        zoo, source, tmp_path / "runs" / "run", r"max_seq_len=30 is longer than .*sliding_window=20", "max_seq_len=30"
+    )
+
+
+def test_a_target_that_holds_something_is_left_as_it_was(zoo: Zoo, tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"exists and is no empty folder"):
+        import_hf.main(zoo.options(f"source={zoo.source('llama')}", f"to={target}"))
+    assert contents(tmp_path) == {"run/mine.txt": b"mine"}
+
+
+# The system's own count of the peak: getrusage's would be at least that of the process that started this one.
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from harness import importing
+
+def kilobytes(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+plan = importing.plan_import(importing.find_source(sys.argv[1]), Path(sys.argv[2]), overrides=[], max_seq_len=None)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = kilobytes("VmRSS")
+importing.import_model(plan, Path(sys.argv[2]))
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read off Linux's /proc")
+def test_no_more_than_a_few_tensors_are_ever_in_memory(zoo: Zoo, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=305, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs", max_shard_size="16MB")
+    zoo.tokenizer.save(tmp_path / "theirs")
+    sizes = [path.stat().st_size for path in (tmp_path / "theirs").glob("*.safetensors")]
+    assert len(sizes) >= 6 and sum(sizes) > 100e6
+    child = subprocess.run(
+        [sys.executable, "-c", _MEASURED, str(tmp_path / "theirs"), str(tmp_path / "run")], cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert int(child.stdout) < 12e6  # the largest tensor has 3.1 MB
+    assert sum(tensor.nbytes for tensor in weights_of(tmp_path / "run").values()) > 100e6
+
+
+# --- from the hub ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(zoo: Zoo, tmp_path: Path) -> Iterator[HubServer]:
+    shutil.copytree(zoo.source("qwen2"), tmp_path / "hub/models/someone/small")
+    (tmp_path / "hub/models/someone/small/pytorch_model.bin").write_bytes(b"never fetched")
+    with HubServer(tmp_path / "hub") as hub:
+        yield hub
+
+
+def from_hub(zoo: Zoo, hub: HubServer, name: str, to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the hub's library reads its environment once."""
+    clean = {
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
+    }
+    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.root / "home"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "scripts" / "import_hf.py"), f"source={name}", f"to={to}", "score=false"]
+    return subprocess.run([*command, *zoo.options()], env=clean | ours | environment, capture_output=True, text=True)
+
+
+def test_a_model_comes_from_the_hub_through_faults_and_again_offline(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+    hub.cut, hub.unavailable = 1, 1
+    first = from_hub(zoo, hub, "someone/small", tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    assert f"someone/small at {REVISION}: Qwen2ForCausalLM" in first.stdout
+    assert difference(loaded(tmp_path / "run"), zoo.model("qwen2")) < 1e-5
+    origin = json.loads((tmp_path / "run" / "origin.json").read_text())
+    assert (origin["source"], origin["revision"]) == ("someone/small", REVISION)
+    assert hub.downloads["pytorch_model.bin"] == hub.downloads["generation_config.json"] == 0
+    hub.silent = True
+    hub.requests.clear()
+    named = f"someone/small@{REVISION}"
+    again = from_hub(zoo, hub, named, tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert again.returncode == 0 and not hub.requests, again.stderr
+    first_weights, weights = weights_of(tmp_path / "run"), weights_of(tmp_path / "again")
+    assert all(torch.equal(first_weights[key], weights[key]) for key in first_weights)
+
+
+def test_wrong_bytes_of_the_right_length_are_not_believed(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+    hub.corrupt = True
+    result = from_hub(zoo, hub, "someone/small", tmp_path / "run")
+    assert result.returncode == 2 and "is not what the hub states of config.json: delete it" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_hub_does_not_have_is_said_in_one_sentence(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+    result = from_hub(zoo, hub, "someone/else", tmp_path / "run")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and "does not have the model" in result.stderr
+    offline = from_hub(zoo, hub, "someone/small", tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2 and "name a folder of this machine that holds the model" in offline.stderr
+    assert len(result.stderr.splitlines()) == len(offline.stderr.splitlines()) == 1
