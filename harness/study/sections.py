@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -231,6 +232,8 @@ def _pareto(findings: Findings) -> Section:
         )
         mark = Mark(size, arm.mean.mean, arm.mean.low, arm.mean.high, hover)
         series.append(Series(arm.name, found[arm.name], [mark], hollow=arm.info.reference))
+    far = _far_out({s.arm: s.marks[0].y for s in series})
+    series = [s for s in series if s.arm not in far]
     front = [(mark.x, mark.y) for name in findings.front for s in series if s.arm == name for mark in s.marks]
     plot = Plot(
         "KV cache, bytes per token (log scale)", f"test {findings.unit}, lower is better", series, x_log=True,
@@ -238,12 +241,21 @@ def _pareto(findings: Findings) -> Section:
     )  # fmt: skip
     bars = "Bars: 95 % intervals for comparing arms." if findings.sigma else "No error bars: one seed."
     hollow = " Hollow: references beside the comparison." if any(arm.info.reference for arm in done) else ""
+    beyond = f" Above the picture: {', '.join(f'{name} ({y:.4f})' for name, y in far.items())}." if far else ""
     figure = Figure(
         "pareto", f"Test {findings.unit} by cache bytes per token",
         f"{bars} Grey: the best mean up to each cache size ({', '.join(findings.front)}), without regard to the bars. "
-        f"{SIDE_BY_SIDE}{hollow}", [("", plot)],
+        f"{SIDE_BY_SIDE}{hollow}{beyond}", [("", plot)],
     )  # fmt: skip
     return Section("pareto", "Quality against cache", figures=[figure])
+
+
+def _far_out(means: Mapping[str, float]) -> dict[str, float]:
+    """Arms so far above the others that a scale with them would press these together: Tukey's "far out", 3 quartile ranges."""
+    if len(means) < 8:
+        return {}
+    lower, _, upper = statistics.quantiles(means.values(), n=4)
+    return {name: y for name, y in means.items() if y > upper + 3 * (upper - lower)}
 
 
 def _seeds(count: int) -> str:
