@@ -173,3 +173,77 @@ def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
 def test_a_wrong_command_is_refused_in_one_sentence(tmp_path: Path, argument: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         run_study.main(["study=demo", f"runs_dir={tmp_path}", "tracking=none", argument])
+
+
+STARTED = """
+question: which?
+base: [model=tiny, dataset=stdlib, tokenizer=bytes, optimizer.lr=0.004]
+seeds: [0, 1]
+arms:
+  tuned: {family: mla, starts_from: small, overrides: [budget.tokens=50000, optimizer.lr=0.0005]}
+  small: {family: mla, starts_from: gqa, convert: {method: transmla, kv_lora_rank: 32, qk_rope_head_dim: 16}}
+  svd: {family: mla, starts_from: gqa, convert: {method: transmla, kv_lora_rank: 32, qk_rope_head_dim: 16, basis: weights}}
+  gqa: {family: gqa, overrides: [attention=gqa]}
+contrasts: [[tuned, gqa]]
+"""
+
+
+def test_arms_start_from_the_run_of_their_own_seed_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    planned = plan(tmp_path, STARTED)
+    assert list(planned.arms) == ["tuned", "small", "svd", "gqa"] and planned.shared_lr == 0.004
+    rates = planned.untuned_rates(planned.arms)
+    assert rates == {"tuned": 0.0005, "small": 0.004, "svd": 0.004, "gqa": 0.004}
+    (tuned,) = (spec for spec in planned.main_runs(rates, ["tuned"]) if spec.seed == 1)
+    small = planned.source_of(tuned)
+    assert small is not None and small.name == "small-lr0.004-seed1" and small.tokens == 0
+    gqa = planned.source_of(small)
+    assert gqa is not None and gqa.name == "gqa-lr0.004-seed1" and planned.source_of(gqa) is None
+    assert f"init_from={planned.folder / small.name}" in planned.overrides(tuned)
+    assert planned.conversion(tuned) is None and planned.conversion(gqa) is None
+    arguments = planned.conversion(small)
+    assert arguments is not None
+    assert {
+        "method=transmla",
+        "kv_lora_rank=32",
+        f"run={planned.folder / gqa.name}",
+        f"to={planned.folder / small.name}",
+    } <= (set(arguments))
+    assert planned.arms["small"].quantities == planned.arms["svd"].quantities == planned.arms["tuned"].quantities
+    assert planned.arms["small"].quantities["kv_bytes"] == 4 * 2 * (32 + 16)
+    assert len({setup_hash(arm.config) for arm in planned.arms.values()}) == 4
+    assert tuned.setup_hash == planned.spec("tuned", 0.0005, 0).setup_hash
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("starts_from: small", "starts_from: smal", "arms.tuned.starts_from of study=given names smal, no arm of it"),
+        (
+            "starts_from: gqa, convert",
+            "starts_from: tuned, convert",
+            "start from one another: tuned from small from tuned",
+        ),
+        (
+            "starts_from: gqa, convert",
+            "convert",
+            "arm small of study=given is converted, not trained: it needs starts_from",
+        ),
+        ("method: transmla, kv_lora_rank: 32", "method: transmla", "method=transmla needs kv_lora_rank="),
+        ("method: transmla", "methd: transmla", "arms.small.convert.methd is not a field"),
+        (
+            "contrasts",
+            "tune: {factors: [0.5, 1, 2]}\ncontrasts",
+            "sweeps learning rates, and some of its arms start from",
+        ),
+        (
+            "[budget.tokens=50000",
+            "[model.n_layers=2",
+            "brings its own model, attention and tokenizer: model.n_layers is 4",
+        ),
+    ],
+)
+def test_a_wrong_start_is_refused_in_one_sentence(tmp_path: Path, before: str, after: str, sentence: str) -> None:
+    assert before in STARTED
+    with pytest.raises(UserError) as caught:
+        plan(tmp_path, STARTED.replace(before, after, 1))
+    assert sentence in str(caught.value)

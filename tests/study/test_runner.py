@@ -70,6 +70,33 @@ def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_
     assert run(place, plan, specs) == []
 
 
+def test_converted_arms_wait_for_their_source_and_fall_with_it(place: Workplace) -> None:
+    base = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
+    options = {"method": "transmla", "kv_lora_rank": 16, "qk_rope_head_dim": 8, "calibration_tokens": 2048}
+    config = StudyConfig(
+        question="which?", base=[*base, f"budget.tokens={4 * 32 * 6}", "optimizer.lr=0.01"], seeds=[0],
+        arms={
+            "tuned": ArmConfig(family="mla", starts_from="made", overrides=["optimizer.lr=0.001", "budget.tokens=256"]),
+            "made": ArmConfig(family="mla", starts_from="mha", convert=options),
+            "mha": ArmConfig(family="mha", overrides=["attention=mha"]),
+        },
+        evaluate=["extras=[]", "max_tokens=400"],
+    )  # fmt: skip
+    plan = build_plan(config, name="started", command="", runs_dir=place.runs)
+    specs = plan.main_runs(plan.untuned_rates(plan.arms), plan.arms)
+    broken = plan.folder / "mha-lr0.01-seed0"
+    broken.mkdir(parents=True)
+    (broken / "letter.txt").write_text("not a run")
+    failures = run(place, plan, specs)
+    assert [failure.run for failure in failures] == ["mha-lr0.01-seed0", "tuned-lr0.001-seed0", "made-lr0.01-seed0"]
+    assert "whose weights it starts from, mha-lr0.01-seed0, is not finished" in failures[2].error
+    (broken / "letter.txt").unlink()
+    assert run(place, plan, specs) == []
+    made, tuned_run = (summary_of(plan.folder / name) for name in ("made-lr0.01-seed0", "tuned-lr0.001-seed0"))
+    assert made["cache_elements_per_token_per_layer"] == tuned_run["cache_elements_per_token_per_layer"] == 24
+    assert (made["tokens"], tuned_run["tokens"], tuned_run["initial_tokens"]) == (4 * 32 * 6, 256, 4 * 32 * 6)
+
+
 def test_a_sweep_gives_every_arm_the_same_rates_and_its_own_optimum(place: Workplace) -> None:
     plan = micro_plan(place, "swept")
     rates, specs, failures, _ = tuned(plan, list(plan.arms), lambda wanted: run(place, plan, list(wanted)))

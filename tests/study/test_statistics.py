@@ -532,3 +532,17 @@ def test_every_point_of_a_front_is_unbeaten_and_every_other_is_beaten() -> None:
 def test_a_point_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UserError, match=r"mla lies at \(640, nan\), which has no place on a Pareto front"):
         pareto_front([("mha", 2048, 1.62), ("mla", 640, math.nan)])
+
+
+def test_arms_that_scatter_on_their_own_widen_no_interval_but_their_own() -> None:
+    random = np.random.default_rng(8)
+    values = study(random, {"mla": 5, "mha": 5, "gqa": 5})
+    wild = {seed: result + float(random.normal(0, 30 * SIGMA)) for seed, result in values["gqa"].items()}
+    alone = contrasts(values, primary=[("mla", "mha")])[0]
+    pooled = contrasts(values | {"wild": wild}, primary=[("mla", "mha")])[0]
+    apart, against = contrasts(values | {"wild": wild}, primary=[("mla", "mha"), ("wild", "mha")], apart=["wild"])
+    assert interval(apart) == pytest.approx(interval(alone)) and apart.p == pytest.approx(alone.p)
+    assert alone.p is not None and pooled.p is not None and pooled.p > 10 * alone.p
+    paired = stats.ttest_rel(list(wild.values()), list(values["mha"].values()))
+    assert against.p == pytest.approx(paired.pvalue)
+    assert interval(against) == pytest.approx(tuple(paired.confidence_interval()))
