@@ -166,7 +166,7 @@ def typed(kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, float) and value.is_integer() and _fits(int(value)):  # budget.tokens=2e6
             return int(value)
     elif kind is str:
-        if isinstance(value, (str, float)) or (isinstance(value, int) and _fits(value)):
+        if isinstance(value, float) or (isinstance(value, int) and _fits(value)) or _is_text(value):
             return _shown(value)
     elif isinstance(value, kind):
         return value
@@ -176,6 +176,14 @@ def typed(kind: Any, value: Any, path: str) -> Any:
 def _fits(number: float) -> bool:
     """Finite, and a whole number within 64 bits: a larger one is nothing that can be counted, and may not be printable."""
     return -(2**64) < number < 2**64 if isinstance(number, int) else math.isfinite(number)
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a file in UTF-8 can hold: half of a surrogate pair stands for a byte that was none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
     before = _generator_states()
     try:
         _set_generators(states)
-    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError):
+    except Exception:  # whatever three libraries make of foreign states
         _set_generators(before)
         raise UserError(f"checkpoint {path} is damaged (generators in {STATE}): use another one") from None
 
@@ -307,6 +307,8 @@ def _set_generators(states: Mapping[str, Any]) -> None:
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = states["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy would read beyond its state
+        raise ValueError("no state of NumPy's generator")
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decode(states["torch"]))
     for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
