@@ -220,7 +220,7 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     from modeling.kernels.latent_decode import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
-    if mechanism not in MECHANISMS:
+    if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
         raise UserError(f"attention.mechanism={mechanism} is unknown; {did_you_mean(str(mechanism), list(MECHANISMS))}")
     hints, defaults = _variant_schema(mechanism)
     hints |= {"name": str, "mechanism": str}

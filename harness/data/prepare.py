@@ -180,7 +180,9 @@ def _build(
         partial.mkdir()
     try:
         tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
-        tokenizer.save(partial)
+        if (tokenizer_copy := tokenizer.save(partial)) is not None:
+            with tokenizer_copy.open("rb") as copy:
+                sync(copy)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         writers = {
             split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
@@ -208,9 +210,11 @@ def _build(
         with (partial / "meta.json").open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             sync(file)
+        _sync_names(partial)
         if folder.exists():  # damaged, or it had been opened
             os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
         os.replace(partial, folder)
+        _sync_names(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk of {folder.parent} is full: free some space or change data_dir") from error
@@ -301,6 +305,15 @@ def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
         if start.strip():
             yield start
             yield from blocks
+
+
+def _sync_names(folder: Path) -> None:
+    """A folder's list of names is on the disk, not only in memory: what is renamed after it is whole after a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_splits(splits: dict[str, Any], dataset: DatasetConfig, for_training: bool) -> None:

@@ -21,6 +21,7 @@ from harness.outside import is_count, read_object, stays_inside
 
 DTYPES = ("<u2", "<u4")
 FORMAT = 1  # raised whenever the same source and settings would give other files
+_HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': ("
 _BLOCK = 1 << 22  # tokens read at once
 
 
@@ -208,10 +209,14 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
 def _open_array(file: Path, length: int) -> NDArray[np.int64]:
     """A memory-mapped int64 array of this length: mapped, so that a header neither unpickles nor allocates anything."""
     try:
+        with file.open("rb") as opened:
+            start = opened.read(128)
+        if not start.startswith(b"\x93NUMPY\x01\x00") or _HEADER not in start:  # else numpy reads any dtype at all
+            raise ValueError("it does not begin as an array of int64")
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
         reason = " ".join(str(error).split())[:120]
         raise DamagedError(f"{file} cannot be read ({reason}): prepare the data again, or copy it again") from error
-    if not isinstance(array, np.ndarray) or array.dtype != np.dtype("<i8") or array.shape != (length,):
+    if array.dtype != np.dtype("<i8") or array.shape != (length,):
         raise DamagedError(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
     return array

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.outside import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
 # How pretrained tokenizers call it, in the order of preference.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]")
 _BYTES = 256  # plain bytes: ids below are bytes, this one ends a document
 _MOST_BYTES = 1 << 28  # the largest published ones have a tenth
+_MOST_GAPS = 65_536  # ids without a token
 _PIECE = 32_768  # characters in which a document is encoded where the cut cannot be seen in the tokens
 _LONG_PIECE = 8_388_608  # likewise where it can: one cut in eight million characters, so that memory stays bounded
 
@@ -63,11 +65,12 @@ class Tokenizer:
             size = file.stat().st_size
             if not file.is_file() or size > _MOST_BYTES:
                 raise UserError(f"{file} is no tokenizer.json ({size:,} bytes): give a tokenizer.json or its folder")
-            specification = file.read_bytes()
+            content = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}): give a tokenizer.json or its folder") from error
         with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
-            return cls(tokenizers.Tokenizer.from_str(specification.decode("utf-8")))
+            _check_ids(parse_object(content))
+            return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -123,6 +126,19 @@ class Tokenizer:
         Where the tokenizer splits at spaces anyway, so does this, and the tokens are those of the whole text.
         """
         return _pieces(blocks, self._piece)
+
+
+def _check_ids(specification: dict[str, Any]) -> None:
+    """Raises ValueError unless ids lie near the number of tokens: the library takes memory for all up to the largest."""
+    model, added = specification.get("model"), specification.get("added_tokens") or []
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+        raise ValueError("it has no vocabulary")
+    ids = [] if isinstance(vocabulary, list) else list(vocabulary.values())
+    ids += [token.get("id") for token in added if isinstance(token, dict)]
+    most = 2 * (len(vocabulary) + len(added)) + _MOST_GAPS
+    if not all(is_count(number) and number < most for number in ids):
+        raise ValueError(f"an id of its vocabulary is no whole number below {most:,}")
 
 
 @contextlib.contextmanager
