@@ -162,18 +162,25 @@ def verify_prepared(prepared: PreparedData) -> None:
     Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; the
     tokenizer must be the one that made them.
     """
-    if Tokenizer.load(prepared.tokenizer_file).sha256 != prepared.meta["tokenizer"]["sha256"]:
-        raise DamagedError(f"{prepared.folder} has another tokenizer than meta.json says: prepare the data again")
+    try:
+        made_by = Tokenizer.load(prepared.tokenizer_file).sha256
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+    if made_by != prepared.meta["tokenizer"]["sha256"]:
+        raise DamagedError(
+            f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says: prepare the data again"
+        )
     for name, split in prepared.splits.items():
         counts, file = prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
-        digest = hashlib.sha256()
+        digest, largest = hashlib.sha256(), 0
         for start in range(0, split.n_tokens, _BLOCK):
             block = split.tokens[start : start + _BLOCK]
             digest.update(block.tobytes())
-            if int(block.max()) >= prepared.vocab_size:
-                raise DamagedError(f"{file} holds a token outside the vocabulary: prepare the data again")
+            largest = max(largest, int(block.max()))
         if digest.hexdigest() != counts.get("sha256"):
             raise DamagedError(f"{file} has other content than meta.json says: prepare the data again")
+        if largest >= prepared.vocab_size:
+            raise DamagedError(f"{file} holds a token outside the vocabulary: prepare the data again")
         starts = split.document_starts
         whole = {
             "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),

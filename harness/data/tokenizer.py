@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]")
 _BYTES = 256  # plain bytes: ids below are bytes, this one ends a document
 _MOST_BYTES = 1 << 28  # the largest published ones have a tenth
-_MOST_GAPS = 65_536  # ids without a token
+_MOST_GAPS = 2**20  # ids without a token
 _PIECE = 32_768  # characters in which a document is encoded where the cut cannot be seen in the tokens
 _LONG_PIECE = 8_388_608  # likewise where it can: one cut in eight million characters, so that memory stays bounded
 
