@@ -69,7 +69,7 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}): give a tokenizer.json or its folder") from error
         with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
-            _check_ids(parse_object(content))
+            _check_vocabulary(parse_object(content))
             return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
 
     @classmethod
@@ -128,8 +128,9 @@ class Tokenizer:
         return _pieces(blocks, self._piece)
 
 
-def _check_ids(specification: dict[str, Any]) -> None:
-    """Raises ValueError unless ids lie near the number of tokens: the library takes memory for all up to the largest."""
+def _check_vocabulary(specification: dict[str, Any]) -> None:
+    """Raises ValueError for what the library would not refuse: it takes memory for all ids up to the largest, and breaks
+    down, with words of its own on stderr, where the second part of a merge lacks the prefix that it is to lose."""
     model, added = specification.get("model"), specification.get("added_tokens") or []
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
@@ -139,6 +140,14 @@ def _check_ids(specification: dict[str, Any]) -> None:
     most = 2 * (len(vocabulary) + len(added)) + _MOST_GAPS
     if not all(is_count(number) and number < most for number in ids):
         raise ValueError(f"an id of its vocabulary is no whole number below {most:,}")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        if not all(
+            isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) and pair[1].startswith(prefix)
+            for pair in pairs
+        ):
+            raise ValueError(f"a merge lacks the prefix {prefix[:20]!r}")
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def open_tracker(
     if run_id is no such name, and as check_tracking does.
     """
     check_tracking(config)
-    if run_id is not None and not _RUN_ID.fullmatch(run_id):
+    if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
         raise UserError(
             f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true"
         )

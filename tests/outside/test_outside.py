@@ -32,6 +32,7 @@ from harness.outside import parse_object, read_object, stays_inside
 from harness.run import read_json, write_json
 from harness.schema import DatasetConfig, TrackingConfig
 from harness.session import load_trained
+from harness.study.results import load_results
 from harness.tracking import open_tracker
 from harness.training.checkpoint import load_checkpoint
 from modeling.attention import EXECUTION
@@ -403,3 +404,23 @@ def test_a_tokenizer_whose_ids_would_take_gigabytes_is_refused(tmp_path: Path) -
     with pytest.raises(UserError, match="an id of its vocabulary"):
         Tokenizer.load(file)
     assert peak_megabytes() - before < 100
+
+
+@pytest.mark.parametrize("record", [{}, {"runs": None}, {"runs": [{"name": 3}]}, {"runs": [], "sweep": [], "arms": []}])
+def test_a_study_of_another_form_is_refused_in_a_sentence(record: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"not what run_study\.py writes"):
+        load_results(tmp_path)
+
+
+def test_a_tokenizer_that_breaks_the_library_down_is_refused_without_a_word_of_the_librarys(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Tokenizer.train_bpe(["the sea the ship"], 300).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    specification = json.loads(file.read_text())
+    specification["model"]["continuing_subword_prefix"] = "##"
+    file.write_text(json.dumps(specification))
+    with pytest.raises(UserError, match="a merge lacks the prefix"):
+        Tokenizer.load(file)
+    assert capfd.readouterr().err == ""
