@@ -132,9 +132,9 @@ def _check_vocabulary(specification: dict[str, Any]) -> None:
     """Raises ValueError for what the library would not refuse: it takes memory for all ids up to the largest, and breaks
     down, with words of its own on stderr, where the second part of a merge lacks the prefix that it is to lose."""
     model, added = specification.get("model"), specification.get("added_tokens") or []
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(vocabulary, dict | list) or not isinstance(added, list):
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(added, list):
         raise ValueError("it has no vocabulary")
+    vocabulary = model["vocab"]
     ids = [] if isinstance(vocabulary, list) else list(vocabulary.values())
     ids += [token.get("id") for token in added if isinstance(token, dict)]
     most = 2 * (len(vocabulary) + len(added)) + _MOST_GAPS
