@@ -59,7 +59,13 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
         is_text = leaves[key] is str or (leaves[key] == str | None and value != "null")
         try:
             parsed = value if is_text else yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):  # no such date, a number of thousands of digits
+        except (
+            yaml.YAMLError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):  # no such date, a tag, 1,000 brackets
             raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
         if isinstance(parsed, str) and leaves[key] in (float, float | None):
             try:  # YAML 1.1 reads 1e-3 as text

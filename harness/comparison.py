@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.outside import read_object
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
@@ -50,6 +51,20 @@ _FORMERLY = _PLAIN | {"cache_context": None, "cache_bytes_at_context": None}
 _NEEDED = ("name", "attention", "model", "dataset", "split", "seed", "data_seed", "setup_hash", "data_fingerprint",
            "tokenizer_fingerprint", "parameters", "tokens", "perplexity", "bits_per_byte", "cache_bytes_per_token",
            "cache_dtype", "tokens_per_second")  # fmt: skip
+# What a record's values are, where it has them.
+_TEXT, _COUNT, _FIGURE = (str,), (int,), (int, float)
+_FORMS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "attention", "model", "dataset", "split", "setup_hash", "data_fingerprint",
+                     "tokenizer_fingerprint", "cache_dtype"), _TEXT),
+    **dict.fromkeys(("seed", "data_seed", "parameters", "tokens", "evaluated_tokens", "cache_bytes_per_token",
+                     "cache_sinks"), _COUNT),
+    **dict.fromkeys(("perplexity", "bits_per_byte"), _FIGURE),
+    **dict.fromkeys(("stride_fraction", "tokens_per_second", "cache_ratio_to_mha", "mha_cache_bytes_per_token",
+                     "cache_elements_per_token_per_layer"), (*_FIGURE, type(None))),
+    **dict.fromkeys(("cache_window", "cache_context", "cache_bytes_at_context", "max_tokens"), (*_COUNT, type(None))),
+    **dict.fromkeys(("device", "torch", "commit"), (*_TEXT, type(None))),
+    **dict.fromkeys(("through_cache", "per_document"), (bool,)),
+}  # fmt: skip
 # Of the training, not of a later evaluation. They may differ within a table, which is then said below it.
 _CIRCUMSTANCES = {
     "device": "speeds cannot be compared",
@@ -227,12 +242,20 @@ def _finished_runs(folders: Sequence[Path]) -> tuple[list[_Run], list[str]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): move that run away, or train it anew") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: move that run away, or train it anew")
+    for key, kinds in _FORMS.items():
+        if key in value and not (isinstance(value[key], kinds) and _is_sound(value[key], key)):
+            raise UserError(f"{path} has a {key} of the wrong kind: move that run away, or train it anew")
     return value
+
+
+def _is_sound(value: Any, key: str) -> bool:
+    """Figures that can be counted, averaged and divided by."""
+    if not isinstance(value, (int, float)):
+        return True
+    return (1 if key == "cache_context" else 0) <= value < 2**63 or (isinstance(value, float) and 0 <= value < 1e100)
 
 
 def _chosen_records(

@@ -40,6 +40,8 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/att
 EXTRAS = ("beyond", "repeats", "recall", "latents")  # harness/evaluation/extras.py
 
 RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
+_MOST_YAML, _MOST_DEPTH = 1 << 20, 20  # of a run's config.yaml: characters, groups within groups
+_WIDEST = 2**18  # of any one width of a model: products of three of them stay within 64 bits
 _BYTES = "tokenizer=bytes"
 
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
@@ -121,7 +123,12 @@ def _shown(value: Any) -> str:
     """A value as a user would type it."""
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        return str(value)
+    except ValueError:  # a whole number of thousands of digits, which Python does not print
+        return "(a number of thousands of digits)"
 
 
 _WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text",
@@ -152,19 +159,32 @@ def typed(kind: Any, value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
             return {str(k): typed(typing.get_args(kind)[1], item, f"{path}.{k}") for k, item in value.items()}
     elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _fits(value):
             return float(value)
     elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and _fits(value):
             return value
-        if isinstance(value, float) and value.is_integer():  # budget.tokens=2e6
+        if isinstance(value, float) and value.is_integer() and _fits(int(value)):  # budget.tokens=2e6
             return int(value)
     elif kind is str:
-        if isinstance(value, (str, int, float)):
+        if isinstance(value, float) or (isinstance(value, int) and _fits(value)) or _is_text(value):
             return _shown(value)
     elif isinstance(value, kind):
         return value
     raise UserError(f"{path}={_shown(value)} must be {_WORDS[origin or kind]}")
+
+
+def _fits(number: float) -> bool:
+    """Finite, and a whole number within 64 bits: a larger one is nothing that can be counted, and may not be printable."""
+    return -(2**64) < number < 2**64 if isinstance(number, int) else math.isfinite(number)
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a file in UTF-8 can hold: half of a surrogate pair stands for a byte that was none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:
@@ -201,7 +221,7 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     from modeling.kernels.latent_decode import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
-    if mechanism not in MECHANISMS:
+    if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
         raise UserError(f"attention.mechanism={mechanism} is unknown; {did_you_mean(str(mechanism), list(MECHANISMS))}")
     hints, defaults = _variant_schema(mechanism)
     hints |= {"name": str, "mechanism": str}
@@ -239,6 +259,10 @@ def _check_values(config: TrainConfig) -> None:
         if value is not None and value < least:
             raise UserError(f"{path}={value} is too small; choose {least} or more")
 
+    def at_most(path: str, value: int | None, most: int) -> None:
+        if value is not None and value > most:
+            raise UserError(f"{path}={value} is beyond anything that can be built; choose {most} or less")
+
     one_of("device", config.device, "auto", "cpu", "cuda", "mps")
     one_of("precision", config.precision, "auto", "float32", "bfloat16")
     one_of("compile", config.compile, "auto", "on", "off")
@@ -254,6 +278,15 @@ def _check_values(config: TrainConfig) -> None:
         "evaluation.max_tokens": 1, "model.norm_eps": 0, "model.init_std": 0, "seed": 0, "data_seed": 0,
     }.items():  # fmt: skip
         at_least(path, operator.attrgetter(path)(config), least)
+    for path, most in {
+        "model.d_model": _WIDEST, "model.n_heads": _WIDEST, "model.head_dim": _WIDEST, "model.mlp_hidden": _WIDEST,
+        "model.n_layers": 4096, "model.max_seq_len": 2**26, "model.vocab_size": 2**32, "batch_size": 2**24,
+        "micro_batch_size": 2**24, "evaluation.batch_size": 2**24,
+    }.items():  # fmt: skip
+        at_most(path, operator.attrgetter(path)(config), most)
+    for key, value in config.attention.items():
+        if type(value) is int:
+            at_most(f"attention.{key}", value, _WIDEST)
     for path in SEED_FIELDS:
         if (seed := operator.attrgetter(path)(config)) >= 2**63:
             raise UserError(f"{path}={seed} is too large for torch's generator; choose a seed below 2^63")
@@ -658,19 +691,39 @@ def _default_options(config_name: str) -> dict[str, str | None]:
 def load_run_config(run: Path) -> TrainConfig:
     """The configuration inside a run's folder. Raises UserError when there is none or it does not fit this version."""
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} holds no config.yaml, so it is not a run; name a folder that train_model.py wrote")
     try:
-        container = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        text = path.read_bytes().decode("utf-8")
+        _check_yaml(text)
+        # Nothing is resolved: in a run's configuration `${...}` is text like any other.
+        container = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read: {reason}; restore it, or train the run anew") from None
     try:
         return train_config(typing.cast("dict[str, Any]", container))
     except UserError as error:
         raise UserError(f"{path} is not a configuration of this version: {error}") from None
+
+
+def _check_yaml(text: str) -> None:
+    """Raises ValueError for what no run's configuration holds and a few bytes of which cost all memory, or all stack."""
+    import yaml
+
+    if len(text) > _MOST_YAML:
+        raise ValueError(f"{len(text):,} characters are more than any run's configuration has")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH:
+            raise ValueError("it is nested too deeply")
+        if isinstance(event, yaml.NodeEvent) and (event.anchor is not None or getattr(event, "tag", None) is not None):
+            raise ValueError("it has an anchor, an alias or a tag")
 
 
 def save_run_config(config: TrainConfig, run: Path) -> None:
@@ -678,5 +731,6 @@ def save_run_config(config: TrainConfig, run: Path) -> None:
     from omegaconf import OmegaConf
 
     aside = run / "config.yaml.tmp"
+    aside.unlink(missing_ok=True)  # in a run from elsewhere it may be a link that leads out of it
     aside.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
     aside.replace(run / "config.yaml")

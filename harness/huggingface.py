@@ -31,6 +31,7 @@ _MLA: dict[str, tuple[Any, ...]] = {
     "sharing": ("none", "weights"), "rope_frequencies": ("computed",),
 }  # fmt: skip
 # Of the norms on latents in their DeepSeek-V3, whatever its configuration says.
+_FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
 _LATENT_NORM_EPS = 1e-6
 
 
@@ -243,8 +244,8 @@ def load(folder: Path) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with _no_progress_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **_FILES_ALONE)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **_FILES_ALONE)
 
 
 @contextlib.contextmanager

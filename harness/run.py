@@ -18,6 +18,7 @@ from typing import Any
 
 from harness.config import ROOT, differences, load_run_config, save_run_config
 from harness.errors import UserError
+from harness.outside import read_object
 from harness.schema import TrainConfig
 
 
@@ -113,13 +114,10 @@ def finished(run: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises UserError when it is not one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): delete it and run the command that wrote it again") \
             from None  # fmt: skip
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object: delete it and run the command that wrote it again")
-    return value
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -131,6 +129,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all; folders above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
+    aside.unlink(missing_ok=True)  # in a run from elsewhere it may be a link that leads out of it
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
 

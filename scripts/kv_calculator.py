@@ -148,7 +148,7 @@ def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
     except FileNotFoundError:
         raise UserError(f"config={text}: {file} does not exist; download the model's config.json and name it, or its "
                         f"folder") from None  # fmt: skip
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"config={text}: {file} cannot be read as JSON ({error}); name a Hugging Face config.json") \
             from None  # fmt: skip
     if not isinstance(config, dict):

@@ -1,7 +1,8 @@
 """Prepare datasets for training: `python scripts/prepare_data.py [DATASET ...] [key=value ...]`.
 
 With no dataset named it prepares wikitext2. When the hub is out of reach it prepares stdlib instead, and
-configs/local/default.yaml selects that until wikitext2 has arrived.
+configs/local/default.yaml selects that until wikitext2 has arrived. `verify=true` reads what is already prepared to its
+end, compares it with its hashes and prepares it again if it is damaged.
 """
 
 # ruff: noqa: E402
@@ -28,13 +29,17 @@ LOCAL_CONFIG = ROOT / "configs" / "local" / "default.yaml"
 SIGNATURE = "# Written by prepare_for_use.sh"
 
 
+VERIFY = "verify=true"
+
+
 def prepare_dataset(overrides: Sequence[str]) -> None:
     """The dataset that train_model.py would use with these overrides. Raises UserError, HubUnreachable among them."""
+    verify, overrides = VERIFY in overrides, [override for override in overrides if override != VERIFY]
     container = compose("train", overrides)  # the whole typed configuration would cost the import of torch
     dataset = typed(DatasetConfig, container["dataset"], "dataset")
     tokenizer = typed(TokenizerConfig, container["tokenizer"], "tokenizer")
     print(f"== Preparing {dataset.name}", flush=True)
-    prepared = prepare(dataset, tokenizer, Path(container["data_dir"]))
+    prepared = prepare(dataset, tokenizer, Path(container["data_dir"]), verify=verify)
     sizes = ", ".join(f"{split} {tokens.n_tokens:,}" for split, tokens in prepared.splits.items())
     print(f"== {dataset.name} is ready: tokens {sizes}; {prepared.folder}", flush=True)
     if dataset.name == DEFAULT and is_ours(LOCAL_CONFIG):

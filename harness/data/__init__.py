@@ -2,8 +2,9 @@
 
 from harness.data.network import HubUnreachable
 from harness.data.prepare import prepare
-from harness.data.prepared import PreparedData, TokenSplit, open_prepared
+from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared
 from harness.data.sources import check
 from harness.data.tokenizer import Tokenizer
 
-__all__ = ["HubUnreachable", "PreparedData", "TokenSplit", "Tokenizer", "check", "open_prepared", "prepare"]
+__all__ = ["HubUnreachable", "PreparedData", "TokenSplit", "Tokenizer", "check", "open_prepared", "prepare",
+           "verify_prepared"]  # fmt: skip

@@ -202,8 +202,14 @@ def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:
     if reader is None:
         raise UserError(f"{name} of {dataset.hub_name} is none of {', '.join(_READERS)}: convert it for dataset=local")
     options = {"keep_linebreaks": True} if reader == "text" else {}
-    rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
-    yield from _column(rows, dataset)
+    try:
+        rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
+        yield from _column(rows, dataset)
+    except UserError:
+        raise
+    except Exception as error:  # a file with the right hash, and whatever its reader makes of its content
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{name} of {dataset.hub_name} cannot be read ({reason}): choose another dataset") from error
 
 
 def _streamed_rows(dataset: DatasetConfig) -> Rows:

@@ -184,8 +184,9 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not a line of JSON in UTF-8 ({error}): correct it") from error
+            except (ValueError, RecursionError) as error:
+                reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                raise UserError(f"{path}:{number} is not a line of JSON in UTF-8 ({reason}): correct it") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not a JSON object: each line must be one")
             yield f"{path}:{number}", row

@@ -27,5 +27,12 @@ def read_parquet(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
             rows = _BATCH * file.metadata.num_rows // max(size, 1)
             for batch in file.iter_batches(batch_size=min(max(rows, 1), _MOST_ROWS), columns=columns):
                 yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as parquet ({error}): copy or make it anew") from error
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+    ) as error:  # the last of its headers
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} cannot be read as parquet ({reason}): copy or make it anew") from error

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from harness.data.documents import SPLITS, Source
 from harness.data.hub_client import pretrained_tokenizer
-from harness.data.prepared import FORMAT, DamagedError, PreparedData, is_prepared, open_prepared
+from harness.data.prepared import FORMAT, DamagedError, PreparedData, is_prepared, open_prepared, verify_prepared
 from harness.data.sources import check, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.data.writer import Piece, SplitWriter, sync
@@ -40,6 +40,7 @@ def prepare(
     tokenizer_file: Path | None = None,
     for_training: bool = True,
     progress: bool = True,
+    verify: bool = False,
 ) -> PreparedData:
     """Opens data_dir/<dataset name>-<key>, building it first if it is absent or damaged.
 
@@ -48,11 +49,12 @@ def prepare(
     tokenizer.json) takes the place of what `tokenizer` asks for; where that made the very same tokenizer, its folder
     serves. Training needs a training split and every split that the fractions ask for; an evaluation (for_training
     false, or a tokenizer_file, which is a trained run's own) takes the splits that are there. Safe against being killed
-    and against other processes that prepare the same data. Raises UserError (HubUnreachable where the source is out of
-    reach).
+    and against other processes that prepare the same data. Of a folder that is there the sizes are checked, and with
+    `verify`, or where a preparation of it was killed, every byte: one that is not whole is built again, or, where
+    dataset.path names it, refused. Raises UserError (HubUnreachable where the source is out of reach).
     """
     for_training = for_training and tokenizer_file is None
-    prepared = _open_or_build(dataset, tokenizer, data_dir, tokenizer_file, for_training, progress)
+    prepared = _open_or_build(dataset, tokenizer, data_dir, tokenizer_file, for_training, progress, verify)
     if for_training and "train" not in prepared.splits:  # an evaluation made the folder
         raise _nothing_to_train_on(dataset)
     return prepared
@@ -65,34 +67,51 @@ def _open_or_build(
     tokenizer_file: Path | None,
     for_training: bool,
     progress: bool,
+    verify: bool,
 ) -> PreparedData:
     check(dataset, tokenizer)
     settings = _tokenizer_settings(tokenizer)
     replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):
-        return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir)
+        return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir, verify)
     source = open_source(dataset, data_dir, for_training=for_training, progress=progress)
     identity = {"source": source.identity, "max_tokens": dataset.max_tokens, "tokenizer": settings}
     folder = data_dir / _folder_name(dataset, identity)
     if replaced is not None:
         with contextlib.suppress(DamagedError):
-            if (prepared := open_prepared(folder)).meta["tokenizer"]["sha256"] == replaced:
+            if (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
                 return prepared
         identity["tokenizer"] = {"file": replaced}
         folder = data_dir / _folder_name(dataset, identity)
     # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
     with contextlib.suppress(DamagedError):
-        return open_prepared(folder)
+        return _open(folder, verify)
     with _writing(data_dir):
         data_dir.mkdir(parents=True, exist_ok=True)
     with _lock(data_dir / f".{folder.name}.lock"):
         if folder.is_dir():
             try:
-                return open_prepared(folder)
+                return _open(folder, verify)
             except DamagedError as error:
                 _say(f"{error}. Preparing it again.")
         _build(folder, source, dataset, tokenizer, tokenizer_file, identity, for_training, progress)
     return open_prepared(folder)
+
+
+def _open(folder: Path, verify: bool) -> PreparedData:
+    """An existing folder, read to its end if that is asked for or if somebody was killed while preparing it."""
+    prepared = open_prepared(folder)
+    leftovers = list(folder.parent.glob(_leftovers(folder)))
+    if verify or leftovers:
+        verify_prepared(prepared)
+        for leftover in leftovers:  # nobody builds what is whole
+            shutil.rmtree(leftover, ignore_errors=True)
+    return prepared
+
+
+def _leftovers(folder: Path) -> str:
+    """What the folders aside are called in which this one is made."""
+    return f".{folder.name}.*.partial"
 
 
 def _folder_name(dataset: DatasetConfig, identity: dict[str, Any]) -> str:
@@ -121,10 +140,12 @@ def _local_tokenizer(path: str) -> Path | None:
 
 
 def _open_copy(
-    folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, data_dir: Path
+    folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, data_dir: Path, verify: bool
 ) -> PreparedData:
     """Opens the prepared folder that dataset.path names, if it holds what the other settings ask for."""
     prepared = open_prepared(folder)
+    if verify:
+        verify_prepared(prepared)
     asked = {"dataset": dataset.name, "max_tokens": dataset.max_tokens, "tokenizer": settings}
     held = {"dataset": prepared.meta["dataset"], **prepared.meta["identity"]}
     if replaced is not None:
@@ -151,7 +172,7 @@ def _build(
     progress: bool,
 ) -> None:
     """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
-    leftovers = f".{folder.name}.*.partial"
+    leftovers = _leftovers(folder)
     partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
     with _writing(folder.parent):
         for leftover in folder.parent.glob(leftovers):
@@ -159,7 +180,9 @@ def _build(
         partial.mkdir()
     try:
         tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
-        tokenizer.save(partial)
+        if (tokenizer_copy := tokenizer.save(partial)) is not None:
+            with tokenizer_copy.open("rb") as copy:
+                sync(copy)
         dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         writers = {
             split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
@@ -187,9 +210,11 @@ def _build(
         with (partial / "meta.json").open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             sync(file)
+        _sync_names(partial)
         if folder.exists():  # damaged, or it had been opened
             os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
         os.replace(partial, folder)
+        _sync_names(folder.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk of {folder.parent} is full: free some space or change data_dir") from error
@@ -280,6 +305,15 @@ def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
         if start.strip():
             yield start
             yield from blocks
+
+
+def _sync_names(folder: Path) -> None:
+    """A folder's list of names is on the disk, not only in memory: what is renamed after it is whole after a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_splits(splits: dict[str, Any], dataset: DatasetConfig, for_training: bool) -> None:

@@ -6,7 +6,7 @@ Folder: SPLIT.bin (tokens, uint16 or uint32), SPLIT.{starts,bytes,words}.npy (in
 
 from __future__ import annotations
 
-import json
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.data.documents import SPLITS
+from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
+from harness.outside import is_count, read_object, stays_inside
 
+DTYPES = ("<u2", "<u4")
 FORMAT = 1  # raised whenever the same source and settings would give other files
+_HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': ("
+_BLOCK = 1 << 22  # tokens read at once
 
 
 class DamagedError(UserError):
@@ -77,25 +82,66 @@ def is_prepared(folder: Path) -> bool:
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     """meta.json, after comparing the size of every file with what it says. Raises DamagedError, naming the file."""
+    file = folder / "meta.json"
     try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        files: dict[str, int] = meta["files"]
-        version: int = meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder / 'meta.json'} cannot be read ({error}): prepare the data again") from error
-    if version != FORMAT:
-        raise DamagedError(f"{folder} has format {version}, this program reads {FORMAT}: prepare the data again")
-    for name, size in files.items():
-        file = folder / name
-        actual = file.stat().st_size if file.is_file() else None
-        if actual != size:
-            found = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
-            raise DamagedError(f"{file} {found}: prepare the data again, or copy the folder again")
+        meta = read_object(file)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file} cannot be read ({error}): prepare the data again") from error
+    if meta.get("format") != FORMAT:
+        raise DamagedError(
+            f"{folder} has format {str(meta.get('format'))[:20]}, this program reads {FORMAT}: prepare the data again"
+        )
+    problem = _problem_of(meta)
+    if problem is not None:
+        raise DamagedError(f"{file} is not what `prepare` writes ({problem}): prepare the data again")
+    for name, size in meta["files"].items():
+        _check_size(folder / name, size)
     return meta
 
 
+def _problem_of(meta: dict[str, Any]) -> str | None:
+    """What is wrong with the form of a meta.json, None if nothing: after this, whatever is read of it is there."""
+    forms = {"dataset": str, "identity": dict, "tokenizer": dict, "dtype": str, "splits": dict, "fingerprint": str,
+             "files": dict}  # fmt: skip
+    for key, kind in forms.items():
+        if not isinstance(meta.get(key), kind):
+            return f"no {key}"
+    if not all(key in meta["identity"] for key in ("source", "max_tokens", "tokenizer")):
+        return "an identity without source, max_tokens or tokenizer"
+    if not all(isinstance(meta["tokenizer"].get(key), str) for key in ("sha256", "name")):
+        return "a tokenizer without its name or hash"
+    for key in ("vocab_size", "end_of_text"):
+        if not is_count(meta.get(key)) or meta[key] > 2**32:
+            return f"no {key}"
+    if meta["end_of_text"] >= meta["vocab_size"]:
+        return "an end of text outside the vocabulary"
+    if meta["dtype"] not in DTYPES:  # any other, object above all, would make numpy read tokens as something else
+        return f"a dtype that is none of {', '.join(DTYPES)}"
+    for name, size in meta["files"].items():
+        if not stays_inside(name) or not is_count(size):
+            return "a file outside its folder, or without a size"
+    for split, counts in meta["splits"].items():
+        if split not in SPLITS or not isinstance(counts, dict):
+            return "a split that does not exist"
+        if not all(is_count(counts.get(key)) for key in ("tokens", "documents", "bytes", "words")):
+            return f"a count of the {split} split"
+        if not counts["documents"] or counts["tokens"] < counts["documents"]:
+            return f"fewer tokens than documents in the {split} split"
+    return None
+
+
+def _check_size(file: Path, size: int) -> None:
+    actual = file.stat().st_size if file.is_file() else None
+    if actual != size:
+        found = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
+        raise DamagedError(f"{file} {found}: prepare the data again, or copy the folder again")
+
+
 def open_prepared(folder: Path) -> PreparedData:
-    """Opens a folder that `prepare` made; raises DamagedError, naming it, for a file missing or of another size."""
+    """Opens a folder that `prepare` made; raises DamagedError, naming it, for a file missing or of another size.
+
+    Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything.
+    """
     meta = _read_meta(folder)
     splits = {name: _open_split(folder, name, meta) for name in SPLITS if name in meta["splits"]}
     tokenizer_file = folder / "tokenizer.json"
@@ -110,16 +156,74 @@ def open_prepared(folder: Path) -> PreparedData:
     )
 
 
+def verify_prepared(prepared: PreparedData) -> None:
+    """Reads every file of an open folder, a block at a time. Raises DamagedError, naming the first that is not whole.
+
+    Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; the
+    tokenizer must be the one that made them.
+    """
+    try:
+        made_by = Tokenizer.load(prepared.tokenizer_file).sha256
+    except UserError as error:
+        raise DamagedError(str(error)) from None
+    if made_by != prepared.meta["tokenizer"]["sha256"]:
+        raise DamagedError(
+            f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says: prepare the data again"
+        )
+    for name, split in prepared.splits.items():
+        counts, file = prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
+        digest, largest = hashlib.sha256(), 0
+        for start in range(0, split.n_tokens, _BLOCK):
+            block = split.tokens[start : start + _BLOCK]
+            digest.update(block.tobytes())
+            largest = max(largest, int(block.max()))
+        if digest.hexdigest() != counts.get("sha256"):
+            raise DamagedError(f"{file} has other content than meta.json says: prepare the data again")
+        if largest >= prepared.vocab_size:
+            raise DamagedError(f"{file} holds a token outside the vocabulary: prepare the data again")
+        starts = split.document_starts
+        whole = {
+            "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
+            "bytes": bool((split.document_bytes >= 0).all()) and int(split.document_bytes.sum()) == split.n_bytes,
+            "words": bool((split.document_words >= 0).all()) and int(split.document_words.sum()) == split.n_words,
+        }
+        for kind, is_whole in whole.items():
+            if not is_whole:
+                file = prepared.folder / f"{name}.{kind}.npy"
+                raise DamagedError(f"{file} has other content than meta.json says: prepare the data again")
+
+
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
     counts = meta["splits"][name]
-    arrays = {kind: np.load(folder / f"{name}.{kind}.npy", mmap_mode="r") for kind in ("starts", "bytes", "words")}
-    return TokenSplit(
-        tokens=np.memmap(folder / f"{name}.bin", dtype=meta["dtype"], mode="r"),
-        document_starts=arrays["starts"],
-        document_bytes=arrays["bytes"],
-        document_words=arrays["words"],
+    dtype, n_documents = np.dtype(meta["dtype"]), counts["documents"]
+    file = folder / f"{name}.bin"
+    _check_size(file, dtype.itemsize * counts["tokens"])
+    split = TokenSplit(
+        tokens=np.memmap(file, dtype=dtype, mode="r"),
+        document_starts=_open_array(folder / f"{name}.starts.npy", n_documents + 1),
+        document_bytes=_open_array(folder / f"{name}.bytes.npy", n_documents),
+        document_words=_open_array(folder / f"{name}.words.npy", n_documents),
         n_tokens=counts["tokens"],
-        n_documents=counts["documents"],
+        n_documents=n_documents,
         n_bytes=counts["bytes"],
         n_words=counts["words"],
     )
+    if split.document_starts[0] != 0 or split.document_starts[-1] != split.n_tokens:
+        raise DamagedError(f"{folder / f'{name}.starts.npy'} does not fit {file.name}: prepare the data again")
+    return split
+
+
+def _open_array(file: Path, length: int) -> NDArray[np.int64]:
+    """A memory-mapped int64 array of this length: mapped, so that a header neither unpickles nor allocates anything."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(128)
+        if not start.startswith(b"\x93NUMPY\x01\x00") or _HEADER not in start:  # else numpy reads any dtype at all
+            raise ValueError("it does not begin as an array of int64")
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
+        reason = " ".join(str(error).split())[:120]
+        raise DamagedError(f"{file} cannot be read ({reason}): prepare the data again, or copy it again") from error
+    if array.dtype != np.dtype("<i8") or array.shape != (length,):
+        raise DamagedError(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
+    return array

@@ -12,6 +12,7 @@ from harness.data.local import local_source
 from harness.data.stdlib import stdlib_source
 from harness.data.synthetic import synthetic_problems, synthetic_source
 from harness.errors import UserError
+from harness.outside import stays_inside
 from harness.schema import DatasetConfig, TokenizerConfig
 
 SOURCES = ("hub", "classic_books", "stdlib", "synthetic", "local")
@@ -66,6 +67,9 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
         problems.append(f"dataset.max_tokens={dataset.max_tokens} must be at least 2, or null for no cap")
     if not 0 <= dataset.split_seed < 2**64:
         problems.append(f"dataset.split_seed={dataset.split_seed} must lie in [0, 2^64)")
+    for name in dataset.sha256:
+        if not stays_inside(name):
+            problems.append(f"dataset.sha256 names {name}, which leads out of the dataset's folder: use names below it")
     if dataset.source == "local" and not dataset.path:
         problems.append("dataset=local needs dataset.path: a file, a folder or a quoted glob")
     if dataset.source == "hub":
@@ -77,7 +81,7 @@ def _dataset_problems(dataset: DatasetConfig) -> list[str]:
 
 def _hub_problems(dataset: DatasetConfig) -> list[str]:
     problems = []
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", dataset.hub_name or ""):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", dataset.hub_name or ""):
         problems.append(f"dataset.hub_name={dataset.hub_name} must be OWNER/NAME, as in the dataset's address")
     if not re.fullmatch(r"[0-9a-f]{40}", dataset.hub_revision or ""):
         problems.append(

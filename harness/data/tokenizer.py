@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
+from harness.outside import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
 # How pretrained tokenizers call it, in the order of preference.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]")
 _BYTES = 256  # plain bytes: ids below are bytes, this one ends a document
+_MOST_BYTES = 1 << 28  # the largest published ones have a tenth
+_MOST_GAPS = 2**20  # ids without a token
 _PIECE = 32_768  # characters in which a document is encoded where the cut cannot be seen in the tokens
 _LONG_PIECE = 8_388_608  # likewise where it can: one cut in eight million characters, so that memory stays bounded
 
@@ -58,11 +62,15 @@ class Tokenizer:
 
         file = path / "tokenizer.json" if path.is_dir() else path
         try:
-            return cls(tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8")))
+            size = file.stat().st_size
+            if not file.is_file() or size > _MOST_BYTES:
+                raise UserError(f"{file} is no tokenizer.json ({size:,} bytes): give a tokenizer.json or its folder")
+            content = file.read_bytes()
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}): give a tokenizer.json or its folder") from error
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{file} is not a tokenizer.json that `tokenizers` can read ({error})") from error
+        with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
+            _check_vocabulary(parse_object(content))
+            return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -102,13 +110,15 @@ class Tokenizer:
         """Tokens of several texts, each as one piece, on all cores. Memory: about 40 bytes a character."""
         if self._backend is None:
             return [list(text.encode()) for text in texts]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with _refusing("the tokenizer cannot encode this text"):
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; an end of text is nothing, half a character becomes U+FFFD."""
         if self._backend is None:
             return bytes(token for token in tokens if token < _BYTES).decode("utf-8", errors="replace")
-        return str(self._backend.decode(list(tokens), skip_special_tokens=True))
+        with _refusing("the tokenizer cannot decode its own tokens"):
+            return str(self._backend.decode(list(tokens), skip_special_tokens=True))
 
     def pieces(self, blocks: Iterable[str]) -> Iterator[str]:
         """Cuts a document, given in blocks of any length, into the pieces that `encode_batch` takes.
@@ -116,6 +126,43 @@ class Tokenizer:
         Where the tokenizer splits at spaces anyway, so does this, and the tokens are those of the whole text.
         """
         return _pieces(blocks, self._piece)
+
+
+def _check_vocabulary(specification: dict[str, Any]) -> None:
+    """Raises ValueError for what the library would not refuse: it takes memory for all ids up to the largest, and breaks
+    down, with words of its own on stderr, where the second part of a merge lacks the prefix that it is to lose."""
+    model, added = specification.get("model"), specification.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(added, list):
+        raise ValueError("it has no vocabulary")
+    vocabulary = model["vocab"]
+    ids = [] if isinstance(vocabulary, list) else list(vocabulary.values())
+    ids += [token.get("id") for token in added if isinstance(token, dict)]
+    most = 2 * (len(vocabulary) + len(added)) + _MOST_GAPS
+    if not all(is_count(number) and number < most for number in ids):
+        raise ValueError(f"an id of its vocabulary is no whole number below {most:,}")
+    prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
+    if isinstance(prefix, str) and prefix and isinstance(merges, list):
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        if not all(
+            isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) and pair[1].startswith(prefix)
+            for pair in pairs
+        ):
+            raise ValueError(f"a merge lacks the prefix {prefix[:20]!r}")
+
+
+@contextlib.contextmanager
+def _refusing(sentence: str) -> Iterator[None]:
+    """What the library makes of a specification that is not sound is a UserError.
+
+    It raises plain Exception, and where its Rust code gives up a PanicException, which is none.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{sentence} ({reason}): take another tokenizer.json") from error
 
 
 def _pieces(blocks: Iterable[str], size: int) -> Iterator[str]:

@@ -94,6 +94,15 @@ def load_results(folder: Path) -> StudyResults:
             f"{folder} holds no study.json, so it is no study: run one with python scripts/run_study.py study=..."
         )
     record = read_json(path)
+    try:
+        return _results(folder, record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not what run_study.py writes ({type(error).__name__}: {error}): restore it, or run the study again"
+        ) from None
+
+
+def _results(folder: Path, record: Mapping[str, Any]) -> StudyResults:
     runs = [_read_run(folder / spec["name"], spec) for spec in record["runs"] if finished(folder / spec["name"])]
     sweep = [_read_run(folder / spec["name"], spec) for spec in record["sweep"] if finished(folder / spec["name"])]
     decode = folder / "decode.json"
@@ -126,7 +135,7 @@ def _read_run(folder: Path, spec: Mapping[str, Any]) -> RunResult:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"the run {folder} is damaged ({' '.join(str(error).split())}): delete it and run the study again") \
             from None  # fmt: skip
     return RunResult(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from harness.errors import without_credentials
+
 
 @dataclass(frozen=True)
 class RunDescription:
@@ -63,7 +65,7 @@ class Dashboard(Protocol):
 
 def say(label: str, message: str) -> None:
     """One line for people; standard output belongs to results."""
-    print(f"{label}: {message}", file=sys.stderr)
+    print(f"{label}: {without_credentials(message)}", file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 from harness.errors import UserError
 from harness.schema import TrackingConfig
 from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, say, without_repeats
+
+_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -54,10 +57,14 @@ def open_tracker(
     (0: a new run) and appended to; None leaves it untouched, so that an evaluation cannot disturb a run that will be
     resumed.
 
-    At most one tracker is open at a time. Raises UserError if metrics.jsonl is shorter than metrics_bytes, and as
-    check_tracking does.
+    At most one tracker is open at a time. Raises UserError if metrics.jsonl is shorter than metrics_bytes or a link,
+    if run_id is no such name, and as check_tracking does.
     """
     check_tracking(config)
+    if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
+        raise UserError(
+            f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true"
+        )
     metrics = None if metrics_bytes is None else _MetricsFile(run_dir / "metrics.jsonl", metrics_bytes)
     described = RunDescription(
         project=config.project, entity=config.entity, group=config.group or group, name=name, notes=config.notes,
@@ -197,6 +204,8 @@ class _MetricsFile:
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():  # in a run from elsewhere it may lead to any file of the user's
+            raise UserError(f"{path} is a link, and training would cut and write what it leads to: put the file there")
         size = path.stat().st_size if path.exists() else 0
         if size < keep_bytes:
             raise UserError(

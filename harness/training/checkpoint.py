@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.outside import is_count, read_object
 from harness.training.optimizer import Optimizer
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_DTYPES = ("F64", "F32", "BF16", "F16")  # what weights and moments are kept in
+_STATE_KEYS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
 
 
 def save_checkpoint(
@@ -135,13 +139,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, None if every file has the size and SHA-256 of the manifest."""
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
+            if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
+                return f"{name} is no file of its own"
+        manifest = read_object(path / MANIFEST)
         for name in (MODEL, OPTIMIZER, STATE):
             if _describe(path / name) != manifest[name]:
                 return f"{name} is not what was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except OSError as error:
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError):
         return f"{MANIFEST} is not readable"
     return None
 
@@ -155,7 +164,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
     damage = find_damage(path)
     if damage is not None:
         raise UserError(f"checkpoint {path} is damaged ({damage}): use another one")
-    content = json.loads((path / STATE).read_bytes())
+    content = _read_state(path)
     if optimizer is not None and content["optimizer"] is None:
         raise UserError(
             f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=..."
@@ -165,21 +174,72 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
             f"was started with, or start anew under another name"
         )
-    saved = safetensors.torch.load_file(path / MODEL)
-    target = _unique_tensors(model)
+    saved, target = _headers(path / MODEL), _unique_tensors(model)
     odd = sorted(name for name in saved.keys() | target.keys() if _shape(saved, name) != _shape(target, name))
     if odd:
         raise UserError(
             f"checkpoint {path} holds another model: {odd[0]} is {_shape(saved, odd[0])} there and "
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
-
-    model.load_state_dict(saved, strict=False)  # tied tensors are saved under one of their names
     if optimizer is not None:
+        _check_optimizer_state(path, _headers(path / OPTIMIZER), optimizer.settings(), dict(model.named_parameters()))
+        _restore_generators(content["generators"], path)  # the first to be changed, since it can still refuse
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
-        _restore_generators(content["generators"])
+    model.load_state_dict(safetensors.torch.load_file(path / MODEL), strict=False)  # tied ones: under one name
     caller: dict[str, Any] = content["caller"]
     return caller
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """state.json, of the form that _save gives it. Raises UserError."""
+    try:
+        content = read_object(path / STATE)
+        caller, generators = content["caller"], content["generators"]
+        sound = is_count(caller["step"]) and (content["optimizer"] is None or isinstance(generators, dict))
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"checkpoint {path} is damaged ({STATE} is not readable): use another one")
+    return content
+
+
+def _headers(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in a safetensors file, of which the header alone is read. Raises UserError.
+
+    The library compares the header with the size of the file before it reads or allocates anything.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            odd = sorted(name for name, part in parts.items() if part.get_dtype() not in _DTYPES)
+            if odd:
+                raise UserError(
+                    f"{path} holds {odd[0]} as {parts[odd[0]].get_dtype()}, no {', '.join(_DTYPES)}: use another"
+                )
+            return {name: tuple(part.get_shape()) for name, part in parts.items()}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path.parent} is damaged ({path.name}: {reason}): use another one") from None
+
+
+def _check_optimizer_state(
+    path: Path, saved: Mapping[str, tuple[int, ...]], settings: list[dict[str, Any]], parameters: Mapping[str, Tensor]
+) -> None:
+    """Raises UserError unless each parameter has the whole state of its optimizer, in its own shape, or all have none.
+
+    The fused update reads a moment as if it had the parameter's size.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    for group in settings:
+        for name in group["parameters"]:
+            shape = tuple(parameters[name].shape)
+            expected |= {f"{key}/{name}": () if key == "step" else shape for key in _STATE_KEYS[group["optimizer"]]}
+    if saved and saved != expected:
+        odd = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
+        raise UserError(
+            f"checkpoint {path} holds the state of another optimizer: {odd[0]} is {saved.get(odd[0], 'absent')} there "
+            f"and {expected.get(odd[0], 'absent')} here ({len(odd)} such tensors): use another one"
+        )
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -196,8 +256,9 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensors[name] for name in first_name.values()}
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "absent"
+def _shape(tensors: Mapping[str, Any], name: str) -> str:
+    """Of a tensor, or of what a header says of one."""
+    return str(tuple(getattr(tensors[name], "shape", tensors[name]))) if name in tensors else "absent"
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -237,11 +298,25 @@ def _generator_states() -> dict[str, Any]:
     }
 
 
-def _restore_generators(states: Mapping[str, Any]) -> None:
-    """The reverse. A GPU that was not there when the states were taken keeps its seed."""
+def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
+    """The reverse. A GPU that was not there when the states were taken keeps its seed.
+
+    Raises UserError for what is no state; then all are as they were.
+    """
+    before = _generator_states()
+    try:
+        _set_generators(states)
+    except Exception:  # whatever three libraries make of foreign states
+        _set_generators(before)
+        raise UserError(f"checkpoint {path} is damaged (generators in {STATE}): use another one") from None
+
+
+def _set_generators(states: Mapping[str, Any]) -> None:
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = states["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:  # NumPy would read beyond its state
+        raise ValueError("no state of NumPy's generator")
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_decode(states["torch"]))
     for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import pickle
 import subprocess
 import sys
 import time
@@ -307,3 +309,31 @@ def test_the_published_wikitext_splits_have_sixty_articles_each() -> None:
         rows = [line if line.strip() else "" for line in whole.splitlines(keepends=True)]
         assert len(list(articles(rows))) == 60
         assert "".join(articles(rows)).rstrip() == whole.rstrip()
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["downloaded", "streamed"])
+def test_neither_a_script_nor_a_pickle_in_a_repository_is_ever_run(
+    hub: TimedHub, pinned: DatasetConfig, tmp_path: Path, streamed: bool
+) -> None:
+    proof = tmp_path / "executed"
+    repository = tmp_path / "hub/datasets/someone/stories"
+    for name in ("stories.py", "stories/stories.py", "__init__.py"):
+        (repository / name).write_text(f"import pathlib\npathlib.Path({str(proof)!r}).touch()\n")
+    payload = pickle.dumps(_Touch(str(proof)))
+    names = ["stories/validation-00000-of-00001.parquet", "stories/test-00000-of-00001.parquet"]
+    for name in names:
+        (repository / name).write_bytes(payload)
+    sha256 = {} if streamed else pinned.sha256 | dict.fromkeys(names, hashlib.sha256(payload).hexdigest())
+    dataset = dataclasses.replace(pinned, sha256=sha256, hub_streaming=streamed)
+    answer = prepared(hub, dataset, tmp_path)
+    assert answer.get("error") and "\n" not in answer["error"] and not proof.exists()
+    pickle.loads(payload)
+    assert proof.exists(), "the payload works where pickles are loaded"
+
+
+class _Touch:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mknod, (self.path,)

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.data import PreparedData, Tokenizer, open_prepared, prepare
+from harness.data import PreparedData, Tokenizer, open_prepared, prepare, verify_prepared
 from harness.data.prepared import DamagedError
 from harness.errors import UserError
 from harness.schema import DatasetConfig, TokenizerConfig
@@ -282,6 +283,57 @@ def test_a_damaged_folder_is_refused_by_name_and_built_again(
     assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == [whole.folder.name]
 
 
+FLIPPED = ["train.bin", "test.bin", "validation.starts.npy", "train.bytes.npy", "train.words.npy", "tokenizer.json"]
+
+
+def flip_a_byte(file: Path) -> None:
+    """Another content of the same size, in the last third: a header stays whole."""
+    content = bytearray(file.read_bytes())
+    content[-len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", FLIPPED)
+def test_other_content_of_the_same_size_is_found_on_demand_and_built_again(
+    tmp_path: Path, texts: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = prepared(tmp_path, BPE)
+    before = contents(whole.folder)
+    verify_prepared(whole)
+    flip_a_byte(whole.folder / name)
+    with pytest.raises(UserError):
+        verify_prepared(open_prepared(whole.folder))
+    again = prepare(local(tmp_path / "texts"), BPE, tmp_path / "data", progress=False, verify=True)
+    assert "Preparing it again" in capsys.readouterr().err
+    assert contents(again.folder) == before
+
+
+def test_after_a_killed_preparation_what_is_there_is_read_to_its_end(
+    tmp_path: Path, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = prepared(tmp_path, BYTES)
+    before = contents(whole.folder)
+    partial = tmp_path / "data" / f".{whole.folder.name}.4711.partial"
+    for damage in (False, True):
+        partial.mkdir()
+        if damage:
+            flip_a_byte(whole.folder / "train.bin")
+        assert contents(prepared(tmp_path, BYTES).folder) == before
+        assert not partial.exists()
+        assert ("train.bin has other content" in capsys.readouterr().err) is damage
+
+
+def test_a_copied_folder_with_other_content_is_refused_on_demand_and_left_as_it_is(
+    tmp_path: Path, texts: dict[str, str]
+) -> None:
+    folder = prepared(tmp_path, BYTES).folder
+    flip_a_byte(folder / "train.bin")
+    before = contents(folder)
+    with pytest.raises(DamagedError, match=r"train\.bin has other content"):
+        prepare(local(folder), BYTES, tmp_path / "other", progress=False, verify=True)
+    assert contents(folder) == before
+
+
 def test_a_folder_of_an_older_format_is_built_again(tmp_path: Path, texts: dict[str, str]) -> None:
     folder = prepared(tmp_path).folder
     meta = json.loads((folder / "meta.json").read_text())
@@ -417,24 +469,69 @@ def test_a_copied_folder_of_other_data_is_refused(
         prepare(wanted, tokenizer, tmp_path / "data", progress=False)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+def peak_above_the_imports(source: Path, tokenizer: TokenizerConfig, data_dir: Path) -> float:
+    """MB that preparing `source` in a process of its own adds to the memory that the program itself takes."""
+    code = f"""
+import numpy, tokenizers, tqdm
+from pathlib import Path
+from harness.data import prepare
+from harness.schema import DatasetConfig, TokenizerConfig
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+before = peak()
+prepare(DatasetConfig(name="local", source="local", path={str(source)!r}), TokenizerConfig(**{dataclasses.asdict(tokenizer)!r}),
+        Path({str(data_dir)!r}), progress=False)
+print(peak() - before)
+"""
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(child.stdout) / 1000
+
+
+def write_shards(folder: Path, megabytes: int) -> Path:
+    """Lines of JSON in four files, 2 kB a document, no two alike."""
+    folder.mkdir()
+    choice = random.Random(0)
+    words = ["".join(choice.choices("etaoinshrdlu", k=choice.randrange(2, 9))) for _ in range(20_000)]
+    for shard in range(4):
+        with (folder / f"part-{shard}.jsonl").open("w") as file:
+            size = 0
+            while size < megabytes * 250_000:
+                size += file.write(json.dumps({"text": " ".join(choice.choices(words, k=400))}) + "\n")
+    return folder
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
+
+
+@linux
 def test_memory_does_not_grow_with_the_source(tmp_path: Path) -> None:
     peaks = []
     for megabytes in (4, 24):
         file = tmp_path / f"{megabytes}.txt"
         line = (text(1, 200) + "\n").encode()
         file.write_bytes(line * (megabytes * 1_000_000 // len(line)))
-        code = f"""
-from pathlib import Path
-from harness.data import prepare
-from harness.schema import DatasetConfig, TokenizerConfig
-prepare(DatasetConfig(name="local", source="local", path={str(file)!r}), TokenizerConfig(name="bytes"),
-        Path({str(tmp_path / "data")!r}), progress=False)
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-"""
-        child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(int(child.stdout) / 1000)
+        peaks.append(peak_above_the_imports(file, BYTES, tmp_path / "data"))
     assert peaks[1] - peaks[0] < 5, peaks  # MB; for 20 MB more of text
+
+
+@linux
+def test_a_corpus_several_times_the_ceiling_is_prepared_below_it(tmp_path: Path) -> None:
+    assert peak_above_the_imports(write_shards(tmp_path / "texts", 80), BYTES, tmp_path / "data") < 25
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_a_large_corpus_and_a_line_of_100_megabytes_are_prepared_below_a_ceiling(
+    tmp_path: Path, tokenizer: TokenizerConfig
+) -> None:
+    assert peak_above_the_imports(write_shards(tmp_path / "texts", 400), tokenizer, tmp_path / "data") < 150
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "line.txt").write_text(" ".join(["sea ship whale storm"] * 5_000_000))
+    assert peak_above_the_imports(tmp_path / "line.txt", tokenizer, tmp_path / "data") < 150
 
 
 @pytest.mark.parametrize(

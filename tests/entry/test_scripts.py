@@ -255,3 +255,17 @@ def test_training_uses_what_prepare_data_prepared(tmp_path: Path, capsys: pytest
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()}
     place.train("run")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
+
+
+def test_prepare_data_reads_what_is_there_to_its_end_on_demand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = Workplace(tmp_path)
+    overrides = ["dataset=local", f"dataset.path={place.corpus}", "tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
+    assert prepare_data.main(overrides) == 0
+    (file,) = (tmp_path / "data").glob("*/train.bin")
+    whole = file.read_bytes()
+    file.write_bytes(b"?" + whole[1:])
+    assert prepare_data.main(overrides) == 0 and file.read_bytes() != whole
+    assert prepare_data.main([*overrides, "verify=true"]) == 0 and file.read_bytes() == whole
+    assert "train.bin has other content" in capsys.readouterr().err

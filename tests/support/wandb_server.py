@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -55,7 +56,11 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, RecordedRun] = {}
         self.operations: list[str] = []
+        self.bodies: list[bytes] = []  # of every request, as they came
         self.silent = threading.Event()  # set: requests are read and never answered
+        self.failing = threading.Event()  # set: requests are answered with an internal error
+        self.seconds = 0.0  # that every answer takes
+        self.trouble: Callable[[WandbServer], object] | None = None  # begins when a run has been opened
         self.closed = threading.Event()
         self.lock = threading.Lock()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -197,6 +202,7 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def do_PUT(self) -> None:
             content = self.body()
+            server.bodies.append(content)
             _, upload, run_id, name = unquote(self.path).split("/", 3)
             assert upload == "upload", self.path
             server.runs[run_id].files[name] = content
@@ -204,6 +210,13 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             content = self.body()
+            server.bodies.append(content)
+            server.closed.wait(server.seconds)
+            if server.failing.is_set():
+                self.send_response(500)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             if server.silent.is_set():
                 server.closed.wait()
                 self.close_connection = True
@@ -216,6 +229,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                 with server.lock:
                     data = server.answer(operation, request.get("variables") or {})
                 self.reply({"data": data})
+                if operation == "UpsertBucket" and server.trouble is not None:
+                    server.trouble(server)
             elif parts[0] == "files" and parts[-1] == "file_stream":
                 with server.lock:
                     server.receive_stream(parts[-2], json.loads(content))
