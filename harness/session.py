@@ -25,7 +25,7 @@ from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_fac
 from harness.run import commit
 from harness.schema import TrackingConfig, TrainConfig
 from harness.tracking import Tracker, open_tracker
-from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot
+from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (
     auto_micro_batch_size,
     keep_freed_memory,
@@ -389,6 +389,7 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         session.last_step = Step(**(state["last_step"] | _numbers(state["last_step"])))
         session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
         session.saved = state["step"]
+        tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
         if "guard" in state:  # older checkpoints know nothing of what follows
             session.warmup_steps, session.evaluation_due = state["warmup_steps"], state["evaluation_due"]
             session.best = None if state["best"] is None else tuple(state["best"])

@@ -94,13 +94,20 @@ def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool 
     if is_best:
         keep_as_best(final)
 
+    tidy(folder, newest=final, keep=keep)
+    return final
+
+
+def tidy(folder: Path, *, newest: Path, keep: int) -> None:
+    """Delete what killed saves have left behind and the oldest checkpoints beyond `keep`, counted from `newest`."""
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
     # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
-    older = [path for path in _checkpoints(folder) if path.name <= final.name]
+    older = [path for path in _checkpoints(folder) if path.name <= newest.name]
     for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
         removed = folder / f".partial-removed-{path.name}"
         os.replace(path, removed)
         shutil.rmtree(removed)
-    return final
 
 
 def save_weights(
