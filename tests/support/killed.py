@@ -1,10 +1,14 @@
-"""Training runs that are killed for good: python tests/support/killed.py, commands on standard input.
+"""Training runs that are killed or asked to stop: python tests/support/killed.py, commands on standard input.
 
 The process trains the first command itself, so that everything is imported, and forks a child for every other one: a kill
-costs no seconds of imports. A line of JSON is a command, {"overrides": [...], "after": seconds or null, "event": n or
-null}: train_model.main, killed by SIGKILL after so many seconds, or by itself right before its n-th change of a file below
-a folder `runs` (writing, flushing, renaming, linking, deleting). The answer is a line of JSON too, {"status": returncode,
-"events": n}.
+costs no seconds of imports. A line of JSON is a command, for train_model.main with its "overrides", and one of
+
+    "after"     seconds, then SIGKILL
+    "event"     SIGKILL from the process itself right before its n-th change of a file below a folder `runs` (writing,
+                flushing, renaming, linking, deleting)
+    "signals"   [where, n, numbers]: it sends itself these signals at the n-th "step", "evaluation" (batch) or "write"
+
+and "output", a file for its standard output. The answer is a line of JSON, {"status": returncode, "events": n}.
 """
 
 from __future__ import annotations
@@ -54,22 +58,51 @@ def count_changes(last: int | None, pipe: int) -> None:
     os.fsync = counted_fsync
 
 
+def send_signals(where: str, n: int, numbers: list[int]) -> None:
+    """At the n-th call of what `where` stands for."""
+    import safetensors.torch
+
+    from harness.training.optimizer import Optimizer
+    from modeling.gpt import GPT
+
+    owner, name = {
+        "step": (Optimizer, "step"), "evaluation": (GPT, "token_losses"), "write": (safetensors.torch, "save_file"),
+    }[where]  # fmt: skip
+    original: Any = getattr(owner, name)
+    calls = 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
 def attempt(command: dict[str, Any], train: Any) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        if command.get("after") is None:
+        if "output" in command:
+            os.dup2(os.open(command["output"], os.O_WRONLY | os.O_CREAT), 1)
+        if "signals" in command:
+            send_signals(*command["signals"])
+        elif "after" not in command:
             count_changes(command.get("event"), writing)
         status = 1
         try:
             status = train(command["overrides"])
         finally:
+            sys.stdout.flush()
             os._exit(status)
     os.close(writing)
     timer = None
-    if command.get("after") is not None:
+    if "after" in command:
         timer = threading.Timer(command["after"], os.kill, (child, signal.SIGKILL))
         timer.start()
     events = 0
