@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.training.device import generators, set_generators
 
 
 class NonFiniteError(UserError):
@@ -112,21 +113,28 @@ def locate(
     The generators must stand where they stood before the step; they and the weights are left as they are. None: it does
     not appear again. batch: (B, T+1) token ids. model: what `train` takes.
     """
-    for start in range(0, len(batch), micro_batch_size):
-        micro = batch[start : start + micro_batch_size]
-        everything = list(range(start, start + len(micro)))
-        found: list[Place] = []
-        with _watched(model, found, start, everything):
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                loss = model.loss(micro[:, :-1], micro[:, 1:])  # type: ignore[operator]
-            if not found and not math.isfinite(loss.item()):
-                found.append(Place("the loss, after modules whose outputs are all finite", everything))
-            if not found:
-                (loss * (len(micro) / len(batch))).backward()
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return Place(f"the parameter {name}, before the step", list(range(len(batch))))
+    before = generators(device)
+    try:
+        for start in range(0, len(batch), micro_batch_size):
+            micro = batch[start : start + micro_batch_size]
+            everything = list(range(start, start + len(micro)))
+            found: list[Place] = []
+            with _watched(model, found, start, everything):
+                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                    loss = model.loss(micro[:, :-1], micro[:, 1:])  # type: ignore[operator]
+                if not found and not math.isfinite(loss.item()):
+                    found.append(Place("the loss, after modules whose outputs are all finite", everything))
+                if not found:
+                    (loss * (len(micro) / len(batch))).backward()
+            if found:
+                return found[0]
+        return None
+    finally:
         model.zero_grad(set_to_none=True)
-        if found:
-            return found[0]
-    return None
+        set_generators(before, device)
 
 
 @contextlib.contextmanager
