@@ -45,6 +45,11 @@ class CheckpointWriter:
         if path.is_dir():
             keep_as_best(path)
 
+    @property
+    def busy(self) -> bool:
+        """Is a checkpoint being written?"""
+        return self._writing is not None and not self._writing.done()
+
     def check(self) -> None:
         """Raise what went wrong in the background, if it has come to its end."""
         if self._writing is not None and self._writing.done():
@@ -74,7 +79,7 @@ class CheckpointWriter:
                     host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=on_gpu)
                     self._host[file, name] = host
                 devices.add(tensor.device)
-                host.copy_(tensor.detach(), non_blocking=True)
+                host.copy_(tensor.detach(), non_blocking=tensor.device.type == "cuda")
                 tensors[file][name] = host
         for device in devices:
             if device.type == "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -181,6 +182,33 @@ def test_a_run_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before_and
     place.train("run", *OFTEN)
     said = capsys.readouterr()
     assert f"step-{STEPS:08} is damaged" in said.err and "from step 5" in said.out
+    assert_equal(run, whole)
+
+
+def as_an_older_version_wrote_it(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / "state.json").read_text())
+    for key in ("warmup_steps", "evaluation_due", "best", "guard"):
+        del content["caller"][key]
+    del content["caller"]["last_step"]["skipped"]
+    (checkpoint / "state.json").write_text(json.dumps(content))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    written = (checkpoint / "state.json").read_bytes()
+    manifest["state.json"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = place.train("whole", *WSD)
+    run = interrupted_at(place, "run", 3, *WSD, monkeypatch=monkeypatch)
+    for checkpoint in run.glob("checkpoints/step-*"):
+        as_an_older_version_wrote_it(checkpoint)
+    with pytest.raises(
+        UserError, match=r"older version.*train on with the budget .* \(budget.steps is 6 there and 8 here"
+    ):
+        place.train("run", *WSD, "budget.steps=8")
+    place.train("run", *WSD)
     assert_equal(run, whole)
 
 
