@@ -83,10 +83,14 @@ def send_signals(where: str, n: int, numbers: list[int]) -> None:
 
 
 def attempt(command: dict[str, Any], train: Any) -> dict[str, Any]:
+    from tqdm import tqdm
+
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
+        # tqdm's own lock is shared by all children: one that is killed while it draws would hold it for ever.
+        tqdm.set_lock(threading.RLock())
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if "output" in command:
             os.dup2(os.open(command["output"], os.O_WRONLY | os.O_CREAT), 1)
