@@ -18,6 +18,7 @@ import pytest
 from harness.config import ROOT
 from tests.support.attempts import Killer, assert_equal_runs
 from tests.support.micro import Workplace, contents, json_lines, metrics_of
+from tests.support.wandb_server import WandbServer
 
 TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
 
@@ -105,11 +106,12 @@ def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_with
 # --- as a command ----------------------------------------------------------------------------------------------------
 
 
-def started(place: Workplace, *arguments: str) -> subprocess.Popen[str]:
+def started(place: Workplace, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, as a terminal gives it."""
     command = [sys.executable, str(ROOT / "train_model.py"), *arguments]
     return subprocess.Popen(
-        command, cwd=place.folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        command, cwd=place.folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
     )  # fmt: skip
 
 
@@ -142,6 +144,24 @@ def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(
     assert "Traceback" not in err and f"from step {said['step'] + 1}" in out
     steps = [line["step"] for line in metrics_of(run) if "train/loss" in line]
     assert steps == list(range(1, json.loads(out.splitlines()[-1])["step"] + 1))
+
+
+def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    with WandbServer() as server:
+        online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
+        process = started(
+            place, *place.overrides("name=run", "budget.steps=100000", "intervals.log=1", "tracking=wandb"), **online
+        )
+        run = place.runs / "run"
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 10, process)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        recorded = server.only_run()
+    steps = list(range(json.loads(out.splitlines()[-1])["step"] + 1))
+    assert [row["step"] for row in recorded.history] == steps
+    assert recorded.exit_code == 1
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
