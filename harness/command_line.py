@@ -172,7 +172,7 @@ def run_hydra(
 def _run_child(command: Sequence[str]) -> tuple[int, int | None]:
     """The command's status, and the signal, if one came, that was passed on to it and waited for.
 
-    It has a process group of its own: a Ctrl-C would reach it twice otherwise, and a second signal means at once.
+    It has a process group of its own, so that a Ctrl-C reaches it once, from here.
     """
     received: list[int] = []
     child: subprocess.Popen[bytes] | None = None

@@ -2,19 +2,23 @@
 
 A run that is asked to stop finishes the step in hand, writes a checkpoint and says how it goes on. Nothing is done in the
 handler itself, where any lock may be held. A second signal, of either kind, ends the process at once, as it would have
-without a handler.
+without a handler. Within a second of the first it is the same request: schedulers send a signal to every process of a job,
+and launchers among these pass it on once more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SECONDS = 1.0
 
 
 class Interrupted(Exception):
@@ -54,10 +58,15 @@ def interruptible() -> Iterator[Interruption]:
         yield interruption
         return
 
+    first = 0.0
+
     def note(number: int, _: FrameType | None) -> None:
-        interruption.signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # the next one is the system's to deliver, whatever runs then
+        nonlocal first
+        if not interruption.requested:
+            interruption.signal, first = number, time.monotonic()
+        elif time.monotonic() - first > SAME_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     before: dict[int, Any] = {number: signal.signal(number, note) for number in SIGNALS}
     try:
