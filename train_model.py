@@ -9,13 +9,14 @@ from harness.bootstrap import enter_environment
 enter_environment()
 
 import json
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.command_line import run_hydra
 from harness.config import load_train_config
-from harness.run import Claim, finished, lock_run, read_json, run_folder, write_json
+from harness.run import Claim, finished, lock_run, read_json, run_folder, write_json, writing_to
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(overrides: list[str]) -> int:
-    """Train the configured run to its end, from its newest checkpoint if there is one."""
+    """Train the configured run to its end, from its newest checkpoint if there is one. The status to exit with."""
     config = load_train_config(overrides)
 
     import torch
@@ -32,6 +33,7 @@ def main(overrides: list[str]) -> int:
     from harness.session import load_data, open_session
     from harness.tracking import check_tracking
     from harness.training.device import select_device
+    from harness.training.interruption import Interrupted, interruptible
     from harness.training.optimizer import check_optimizer
     from harness.training.schedule import build_schedule, steps_from_budget
 
@@ -51,50 +53,88 @@ def main(overrides: list[str]) -> int:
         return say_finished(run)
     data = load_data(config)
 
-    with lock_run(run):
+    with lock_run(run), writing_to(run), interruptible() as interruption:
         claim = Claim(config)
         try:
             session = open_session(config, run, data, device, steps)
+            session.interruption = interruption
             print("\n".join(session.lines()), flush=True)
             result = session.evaluate() if session.first_step == 1 else None
+            interruption.poll()
+        except Interrupted:
+            claim.undo()
+            return say_interrupted(run, session.saved, overrides, interruption.exit_code)
         except BaseException:
             claim.undo()
             raise
         claim.settle()
-        return train_session(session, result)
+        try:
+            summary = train_session(session, result)
+        except Interrupted:
+            kept = [override for override in overrides if override.partition("=")[0] != "overwrite"]
+            return say_interrupted(run, session.saved, kept, interruption.exit_code)
+        write_json(run / "summary.json", summary)
+    print(json.dumps(summary))
+    return 0
 
 
-def train_session(session: Session, result: SplitResult | None) -> int:
-    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing."""
+def train_session(session: Session, result: SplitResult | None) -> dict[str, Any]:
+    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing.
+
+    Returns the run's summary. Raises Interrupted when the process was asked to stop: what was trained is saved then.
+    """
     from tqdm import tqdm
 
     from harness.evaluation.evaluate import split_metrics
     from harness.session import steps_due
+    from harness.training.interruption import Interrupted
 
     intervals, steps = session.config.intervals, session.steps
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)
-    step = session.last_step
-    with session.open_tracker() as tracker, bar:
+    with session.open_tracker() as tracker, bar, session.saving(tracker):
+
+        def evaluated(number: int, tokens: int, result: SplitResult) -> None:
+            facts = session.facts.metrics() if number == 0 else {}
+            tracker.log(number, tokens, facts | split_metrics(result))
+            say(validation_line(number, result))
+
         if result is not None:
-            tracker.log(0, 0, session.facts.metrics() | split_metrics(result))
-            say(validation_line(0, result))
+            evaluated(0, 0, result)
+        elif session.evaluation_due and (result := session.evaluate()) is not None:
+            assert session.last_step is not None
+            evaluated(session.last_step.number, session.last_step.tokens, result)
+            session.evaluated_late(result)
+        session.interruption.poll()
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
+            if step.skipped is not None:
+                say(session.skipped_line(step))
             if steps_due(step.number, steps, intervals.log):
                 tracker.log(step.number, step.tokens, session.step_metrics(step))
-            if steps_due(step.number, steps, intervals.evaluate):
-                result = session.evaluate()
-                tracker.log(step.number, step.tokens, split_metrics(result))
-                say(validation_line(step.number, result))
-            if steps_due(step.number, steps, intervals.checkpoint):
-                session.save(step, tracker)
-        assert step is not None
-        summary = session.summary(step, result or session.evaluate())
+            is_due = steps_due(step.number, steps, intervals.evaluate)
+            result = session.evaluate() if is_due else None
+            if result is not None:
+                evaluated(step.number, step.tokens, result)
+            stopping = session.stopping()
+            if stopping or steps_due(step.number, steps, intervals.checkpoint):
+                session.save(step, tracker, result, evaluation_due=is_due and result is None)
+            if stopping:
+                session.interruption.poll()
+        result = result or session.evaluate()
+        if result is None:
+            raise Interrupted
+        assert session.last_step is not None
+        summary = session.summary(session.last_step, result)
         tracker.summary(summary)
-    write_json(session.run / "summary.json", summary)
-    print(json.dumps(summary))
-    return 0
+    return summary
+
+
+def say_interrupted(run: Path, step: int, overrides: list[str], exit_code: int) -> int:
+    """The last line of a run that was asked to stop after `step`; the status that says by which signal."""
+    command = shlex.join(["python", "train_model.py", *overrides])
+    print(json.dumps({"status": "interrupted", "run": str(run), "step": step, "continue": command}), flush=True)
+    return exit_code
 
 
 def say(line: str) -> None:

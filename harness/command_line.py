@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import signal
 import subprocess
 import sys
 import typing
@@ -117,7 +118,7 @@ def run_hydra(
 
     Hydra itself answers --help, --cfg, --info and shell completion. With -m it expands the lists of choices; all jobs
     are checked before the first starts. Every job is a process of its own, so that nothing leaks from one run into the
-    next, and a failed one does not stop the rest.
+    next, and a failed one does not stop the rest. SIGTERM and SIGINT are passed on to the job, and no other starts.
     """
     flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
     if not flags:
@@ -136,7 +137,9 @@ def run_hydra(
         if HydraConfig.get().mode != hydra.types.RunMode.MULTIRUN:
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
-        status = subprocess.run([sys.executable, script, *overrides], check=False).returncode
+        status, stopped_by = _run_child([sys.executable, script, *overrides])
+        if stopped_by is not None:
+            sys.exit(128 + stopped_by)
         if status:
             failed.append(f"{' '.join(overrides)} (status {status})")
 
@@ -170,6 +173,31 @@ def run_hydra(
     if failed:
         print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def _run_child(command: Sequence[str]) -> tuple[int, int | None]:
+    """The command's status, and the signal, if one came, that was passed on to it and waited for.
+
+    It has a process group of its own, so that a Ctrl-C reaches it once, from here.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        child = subprocess.Popen(command, process_group=0)
+        for number in received:  # before there was a child
+            child.send_signal(number)
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status, received[0] if received else None
 
 
 def user_path(text: str) -> Path:

@@ -32,9 +32,15 @@ CONFIGS = ROOT / "configs"
 EXECUTION_FIELDS = (
     "name", "runs_dir", "data_dir", "device", "compile", "deterministic", "overwrite", "micro_batch_size",
     "intervals", "evaluation.batch_size", "tracking", "attention.backend", "attention.decode",
-    "attention.kernel", "model.activation_checkpointing", "dataset.path",
+    "attention.kernel", "model.activation_checkpointing", "dataset.path", "checkpoints",
 )  # fmt: skip
 SEED_FIELDS = ("seed", "data_seed")
+# Fields that came later and change nothing as long as they keep their defaults: the hash of a setup is what it was before.
+LATER_FIELDS = {
+    "on_nonfinite": "stop", "skip_limit": 10, "spikes.sigma": None, "spikes.window": 100, "init_setup": None,
+    "model.vocab_size": None, "attention.projection_bias": "model", "attention.rope_scaling": None,
+    "attention.rope_frequencies": "computed",
+}  # fmt: skip
 TRACKING = ("wandb", "trackio", "none")  # harness/tracking/
 CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/attention/cache.py
 EXTRAS = ("beyond", "repeats", "recall", "latents")  # harness/evaluation/extras.py
@@ -271,10 +277,12 @@ def _check_values(config: TrainConfig) -> None:
     one_of("schedule.name", config.schedule.name, "cosine", "wsd")
     one_of("tracking.name", config.tracking.name, *TRACKING)
     one_of("tokenizer.name", config.tokenizer.name, "bpe", "bytes", "pretrained")
+    one_of("on_nonfinite", config.on_nonfinite, "stop", "skip")
     for path, least in {
         "batch_size": 1, "micro_batch_size": 1, "model.d_model": 1, "model.n_layers": 1, "model.n_heads": 1,
         "model.head_dim": 1, "model.max_seq_len": 1, "model.mlp_hidden": 1, "budget.tokens": 1, "budget.steps": 1,
         "intervals.log": 1, "intervals.evaluate": 1, "intervals.checkpoint": 1, "evaluation.batch_size": 1,
+        "checkpoints.keep": 1, "skip_limit": 1, "spikes.window": 2,
         "evaluation.max_tokens": 1, "model.norm_eps": 0, "model.init_std": 0, "seed": 0, "data_seed": 0,
     }.items():  # fmt: skip
         at_least(path, operator.attrgetter(path)(config), least)
@@ -287,6 +295,8 @@ def _check_values(config: TrainConfig) -> None:
     for key, value in config.attention.items():
         if type(value) is int:
             at_most(f"attention.{key}", value, _WIDEST)
+    if config.spikes.sigma is not None and config.spikes.sigma <= 0:
+        raise UserError(f"spikes.sigma={config.spikes.sigma} must be above 0, such as 6, or null to skip no spike")
     for path in SEED_FIELDS:
         if (seed := operator.attrgetter(path)(config)) >= 2**63:
             raise UserError(f"{path}={seed} is too large for torch's generator; choose a seed below 2^63")
@@ -348,7 +358,10 @@ def setup_hash(config: TrainConfig) -> str:
 
     Of a run that another one's weights begin, that one's setup counts, not its place.
     """
-    leaves = {path: value for path, value in identity(config).items() if path not in (*SEED_FIELDS, "init_from")}
+    leaves = {
+        path: value for path, value in identity(config).items()
+        if path not in (*SEED_FIELDS, "init_from") and not (path in LATER_FIELDS and value == LATER_FIELDS[path])
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -21,26 +22,36 @@ from harness.errors import UserError
 from harness.outside import read_object
 from harness.schema import TrainConfig
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG)
+
 
 def run_folder(config: TrainConfig) -> Path:
     """The folder that this run has or will have. Writes nothing.
 
     Raises UserError when the name is taken by a run of another configuration, naming what differs, or by something
-    that is no run. A folder in which nothing has been logged yet is free: its command failed before the first step.
+    that is no run. A folder in which nothing has been logged yet is free: its command failed before the first step. The
+    budget of an unfinished run may grow, see harness/growth.py.
     """
     folder = Path(config.runs_dir) / config.name
     if not (folder / "config.yaml").is_file():
         if folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir()):
             raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
     elif not config.overwrite and (begun(folder) or finished(folder)):
-        differing = differences(config, load_run_config(folder))
-        if differing:
+        older = load_run_config(folder)
+        differing = differences(config, older)
+        if differing and not (begun(folder) and not finished(folder) and _grows(config, older, folder)):
             shown = "; ".join(differing[:4]) + (f"; and {len(differing) - 4} more" if len(differing) > 4 else "")
             raise UserError(
                 f"the run {folder} exists with another configuration ({shown}): choose another name=..., or "
                 f"overwrite=true to delete it and train anew"
             )
     return folder
+
+
+def _grows(config: TrainConfig, older: TrainConfig, folder: Path) -> bool:
+    from harness.growth import grows  # which needs torch
+
+    return grows(config, older, folder)
 
 
 def begun(run: Path) -> bool:
@@ -104,6 +115,22 @@ class Claim:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another runs_dir=...")
+
+
+@contextlib.contextmanager
+def writing_to(run: Path) -> Iterator[None]:
+    """A disk that takes nothing more (full, over quota, read-only, broken) becomes one sentence, a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        saved = sorted(path.name for path in run.glob("checkpoints/step-*"))
+        kept = f"its last checkpoint, {saved[-1]}, is intact" if saved else "it has no checkpoint yet"
+        raise UserError(
+            f"the run {run} cannot be written ({error.strerror}{f': {error.filename}' if error.filename else ''}); {kept}: "
+            f"make room or make it writable, and start the same command again"
+        ) from None
 
 
 def finished(run: Path) -> bool:

@@ -119,6 +119,23 @@ class IntervalsConfig:
 
 
 @dataclass
+class CheckpointsConfig:
+    """Of a run's checkpoints/; when they are written: intervals.checkpoint."""
+
+    keep: int = 2  # the newest so many
+    keep_best: bool = True  # and, of the steps that are saved, the one that validated best, as best/
+    background: bool = True  # write while training goes on
+
+
+@dataclass
+class SpikesConfig:
+    """Steps whose loss or gradient norm makes no update because it stands out (harness/training/nonfinite.py)."""
+
+    sigma: float | None = None  # standard deviations above the mean; None: no step is skipped for that
+    window: int = 100  # last accepted steps that mean and deviation are taken over
+
+
+@dataclass
 class EvaluationConfig:
     max_tokens: int | None = None  # validation during training looks at this many tokens at most (None: all)
     batch_size: int = 32  # windows per forward pass
@@ -173,6 +190,10 @@ class TrainConfig:
     init_setup: str | None = (
         None  # worked out: that run's setup_hash; of a conversion or an import, what made the weights
     )
+    checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
+    on_nonfinite: str = "stop"  # stop | skip: what a loss or gradient that is not finite does to the run
+    skip_limit: int = 10  # steps in a row without an update after which training gives up
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
 
 
 @dataclass

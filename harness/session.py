@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from harness.build import build_model
 from harness.config import load_run_config, setup_hash
 from harness.data import PreparedData, Tokenizer, prepare
-from harness.data.loader import WindowLoader
+from harness.data.loader import WindowLoader, documents_in
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.perplexity import SplitResult
@@ -24,7 +25,7 @@ from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_fac
 from harness.run import commit, read_json
 from harness.schema import TrackingConfig, TrainConfig
 from harness.tracking import Tracker, open_tracker
-from harness.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (
     auto_micro_batch_size,
     keep_freed_memory,
@@ -36,9 +37,12 @@ from harness.training.device import (
     select_precision,
     set_deterministic,
 )
+from harness.training.interruption import Interrupted, Interruption
 from harness.training.loop import Step, train
+from harness.training.nonfinite import Guard, NonFiniteError, locate
 from harness.training.optimizer import Optimizer, build_optimizer
-from harness.training.schedule import build_schedule
+from harness.training.schedule import build_schedule, warmup_steps
+from harness.training.writer import CheckpointWriter
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
 from modeling.kernels.attend import choose_backend
@@ -47,6 +51,7 @@ from modeling.kernels.latent_decode import check_kernel, check_widths
 # Above this many bytes of float32 logits in one forward pass the loss is computed in pieces (modeling/loss.py): on a CPU
 # small pieces stay in its caches, on a GPU the plain loss is faster as long as its logits fit.
 WHOLE_LOGITS_BYTES = {"cpu": 0, "cuda": 16 * 2**30}
+CHECKPOINTS = ("last", "best")
 LOSS_CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
@@ -73,6 +78,13 @@ class Session:
     wandb_id: str | None  # known once a tracker has been opened
     first_trained: Step | None  # of this session, the compilation in it: speed is counted after it
     last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
+    writer: CheckpointWriter
+    guard: Guard
+    warmup_steps: int  # of the budget that the run began with
+    interruption: Interruption = field(default_factory=Interruption)
+    evaluation_due: bool = False  # of last_step, which was interrupted before it was evaluated
+    best: tuple[int, float] | None = None  # the saved step that validated best, and its loss
+    saved: int = 0  # the last step that was saved
 
     @property
     def tokens_per_step(self) -> int:
@@ -104,25 +116,67 @@ class Session:
         """The remaining steps."""
         config = self.config
         batches = window_loader(config, self.data).iterate(self.first_step - 1, device=self.device)
+        schedule = build_schedule(config.schedule, self.steps, warmup=self.warmup_steps)
         with contextlib.closing(batches):  # ends the prefetching thread
-            for step in train(
-                self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
-                first_step=self.first_step, last_step=self.steps, micro_batch_size=self.micro_batch_size,
-                grad_clip=config.optimizer.grad_clip, precision=self.precision, compile=self.compiled,
-                device=self.device,
-            ):  # fmt: skip
-                self.first_trained = self.first_trained or step
-                yield step
+            try:
+                for step in train(
+                    self.model, batches, optimizer=self.optimizer, schedule=schedule, first_step=self.first_step,
+                    last_step=self.steps, micro_batch_size=self.micro_batch_size, grad_clip=config.optimizer.grad_clip,
+                    precision=self.precision, compile=self.compiled, device=self.device, guard=self.guard,
+                ):  # fmt: skip
+                    self.writer.check()
+                    self.first_trained = self.first_trained or step
+                    self.last_step = step
+                    yield step
+            except NonFiniteError as error:
+                raise NonFiniteError(
+                    f"{error}. {self._whereabouts(error)}", step=error.step, batch=error.batch
+                ) from None
 
-    def evaluate(self) -> SplitResult:
-        """The validation split, as eval_model.py would score it, up to evaluation.max_tokens."""
+    def stopping(self) -> bool:
+        """Has the process been asked to stop?"""
+        return self.interruption.requested
+
+    def evaluate(self) -> SplitResult | None:
+        """The validation split, as eval_model.py would score it, up to evaluation.max_tokens; None when asked to stop."""
         evaluation = self.config.evaluation
-        return evaluate_model(
-            self.model, self.data.splits["validation"], end_of_text=self.data.end_of_text,
-            decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
-            batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
-            max_tokens=evaluation.max_tokens,
+        try:
+            return evaluate_model(
+                self.model, self.data.splits["validation"], end_of_text=self.data.end_of_text,
+                decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
+                batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
+                max_tokens=evaluation.max_tokens, poll=self.interruption.poll,
+            )  # fmt: skip
+        except Interrupted:
+            return None
+
+    def skipped_line(self, step: Step) -> str:
+        """For people: a step without an update, and what it would have learned from."""
+        return f"step {step.number:,}: skipped, {step.skipped} ({self._documents(step.number)})"
+
+    def _whereabouts(self, error: NonFiniteError) -> str:
+        """Sentences: where the number first went wrong, in which documents, and what is left."""
+        place = locate(
+            self.model, error.batch, micro_batch_size=self.micro_batch_size, precision=self.precision,
+            device=self.device,
         )  # fmt: skip
+        first = (
+            "Computed once more, every output and gradient of the step is finite" if place is None
+            else f"The first number that is not finite is in {place.where}"
+        )  # fmt: skip
+        documents = self._documents(error.step, None if place is None else place.rows)
+        kept = f"The checkpoint of step {error.step - 1:,} is kept." if error.step > 1 else "Nothing was trained."
+        return f"{first} ({documents}). {kept}"
+
+    def _documents(self, number: int, rows: list[int] | None = None) -> str:
+        """The documents in a step's batch, or in some rows of it, by their numbers in the training split."""
+        windows = window_loader(self.config, self.data).windows(number - 1)
+        found = documents_in(
+            windows if rows is None else windows[rows], max_seq_len=self.config.model.max_seq_len,
+            document_starts=self.data.splits["train"].document_starts,
+        )  # fmt: skip
+        shown = ", ".join(map(str, found[:16])) + (f" and {len(found) - 16} more" if len(found) > 16 else "")
+        return f"document{'s' if len(found) > 1 else ''} {shown} of the training split"
 
     def step_metrics(self, step: Step) -> dict[str, float]:
         """One step as it is logged."""
@@ -133,6 +187,8 @@ class Session:
             "speed/tokens_per_second": step.tokens_per_second,
             "memory/peak_bytes": peak_memory_bytes(self.device),
         }
+        if self.guard.may_skip:
+            metrics["train/skipped_steps"] = self.guard.skipped
         peak = peak_flops(self.device, self.precision)
         if peak is not None:
             metrics["speed/mfu"] = step.tokens_per_second * self.facts.flops_per_token / peak
@@ -145,17 +201,60 @@ class Session:
             return last.tokens_per_second
         return (last.tokens - first.tokens) / (last.seconds - first.seconds)
 
-    def save(self, step: Step, tracker: Tracker) -> None:
-        """A checkpoint after this step: continuing from it repeats nothing."""
+    def save(
+        self, step: Step, tracker: Tracker, result: SplitResult | None = None, *, evaluation_due: bool = False
+    ) -> None:
+        """A checkpoint after this step: continuing from it repeats nothing.
+
+        result: the step's evaluation, if it has one. evaluation_due: it should have one and has not.
+        """
+        improved = self._improves(step.number, result)
         state = {
             "step": step.number,
-            "last_step": dataclasses.asdict(step),
+            "last_step": {key: _or_null(value) for key, value in dataclasses.asdict(step).items()},
             "seconds": self.seconds_before + step.seconds,
             "metrics_bytes": tracker.metrics_bytes,
             "wandb_id": self.wandb_id,
             "data_fingerprint": self.data.fingerprint,
+            "warmup_steps": self.warmup_steps,
+            "evaluation_due": evaluation_due,
+            "best": self.best,
+            "guard": self.guard.state(),
         }
-        save_checkpoint(self.run / "checkpoints", model=self.model, optimizer=self.optimizer, state=state)
+        self.writer.save(snapshot(self.model, self.optimizer, state), is_best=improved)
+        self.saved = step.number
+
+    def evaluated_late(self, result: SplitResult) -> None:
+        """The evaluation that was due when the checkpoint was written."""
+        if self._improves(self.saved, result):
+            self.writer.keep_as_best(self.saved)
+
+    def _improves(self, number: int, result: SplitResult | None) -> bool:
+        if result is None or (self.best is not None and result.loss >= self.best[1]):
+            return False
+        self.best = (number, result.loss)
+        return self.config.checkpoints.keep_best
+
+    @contextlib.contextmanager
+    def saving(self, tracker: Tracker) -> Iterator[None]:
+        """Inside, checkpoints are written; afterwards none is any more, and what went wrong in writing has been raised.
+
+        Numbers that go wrong leave a checkpoint of the step before.
+        """
+        try:
+            try:
+                yield
+            except NonFiniteError as error:
+                if self.last_step is not None and self.last_step.number == error.step - 1 > self.saved:
+                    self.save(self.last_step, tracker)
+                self.writer.wait()
+                raise
+            except Interrupted:
+                self.writer.wait()
+                raise
+            self.writer.wait()
+        finally:
+            self.writer.close()
 
     def open_tracker(self) -> Tracker:
         """metrics.jsonl, cut to where this session starts, and W&B if chosen."""
@@ -171,10 +270,10 @@ class Session:
         """The content of summary.json: final validation figures and what they were reached with."""
         return run_summary(
             self.config, facts=self.facts, data=self.data, result=result, tokens=step.tokens, steps=step.number,
-            train_loss=step.loss, tokens_per_second=self.mean_tokens_per_second(step),
-            seconds=self.seconds_before + (0.0 if step is self.last_step else step.seconds), kernel=self.kernel,
+            train_loss=_or_null(step.loss), tokens_per_second=self.mean_tokens_per_second(step),
+            seconds=self.seconds_before + (0.0 if self.first_trained is None else step.seconds), kernel=self.kernel,
             device=self.device, precision=self.precision, compiled=self.compiled, wandb_id=self.wandb_id,
-        )  # fmt: skip
+        ) | ({"skipped_steps": self.guard.skipped} if self.guard.may_skip else {})  # fmt: skip
 
 
 def run_summary(
@@ -296,6 +395,14 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         optimizer=optimizer, device=device, precision=precision, compiled=select_compile(config.compile, device),
         kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
         metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
+        writer=CheckpointWriter(
+            run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background
+        ),
+        guard=Guard(
+            skip=config.on_nonfinite == "skip", sigma=config.spikes.sigma, window=config.spikes.window,
+            limit=config.skip_limit,
+        ),
+        warmup_steps=warmup_steps(config.schedule, steps),
     )  # fmt: skip
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None and config.init_from is not None:
@@ -308,8 +415,16 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
                 f"or train anew with overwrite=true or another name=..."
             )
         session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
-        session.last_step = Step(**state["last_step"])
+        session.last_step = Step(**(state["last_step"] | _numbers(state["last_step"])))
         session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
+        session.saved = state["step"]
+        tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+        if "guard" in state:  # older checkpoints know nothing of what follows
+            session.warmup_steps, session.evaluation_due = state["warmup_steps"], state["evaluation_due"]
+            session.best = None if state["best"] is None else tuple(state["best"])
+            session.guard.restore(state["guard"])
+            if state["best"] is not None and state["best"][0] == state["step"] and config.checkpoints.keep_best:
+                session.writer.keep_as_best(state["step"])  # a kill may have come between the two
     if data.tokenizer_file is not None:
         aside = run / "tokenizer.json.tmp"
         shutil.copyfile(data.tokenizer_file, aside)
@@ -332,21 +447,25 @@ class TrainedModel:
 
 
 def load_trained(
-    run: Path, *, device: torch.device, precision: torch.dtype, execution: Mapping[str, Any]
+    run: Path, *, device: torch.device, precision: torch.dtype, execution: Mapping[str, Any], which: str = "last"
 ) -> TrainedModel:
     """Rebuild the model from the configuration inside the run, computed as `execution` says (backend, decode, kernel).
 
-    Raises UserError when the run holds no checkpoint, or when its variant cannot be computed so.
+    which: last, the newest checkpoint, or best, the one that validated best. Raises UserError when the run holds no such
+    checkpoint, or when its variant cannot be computed so.
     """
+    if which not in CHECKPOINTS:
+        raise UserError(f"checkpoint={which} is unknown: choose last or best")
     config = load_run_config(run)
     tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
     tokenizer = Tokenizer.load(tokenizer_file)
     # How it was computed in training says nothing of how it is used.
     plain = dataclasses.replace(config, attention=config.attention | EXECUTION)
     model = build_model(plain, tokenizer.vocab_size).to(device)
-    checkpoint = latest_checkpoint(run / "checkpoints")
+    checkpoint = (latest_checkpoint if which == "last" else best_checkpoint)(run / "checkpoints")
     if checkpoint is None:
-        raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
+        kept = "no checkpoint" if which == "last" else "no best checkpoint (checkpoints.keep_best)"
+        raise UserError(f"{run} holds {kept}; the command that started it continues it, or trains it")
     state = load_checkpoint(checkpoint, model=model, optimizer=None)
     kernel = pin_execution(model, execution, device=device, precision=precision)
     return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"])
@@ -433,6 +552,16 @@ def tokenizer_fingerprint(file: Path | None) -> str:
 def steps_due(number: int, last: int, interval: int) -> bool:
     """Is it time, at step `number`, for what happens every `interval` steps and at the end?"""
     return number % interval == 0 or number == last
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The reverse, for what can be missing of a step that was skipped."""
+    return {key: math.nan for key in ("loss", "grad_norm") if step[key] is None}
 
 
 def _duration(seconds: float) -> str:

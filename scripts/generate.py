@@ -1,6 +1,7 @@
 """Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon".
 
 run             a run's folder or name; without one, the newest finished run
+checkpoint      last (best: the one that validated best)
 prompt          the text to continue (empty: a fresh document)
 max_new_tokens  128        temperature  0.8 (0: greedy, else 0.001 or more)
 top_k           null       top_p        null
@@ -45,6 +46,7 @@ class CacheOptions:
 @dataclass
 class GenerateOptions:
     run: str | None = None
+    checkpoint: str = "last"
     prompt: str = ""
     max_new_tokens: int = 128
     temperature: float = 0.8
@@ -77,7 +79,9 @@ def main(arguments: list[str]) -> int:
         )
 
     device = select_device(options.device)
-    trained = load_trained(run, device=device, precision=torch.float32, execution=vars(options.attention))
+    trained = load_trained(
+        run, device=device, precision=torch.float32, execution=vars(options.attention), which=options.checkpoint
+    )
     tokens = trained.tokenizer.encode(options.prompt) or [trained.tokenizer.end_of_text]
     print(f"{run.name}: {decode_path(trained.model)}", file=sys.stderr)
     shown = ""

@@ -9,6 +9,7 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-goldens", action="store_true", help="record the losses of tests/golden/ anew")
     parser.addoption("--fuzz-inputs", type=int, default=2_400, help="wrong inputs that tests/fuzz/ tries, in all")
+    parser.addoption("--kills", type=int, help="tests/entry/test_kills.py: so many kills of each kind, not a few")
 
 
 @pytest.fixture(autouse=True, scope="session")

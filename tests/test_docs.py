@@ -85,6 +85,14 @@ def test_a_name_that_links_to_code_is_defined_there(document: Path) -> None:
             assert defined, f"{path.relative_to(ROOT)} does not define {name}"
 
 
+def test_every_test_that_the_page_on_reliability_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "docs/RELIABILITY.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, name in named:
+        source = (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file} has no {name}"
+
+
 @pytest.mark.parametrize("variant", options_of("attention"))
 def test_every_variant_has_equations_a_diagram_and_its_cached_tensors(variant: str) -> None:
     body = section(variant)

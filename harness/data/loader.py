@@ -94,6 +94,13 @@ class WindowLoader:
             reader.shutdown(wait=True, cancel_futures=True)
 
 
+def documents_in(windows: NDArray[np.int64], *, max_seq_len: int, document_starts: NDArray[np.int64]) -> list[int]:
+    """The documents that these windows touch, by their number in the split, in order."""
+    first, last = windows * max_seq_len, (windows + 1) * max_seq_len
+    begin, end = (np.searchsorted(document_starts, ends, side="right") - 1 for ends in (first, last))
+    return sorted({number for a, b in zip(begin, end, strict=True) for number in range(int(a), int(b) + 1)})
+
+
 def permute(positions: NDArray[np.int64], size: int, key: tuple[int, ...]) -> NDArray[np.int64]:
     """A permutation of range(size), chosen by `key`, at these positions.
 

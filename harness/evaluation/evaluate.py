@@ -38,14 +38,17 @@ def evaluate_model(
     progress: bool = False,
     through: CacheChoice | None = None,
     segment_tokens: int | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> SplitResult:
     """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
 
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one. None: without a cache. segment_tokens: see evaluate_split.
+    of decoding them one by one. None: without a cache. segment_tokens: see evaluate_split. poll is called before every
+    batch and may raise.
     """
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        poll()
         cache = None
         if through is not None:
             cache = model.new_cache(

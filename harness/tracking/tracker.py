@@ -212,14 +212,15 @@ class _MetricsFile:
                 f"{path} has {size} bytes, fewer than the {keep_bytes} it had at the checkpoint: put the file back, or "
                 "train anew with overwrite=true"
             )
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)  # a buffer would try again, on closing, what a full disk did not take
         self._file.truncate(keep_bytes)
 
     def append(self, row: Mapping[str, float]) -> None:
         # JSON has no infinity and no NaN; readers other than Python's stop at them.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        line = memoryview(json.dumps(finite, allow_nan=False).encode() + b"\n")
+        while line:  # a disk that fills up takes a part, then refuses
+            line = line[self._file.write(line) :]
 
     def size(self) -> int:
         os.fsync(self._file.fileno())

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder step-00000100/ that is either whole and verified, or not used.
+"""Checkpoints: a folder step-00000100/ that is either whole and verified, or not used; best/ is one of them, kept.
 
     model.safetensors       every tensor of the model, a tied one once
     optimizer.safetensors   the optimizer's state, keyed by parameter name
@@ -6,7 +6,8 @@
     manifest.json           size and SHA-256 of the other three
 
 They are written into a hidden folder, the manifest last, flushed to the disk and renamed. Tensors and JSON only:
-loading one never runs code.
+loading one never runs code. best/ holds the files of the step that validated best so far, as second names (hard links)
+where the file system has them; it is never taken for the newest.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,33 @@ from harness.training.optimizer import Optimizer
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # what weights and moments are kept in
 _STATE_KEYS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds, as it is now. `tensors`: by file, then by name."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        number: int = self.content["caller"]["step"]
+        return number
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Snapshot:
+    """The state of a run without copying a tensor: training on changes it. state is JSON-able and holds the step."""
+    return Snapshot(
+        tensors={MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()},
+        content={"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()},
+    )
 
 
 def save_checkpoint(
@@ -42,26 +72,38 @@ def save_checkpoint(
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Raises UserError when the disk is too full; older checkpoints stay intact.
+    state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
+    older checkpoints stay intact.
     """
+    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
+
+
+def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool = False) -> Path:
+    """As `save_checkpoint`, of a snapshot; is_best gives it the name best/ too."""
     assert keep >= 1
-    tensors = {MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()}
 
     def write(partial: Path) -> None:
-        for name, part in tensors.items():
+        for name, part in taken.tensors.items():
             _write_tensors(part, partial / name)
 
-    content = {"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()}
-    size = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
-    final = _save(folder, content, write, size)
+    final = _save(folder, taken.content, write, taken.size)
+    if is_best:
+        keep_as_best(final)
 
+    tidy(folder, newest=final, keep=keep)
+    return final
+
+
+def tidy(folder: Path, *, newest: Path, keep: int) -> None:
+    """Delete what killed saves have left behind and the oldest checkpoints beyond `keep`, counted from `newest`."""
+    for leftover in folder.glob(".partial-*"):
+        shutil.rmtree(leftover)
     # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
-    older = [path for path in _checkpoints(folder) if path.name <= final.name]
+    older = [path for path in _checkpoints(folder) if path.name <= newest.name]
     for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
         removed = folder / f".partial-removed-{path.name}"
         os.replace(path, removed)
         shutil.rmtree(removed)
-    return final
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -114,7 +156,51 @@ def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    safetensors.torch.save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    try:
+        safetensors.torch.save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, path)
+    except safetensors.SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))  # it has no other way of saying which
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+def keep_as_best(path: Path) -> None:
+    """Give the files of a checkpoint the second name best/, in place of an earlier best one."""
+    best, partial = path.with_name(BEST), path.with_name(f".partial-{BEST}")
+    replaced = path.with_name(f".partial-replaced-{BEST}")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    for file in path.iterdir():
+        try:
+            os.link(file, partial / file.name)
+        except OSError:  # a file system without second names
+            shutil.copyfile(file, partial / file.name)
+            _flush(partial / file.name)
+    _flush(partial)
+    if best.exists():
+        os.replace(best, replaced)
+    os.replace(partial, best)
+    _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint kept as the best by validation, None if there is none. Raises UserError when it is damaged."""
+    path = folder / BEST
+    if not path.is_dir():
+        return None
+    damage = find_damage(path)
+    if damage is not None:
+        raise UserError(f"checkpoint {path} is damaged ({damage}): take checkpoint=last")
+    return path
+
+
+def checkpoint_state(path: Path) -> dict[str, Any]:
+    """The caller's state in a whole checkpoint. Raises UserError when it is not readable."""
+    caller: dict[str, Any] = _read_state(path)["caller"]
+    return caller
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

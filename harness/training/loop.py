@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
+from harness.training.device import generators, set_generators
+from harness.training.nonfinite import Guard, NonFiniteError
 from harness.training.optimizer import Optimizer
 
 SPEED_WINDOW = 20  # steps over which tokens per second are averaged
@@ -29,10 +30,7 @@ class Step:
     tokens_per_second: float  # over the last SPEED_WINDOW steps, the first of this call left out
     tokens: int  # seen so far, all steps from 1 on
     seconds: float  # spent training in this call so far
-
-
-class NonFiniteError(UserError):
-    """The loss or the gradient is not finite; raised before the update, so the weights are those of the step before."""
+    skipped: str | None = None  # why there was no update, see harness/training/nonfinite.py
 
 
 class LanguageModel(Protocol):
@@ -61,13 +59,16 @@ def train(
     precision: torch.dtype,
     compile: bool,
     device: torch.device,
+    guard: Guard | None = None,
 ) -> Iterator[Step]:
     """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
 
     batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
     rate at a step. Weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
-    Raises NonFiniteError before the update that a loss or gradient norm that is not finite would spoil.
+    guard: which steps make no update (None: stop at the first number that is not finite). Raises NonFiniteError before
+    the update that such a number would spoil; weights and generators are then as the step before left them.
     """
+    guard = guard or Guard()
     loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
     parameters = list(model.parameters())
     recent: deque[float] = deque(maxlen=SPEED_WINDOW)
@@ -79,6 +80,7 @@ def train(
             model.train()
         batch = next(batches)
         factor = schedule(number)
+        before = generators(device)
 
         loss = torch.zeros((), device=device)
         for micro in batch.split(micro_batch_size):
@@ -92,13 +94,17 @@ def train(
         # The one synchronisation of a step. It costs the device the few kernel launches of the update, well under a
         # millisecond, and buys that no bad gradient ever reaches the weights.
         loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        skipped = guard.judge(loss_value, norm_value)
+        if skipped is not None and (ending := guard.ending(loss_value, norm_value)) is not None:
+            optimizer.zero_grad()
+            set_generators(before, device)
             raise NonFiniteError(
-                f"step {number}: the loss is {loss_value} and the gradient norm {norm_value} (learning rate factor "
-                f"{factor:.3g}); stopped before the update: lower optimizer.lr or raise schedule.warmup_fraction"
-            )
+                f"step {number}: {skipped} (learning rate factor {factor:.3g}); {ending}: lower optimizer.lr or raise "
+                f"schedule.warmup_fraction", step=number, batch=batch,
+            )  # fmt: skip
         lr = optimizer.set_lr(factor)
-        optimizer.step()
+        if skipped is None:
+            optimizer.step()
         optimizer.zero_grad()
 
         elapsed = time.perf_counter() - started
@@ -115,4 +121,5 @@ def train(
             tokens_per_second=tokens_per_step * len(recent) / sum(recent),
             tokens=number * tokens_per_step,
             seconds=seconds,
+            skipped=skipped,
         )

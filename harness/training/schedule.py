@@ -28,12 +28,27 @@ def warmup_stable_decay(step: int, steps: int, *, warmup: int, decay: int, final
     return final + (1.0 - final) * min(1.0, (steps - step) / decay)
 
 
-def build_schedule(config: ScheduleConfig, steps: int) -> Callable[[int], float]:
-    """The factor in [0, 1] of every step from 1 to `steps`. Raises UserError when the parts do not fit the steps."""
+def warmup_steps(config: ScheduleConfig, steps: int) -> int:
+    """The length of the warm-up of a run of so many steps."""
+    return round(config.warmup_fraction * steps)
+
+
+def decay_begins(config: ScheduleConfig, steps: int, *, warmup: int) -> int:
+    """The last step that a warm-up-stable-decay schedule makes at the full rate."""
+    assert config.decay_fraction is not None
+    # Both parts are rounded, so that together they may pass the end by one step: the warm-up keeps its own.
+    return steps - min(max(1, round(config.decay_fraction * steps)), steps - warmup)
+
+
+def build_schedule(config: ScheduleConfig, steps: int, *, warmup: int | None = None) -> Callable[[int], float]:
+    """The factor in [0, 1] of every step from 1 to `steps`. Raises UserError when the parts do not fit the steps.
+
+    warmup: steps, of a run whose budget has grown since; None: the fraction of `steps`.
+    """
     final = config.final_lr_fraction
     _check_fraction("warmup_fraction", config.warmup_fraction)
     _check_fraction("final_lr_fraction", final)
-    warmup = round(config.warmup_fraction * steps)
+    warmup = warmup_steps(config, steps) if warmup is None else warmup
     if warmup >= steps:
         raise UserError(
             f"schedule.warmup_fraction={config.warmup_fraction} of {steps} steps is {warmup} steps of warm-up, which "
@@ -62,8 +77,7 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Callable[[int], float]
                 f"schedule.warmup_fraction={config.warmup_fraction} and schedule.decay_fraction="
                 f"{config.decay_fraction} sum to more than 1: lower one of them"
             )
-        # Both parts are rounded, so that together they may pass the end by one step: the warm-up keeps its own.
-        decay = min(max(1, round(config.decay_fraction * steps)), steps - warmup)
+        decay = steps - decay_begins(config, steps, warmup=warmup)
 
         def factor(step: int) -> float:
             return warmup_stable_decay(step, steps, warmup=warmup, decay=decay, final=final)

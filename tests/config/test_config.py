@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -22,7 +23,9 @@ from harness.command_line import parse_options
 from harness.config import (
     CONFIGS,
     EXECUTION_FIELDS,
+    LATER_FIELDS,
     ROOT,
+    SEED_FIELDS,
     compose,
     default_name,
     derive,
@@ -381,6 +384,7 @@ ANOTHER: dict[str, Any] = {
     "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
     "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "model.causal": None, "micro_batch_size": 1,
     "dataset.source": "stdlib", "dataset.sha256": {"a": "b"}, "attention.q_lora_rank": 16,
+    "on_nonfinite": "skip", "spikes.sigma": 6.0,
 }  # fmt: skip
 # Numbers that are absent (null) by default.
 NUMBERS = ("max_tokens", "micro_batch_size", "muon_lr", "muon_momentum", "decay_fraction", "vocab_size")
@@ -454,6 +458,34 @@ def test_seeds_of_one_setup_share_a_hash_and_everything_else_changes_it() -> Non
     for other in (["attention.kv_lora_rank=16"], ["optimizer.lr=0.1"], ["dataset=stdlib"], ["budget.steps=3"]):
         assert setup_hash(train("attention=mla", *other)) != setup_hash(plain), other
     assert re.fullmatch("[0-9a-f]{12}", setup_hash(plain))
+
+
+def test_fields_that_came_later_leave_the_hash_of_older_setups_alone_until_they_say_something() -> None:
+    plain = train()
+    older = dataclasses.asdict(plain)
+    for field in ("checkpoints", "on_nonfinite", "skip_limit", "spikes"):
+        del older[field]
+    assert train_config(older) == plain  # a run's config.yaml of before
+    leaves = {path: value for path, value in identity(plain).items()
+              if path not in (*SEED_FIELDS, *LATER_FIELDS)}  # fmt: skip
+    assert setup_hash(plain) == hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+    for path, value in LATER_FIELDS.items():
+        assert flat(older | dataclasses.asdict(plain))[path] == value
+        assert setup_hash(with_change(dataclasses.asdict(plain), path, changed(value, path))) != setup_hash(plain), path
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("on_nonfinite=ignore", "on_nonfinite=ignore is unknown; choose from skip, stop"),
+        ("checkpoints.keep=0", "checkpoints.keep=0 is too small; choose 1 or more"),
+        ("skip_limit=0", "skip_limit=0 is too small; choose 1 or more"),
+        ("spikes.sigma=-1", "spikes.sigma=-1.0 must be above 0, such as 6, or null to skip no spike"),
+        ("spikes.window=1", "spikes.window=1 is too small; choose 2 or more"),
+    ],
+)
+def test_what_guards_a_run_is_checked_at_the_door(override: str, sentence: str) -> None:
+    assert refusal(override) == sentence
 
 
 # --- what a run is called --------------------------------------------------------------------------------------------

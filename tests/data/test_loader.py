@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.data.loader import WindowLoader, permute
+from harness.data.loader import WindowLoader, documents_in, permute
 from harness.errors import UserError
 
 TOKENS = np.arange(10_000, dtype=np.uint16)
@@ -122,3 +122,12 @@ def test_batches_arrive_on_the_gpu_unchanged() -> None:
     batches = loader().iterate(0, device="cuda")
     assert all(torch.equal(next(batches).cpu(), loader().batch(step)) for step in range(20))
     batches.close()
+
+
+def test_the_documents_in_a_batch_are_those_whose_tokens_it_holds() -> None:
+    starts = np.array([0, 5, 40, 41, 96, 100, 200])
+    tokens = np.repeat(np.arange(6), np.diff(starts)).astype(np.uint16)  # each token is its document's number
+    for windows in ([0], [1], [2], [3], [5], [0, 3], [4, 1]):
+        starting = np.array(windows)
+        held = {int(token) for window in windows for token in tokens[window * 32 : window * 32 + 33]}
+        assert documents_in(starting, max_seq_len=32, document_starts=starts) == sorted(held)

@@ -8,7 +8,7 @@ import pytest
 
 from harness.errors import UserError
 from harness.schema import BudgetConfig, ScheduleConfig
-from harness.training.schedule import build_schedule, steps_from_budget
+from harness.training.schedule import build_schedule, decay_begins, steps_from_budget, warmup_steps
 
 COSINE = ScheduleConfig(name="cosine", warmup_fraction=0.1, final_lr_fraction=0.1)
 WSD = ScheduleConfig(name="wsd", warmup_fraction=0.1, final_lr_fraction=0.0, decay_fraction=0.25)
@@ -40,6 +40,15 @@ def test_wsd_is_flat_between_warm_up_and_a_linear_decay() -> None:
     factor = build_schedule(WSD, 100)
     assert {factor(step) for step in range(10, 76)} == {1.0}
     assert [factor(step) for step in (80, 90, 100)] == [pytest.approx(v) for v in (0.8, 0.4, 0.0)]
+
+
+def test_before_the_decay_a_budget_changes_no_rate_when_the_warm_up_is_kept() -> None:
+    warmup = warmup_steps(WSD, 40)
+    small, large = build_schedule(WSD, 40), build_schedule(WSD, 100, warmup=warmup)
+    last = decay_begins(WSD, 40, warmup=warmup)
+    assert [small(step) for step in range(1, last + 1)] == [large(step) for step in range(1, last + 1)]
+    assert small(last) == 1.0 > small(last + 1)
+    assert large(decay_begins(WSD, 100, warmup=warmup)) == 1.0 > large(decay_begins(WSD, 100, warmup=warmup) + 1)
 
 
 def test_warm_up_and_decay_may_fill_the_whole_budget_however_they_round() -> None:

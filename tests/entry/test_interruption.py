@@ -1,0 +1,180 @@
+"""SIGTERM and SIGINT: the step in hand is finished and saved, the run says how it goes on, the status which signal it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import ROOT
+from tests.support.attempts import Killer, assert_equal_runs
+from tests.support.micro import Workplace, contents, json_lines, metrics_of
+from tests.support.wandb_server import WandbServer
+
+TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+    killer = Killer(Workplace(tmp_path_factory.mktemp("interrupted")))
+    yield killer
+    killer.close()
+
+
+def newest(run: Path) -> str:
+    return max((path.name for path in run.glob("checkpoints/step-*")), default="none")
+
+
+# Evaluations take three batches each: at steps 0, 3, 6, 9 and 10.
+@pytest.mark.parametrize(("number", "background"), [(TERM, "true"), (INT, "false")])
+@pytest.mark.parametrize(
+    ("where", "n", "step"),
+    [
+        ("step", 1, 1), ("step", 3, 3), ("step", 5, 5), ("step", 6, 6), ("evaluation", 2, 0), ("evaluation", 5, 3),
+        ("evaluation", 9, 6), ("evaluation", 13, 10), ("evaluation", 15, 10), ("write", 1, 3),
+    ],
+)  # fmt: skip
+def test_a_run_asked_to_stop_finishes_its_step_and_goes_on_as_if_nothing_had_happened(
+    killer: Killer, tmp_path: Path, number: int, background: str, where: str, n: int, step: int
+) -> None:
+    name, how = f"{where}{n}-{number}", f"checkpoints.background={background}"
+    run = killer.place.runs / name
+    status = killer.attempt(name, how, signals=[where, n, [number]], output=str(tmp_path / "out"))["status"]
+    assert status == 128 + number
+    *_, last = (tmp_path / "out").read_text().splitlines()
+    said = json.loads(last)
+    at = said["step"]
+    assert (said["status"], said["run"]) == ("interrupted", str(run))
+    # A write happens beside the steps that follow it.
+    assert at == step if where != "write" else at in (2, 3, 4)
+    assert newest(run) == (f"step-{at:08}" if at else "none")
+    assert not (run / "summary.json").exists()
+    assert [line["step"] for line in metrics_of(run) if "train/loss" in line] == list(range(1, at + 1)) if at else True
+
+    python, script, *overrides = shlex.split(said["continue"])
+    assert (python, script, overrides) == ("python", "train_model.py", killer.overrides(name, how))
+    assert killer.attempt(name, how, after=60)["status"] == 0
+    assert_equal_runs(run, killer.whole)
+
+
+@pytest.mark.parametrize("numbers", [[TERM, TERM], [INT, INT], [INT, TERM]])
+def test_a_second_signal_ends_it_at_once_and_loses_only_what_no_checkpoint_holds(
+    killer: Killer, numbers: list[int]
+) -> None:
+    name = f"twice-{numbers[0]}-{numbers[1]}"
+    run = killer.place.runs / name
+    answer = killer.attempt(name, "checkpoints.background=false", signals=["step", 6, numbers])
+    assert answer["status"] == -numbers[1]
+    assert newest(run) == "step-00000004"
+    assert killer.attempt(name, "checkpoints.background=false", after=60)["status"] == 0
+    assert_equal_runs(run, killer.whole)
+
+
+def test_interrupted_before_its_first_step_a_command_that_overwrites_puts_the_old_run_back(
+    killer: Killer, tmp_path: Path
+) -> None:
+    killer.attempt("old", after=60)
+    before = contents(killer.place.runs / "old")
+    answer = killer.attempt(
+        "old", "overwrite=true", "seed=1", signals=["evaluation", 2, [TERM]], output=str(tmp_path / "out")
+    )
+    assert answer["status"] == 143
+    assert contents(killer.place.runs / "old") == before
+    assert "overwrite=true" in json_lines((tmp_path / "out").read_text())[-1]["continue"]
+
+
+def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_without_overwriting(
+    killer: Killer, tmp_path: Path
+) -> None:
+    killer.attempt("older", "seed=1", after=60)
+    output = str(tmp_path / "out")
+    assert killer.attempt("older", "overwrite=true", signals=["step", 5, [TERM]], output=output)["status"] == 143
+    assert "overwrite" not in json_lines((tmp_path / "out").read_text())[-1]["continue"]
+    killer.attempt("older", after=60)
+    assert_equal_runs(killer.place.runs / "older", killer.whole)
+
+
+# --- as a command ----------------------------------------------------------------------------------------------------
+
+
+def started(place: Workplace, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """The command in a process group of its own, as a terminal gives it."""
+    command = [sys.executable, str(ROOT / "train_model.py"), *arguments]
+    return subprocess.Popen(
+        command, cwd=place.folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+    )  # fmt: skip
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+
+
+def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    options = ["budget.steps=100000", "intervals.log=1", "intervals.evaluate=50", "intervals.checkpoint=50"]
+    process = started(place, *place.overrides("name=run", *options))
+    run = place.runs / "run"
+    wait_for(lambda: newest(run) != "none", process)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    said = json.loads(out.splitlines()[-1])
+    assert newest(run) == f"step-{said['step']:08}"
+    again = subprocess.Popen(
+        [sys.executable, *shlex.split(said["continue"])[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for(lambda: metrics_of(run)[-1]["step"] > said["step"] + 5, again)
+    again.send_signal(signal.SIGINT)
+    out, err = again.communicate(timeout=60)
+    assert again.returncode == 130, err
+    assert "Traceback" not in err and f"from step {said['step'] + 1}" in out
+    steps = [line["step"] for line in metrics_of(run) if "train/loss" in line]
+    assert steps == list(range(1, json.loads(out.splitlines()[-1])["step"] + 1))
+
+
+def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    with WandbServer() as server:
+        online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
+        process = started(
+            place, *place.overrides("name=run", "budget.steps=100000", "intervals.log=1", "tracking=wandb"), **online
+        )
+        run = place.runs / "run"
+        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 10, process)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        recorded = server.only_run()
+    steps = list(range(json.loads(out.splitlines()[-1])["step"] + 1))
+    assert [row["step"] for row in recorded.history] == steps
+    assert recorded.exit_code == 1
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_passes_the_signal_on_waits_for_its_run_and_starts_no_other(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    place = Workplace(tmp_path)
+    options = ["budget.steps=100000", "intervals.log=1", "dataset.max_tokens=5000"]
+    process = started(place, "-m", *place.overrides("attention=mha,mla", *options))
+    wait_for(lambda: any(len(metrics_of(file.parent)) > 3 for file in place.runs.glob("*/metrics.jsonl")), process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    (run,) = place.runs.glob("*/config.yaml")
+    assert json_lines(out)[-1]["step"] == int(newest(run.parent).removeprefix("step-"))
+    assert "Traceback" not in err
