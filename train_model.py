@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.command_line import run_hydra
 from harness.config import load_train_config
-from harness.run import Claim, finished, lock_run, read_json, run_folder, write_json, writing_to
+from harness.run import Claim, begun, finished, lock_run, read_json, run_folder, write_json, writing_to
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> int:
     run = run_folder(config)
     if finished(run) and not config.overwrite:
         return say_finished(run)
-    data = load_data(config)
+    data = load_data(config, verify=begun(run) and not config.overwrite)  # what ended it may have hurt the data
 
     with lock_run(run), writing_to(run), interruptible() as interruption:
         claim = Claim(config)

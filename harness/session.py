@@ -338,9 +338,20 @@ def _tokens_before(config: TrainConfig) -> int:
     return int(before["tokens"]) + int(before.get("initial_tokens", 0))
 
 
-def load_data(config: TrainConfig) -> PreparedData:
-    """The run's tokens, prepared if absent. Raises UserError when they cannot be trained on."""
-    data = prepare(config.dataset, config.tokenizer, Path(config.data_dir), tokenizer_file=_initial_tokenizer(config))
+def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
+    """The run's tokens, prepared if absent, every byte of them checked with `verify`.
+
+    Raises UserError when they cannot be trained on.
+    """
+    data = prepare(
+        config.dataset,
+        config.tokenizer,
+        Path(config.data_dir),
+        tokenizer_file=_initial_tokenizer(config),
+        verify=verify,
+    )
+    if "train" not in data.splits:
+        raise UserError(f"dataset={config.dataset.name} has no training split; choose another dataset to train on")
     if "validation" not in data.splits:
         raise UserError(
             f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
@@ -409,28 +420,39 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         load_initial_weights(config, model)
     if checkpoint is not None:
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
-        if state["data_fingerprint"] != data.fingerprint:
+        if state.get("data_fingerprint") != data.fingerprint:
             raise UserError(
                 f"the data of dataset={config.dataset.name} is not what {run} was started on; bring that data back, "
                 f"or train anew with overwrite=true or another name=..."
             )
-        session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
-        session.last_step = Step(**(state["last_step"] | _numbers(state["last_step"])))
-        session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
-        session.saved = state["step"]
+        try:
+            _continue(session, state)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise UserError(
+                f"checkpoint {checkpoint} is damaged (state.json is not of a run): use another one"
+            ) from None
         tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
-        if "guard" in state:  # older checkpoints know nothing of what follows
-            session.warmup_steps, session.evaluation_due = state["warmup_steps"], state["evaluation_due"]
-            session.best = None if state["best"] is None else tuple(state["best"])
-            session.guard.restore(state["guard"])
-            if state["best"] is not None and state["best"][0] == state["step"] and config.checkpoints.keep_best:
-                session.writer.keep_as_best(state["step"])  # a kill may have come between the two
+        if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
+            session.writer.keep_as_best(session.saved)  # a kill may have come between the two
     if data.tokenizer_file is not None:
         aside = run / "tokenizer.json.tmp"
+        aside.unlink(missing_ok=True)  # a link would lead the copy elsewhere
         shutil.copyfile(data.tokenizer_file, aside)
         aside.replace(run / "tokenizer.json")
     reset_peak_memory(device)
     return session
+
+
+def _continue(session: Session, state: Mapping[str, Any]) -> None:
+    """What a checkpoint knows of the run besides its tensors."""
+    session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
+    session.last_step = Step(**(state["last_step"] | _numbers(state["last_step"])))
+    session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
+    session.saved = state["step"]
+    if "guard" in state:  # older checkpoints know nothing of what follows
+        session.warmup_steps, session.evaluation_due = state["warmup_steps"], state["evaluation_due"]
+        session.best = None if state["best"] is None else (int(state["best"][0]), float(state["best"][1]))
+        session.guard.restore(state["guard"])
 
 
 @dataclass
