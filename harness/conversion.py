@@ -195,15 +195,8 @@ class Judge:
 
     def build(self, states: Sequence[LayerState]) -> GPT:
         """The run's model with these layers in place of its attention."""
-        source = self._trained.model
-        weights = {name: tensor for name, tensor in source.state_dict().items() if ".attention." not in name}
-        for number, (_, state) in enumerate(states):
-            weights |= {f"blocks.{number}.attention.{name}": tensor for name, tensor in state.items()}
-        with torch.random.fork_rng(devices=[]):  # its initial values are replaced
-            config = converted_config(self._trained.config, states[0][0], self._options)
-            model = build_model(config, source.vocab_size)
-        model.load_state_dict(weights)
-        return model.to(self._device).eval()
+        config = converted_config(self._trained.config, states[0][0], self._options)
+        return with_attention(self._trained.model, config, states).to(self._device)
 
     def loss(self, model: GPT) -> float:
         """Validation loss in nats per token, as training measures it."""
@@ -242,6 +235,17 @@ class Judge:
             stage, exact, measure_cache(model, dtype=dtype).bytes_per_token, largest, absolute / size, relative,
             max(0.0, kl / size), loss, float(np.exp(loss)),
         )  # fmt: skip
+
+
+def with_attention(source: GPT, config: TrainConfig, states: Sequence[LayerState]) -> GPT:
+    """`source` with these layers in place of its attention, whose configuration this is; its weights' dtype is kept."""
+    weights = {name: tensor for name, tensor in source.state_dict().items() if ".attention." not in name}
+    for number, (_, state) in enumerate(states):
+        weights |= {f"blocks.{number}.attention.{name}": tensor for name, tensor in state.items()}
+    with torch.random.fork_rng(devices=[]):  # its initial values are replaced
+        model = build_model(config, source.vocab_size).to(source.embedding.weight.dtype)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 # (stage, whether it promises to be exact, the layers after it) of every stage, and what to tell of the conversion

@@ -16,11 +16,14 @@ import safetensors.torch
 import torch
 
 from harness.config import ROOT, load_run_config
+from harness.conversion import ConversionConfig, converted_from, with_attention
 from harness.data import Tokenizer
 from harness.errors import UserError
 from harness.session import TrainedModel, load_trained
 from modeling.attention import EXECUTION
 from modeling.attention.contract import relative_error
+from modeling.conversion.layers import exact_state, grouped_layer, latent_state
+from modeling.conversion.stages import merge
 from modeling.generation import generate
 from scripts import export, import_hf
 from scripts import generate as generate_script
@@ -154,6 +157,24 @@ def test_the_logits_are_theirs_at_every_position(zoo: Zoo, name: str, tmp_path: 
     source = zoo.source(name)
     assert len(list(source.glob("*.safetensors"))) > 3
     assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in MODELS.items() if kind in ("Llama", "Mistral", "Qwen2")])
+def test_every_family_with_grouped_heads_becomes_mla_exactly(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    trained = zoo.bring(zoo.source(name), tmp_path / "run")
+    source = trained.model.double()
+    layers = [grouped_layer(attention) for attention in source.attentions]
+    made = {"repeat": [latent_state(merge(layer)) for layer in layers]}
+    wide = layers[0].k_GKD.shape[0] * 2 * layers[0].k_GKD.shape[1] > source.embedding.embedding_dim
+    if not (wide and layers[0].k_bias_GK is not None):
+        made["after_up"] = [exact_state(layer) for layer in layers]
+    tokens_BT = torch.randint(VOCABULARY, (2, 64), generator=torch.Generator().manual_seed(1))
+    for rope_mode, states in made.items():
+        config = converted_from(trained.config, ConversionConfig("exact", rope_mode=rope_mode))
+        model = with_attention(source, config, states)
+        with torch.inference_mode():
+            ours, theirs = (each.hidden(tokens_BT) for each in (model, source))
+        assert theirs.dtype == torch.float64 and relative_error(ours, theirs) < 1e-10
 
 
 @pytest.mark.parametrize("name", ["qwen2, yarn", "deepseek_v2, yarn"])
