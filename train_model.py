@@ -8,6 +8,7 @@ from harness.bootstrap import enter_environment
 
 enter_environment()
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -19,20 +20,31 @@ from harness.run import Claim, finished, lock_run, read_json, run_folder, write_
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
+    from harness.schema import TrainConfig
     from harness.session import Session
+    from harness.training.parallel import Workers
 
 
 def main(overrides: list[str]) -> int:
     """Train the configured run to its end, from its newest checkpoint if there is one."""
     config = load_train_config(overrides)
 
+    from harness.training.parallel import open_workers
+
+    with open_workers(config.device) as workers:
+        return train_run(config, workers)
+
+
+def train_run(config: TrainConfig, workers: Workers) -> int:
+    """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
     import torch
 
     from harness.build import build_model
     from harness.session import load_data, open_session
     from harness.tracking import check_tracking
-    from harness.training.device import select_device
+    from harness.training.device import select_precision
     from harness.training.optimizer import check_optimizer
+    from harness.training.parallel import check_parallel
     from harness.training.schedule import build_schedule, steps_from_budget
 
     # What cannot work is refused before anything is written.
@@ -43,41 +55,60 @@ def main(overrides: list[str]) -> int:
     build_schedule(config.schedule, steps)
     check_optimizer(config.optimizer)
     check_tracking(config.tracking)
-    device = select_device(config.device)
+    check_parallel(
+        config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
+        precision=select_precision(config.precision, workers.device),
+    )  # fmt: skip
     with torch.device("meta"):
         build_model(config, vocab_size=64)
-    run = run_folder(config)
-    if finished(run) and not config.overwrite:
-        return say_finished(run)
-    data = load_data(config)
+    run = workers.first(lambda: run_folder(config))
+    if workers.first(lambda: finished(run) and not config.overwrite):
+        return say_finished(run) if workers.is_first else 0
+    workers.first(lambda: bool(load_data(config)))
+    data = load_data(config)  # there by now, where the machines share a disk
 
-    with lock_run(run):
-        claim = Claim(config)
+    with contextlib.ExitStack() as held:
+        claim: Claim | None = None
+
+        def claim_run() -> None:
+            nonlocal claim
+            held.enter_context(lock_run(run, workers.patience))
+            claim = Claim(config)
+
+        workers.first(claim_run)
         try:
-            session = open_session(config, run, data, device, steps)
-            print("\n".join(session.lines()), flush=True)
+            session = open_session(config, run, data, workers, steps)
+            if workers.is_first:
+                print("\n".join(session.lines()), flush=True)
             result = session.evaluate() if session.first_step == 1 else None
         except BaseException:
-            claim.undo()
+            if claim is not None:
+                claim.undo()
             raise
-        claim.settle()
+        if claim is not None:
+            claim.settle()
         return train_session(session, result)
 
 
 def train_session(session: Session, result: SplitResult | None) -> int:
-    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing."""
+    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing.
+
+    Every process of several takes all of these steps; the first alone has something to say, log and write.
+    """
     from tqdm import tqdm
 
     from harness.evaluation.evaluate import split_metrics
     from harness.session import steps_due
 
     intervals, steps = session.config.intervals, session.steps
-    bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)
+    is_first = session.workers.is_first
+    tell = say if is_first else lambda line: None
+    bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None if is_first else True)
     step = session.last_step
     with session.open_tracker() as tracker, bar:
         if result is not None:
             tracker.log(0, 0, session.facts.metrics() | split_metrics(result))
-            say(validation_line(0, result))
+            tell(validation_line(0, result))
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
@@ -86,14 +117,15 @@ def train_session(session: Session, result: SplitResult | None) -> int:
             if steps_due(step.number, steps, intervals.evaluate):
                 result = session.evaluate()
                 tracker.log(step.number, step.tokens, split_metrics(result))
-                say(validation_line(step.number, result))
+                tell(validation_line(step.number, result))
             if steps_due(step.number, steps, intervals.checkpoint):
                 session.save(step, tracker)
         assert step is not None
         summary = session.summary(step, result or session.evaluate())
         tracker.summary(summary)
-    write_json(session.run / "summary.json", summary)
-    print(json.dumps(summary))
+    if is_first:
+        write_json(session.run / "summary.json", summary)
+        print(json.dumps(summary))
     return 0
 
 

@@ -102,6 +102,16 @@ class TrackingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun starts share a run; means nothing to one process alone."""
+
+    name: str = "ddp"  # ddp | fsdp
+    # fsdp only
+    reshard_after_forward: bool = True  # gathered weights are given up after a block's forward pass and gathered again
+    mixed_precision: bool = False  # blocks are gathered in bfloat16; gradients are summed in float32
+
+
+@dataclass
 class BudgetConfig:
     """At most one of the two; neither means the model's default_tokens."""
 
@@ -168,6 +178,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     tracking: TrackingConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass

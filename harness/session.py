@@ -19,11 +19,11 @@ from harness.data import PreparedData, Tokenizer, prepare
 from harness.data.loader import WindowLoader
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
-from harness.evaluation.perplexity import SplitResult
+from harness.evaluation.perplexity import Share, SplitResult
 from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
 from harness.run import commit
 from harness.schema import TrackingConfig, TrainConfig
-from harness.tracking import Tracker, open_tracker
+from harness.tracking import SilentTracker, Tracker, open_tracker
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from harness.training.device import (
     auto_micro_batch_size,
@@ -36,8 +36,9 @@ from harness.training.device import (
     select_precision,
     set_deterministic,
 )
-from harness.training.loop import Step, train
+from harness.training.loop import Engine, Step, train
 from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.parallel import Workers, share_model
 from harness.training.schedule import build_schedule
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
@@ -61,11 +62,12 @@ class Session:
     model: GPT
     facts: ModelFacts
     optimizer: Optimizer
-    device: torch.device
+    workers: Workers
+    engine: Engine | None  # None: one process
     precision: torch.dtype
     compiled: bool
     kernel: str
-    micro_batch_size: int
+    micro_batch_size: int  # of each process
     steps: int
     first_step: int
     seconds_before: float
@@ -73,6 +75,10 @@ class Session:
     wandb_id: str | None  # known once a tracker has been opened
     first_trained: Step | None  # of this session, the compilation in it: speed is counted after it
     last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
+
+    @property
+    def device(self) -> torch.device:
+        return self.workers.device
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,7 +89,7 @@ class Session:
         train_split = self.data.splits["train"]
         remaining = (self.steps - self.first_step + 1) * self.tokens_per_step
         seconds = estimated_seconds(
-            remaining * self.facts.flops_per_token, device=self.device, dtype=self.precision,
+            remaining * self.facts.flops_per_token / self.workers.world_size, device=self.device, dtype=self.precision,
             width=self.config.model.d_model,
         )  # fmt: skip
         remark = cache_remark(self.facts, self.config)
@@ -94,7 +100,8 @@ class Session:
             *self.facts.lines(),
             *([remark] if remark else []),
             f"attention   {self.config.attention['name']}, kernel {self.kernel}; {self.device.type}, "
-            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}",
+            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
+            + (f", {self.workers.world_size} processes ({self.config.parallel.name})" if self.engine else ""),
             f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
             f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
             f"time        about {_duration(seconds)} for {remaining:,} tokens, evaluation apart",
@@ -103,13 +110,13 @@ class Session:
     def train(self) -> Iterator[Step]:
         """The remaining steps."""
         config = self.config
-        batches = window_loader(config, self.data).iterate(self.first_step - 1, device=self.device)
+        batches = window_loader(config, self.data, self.workers).iterate(self.first_step - 1, device=self.device)
         with contextlib.closing(batches):  # ends the prefetching thread
             for step in train(
                 self.model, batches, optimizer=self.optimizer, schedule=build_schedule(config.schedule, self.steps),
                 first_step=self.first_step, last_step=self.steps, micro_batch_size=self.micro_batch_size,
                 grad_clip=config.optimizer.grad_clip, precision=self.precision, compile=self.compiled,
-                device=self.device,
+                device=self.device, engine=self.engine,
             ):  # fmt: skip
                 self.first_trained = self.first_trained or step
                 yield step
@@ -122,6 +129,7 @@ class Session:
             decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
             batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
             max_tokens=evaluation.max_tokens,
+            share=Share(self.workers.rank, self.workers.world_size, self.workers.total),
         )  # fmt: skip
 
     def step_metrics(self, step: Step) -> dict[str, float]:
@@ -135,7 +143,8 @@ class Session:
         }
         peak = peak_flops(self.device, self.precision)
         if peak is not None:
-            metrics["speed/mfu"] = step.tokens_per_second * self.facts.flops_per_token / peak
+            flops_per_second = step.tokens_per_second * self.facts.flops_per_token
+            metrics["speed/mfu"] = flops_per_second / (peak * self.workers.world_size)
         return metrics
 
     def mean_tokens_per_second(self, last: Step) -> float:
@@ -155,10 +164,16 @@ class Session:
             "wandb_id": self.wandb_id,
             "data_fingerprint": self.data.fingerprint,
         }
-        save_checkpoint(self.run / "checkpoints", model=self.model, optimizer=self.optimizer, state=state)
+        save_checkpoint(
+            self.run / "checkpoints", model=self.model, optimizer=self.optimizer, state=state,
+            writes=self.workers.is_first,
+        )  # fmt: skip
+        self.workers.seed_apart(self.config.seed, step.number)
 
     def open_tracker(self) -> Tracker:
-        """metrics.jsonl, cut to where this session starts, and W&B if chosen."""
+        """metrics.jsonl, cut to where this session starts, and W&B if chosen; one that does nothing beside the first."""
+        if not self.workers.is_first:
+            return SilentTracker()
         run_config = dataclasses.asdict(self.config) | {"facts": dataclasses.asdict(self.facts)}
         tracker = open_run_tracker(
             self.config, self.config.tracking, self.run, run_config=run_config, run_id=self.wandb_id,
@@ -174,13 +189,14 @@ class Session:
             train_loss=step.loss, tokens_per_second=self.mean_tokens_per_second(step),
             seconds=self.seconds_before + (0.0 if step is self.last_step else step.seconds), kernel=self.kernel,
             device=self.device, precision=self.precision, compiled=self.compiled, wandb_id=self.wandb_id,
+            processes=self.workers.world_size,
         )  # fmt: skip
 
 
 def run_summary(
     config: TrainConfig, *, facts: ModelFacts, data: PreparedData, result: SplitResult, tokens: int, steps: int,
     train_loss: float | None, tokens_per_second: float | None, seconds: float, kernel: str, device: torch.device,
-    precision: torch.dtype, compiled: bool, wandb_id: str | None,
+    precision: torch.dtype, compiled: bool, wandb_id: str | None, processes: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of summary.json. train_loss and tokens_per_second are None where nothing was trained."""
     return {
@@ -222,6 +238,7 @@ def run_summary(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
         "compiled": compiled,
+        "processes": processes,
         "torch": torch.__version__,
         "commit": commit(),
         "wandb_id": wandb_id,
@@ -239,16 +256,18 @@ def load_data(config: TrainConfig) -> PreparedData:
     return data
 
 
-def window_loader(config: TrainConfig, data: PreparedData) -> WindowLoader:
-    """The run's training batches. Raises UserError when the split is shorter than one window."""
+def window_loader(config: TrainConfig, data: PreparedData, workers: Workers | None = None) -> WindowLoader:
+    """The run's training batches, one process's share of them. Raises UserError for a split shorter than one window."""
     return WindowLoader(
         data.splits["train"].tokens, max_seq_len=config.model.max_seq_len, batch_size=config.batch_size,
-        data_seed=config.data_seed,
+        data_seed=config.data_seed, rank=workers.rank if workers else 0,
+        world_size=workers.world_size if workers else 1,
     )  # fmt: skip
 
 
-def open_session(config: TrainConfig, run: Path, data: PreparedData, device: torch.device, steps: int) -> Session:
+def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Workers, steps: int) -> Session:
     """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+    device = workers.device
     set_deterministic(config.deterministic)
     keep_freed_memory(device)
     precision = select_precision(config.precision, device)
@@ -257,21 +276,24 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
     facts = model_facts(model, config)
     micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
-        config.batch_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
+        config.batch_size // workers.world_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
         n_layers=config.model.n_layers, vocab_size=data.vocab_size, parameters=facts.parameters["total"],
         precision=precision, device=device,
     )  # fmt: skip
     choose_loss_chunk(model, micro_batch_size=micro_batch_size, device=device)
 
+    engine = share_model(model, workers, config.parallel)
     optimizer = build_optimizer(model, config.optimizer)
     session = Session(
         config=config, run=run, data=data, tokenizer=Tokenizer.load(data.tokenizer_file), model=model, facts=facts,
-        optimizer=optimizer, device=device, precision=precision, compiled=select_compile(config.compile, device),
-        kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
+        optimizer=optimizer, workers=workers, engine=engine, precision=precision,
+        compiled=select_compile(config.compile, device), kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
         metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
     )  # fmt: skip
-    checkpoint = latest_checkpoint(run / "checkpoints")
+    checkpoint = workers.first(lambda: latest_checkpoint(run / "checkpoints"))
     if checkpoint is not None:
+        if not checkpoint.exists():
+            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         if state["data_fingerprint"] != data.fingerprint:
             raise UserError(
@@ -281,7 +303,8 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         session.first_step, session.seconds_before = state["step"] + 1, state["seconds"]
         session.last_step = Step(**state["last_step"])
         session.metrics_bytes, session.wandb_id = state["metrics_bytes"], state["wandb_id"]
-    if data.tokenizer_file is not None:
+    workers.seed_apart(config.seed, session.first_step - 1)
+    if data.tokenizer_file is not None and workers.is_first:
         aside = run / "tokenizer.json.tmp"
         shutil.copyfile(data.tokenizer_file, aside)
         aside.replace(run / "tokenizer.json")

@@ -29,19 +29,32 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.training.optimizer import Optimizer
+from harness.training.parallel import gathered, sharded_like
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    writes: bool = True,
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Raises UserError when the disk is too full; older checkpoints stay intact.
+    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are
+    gathered here, and one `writes`. Raises UserError when the disk is too full; older checkpoints stay intact.
     """
     assert keep >= 1
-    tensors = {MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()}
+    tensors = {
+        MODEL: gathered(_unique_tensors(model), keep=writes),
+        OPTIMIZER: gathered(optimizer.state_dict(), keep=writes),
+    }
+    if not writes:
+        return folder / f"step-{state['step']:08d}"
 
     def write(partial: Path) -> None:
         for name, part in tensors.items():
@@ -166,6 +179,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
 
+    saved = {name: sharded_like(tensor, target[name]) for name, tensor in saved.items()}
     model.load_state_dict(saved, strict=False)  # tied tensors are saved under one of their names
     if optimizer is not None:
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
