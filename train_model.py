@@ -47,21 +47,24 @@ def train_run(config: TrainConfig, workers: Workers) -> int:
     from harness.training.parallel import check_parallel
     from harness.training.schedule import build_schedule, steps_from_budget
 
-    # What cannot work is refused before anything is written.
     tokens_per_step = config.batch_size * config.model.max_seq_len
     steps = steps_from_budget(
         config.budget, tokens_per_step=tokens_per_step, default_tokens=config.model.default_tokens
     )
-    build_schedule(config.schedule, steps)
-    check_optimizer(config.optimizer)
-    check_tracking(config.tracking)
-    check_parallel(
-        config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
-        precision=select_precision(config.precision, workers.device),
-    )  # fmt: skip
-    with torch.device("meta"):
-        build_model(config, vocab_size=64)
-    run = workers.first(lambda: run_folder(config))
+
+    def check() -> Path:
+        build_schedule(config.schedule, steps)
+        check_optimizer(config.optimizer)
+        check_tracking(config.tracking)
+        check_parallel(
+            config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
+            precision=select_precision(config.precision, workers.device),
+        )  # fmt: skip
+        with torch.device("meta"):
+            build_model(config, vocab_size=64)
+        return run_folder(config)
+
+    run = workers.first(check)  # what cannot work is refused before anything is written
     if workers.first(lambda: finished(run) and not config.overwrite):
         return say_finished(run) if workers.is_first else 0
     workers.first(lambda: bool(load_data(config)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import os
 import subprocess
 import sys
 import typing
@@ -141,6 +142,10 @@ def run_hydra(
         ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
         asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
+        if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
+            raise UserError(
+                "-m starts a process for each run and cannot stand under torchrun; start torchrun for each run"
+            )
         if asking and not {"-m", "--multirun"}.isdisjoint(flags):
             raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
         if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):

@@ -287,7 +287,8 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
     session = Session(
         config=config, run=run, data=data, tokenizer=Tokenizer.load(data.tokenizer_file), model=model, facts=facts,
         optimizer=optimizer, workers=workers, engine=engine, precision=precision,
-        compiled=select_compile(config.compile, device), kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
+        compiled=select_compile(config.compile, device), kernel=kernel, micro_batch_size=micro_batch_size, steps=steps,
+        first_step=1, seconds_before=0.0,
         metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
     )  # fmt: skip
     checkpoint = workers.first(lambda: latest_checkpoint(run / "checkpoints"))

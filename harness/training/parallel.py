@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # half a second, which one process alone need not wait for
 
 Outcome = TypeVar("Outcome")
 ENGINES = ("ddp", "fsdp")
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # One step, evaluation or checkpoint of the first process may take so long before the others take it for dead.
 STEP_TIMEOUT = timedelta(minutes=30)
 # So may what the first process does alone before training, the preparation of a large corpus above all.
@@ -130,8 +130,12 @@ def open_workers(device_name: str) -> Iterator[Workers]:
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"device={device.type} cannot be shared by {world_size} processes: set device=cpu")
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    if os.environ["LOCAL_WORLD_SIZE"] == str(world_size):
+        # torchrun's plain rendezvous keeps one store over all restarts, with the addresses of killed processes in it.
+        store = dist.PrefixStore(f"restart-{restarts}", store)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=STEP_TIMEOUT,
+        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )  # fmt: skip
     control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
@@ -215,6 +219,8 @@ class Sharded:
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
         )  # fmt: skip
         policy = mixed if config.mixed_precision else MixedPrecisionPolicy()
+        # Gains in bfloat16 on float32 activations: the product is taken in float32, as without mixed precision.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
         for group in sharing_groups(list(model.blocks)):
             fully_shard(group, mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
         fully_shard(model, mesh=mesh)
