@@ -381,7 +381,8 @@ ANOTHER: dict[str, Any] = {
     "attention.rope_frequencies": "stored",
     "device": "cpu", "precision": "float32", "compile": "off", "cache.dtype": "float32", "model.mlp": "relu2",
     "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
-    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "parallel.name": "fsdp", "model.causal": None, "micro_batch_size": 1,
+    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "parallel.name": "fsdp",
+    "model.causal": None, "micro_batch_size": 1,
     "dataset.source": "stdlib", "dataset.sha256": {"a": "b"}, "attention.q_lora_rank": 16,
 }  # fmt: skip
 # Numbers that are absent (null) by default.
