@@ -119,16 +119,15 @@ def open_workers(device_name: str) -> Iterator[Workers]:
         return
 
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    device = select_device(device_name)
-    if device.type == "cuda":
+    if torch.cuda.is_available() and device_name in ("auto", "cuda"):
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"torchrun started process {local_rank + 1} of this machine, which has {torch.cuda.device_count()} "
                 f"GPUs: lower --nproc-per-node"
             )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
+        torch.cuda.set_device(local_rank)
+    device = select_device(device_name)
+    if device.type not in ("cuda", "cpu"):
         raise UserError(f"device={device.type} cannot be shared by {world_size} processes: set device=cpu")
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
     if os.environ["LOCAL_WORLD_SIZE"] == str(world_size):

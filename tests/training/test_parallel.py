@@ -18,8 +18,8 @@ from harness.training.parallel import (
     check_parallel,
     gathered,
     open_workers,
-    share_model,
     sharded_like,
+    share_model,
     sharing_groups,
 )
 from tests.support.tiny_model import optimizer_config, tiny_model
