@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -131,9 +132,14 @@ def run_hydra(
         if HydraConfig.get().mode != hydra.types.RunMode.MULTIRUN:
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
-        status = subprocess.run([sys.executable, script, *overrides], check=False).returncode
+        processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
+        status = subprocess.run(line, check=False).returncode
         if status:
             failed.append(f"{' '.join(overrides)} (status {status})")
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":  # this is another process then
+                raise UserError(f"the run failed: {failed[-1]}")
 
     try:
         taken = ("-c", "--cfg", "-i", "--info", "-p", "--package")  # by the flag before it
@@ -142,6 +148,7 @@ def run_hydra(
         ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
         asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
+        _prepare_launcher(next((word for word in words if word.startswith("hydra/launcher=")), None))
         if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
             raise UserError(
                 "-m starts a process for each run and cannot stand under torchrun; start torchrun for each run"
@@ -169,6 +176,15 @@ def run_hydra(
     if failed:
         print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def _prepare_launcher(chosen: str | None) -> None:
+    """Jobs that a launcher starts elsewhere find the project from any folder. Raises UserError if it is not installed."""
+    if chosen is None:
+        return
+    if chosen.endswith(("=slurm", "=submitit_slurm", "=submitit_local")) and not importlib.util.find_spec("submitit"):
+        raise UserError(f"{chosen} needs hydra-submitit-launcher: pip install -r requirements-extra.txt")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def user_path(text: str) -> Path:

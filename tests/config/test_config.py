@@ -66,7 +66,7 @@ def refusal(*overrides: str, load: Any = load_train_config) -> str:
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_groups_of_the_command_line_exist_and_no_others(group: str) -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    assert group in folders and folders - set(GROUPS) <= {"local", "study"}
+    assert group in folders and folders - set(GROUPS) <= {"local", "study", "hydra"}
     assert options_of(group)
 
 
