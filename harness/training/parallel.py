@@ -184,7 +184,7 @@ class Replicated:
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of this process's part of a batch; its backward pass averages gradients."""
         if compile:
-            _compile_parts(self._model)
+            compile_parts(self._model)
         return self._parallel
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -232,7 +232,7 @@ class Sharded:
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """As Replicated's."""
         if compile:
-            _compile_parts(self._model)
+            compile_parts(self._model)
         return self._model.loss
 
     @contextlib.contextmanager
@@ -322,7 +322,7 @@ def _mean(loss: Tensor, world_size: int) -> Tensor:
     return total / world_size
 
 
-def _compile_parts(model: GPT) -> None:
+def compile_parts(model: GPT) -> None:
     """Compile each block and the head for training.
 
     Not the whole loss at once: gradients then all come at its end and travel while nothing is left to compute, and FSDP's

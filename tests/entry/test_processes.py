@@ -44,9 +44,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     place = Runs(tmp_path_factory.mktemp("processes"))
     place.alone("one")
     place.alone("grown", until=2)
+    place.alone("bfloat16", "precision=bfloat16")
     place.said = train_in(2, place.folder, [
         {"engine": "ddp"}, {"engine": "fsdp"},
         place.asked("two_ddp", *DDP), place.asked("two_fsdp", *FSDP), place.asked("dropout", *DROPOUT),
+        place.asked("mixed", *FSDP, "parallel.mixed_precision=true", "precision=bfloat16"),
         place.asked("swapped", *DDP, until=2), place.asked("grown", *FSDP, until=4),
     ])  # fmt: skip
     train_in(4, place.folder, [
@@ -71,6 +73,13 @@ def test_the_loss_curve_is_that_of_one_process_however_many_train_and_continue(r
     for key in ("train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bits_per_byte"):
         expected = [line[key] for line in one if key in line]
         assert len(expected) >= 4 and [line[key] for line in other if key in line] == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_gathered_in_bfloat16_change_a_run_no_more_than_rounding(runs: Runs) -> None:
+    plain, mixed = (metrics_of(runs.runs / name) for name in ("bfloat16", "mixed"))
+    for key in ("train/loss", "val/loss"):
+        expected = [line[key] for line in plain if key in line]
+        assert [line[key] for line in mixed if key in line] == pytest.approx(expected, abs=5e-3)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from harness.build import build_model
+from harness.config import load_train_config
 from harness.errors import UserError
 from harness.schema import ParallelConfig
 from harness.training.parallel import (
@@ -16,6 +19,7 @@ from harness.training.parallel import (
     TORCHRUN,
     Workers,
     check_parallel,
+    compile_parts,
     gathered,
     open_workers,
     sharded_like,
@@ -94,3 +98,28 @@ def test_whole_tensors_are_left_as_they_are() -> None:
     assert gathered({"a": tensor}, keep=True)["a"] is tensor
     assert gathered({"a": tensor}, keep=False) == {}
     assert sharded_like(tensor, torch.zeros(3)) is tensor
+
+
+@pytest.mark.slow
+def test_compiled_parts_compute_the_same_and_evaluation_is_not_compiled() -> None:
+    from torch._dynamo.utils import counters
+
+    config = load_train_config(["dataset=stdlib", "attention=mla", "model.d_model=32", "model.n_layers=3",
+                                "model.n_heads=2", "model.head_dim=16", "model.mlp_hidden=64"])  # fmt: skip
+    torch.manual_seed(0)
+    plain = build_model(config, vocab_size=50)
+    compiled = copy.deepcopy(plain)
+    compile_parts(compiled)
+    tokens_BT = torch.randint(50, (2, 17))
+    counters.clear()
+    compiled.eval().loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
+    assert counters["stats"]["unique_graphs"] == 0
+    losses = [model.train().loss(tokens_BT[:, :-1], tokens_BT[:, 1:]) for model in (plain, compiled)]
+    assert (
+        counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+    )  # one for all blocks, one for the head
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for expected, parameter in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, atol=1e-5, rtol=1e-3)
