@@ -58,7 +58,7 @@ def train_run(config: TrainConfig, workers: Workers) -> int:
         check_tracking(config.tracking)
         check_parallel(
             config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
-            precision=select_precision(config.precision, workers.device),
+            precision=select_precision(config.precision, workers.device), overwrite=config.overwrite,
         )  # fmt: skip
         with torch.device("meta"):
             build_model(config, vocab_size=64)

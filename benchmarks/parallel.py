@@ -30,6 +30,7 @@ enter_environment()
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -42,6 +43,7 @@ import torch
 from harness.build import build_model
 from harness.command_line import parse_options, run_script
 from harness.config import load_train_config
+from harness.errors import UserError
 from harness.run import commit
 from harness.schema import ParallelConfig
 from harness.session import choose_loss_chunk, pin_execution
@@ -133,29 +135,31 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any]:
-    """The figures of one torchrun of this file."""
+def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
+    """The figures of one torchrun of this file, None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         arguments = [f"{key}={'null' if value is None else value}" for key, value in asdict(options).items()
                      if key not in ("processes", "engines", "out")]  # fmt: skip
-        line = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            __file__,
-        ]
-        subprocess.run(
-            [*line, *arguments, f"engines={engine}"], env={**os.environ, FIGURES: str(figures)}, check=True
-        )  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                "--master-addr=127.0.0.1", f"--master-port={port}", __file__]  # fmt: skip
+        environ = {**os.environ, FIGURES: str(figures)}
+        status = subprocess.run([*line, *arguments, f"engines={engine}"], env=environ).returncode
+        if status:
+            print(f"{processes} processes, {engine}: failed with status {status}", file=sys.stderr)
+            return None
         measured: dict[str, Any] = json.loads(figures.read_text())
     return measured
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(ParallelOptions, arguments)
+    for engine in options.engines.split(","):
+        if engine not in ENGINES:
+            raise UserError(f"engines={engine} is unknown; choose from {', '.join(ENGINES)}")
     if FIGURES in os.environ:
         with open_workers(options.device) as workers:
             measured = measure(options, workers)
@@ -164,10 +168,17 @@ def main(arguments: list[str]) -> int:
         return 0
 
     measured_all: list[dict[str, Any]] = []
+    status = 0
     for processes in map(int, options.processes.split(",")):
         for engine in options.engines.split(",") if processes > 1 else ["ddp"]:
-            measured_all.append(launch(options, processes, engine))
-            print(row(measured_all[-1], measured_all[0]), flush=True)
+            figures = launch(options, processes, engine)
+            if figures is None:
+                status = 1
+                continue
+            measured_all.append(figures)
+            print(row(figures, measured_all[0]), flush=True)
+    if not measured_all:
+        return status
     first = measured_all[0]
     print(f"\n{options.model}, {options.attention}, {first['parameters']:,} parameters, {options.batch_size} sequences a "
           f"step, {first['precision']}, {first['kernel']}, torch {first['torch']}, {first['device']}")  # fmt: skip
@@ -180,7 +191,7 @@ def main(arguments: list[str]) -> int:
     if options.out is not None:
         Path(options.out).write_text(line + "\n", encoding="utf-8")
     print(line)
-    return 0
+    return status
 
 
 def row(each: dict[str, Any], first: dict[str, Any]) -> str:

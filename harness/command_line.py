@@ -133,7 +133,13 @@ def run_hydra(
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
         processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=localhost",
+            f"--nproc-per-node={processes}",
+        ]
         line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
         status = subprocess.run(line, check=False).returncode
         if status:
@@ -148,7 +154,8 @@ def run_hydra(
         ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
         asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
-        _prepare_launcher(next((word for word in words if word.startswith("hydra/launcher=")), None))
+        launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+        _prepare_launcher(launcher, overwrites="overwrite=true" in words)
         if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
             raise UserError(
                 "-m starts a process for each run and cannot stand under torchrun; start torchrun for each run"
@@ -178,12 +185,17 @@ def run_hydra(
     sys.exit(1 if failed else 0)
 
 
-def _prepare_launcher(chosen: str | None) -> None:
-    """Jobs that a launcher starts elsewhere find the project from any folder. Raises UserError if it is not installed."""
+def _prepare_launcher(chosen: str | None, overwrites: bool) -> None:
+    """Jobs that a launcher starts elsewhere find the project from any folder. Raises UserError for what it cannot do."""
     if chosen is None:
         return
     if chosen.endswith(("=slurm", "=submitit_slurm", "=submitit_local")) and not importlib.util.find_spec("submitit"):
         raise UserError(f"{chosen} needs hydra-submitit-launcher: pip install -r requirements-extra.txt")
+    if overwrites:
+        raise UserError(
+            f"overwrite=true and {chosen} do not go together: a job that goes back into the queue would delete its own "
+            f"run; choose another name=..., or delete the runs yourself"
+        )
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 

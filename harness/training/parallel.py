@@ -50,6 +50,7 @@ class Workers:
     device: torch.device
     restarts: int  # by torchrun, since the command was given
     control: dist.ProcessGroup | None  # gloo on the CPU, for decisions; None with one process
+    may_restart: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -114,8 +115,9 @@ def open_workers(device_name: str) -> Iterator[Workers]:
     Raises UserError when the machine lacks the device, or one for each process.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     if any(name not in os.environ for name in TORCHRUN) or os.environ["WORLD_SIZE"] == "1":
-        yield Workers(0, 1, select_device(device_name), restarts, None)
+        yield Workers(0, 1, select_device(device_name), restarts, None, may_restart)
         return
 
     rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -140,15 +142,26 @@ def open_workers(device_name: str) -> Iterator[Workers]:
     control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup)
     # After an error nothing is taken down in order, which would wait for the others: torchrun ends them.
-    yield Workers(rank, world_size, device, restarts, control)
+    yield Workers(rank, world_size, device, restarts, control, may_restart)
     dist.barrier(group=control)
     dist.destroy_process_group()
 
 
 def check_parallel(
-    config: ParallelConfig, workers: Workers, *, optimizer: OptimizerConfig, batch_size: int, precision: torch.dtype
+    config: ParallelConfig,
+    workers: Workers,
+    *,
+    optimizer: OptimizerConfig,
+    batch_size: int,
+    precision: torch.dtype,
+    overwrite: bool,
 ) -> None:
     """Raises UserError for what cannot be trained by these processes, before anything is built."""
+    if overwrite and workers.may_restart:
+        raise UserError(
+            "overwrite=true would delete, at each restart, what torchrun --max-restarts is there to keep: leave one of "
+            "the two out, or choose another name=..."
+        )
     if workers.world_size == 1:
         return
     if batch_size % workers.world_size:

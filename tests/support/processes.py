@@ -36,7 +36,10 @@ class Interrupted(BaseException):
 
 
 def torchrun(
-    processes: int, script: str | Path, *arguments: str, options: tuple[str, ...] = ("--standalone",)
+    processes: int,
+    script: str | Path,
+    *arguments: str,
+    options: tuple[str, ...] = ("--standalone", "--local-addr=localhost"),
 ) -> subprocess.CompletedProcess[str]:
     """A command started in so many processes; its output is that of all of them."""
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]

@@ -54,10 +54,12 @@ def test_one_process_that_torchrun_restarted_waits_for_the_lock_of_the_one_befor
 
 
 def refused(*, world_size: int = 2, batch_size: int = 8, precision: torch.dtype = torch.float32,
-            optimizer: str = "adamw", **fields: object) -> None:  # fmt: skip
+            optimizer: str = "adamw", overwrite: bool = False, may_restart: bool = False,
+            **fields: object) -> None:  # fmt: skip
     check_parallel(
-        dataclasses.replace(ParallelConfig(), **fields), workers(world_size=world_size),
-        optimizer=optimizer_config(optimizer), batch_size=batch_size, precision=precision,
+        dataclasses.replace(ParallelConfig(), **fields),
+        dataclasses.replace(workers(world_size=world_size), may_restart=may_restart),
+        optimizer=optimizer_config(optimizer), batch_size=batch_size, precision=precision, overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -73,6 +75,14 @@ def test_what_several_processes_cannot_train_is_refused_and_one_process_trains_i
         with pytest.raises(UserError, match=sentence):
             refused(**mistake)
         refused(world_size=1, **mistake)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_restart_would_overwrite_what_it_is_there_to_keep_so_the_two_are_refused_together(world_size: int) -> None:
+    refused(world_size=world_size, overwrite=True)
+    refused(world_size=world_size, may_restart=True)
+    with pytest.raises(UserError, match=r"overwrite=true would delete, at each restart, .* leave one of the two out"):
+        refused(world_size=world_size, overwrite=True, may_restart=True)
 
 
 def test_generators_of_the_processes_differ_and_are_a_function_of_seed_step_and_rank() -> None:
