@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.training.optimizer import Optimizer
+from harness.training.parallel import gathered, sharded_like
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 BEST = "best"
@@ -56,23 +57,38 @@ class Snapshot:
         return sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
 
 
-def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Snapshot:
-    """The state of a run without copying a tensor: training on changes it. state is JSON-able and holds the step."""
+def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *, keep: bool = True) -> Snapshot:
+    """The state of a run without copying a tensor that is whole: training on changes it.
+
+    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are gathered
+    here; with keep=False the tensors are thrown away.
+    """
     return Snapshot(
-        tensors={MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()},
+        tensors={
+            MODEL: gathered(_unique_tensors(model), keep=keep),
+            OPTIMIZER: gathered(optimizer.state_dict(), keep=keep),
+        },
         content={"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()},
     )
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    writes: bool = True,
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
-    older checkpoints stay intact.
+    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are
+    gathered here, and one `writes`. Raises UserError when the disk is too full, OSError when it cannot be written; older
+    checkpoints stay intact.
     """
-    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
+    taken = snapshot(model, optimizer, state, keep=writes)
+    return write_checkpoint(folder, taken, keep=keep) if writes else folder / f"step-{taken.step:08d}"
 
 
 def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool = False) -> Path:
@@ -253,6 +269,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
 
+    saved = {name: sharded_like(tensor, target[name]) for name, tensor in saved.items()}
     model.load_state_dict(saved, strict=False)  # tied tensors are saved under one of their names
     if optimizer is not None:
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
