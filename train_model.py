@@ -8,6 +8,7 @@ from harness.bootstrap import enter_environment
 
 enter_environment()
 
+import contextlib
 import json
 import shlex
 import sys
@@ -20,68 +21,107 @@ from harness.run import Claim, begun, finished, lock_run, read_json, run_folder,
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
+    from harness.schema import TrainConfig
     from harness.session import Session
+    from harness.training.parallel import Workers
 
 
 def main(overrides: list[str]) -> int:
     """Train the configured run to its end, from its newest checkpoint if there is one. The status to exit with."""
     config = load_train_config(overrides)
 
+    from harness.training.parallel import open_workers
+
+    with open_workers(config.device) as workers:
+        return train_run(config, workers, overrides)
+
+
+def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> int:
+    """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
     import torch
 
     from harness.build import build_model
     from harness.session import load_data, open_session
     from harness.tracking import check_tracking
-    from harness.training.device import select_device
+    from harness.training.device import select_precision
     from harness.training.interruption import Interrupted, interruptible
+    from harness.training.nonfinite import NonFiniteError
     from harness.training.optimizer import check_optimizer
+    from harness.training.parallel import check_parallel
     from harness.training.schedule import build_schedule, steps_from_budget
 
-    # What cannot work is refused before anything is written.
     tokens_per_step = config.batch_size * config.model.max_seq_len
     steps = steps_from_budget(
         config.budget, tokens_per_step=tokens_per_step, default_tokens=config.model.default_tokens
     )
-    build_schedule(config.schedule, steps)
-    check_optimizer(config.optimizer)
-    check_tracking(config.tracking)
-    device = select_device(config.device)
-    with torch.device("meta"):
-        build_model(config, vocab_size=64)
-    run = run_folder(config)
-    if finished(run) and not config.overwrite:
-        return say_finished(run)
-    data = load_data(config, verify=begun(run) and not config.overwrite)  # what ended it may have hurt the data
 
-    with lock_run(run), writing_to(run), interruptible() as interruption:
-        claim = Claim(config)
+    def check() -> Path:
+        build_schedule(config.schedule, steps)
+        check_optimizer(config.optimizer)
+        check_tracking(config.tracking)
+        check_parallel(
+            config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
+            precision=select_precision(config.precision, workers.device), overwrite=config.overwrite,
+        )  # fmt: skip
+        with torch.device("meta"):
+            build_model(config, vocab_size=64)
+        return run_folder(config)
+
+    run = workers.first(check)  # what cannot work is refused before anything is written
+    if workers.first(lambda: finished(run) and not config.overwrite):
+        return say_finished(run) if workers.is_first else 0
+    # What ended an earlier attempt may have hurt the data.
+    workers.first(lambda: bool(load_data(config, verify=begun(run) and not config.overwrite)))
+    data = load_data(config)  # there by now, where the machines share a disk
+
+    with interruptible() as interruption, contextlib.ExitStack() as held:
+        claim: Claim | None = None
+
+        def claim_run() -> None:
+            nonlocal claim
+            held.enter_context(lock_run(run, workers.patience))
+            held.enter_context(writing_to(run))
+            claim = Claim(config)
+
+        workers.first(claim_run)
         try:
-            session = open_session(config, run, data, device, steps)
+            session = open_session(config, run, data, workers, steps)
             session.interruption = interruption
-            print("\n".join(session.lines()), flush=True)
+            if workers.is_first:
+                print("\n".join(session.lines()), flush=True)
             result = session.evaluate() if session.first_step == 1 else None
-            interruption.poll()
+            session.poll()
         except Interrupted:
-            claim.undo()
-            return say_interrupted(run, session.saved, overrides, interruption.exit_code)
+            if claim is not None:
+                claim.undo()
+            return say_interrupted(session, overrides)
         except BaseException:
-            claim.undo()
+            if claim is not None:
+                claim.undo()
             raise
-        claim.settle()
+        if claim is not None:
+            claim.settle()
         try:
             summary = train_session(session, result)
         except Interrupted:
             kept = [override for override in overrides if override.partition("=")[0] != "overwrite"]
-            return say_interrupted(run, session.saved, kept, interruption.exit_code)
-        write_json(run / "summary.json", summary)
-    print(json.dumps(summary))
+            return say_interrupted(session, kept)
+        except NonFiniteError:
+            if not workers.is_first:  # which says why
+                return 2
+            raise
+        if workers.is_first:
+            write_json(run / "summary.json", summary)
+    if workers.is_first:
+        print(json.dumps(summary))
     return 0
 
 
 def train_session(session: Session, result: SplitResult | None) -> dict[str, Any]:
     """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing.
 
-    Returns the run's summary. Raises Interrupted when the process was asked to stop: what was trained is saved then.
+    Every process of several takes all of these steps; the first alone has something to say, log and write. Returns the
+    run's summary. Raises Interrupted when a process was asked to stop: what was trained is saved then.
     """
     from tqdm import tqdm
 
@@ -90,13 +130,15 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
     from harness.training.interruption import Interrupted
 
     intervals, steps = session.config.intervals, session.steps
-    bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None)
+    is_first = session.workers.is_first
+    tell = say if is_first else lambda line: None
+    bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None if is_first else True)
     with session.open_tracker() as tracker, bar, session.saving(tracker):
 
         def evaluated(number: int, tokens: int, result: SplitResult) -> None:
             facts = session.facts.metrics() if number == 0 else {}
             tracker.log(number, tokens, facts | split_metrics(result))
-            say(validation_line(number, result))
+            tell(validation_line(number, result))
 
         if result is not None:
             evaluated(0, 0, result)
@@ -104,12 +146,12 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
             assert session.last_step is not None
             evaluated(session.last_step.number, session.last_step.tokens, result)
             session.evaluated_late(result)
-        session.interruption.poll()
+        session.poll()
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
             if step.skipped is not None:
-                say(session.skipped_line(step))
+                tell(session.skipped_line(step))
             if steps_due(step.number, steps, intervals.log):
                 tracker.log(step.number, step.tokens, session.step_metrics(step))
             is_due = steps_due(step.number, steps, intervals.evaluate)
@@ -120,7 +162,7 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
             if stopping or steps_due(step.number, steps, intervals.checkpoint):
                 session.save(step, tracker, result, evaluation_due=is_due and result is None)
             if stopping:
-                session.interruption.poll()
+                raise Interrupted
         result = result or session.evaluate()
         if result is None:
             raise Interrupted
@@ -130,11 +172,15 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
     return summary
 
 
-def say_interrupted(run: Path, step: int, overrides: list[str], exit_code: int) -> int:
-    """The last line of a run that was asked to stop after `step`; the status that says by which signal."""
-    command = shlex.join(["python", "train_model.py", *overrides])
-    print(json.dumps({"status": "interrupted", "run": str(run), "step": step, "continue": command}), flush=True)
-    return exit_code
+def say_interrupted(session: Session, overrides: list[str]) -> int:
+    """The last line of a run that was asked to stop, from the first process; the status that says by which signal."""
+    if session.workers.is_first:
+        said = {
+            "status": "interrupted", "run": str(session.run), "step": session.saved,
+            "continue": shlex.join(["python", "train_model.py", *overrides]),
+        }  # fmt: skip
+        print(json.dumps(said), flush=True)
+    return session.interruption.exit_code
 
 
 def say(line: str) -> None:

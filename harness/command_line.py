@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -137,11 +139,22 @@ def run_hydra(
         if HydraConfig.get().mode != hydra.types.RunMode.MULTIRUN:
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
-        status, stopped_by = _run_child([sys.executable, script, *overrides])
+        processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=localhost",
+            f"--nproc-per-node={processes}",
+        ]
+        line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
+        status, stopped_by = _run_child(line)
         if stopped_by is not None:
             sys.exit(128 + stopped_by)
         if status:
             failed.append(f"{' '.join(overrides)} (status {status})")
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":  # this is another process then
+                raise UserError(f"the run failed: {failed[-1]}")
 
     try:
         taken = ("-c", "--cfg", "-i", "--info", "-p", "--package")  # by the flag before it
@@ -150,6 +163,12 @@ def run_hydra(
         ]
         overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
         asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
+        launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+        _prepare_launcher(launcher, overwrites="overwrite=true" in words)
+        if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
+            raise UserError(
+                "-m starts a process for each run and cannot stand under torchrun; start torchrun for each run"
+            )
         if asking and not {"-m", "--multirun"}.isdisjoint(flags):
             raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
         if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
@@ -198,6 +217,20 @@ def _run_child(command: Sequence[str]) -> tuple[int, int | None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     return status, received[0] if received else None
+
+
+def _prepare_launcher(chosen: str | None, overwrites: bool) -> None:
+    """Jobs that a launcher starts elsewhere find the project from any folder. Raises UserError for what it cannot do."""
+    if chosen is None:
+        return
+    if chosen.endswith(("=slurm", "=submitit_slurm", "=submitit_local")) and not importlib.util.find_spec("submitit"):
+        raise UserError(f"{chosen} needs hydra-submitit-launcher: pip install -r requirements-extra.txt")
+    if overwrites:
+        raise UserError(
+            f"overwrite=true and {chosen} do not go together: a job that goes back into the queue would delete its own "
+            f"run; choose another name=..., or delete the runs yourself"
+        )
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def user_path(text: str) -> Path:

@@ -32,7 +32,7 @@ CONFIGS = ROOT / "configs"
 EXECUTION_FIELDS = (
     "name", "runs_dir", "data_dir", "device", "compile", "deterministic", "overwrite", "micro_batch_size",
     "intervals", "evaluation.batch_size", "tracking", "attention.backend", "attention.decode",
-    "attention.kernel", "model.activation_checkpointing", "dataset.path", "checkpoints",
+    "attention.kernel", "model.activation_checkpointing", "dataset.path", "checkpoints", "parallel",
 )  # fmt: skip
 SEED_FIELDS = ("seed", "data_seed")
 # Fields that came later and change nothing as long as they keep their defaults: the hash of a setup is what it was before.
@@ -278,6 +278,7 @@ def _check_values(config: TrainConfig) -> None:
     one_of("tracking.name", config.tracking.name, *TRACKING)
     one_of("tokenizer.name", config.tokenizer.name, "bpe", "bytes", "pretrained")
     one_of("on_nonfinite", config.on_nonfinite, "stop", "skip")
+    one_of("parallel.name", config.parallel.name, "ddp", "fsdp")
     for path, least in {
         "batch_size": 1, "micro_batch_size": 1, "model.d_model": 1, "model.n_layers": 1, "model.n_heads": 1,
         "model.head_dim": 1, "model.max_seq_len": 1, "model.mlp_hidden": 1, "budget.tokens": 1, "budget.steps": 1,
@@ -671,7 +672,7 @@ def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
     chosen = {key: value for key, value in sorted(pairs.items()) if key in defaults}
     parts += [
         value for key, value in chosen.items()
-        if key not in ("dataset", "model", "attention", "tracking") and value != _shown(defaults[key])
+        if key not in ("dataset", "model", "attention", "tracking", "parallel") and value != _shown(defaults[key])
     ]  # fmt: skip
     plain = train_config(compose("train", [f"{key}={value}" for key, value in chosen.items()]))
     before, after = identity(plain), identity(config)

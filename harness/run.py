@@ -13,9 +13,10 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from harness.config import ROOT, differences, load_run_config, save_run_config
 from harness.errors import UserError
@@ -60,10 +61,11 @@ def begun(run: Path) -> bool:
 
 
 @contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Nobody else trains this run meanwhile. The system frees the lock of a process that dies.
 
-    Raises UserError when another process holds it, or when the folder above cannot be written.
+    Raises UserError when another process still holds it after `patience` seconds, or when the folder above cannot be
+    written.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,12 +73,20 @@ def lock_run(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(folder, error) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {folder}: wait for its end, or choose another name=...") \
-                from None  # fmt: skip
+        until = time.monotonic() + patience
+        while not _locked(file):
+            if time.monotonic() >= until:
+                raise UserError(f"another process is training {folder}: wait for its end, or choose another name=...")
+            time.sleep(0.2)
         yield
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Claim:

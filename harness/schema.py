@@ -102,6 +102,16 @@ class TrackingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun starts share a run; means nothing to one process alone."""
+
+    name: str = "ddp"  # ddp | fsdp
+    # fsdp only
+    reshard_after_forward: bool = True  # gathered weights are given up after a block's forward pass and gathered again
+    mixed_precision: bool = False  # blocks are gathered in bfloat16; gradients are summed in float32
+
+
+@dataclass
 class BudgetConfig:
     """At most one of the two; neither means the model's default_tokens."""
 
@@ -194,6 +204,7 @@ class TrainConfig:
     on_nonfinite: str = "stop"  # stop | skip: what a loss or gradient that is not finite does to the run
     skip_limit: int = 10  # steps in a row without an update after which training gives up
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from harness.build import build_model
@@ -20,11 +21,11 @@ from harness.data import PreparedData, Tokenizer, prepare
 from harness.data.loader import WindowLoader, documents_in
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
-from harness.evaluation.perplexity import SplitResult
+from harness.evaluation.perplexity import Share, SplitResult
 from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
 from harness.run import commit, read_json
 from harness.schema import TrackingConfig, TrainConfig
-from harness.tracking import Tracker, open_tracker
+from harness.tracking import SilentTracker, Tracker, open_tracker
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (
     auto_micro_batch_size,
@@ -37,10 +38,11 @@ from harness.training.device import (
     select_precision,
     set_deterministic,
 )
-from harness.training.interruption import Interrupted, Interruption
-from harness.training.loop import Step, train
+from harness.training.interruption import SIGNALS, Interrupted, Interruption
+from harness.training.loop import Engine, Step, train
 from harness.training.nonfinite import Guard, NonFiniteError, locate
 from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.parallel import Workers, share_model
 from harness.training.schedule import build_schedule, warmup_steps
 from harness.training.writer import CheckpointWriter
 from modeling.attention import EXECUTION
@@ -66,11 +68,12 @@ class Session:
     model: GPT
     facts: ModelFacts
     optimizer: Optimizer
-    device: torch.device
+    workers: Workers
+    engine: Engine | None  # None: one process
     precision: torch.dtype
     compiled: bool
     kernel: str
-    micro_batch_size: int
+    micro_batch_size: int  # of each process
     steps: int
     first_step: int
     seconds_before: float
@@ -87,6 +90,10 @@ class Session:
     saved: int = 0  # the last step that was saved
 
     @property
+    def device(self) -> torch.device:
+        return self.workers.device
+
+    @property
     def tokens_per_step(self) -> int:
         return self.config.batch_size * self.config.model.max_seq_len
 
@@ -95,7 +102,7 @@ class Session:
         train_split = self.data.splits["train"]
         remaining = (self.steps - self.first_step + 1) * self.tokens_per_step
         seconds = estimated_seconds(
-            remaining * self.facts.flops_per_token, device=self.device, dtype=self.precision,
+            remaining * self.facts.flops_per_token / self.workers.world_size, device=self.device, dtype=self.precision,
             width=self.config.model.d_model,
         )  # fmt: skip
         remark = cache_remark(self.facts, self.config)
@@ -106,7 +113,8 @@ class Session:
             *self.facts.lines(),
             *([remark] if remark else []),
             f"attention   {self.config.attention['name']}, kernel {self.kernel}; {self.device.type}, "
-            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}",
+            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
+            + (f", {self.workers.world_size} processes ({self.config.parallel.name})" if self.engine else ""),
             f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
             f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
             f"time        about {_duration(seconds)} for {remaining:,} tokens, evaluation apart",
@@ -115,7 +123,7 @@ class Session:
     def train(self) -> Iterator[Step]:
         """The remaining steps."""
         config = self.config
-        batches = window_loader(config, self.data).iterate(self.first_step - 1, device=self.device)
+        batches = window_loader(config, self.data, self.workers).iterate(self.first_step - 1, device=self.device)
         schedule = build_schedule(config.schedule, self.steps, warmup=self.warmup_steps)
         with contextlib.closing(batches):  # ends the prefetching thread
             try:
@@ -123,6 +131,7 @@ class Session:
                     self.model, batches, optimizer=self.optimizer, schedule=schedule, first_step=self.first_step,
                     last_step=self.steps, micro_batch_size=self.micro_batch_size, grad_clip=config.optimizer.grad_clip,
                     precision=self.precision, compile=self.compiled, device=self.device, guard=self.guard,
+                    engine=self.engine,
                 ):  # fmt: skip
                     self.writer.check()
                     self.first_trained = self.first_trained or step
@@ -134,18 +143,28 @@ class Session:
                 ) from None
 
     def stopping(self) -> bool:
-        """Has the process been asked to stop?"""
-        return self.interruption.requested
+        """Has any process been asked to stop? Asked by all at the same place, answered alike in all."""
+        asked = self.interruption.signal
+        votes = self.workers.total(np.array([float(asked == number) for number in SIGNALS]))
+        if votes.any():
+            self.interruption.signal = SIGNALS[int(votes.argmax())]
+        return bool(votes.any())
+
+    def poll(self) -> None:
+        """Raises Interrupted when any process has been asked to stop."""
+        if self.stopping():
+            raise Interrupted
 
     def evaluate(self) -> SplitResult | None:
         """The validation split, as eval_model.py would score it, up to evaluation.max_tokens; None when asked to stop."""
         evaluation = self.config.evaluation
+        share = Share(self.workers.rank, self.workers.world_size, self.workers.total)
         try:
             return evaluate_model(
                 self.model, self.data.splits["validation"], end_of_text=self.data.end_of_text,
                 decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
                 batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
-                max_tokens=evaluation.max_tokens, poll=self.interruption.poll,
+                max_tokens=evaluation.max_tokens, share=share, poll=self.poll,
             )  # fmt: skip
         except Interrupted:
             return None
@@ -156,6 +175,10 @@ class Session:
 
     def _whereabouts(self, error: NonFiniteError) -> str:
         """Sentences: where the number first went wrong, in which documents, and what is left."""
+        documents = self._documents(error.step)
+        kept = f"The checkpoint of step {error.step - 1:,} is kept." if error.step > 1 else "Nothing was trained."
+        if self.engine is not None:  # a part of a sharded model cannot be computed alone
+            return f"The batch holds {documents}; one process alone would name the module. {kept}"
         place = locate(
             self.model, error.batch, micro_batch_size=self.micro_batch_size, precision=self.precision,
             device=self.device,
@@ -164,8 +187,7 @@ class Session:
             "Computed once more, every output and gradient of the step is finite" if place is None
             else f"The first number that is not finite is in {place.where}"
         )  # fmt: skip
-        documents = self._documents(error.step, None if place is None else place.rows)
-        kept = f"The checkpoint of step {error.step - 1:,} is kept." if error.step > 1 else "Nothing was trained."
+        documents = documents if place is None else self._documents(error.step, place.rows)
         return f"{first} ({documents}). {kept}"
 
     def _documents(self, number: int, rows: list[int] | None = None) -> str:
@@ -191,7 +213,8 @@ class Session:
             metrics["train/skipped_steps"] = self.guard.skipped
         peak = peak_flops(self.device, self.precision)
         if peak is not None:
-            metrics["speed/mfu"] = step.tokens_per_second * self.facts.flops_per_token / peak
+            flops_per_second = step.tokens_per_second * self.facts.flops_per_token
+            metrics["speed/mfu"] = flops_per_second / (peak * self.workers.world_size)
         return metrics
 
     def mean_tokens_per_second(self, last: Step) -> float:
@@ -221,12 +244,15 @@ class Session:
             "best": self.best,
             "guard": self.guard.state(),
         }
-        self.writer.save(snapshot(self.model, self.optimizer, state), is_best=improved)
+        taken = snapshot(self.model, self.optimizer, state, keep=self.workers.is_first)
+        if self.workers.is_first:
+            self.writer.save(taken, is_best=improved)
+        self.workers.seed_apart(self.config.seed, step.number)
         self.saved = step.number
 
     def evaluated_late(self, result: SplitResult) -> None:
         """The evaluation that was due when the checkpoint was written."""
-        if self._improves(self.saved, result):
+        if self._improves(self.saved, result) and self.workers.is_first:
             self.writer.keep_as_best(self.saved)
 
     def _improves(self, number: int, result: SplitResult | None) -> bool:
@@ -257,7 +283,9 @@ class Session:
             self.writer.close()
 
     def open_tracker(self) -> Tracker:
-        """metrics.jsonl, cut to where this session starts, and W&B if chosen."""
+        """metrics.jsonl, cut to where this session starts, and W&B if chosen; one that does nothing beside the first."""
+        if not self.workers.is_first:
+            return SilentTracker()
         run_config = dataclasses.asdict(self.config) | {"facts": dataclasses.asdict(self.facts)}
         tracker = open_run_tracker(
             self.config, self.config.tracking, self.run, run_config=run_config, run_id=self.wandb_id,
@@ -273,13 +301,14 @@ class Session:
             train_loss=_or_null(step.loss), tokens_per_second=self.mean_tokens_per_second(step),
             seconds=self.seconds_before + (0.0 if self.first_trained is None else step.seconds), kernel=self.kernel,
             device=self.device, precision=self.precision, compiled=self.compiled, wandb_id=self.wandb_id,
+            processes=self.workers.world_size,
         ) | ({"skipped_steps": self.guard.skipped} if self.guard.may_skip else {})  # fmt: skip
 
 
 def run_summary(
     config: TrainConfig, *, facts: ModelFacts, data: PreparedData, result: SplitResult, tokens: int, steps: int,
     train_loss: float | None, tokens_per_second: float | None, seconds: float, kernel: str, device: torch.device,
-    precision: torch.dtype, compiled: bool, wandb_id: str | None,
+    precision: torch.dtype, compiled: bool, wandb_id: str | None, processes: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """The content of summary.json. train_loss and tokens_per_second are None where nothing was trained."""
     return {
@@ -323,6 +352,7 @@ def run_summary(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "precision": str(precision).removeprefix("torch."),
         "compiled": compiled,
+        "processes": processes,
         "torch": torch.__version__,
         "commit": commit(),
         "wandb_id": wandb_id,
@@ -376,16 +406,18 @@ def load_initial_weights(config: TrainConfig, model: GPT) -> None:
     load_checkpoint(checkpoint, model=model, optimizer=None)
 
 
-def window_loader(config: TrainConfig, data: PreparedData) -> WindowLoader:
-    """The run's training batches. Raises UserError when the split is shorter than one window."""
+def window_loader(config: TrainConfig, data: PreparedData, workers: Workers | None = None) -> WindowLoader:
+    """The run's training batches, one process's share of them. Raises UserError for a split shorter than one window."""
     return WindowLoader(
         data.splits["train"].tokens, max_seq_len=config.model.max_seq_len, batch_size=config.batch_size,
-        data_seed=config.data_seed,
+        data_seed=config.data_seed, rank=workers.rank if workers else 0,
+        world_size=workers.world_size if workers else 1,
     )  # fmt: skip
 
 
-def open_session(config: TrainConfig, run: Path, data: PreparedData, device: torch.device, steps: int) -> Session:
+def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Workers, steps: int) -> Session:
     """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+    device = workers.device
     set_deterministic(config.deterministic)
     keep_freed_memory(device)
     precision = select_precision(config.precision, device)
@@ -394,17 +426,19 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
     facts = model_facts(model, config)
     micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
-        config.batch_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
+        config.batch_size // workers.world_size, max_seq_len=config.model.max_seq_len, d_model=config.model.d_model,
         n_layers=config.model.n_layers, vocab_size=data.vocab_size, parameters=facts.parameters["total"],
         precision=precision, device=device,
     )  # fmt: skip
     choose_loss_chunk(model, micro_batch_size=micro_batch_size, device=device)
 
+    engine = share_model(model, workers, config.parallel)
     optimizer = build_optimizer(model, config.optimizer)
     session = Session(
         config=config, run=run, data=data, tokenizer=Tokenizer.load(data.tokenizer_file), model=model, facts=facts,
-        optimizer=optimizer, device=device, precision=precision, compiled=select_compile(config.compile, device),
-        kernel=kernel, micro_batch_size=micro_batch_size, steps=steps, first_step=1, seconds_before=0.0,
+        optimizer=optimizer, workers=workers, engine=engine, precision=precision,
+        compiled=select_compile(config.compile, device), kernel=kernel, micro_batch_size=micro_batch_size, steps=steps,
+        first_step=1, seconds_before=0.0,
         metrics_bytes=0, wandb_id=None, first_trained=None, last_step=None,
         writer=CheckpointWriter(
             run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background
@@ -415,10 +449,12 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
         ),
         warmup_steps=warmup_steps(config.schedule, steps),
     )  # fmt: skip
-    checkpoint = latest_checkpoint(run / "checkpoints")
+    checkpoint = workers.first(lambda: latest_checkpoint(run / "checkpoints"))
     if checkpoint is None and config.init_from is not None:
         load_initial_weights(config, model)
     if checkpoint is not None:
+        if not checkpoint.exists():
+            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
         if state.get("data_fingerprint") != data.fingerprint:
             raise UserError(
@@ -431,10 +467,12 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, device: tor
             raise UserError(
                 f"checkpoint {checkpoint} is damaged (state.json is not of a run): use another one"
             ) from None
-        tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
-        if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
-            session.writer.keep_as_best(session.saved)  # a kill may have come between the two
-    if data.tokenizer_file is not None:
+        if workers.is_first:
+            tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+            if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
+                session.writer.keep_as_best(session.saved)  # a kill may have come between the two
+    workers.seed_apart(config.seed, session.first_step - 1)
+    if data.tokenizer_file is not None and workers.is_first:
         aside = run / "tokenizer.json.tmp"
         aside.unlink(missing_ok=True)  # a link would lead the copy elsewhere
         shutil.copyfile(data.tokenizer_file, aside)

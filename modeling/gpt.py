@@ -236,10 +236,13 @@ class GPT(nn.Module):
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean cross-entropy of the targets in nats, differentiable, scalar float32."""
+        return self.head_loss(self.hidden(inputs_BT).flatten(0, 1), targets_BT.flatten())
+
+    def head_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """The loss from final-norm activations."""
         return mean_nats(
-            self.hidden(inputs_BT).flatten(0, 1), self.head.weight, targets_BT.flatten(),
-            vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens,
-        )  # fmt: skip
+            x_ND, self.head.weight, targets_N, vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens
+        )
 
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
         """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time.

@@ -173,4 +173,4 @@ def test_a_configuration_holds_names_and_never_code(file: Path) -> None:
 def test_code_folders_hold_no_data() -> None:
     suffixes = {path.suffix for name in ("harness", "modeling", "scripts") for path in (ROOT / name).rglob("*")
                 if path.is_file() and "__pycache__" not in path.parts}  # fmt: skip
-    assert suffixes <= {".py", ".csv"}  # the manifest of a corpus
+    assert suffixes <= {".py", ".sh", ".csv"}  # .csv: the manifest of a corpus

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.evaluation.perplexity import Integers, SplitResult, TokenSplit, evaluate_split
+from harness.evaluation.perplexity import WHOLE, Integers, Share, SplitResult, TokenSplit, evaluate_split
 from modeling.gpt import GPT
 
 
@@ -39,12 +39,13 @@ def evaluate_model(
     through: CacheChoice | None = None,
     segment_tokens: int | None = None,
     poll: Callable[[], None] = lambda: None,
+    share: Share = WHOLE,
 ) -> SplitResult:
     """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
 
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one. None: without a cache. segment_tokens: see evaluate_split. poll is called before every
-    batch and may raise.
+    of decoding them one by one. None: without a cache. segment_tokens, share: see evaluate_split. poll is called before
+    every batch and may raise.
     """
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def evaluate_model(
             token_losses, split, end_of_text=end_of_text, max_seq_len=model.max_seq_len,
             stride=max(1, round(stride_fraction * model.max_seq_len)), batch_size=batch_size, device=device,
             decode=decode, per_document=per_document, max_tokens=max_tokens, progress=progress,
-            segment_tokens=segment_tokens,
+            segment_tokens=segment_tokens, share=share,
         )  # fmt: skip
     finally:
         model.train(was_training)

@@ -81,6 +81,18 @@ class Windows:
     opens: NDArray[np.bool_]  # begins its stream: the end-of-text token stands before it
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a split that one of several processes scores: every `of`-th batch, from number `rank` on."""
+
+    rank: int
+    of: int
+    total: Callable[[NDArray[np.float64]], NDArray[np.float64]]  # sums over the processes
+
+
+WHOLE = Share(0, 1, lambda values: values)
+
+
 @torch.no_grad()  # and not inference_mode, whose tensors would spoil what a model caches for training
 def evaluate_split(
     token_losses: Callable[[Tensor, Tensor], Tensor],
@@ -96,6 +108,7 @@ def evaluate_split(
     max_tokens: int | None = None,
     progress: bool = False,
     segment_tokens: int | None = None,
+    share: Share = WHOLE,
 ) -> SplitResult:
     """Score a split with token_losses(inputs_BT, targets_BT) -> nats_BT; the caller puts the model into eval mode.
 
@@ -103,8 +116,9 @@ def evaluate_split(
     per_document: every document is a stream of its own, no context crosses. max_tokens: only the split's first tokens;
     decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those
     of the overlaps too, by its number of context tokens in the window. segment_tokens: keep the result's segments too,
-    that long but for the last of each document. Raises UserError on an impossible stride, a part without text, or a
-    model whose loss is not finite.
+    that long but for the last of each document. share: of the batches; every process gets the whole result and calls
+    token_losses as often as the others (a sharded model needs them all). Raises UserError on an impossible stride, a part
+    without text, or a model whose loss is not finite.
     """
     if not 1 <= stride <= max_seq_len:
         raise UserError(f"a stride of {stride} tokens does not fit windows of {max_seq_len}: give 1 to {max_seq_len}")
@@ -122,9 +136,14 @@ def evaluate_split(
     nats_by_position, count_by_position = np.zeros(max_seq_len), np.zeros(max_seq_len, dtype=np.int64)
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
-    for batch in _bar(batches, progress):
+    rounds = -(-len(batches) // share.of)
+    for turn in _bar(range(rounds), progress):
+        number = turn * share.of + share.rank
+        batch = batches[number % len(batches)]
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=end_of_text)
         losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
+        if number >= len(batches):  # to keep the others company
+            continue
         nats_BT = losses.cpu().double().numpy()  # on the CPU, since not every device knows float64
         position_T = np.arange(nats_BT.shape[1])
         real_BT = position_T < windows.length[batch, None]
@@ -135,6 +154,11 @@ def evaluate_split(
             nats_N[(windows.start[batch, None] + position_T)[scored_BT]] = nats_BT[scored_BT]
         nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
         count_by_position[: len(position_T)] += real_BT.sum(axis=0)
+    totals = share.total(np.concatenate(([nats, scored], nats_by_position, count_by_position)))  # counts below 2^53
+    nats, scored = float(totals[0]), int(totals[1])
+    nats_by_position, count_by_position = totals[2 : 2 + max_seq_len], totals[2 + max_seq_len :].astype(np.int64)
+    if nats_N is not None:
+        nats_N = share.total(nats_N)
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
     loss = nats / scored
     if not loss < 700:  # exp(709) is the last that a float holds; not a number is not below either
@@ -260,10 +284,10 @@ def _by_octave(nats: NDArray[np.float64], count: Integers) -> list[tuple[int, in
     return octaves
 
 
-def _bar(batches: list[Integers], progress: bool) -> Iterable[Integers]:
+def _bar(rounds: range, progress: bool) -> Iterable[int]:
     if not progress:
-        return batches
+        return rounds
     from tqdm import tqdm
 
-    bar: Iterable[Integers] = tqdm(batches, desc="evaluate", unit="batch", leave=False)
+    bar: Iterable[int] = tqdm(rounds, desc="evaluate", unit="batch", leave=False)
     return bar

@@ -1,5 +1,5 @@
 """Run tracking: metrics.jsonl always, and beside it Weights & Biases or trackio, a dashboard on this machine."""
 
-from harness.tracking.tracker import Tracker, check_tracking, log_study, open_tracker
+from harness.tracking.tracker import SilentTracker, Tracker, check_tracking, log_study, open_tracker
 
-__all__ = ["Tracker", "check_tracking", "log_study", "open_tracker"]
+__all__ = ["SilentTracker", "Tracker", "check_tracking", "log_study", "open_tracker"]

@@ -199,6 +199,20 @@ class Tracker:
             self._dashboard.give_up()
 
 
+class SilentTracker(Tracker):
+    """Of a process that trains along and leaves the record to another one."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, None)
+
+    @property
+    def metrics_bytes(self) -> int:
+        return 0
+
+    def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+
 class _MetricsFile:
     """metrics.jsonl: every line reaches the operating system at once, so that a killed process loses none."""
 

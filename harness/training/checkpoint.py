@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from harness.errors import UserError
 from harness.outside import is_count, read_object
 from harness.training.optimizer import Optimizer
+from harness.training.parallel import gathered, sharded_like
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # what weights and moments are kept in
@@ -59,23 +60,38 @@ class Snapshot:
         return sum(tensor.nbytes for part in self.tensors.values() for tensor in part.values())
 
 
-def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Snapshot:
-    """The state of a run without copying a tensor: training on changes it. state is JSON-able and holds the step."""
+def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *, keep: bool = True) -> Snapshot:
+    """The state of a run without copying a tensor that is whole: training on changes it.
+
+    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are gathered
+    here; with keep=False the tensors are thrown away.
+    """
     return Snapshot(
-        tensors={MODEL: _unique_tensors(model), OPTIMIZER: optimizer.state_dict()},
+        tensors={
+            MODEL: gathered(_unique_tensors(model), keep=keep),
+            OPTIMIZER: gathered(optimizer.state_dict(), keep=keep),
+        },
         content={"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()},
     )
 
 
 def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    writes: bool = True,
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
-    older checkpoints stay intact.
+    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are
+    gathered here, and one `writes`. Raises UserError when the disk is too full, OSError when it cannot be written; older
+    checkpoints stay intact.
     """
-    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
+    taken = snapshot(model, optimizer, state, keep=writes)
+    return write_checkpoint(folder, taken, keep=keep) if writes else folder / f"step-{taken.step:08d}"
 
 
 def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool = False) -> Path:
@@ -271,7 +287,9 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
         _check_optimizer_state(path, _headers(path / OPTIMIZER), optimizer.settings(), dict(model.named_parameters()))
         _restore_generators(content["generators"], path)  # the first to be changed, since it can still refuse
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
-    model.load_state_dict(safetensors.torch.load_file(path / MODEL), strict=False)  # tied ones: under one name
+    whole = safetensors.torch.load_file(path / MODEL)
+    parts = {name: sharded_like(tensor, target[name]) for name, tensor in whole.items()}
+    model.load_state_dict(parts, strict=False)  # tied ones: under one name
     caller: dict[str, Any] = content["caller"]
     return caller
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
@@ -33,6 +34,20 @@ class Step:
     skipped: str | None = None  # why there was no update, see harness/training/nonfinite.py
 
 
+class Engine(Protocol):
+    """What the loop asks of several processes (harness/training/parallel.py) and, as `OneProcess`, of one alone."""
+
+    world_size: int
+
+    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]: ...
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]: ...
+
+    def clip(self, max_norm: float) -> Tensor: ...
+
+    def mean(self, loss: Tensor) -> Tensor: ...
+
+
 class LanguageModel(Protocol):
     """What the loop asks of a model."""
 
@@ -44,6 +59,28 @@ class LanguageModel(Protocol):
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean nats of the targets, differentiable."""
+
+
+class OneProcess:
+    """The model as it is."""
+
+    world_size = 1
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._parameters = list(model.parameters())
+
+    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        return torch.compile(self._model.loss, dynamic=False) if compile else self._model.loss
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def clip(self, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        return loss
 
 
 def train(
@@ -60,17 +97,20 @@ def train(
     compile: bool,
     device: torch.device,
     guard: Guard | None = None,
+    engine: Engine | None = None,
 ) -> Iterator[Step]:
     """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
 
     batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
     rate at a step. Weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
+    engine: what several processes train the model through; each then gets its share of the batches, and Steps are about
+    all shares together.
     guard: which steps make no update (None: stop at the first number that is not finite). Raises NonFiniteError before
     the update that such a number would spoil; weights and generators are then as the step before left them.
     """
     guard = guard or Guard()
-    loss_of = torch.compile(model.loss, dynamic=False) if compile else model.loss
-    parameters = list(model.parameters())
+    engine = engine or OneProcess(model)
+    loss_of = engine.loss_of(compile)
     recent: deque[float] = deque(maxlen=SPEED_WINDOW)
     seconds = 0.0
 
@@ -83,14 +123,17 @@ def train(
         before = generators(device)
 
         loss = torch.zeros((), device=device)
-        for micro in batch.split(micro_batch_size):
+        micros = batch.split(micro_batch_size)
+        for index, micro in enumerate(micros, start=1):
             share = len(micro) / len(batch)
-            with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                micro_loss = loss_of(micro[:, :-1], micro[:, 1:]) * share
-            micro_loss.backward()
+            with engine.micro_batch(last=index == len(micros)):
+                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                    micro_loss = loss_of(micro[:, :-1], micro[:, 1:]) * share
+                micro_loss.backward()
             loss += micro_loss.detach()
 
-        grad_norm = nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+        loss = engine.mean(loss)
+        grad_norm = engine.clip(grad_clip if grad_clip > 0 else math.inf)
         # The one synchronisation of a step. It costs the device the few kernel launches of the update, well under a
         # millisecond, and buys that no bad gradient ever reaches the weights.
         loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
@@ -112,7 +155,7 @@ def train(
         if number == first_step + 1:
             recent.clear()  # the first step compiled and warmed up
         recent.append(elapsed)
-        tokens_per_step = batch.shape[0] * (batch.shape[1] - 1)
+        tokens_per_step = batch.shape[0] * (batch.shape[1] - 1) * engine.world_size
         yield Step(
             number=number,
             loss=loss_value,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.schema import OptimizerConfig
+from harness.training.parallel import sharded_like
 
 
 class Optimizer:
@@ -57,7 +58,10 @@ class Optimizer:
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All state as tensors, keyed `<state>/<parameter name>` (exp_avg/blocks.0.mlp.up_proj.weight)."""
+        """All state as tensors, keyed `<state>/<parameter name>` (exp_avg/blocks.0.mlp.up_proj.weight).
+
+        They are sharded if the parameters are.
+        """
         return {
             f"{key}/{self._names[parameter]}": value
             for part in self._parts
@@ -66,12 +70,13 @@ class Optimizer:
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` gave, moved to the parameters' devices."""
+        """Take over what `state_dict` gave, whole, moved to the parameters' devices and cut as they are."""
+        parameters = {name: parameter for parameter, name in self._names.items()}
         by_name: dict[str, dict[str, Tensor]] = {}
         for path, tensor in tensors.items():
             key, name = path.split("/", 1)
-            by_name.setdefault(name, {})[key] = tensor
-        assert by_name.keys() <= set(self._names.values()), "the state belongs to another model"
+            assert name in parameters, "the state belongs to another model"
+            by_name.setdefault(name, {})[key] = sharded_like(tensor, parameters[name])
         for part in self._parts:
             # torch numbers parameters in the order of the groups; its own loader puts each state where the update wants
             # it (the step count of a plain AdamW stays on the CPU, a fused one's moves to the device).

@@ -47,7 +47,7 @@ from harness.errors import UserError
 from harness.schema import BudgetConfig, TrainConfig
 from tests.support.projects import copy_project
 
-GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "experiment")
+GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
 # Set by the defaults list and not by a file of the machine on which the tests run.
 PLAIN = ["dataset=wikitext2", "name=run"]
 
@@ -69,7 +69,7 @@ def refusal(*overrides: str, load: Any = load_train_config) -> str:
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_groups_of_the_command_line_exist_and_no_others(group: str) -> None:
     folders = {path.name for path in CONFIGS.iterdir() if path.is_dir()}
-    assert group in folders and folders - set(GROUPS) <= {"local", "study"}
+    assert group in folders and folders - set(GROUPS) <= {"local", "study", "hydra"}
     assert options_of(group)
 
 
@@ -199,6 +199,8 @@ REFUSED = {
     "cache.dtype=int4": "cache.dtype=int4 is unknown; did you mean int8?",
     "optimizer.name=sgd": "optimizer.name=sgd is unknown; choose from adamw, muon",
     "schedule.name=linear": "schedule.name=linear is unknown; choose from cosine, wsd",
+    "parallel=tensor": "parallel=tensor does not exist; choose from ddp, fsdp",
+    "parallel.name=fsdp2": "parallel.name=fsdp2 is unknown; did you mean fsdp?",
     "tracking.name=mlflow": "tracking.name=mlflow is unknown; choose from none, trackio, wandb",
     "tokenizer.name=word": "tokenizer.name=word is unknown; choose from bpe, bytes, pretrained",
     "attention.mechanism=linear": "attention.mechanism=linear is unknown; choose from gqa, mla",
@@ -382,7 +384,8 @@ ANOTHER: dict[str, Any] = {
     "attention.rope_frequencies": "stored",
     "device": "cpu", "precision": "float32", "compile": "off", "cache.dtype": "float32", "model.mlp": "relu2",
     "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
-    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "model.causal": None, "micro_batch_size": 1,
+    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "parallel.name": "fsdp",
+    "model.causal": None, "micro_batch_size": 1,
     "dataset.source": "stdlib", "dataset.sha256": {"a": "b"}, "attention.q_lora_rank": 16,
     "on_nonfinite": "skip", "spikes.sigma": 6.0,
 }  # fmt: skip
@@ -453,7 +456,8 @@ def test_differences_name_the_field_and_both_values() -> None:
 
 def test_seeds_of_one_setup_share_a_hash_and_everything_else_changes_it() -> None:
     plain = train("attention=mla")
-    for same in (["seed=1"], ["seed=1", "data_seed=5"], ["device=cpu"], ["tracking=none"], ["attention.backend=sdpa"]):
+    for same in (["seed=1"], ["seed=1", "data_seed=5"], ["device=cpu"], ["tracking=none"], ["attention.backend=sdpa"],
+                 ["parallel=fsdp", "parallel.mixed_precision=true"]):  # fmt: skip
         assert setup_hash(train("attention=mla", *same)) == setup_hash(plain), same
     for other in (["attention.kv_lora_rank=16"], ["optimizer.lr=0.1"], ["dataset=stdlib"], ["budget.steps=3"]):
         assert setup_hash(train("attention=mla", *other)) != setup_hash(plain), other
@@ -504,6 +508,7 @@ def test_what_guards_a_run_is_checked_at_the_door(override: str, sentence: str) 
         ("attention.n_kv_heads=2 attention=gqa", "wikitext2-tiny-gqa-seed0"),  # gqa's own value: nothing differs
         ("attention=gqa attention.n_kv_heads=1", "wikitext2-tiny-gqa-n_kv_heads=1-seed0"),
         ("tokenizer=bytes tracking=none device=cpu", "wikitext2-tiny-mha-bytes-seed0"),
+        ("parallel=fsdp parallel.reshard_after_forward=false", "wikitext2-tiny-mha-seed0"),
         ("tokenizer=bpe optimizer=adamw", "wikitext2-tiny-mha-seed0"),
         ("optimizer=muon schedule=wsd", "wikitext2-tiny-mha-muon-wsd-seed0"),
         ("budget.tokens=5e5 optimizer.lr=1e-3", "wikitext2-tiny-mha-tokens=500000-lr=0.001-seed0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.evaluation.perplexity import SplitResult, cut_windows, evaluate_split, text_size
+from harness.evaluation.perplexity import Share, SplitResult, cut_windows, evaluate_split, text_size
 from tests.support.tiny_model import VOCAB, tiny_model
 
 END = VOCAB - 1
@@ -110,6 +111,41 @@ def test_the_result_does_not_depend_on_the_batch_size_or_on_the_padding() -> Non
             assert [part[2] for part in other.loss_by_position] == [
                 pytest.approx(part[2], rel=1e-6) for part in one.loss_by_position
             ]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7, 40])
+def test_several_processes_together_give_the_same_result_and_run_the_model_equally_often(processes: int) -> None:
+    """Threads in place of processes: each adds its totals when all have come."""
+    split, options = _split([5, 30, 1, 12]), {"segment_tokens": 4}
+    whole = _evaluate(_bigram, split, **options)
+    gate, brought = threading.Barrier(processes), [np.zeros(0)] * processes
+    calls, results = [0] * processes, [whole] * processes
+
+    def score(rank: int) -> None:
+        def total(values: np.ndarray) -> np.ndarray:
+            brought[rank] = values
+            gate.wait()
+            summed = np.sum(brought, axis=0)
+            gate.wait()
+            return summed
+
+        def losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+            calls[rank] += 1
+            return _bigram(inputs_BT, targets_BT)
+
+        results[rank] = _evaluate(losses, split, share=Share(rank, processes, total), **options)
+
+    threads = [threading.Thread(target=score, args=(rank,)) for rank in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(calls)) == 1
+    for result in results:
+        assert result is not whole and (result.tokens, result.segments) == (whole.tokens, whole.segments)
+        assert (result.loss, result.bits_per_byte) == pytest.approx((whole.loss, whole.bits_per_byte), rel=1e-12)
+        assert [row[:2] for row in result.loss_by_position] == [row[:2] for row in whole.loss_by_position]
+        assert [row[2] for row in result.loss_by_position] == pytest.approx([row[2] for row in whole.loss_by_position])
 
 
 def test_strided_windows_equal_scoring_token_by_token_with_the_same_context() -> None:

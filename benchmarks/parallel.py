@@ -1,0 +1,214 @@
+"""Training speed by the number of processes and how they share the model: python benchmarks/parallel.py [key=value ...].
+
+  model       gpt2       a config of configs/model (gpt2 on GPUs, tiny on a CPU)
+  attention   mha        a variant
+  processes   1,2        numbers of processes on this machine, separated by commas: one GPU each
+  engines     ddp,fsdp,fsdp_mixed   of several processes: fsdp_mixed gathers the blocks in bfloat16
+  batch_size  128        sequences per optimizer step, over all processes
+  micro_batch_size  null (automatic)                vocab_size  50257
+  steps       20         timed steps                rounds   3
+  checkpointing  false   activation checkpointing
+  device, precision, compile   auto
+  out         null       a JSON file for the figures
+
+Each line of the table is one torchrun of this file. The global batch at every step is the same, so the loss after the last
+step is too, up to rounding. Tokens are random: speed does not depend on them.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.bootstrap import enter_environment
+
+enter_environment()
+
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from harness.build import build_model
+from harness.command_line import parse_options, run_script
+from harness.config import load_train_config
+from harness.errors import UserError
+from harness.run import commit
+from harness.schema import ParallelConfig
+from harness.session import choose_loss_chunk, pin_execution
+from harness.training import device as hardware
+from harness.training.loop import train
+from harness.training.optimizer import build_optimizer
+from harness.training.parallel import Workers, open_workers, share_model
+from modeling.flops import training_flops_per_token
+
+ENGINES = {
+    "ddp": ParallelConfig(name="ddp"),
+    "fsdp": ParallelConfig(name="fsdp"),
+    "fsdp_mixed": ParallelConfig(name="fsdp", mixed_precision=True),
+}
+FIGURES = "PARALLEL_BENCHMARK_FIGURES"  # where a process that torchrun started leaves its figures
+
+
+@dataclass
+class ParallelOptions:
+    model: str = "gpt2"
+    attention: str = "mha"
+    processes: str = "1,2"
+    engines: str = "ddp,fsdp,fsdp_mixed"
+    batch_size: int = 128
+    micro_batch_size: int | None = None
+    vocab_size: int = 50257
+    steps: int = 20
+    rounds: int = 3
+    checkpointing: bool = False
+    device: str = "auto"
+    precision: str = "auto"
+    compile: str = "auto"
+    out: str | None = None
+
+
+def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
+    """Tokens per second of these processes together: median and range over the rounds."""
+    device, world_size = workers.device, workers.world_size
+    hardware.keep_freed_memory(device)
+    precision = hardware.select_precision(options.precision, device)
+    config = load_train_config([
+        f"model={options.model}", f"attention={options.attention}",
+        f"model.activation_checkpointing={str(options.checkpointing).lower()}",
+    ])  # fmt: skip
+    length, share = config.model.max_seq_len, options.batch_size // world_size
+    hardware.seed_everything(0)
+    model = build_model(config, options.vocab_size).to(device)
+    flops = training_flops_per_token(model, length)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    micro = options.micro_batch_size or hardware.auto_micro_batch_size(
+        share, max_seq_len=length, d_model=config.model.d_model, n_layers=config.model.n_layers,
+        vocab_size=options.vocab_size, parameters=parameters, precision=precision, device=device,
+    )  # fmt: skip
+    kernel = pin_execution(model, config.attention, device=device, precision=precision)
+    choose_loss_chunk(model, micro_batch_size=micro, device=device)
+    engine = share_model(model, workers, ENGINES[options.engines])
+    generator = torch.Generator().manual_seed(0)
+    globally = [
+        torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)
+    ]
+    mine = [batch[workers.rank * share : (workers.rank + 1) * share].to(device) for batch in globally]
+    hardware.reset_peak_memory(device)
+    steps = train(
+        model, itertools.cycle(mine), optimizer=build_optimizer(model, config.optimizer), schedule=lambda step: 1.0,
+        first_step=1, last_step=10**9, micro_batch_size=micro, grad_clip=1.0, precision=precision,
+        compile=hardware.select_compile(options.compile, device), device=device, engine=engine,
+    )  # fmt: skip
+    started = time.perf_counter()
+    for _ in range(5):  # compilation, allocator, caches
+        step = next(steps)
+    first = time.perf_counter() - started
+    rates = []
+    for _ in range(options.rounds):
+        synchronise(device)
+        started = time.perf_counter()
+        for _ in range(options.steps):
+            step = next(steps)
+        synchronise(device)
+        rates.append(options.steps * options.batch_size * length / (time.perf_counter() - started))
+    peak = hardware.peak_flops(device, precision)
+    rate = statistics.median(rates)
+    return {
+        "processes": world_size, "engine": options.engines if world_size > 1 else "-", "tokens_per_second": rate,
+        "low": min(rates), "high": max(rates), "mfu": rate * flops / (peak * world_size) if peak else None,
+        "peak_memory_bytes": hardware.peak_memory_bytes(device), "loss": step.loss, "steps": step.number,
+        "micro_batch_size": micro, "seconds_to_fifth_step": first, "parameters": parameters, "kernel": kernel,
+        "precision": str(precision).removeprefix("torch."), "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    }  # fmt: skip
+
+
+def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
+    """The figures of one torchrun of this file, None if it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        arguments = [f"{key}={'null' if value is None else value}" for key, value in asdict(options).items()
+                     if key not in ("processes", "engines", "out")]  # fmt: skip
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
+                "--master-addr=127.0.0.1", f"--master-port={port}", __file__]  # fmt: skip
+        environ = {**os.environ, FIGURES: str(figures)}
+        status = subprocess.run([*line, *arguments, f"engines={engine}"], env=environ).returncode
+        if status:
+            print(f"{processes} processes, {engine}: failed with status {status}", file=sys.stderr)
+            return None
+        measured: dict[str, Any] = json.loads(figures.read_text())
+    return measured
+
+
+def main(arguments: list[str]) -> int:
+    options = parse_options(ParallelOptions, arguments)
+    for engine in options.engines.split(","):
+        if engine not in ENGINES:
+            raise UserError(f"engines={engine} is unknown; choose from {', '.join(ENGINES)}")
+    if FIGURES in os.environ:
+        with open_workers(options.device) as workers:
+            measured = measure(options, workers)
+            if workers.is_first:
+                Path(os.environ[FIGURES]).write_text(json.dumps(measured))
+        return 0
+
+    measured_all: list[dict[str, Any]] = []
+    status = 0
+    for processes in map(int, options.processes.split(",")):
+        for engine in options.engines.split(",") if processes > 1 else ["ddp"]:
+            figures = launch(options, processes, engine)
+            if figures is None:
+                status = 1
+                continue
+            measured_all.append(figures)
+            print(row(figures, measured_all[0]), flush=True)
+    if not measured_all:
+        return status
+    first = measured_all[0]
+    print(f"\n{options.model}, {options.attention}, {first['parameters']:,} parameters, {options.batch_size} sequences a "
+          f"step, {first['precision']}, {first['kernel']}, torch {first['torch']}, {first['device']}")  # fmt: skip
+    print(
+        f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}"
+    )
+    for each in measured_all:
+        print(row(each, first))
+    line = json.dumps({"options": asdict(options), "commit": commit(), "figures": measured_all})
+    if options.out is not None:
+        Path(options.out).write_text(line + "\n", encoding="utf-8")
+    print(line)
+    return status
+
+
+def row(each: dict[str, Any], first: dict[str, Any]) -> str:
+    """One line of the table."""
+    between = f"{each['low']:,.0f}-{each['high']:,.0f}"
+    times = each["tokens_per_second"] / first["tokens_per_second"]
+    mfu = f"{each['mfu']:.1%}" if each["mfu"] else "-"
+    return (
+        f"{each['processes']:<10}{each['engine']:<12}{each['tokens_per_second']:>12,.0f}{between:>22}{times:>11.2f}"
+        f"{mfu:>8}{each['peak_memory_bytes'] / 2**30:>7.1f}{each['loss']:>9.4f}"
+    )
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

@@ -1,0 +1,233 @@
+"""train_model.py in several processes (gloo on the CPU): the same run as one process, continued by any number of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from harness.training.parallel import open_workers
+from tests.support.micro import Workplace, json_lines, metrics_of, summary_of
+from tests.support.processes import ROOT, torchrun, train_in, train_until
+
+STEPS = 6
+# Two layers that share weights, gradients of several micro-batches a step, a checkpoint at every second step.
+RUN = ["attention=mla_shared_weights", "model.n_layers=2", "batch_size=8", "micro_batch_size=1", "intervals.log=1",
+       "intervals.evaluate=2", "intervals.checkpoint=2"]  # fmt: skip
+DDP, FSDP = ["parallel=ddp"], ["parallel=fsdp", "model.activation_checkpointing=true"]
+DROPOUT = ["model.dropout=0.2", "attention=mha"]
+
+
+class Runs(Workplace):
+    """Runs that one process, two and four trained, and what the processes said of their engines."""
+
+    said: list[Any]
+
+    def asked(self, name: str, *more: str, until: int | None = None) -> dict[str, Any]:
+        return {"overrides": self.overrides(f"name={name}", *RUN, *more), "until": until}
+
+    def alone(self, name: str, *more: str, until: int | None = None) -> None:
+        with open_workers("cpu") as workers:
+            train_until(workers=workers, **self.asked(name, *more, until=until))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """`one` by one process; `two_ddp`, ... by more; `swapped` and `grown` by one after the other."""
+    place = Runs(tmp_path_factory.mktemp("processes"))
+    place.alone("one")
+    place.alone("grown", until=2)
+    place.alone("bfloat16", "precision=bfloat16")
+    place.said = train_in(2, place.folder, [
+        {"engine": "ddp"}, {"engine": "fsdp"},
+        place.asked("two_ddp", *DDP), place.asked("two_fsdp", *FSDP), place.asked("dropout", *DROPOUT),
+        place.asked("mixed", *FSDP, "parallel.mixed_precision=true", "precision=bfloat16"),
+        place.asked("swapped", *DDP, until=2), place.asked("grown", *FSDP, until=4),
+    ])  # fmt: skip
+    train_in(4, place.folder, [
+        place.asked("four_ddp", *DDP), place.asked("four_fsdp", *FSDP),
+        place.asked("swapped", *FSDP, until=4), place.asked("grown", *DDP),
+    ])  # fmt: skip
+    place.alone("swapped")
+    return place
+
+
+SHARED = ("two_ddp", "two_fsdp", "four_ddp", "four_fsdp", "swapped", "grown")
+
+
+def tensors(run: Path, file: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(run / "checkpoints" / f"step-{STEPS:08}" / file)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_loss_curve_is_that_of_one_process_however_many_train_and_continue(runs: Runs, name: str) -> None:
+    one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / name)
+    assert [(line["step"], line["tokens"]) for line in other] == [(line["step"], line["tokens"]) for line in one]
+    for key in ("train/loss", "train/grad_norm", "train/lr", "val/loss", "val/bits_per_byte"):
+        expected = [line[key] for line in one if key in line]
+        assert len(expected) >= 4 and [line[key] for line in other if key in line] == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_gathered_in_bfloat16_change_a_run_no_more_than_rounding(runs: Runs) -> None:
+    plain, mixed = (metrics_of(runs.runs / name) for name in ("bfloat16", "mixed"))
+    for key in ("train/loss", "val/loss"):
+        expected = [line[key] for line in plain if key in line]
+        assert [line[key] for line in mixed if key in line] == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_checkpoints_hold_whole_tensors_of_the_same_values(runs: Runs, name: str) -> None:
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        one, other = tensors(runs.runs / "one", file), tensors(runs.runs / name, file)
+        assert {key: (t.shape, t.dtype) for key, t in other.items()} == {
+            key: (t.shape, t.dtype) for key, t in one.items()
+        }
+        for key, tensor in one.items():
+            torch.testing.assert_close(other[key], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["two_ddp", "two_fsdp", "four_ddp", "four_fsdp"])
+def test_a_shared_evaluation_is_exact(runs: Runs, name: str) -> None:
+    """Of the same weights: those at the start."""
+    one, other = (metrics_of(runs.runs / run)[0] for run in ("one", name))
+    assert other["val/loss"] == pytest.approx(one["val/loss"], rel=1e-12)
+    assert summary_of(runs.runs / name)["evaluated_tokens"] == summary_of(runs.runs / "one")["evaluated_tokens"]
+
+
+def test_only_the_first_process_writes(runs: Runs) -> None:
+    names = [{path.name for path in (runs.runs / run).iterdir()} for run in ("one", "two_ddp", "four_fsdp")]
+    assert names[0] == names[1] == names[2]
+    assert [summary_of(runs.runs / run)["processes"] for run in ("one", "two_ddp", "four_fsdp")] == [1, 2, 4]
+
+
+def test_gradients_travel_once_a_step(runs: Runs) -> None:
+    assert runs.said[:2] == [{"first": False, "last": True}] * 2
+
+
+# The process of rank RANK is killed without any chance to clean up, once, after the step LAST.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from harness import session
+import train_model
+
+loop = session.train
+
+def train(*arguments, **options):
+    for step in loop(*arguments, **options):
+        yield step
+        if step.number == {last} and os.environ["RANK"] == "{rank}" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+session.train = train
+sys.exit(train_model.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("rank", "option"), [
+    (0, "--master-port={port}"), pytest.param(1, "--standalone", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_killed_process_restarts_all_and_the_run_ends_as_if_nothing_had_happened(
+    runs: Runs, rank: int, option: str
+) -> None:
+    """Bit for bit, dropout included: both ways in which torchrun lets its processes meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        option = option.format(port=free.getsockname()[1])
+    script = runs.folder / f"killed{rank}.py"
+    script.write_text(KILLED.format(root=str(ROOT), last=5, rank=rank))
+    overrides = runs.asked(f"killed{rank}", *DROPOUT, "checkpoints.background=false")["overrides"]
+    done = torchrun(2, script, *overrides, options=("--max-restarts=1", option))
+    assert done.returncode == 0, done.stderr
+    assert "from step 5" in done.stdout
+    (summary,) = json_lines(done.stdout)
+    whole = summary_of(runs.runs / "dropout")
+    assert (summary["loss"], summary["train_loss"]) == (whole["loss"], whole["train_loss"])
+    for key, tensor in tensors(runs.runs / "dropout", "model.safetensors").items():
+        assert torch.equal(tensor, tensors(runs.runs / f"killed{rank}", "model.safetensors")[key]), key
+
+
+# The last process alone is asked to stop, in the middle of step 3 or of an evaluation; the bad number is its own, too.
+TROUBLE = """
+import math, os, signal, sys
+sys.path.insert(0, {root!r})
+import train_model
+from harness.command_line import run_script
+from modeling.gpt import GPT
+
+calls = 0
+original = GPT.{method}
+
+def counted(self, *arguments):
+    global calls
+    calls += 1
+    here = os.environ["RANK"] == "1" and calls == {call}
+    if here and "{trouble}" == "signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+    result = original(self, *arguments)
+    return result * math.nan if here and "{trouble}" == "nan" else result
+
+GPT.{method} = counted
+run_script(train_model.main, description=None)
+"""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("method", "call", "step"), [("loss", 10, 3), ("token_losses", 3, 2)])
+def test_one_process_that_is_asked_to_stop_stops_all_and_the_run_goes_on(
+    runs: Runs, engine: str, method: str, call: int, step: int
+) -> None:
+    """Four micro-batches a step, two batches an evaluation, at steps 0, 2 and so on."""
+    name = f"stopped-{method}-{engine}"
+    script = runs.folder / f"{name}.py"
+    script.write_text(TROUBLE.format(root=str(ROOT), method=method, call=call, trouble="signal"))
+    overrides = runs.asked(name, f"parallel={engine}")["overrides"]
+    done = torchrun(2, script, *overrides)
+    assert done.returncode != 0
+    (said,) = json_lines(done.stdout)
+    assert (said["status"], said["step"]) == ("interrupted", step), done.stderr
+    assert (runs.runs / name / "checkpoints" / f"step-{step:08}").is_dir()
+    runs.alone(name)
+    one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / name)
+    assert [line["step"] for line in other] == [line["step"] for line in one]
+    for key in ("train/loss", "val/loss"):
+        expected = [line[key] for line in one if key in line]
+        assert [line[key] for line in other if key in line] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_a_bad_number_of_one_process_stops_all_is_said_once_and_leaves_the_step_before(runs: Runs, engine: str) -> None:
+    script = runs.folder / f"nan-{engine}.py"
+    script.write_text(TROUBLE.format(root=str(ROOT), method="loss", call=10, trouble="nan"))
+    done = torchrun(2, script, *runs.asked(f"nan-{engine}", f"parallel={engine}")["overrides"])
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert said.startswith("error: step 3: the loss is nan") and "The checkpoint of step 2 is kept." in said
+    assert "documents" in said or "document " in said
+
+
+def test_what_the_first_process_refuses_is_said_once_and_ends_all(runs: Runs) -> None:
+    before = {path.name for path in runs.runs.iterdir()}
+    done = torchrun(2, ROOT / "train_model.py", *runs.asked("refused", "dataset.path=/nowhere")["overrides"])
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: dataset.path=/nowhere does not exist: name a file, a folder or a quoted glob of such files"
+    ]
+    assert {path.name for path in runs.runs.iterdir()} == before
+
+
+def test_a_sweep_is_refused_under_torchrun() -> None:
+    line = [sys.executable, "train_model.py", "-m", "attention=mha,mla"]
+    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
+    done = subprocess.run(line, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: -m starts a process for each run and cannot stand under torchrun; start torchrun for each run\n"
+    )
