@@ -175,14 +175,27 @@ def typed(kind: Any, value: Any, path: str) -> Any:
     elif kind is str:
         if isinstance(value, float) or (isinstance(value, int) and _fits(value)) or _is_text(value):
             return _shown(value)
+        if isinstance(value, str):
+            raise UserError(f"{path} is not UTF-8 (byte {_first_bad_byte(value)}); give it in that encoding")
     elif isinstance(value, kind):
         return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
+        raise UserError(f"{path}={value} is too large; choose a whole number below 2^63")
     raise UserError(f"{path}={_shown(value)} must be {_WORDS[origin or kind]}")
 
 
 def _fits(number: float) -> bool:
     """Finite, and a whole number within 64 bits: a larger one is nothing that can be counted, and may not be printable."""
     return -(2**64) < number < 2**64 if isinstance(number, int) else math.isfinite(number)
+
+
+def _first_bad_byte(text: str) -> int:
+    """From 1: of text that _is_text refuses."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return len(text[: error.start].encode()) + 1
+    raise AssertionError("every byte is good")
 
 
 def _is_text(value: Any) -> bool:

@@ -109,11 +109,6 @@ def main(arguments: list[str]) -> int:
 
 def check(options: GenerateOptions) -> None:
     """Raises UserError for what can be refused before a run is loaded."""
-    try:
-        options.prompt.encode()
-    except UnicodeEncodeError as error:
-        place = len(options.prompt[: error.start].encode()) + 1
-        raise UserError(f"the prompt is not UTF-8 (byte {place}); give it in that encoding") from None
     if abs(options.seed) >= 2**63:
         raise UserError(f"seed={options.seed} is too large for torch's generator; choose a seed below 2^63")
 
