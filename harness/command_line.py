@@ -97,11 +97,12 @@ def _leaf_types(kind: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
 def run_script(main: Callable[[list[str]], int], *, description: str | None) -> typing.NoReturn:
     """Call main(arguments) and leave with its status. A UserError is printed in one sentence, status 2; --help explains."""
     arguments = sys.argv[1:]
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print((description or "").strip())
-        sys.exit(0)
     try:
-        status = main(arguments)
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print((description or "").strip(), flush=True)
+            status = 0
+        else:
+            status = main(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2

@@ -17,7 +17,7 @@ from harness.conversion import ConversionConfig, converted_from, possible_folds
 from harness.errors import UserError
 from harness.session import load_trained
 from modeling.attention import EXECUTION
-from scripts import convert, generate
+from scripts import convert, export, generate
 from tests.support.micro import STEPS, TOKENS_PER_STEP, Workplace, contents, json_lines, metrics_of, summary_of
 
 # The source caches 2 (16 + 16) = 64 elements a token and layer.
@@ -196,6 +196,22 @@ def test_training_goes_on_from_the_converted_weights(place: Workplace) -> None:
     assert config.attention == load_run_config(source).attention
     assert (config.init_from, config.init_setup) == (str(source), setup_hash(load_run_config(source)))
     assert place.evaluate(f"run={run}", "max_tokens=500") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("transmla", "AttentionAblationForCausalLM"), ("transmla, normed", "DeepseekV3ForCausalLM")],
+)
+def test_what_was_converted_and_trained_on_is_exported_as_a_stock_model_where_its_latent_has_a_norm(
+    place: Workplace, name: str, architecture: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    options = [*METHODS["transmla"][0], *(["latent_norm=rms"] if "normed" in name else [])]
+    run = converted(place, name.replace(", ", "-"), *options)
+    arguments = [a for a in tuned(place, f"tuned-{run.name}") if not a.startswith("init_from=")]
+    assert train_model.main([*arguments, f"init_from={run}"]) == 0
+    assert export.main([f"run={place.runs / f'tuned-{run.name}'}", f"to={tmp_path / 'out'}"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == [architecture]
 
 
 def test_the_weights_bring_their_tokenizer_to_another_text(place: Workplace, tmp_path: Path) -> None:

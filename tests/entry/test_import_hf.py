@@ -236,7 +236,9 @@ def test_older_and_shorter_ways_to_say_the_same_are_understood(
     assert trained.model.max_seq_len == 64 and difference(trained, zoo.model(name)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama, llama3", "mistral", "qwen2", "qwen2, yarn", "qwen3", "deepseek_v2, yarn", "deepseek_v3"]
+)
 def test_an_import_exported_and_imported_again_has_the_same_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
     zoo.bring(zoo.source(name), tmp_path / "first")
     assert export.main([f"run={tmp_path / 'first'}", f"to={tmp_path / 'exported'}"]) == 0
