@@ -19,6 +19,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 INK, QUIET, RULE, GRID = "#1a1a1a", "#595959", "#8c8c8c", "#e6e6e6"
 LETTERS = 11.5  # of axes and labels
 LINE = 14.0  # from one line of words to the next
+MOST_AT_ENDS = 20  # names that a plot's height has room for at the ends of its lines
 MOST_ASIDE = 36.0  # from the first to the last of points that share a place
 
 # Okabe and Ito's palette without its yellow, which vanishes on white. Shapes and dashes tell apart what shares a colour,
@@ -357,7 +358,7 @@ def _draw_plot(plot: Plot, width: float) -> Drawing:
     names = {series.arm: series.label or series.arm for series in plot.series}
     at_right = [*names.values(), *([plot.level[1]] if plot.level else [])]
     longest = max(map(text_width, at_right), default=0.0)
-    if plot.lines and longest < 0.27 * width:
+    if plot.lines and longest < 0.27 * width and len(at_right) <= MOST_AT_ENDS:
         return _laid_out(plot, width, names, "ends", at_right)[0]
     if not plot.lines:
         drawing, has_room = _laid_out(plot, width, names, "beside", [])

@@ -381,7 +381,7 @@ def _lines(findings: Findings, curves: Curves, unit: str, place: str, *, dotted:
                  f"{arm}: {point.mean:.4f} {unit} at {short(round(point.x))} {place}")
             for point in points
         ]  # fmt: skip
-        if marks:
+        if len(marks) > 1:  # of what was converted, not trained, there is one
             series.append(Series(arm, found[arm], marks, joined=True, dotted=dotted))
     return series
 
