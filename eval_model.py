@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import find_run, finished_runs, newest_run, run_hydra
+from harness.command_line import finished_runs, newest_run, run_hydra
 from harness.comparison import cache_label
-from harness.config import load_eval_config
+from harness.config import find_run, load_eval_config
 from harness.errors import UserError
 from harness.run import finished
 from harness.schema import EvalConfig

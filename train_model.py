@@ -48,12 +48,9 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     from harness.training.nonfinite import NonFiniteError
     from harness.training.optimizer import check_optimizer
     from harness.training.parallel import check_parallel
-    from harness.training.schedule import build_schedule, steps_from_budget
+    from harness.training.schedule import build_schedule, training_steps
 
-    tokens_per_step = config.batch_size * config.model.max_seq_len
-    steps = steps_from_budget(
-        config.budget, tokens_per_step=tokens_per_step, default_tokens=config.model.default_tokens
-    )
+    steps = training_steps(config)
 
     def check() -> Path:
         build_schedule(config.schedule, steps)

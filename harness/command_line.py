@@ -62,13 +62,8 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
         is_text = leaves[key] is str or (leaves[key] == str | None and value != "null")
         try:
             parsed = value if is_text else yaml.safe_load(value)
-        except (
-            yaml.YAMLError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ):  # no such date, a tag, 1,000 brackets
+        # No such date, a tag, 1,000 brackets.
+        except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
         if isinstance(parsed, str) and leaves[key] in (float, float | None):
             try:  # YAML 1.1 reads 1e-3 as text
@@ -141,13 +136,8 @@ def run_hydra(
             raise UserError(f"{' '.join(flags)} is not understood; run {script} --help")
         print(f"\n$ {script} {' '.join(overrides)}", flush=True)
         processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
-        torchrun = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=localhost",
-            f"--nproc-per-node={processes}",
-        ]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost",
+                    f"--nproc-per-node={processes}"]  # fmt: skip
         line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
         status, stopped_by = _run_child(line)
         if stopped_by is not None:
@@ -232,24 +222,6 @@ def _prepare_launcher(chosen: str | None, overwrites: bool) -> None:
             f"run; choose another name=..., or delete the runs yourself"
         )
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-
-def user_path(text: str) -> Path:
-    """A path as typed: from the current folder, else from the project's."""
-    path = Path(text).expanduser()
-    if path.is_absolute() or path.exists() or not (ROOT / path).exists():
-        return path.absolute()
-    return ROOT / path
-
-
-def find_run(text: str, runs_dir: Path) -> Path:
-    """A run's folder from what was typed: a path, or the name of a run below runs_dir. Raises UserError."""
-    for candidate in (user_path(text), runs_dir / text):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    known = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
-    hint = did_you_mean(Path(text).name, known) if known else "train one with python train_model.py"
-    raise UserError(f"run={text} is no run (no config.yaml in it or in {runs_dir / text}); {hint}")
 
 
 def newest_run(runs_dir: Path) -> Path:

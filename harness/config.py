@@ -643,12 +643,7 @@ def _init_source(overrides: Sequence[str]) -> Path | None:
     if text in ("", "null"):
         return None
     runs_dir = Path(given.get("runs_dir", ROOT / "runs")).expanduser()
-    for folder in (Path(text).expanduser(), runs_dir / text):
-        if (folder / "config.yaml").is_file():
-            return folder.absolute()
-    known = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
-    hint = f"; {did_you_mean(Path(text).name, known)}" if known else ""
-    raise UserError(f"init_from={text} is no run (no config.yaml in it or in {runs_dir / text}){hint}")
+    return find_run(text, runs_dir, "init_from").absolute()
 
 
 def _initialised(overrides: Sequence[str], theirs: TrainConfig) -> TrainConfig:
@@ -713,6 +708,24 @@ def _default_options(config_name: str) -> dict[str, str | None]:
     entries = yaml.safe_load((CONFIGS / f"{config_name}.yaml").read_text(encoding="utf-8"))["defaults"]
     return {group: option for entry in entries if isinstance(entry, dict)
             for group, option in entry.items() if not group.startswith("optional ")}  # fmt: skip
+
+
+def user_path(text: str) -> Path:
+    """A path as typed: from the current folder, else from the project's."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists() or not (ROOT / path).exists():
+        return path.absolute()
+    return ROOT / path
+
+
+def find_run(text: str, runs_dir: Path, field: str = "run") -> Path:
+    """A run's folder from what was typed for `field`: a path, or the name of a run below runs_dir. Raises UserError."""
+    for candidate in (user_path(text), runs_dir / text):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    known = sorted(path.parent.name for path in runs_dir.glob("*/config.yaml"))
+    hint = did_you_mean(Path(text).name, known) if known else "train one with python train_model.py"
+    raise UserError(f"{field}={text} is no run (no config.yaml in it or in {runs_dir / text}); {hint}")
 
 
 def load_run_config(run: Path) -> TrainConfig:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ from harness.config import origin_hash, setup_hash
 from harness.data import PreparedData, TokenSplit, prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
-from harness.evaluation.evaluate import evaluate_model
 from harness.made import make_run
-from harness.run import finished, read_json
+from harness.run import finished
 from harness.schema import TrainConfig
-from harness.session import TrainedModel
+from harness.session import TrainedModel, tokens_seen, validate, validation_split
 from harness.training.checkpoint import save_model
 from modeling.attention import EXECUTION
 from modeling.attention.cache import DTYPES
@@ -61,9 +60,8 @@ from modeling.gpt import GPT
 
 _SHORT = {"gqa_mean": "mean"}  # in the names of variants
 METHODS = ("transmla", "mha2mla", "exact", "gqa_mean")
-EXACT_WITHIN = (
-    1e-5  # ||logits - logits before|| / ||logits before|| in float32, of stages that promise to change nothing
-)
+# ||logits - logits before|| / ||logits before|| in float32, of stages that promise to change nothing.
+EXACT_WITHIN = 1e-5
 _WINDOW = 512  # tokens of a calibration or comparison window, at most
 _COMPARED_TOKENS = 8_192
 _HELD_OUT_TOKENS = 32_768
@@ -158,20 +156,15 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
     """
     check(options)
     config = trained.config
-    if config.attention["mechanism"] != "gqa":
-        raise UserError(
-            f"attention={config.attention['name']} is no MHA, GQA or MQA, which is what conversions start from"
-        )
-    tokens = options.calibration_tokens
-    if options.method in ("transmla", "mha2mla"):
-        assert options.kv_lora_rank is not None
-        tokens = max(tokens, 4 * options.kv_lora_rank)
+    _check_source(config)
     judge = Judge(trained, data, options, device=device)
     try:
         layers = [grouped_layer(copy.deepcopy(attention).double()) for attention in trained.model.attentions]
-        plan = _PLANS[options.method]
-        calibration = _calibrate(trained.model, data, tokens, device) if plan is not _exact else None
-        stages, details = plan(layers, calibration, options, judge)
+        calibration = None
+        if options.kv_lora_rank is not None:
+            tokens = max(options.calibration_tokens, 4 * options.kv_lora_rank)
+            calibration = _calibrate(trained.model, data, tokens, device)
+        stages, details = _PLANS[options.method](layers, calibration, options, judge)
     except ValueError as error:
         raise UserError(f"{config.name} does not convert so: {error}") from None
     reports, model = [judge.report("the run", trained.model, exact=True)], trained.model
@@ -182,6 +175,13 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
     return Converted(target, model, reports, details)
 
 
+def _check_source(config: TrainConfig) -> None:
+    if config.attention["mechanism"] != "gqa":
+        raise UserError(
+            f"attention={config.attention['name']} is no MHA, GQA or MQA, which is what conversions start from"
+        )
+
+
 class Judge:
     """Measures converted models against the run's own, on the same validation tokens."""
 
@@ -189,9 +189,9 @@ class Judge:
         self, trained: TrainedModel, data: PreparedData, options: ConversionConfig, *, device: torch.device
     ) -> None:
         self._trained, self._data, self._options, self._device = trained, data, options, device
-        if "validation" not in data.splits:
-            raise UserError(f"dataset={trained.config.dataset.name} has no validation split to judge a conversion by")
-        self._tokens_BT = _windows(data.splits["validation"], _COMPARED_TOKENS, trained.model.max_seq_len).to(device)
+        self._tokens_BT = _windows(
+            validation_split(trained.config, data), _COMPARED_TOKENS, trained.model.max_seq_len
+        ).to(device)
 
     def build(self, states: Sequence[LayerState]) -> GPT:
         """The run's model with these layers in place of its attention."""
@@ -200,12 +200,9 @@ class Judge:
 
     def loss(self, model: GPT) -> float:
         """Validation loss in nats per token, as training measures it."""
-        evaluation = self._trained.config.evaluation
-        result = evaluate_model(
-            model, self._data.splits["validation"], end_of_text=self._data.end_of_text,
-            decode=self._trained.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
-            batch_size=evaluation.batch_size, precision=torch.float32, device=self._device,
-            max_tokens=evaluation.max_tokens,
+        result = validate(
+            model, self._trained.config, self._data, self._trained.tokenizer, precision=torch.float32, device=self._device,
+            progress=True,
         )  # fmt: skip
         return float(result.loss)
 
@@ -260,23 +257,24 @@ def _transmla(
     folds = [options.fold] if options.fold is not None else possible_folds(layers[0].k_GKD.shape[1], width)
     rotated = [rotate_heads(*pair) for pair in zip(merged, calibration.layers, strict=True)]
     tried: dict[int, float] = {}
-    best: Planned | None = None
+    best: tuple[int, Planned, list[LatentLayer], list[LatentLayer]] | None = None
     for fold in folds:
-        turned = [rotate_heads(*pair, fold=fold) for pair in zip(merged, calibration.layers, strict=True)]
+        pairs = zip(merged, calibration.layers, strict=True)
+        turned = rotated if fold == 1 else [rotate_heads(*pair, fold=fold) for pair in pairs]
         dropped = [drop_rope(layer, width) for layer in turned]
-        compressed, details = _compressed(dropped, calibration, options, basis="activations", balance=True)
-        folded = [] if fold == 1 else [(f"neighbouring frequencies folded ({fold})", False, _states(turned))]
-        planned = [
-            ("merge heads", True, _states(merged)), ("rotate heads", True, _states(rotated)), *folded,
-            (f"RoPE on {width} dimensions", False, _states(_no_wider(dropped))), *compressed,
-        ]  # fmt: skip
+        compressed = _compressed(dropped, calibration, options, basis="activations", balance=True)
         if len(folds) > 1:
             assert judge is not None
-            tried[fold] = judge.loss(judge.build(planned[-1][2]))
+            tried[fold] = judge.loss(judge.build(compressed[0][-1][2]))
         if best is None or tried[fold] == min(tried.values()):
-            best = planned, details | {"fold": fold}
+            best = fold, compressed, turned, dropped
     assert best is not None
-    return best[0], best[1] | ({"validation_loss_by_fold": tried} if tried else {})
+    fold, (compressed_stages, details), turned, dropped = best
+    folded = [] if fold == 1 else [(f"neighbouring frequencies folded ({fold})", False, _states(turned))]
+    return [
+        ("merge heads", True, _states(merged)), ("rotate heads", True, _states(rotated)), *folded,
+        (f"RoPE on {width} dimensions", False, _states(_no_wider(dropped))), *compressed_stages,
+    ], details | {"fold": fold} | ({"validation_loss_by_fold": tried} if tried else {})  # fmt: skip
 
 
 def possible_folds(head_dim: int, width: int) -> list[int]:
@@ -409,10 +407,7 @@ def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfi
     One layer of random values goes through the stages.
     """
     check(options)
-    if source.attention["mechanism"] != "gqa":
-        raise UserError(
-            f"attention={source.attention['name']} is no MHA, GQA or MQA, which is what conversions start from"
-        )
+    _check_source(source)
     with torch.random.fork_rng(devices=[]):
         attention = build_layer(source)
     assert isinstance(attention, GroupedQueryAttention)
@@ -492,16 +487,34 @@ def write_converted(converted: Converted, source: Path, trained: TrainedModel, t
         origin=origin, steps=trained.step,
     )  # fmt: skip
     if finished(source):
-        return int(read_json(source / "summary.json")["tokens"])
+        return tokens_seen(source)
     return trained.step * trained.config.batch_size * trained.config.model.max_seq_len
 
 
 def stage_rows(stages: Sequence[Stage]) -> Iterator[list[str]]:
     """A table for people, its heading first."""
-    yield ["stage", "exact", "cache bytes/token", "largest logit error", "mean", "relative", "KL (nats)", "perplexity"]
+    yield ["stage", "exact", "cache bytes/token", "largest logit error", "mean", "relative",
+           "KL, nats/token", "validation perplexity"]  # fmt: skip
     for stage in stages:
         yield [
             stage.stage, "yes" if stage.exact else "", f"{stage.cache_bytes_per_token:,}",
             f"{stage.largest_logit_error:.2g}", f"{stage.mean_logit_error:.2g}", f"{stage.relative_logit_error:.1e}",
             f"{stage.kl:.2e}", f"{stage.perplexity:,.3f}",
         ]  # fmt: skip
+
+
+def detail_lines(details: Mapping[str, Any]) -> Iterator[str]:
+    """What a conversion chose and what it kept, for people."""
+    if "basis" in details:
+        scaled = ", keys scaled to the values' energy first" if details["balance"] else ""
+        yield f"low rank of {details['basis']}{scaled}; calibrated on {details['calibration_tokens']:,} training tokens"
+        yield f"share of energy kept, by layer: {_numbers(details['energy_kept'])} of what was fitted"
+        unseen = f"{details['held_out_tokens']:,} validation tokens"
+        yield f"                                {_numbers(details['energy_kept_held_out'])} on {unseen}"
+    if "validation_loss_by_fold" in details:
+        tried = ", ".join(f"{fold}: {loss:.4f}" for fold, loss in details["validation_loss_by_fold"].items())
+        yield f"fold {details['fold']}, chosen by validation loss in nats/token ({tried})"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)

@@ -13,7 +13,7 @@ from harness.config import differences
 from harness.errors import UserError
 from harness.schema import TrainConfig
 from harness.training.checkpoint import checkpoint_state, latest_checkpoint
-from harness.training.schedule import decay_begins, steps_from_budget
+from harness.training.schedule import decay_begins, training_steps
 
 BUDGET = ("budget.steps", "budget.tokens")
 
@@ -24,7 +24,7 @@ def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
     Raises UserError when all that differs is a larger budget that comes too late.
     """
     differing = differences(config, older)
-    steps, steps_before = _steps(config), _steps(older)
+    steps, steps_before = training_steps(config), training_steps(older)
     if config.schedule.name != "wsd" or steps <= steps_before:
         return False
     if any(sentence.split(" ", 1)[0] not in BUDGET for sentence in differing):
@@ -46,10 +46,3 @@ def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
             f"another budget ({'; '.join(differing)}): train on with the one it has, or choose another name=..."
         )
     return True
-
-
-def _steps(config: TrainConfig) -> int:
-    return steps_from_budget(
-        config.budget, tokens_per_step=config.batch_size * config.model.max_seq_len,
-        default_tokens=config.model.default_tokens,
-    )  # fmt: skip

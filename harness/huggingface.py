@@ -32,7 +32,7 @@ _MLA: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 # Of the norms on latents in their DeepSeek-V3, whatever its configuration says.
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
-_LATENT_NORM_EPS = 1e-6
+LATENT_NORM_EPS = 1e-6
 
 
 def register() -> None:
@@ -182,7 +182,7 @@ def _latent_weights(attention: Any, norm_eps: float) -> dict[str, Tensor]:
     that several heads share stand there once for each. A latent that has no bias beside a rotated key with one has zeros.
     """
     H, N, P, L = attention.n_heads, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.kv_lora_rank
-    eps_factor = (_LATENT_NORM_EPS / norm_eps) ** 0.5
+    eps_factor = (LATENT_NORM_EPS / norm_eps) ** 0.5
     biases: tuple[Tensor | None, ...]
     if attention.in_proj is not None:
         queries, kv_down, k_rope = attention.in_proj.weight.split(attention.down_widths)

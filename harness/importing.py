@@ -26,19 +26,19 @@ from harness.config import differences, load_run_config, load_train_config, orig
 from harness.data import Tokenizer, check, hub_client
 from harness.errors import UserError
 from harness.export import check_target
+from harness.huggingface import LATENT_NORM_EPS
 from harness.made import ORIGIN_FILE, make_run
 from harness.run import read_json
 from harness.schema import TokenizerConfig, TrainConfig
 from harness.shards import DTYPES, ShardWriter, Slot, Stored, open_shards
 from harness.their_config import FAMILIES, Description, describe
+from harness.training.checkpoint import unique_tensors
 from modeling.attention import EXECUTION
 from modeling.attention.cache import DTYPES as CACHE_DTYPES
 from modeling.gpt import GPT
 
 CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Of the norms on latents in their DeepSeek classes, whatever config.json says.
-_LATENT_NORM_EPS = 1e-6
 _SCORED_TOKENS = 16_384  # in one forward pass of an evaluation, where the window is no longer
 _LEARNING_RATE = 2e-5  # of whoever trains on: a usual one for weights that have been trained
 # Buffers that older checkpoints carry; what they hold follows from config.json.
@@ -163,12 +163,15 @@ def import_model(plan: Plan, target: Path) -> None:
     check_target(target)
     writer = ShardWriter({
         name: Slot(tuple(tensor.shape), _dtype(plan, plan.recipes[name]))
-        for name, tensor in _own_tensors(plan.model).items()
+        for name, tensor in unique_tensors(plan.model).items()
     })  # fmt: skip
     hashes = file_hashes(plan.source)
 
     def write(path: Path) -> None:
-        writer.write(path, (_made(plan, plan.recipes[name], writer.slots[name]) for name in writer.names))
+        from tqdm import tqdm
+
+        bar = tqdm(writer.names, desc="import", unit="tensor", leave=False, disable=None)
+        writer.write(path, (_made(plan, plan.recipes[name], writer.slots[name]) for name in bar))
 
     make_run(
         _with_origin(plan.config, hashes), target, write_model=write, model_bytes=writer.nbytes,
@@ -347,12 +350,6 @@ def _tied(said: bool, tensors: Mapping[str, Stored], notes: list[str]) -> bool:
     return same
 
 
-def _own_tensors(model: GPT) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds: a tied head only as the embedding."""
-    tied = model.head.weight is model.embedding.weight
-    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "head.weight")}
-
-
 def _recipes(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[tuple[str, Recipe]]:
     """For each of our tensors, theirs."""
     outer = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
@@ -360,7 +357,7 @@ def _recipes(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[
     inner = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp": "mlp",
              "attention": "self_attn"}  # fmt: skip
     latent = _latent_recipes(config, interleaved=interleaved) if config.attention["mechanism"] == "mla" else {}
-    for name, tensor in _own_tensors(model).items():
+    for name, tensor in unique_tensors(model).items():
         shape = tuple(tensor.shape)
         if name in outer:
             rows = shape if name == "norm.weight" else (model.vocab_size, *shape[1:])
@@ -384,7 +381,7 @@ def _latent_recipes(config: TrainConfig, *, interleaved: bool) -> dict[str, Reci
     options, D, H = config.attention, config.model.d_model, config.model.n_heads
     N, P, V = options["qk_nope_head_dim"], options["qk_rope_head_dim"], options["v_head_dim"]
     L, R = options["kv_lora_rank"], options["q_lora_rank"]
-    factor = (config.model.norm_eps / _LATENT_NORM_EPS) ** 0.5
+    factor = (config.model.norm_eps / LATENT_NORM_EPS) ** 0.5
 
     def halves(rows: Tensor, dim: int = 0) -> Tensor:
         """Rows that are rotated in pairs (2i, 2i + 1), reordered for pairs (i, i + P/2)."""

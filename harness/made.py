@@ -20,12 +20,12 @@ import torch
 from harness.config import RUN_NAME, save_run_config
 from harness.data import prepare
 from harness.errors import UserError
-from harness.evaluation.evaluate import evaluate_model, split_metrics
+from harness.evaluation.evaluate import split_metrics
 from harness.export import check_target
 from harness.facts import model_facts
 from harness.run import read_json, write_json
 from harness.schema import TrainConfig
-from harness.session import load_trained, open_run_tracker, run_summary
+from harness.session import load_trained, open_run_tracker, run_summary, validate
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION
 
@@ -84,16 +84,7 @@ def score(run: Path, *, tokens: int, device: torch.device, precision: torch.dtyp
         tokenizer_file=trained.tokenizer_file,
         for_training=False,
     )
-    if "validation" not in data.splits:
-        raise UserError(
-            f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
-        )
-    evaluation = config.evaluation
-    result = evaluate_model(
-        trained.model, data.splits["validation"], end_of_text=data.end_of_text, decode=trained.tokenizer.decode,
-        stride_fraction=evaluation.stride_fraction, batch_size=evaluation.batch_size, precision=precision, device=device,
-        max_tokens=evaluation.max_tokens,
-    )  # fmt: skip
+    result = validate(trained.model, config, data, trained.tokenizer, precision=precision, device=device, progress=True)
     facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)
     with open_run_tracker(
         config,

@@ -197,9 +197,8 @@ class TrainConfig:
     tracking: TrackingConfig
     # A run whose weights this one starts from; its model, attention and tokenizer come along.
     init_from: str | None = None
-    init_setup: str | None = (
-        None  # worked out: that run's setup_hash; of a conversion or an import, what made the weights
-    )
+    # Worked out: that run's setup_hash; of a conversion or an import, what made the weights.
+    init_setup: str | None = None
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
     on_nonfinite: str = "stop"  # stop | skip: what a loss or gradient that is not finite does to the run
     skip_limit: int = 10  # steps in a row without an update after which training gives up

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ import torch
 
 from harness.build import build_model
 from harness.config import load_run_config, setup_hash
-from harness.data import PreparedData, Tokenizer, prepare
+from harness.data import PreparedData, Tokenizer, TokenSplit, prepare
 from harness.data.loader import WindowLoader, documents_in
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
-from harness.evaluation.perplexity import Share, SplitResult
+from harness.evaluation.perplexity import WHOLE, Share, SplitResult
 from harness.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
-from harness.run import commit, read_json
+from harness.run import commit, finished, read_json
 from harness.schema import TrackingConfig, TrainConfig
 from harness.tracking import SilentTracker, Tracker, open_tracker
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot, tidy
@@ -152,19 +152,16 @@ class Session:
 
     def poll(self) -> None:
         """Raises Interrupted when any process has been asked to stop."""
-        if self.stopping():
-            raise Interrupted
+        self.stopping()
+        self.interruption.poll()
 
     def evaluate(self) -> SplitResult | None:
         """The validation split, as eval_model.py would score it, up to evaluation.max_tokens; None when asked to stop."""
-        evaluation = self.config.evaluation
         share = Share(self.workers.rank, self.workers.world_size, self.workers.total)
         try:
-            return evaluate_model(
-                self.model, self.data.splits["validation"], end_of_text=self.data.end_of_text,
-                decode=self.tokenizer.decode, stride_fraction=evaluation.stride_fraction,
-                batch_size=evaluation.batch_size, precision=self.precision, device=self.device,
-                max_tokens=evaluation.max_tokens, share=share, poll=self.poll,
+            return validate(
+                self.model, self.config, self.data, self.tokenizer, precision=self.precision, device=self.device,
+                share=share, poll=self.poll,
             )  # fmt: skip
         except Interrupted:
             return None
@@ -305,6 +302,31 @@ class Session:
         ) | ({"skipped_steps": self.guard.skipped} if self.guard.may_skip else {})  # fmt: skip
 
 
+def validate(
+    model: GPT, config: TrainConfig, data: PreparedData, tokenizer: Tokenizer, *, precision: torch.dtype,
+    device: torch.device, progress: bool = False, share: Share = WHOLE, poll: Callable[[], None] = lambda: None,
+) -> SplitResult:  # fmt: skip
+    """The validation split as a run's configuration has it scored. share, poll: see evaluate_model.
+
+    Raises UserError when the corpus has no such split.
+    """
+    evaluation = config.evaluation
+    return evaluate_model(
+        model, validation_split(config, data), end_of_text=data.end_of_text, decode=tokenizer.decode,
+        stride_fraction=evaluation.stride_fraction, batch_size=evaluation.batch_size, precision=precision, device=device,
+        max_tokens=evaluation.max_tokens, progress=progress, share=share, poll=poll,
+    )  # fmt: skip
+
+
+def validation_split(config: TrainConfig, data: PreparedData) -> TokenSplit:
+    """Raises UserError when the corpus has none."""
+    if "validation" not in data.splits:
+        raise UserError(
+            f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
+        )
+    return data.splits["validation"]
+
+
 def run_summary(
     config: TrainConfig, *, facts: ModelFacts, data: PreparedData, result: SplitResult, tokens: int, steps: int,
     train_loss: float | None, tokens_per_second: float | None, seconds: float, kernel: str, device: torch.device,
@@ -322,7 +344,7 @@ def run_summary(
         "parameters_by_block": facts.parameters,
         "training_flops_per_token": facts.flops_per_token,
         "tokens": tokens,
-        "initial_tokens": _tokens_before(config),
+        "initial_tokens": 0 if config.init_from is None else tokens_seen(Path(config.init_from)),
         "init_from": config.init_from,
         "steps": steps,
         "loss": result.loss,
@@ -359,13 +381,12 @@ def run_summary(
     }
 
 
-def _tokens_before(config: TrainConfig) -> int:
-    """Tokens that the weights had been trained on when this run took them over; 0 where nobody knows."""
-    summary = Path(config.init_from) / "summary.json" if config.init_from is not None else None
-    if summary is None or not summary.is_file():
+def tokens_seen(run: Path) -> int:
+    """Tokens that a finished run's weights have been trained on, by that run and by those it started from; else 0."""
+    if not finished(run):
         return 0
-    before = read_json(summary)
-    return int(before["tokens"]) + int(before.get("initial_tokens", 0))
+    summary = read_json(run / "summary.json")
+    return int(summary["tokens"]) + int(summary.get("initial_tokens", 0))
 
 
 def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
@@ -374,18 +395,11 @@ def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
     Raises UserError when they cannot be trained on.
     """
     data = prepare(
-        config.dataset,
-        config.tokenizer,
-        Path(config.data_dir),
-        tokenizer_file=_initial_tokenizer(config),
-        verify=verify,
-    )
+        config.dataset, config.tokenizer, Path(config.data_dir), tokenizer_file=_initial_tokenizer(config), verify=verify
+    )  # fmt: skip
     if "train" not in data.splits:
         raise UserError(f"dataset={config.dataset.name} has no training split; choose another dataset to train on")
-    if "validation" not in data.splits:
-        raise UserError(
-            f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0"
-        )
+    validation_split(config, data)
     window_loader(config, data)
     return data
 

@@ -14,14 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from harness.errors import UserError
+from modeling.attention.rope import SCALINGS
 
 # What each kind of rotation takes from config.json beside rope_theta; the rest means nothing to it.
 _ROTATIONS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-             "mscale_all_dim", "truncate"),
+    "default": (), **{kind: (*needed, *optional) for kind, (needed, optional) in SCALINGS.items()},
 }  # fmt: skip
 
 

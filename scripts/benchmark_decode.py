@@ -43,8 +43,16 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import find_run, parse_options, run_script, user_path
-from harness.config import CACHE_DTYPES, did_you_mean, load_run_config, load_train_config, options_of
+from harness.command_line import parse_options, run_script
+from harness.config import (
+    CACHE_DTYPES,
+    did_you_mean,
+    find_run,
+    load_run_config,
+    load_train_config,
+    options_of,
+    user_path,
+)
 from harness.errors import UserError
 from harness.schema import TrainConfig
 

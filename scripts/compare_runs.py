@@ -30,8 +30,8 @@ enter_environment()
 
 import json
 
-from harness.command_line import find_run, parse_options, run_script, user_path
-from harness.config import ROOT, TRACKING, did_you_mean
+from harness.command_line import parse_options, run_script
+from harness.config import ROOT, TRACKING, did_you_mean, find_run, user_path
 from harness.errors import UserError
 from harness.schema import TrackingConfig
 

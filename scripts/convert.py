@@ -27,6 +27,7 @@ an ordinary run; go on with: python eval_model.py run=NEW, python train_model.py
 # ruff: noqa: E402
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ from harness.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import find_run, newest_run, parse_options, run_script, user_path
+from harness.command_line import newest_run, parse_options, run_script
+from harness.config import find_run, user_path
 from harness.errors import UserError
 
 
@@ -75,7 +77,15 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from harness.comparison import aligned
-    from harness.conversion import ConversionConfig, check, convert, open_data, stage_rows, write_converted
+    from harness.conversion import (
+        ConversionConfig,
+        check,
+        convert,
+        detail_lines,
+        open_data,
+        stage_rows,
+        write_converted,
+    )
     from harness.export import check_target
     from harness.made import check_name, score
     from harness.session import load_trained
@@ -83,11 +93,8 @@ def main(arguments: list[str]) -> int:
     from modeling.attention import EXECUTION
 
     conversion = ConversionConfig(
-        method=options.method, kv_lora_rank=options.kv_lora_rank, qk_rope_head_dim=options.qk_rope_head_dim,
-        n_kv_heads=options.n_kv_heads, rope_mode=options.rope_mode, kv_latent=options.kv_latent,
-        latent_norm=options.latent_norm, fold=options.fold, balance=options.balance, basis=options.basis,
-        calibration_tokens=options.calibration_tokens,
-    )  # fmt: skip
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(ConversionConfig)}
+    )
     check(conversion)
     check_target(target)
     check_name(target)
@@ -97,9 +104,7 @@ def main(arguments: list[str]) -> int:
     converted = convert(trained, data, conversion, device=device)
     tokens = write_converted(converted, run, trained, target, options.method)
     print("\n".join(aligned(list(stage_rows(converted.stages)), left=(0, 1))))
-    for name, value in converted.details.items():
-        shown = ", ".join(f"{x:.4f}" for x in value) if isinstance(value, list) else value
-        print(f"{name}: {shown}")
+    print("\n".join(detail_lines(converted.details)))
     summary = score(target, tokens=tokens, device=device, precision=torch.float32)
     print(json.dumps({key: summary[key] for key in (
         "name", "attention", "parameters", "tokens", "loss", "perplexity", "bits_per_byte", "cache_bytes_per_token",

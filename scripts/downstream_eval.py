@@ -32,8 +32,8 @@ import hashlib
 import json
 import time
 
-from harness.command_line import find_run, newest_run, parse_options, run_script, user_path
-from harness.config import setup_hash
+from harness.command_line import newest_run, parse_options, run_script
+from harness.config import find_run, setup_hash, user_path
 from harness.errors import UserError
 from harness.run import commit, write_json
 

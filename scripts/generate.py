@@ -24,8 +24,8 @@ from harness.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import find_run, newest_run, parse_options, run_script, user_path
-from harness.config import did_you_mean
+from harness.command_line import newest_run, parse_options, run_script
+from harness.config import did_you_mean, find_run, user_path
 from harness.errors import UserError
 
 

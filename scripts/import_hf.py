@@ -30,7 +30,8 @@ from harness.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import parse_options, run_script, user_path
+from harness.command_line import parse_options, run_script
+from harness.config import user_path
 from harness.errors import UserError
 
 

@@ -35,8 +35,8 @@ import difflib
 import json
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import find_run, parse_options, run_script, user_path
-from harness.config import did_you_mean, load_run_config, load_train_config
+from harness.command_line import parse_options, run_script
+from harness.config import did_you_mean, find_run, load_run_config, load_train_config, user_path
 from harness.errors import UserError
 from harness.schema import TrainConfig
 

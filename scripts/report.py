@@ -23,8 +23,8 @@ enter_environment()
 
 import json
 
-from harness.command_line import parse_options, run_script, user_path
-from harness.config import TRACKING, did_you_mean
+from harness.command_line import parse_options, run_script
+from harness.config import TRACKING, did_you_mean, user_path
 from harness.errors import UserError
 from harness.schema import TrackingConfig
 

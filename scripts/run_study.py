@@ -40,9 +40,9 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import parse_options, run_script, user_path
+from harness.command_line import parse_options, run_script
 from harness.comparison import aligned
-from harness.config import did_you_mean
+from harness.config import did_you_mean, user_path
 from harness.errors import UserError
 from harness.run import finished, lock_run, read_json, write_json
 from harness.study.results import STUDY_FILE
@@ -110,6 +110,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     from harness.study.publish import report_study
     from harness.study.results import load_results
     from harness.study.runner import Failure, run_all, slots, visible_gpus
+    from harness.study.tuning import as_named
 
     first = plan.first
     places = slots(visible_gpus(first.device), jobs=options.jobs, cores=os.cpu_count() or 1)
@@ -131,7 +132,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
             # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
             named = {spec.name for spec in specs}
             others += [spec for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
-                       if spec.name not in named and math.isclose(spec.lr, float(f"{rates[spec.arm]:.3g}"))
+                       if spec.name not in named and math.isclose(spec.lr, as_named(rates[spec.arm]))
                        and finished(plan.folder / spec.name)]  # fmt: skip
             if tune == "none":
                 chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}

@@ -26,8 +26,8 @@ enter_environment()
 
 import json
 
-from harness.command_line import find_run, parse_options, run_script, user_path
-from harness.config import ROOT, load_run_config
+from harness.command_line import parse_options, run_script
+from harness.config import ROOT, find_run, load_run_config, user_path
 from harness.errors import UserError
 from harness.run import finished, read_json
 from harness.schema import TrackingConfig

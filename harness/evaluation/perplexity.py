@@ -289,5 +289,5 @@ def _bar(rounds: range, progress: bool) -> Iterable[int]:
         return rounds
     from tqdm import tqdm
 
-    bar: Iterable[int] = tqdm(rounds, desc="evaluate", unit="batch", leave=False)
+    bar: Iterable[int] = tqdm(rounds, desc="evaluate", unit="batch", leave=False, disable=None)
     return bar

@@ -28,7 +28,7 @@ from harness.study.statistics import (
     residual_deviation,
     without,
 )
-from harness.study.tuning import Optimum, optimum, parabola
+from harness.study.tuning import Optimum, as_named, optimum, parabola
 
 UNITS = {"bits_per_byte": "bits per byte", "loss": "nats per token", "perplexity": "perplexity"}
 # Fields of a configuration that say where and for whom a run is, not what it is.
@@ -425,7 +425,7 @@ def _shared(results: StudyResults, declared: Sequence[tuple[str, str]]) -> Share
     """Runs of the sweep and of the study at the shared rate, if they had the study's whole budget."""
     if not results.chosen_lr or results.shared_lr is None:
         return None
-    lr = float(f"{results.shared_lr:.3g}")
+    lr = as_named(results.shared_lr)
     budget = {run.arm: run.summary["tokens"] for run in results.runs}
     values: dict[str, dict[int, float]] = {}
     for run in [*results.sweep, *results.runs]:

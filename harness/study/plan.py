@@ -24,7 +24,8 @@ from harness.run import read_json, write_json
 from harness.schema import BudgetConfig, TrainConfig
 from harness.study.matching import MatchConfig, Matched, match_arm, quantities
 from harness.study.results import STUDY_FILE
-from harness.training.schedule import steps_from_budget
+from harness.study.tuning import as_named
+from harness.training.schedule import training_steps
 
 
 @dataclass
@@ -37,9 +38,7 @@ class ArmConfig:
     reference: bool = False  # beside the comparison, not in it
     match: list[MatchConfig] | None = None  # None: the study's
     starts_from: str | None = None  # an arm whose run of the same seed gives the weights
-    convert: dict[str, Any] | None = (
-        None  # what is made of them (harness/conversion.py), without training; None: trained on
-    )
+    convert: dict[str, Any] | None = None  # what is made of them without training (ConversionConfig); None: trained on
 
 
 @dataclass
@@ -104,6 +103,7 @@ class RunSpec:
     tokens: int  # that it trains on
     budget: int | None  # budget.tokens, where it is not the study's
     setup_hash: str
+    source: str | None = None  # the run whose weights it takes over
 
     @property
     def name(self) -> str:
@@ -142,16 +142,16 @@ class Plan:
 
     def spec(self, arm: str, lr: float, seed: int, budget: int | None = None) -> RunSpec:
         """A run of this study. The rate counts with three significant digits, as in the run's name."""
-        lr = float(f"{lr:.3g}")
-        config = self._config(arm, lr, budget)
+        lr = as_named(lr)
+        config, source = self._config(arm, lr, budget), self._source(arm, seed)
         tokens = trained_tokens(config) if self.arms[arm].convert is None else 0
-        return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config))
+        return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config), None if source is None else source.name)
 
     def _config(self, arm: str, lr: float, budget: int | None = None) -> TrainConfig:
         """What a run of this arm will hold, but for its seed and its place."""
         config, source = self.arms[arm].config, self.arms[arm].starts_from
         if source is not None:
-            begun = self._config(source, float(f"{self.untuned_rates([source])[source]:.3g}"))
+            begun = self._config(source, as_named(self.untuned_rates([source])[source]))
             if self.arms[arm].convert is not None:
                 way = conversion_setup(begun, _conversion(arm, self.arms[arm].convert))
                 return dataclasses.replace(begun, attention=config.attention, init_setup=way)
@@ -159,10 +159,9 @@ class Plan:
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=lr))
         return config if budget is None else dataclasses.replace(config, budget=BudgetConfig(tokens=budget))
 
-    def source_of(self, spec: RunSpec) -> RunSpec | None:
-        """The run whose weights this one takes over."""
-        source = self.arms[spec.arm].starts_from
-        return None if source is None else self.spec(source, self.untuned_rates([source])[source], spec.seed)
+    def _source(self, arm: str, seed: int) -> RunSpec | None:
+        source = self.arms[arm].starts_from
+        return None if source is None else self.spec(source, self.untuned_rates([source])[source], seed)
 
     def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
         """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
@@ -171,17 +170,16 @@ class Plan:
 
     def conversion(self, spec: RunSpec) -> list[str] | None:
         """The arguments of scripts/convert.py for a run that it makes; None for one that is trained."""
-        options, source = self.arms[spec.arm].convert, self.source_of(spec)
-        if options is None or source is None:
+        options = self.arms[spec.arm].convert
+        if options is None:
             return None
         first = self.arms[spec.arm].config
-        return [f"run={self.folder / source.name}", f"to={self.folder / spec.name}", f"device={first.device}",
+        return [f"run={self.folder / str(spec.source)}", f"to={self.folder / spec.name}", f"device={first.device}",
                 f"data_dir={first.data_dir}", *(f"{key}={value}" for key, value in options.items())]  # fmt: skip
 
     def overrides(self, spec: RunSpec) -> list[str]:
         """The arguments of train_model.py for a run. In a tracker all seeds of an arm are one group."""
-        source = self.source_of(spec)
-        begun = [] if source is None else [f"init_from={self.folder / source.name}"]
+        begun = [] if spec.source is None else [f"init_from={self.folder / spec.source}"]
         budget = [] if spec.budget is None else [f"budget.tokens={spec.budget}", "budget.steps=null"]
         arm = self.arms[spec.arm]
         tracking = [f"tracking.group={spec.arm}", f"tracking.tags=['{self.name}','{arm.family}']"]
@@ -200,10 +198,7 @@ def _conversion(arm: str, options: Any) -> ConversionConfig:
 
 def trained_tokens(config: TrainConfig) -> int:
     """Tokens that the budget of a run pays for, in whole steps."""
-    per_step = config.batch_size * config.model.max_seq_len
-    return per_step * steps_from_budget(
-        config.budget, tokens_per_step=per_step, default_tokens=config.model.default_tokens
-    )
+    return config.batch_size * config.model.max_seq_len * training_steps(config)
 
 
 def merged(overrides: Sequence[str]) -> list[str]:
@@ -280,27 +275,22 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     arms: dict[str, Arm] = {}
     for arm_name, arm in _in_order(config):
         source = None if arm.starts_from is None else arms[arm.starts_from].config
-        matches: list[Matched] = []
+        overrides, matches = list(arm.overrides), list[Matched]()
+
         if arm.convert is not None:
             assert source is not None
-            composed, overrides = (
-                converted_from(source, _conversion(arm_name, arm.convert)),
-                [],
-            )
-            vocabulary = vocabulary_of(composed)
+            composed = converted_from(source, _conversion(arm_name, arm.convert))
         else:
-            composed = load_train_config(merged([*config.base, *arm.overrides, f"name={arm_name}"]), source)
-            vocabulary = vocabulary_of(composed)
-            if source is None:
-                solved, matches = match_arm(
-                    arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
-                    others={name: done.quantities for name, done in arms.items()},
-                )  # fmt: skip
-                overrides = [*arm.overrides, *solved]
-                if solved:
-                    composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
-            else:
-                overrides = list(arm.overrides)
+            composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]), source)
+        vocabulary = vocabulary_of(composed)
+        if source is None:  # otherwise the shape comes with the weights
+            solved, matches = match_arm(
+                arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
+                others={name: done.quantities for name, done in arms.items()},
+            )  # fmt: skip
+            overrides += solved
+            if solved:
+                composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
         arms[arm_name] = Arm(
             arm_name, overrides, arm.family, arm.level, arm.reference, composed, quantities(composed, vocabulary), matches,
             arm.starts_from, arm.convert,

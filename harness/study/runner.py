@@ -159,9 +159,7 @@ def run_all(
                 )
             if not running:  # what is left waits for runs that failed, or are not among these
                 for spec in waiting:
-                    source = plan.source_of(spec)
-                    assert source is not None
-                    reason = f"the run whose weights it starts from, {source.name}, is not finished"
+                    reason = f"the run whose weights it starts from, {spec.source}, is not finished"
                     failures.append(Failure(spec.name, reason))
                     progress.ended(spec, failures[-1], 0.0)
                 break
@@ -182,8 +180,7 @@ def run_all(
 
 def _may_start(plan: Plan, spec: RunSpec) -> bool:
     """Whether the run that this one takes its weights from is there."""
-    source = plan.source_of(spec)
-    return source is None or finished(plan.folder / source.name)
+    return spec.source is None or finished(plan.folder / spec.source)
 
 
 def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:

@@ -164,7 +164,8 @@ def _main(findings: Findings) -> Section:
     note = "Cache: all layers, measured on allocated buffers; MHA's: of an MHA with the model's heads."
     if findings.sigma:
         note = (
-            f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all of them "
+            f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all "
+            f"{'that were trained' if _converted(findings) else 'of them'} "
             f"({findings.sigma:.2g} {findings.unit}, {findings.dof} degrees of freedom); what a seed does to all arms alike "
             f"is not in it.{_apart(findings)} {note}"
         )
@@ -209,9 +210,13 @@ def _ms(milliseconds: float) -> str:
 # --- quality against costs -------------------------------------------------------------------------------------------
 
 
+def _converted(findings: Findings) -> list[str]:
+    return [arm.name for arm in findings.arms if arm.info.converted]
+
+
 def _apart(findings: Findings) -> str:
     """What is to be known of arms that were converted, not trained."""
-    names = [arm.name for arm in findings.arms if arm.info.converted]
+    names = _converted(findings)
     if not names:
         return ""
     return (
@@ -680,7 +685,8 @@ def _provenance(findings: Findings) -> Section:
     after = []
     if findings.sigma:
         after.append(
-            "Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms. A seed "
+            f"Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms"
+            f"{' that were trained' if _converted(findings) else ''}. A seed "
             f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
         )
     return Section("provenance", "How this was made", words=words, code=results.command, after=after)

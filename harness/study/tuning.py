@@ -63,13 +63,13 @@ def optimum(losses: Losses) -> Optimum:
     curve = parabola(losses)
     if curve is None or curve.curvature <= 0:
         at_edge = lowest in (min(losses), max(losses)) or not math.isfinite(losses[lowest])
-        return Optimum(_rounded(lowest), losses[lowest], at_edge)
-    return Optimum(_rounded(math.exp(curve.vertex())), curve.at(curve.vertex()), at_edge=False)
+        return Optimum(as_named(lowest), losses[lowest], at_edge)
+    return Optimum(as_named(math.exp(curve.vertex())), curve.at(curve.vertex()), at_edge=False)
 
 
 def first_grid(base: float, factors: Sequence[float]) -> list[float]:
     """The rates every arm starts with."""
-    return [_rounded(base * factor) for factor in factors]
+    return [as_named(base * factor) for factor in factors]
 
 
 def grown_grid(grid: Sequence[float], losses: Mapping[str, Losses]) -> list[float]:
@@ -79,10 +79,11 @@ def grown_grid(grid: Sequence[float], losses: Mapping[str, Losses]) -> list[floa
     """
     rates = sorted(grid)
     lowest = {min(of_arm, key=lambda rate: of_arm[rate]) for of_arm in losses.values() if of_arm}
-    lower = [_rounded(rates[0] * rates[0] / rates[1])] if rates[0] in lowest else []
-    upper = [_rounded(rates[-1] * rates[-1] / rates[-2])] if rates[-1] in lowest else []
+    lower = [as_named(rates[0] * rates[0] / rates[1])] if rates[0] in lowest else []
+    upper = [as_named(rates[-1] * rates[-1] / rates[-2])] if rates[-1] in lowest else []
     return [*lower, *rates, *upper]
 
 
-def _rounded(rate: float) -> float:
+def as_named(rate: float) -> float:
+    """A rate as the names of runs have it, with three significant digits."""
     return float(f"{rate:.3g}")

@@ -68,7 +68,7 @@ def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *
     """
     return Snapshot(
         tensors={
-            MODEL: gathered(_unique_tensors(model), keep=keep),
+            MODEL: gathered(unique_tensors(model), keep=keep),
             OPTIMIZER: gathered(optimizer.state_dict(), keep=keep),
         },
         content={"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()},
@@ -76,22 +76,14 @@ def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *
 
 
 def save_checkpoint(
-    folder: Path,
-    *,
-    model: nn.Module,
-    optimizer: Optimizer,
-    state: Mapping[str, Any],
-    keep: int = 2,
-    writes: bool = True,
+    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
 ) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
-    state is JSON-able and holds the step. Of several processes all call this, since a sharded model's tensors are
-    gathered here, and one `writes`. Raises UserError when the disk is too full, OSError when it cannot be written; older
-    checkpoints stay intact.
+    state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
+    older checkpoints stay intact.
     """
-    taken = snapshot(model, optimizer, state, keep=writes)
-    return write_checkpoint(folder, taken, keep=keep) if writes else folder / f"step-{taken.step:08d}"
+    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
 
 
 def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool = False) -> Path:
@@ -124,7 +116,7 @@ def tidy(folder: Path, *, newest: Path, keep: int) -> None:
 
 def save_model(model: nn.Module, path: Path) -> None:
     """Every tensor of a model as one safetensors file, a tied one once."""
-    _write_tensors(_unique_tensors(model), path)
+    _write_tensors(unique_tensors(model), path)
 
 
 def save_weights(
@@ -276,7 +268,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
             f"was started with, or start anew under another name"
         )
-    saved, target = _headers(path / MODEL), _unique_tensors(model)
+    saved, target = _headers(path / MODEL), unique_tensors(model)
     odd = sorted(name for name in saved.keys() | target.keys() if _shape(saved, name) != _shape(target, name))
     if odd:
         raise UserError(
@@ -351,7 +343,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
 
 
-def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
+def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with every tensor under its first name only: safetensors refuses tied ones."""
     first_name: dict[int, str] = {}
     tensors = model.state_dict(keep_vars=True)

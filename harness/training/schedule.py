@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from harness.errors import UserError
-from harness.schema import BudgetConfig, ScheduleConfig
+from harness.schema import BudgetConfig, ScheduleConfig, TrainConfig
 
 
 def cosine(step: int, steps: int, *, warmup: int, final: float) -> float:
@@ -118,3 +118,11 @@ def steps_from_budget(budget: BudgetConfig, *, tokens_per_step: int, default_tok
 def _check_fraction(field: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
         raise UserError(f"schedule.{field}={value} is no fraction: give a number from 0 to 1")
+
+
+def training_steps(config: TrainConfig) -> int:
+    """Optimizer steps of a run, each of batch_size windows. Raises UserError as `steps_from_budget`."""
+    return steps_from_budget(
+        config.budget, tokens_per_step=config.batch_size * config.model.max_seq_len,
+        default_tokens=config.model.default_tokens,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 # The fields of each kind of scaling, in Hugging Face's words, and those that may be left out.
-_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
     "yarn": (
@@ -82,11 +82,11 @@ def _yarn_factor(scaling: Mapping[str, Any]) -> float:
 
 def _check_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
-    if kind not in _SCALINGS:
+    if kind not in SCALINGS:
         raise ValueError(
             f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling"
         )
-    needed, optional = _SCALINGS[kind]
+    needed, optional = SCALINGS[kind]
     given = set(scaling) - {"rope_type"}
     lacking, odd = sorted(set(needed) - given), sorted(given - {*needed, *optional})
     if lacking or odd:

@@ -46,14 +46,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return place
 
 
-def arguments(place: Workplace, to: str, *options: str, run: str = "source") -> list[str]:
+def arguments_of(place: Workplace, to: str, *options: str, run: str = "source") -> list[str]:
     return [f"run={run}", f"to={place.runs / to}", f"runs_dir={place.runs}", f"data_dir={place.folder / 'data'}",
             "device=cpu", "calibration_tokens=2048", *options]  # fmt: skip
 
 
 def converted(place: Workplace, to: str, *options: str) -> Path:
     if not (place.runs / to).exists():
-        assert convert.main(arguments(place, to, *options)) == 0
+        assert convert.main(arguments_of(place, to, *options)) == 0
     return place.runs / to
 
 
@@ -119,7 +119,7 @@ def test_a_stage_that_should_be_exact_and_is_not_stops_the_conversion(
     monkeypatch.setattr(conversion, "merge", wrong)
     before = contents(place.runs)
     with pytest.raises(UserError, match="'merge heads' should change nothing and changes the logits by"):
-        convert.main(arguments(place, "wrong", "method=exact"))
+        convert.main(arguments_of(place, "wrong", "method=exact"))
     assert contents(place.runs) == before
 
 
@@ -145,16 +145,16 @@ def test_what_does_not_convert_is_refused_and_nothing_is_written(
 ) -> None:
     before = contents(place.runs)
     with pytest.raises(UserError, match=sentence):
-        convert.main(arguments(place, "refused", *options, run=run))
+        convert.main(arguments_of(place, "refused", *options, run=run))
     assert contents(place.runs) == before
 
 
 def test_a_target_that_exists_is_left_as_it_is(place: Workplace) -> None:
     before = contents(place.runs / "mla")
     with pytest.raises(UserError, match="exists and is no empty folder"):
-        convert.main(arguments(place, "mla", "method=exact"))
+        convert.main(arguments_of(place, "mla", "method=exact"))
     with pytest.raises(UserError, match="must end in one plain folder name"):
-        convert.main(arguments(place, "a b", "method=exact"))
+        convert.main(arguments_of(place, "a b", "method=exact"))
     assert contents(place.runs / "mla") == before
 
 
@@ -196,6 +196,14 @@ def test_training_goes_on_from_the_converted_weights(place: Workplace) -> None:
     assert config.attention == load_run_config(source).attention
     assert (config.init_from, config.init_setup) == (str(source), setup_hash(load_run_config(source)))
     assert place.evaluate(f"run={run}", "max_tokens=500") == 0
+
+
+def test_a_conversion_counts_all_the_tokens_behind_the_weights(place: Workplace) -> None:
+    arguments = [a for a in tuned(place, "further") if not a.startswith("init_from=")]
+    assert train_model.main([*arguments, "init_from=source"]) == 0
+    before, after = summary_of(place.runs / "source")["tokens"], STEPS * TOKENS_PER_STEP
+    assert convert.main(arguments_of(place, "fewer", "method=gqa_mean", "n_kv_heads=1", run="further")) == 0
+    assert summary_of(place.runs / "fewer")["tokens"] == before + after
 
 
 @pytest.mark.parametrize(

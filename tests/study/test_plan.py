@@ -194,10 +194,9 @@ def test_arms_start_from_the_run_of_their_own_seed_at_a_rate_of_their_own(tmp_pa
     rates = planned.untuned_rates(planned.arms)
     assert rates == {"tuned": 0.0005, "small": 0.004, "svd": 0.004, "gqa": 0.004}
     (tuned,) = (spec for spec in planned.main_runs(rates, ["tuned"]) if spec.seed == 1)
-    small = planned.source_of(tuned)
-    assert small is not None and small.name == "small-lr0.004-seed1" and small.tokens == 0
-    gqa = planned.source_of(small)
-    assert gqa is not None and gqa.name == "gqa-lr0.004-seed1" and planned.source_of(gqa) is None
+    small, gqa = planned.spec("small", 0.004, 1), planned.spec("gqa", 0.004, 1)
+    assert tuned.source == small.name == "small-lr0.004-seed1" and small.tokens == 0
+    assert small.source == gqa.name == "gqa-lr0.004-seed1" and gqa.source is None
     assert f"init_from={planned.folder / small.name}" in planned.overrides(tuned)
     assert planned.conversion(tuned) is None and planned.conversion(gqa) is None
     arguments = planned.conversion(small)
