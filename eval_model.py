@@ -1,28 +1,45 @@
-"""Evaluate finished runs: python eval_model.py [run=runs/NAME|all] [split=test] [dataset=...]."""
+"""Evaluate a finished run: perplexity per token and per word, bits per byte, loss by position, cache bytes.
+
+python eval_model.py                                    the newest finished run, test split
+python eval_model.py run=runs/NAME split=validation
+python eval_model.py run=all                            every finished run
+python eval_model.py run=NAME dataset=stdlib            another corpus
+python eval_model.py run=NAME dataset.path=NEW          the run's own corpus, which lies there now
+python eval_model.py run=NAME cache.dtype=int8          through a quantised cache, beside the full-precision figures
+python eval_model.py run=NAME cache.window=64 cache.sinks=4
+python eval_model.py run=NAME extras=[]                 perplexity alone, none of what is measured beside it
+"""
 
 # The environment comes first: what follows may only exist in the project's .venv.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from harness.bootstrap import enter_environment
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -I, -P and PYTHONSAFEPATH leave it out
+
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
 import json
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
-from harness.command_line import finished_runs, newest_run, run_hydra
-from harness.comparison import cache_label
-from harness.config import find_run, load_eval_config
-from harness.errors import UserError
-from harness.run import finished
-from harness.schema import EvalConfig
+from harness.config.compose import load_eval_config
+from harness.config.run_config import find_run
+from harness.config.schema import MOST_FIGURE, EvalConfig
+from harness.entry.cli import finished_runs, newest_run, run_hydra
+from harness.errors import UserError, tell
+from harness.files.text import visible
+from harness.runs.evaluations import cache_label
+from harness.runs.folder import finished
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
     from harness.evaluation.perplexity import SplitResult
+    from harness.runs.records import Evaluation
 
 
 def main(overrides: list[str]) -> int:
@@ -31,7 +48,8 @@ def main(overrides: list[str]) -> int:
     check_tracking(config.tracking)
     runs = chosen_runs(config)
 
-    from harness.score import keep_record, score_run
+    from harness.runs.folder import short_line
+    from harness.runs.score import keep_record, score_run
 
     failed = []
     for run in runs:
@@ -39,13 +57,15 @@ def main(overrides: list[str]) -> int:
             record, result = score_run(run, config)
             print_table(record, result)
             try:
-                keep_record(run, record, config, result.segments)
-            finally:  # the JSON line comes last, and it comes whatever becomes of the record
+                file = keep_record(run, record, config, result.segments)
+            except BaseException:  # what could not be stored is at least said
                 print(json.dumps(record), flush=True)
+                raise
+            print(short_line(record, file), flush=True)
         except UserError as error:
             if len(runs) == 1:
                 raise
-            print(f"error: {run.name}: {error}", file=sys.stderr)
+            tell(f"error: {run.name}: {error}")
             failed.append(run.name)
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs could not be evaluated: {', '.join(failed)}; see above")
@@ -65,43 +85,64 @@ def chosen_runs(config: EvalConfig) -> list[Path]:
         return runs
     if len(runs) > 1:
         others = ", ".join(run.name for run in reversed(runs[:-1]))
-        print(f"evaluating the newest finished run, {newest.name}; others (run=...): {others}")
+        print(f"evaluating the newest finished run, {visible(newest.name)}; others (run=...): {visible(others)}")
     return [newest]
 
 
-def print_table(record: dict[str, Any], result: SplitResult) -> None:
+def print_table(record: Evaluation, result: SplitResult) -> None:
     """For people; the JSON line follows."""
-    from harness.evaluation.extras import extras_rows
+    from harness.evaluation.probes import extras_rows
 
-    word = "beyond a float" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
+    word = f"{MOST_FIGURE:g} or more" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
     rows = [
         ("run", record["name"]),
-        ("corpus", f"{record['dataset']}, {record['split']} split: {result.tokens:,} tokens, {result.bytes:,} bytes, "
-                   f"{result.words:,} words"),
+        (
+            "corpus",
+            f"{record['dataset']}, {record['split']} split: {result.tokens:,} tokens, {result.bytes:,} bytes, "
+            f"{result.words:,} words",
+        ),
         ("loss", f"{result.loss:.4f} nats per token"),
         ("perplexity", f"{result.perplexity:,.3f} per token, {word} per word"),
         ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ("KV cache", f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, "
-                     f"{record['cache_bytes_at_context']:,} at {record['cache_context']:,} tokens, measured"),
+        (
+            "KV cache",
+            f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, "
+            f"{record['cache_bytes_at_context']:,} at {record['cache_context']:,} tokens, measured",
+        ),
         *(through_rows(record) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
-        *((f"loss at {low}-{high}", f"{loss:.4f} nats per token, with so many tokens of context")
-          for low, high, loss in result.loss_by_position),
-        *extras_rows(record["extras"]),
-    ]  # fmt: skip
-    for name, value in rows:
-        print(f"{name:<18}{value}")
+    ]
+    extras = extras_rows(cast("dict[str, Any]", record["extras"]))
+    lines = [f"{visible(name):<18}{visible(value)}" for name, value in (*rows, *extras)]
+    lines[len(rows) : len(rows)] = position_table(result.loss_by_position)
+    print("\n".join(lines))
 
 
-def through_rows(record: dict[str, Any]) -> list[tuple[str, str]]:
+def position_table(losses: Sequence[tuple[int, int, float]]) -> list[str]:
+    """Two lines for every ten columns: tokens of context, and the loss (nats per token) with so many."""
+    cells = [(str(low) if low == high else f"{low}-{high}", f"{loss:.4f}") for low, high, loss in losses]
+    lines = []
+    for start in range(0, len(cells), 10):
+        part = cells[start : start + 10]
+        lines += [
+            f"{title:<18}{''.join(f'{cell[row]:<11}' for cell in part).rstrip()}"
+            for row, title in enumerate(("context, tokens", "loss with it"))
+        ]
+    return lines
+
+
+def through_rows(record: Evaluation) -> list[tuple[str, str]]:
     """What scoring through the cache changed."""
     before, after = record["perplexity_without_cache"], record["perplexity"]
     return [
         ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),
-        ("without it", f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
-                       f"({100 * (after / before - 1):+.3f} % perplexity through it)"),
+        (
+            "without it",
+            f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
+            f"({100 * (after / before - 1):+.3f} % perplexity through it)",
+        ),
         ("extras", "none: they are measured without a cache"),
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ say "Environment: $environment (Python $version)"
 # -P: what lies in the current folder shadows no package. The file `unfinished` lists what is being installed for as
 # long as that takes; finding it at the start means that an earlier set-up was cut off.
 unfinished=$environment/prepare_for_use.unfinished
-"$python" -P "$project/harness/packages.py" "$unfinished"
+"$python" -P "$project/harness/entry/packages.py" "$unfinished"
 if [ -e "$unfinished" ]; then
     "$python" -P -m pip --version >/dev/null 2>&1 || "$python" -P -m ensurepip || fail "$environment has no pip and" \
         "cannot get it by ensurepip: install pip there and run this again."

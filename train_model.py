@@ -1,28 +1,46 @@
-"""Train one attention variant: python train_model.py [attention=mla] [dataset=...] [model=...] [seed=...]."""
+"""Train a small GPT with one attention variant and log its perplexity and KV-cache size.
+
+python train_model.py attention=mla
+python train_model.py attention=gqa attention.n_kv_heads=1 seed=1 budget.tokens=500000
+python train_model.py -m attention=mha,gqa,mqa,mla_plain,mla      runs all, one after the other
+python train_model.py dataset=local dataset.path=my/texts         your own .txt .md .jsonl .parquet
+
+The same command continues an interrupted run; a finished one is left as it is (overwrite=true trains anew).
+"""
 
 # The environment comes first: what follows may only exist in the project's .venv.
 # ruff: noqa: E402
 from __future__ import annotations
 
-from harness.bootstrap import enter_environment
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # -I, -P and PYTHONSAFEPATH leave it out
+
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
 import contextlib
+import datetime
 import json
-import shlex
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from harness.command_line import run_hydra
-from harness.config import load_train_config
-from harness.run import Claim, begun, finished, lock_run, read_json, run_folder, write_json, writing_to
+from harness.config.compose import load_train_config
+from harness.config.identity import shared_fields
+from harness.entry.cli import pasteable, run_hydra
+from harness.errors import UserError
+from harness.files.atomic import write_json
+from harness.runs.folder import Claim, begun, finished, lock_run, put_back, run_folder, short_line, writing_to
+from harness.runs.records import read_summary
 
 if TYPE_CHECKING:
+    from harness.config.schema import TrainConfig
+    from harness.data import PreparedData
     from harness.evaluation.perplexity import SplitResult
-    from harness.schema import TrainConfig
-    from harness.session import Session
+    from harness.runs.records import RunSummary
+    from harness.runs.session import Session
+    from harness.training.loop import Step
     from harness.training.parallel import Workers
 
 
@@ -32,7 +50,7 @@ def main(overrides: list[str]) -> int:
 
     from harness.training.parallel import open_workers
 
-    with open_workers(config.device) as workers:
+    with open_workers(config.device, shared_fields(config)) as workers:
         return train_run(config, workers, overrides)
 
 
@@ -40,8 +58,9 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
     import torch
 
-    from harness.build import build_model
-    from harness.session import load_data, open_session
+    from harness.config.build import build_model
+    from harness.runs.session import open_session
+    from harness.runs.training_data import check_unchanged, load_data
     from harness.tracking import check_tracking
     from harness.training.device import select_precision
     from harness.training.interruption import Interrupted, interruptible
@@ -57,19 +76,37 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
         check_optimizer(config.optimizer)
         check_tracking(config.tracking)
         check_parallel(
-            config.parallel, workers, optimizer=config.optimizer, batch_size=config.batch_size,
-            precision=select_precision(config.precision, workers.device), overwrite=config.overwrite,
-        )  # fmt: skip
+            config.parallel,
+            workers,
+            optimizer=config.optimizer,
+            batch_size=config.batch_size,
+            precision=select_precision(config.precision, workers.device),
+            overwrite=config.overwrite,
+        )
         with torch.device("meta"):
             build_model(config, vocab_size=64)
+        put_back(config)
         return run_folder(config)
 
     run = workers.first(check)  # what cannot work is refused before anything is written
     if workers.first(lambda: finished(run) and not config.overwrite):
+        workers.first(lambda: check_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
+    opened: list[PreparedData] = []  # by the first process, which prepares it
     # What ended an earlier attempt may have hurt the data.
-    workers.first(lambda: bool(load_data(config, verify=begun(run) and not config.overwrite)))
-    data = load_data(config)  # there by now, where the machines share a disk
+    workers.first(lambda: opened.append(load_data(config, verify=not config.overwrite and begun(run))))
+    data = opened[0] if opened else load_data(config)  # there by now, where the machines share a disk
+    first = workers.first(lambda: data.fingerprint)
+    is_other = workers.any(data.fingerprint != first)
+
+    def check_data() -> None:
+        if is_other:
+            raise UserError(
+                f"the data of dataset={config.dataset.name} in {config.data_dir} is not the same for all processes: copy the "
+                f"first machine's to the others, or name a data_dir=... that they share"
+            )
+
+    workers.first(check_data)
 
     with interruptible() as interruption, contextlib.ExitStack() as held:
         claim: Claim | None = None
@@ -88,33 +125,25 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
                 print("\n".join(session.lines()), flush=True)
             result = session.evaluate() if session.first_step == 1 else None
             session.poll()
-        except Interrupted:
-            if claim is not None:
-                claim.undo()
-            return say_interrupted(session, overrides)
-        except BaseException:
-            if claim is not None:
-                claim.undo()
-            raise
-        if claim is not None:
-            claim.settle()
-        try:
+            session.writer.written = claim.settle if claim is not None else None
             summary = train_session(session, result)
-        except Interrupted:
-            kept = [override for override in overrides if override.partition("=")[0] != "overwrite"]
-            return say_interrupted(session, kept)
-        except NonFiniteError:
-            if not workers.is_first:  # which says why
+        except BaseException as error:
+            if claim is not None:
+                claim.undo()  # unless there is a checkpoint by now
+            if isinstance(error, Interrupted):
+                kept = [each for each in overrides if each.partition("=")[0] != "overwrite"]
+                return say_interrupted(session, kept if session.saved else overrides)
+            if isinstance(error, NonFiniteError) and not workers.is_first:  # the first says why
                 return 2
             raise
         if workers.is_first:
             write_json(run / "summary.json", summary)
     if workers.is_first:
-        print(json.dumps(summary))
+        print(short_line(summary, run / "summary.json"))
     return 0
 
 
-def train_session(session: Session, result: SplitResult | None) -> dict[str, Any]:
+def train_session(session: Session, result: SplitResult | None) -> RunSummary:
     """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing.
 
     Every process of several takes all of these steps; the first alone has something to say, log and write. Returns the
@@ -123,18 +152,19 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
     from tqdm import tqdm
 
     from harness.evaluation.evaluate import split_metrics
-    from harness.session import steps_due
     from harness.training.interruption import Interrupted
+    from harness.training.schedule import steps_due
 
     intervals, steps = session.config.intervals, session.steps
     is_first = session.workers.is_first
     tell = say if is_first else lambda line: None
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None if is_first else True)
+    # Else a line at each interval stands for it: in a log file, on a terminal without a width, as containers have.
+    seen = sys.stdout.isatty() and not bar.disable and (bar.ncols is None or bar.ncols > 0)
     with session.open_tracker() as tracker, bar, session.saving(tracker):
 
         def evaluated(number: int, tokens: int, result: SplitResult) -> None:
-            facts = session.facts.metrics() if number == 0 else {}
-            tracker.log(number, tokens, facts | split_metrics(result))
+            tracker.log(number, tokens, split_metrics(result))
             tell(validation_line(number, result))
 
         if result is not None:
@@ -147,10 +177,14 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
+            if step.remark is not None:
+                tell(f"step {step.number:,}: {step.remark}")
             if step.skipped is not None:
                 tell(session.skipped_line(step))
             if steps_due(step.number, steps, intervals.log):
                 tracker.log(step.number, step.tokens, session.step_metrics(step))
+                if not seen:
+                    tell(training_line(step, steps))
             is_due = steps_due(step.number, steps, intervals.evaluate)
             result = session.evaluate() if is_due else None
             if result is not None:
@@ -166,17 +200,15 @@ def train_session(session: Session, result: SplitResult | None) -> dict[str, Any
         assert session.last_step is not None
         summary = session.summary(session.last_step, result)
         tracker.summary(summary)
+        tracker.check()
     return summary
 
 
 def say_interrupted(session: Session, overrides: list[str]) -> int:
-    """The last line of a run that was asked to stop, from the first process; the status that says by which signal."""
+    """How a run that was asked to stop goes on, from the first process; the status that says by which signal."""
     if session.workers.is_first:
-        said = {
-            "status": "interrupted", "run": str(session.run), "step": session.saved,
-            "continue": shlex.join(["python", "train_model.py", *overrides]),
-        }  # fmt: skip
-        print(json.dumps(said), flush=True)
+        print(f"interrupted; continue with\n  {pasteable(__file__, overrides)}")
+        print(json.dumps({"status": "interrupted", "run": str(session.run), "step": session.saved}), flush=True)
     return session.interruption.exit_code
 
 
@@ -186,6 +218,15 @@ def say(line: str) -> None:
 
     tqdm.write(line)
     sys.stdout.flush()
+
+
+def training_line(step: Step, steps: int) -> str:
+    """One line for people who see no bar."""
+    left = datetime.timedelta(seconds=round((steps - step.number) * step.tokens / step.number / step.tokens_per_second))
+    return (
+        f"step {step.number:,} of {steps:,}: training loss {step.loss:.4f}, {step.tokens_per_second:,.0f} tokens/s, "
+        f"about {left} left"
+    )
 
 
 def validation_line(number: int, result: SplitResult) -> str:
@@ -199,7 +240,7 @@ def validation_line(number: int, result: SplitResult) -> str:
 def say_finished(run: Path) -> int:
     """A finished run is left as it is."""
     print(f"{run.name} is finished; train it anew with overwrite=true, or another one with name=... or seed=...")
-    print(json.dumps(read_json(run / "summary.json")))
+    print(short_line(read_summary(run), run / "summary.json"))
     return 0
 
 

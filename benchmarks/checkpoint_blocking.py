@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
@@ -31,12 +31,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.build import build_model
-from harness.command_line import parse_options, run_script
-from harness.config import load_train_config
-from harness.session import choose_loss_chunk, pin_execution
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.entry.cli import parse_options, run_script
+from harness.runs.load import pin_execution
 from harness.training.checkpoint import snapshot
-from harness.training.device import keep_freed_memory, select_device, select_precision
+from harness.training.device import choose_loss_chunk, keep_freed_memory, select_device, select_precision
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.writer import CheckpointWriter
@@ -72,9 +72,18 @@ def main(arguments: list[str]) -> int:
             yield torch.randint(options.vocab_size, (options.batch_size, options.length + 1), device=device)
 
     steps = train(
-        model, batches(), optimizer=optimizer, schedule=lambda step: 1e-3, first_step=1, last_step=10**9,
-        micro_batch_size=options.batch_size, grad_clip=1.0, precision=precision, compile=False, device=device,
-    )  # fmt: skip
+        model,
+        batches(),
+        optimizer=optimizer,
+        schedule=lambda step: 1e-3,
+        first_step=1,
+        last_step=10**9,
+        micro_batch_size=options.batch_size,
+        grad_clip=1.0,
+        precision=precision,
+        compile=False,
+        device=device,
+    )
     next(steps)
 
     def step_seconds() -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
@@ -46,9 +46,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from harness.command_line import parse_options, run_script
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.run import commit
+from harness.runs.provenance import commit
 from modeling.kernels.latent_decode import check_kernel, check_widths, latent_decode
 
 HOPPER_SHARED_BYTES = 228 * 1024  # of one multiprocessor; a program takes 1 KiB more than it asks for
@@ -142,9 +142,7 @@ def main(arguments: list[str]) -> int:
     for name in names:
         if name not in KERNELS:
             raise UserError(f"kernels={name} is unknown; choose all or some of {','.join(KERNELS)}")
-    heads, batch_sizes, contexts = (
-        whole_numbers(key, getattr(options, key)) for key in ("heads", "batch_sizes", "contexts")
-    )
+    heads, batch_sizes, contexts = (whole_numbers(key, getattr(options, key)) for key in ("heads", "batch_sizes", "contexts"))
     if options.tile is not None and len(whole_numbers("tile", options.tile)) != 5:
         raise UserError(f"tile={options.tile} must be five numbers: heads,slots,warps,stages,registers")
     if not torch.cuda.is_available():
@@ -168,9 +166,7 @@ def main(arguments: list[str]) -> int:
     for H, B, S in shapes:
         case = make_case(options, H, B, S, dtypes[options.dtype], device)
         if case is None:
-            remarks.append(
-                f"{H} heads, batch {B}, context {S}: skipped, its inputs do not fit into the device's memory"
-            )
+            remarks.append(f"{H} heads, batch {B}, context {S}: skipped, its inputs do not fit into the device's memory")
             bar.update(len(names))
             continue
         exact = exact_first_row(case)
@@ -184,11 +180,7 @@ def main(arguments: list[str]) -> int:
                 bar.write(row(figures[-1]))
             except ImportError as missing:
                 remarks.append(f"{name}: not installed ({missing})")
-            except (
-                RuntimeError,
-                ValueError,
-                TypeError,
-            ) as reason:  # a peer that does not take this shape, or no memory
+            except (RuntimeError, ValueError, TypeError) as reason:  # a peer that does not take this shape, or no memory
                 remarks.append(f"{name}, {H} heads, batch {B}, context {S}: {first_line(reason)}")
             gc.collect()
             torch.cuda.empty_cache()
@@ -305,9 +297,12 @@ def ours(case: Case, options: DecodeOptions) -> tuple[Call, str]:
         if options.splits is None:
             query, latent = case.q_latent_IBHL[0], case.latent_IBSL[0]
             splits = kernel.choose_splits(
-                batch_size=latent.shape[0], slots=latent.shape[1], n_heads=query.shape[1], tile=tile,
+                batch_size=latent.shape[0],
+                slots=latent.shape[1],
+                n_heads=query.shape[1],
+                tile=tile,
                 multiprocessors=torch.cuda.get_device_properties(latent.device).multi_processor_count,
-            )  # fmt: skip
+            )
     plan = kernel.Plan(tile, splits)
     name = f"{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages} /{splits}"
     return lambda i: kernel.launch(*case.arguments(i), scale=case.scale, plan=plan), name
@@ -357,18 +352,7 @@ def vllm(case: Case, options: DecodeOptions) -> tuple[Call, str]:
         out_BHL = torch.empty_like(case.q_latent_IBHL[i])
         cache = kv_IBSK[i].view(B * S // 64, 64, 1, -1)
         decode_attention_fwd(
-            q_IBHK[i],
-            cache,
-            cache[..., :L],
-            out_BHL,
-            lse,
-            pages_BN,
-            lengths_B,
-            partial,
-            splits,
-            case.scale,
-            64,
-            **extra,
+            q_IBHK[i], cache, cache[..., :L], out_BHL, lse, pages_BN, lengths_B, partial, splits, case.scale, 64, **extra
         )
         return out_BHL
 
@@ -395,18 +379,7 @@ def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
         out_BHL = torch.empty_like(case.q_latent_IBHL[i])
         cache = kv_IBSK[i].view(B * S, 1, -1)
         decode_attention_fwd(
-            q_IBHK[i],
-            cache,
-            cache[..., :L],
-            out_BHL,
-            starts,
-            slots,
-            partial,
-            lse,
-            splits_B,
-            splits,
-            case.scale,
-            **extra,
+            q_IBHK[i], cache, cache[..., :L], out_BHL, starts, slots, partial, lse, splits_B, splits, case.scale, **extra
         )
         return out_BHL
 
@@ -432,10 +405,20 @@ def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceili
     median = statistics.median(times)
     rate, flops = moved / (median * 1e-6), 2 * B * H * S * (2 * L + P) / (median * 1e-6)
     return Figure(
-        kernel=name, plan=plan, heads=H, batch_size=B, context=S, median=median, low=min(times), high=max(times),
-        bytes_per_second=rate, of_read=rate / ceilings.read, flops_per_second=flops,
-        of_matmul=flops / ceilings.matmul, error=error,
-    )  # fmt: skip
+        kernel=name,
+        plan=plan,
+        heads=H,
+        batch_size=B,
+        context=S,
+        median=median,
+        low=min(times),
+        high=max(times),
+        bytes_per_second=rate,
+        of_read=rate / ceilings.read,
+        flops_per_second=flops,
+        of_matmul=flops / ceilings.matmul,
+        error=error,
+    )
 
 
 def row(f: Figure) -> str:
@@ -447,15 +430,20 @@ def row(f: Figure) -> str:
     )
 
 
-def report(
-    figures: list[Figure], remarks: list[str], ceilings: Ceilings, options: DecodeOptions, device: torch.device
-) -> None:
+def report(figures: list[Figure], remarks: list[str], ceilings: Ceilings, options: DecodeOptions, device: torch.device) -> None:
     """Remarks, JSON if asked for, and the table last."""
     machine = torch.cuda.get_device_name(device)
     if options.out is not None:
-        record = {"options": asdict(options), "device": machine, "torch": torch.__version__, "triton": triton_version(),
-                  "commit": commit(), "ceilings": asdict(ceilings), "figures": [asdict(f) for f in figures],
-                  "remarks": remarks}  # fmt: skip
+        record = {
+            "options": asdict(options),
+            "device": machine,
+            "torch": torch.__version__,
+            "triton": triton_version(),
+            "commit": commit(),
+            "ceilings": asdict(ceilings),
+            "figures": [asdict(f) for f in figures],
+            "remarks": remarks,
+        }
         Path(options.out).write_text(json.dumps(record) + "\n", encoding="utf-8")
     for remark in dict.fromkeys(remarks):
         print(remark)
@@ -482,10 +470,22 @@ def triton_version() -> str:
 
 # (heads, kv_lora_rank, qk_rope_head_dim, dtype): DeepSeek's shapes, then smaller and odd ones.
 OFFLINE = (
-    (128, 512, 64, "bf16"), (128, 512, 64, "fp16"), (16, 512, 64, "bf16"), (16, 512, 64, "fp32"), (24, 512, 0, "bf16"),
-    (64, 384, 48, "bf16"), (64, 256, 32, "bf16"), (32, 128, 64, "bf16"), (12, 320, 64, "bf16"), (16, 256, 64, "bf16"),
-    (12, 192, 32, "bf16"), (16, 128, 64, "bf16"), (8, 80, 16, "bf16"), (12, 256, 32, "fp32"), (16, 128, 64, "fp32"),
-)  # fmt: skip
+    (128, 512, 64, "bf16"),
+    (128, 512, 64, "fp16"),
+    (16, 512, 64, "bf16"),
+    (16, 512, 64, "fp32"),
+    (24, 512, 0, "bf16"),
+    (64, 384, 48, "bf16"),
+    (64, 256, 32, "bf16"),
+    (32, 128, 64, "bf16"),
+    (12, 320, 64, "bf16"),
+    (16, 256, 64, "bf16"),
+    (12, 192, 32, "bf16"),
+    (16, 128, 64, "bf16"),
+    (8, 80, 16, "bf16"),
+    (12, 256, 32, "fp32"),
+    (16, 128, 64, "fp32"),
+)
 
 
 def compile_offline() -> int:
@@ -503,8 +503,10 @@ def compile_offline() -> int:
     if not isinstance(kernel.attend_kernel, triton.runtime.JITFunction):
         raise UserError("--offline compiles; TRITON_INTERPRET is set, and with it Triton interprets: unset it")
     print(f"triton {triton.__version__}, sm_90a")
-    print(f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
-          f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}")  # fmt: skip
+    print(
+        f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
+        f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
+    )
     for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 1, disable=None):
         tqdm.write(line)
     return 0
@@ -553,9 +555,7 @@ class Compiled:
         )
 
 
-def compile_one(
-    function: object, constants: dict, types: dict[str, str], warps: int, stages: int, registers: int
-) -> Compiled:
+def compile_one(function: object, constants: dict, types: dict[str, str], warps: int, stages: int, registers: int) -> Compiled:
     """Compile as a launch with aligned pointers and strides would; registers, and the stack for what was spilt."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -564,14 +564,13 @@ def compile_one(
     names: list[str] = function.arg_names  # type: ignore[attr-defined]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     plain = ("scale_log2", "slots", "splits")
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and name not in plain
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and name not in plain}
     values = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(
-        ASTSource(function, signature, values, aligned), target=GPUTarget("cuda", 90, 32),
+        ASTSource(function, signature, values, aligned),
+        target=GPUTarget("cuda", 90, 32),
         options={"num_warps": warps, "num_stages": stages, "maxnreg": registers},
-    )  # fmt: skip
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()

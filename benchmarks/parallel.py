@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
@@ -40,14 +40,15 @@ from typing import Any
 
 import torch
 
-from harness.build import build_model
-from harness.command_line import parse_options, run_script
-from harness.config import load_train_config
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.config.schema import ParallelConfig
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.run import commit
-from harness.schema import ParallelConfig
-from harness.session import choose_loss_chunk, pin_execution
+from harness.runs.load import pin_execution
+from harness.runs.provenance import commit
 from harness.training import device as hardware
+from harness.training.device import choose_loss_chunk
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import Workers, open_workers, share_model
@@ -84,33 +85,49 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     device, world_size = workers.device, workers.world_size
     hardware.keep_freed_memory(device)
     precision = hardware.select_precision(options.precision, device)
-    config = load_train_config([
-        f"model={options.model}", f"attention={options.attention}",
-        f"model.activation_checkpointing={str(options.checkpointing).lower()}",
-    ])  # fmt: skip
+    config = load_train_config(
+        [
+            f"model={options.model}",
+            f"attention={options.attention}",
+            f"model.activation_checkpointing={str(options.checkpointing).lower()}",
+        ]
+    )
     length, share = config.model.max_seq_len, options.batch_size // world_size
     hardware.seed_everything(0)
     model = build_model(config, options.vocab_size).to(device)
     flops = training_flops_per_token(model, length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     micro = options.micro_batch_size or hardware.auto_micro_batch_size(
-        share, max_seq_len=length, d_model=config.model.d_model, n_layers=config.model.n_layers,
-        vocab_size=options.vocab_size, parameters=parameters, precision=precision, device=device,
-    )  # fmt: skip
+        share,
+        max_seq_len=length,
+        d_model=config.model.d_model,
+        n_layers=config.model.n_layers,
+        vocab_size=options.vocab_size,
+        parameters=parameters,
+        precision=precision,
+        device=device,
+    )
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
     choose_loss_chunk(model, micro_batch_size=micro, device=device)
     engine = share_model(model, workers, ENGINES[options.engines])
     generator = torch.Generator().manual_seed(0)
-    globally = [
-        torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)
-    ]
+    globally = [torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)]
     mine = [batch[workers.rank * share : (workers.rank + 1) * share].to(device) for batch in globally]
     hardware.reset_peak_memory(device)
     steps = train(
-        model, itertools.cycle(mine), optimizer=build_optimizer(model, config.optimizer), schedule=lambda step: 1.0,
-        first_step=1, last_step=10**9, micro_batch_size=micro, grad_clip=1.0, precision=precision,
-        compile=hardware.select_compile(options.compile, device), device=device, engine=engine,
-    )  # fmt: skip
+        model,
+        itertools.cycle(mine),
+        optimizer=build_optimizer(model, config.optimizer),
+        schedule=lambda step: 1.0,
+        first_step=1,
+        last_step=10**9,
+        micro_batch_size=micro,
+        grad_clip=1.0,
+        precision=precision,
+        compile=hardware.select_compile(options.compile, device),
+        device=device,
+        engine=engine,
+    )
     started = time.perf_counter()
     for _ in range(5):  # compilation, allocator, caches
         step = next(steps)
@@ -126,26 +143,46 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     peak = hardware.peak_flops(device, precision)
     rate = statistics.median(rates)
     return {
-        "processes": world_size, "engine": options.engines if world_size > 1 else "-", "tokens_per_second": rate,
-        "low": min(rates), "high": max(rates), "mfu": rate * flops / (peak * world_size) if peak else None,
-        "peak_memory_bytes": hardware.peak_memory_bytes(device), "loss": step.loss, "steps": step.number,
-        "micro_batch_size": micro, "seconds_to_fifth_step": first, "parameters": parameters, "kernel": kernel,
-        "precision": str(precision).removeprefix("torch."), "torch": torch.__version__,
+        "processes": world_size,
+        "engine": options.engines if world_size > 1 else "-",
+        "tokens_per_second": rate,
+        "low": min(rates),
+        "high": max(rates),
+        "mfu": rate * flops / (peak * world_size) if peak else None,
+        "peak_memory_bytes": hardware.peak_memory_bytes(device),
+        "loss": step.loss,
+        "steps": step.number,
+        "micro_batch_size": micro,
+        "seconds_to_fifth_step": first,
+        "parameters": parameters,
+        "kernel": kernel,
+        "precision": str(precision).removeprefix("torch."),
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-    }  # fmt: skip
+    }
 
 
 def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
     """The figures of one torchrun of this file, None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
-        arguments = [f"{key}={'null' if value is None else value}" for key, value in asdict(options).items()
-                     if key not in ("processes", "engines", "out")]  # fmt: skip
+        arguments = [
+            f"{key}={'null' if value is None else value}"
+            for key, value in asdict(options).items()
+            if key not in ("processes", "engines", "out")
+        ]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}",
-                "--master-addr=127.0.0.1", f"--master-port={port}", __file__]  # fmt: skip
+        line = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--master-addr=127.0.0.1",
+            f"--master-port={port}",
+            __file__,
+        ]
         environ = {**os.environ, FIGURES: str(figures)}
         status = subprocess.run([*line, *arguments, f"engines={engine}"], env=environ).returncode
         if status:
@@ -180,11 +217,11 @@ def main(arguments: list[str]) -> int:
     if not measured_all:
         return status
     first = measured_all[0]
-    print(f"\n{options.model}, {options.attention}, {first['parameters']:,} parameters, {options.batch_size} sequences a "
-          f"step, {first['precision']}, {first['kernel']}, torch {first['torch']}, {first['device']}")  # fmt: skip
     print(
-        f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}"
+        f"\n{options.model}, {options.attention}, {first['parameters']:,} parameters, {options.batch_size} sequences a "
+        f"step, {first['precision']}, {first['kernel']}, torch {first['torch']}, {first['device']}"
     )
+    print(f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}")
     for each in measured_all:
         print(row(each, first))
     line = json.dumps({"options": asdict(options), "commit": commit(), "figures": measured_all})

@@ -4,7 +4,7 @@
   attention   mha        variants, separated by commas, or all
   vocab_size  4096       batch_size  16 (sequences per optimizer step)     micro_batch_size  null (automatic)
   steps       10         timed steps a round        rounds   5 (plain and ours take turns)
-  device, precision, compile   auto                 backend  auto (attention kernel; several, separated by commas)
+  device, precision, compile, capture   auto        backend  auto (attention kernel; several, separated by commas)
   out         null       a JSON file for the figures
 
 The plain GPT (class PlainGPT) is the same block with the same parameter count, written with torch's own modules and
@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
@@ -37,15 +37,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harness.build import build_model
-from harness.command_line import parse_options, run_script
-from harness.config import load_train_config, options_of
-from harness.run import commit
-from harness.schema import TrainConfig
-from harness.session import choose_loss_chunk, pin_execution
+from harness.config.build import build_model
+from harness.config.compose import load_train_config, options_of
+from harness.config.schema import TrainConfig
+from harness.entry.cli import parse_options, run_script
+from harness.runs.load import pin_execution
+from harness.runs.provenance import commit
 from harness.training import device as hardware
+from harness.training.device import choose_loss_chunk
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
+from harness.training.step import select_capture
 from modeling.flops import training_flops_per_token
 from modeling.gpt import GPT
 
@@ -62,6 +64,7 @@ class SpeedOptions:
     device: str = "auto"
     precision: str = "auto"
     compile: str = "auto"
+    capture: str = "auto"  # ours only: the plain GPT stays as one writes it
     backend: str = "auto"
     out: str | None = None
 
@@ -119,9 +122,7 @@ class PlainGPT(nn.Module):
         self.embedding = nn.Embedding(-(-vocab_size // 64) * 64, model.d_model)
         self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(model.n_layers))
         self.norm = nn.RMSNorm(model.d_model, eps=model.norm_eps)
-        angle = torch.outer(
-            torch.arange(model.max_seq_len), 10000.0 ** (-torch.arange(0, model.head_dim, 2) / model.head_dim)
-        )
+        angle = torch.outer(torch.arange(model.max_seq_len), 10000.0 ** (-torch.arange(0, model.head_dim, 2) / model.head_dim))
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
         for parameter in self.parameters():
@@ -137,9 +138,14 @@ class PlainGPT(nn.Module):
 
 
 def plain_steps(
-    config: TrainConfig, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool,
-    device: torch.device, vocab_size: int,
-) -> tuple[nn.Module, Callable[[], None]]:  # fmt: skip
+    config: TrainConfig,
+    batches: Iterator[Tensor],
+    micro: int,
+    precision: torch.dtype,
+    compiled: bool,
+    device: torch.device,
+    vocab_size: int,
+) -> tuple[nn.Module, Callable[[], None]]:
     """The baseline and a function that makes one optimizer step."""
     model = PlainGPT(config, vocab_size).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -159,17 +165,35 @@ def plain_steps(
 
 
 def our_steps(
-    config: TrainConfig, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool,
-    device: torch.device, vocab_size: int, backend: str,
-) -> tuple[GPT, str, Callable[[], None]]:  # fmt: skip
+    config: TrainConfig,
+    batches: Iterator[Tensor],
+    micro: int,
+    precision: torch.dtype,
+    compiled: bool,
+    device: torch.device,
+    vocab_size: int,
+    backend: str,
+    capture: str,
+) -> tuple[GPT, str, Callable[[], None]]:
     """The harness's model and loop as train_model.py runs them, and a function that makes one optimizer step."""
     model = build_model(config, vocab_size).to(device)
     kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=precision)
     choose_loss_chunk(model, micro_batch_size=micro, device=device)
+    optimizer = build_optimizer(model, config.optimizer, capturable=device.type == "cuda")
     steps = train(
-        model, batches, optimizer=build_optimizer(model, config.optimizer), schedule=lambda step: 1.0, first_step=1,
-        last_step=10**9, micro_batch_size=micro, grad_clip=1.0, precision=precision, compile=compiled, device=device,
-    )  # fmt: skip
+        model,
+        batches,
+        optimizer=optimizer,
+        schedule=lambda step: 1.0,
+        first_step=1,
+        last_step=10**9,
+        micro_batch_size=micro,
+        grad_clip=1.0,
+        precision=precision,
+        compile=compiled,
+        device=device,
+        capture=select_capture(capture, device, processes=1, optimizer=optimizer),
+    )
 
     def step() -> None:
         next(steps)
@@ -189,19 +213,22 @@ def main(arguments: list[str]) -> int:
     base = load_train_config([f"model={options.model}"])
     tokens = options.batch_size * base.model.max_seq_len
     micro = options.micro_batch_size or hardware.auto_micro_batch_size(
-        options.batch_size, max_seq_len=base.model.max_seq_len, d_model=base.model.d_model,
-        n_layers=base.model.n_layers, vocab_size=options.vocab_size, parameters=10**6, precision=precision,
+        options.batch_size,
+        max_seq_len=base.model.max_seq_len,
+        d_model=base.model.d_model,
+        n_layers=base.model.n_layers,
+        vocab_size=options.vocab_size,
+        parameters=10**6,
+        precision=precision,
         device=device,
-    )  # fmt: skip
+    )
     generator = torch.Generator(device).manual_seed(0)
     shape = (options.batch_size, base.model.max_seq_len + 1)
     fixed = [torch.randint(options.vocab_size, shape, generator=generator, device=device) for _ in range(4)]
 
     figures: list[Figure] = []
     bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
-    plain, plain_step = plain_steps(
-        base, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size
-    )  # fmt: skip
+    plain, plain_step = plain_steps(base, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size)
     plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
     plain_rates: list[float] = []
     peak = hardware.peak_flops(device, precision)
@@ -209,11 +236,11 @@ def main(arguments: list[str]) -> int:
         config = load_train_config([f"model={options.model}", f"attention={name}"])
         hardware.reset_peak_memory(device)
         ours, kernel, our_step = our_steps(
-            config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend
+            config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend, options.capture
         )
         started = time.perf_counter()
         for step in (plain_step, our_step):
-            timed(step, 3, device)  # compilation, allocator, caches
+            timed(step, 5, device)  # compilation, capture, allocator, caches
         first = time.perf_counter() - started
         bar.update()
         rates, ratios = [], []
@@ -256,32 +283,54 @@ def timed(step: Callable[[], None], repeats: int, device: torch.device) -> float
 
 
 def figure(
-    name: str, kernel: str, model: nn.Module, rates: list[float], ratios: list[float], flops: int,
-    peak: float | None, device: torch.device, first: float,
-) -> Figure:  # fmt: skip
+    name: str,
+    kernel: str,
+    model: nn.Module,
+    rates: list[float],
+    ratios: list[float],
+    flops: int,
+    peak: float | None,
+    device: torch.device,
+    first: float,
+) -> Figure:
     """Medians and ranges of the rounds."""
     rate = statistics.median(rates)
     return Figure(
-        name=name, kernel=kernel, parameters=sum(p.numel() for p in model.parameters()), median=rate, low=min(rates),
-        high=max(rates), of_plain=statistics.median(ratios), mfu=rate * flops / peak if peak else None,
-        peak_memory_bytes=hardware.peak_memory_bytes(device), seconds_to_first_step=first,
-    )  # fmt: skip
+        name=name,
+        kernel=kernel,
+        parameters=sum(p.numel() for p in model.parameters()),
+        median=rate,
+        low=min(rates),
+        high=max(rates),
+        of_plain=statistics.median(ratios),
+        mfu=rate * flops / peak if peak else None,
+        peak_memory_bytes=hardware.peak_memory_bytes(device),
+        seconds_to_first_step=first,
+    )
 
 
 def report(
-    figures: list[Figure], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool,
-    micro: int,
-) -> None:  # fmt: skip
+    figures: list[Figure], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool, micro: int
+) -> None:
     """A table for people, then one JSON line."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
-          f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}")  # fmt: skip
+    print(
+        f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
+        f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}"
+    )
     print(f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}{'of plain':>10}{'MFU':>8}{'GiB':>7}")
     for each in figures:
         print(row(each))
-    record = {"options": asdict(options), "device": machine, "precision": str(precision), "compiled": compiled,
-              "micro_batch_size": micro, "torch": torch.__version__, "commit": commit(),
-              "figures": [asdict(f) for f in figures]}  # fmt: skip
+    record = {
+        "options": asdict(options),
+        "device": machine,
+        "precision": str(precision),
+        "compiled": compiled,
+        "micro_batch_size": micro,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "figures": [asdict(f) for f in figures],
+    }
     line = json.dumps(record)
     if options.out is not None:
         Path(options.out).write_text(line + "\n", encoding="utf-8")

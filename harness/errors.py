@@ -1,6 +1,10 @@
 """The one exception that means: the user can put this right."""
 
+import contextlib
+import errno
 import re
+import sys
+from collections.abc import Iterator
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@|(?<=[?&])(?:access_token|api_key|auth|key|token)=[^&\s]*", re.IGNORECASE)
 _MOST_CHARACTERS = 2000
@@ -10,17 +14,47 @@ class UserError(Exception):
     """A mistake in the input, said in one sentence that names the remedy.
 
     The entry scripts print it without a traceback and exit with status 2. Whatever it quotes of a file, it is one line
-    that a terminal shows as it is: line ends, control characters and halves of surrogate pairs become spaces.
-    Credentials in an address are left out.
+    that a terminal shows as it is, see `sentence`.
     """
 
     def __init__(self, message: str) -> None:
-        if len(message) > _MOST_CHARACTERS:
-            message = f"{message[: _MOST_CHARACTERS // 2]} ... {message[-_MOST_CHARACTERS // 2 :]}"
-        message = "".join(character if character.isprintable() else " " for character in message)
-        super().__init__(without_credentials(message))
+        super().__init__(sentence(message))
+
+
+def sentence(message: str) -> str:
+    """The message in one line, of bounded length and without credentials; what no terminal prints is escaped."""
+    if len(message) > _MOST_CHARACTERS:
+        message = f"{message[: _MOST_CHARACTERS // 2]} ... {message[-_MOST_CHARACTERS // 2 :]}"
+    message = re.sub(r"\s", " ", message)
+    return without_credentials("".join(c if c.isprintable() else escaped(c) for c in message))
+
+
+def escaped(character: str) -> str:
+    """As it stands in a Python string: \\x1b."""
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def tell(message: str) -> None:
+    """A sentence for people, on standard error: standard output belongs to results."""
+    print(sentence(message), file=sys.stderr, flush=True)
 
 
 def without_credentials(text: str) -> str:
     """The text with `user:password@` and `token=...` cut out of every address in it."""
     return _CREDENTIALS.sub("", text)
+
+
+@contextlib.contextmanager
+def readable(what: str, remedy: str, *, but_not: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What the system refuses inside (no permission, a name too long, a failing disk) becomes one sentence, a UserError.
+
+    what: a path, as the user knows it. but_not: errors that mean something else.
+    """
+    try:
+        yield
+    except but_not:
+        raise
+    except OSError as error:
+        said = error.filename is None or str(error.filename) in what or error.errno == errno.ENAMETOOLONG
+        inside = "" if said else f": {error.filename}"
+        raise UserError(f"{what} cannot be read ({error.strerror or error}{inside}): {remedy}") from error

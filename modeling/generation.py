@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from modeling.attention.cache import Cache
+from modeling.attention.positions import beyond
 from modeling.gpt import GPT
 
-COLDEST = 1e-3  # logits divided by less leave the range of float32
+COLDEST, HOTTEST = 1e-3, 1e30  # logits divided by less, or a temperature above, leave the range of float32
 
 
 def sample(
@@ -21,7 +22,8 @@ def sample(
 ) -> Tensor:
     """One token id per row, (B,). temperature 0 takes the likeliest; top_k and top_p cut the tail before sampling.
 
-    top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020, arXiv 1904.09751).
+    top_p keeps the smallest set of tokens whose probability reaches it (Holtzman et al. 2020, arXiv 1904.09751); 1 all of
+    them.
     """
     if temperature == 0:
         return logits_BC.argmax(dim=-1)
@@ -29,7 +31,7 @@ def sample(
     if top_k is not None:
         kth = logits_BC.topk(min(top_k, logits_BC.shape[-1]), dim=-1).values[:, -1:]
         logits_BC = logits_BC.masked_fill(logits_BC < kth, float("-inf"))
-    if top_p is not None:
+    if top_p is not None and top_p < 1:  # rounded sums reach 1 before the last tokens
         ordered, order = logits_BC.sort(dim=-1, descending=True)
         probability = ordered.softmax(dim=-1)
         before = probability.cumsum(dim=-1) - probability  # mass of the likelier tokens: the first is always kept
@@ -60,7 +62,7 @@ def generate(
     the end. cache_dtype: what the cache holds (None: the parameters' dtype; modeling/attention/cache.py has all), window
     and sinks likewise. step: how one token is computed, `eager`, `compile` (torch.compile) or `graph` (a CUDA graph);
     `auto` takes the graph on CUDA and eager elsewhere. Raises ValueError for an empty prompt, for settings out of range,
-    and when prompt and new tokens exceed the model's max_seq_len.
+    when prompt and new tokens exceed the model's max_seq_len, and for a model whose logits are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     device, dtype = model.embedding.weight.device, cache_dtype or model.embedding.weight.dtype
@@ -72,14 +74,14 @@ def generate(
         valid_BT[row, : len(prompt)] = True
     tokens_BT, valid_BT = tokens_BT.to(device), valid_BT.to(device)
     ragged = any(len(prompt) != longest for prompt in prompts)
-    cache = model.new_cache(
-        len(prompts), longest + max_new_tokens - 1, dtype=dtype, device=device, window=window, sinks=sinks
-    )
+    cache = model.new_cache(len(prompts), longest + max_new_tokens - 1, dtype=dtype, device=device, window=window, sinks=sinks)
 
     model.eval()
     x_BTD = model.hidden(tokens_BT, cache, valid_BT=valid_BT if ragged else None)
     last_B = valid_BT.sum(dim=1) - 1  # the head sees one position a row, not the whole prompt
     logits_BC = model.logits(x_BTD[torch.arange(len(prompts), device=device), last_B])
+    if not logits_BC[:, : model.vocab_size].isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are broken, use an earlier checkpoint")
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
     decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
     for number in range(max_new_tokens):
@@ -104,7 +106,8 @@ def decode_step(
     """A function (token_B, running_B) -> logits_BC that appends one token a row to a filled cache.
 
     Rows that are not running take in nothing. `compile` and `graph` make the cache static. token_B and running_B are
-    examples of what the function will be given. Raises ValueError where `step` cannot run.
+    examples of what the function will be given. Raises ValueError where `step` cannot run; the function raises it for a
+    token beyond the cache or the model.
     """
     device = token_B.device
     if step == "auto":
@@ -126,8 +129,33 @@ def decode_step(
         layer.make_static()
     if step == "compile":
         forward = torch.compile(model, fullgraph=True, dynamic=False)
-        return eager
-    return _captured(eager, cache, token_B, running_B)
+        return _counted(eager, model, cache)
+    _check_fits(model, cache)
+    return _counted(_captured(eager, cache, token_B, running_B), model, cache)
+
+
+def _counted(
+    step: Callable[[Tensor, Tensor | None], Tensor], model: GPT, cache: Sequence[Cache]
+) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """The step with its tokens counted out here, where a token that does not fit can be refused and no device is asked."""
+
+    def counted(token_B: Tensor, running_B: Tensor | None) -> Tensor:
+        _check_fits(model, cache)
+        logits_BC = step(token_B, running_B)
+        for layer in cache:
+            layer.count(1)
+        return logits_BC
+
+    return counted
+
+
+def _check_fits(model: GPT, cache: Sequence[Cache]) -> None:
+    """Raises ValueError unless the cache, whose layers grow together, and the model have a place for one more token a row."""
+    cache[0].check_room(1)
+    if isinstance(model, GPT) and model.attentions[0].positions != "none":
+        longest = cache[0].longest(model.max_seq_len - 1)
+        if longest >= model.max_seq_len:
+            raise beyond(longest, model.max_seq_len)
 
 
 def _captured(
@@ -141,11 +169,13 @@ def _captured(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
+        for _ in range(2):  # each from the state before: there may be room for one token alone
             step(*arguments)
+            for tensor, value in zip(changed, before, strict=True):
+                tensor.copy_(value)
+            for layer in cache:
+                layer.count(-1)
     torch.cuda.current_stream().wait_stream(stream)
-    for tensor, value in zip(changed, before, strict=True):
-        tensor.copy_(value)
     del before
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -162,22 +192,31 @@ def _captured(
 
 
 def _check(
-    model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int | None,
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
     top_p: float | None,
-) -> None:  # fmt: skip
+) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no tokens; give at least one (the end-of-text token starts a fresh text)")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if temperature != 0 and not temperature >= COLDEST:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or at least {COLDEST}")
+    if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or from {COLDEST} to {HOTTEST:g}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or null for no cut")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1], or null for no cut")
     longest = max(len(prompt) for prompt in prompts)
+    if longest > model.max_seq_len:
+        raise ValueError(
+            f"a prompt of {longest} tokens exceeds the model's {model.max_seq_len} positions; shorten it to at most "
+            f"{model.max_seq_len} tokens"
+        )
     if longest + max_new_tokens - 1 > model.max_seq_len:
         raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's {model.max_seq_len} "
-            f"positions; ask for at most {max(0, model.max_seq_len - longest + 1)} new tokens"
+            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {model.max_seq_len} "
+            f"positions; ask for at most {model.max_seq_len - longest + 1} new tokens"
         )

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.attention import EXECUTION, build_attentions, set_execution, shares_latents
 from modeling.attention.cache import Cache, new_cache
+from modeling.attention.positions import beyond, check_positions
 from modeling.loss import mask_padding, mean_nats, token_nats
 
 VOCAB_MULTIPLE = 64  # a head of aligned width keeps matrix products on the fast path
@@ -49,9 +50,13 @@ class Block(nn.Module):
         self.shares_latents = shares_latents(attention)
 
     def forward(
-        self, x_BTD: Tensor, cache: Cache | None, positions_BT: Tensor | None, valid_BT: Tensor | None,
+        self,
+        x_BTD: Tensor,
+        cache: Cache | None,
+        positions_BT: Tensor | None,
+        valid_BT: Tensor | None,
         latents: tuple[Tensor, ...] = (),
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x_BTD, and the latents for the layers behind: those of `latents`, or this layer's own if it leads a group."""
         shared = list(latents)
         more = {"shared": shared} if self.shares_latents else {}
@@ -65,17 +70,18 @@ class GPT(nn.Module):
 
     Initial values (s = init_std; every norm gain 1, every bias 0; `outputs` are o_proj and the MLP's down_proj):
 
-        parameters                      normal                     xavier
-        token and position embedding    N(0, s)                    N(0, s)
-        head, if not tied               N(0, s)                    N(0, s)
-        matrices                        N(0, s)                    U(+-sqrt(6 / (fan_in + fan_out)))
-        outputs                         N(0, s / sqrt(2 n_layers)) xavier / sqrt(2 n_layers)
-        outputs, zero_init_outputs      0                          0
-        frozen matrices (MLA's latent)  N(0, 1 / sqrt(fan_in))     the same
+        parameters                      normal     fan_in                    xavier
+        token and position embedding    N(0, s)    N(0, s)                   N(0, s)
+        head, if not tied               N(0, s)    N(0, s)                   N(0, s)
+        matrices                        N(0, s)    N(0, s sqrt(D / fan_in))  U(+-sqrt(6 / (fan_in + fan_out)))
+        outputs                         the same / sqrt(2 n_layers) in all three
+        outputs, zero_init_outputs      0          0                         0
+        frozen matrices (MLA's latent)  N(0, 1 / sqrt(fan_in)) in all three
 
-    MLA's factored products under `normal`: with a norm on the latent (unit variance) each up-projected key or value has
-    variance L s^2, without one D L s^4, where MHA's has D s^2 (x of unit variance). latent_scale multiplies the first
-    by D / L, which makes it MHA's.
+    `fan_in` gives every matrix's output the variance that a matrix reading x has, D s^2 for inputs of unit variance: keys
+    and values then begin alike whatever they are projected from. Under `normal`, with a norm on the latent each up-projected
+    key or value has variance L s^2, without one D L s^4, where MHA's has D s^2. latent_scale multiplies the first by D / L,
+    which makes it MHA's: with `fan_in` it would do so twice.
     """
 
     def __init__(
@@ -101,8 +107,8 @@ class GPT(nn.Module):
         attention: Mapping[str, Any],
     ) -> None:
         super().__init__()
-        if init not in ("normal", "xavier"):
-            raise ValueError(f"init={init} is unknown; choose normal or xavier")
+        if init not in ("normal", "fan_in", "xavier"):
+            raise ValueError(f"init={init} is unknown; choose normal, fan_in or xavier")
         self.vocab_size, self.max_seq_len, self.causal = vocab_size, max_seq_len, causal
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk_tokens: int | None = None  # how the loss is computed, not what it is: set by the trainer
@@ -110,14 +116,24 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(padded, d_model)
         self.blocks = nn.ModuleList(
             Block(
-                layer, MLP(d_model=d_model, hidden=mlp_hidden, kind=mlp, bias=bias),
-                d_model=d_model, norm_eps=norm_eps, dropout=dropout,
+                layer,
+                MLP(d_model=d_model, hidden=mlp_hidden, kind=mlp, bias=bias),
+                d_model=d_model,
+                norm_eps=norm_eps,
+                dropout=dropout,
             )
             for layer in build_attentions(
-                mechanism, attention, n_layers, d_model=d_model, n_heads=n_heads, max_seq_len=max_seq_len,
-                causal=causal, bias=bias, norm_eps=norm_eps,
+                mechanism,
+                attention,
+                n_layers,
+                d_model=d_model,
+                n_heads=n_heads,
+                max_seq_len=max_seq_len,
+                causal=causal,
+                bias=bias,
+                norm_eps=norm_eps,
             )
-        )  # fmt: skip
+        )
         learned = self.attentions[0].positions == "learned"
         self.position_embedding = nn.Embedding(max_seq_len, d_model) if learned else None
         self.dropout = nn.Dropout(dropout)
@@ -152,7 +168,8 @@ class GPT(nn.Module):
                 elif init == "xavier":
                     nn.init.xavier_uniform_(module.weight, gain=depth if id(module) in outputs else 1.0)
                 else:
-                    nn.init.normal_(module.weight, std=std * depth if id(module) in outputs else std)
+                    width = (self.embedding.embedding_dim / module.in_features) ** 0.5 if init == "fan_in" else 1.0
+                    nn.init.normal_(module.weight, std=std * width * (depth if id(module) in outputs else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -165,15 +182,21 @@ class GPT(nn.Module):
             set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
 
     def new_cache(
-        self, batch_size: int, max_seq_len: int, *, dtype: torch.dtype, device: torch.device | str, static: bool = False,
-        window: int | None = None, sinks: int = 0,
-    ) -> list[Cache]:  # fmt: skip
+        self,
+        batch_size: int,
+        max_seq_len: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        static: bool = False,
+        window: int | None = None,
+        sinks: int = 0,
+    ) -> list[Cache]:
         """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's latents is empty."""
         return [
-            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window,
-                      sinks=sinks)
+            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
             for attention in self.attentions
-        ]  # fmt: skip
+        ]
 
     def hidden(
         self,
@@ -183,9 +206,18 @@ class GPT(nn.Module):
         valid_BT: Tensor | None = None,
     ) -> Tensor:
         """Final-norm activations x_BTD, the head's input. Arguments as in `forward`."""
-        x_BTD = self.embedding(tokens_BT)
+        return self.hidden_of(self.embedding(tokens_BT), cache, positions_BT, valid_BT)
+
+    def hidden_of(
+        self,
+        x_BTD: Tensor,
+        cache: Sequence[Cache] | None = None,
+        positions_BT: Tensor | None = None,
+        valid_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The same from token embeddings x_BTD."""
         if self.position_embedding is not None:
-            x_BTD = x_BTD + self._positions(tokens_BT.shape[1], cache, positions_BT, valid_BT)
+            x_BTD = x_BTD + self._positions(x_BTD.shape[1], cache, positions_BT, valid_BT)
         x_BTD = self.dropout(x_BTD)
         latents: tuple[Tensor, ...] = ()
         for layer, block in enumerate(self.blocks):
@@ -196,24 +228,20 @@ class GPT(nn.Module):
                 x_BTD, latents = block(*inputs)
         return self.norm(x_BTD)
 
-    def _positions(
-        self, T: int, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None
-    ) -> Tensor:
+    def _positions(self, T: int, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         """Rows of the learned table for these tokens, by the same rule as rotation angles."""
         assert self.position_embedding is not None
-        start = 0
+        start, end = 0, None
         if positions_BT is None and cache is not None:
             place = cache[0].place(T, valid_BT)
-            start, positions_BT = place.start, place.positions_BT
+            start, positions_BT, end = place.start, place.positions_BT, place.end
         elif positions_BT is None and valid_BT is not None:
-            positions_BT = (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0)
+            positions_BT, end = (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0), T
         if positions_BT is not None:
+            check_positions(positions_BT, end, self.max_seq_len)
             return self.position_embedding(positions_BT)
         if start + T > self.max_seq_len:
-            raise ValueError(
-                f"position {start + T - 1} is beyond the {self.max_seq_len} learned positions of this model; "
-                f"use at most model.max_seq_len tokens"
-            )
+            raise beyond(start + T - 1, self.max_seq_len)
         return self.position_embedding.weight[start : start + T]
 
     def forward(
@@ -240,9 +268,7 @@ class GPT(nn.Module):
 
     def head_loss(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
         """The loss from final-norm activations."""
-        return mean_nats(
-            x_ND, self.head.weight, targets_N, vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens
-        )
+        return mean_nats(x_ND, self.head.weight, targets_N, vocab_size=self.vocab_size, chunk_tokens=self.loss_chunk_tokens)
 
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
         """Cross-entropy of every target in nats, nats_BT float32, without gradient; logits 4096 tokens at a time.

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+IGNORED = -100  # torch's own: a target that is not scored
+
 
 def mask_padding(logits_NC: Tensor, vocab_size: int) -> Tensor:
     """Logits of the columns that pad the vocabulary become -inf: they can be neither predicted nor sampled."""
@@ -31,13 +33,12 @@ def token_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size
     return torch.cat(nats)
 
 
-def mean_nats(
-    x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int | None
-) -> Tensor:
+def mean_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int | None) -> Tensor:
     """Mean cross-entropy in nats, differentiable.
 
-    chunk_tokens=None holds all N x C logits in float32. A number holds that many rows at a time and computes both
-    gradients in the forward pass, chunk by chunk: the same three products, a fraction of the memory.
+    Targets of IGNORED count neither in the sum nor in the mean. chunk_tokens=None holds all N x C logits in float32. A number
+    holds that many rows at a time and computes both gradients in the forward pass, chunk by chunk: the same three products, a
+    fraction of the memory.
     """
     if chunk_tokens is None:
         logits_NC = mask_padding(F.linear(x_ND, weight_CD).float(), vocab_size)
@@ -50,27 +51,28 @@ def mean_nats(
 
 class _ChunkedMeanNats(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, vocab_size: int, chunk_tokens: int
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, vocab_size: int, chunk_tokens: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        counts_N = targets_N != IGNORED
+        scored = counts_N.sum()  # on the device, which is asked for no number
         grad_x_ND = torch.empty_like(x_ND)
         grad_weight_CD = torch.zeros_like(weight_CD, dtype=torch.float32)
         N = x_ND.shape[0]
         for start in range(0, N, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            x, target_n1 = x_ND[rows], targets_N[rows].unsqueeze(1)
+            counts_n1 = counts_N[rows].unsqueeze(1)
+            x, target_n1 = x_ND[rows], targets_N[rows].unsqueeze(1).where(counts_n1, 0)
             logits = mask_padding((x @ weight_CD.T).float(), vocab_size)
             picked = logits.gather(1, target_n1)
             log_total = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_total - picked).sum()
+            total += (log_total - picked).where(counts_n1, 0.0).sum()
             grad = logits.sub_(log_total).exp_()  # the softmax, in the logits' own memory
             grad.scatter_add_(1, target_n1, torch.full_like(picked, -1.0))
-            grad = grad.mul_(1.0 / N).to(x.dtype)
+            grad = grad.mul_(counts_n1 / scored).to(x.dtype)
             torch.matmul(grad, weight_CD, out=grad_x_ND[rows])
             grad_weight_CD += grad.T @ x
         ctx.save_for_backward(grad_x_ND, grad_weight_CD.to(weight_CD.dtype))
-        return total / N
+        return total / scored
 
     @staticmethod
     @once_differentiable

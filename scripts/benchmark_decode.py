@@ -1,27 +1,9 @@
 """What decoding costs, by variant, context and batch size: python scripts/benchmark_decode.py [key=value ...].
 
-attention      mha,gqa,mqa,mla   variants, separated by commas, or all          model   tiny   a YAML of configs/model
-run            null              a trained run's shape and vocabulary instead   runs_dir  runs
-model.KEY, attention.KEY         as for train_model.py; for the variants that have the field
-level          model             model; or attention: the attention layers alone, without norms, MLP and head
-layers         null              how many are built and timed; null: all, at level=attention 1
-vocab_size     4096              contexts  256,1024,4096      batch_sizes  1,8
-queries        1                 new tokens a call; above 1 for MLA in both paths, at the smallest batch size
-decode         both              MLA's paths: auto, expand, absorbed; both: a row each, and where they change places
-kernel         torch             torch or triton: what computes the absorbed path      backend  auto (attention kernel)
-step           auto              eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere
-dtype          auto              of weights and arithmetic: bfloat16 on CUDA, else float32      cache.dtype  auto (the same)
-steps          16                of a reading, fewer where they take longer than a second together
-rounds         5                 readings; a figure is the median over their steps with quartiles; variants take turns
-prefill_tokens 8192              time to first token, and generation end to end, up to so many tokens of prompt in all
-peers          true              at level=model transformers' generate on the same weights, where it is installed; at
-                                 level=attention torch's SDPA on a cache of MLA's expanded keys and values
-memory_budget_gib  null          for the largest batch, and for what is measured; null: half of the memory
-device         auto              seed      0
-out            artifacts/decode  gets decode.json, decode.csv and decode.png
+model.KEY and attention.KEY are as for train_model.py, for the variants that have the field.
 
 Weights and caches are random, of a run too: speed does not depend on them. What the columns mean is said in
-harness/evaluation/decode_speed.py. Largest batch: of the model with all its layers (level=attention: their attention).
+harness/decode/speed.py. Largest batch: of the model with all its layers (level=attention: their attention).
 """
 
 # ruff: noqa: E402
@@ -30,10 +12,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
@@ -43,63 +26,70 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import parse_options, run_script
-from harness.config import (
-    CACHE_DTYPES,
-    did_you_mean,
-    find_run,
-    load_run_config,
-    load_train_config,
-    options_of,
-    user_path,
-)
+from harness.config.checks import CACHE_DTYPES
+from harness.config.compose import load_train_config, options_of
+from harness.config.places import user_path
+from harness.config.run_config import find_run, load_run_config
+from harness.config.schema import TrainConfig
+from harness.config.typed import did_you_mean
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.schema import TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from harness.evaluation.decode_subjects import Cell, Plan, Subject, Writer
+    from harness.decode.subjects import Cell, Plan, Subject, Writer
 
 
 @dataclass
 class CacheOptions:
-    dtype: str = "auto"
+    dtype: Annotated[str, "of the cache; auto: as dtype"] = "auto"
 
 
 @dataclass
 class DecodeOptions:
-    attention: str = "mha,gqa,mqa,mla"
-    model: str = "tiny"
-    run: str | None = None
-    level: str = "model"
-    layers: int | None = None
+    attention: Annotated[str, "variants, separated by commas, or all"] = "mha,gqa,mqa,mla"
+    model: Annotated[str, "a YAML of configs/model"] = "tiny"
+    run: Annotated[str | None, "a trained run's shape and vocabulary instead"] = None
+    level: Annotated[str, "model; or attention: the attention layers alone, without norms, MLP and head"] = "model"
+    layers: Annotated[int | None, "how many are built and timed; null: all, at level=attention 1"] = None
     vocab_size: int = 4096
-    contexts: str = "256,1024,4096"
-    batch_sizes: str = "1,8"
-    queries: str = "1"
-    decode: str = "both"
-    kernel: str = "torch"
-    backend: str = "auto"
-    step: str = "auto"
-    dtype: str = "auto"
+    contexts: Annotated[str, "cached tokens, separated by commas"] = "256,1024,4096"
+    batch_sizes: Annotated[str, "sequences, separated by commas"] = "1,8"
+    queries: Annotated[str, "new tokens a call; above 1 for MLA in both paths, at the smallest batch size"] = "1"
+    decode: Annotated[str, "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places"] = "both"
+    kernel: Annotated[str, "torch or triton: what computes the absorbed path"] = "torch"
+    backend: Annotated[str, "the attention kernel"] = "auto"
+    step: Annotated[str, "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"] = "auto"
+    dtype: Annotated[str, "of weights and arithmetic; auto: bfloat16 on CUDA, else float32"] = "auto"
     cache: CacheOptions = field(default_factory=CacheOptions)
-    steps: int = 16
-    rounds: int = 5
-    prefill_tokens: int = 8192
-    peers: bool = True
-    memory_budget_gib: float | None = None
-    device: str = "auto"
+    steps: Annotated[int, "of a reading, fewer where they take longer than a second together"] = 16
+    rounds: Annotated[int, "readings; a figure is the median over their steps with quartiles; variants take turns"] = 5
+    prefill_tokens: Annotated[int, "time to first token, and generation end to end, up to so many tokens of prompt in all"] = (
+        8192
+    )
+    peers: Annotated[
+        bool,
+        "at level=model transformers' generate on the same weights, where it is installed; at level=attention torch's SDPA "
+        "on a cache of MLA's expanded keys and values",
+    ] = True
+    memory_budget_gib: Annotated[float | None, "for the largest batch, and for what is measured; null: half of the memory"] = (
+        None
+    )
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     seed: int = 0
-    out: str | None = None
-    runs_dir: str = str(ROOT / "runs")
+    out: Annotated[str | None, "gets decode.json, decode.csv and decode.png; null: artifacts/decode"] = None
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
 CHOICES = {
-    "level": ("model", "attention"), "decode": ("auto", "expand", "absorbed", "both"),
-    "step": ("auto", "eager", "compile", "graph"), "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "cache.dtype": ("auto", *CACHE_DTYPES), "kernel": ("torch", "triton"),
-}  # fmt: skip
+    "level": ("model", "attention"),
+    "decode": ("auto", "expand", "absorbed", "both"),
+    "step": ("auto", "eager", "compile", "graph"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "cache.dtype": ("auto", *CACHE_DTYPES),
+    "kernel": ("torch", "triton"),
+}
 LARGEST_DIFFERENCE = 1e-4  # of logits in float32, relative: above it a peer computes something else and is not timed
 
 
@@ -112,10 +102,12 @@ def main(arguments: list[str]) -> int:
     import torch
     from tqdm import tqdm
 
-    from harness.evaluation import decode_plot
-    from harness.evaluation.decode_speed import machine_name, measure, swept_bytes
-    from harness.evaluation.decode_subjects import plan_cells
-    from harness.run import commit, write_json
+    from harness.decode.speed import machine_name, measure, swept_bytes
+    from harness.decode.subjects import plan_cells
+    from harness.files.atomic import write_json, write_text, written_together
+    from harness.report import decode as decode_report
+    from harness.report.plots import save_png
+    from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
 
     plan = make_plan(options)
@@ -136,28 +128,49 @@ def main(arguments: list[str]) -> int:
     machine = machine_name(plan.device)
     heading = title(options, overrides, configs, plan, machine)
     limits = {subject.name: subject.part.attentions[0].absorbs_up_to for subject in subjects if len(subject.paths) > 1}
-    crossovers = decode_plot.crossovers(results.figures, limits)
-    print("\n".join([heading, *decode_plot.table(results), *map(decode_plot.sentence, crossovers), *notes]))
-    print(f"bandwidth: {results.bandwidth / 1e9:,.1f} GB/s, reading {swept_bytes(plan) / 2**20:,.0f} MiB in this run; "
-          f"largest batch: within {plan.budget_bytes / 2**30:,.1f} GiB")  # fmt: skip
+    crossovers = decode_report.crossovers(results.figures, limits)
+    print("\n".join([heading, *decode_report.table(results), *map(decode_report.sentence, crossovers), *notes]))
+    print(
+        f"bandwidth: {results.bandwidth / 1e9:,.1f} GB/s, reading {swept_bytes(plan) / 2**20:,.0f} MiB in this run; "
+        f"largest batch: within {plan.budget_bytes / 2**30:,.1f} GiB"
+    )
 
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "decode"
-    files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", "png")]
+    files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", *(["png"] if results.figures else []))]
     record = {
-        "options": dataclasses.asdict(options), "overrides": overrides, "device": machine, "dtype": str(plan.dtype),
-        "cache_dtype": str(plan.cache_dtype), "step": plan.step_used, "torch": torch.__version__, "commit": commit(),
-        "vocab_size": vocab_size, "read_bandwidth": results.bandwidth, "budget_bytes": plan.budget_bytes,
+        "options": dataclasses.asdict(options),
+        "overrides": overrides,
+        "device": machine,
+        "dtype": str(plan.dtype),
+        "cache_dtype": str(plan.cache_dtype),
+        "step": plan.step_used,
+        "torch": torch.__version__,
+        "commit": commit(),
+        "vocab_size": vocab_size,
+        "read_bandwidth": results.bandwidth,
+        "budget_bytes": plan.budget_bytes,
         "figures": [dataclasses.asdict(figure) for figure in results.figures],
         "skipped": [dataclasses.asdict(each) for each in results.skipped],
-        "crossovers": [dataclasses.asdict(each) for each in crossovers], "notes": notes,
+        "crossovers": [dataclasses.asdict(each) for each in crossovers],
+        "notes": notes,
         "files": files,
-    }  # fmt: skip
-    write_json(out / "decode.json", record)
-    (out / "decode.csv").write_text(decode_plot.as_csv(results.figures), encoding="utf-8")
-    if results.figures:
-        decode_plot.save_picture(results.figures, out / "decode.png", title=heading)
+    }
+    with written_together(
+        out,
+        record="decode.json",
+        stale=["decode.png"],
+        what=f"out={out}",
+        remedy="make room or choose another folder with out=...; what lay there is as it was",
+    ) as aside:
+        write_json(aside / "decode.json", record)
+        write_text(aside / "decode.csv", decode_report.as_csv(results.figures))
+        if results.figures:
+            picture = decode_report.picture(results.figures, title=heading)
+            save_png(picture, aside / "decode.png", columns=len(picture.panels) // 2)
     print(f"written: {', '.join(files)}", flush=True)
-    print(json.dumps(record))
+    said = {key: record[key] for key in ("device", "dtype", "cache_dtype", "step")}
+    counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
+    print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
     return 0
 
 
@@ -167,19 +180,16 @@ def check(options: DecodeOptions, overrides: list[str]) -> None:
         value = options.cache.dtype if key == "cache.dtype" else getattr(options, key)
         if value not in choices:
             raise UserError(f"{key}={value} is unknown; {did_you_mean(value, choices)}")
-    for key, least in (
-        ("layers", 1),
-        ("vocab_size", 1),
-        ("steps", 1),
-        ("rounds", 1),
-        ("prefill_tokens", 0),
-        ("seed", 0),
-    ):
+    for key, least in (("layers", 1), ("vocab_size", 1), ("steps", 1), ("rounds", 1), ("prefill_tokens", 0), ("seed", 0)):
         value = getattr(options, key)
         if value is not None and value < least:
             raise UserError(f"{key}={value} is too small; choose {least} or more")
     if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
+    if options.kernel == "triton" and whole_numbers("queries", options.queries) != (1,):
+        raise UserError(
+            f"kernel=triton computes calls of one new token, not queries={options.queries}: take kernel=torch or queries=1"
+        )
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -231,7 +241,7 @@ def make_plan(options: DecodeOptions) -> Plan:
     """Settings as decode_subjects.py takes them. Raises UserError for what this machine cannot do."""
     import torch
 
-    from harness.evaluation.decode_subjects import Plan
+    from harness.decode.subjects import Plan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.cache import DTYPES
 
@@ -244,12 +254,18 @@ def make_plan(options: DecodeOptions) -> Plan:
     return Plan(
         contexts=whole_numbers("contexts", options.contexts),
         batch_sizes=whole_numbers("batch_sizes", options.batch_sizes),
-        queries=whole_numbers("queries", options.queries), steps=options.steps, rounds=options.rounds,
-        step=options.step, device=device, dtype=dtype,
+        queries=whole_numbers("queries", options.queries),
+        steps=options.steps,
+        rounds=options.rounds,
+        step=options.step,
+        device=device,
+        dtype=dtype,
         cache_dtype=dtype if options.cache.dtype == "auto" else DTYPES[options.cache.dtype],
         budget_bytes=memory_bytes(device) // 2 if gib is None else int(gib * 2**30),
-        prefill_tokens=options.prefill_tokens, generate=options.peers, seed=options.seed,
-    )  # fmt: skip
+        prefill_tokens=options.prefill_tokens,
+        generate=options.peers,
+        seed=options.seed,
+    )
 
 
 def make_subjects(
@@ -258,8 +274,9 @@ def make_subjects(
     """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
     import torch
 
-    from harness.evaluation.decode_subjects import AttentionLayers, ExpandedAttention, Subject, footprint, paths_of
-    from harness.session import pin_execution
+    from harness.decode.subjects import ExpandedAttention, Subject, footprint, paths_of
+    from harness.runs.load import pin_execution
+    from modeling.attention.layers import AttentionLayers
 
     longest = plan.contexts[-1] + plan.room
     shapes = []
@@ -308,10 +325,10 @@ def make_subjects(
 
 def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, longest: int) -> Any:
     """The model or its attention, with so many layers and positions. Raises UserError for sizes that do not fit."""
-    from harness.build import build_model
-    from harness.config import attention_options
-    from harness.evaluation.decode_subjects import AttentionLayers
+    from harness.config.build import build_model
+    from harness.config.checks import attention_options
     from modeling.attention import MODEL_OWNED, build_attentions
+    from modeling.attention.layers import AttentionLayers
 
     if level == "model":
         return build_model(config, vocab_size, n_layers=n_layers, max_seq_len=longest)
@@ -326,29 +343,29 @@ def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, 
 
 def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, notes: list[str]) -> Writer | None:
     """transformers' generation with the weights of a float32 model, which is cast; None, with a note, where it cannot be."""
-    from harness import huggingface
-    from harness.evaluation.decode_subjects import Writer
+    from harness.decode.subjects import Writer
+    from harness.hf import classes
 
     name = config.attention["name"]
     try:
-        theirs = huggingface.as_transformers(model, config)
-        error = huggingface.difference(model, theirs)
+        theirs = classes.as_transformers(model, config)
+        error = classes.difference(model, theirs)
         if error > LARGEST_DIFFERENCE:
             raise UserError(f"its logits differ by {error:.1e} of their size, more than {LARGEST_DIFFERENCE:.0e}")
     except (ImportError, UserError) as reason:
         notes.append(f"no transformers beside {name}: {reason}")
         return None
     if model.embedding.weight.dtype != dtype:
-        theirs = huggingface.as_transformers(model.to(dtype), config)
+        theirs = classes.as_transformers(model.to(dtype), config)
     return Writer(
-        "transformers", functools.partial(huggingface.write, theirs), huggingface.cache_bytes_per_token(theirs),
+        "transformers",
+        functools.partial(classes.write, theirs),
+        classes.cache_bytes_per_token(theirs),
         sum(parameter.nbytes for parameter in theirs.parameters()),
-    )  # fmt: skip
+    )
 
 
-def title(
-    options: DecodeOptions, overrides: list[str], configs: list[TrainConfig], plan: Plan, machine: str
-) -> str:  # fmt: skip
+def title(options: DecodeOptions, overrides: list[str], configs: list[TrainConfig], plan: Plan, machine: str) -> str:
     """What was measured, in a line."""
     import torch
 
@@ -364,4 +381,4 @@ def title(
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=DecodeOptions, groups=("attention", "model"))

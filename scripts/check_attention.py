@@ -6,6 +6,7 @@ The overrides are train_model.py's (attention, model, and their fields). A table
 # ruff: noqa: E402
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -16,12 +17,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import run_script
-from harness.config import load_train_config
+from harness.config.compose import load_train_config
+from harness.entry.cli import run_script
 from harness.errors import UserError
 
 MODELING = ROOT / "modeling"
@@ -32,27 +33,40 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from harness.build import build_layer, build_model
+    from harness.config.build import build_layers, build_model, layers_that_differ
+    from harness.evaluation.facts import model_facts
     from modeling.attention.contract import CHECKS
 
     # torch.compile logs the traceback of what it fails on: its first line stands in the table.
     logging.getLogger("torch").setLevel(logging.CRITICAL)
 
+    lines: list[str] = []
+    checked = 1  # layers
+
     def it_builds_into_a_model() -> None:
+        nonlocal checked
         with torch.device("meta"):
-            build_model(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+            model = build_model(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+        checked = layers_that_differ(config)
+        if checked > 1:
+            lines.append(f"layers      the first {checked} of {config.model.n_layers} differ, and are checked together")
+        with contextlib.suppress(UserError):  # cache and formula disagree: a row of the table says so
+            lines.append(model_facts(model, config).cache_line)
 
     started = time.perf_counter()
     unbuilt = mistake(it_builds_into_a_model)
-    print(f"attention={config.attention['name']} ({config.attention['mechanism']}), {config.model.n_heads} heads, "
-          f"d_model {config.model.d_model}")  # fmt: skip
+    print(
+        f"attention={config.attention['name']} ({config.attention['mechanism']}), {config.model.n_heads} heads, "
+        f"d_model {config.model.d_model}"
+    )
+    print("".join(f"{line}\n" for line in lines), end="")
     failures, rows = 0, len(CHECKS)
-    if unbuilt is not None:  # a row of its own: the checks build a layer without the model around it
+    if unbuilt is not None:  # a row of its own: the checks build layers without the model around them
         print_row(it_builds_into_a_model.__name__, time.perf_counter() - started, unbuilt)
         failures, rows = 1, rows + 1
     for check in CHECKS:
         started = time.perf_counter()
-        found = mistake(functools.partial(check, functools.partial(build_layer, config)))
+        found = mistake(functools.partial(check, functools.partial(build_layers, config, checked)))
         print_row(check.__name__, time.perf_counter() - started, found)
         failures += found is not None
     print(f"{rows - failures} of {rows} hold")
@@ -81,4 +95,4 @@ def print_row(name: str, seconds: float, found: str | None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, groups=("attention", "model"))

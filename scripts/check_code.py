@@ -8,12 +8,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
+from harness.entry.cli import run_script
+from harness.errors import UserError
 
 CHECKS = (["ruff", "check"], ["ruff", "format", "--check"], ["mypy"])
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
+    if arguments:
+        raise UserError(f"{arguments[0]}: nothing can be chosen here; leave it out")
     failed = []
     for check in CHECKS:
         print(f"== {' '.join(check)}", flush=True)
@@ -25,4 +29,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     enter_environment(also=["ruff", "mypy"])
-    sys.exit(main())
+    run_script(main, description=__doc__)

@@ -3,16 +3,6 @@
 python scripts/compare_runs.py                          every finished run
 python scripts/compare_runs.py runs/A runs/B runs/C     these, by folder or name
 python scripts/compare_runs.py caches=all               also through quantised and windowed caches, if so evaluated
-
-runs_dir  runs                  where runs are looked for
-out       artifacts/comparison  gets comparison.md, .csv, .json and .png
-split     null                  test, validation or train; null: test if every run was evaluated on it, else validation
-dataset   null                  the corpus of the evaluations; null: the one each run was trained on
-caches    plain                 all: every evaluation of a run that differs from the plain one only in its cache becomes a
-                                row (python eval_model.py run=all cache.dtype=int8, or cache.window=64 cache.sinks=4),
-                                and sizes are cache bytes per token of the context
-strict    false                 true: refuse runs that cannot stand in one table, instead of making several
-tracking  wandb                 trackio: a dashboard on this machine; none: nothing goes to Weights & Biases
 """
 
 # ruff: noqa: E402
@@ -21,31 +11,49 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
 import json
 
-from harness.command_line import parse_options, run_script
-from harness.config import ROOT, TRACKING, did_you_mean, find_run, user_path
+from harness.config.checks import TRACKING
+from harness.config.places import ROOT, user_path
+from harness.config.run_config import find_run
+from harness.config.schema import TrackingConfig
+from harness.config.typed import did_you_mean
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.schema import TrackingConfig
 
 
 @dataclass
 class CompareOptions:
-    runs: list[str] = field(default_factory=list)
-    runs_dir: str = str(ROOT / "runs")
-    out: str | None = None
-    split: str | None = None
-    dataset: str | None = None
-    caches: str = "plain"
-    strict: bool = False
-    tracking: str = "wandb"
+    runs: Annotated[list[str], "which runs, written without runs=; none: every finished one"] = field(default_factory=list)
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
+    out: Annotated[str | None, "gets comparison.md, .csv, .json and .png; null: artifacts/comparison"] = None
+    split: Annotated[
+        str | None,
+        "test, validation or train; null: test where a run was evaluated on it, else validation. Runs that lack the "
+        "evaluation of the others are listed and stand in no table",
+    ] = None
+    dataset: Annotated[str | None, "the corpus of the evaluations; null: the one each run was trained on"] = None
+    evaluation: Annotated[
+        str | None,
+        "one evaluation by its name, a file of evaluations/ without .json, or by an option that it was made with "
+        "(max_tokens=8000): the way to compare on a part of a split, which is never taken otherwise",
+    ] = None
+    caches: Annotated[
+        str,
+        "plain; all: every evaluation of a run that differs from the plain one only in its cache becomes a row (python "
+        "eval_model.py run=all cache.dtype=int8, or cache.window=64 cache.sinks=4), and sizes are cache bytes per token of "
+        "the context",
+    ] = "plain"
+    strict: Annotated[bool, "true: refuse runs that cannot stand in one table, instead of making several"] = False
+    tracking: Annotated[str, "wandb; trackio: a dashboard on this machine; none: nothing is sent or shown"] = "wandb"
 
 
 def main(arguments: list[str]) -> int:
@@ -61,34 +69,54 @@ def main(arguments: list[str]) -> int:
     folders = [path if (path := user_path(text)).is_dir() else find_run(text, runs_dir) for text in options.runs]
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "comparison"
 
-    from harness.comparison import as_text, compare, plain_table, write_tables
-    from harness.comparison_plot import save_scatter
+    from harness.files.atomic import written_together
+    from harness.report.compare import scatter
+    from harness.report.comparison import as_text, compare, plain_table, scatter_points, write_tables
+    from harness.report.plots import save_png
     from harness.tracking import check_tracking, open_tracker
 
     check_tracking(TrackingConfig(name=options.tracking))
     comparison = compare(
-        folders or [runs_dir], split=options.split, dataset=options.dataset, every_cache=options.caches == "all",
+        folders or [runs_dir],
+        split=options.split,
+        dataset=options.dataset,
+        evaluation=options.evaluation,
+        every_cache=options.caches == "all",
         strict=options.strict,
-    )  # fmt: skip
+    )
     print(as_text(comparison))
     picture = out / "comparison.png"
-    try:
-        files = [*write_tables(comparison, out), picture]
-        save_scatter(comparison, picture)
-    except OSError as error:
-        raise UserError(f"out={out} cannot be written ({error.strerror}): choose another folder with out=...") from None
+    with written_together(
+        out, record="comparison.json", what=f"out={out}", remedy="choose another folder with out=..., or make room"
+    ) as aside:
+        names = [path.name for path in write_tables(comparison, aside)]
+        save_png(scatter(comparison), aside / picture.name)
+    files = [*(out / name for name in names), picture]
     print(f"written: {', '.join(str(path) for path in files)}", flush=True)
 
     runs = [run for table in comparison.tables for setup in table.setups for run in setup.runs]
     with open_tracker(
-        TrackingConfig(name=options.tracking), run_dir=out, name="comparison", run_config={"runs": runs},
-        group="comparison", job_type="compare", tags=[], run_id=None, metrics_bytes=None,
-    ) as tracker:  # fmt: skip
+        TrackingConfig(name=options.tracking),
+        run_dir=out,
+        name="comparison",
+        run_config={"runs": runs},
+        group="comparison",
+        job_type="compare",
+        tags=[],
+        run_id=None,
+        metrics_bytes=None,
+    ) as tracker:
         tracker.log_table("comparison", *plain_table(comparison))
+        for number, table in enumerate(comparison.tables, start=1):
+            key = "scatter" if number == 1 else f"scatter_{number}"
+            for figure in ("bits_per_byte", "perplexity"):
+                tracker.log_scatter(
+                    f"{key}/{figure}", *scatter_points(table, figure), x="cache bytes per token", y=figure, title=table.heading
+                )
         tracker.log_image("bits_per_byte_against_cache", picture, caption="; ".join(comparison.notes))
-    print(json.dumps(comparison.as_dict() | {"files": [str(path) for path in files]}))
+    print(json.dumps({"runs": len(runs), "record": str(out / "comparison.json")}))
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=CompareOptions)

@@ -5,13 +5,6 @@ python scripts/downstream_eval.py run=runs/NAME tasks=mine task_dir=my_tasks    
 
 The harness's own tasks fetch their data from the Hugging Face hub unless it is cached. Prints a table and one JSON line;
 each task's record stands in <run>/downstream/. Needs pip install -r requirements.txt -r requirements-extra.txt.
-
-tasks        names of tasks, groups or tags, with commas between (`lm-eval ls tasks` lists them)
-run          a run's folder or name; without one, the newest finished run
-limit        null    only the first documents of each task: for a try, not for a result
-num_fewshot  null    examples in the prompt; null: what the task says
-task_dir     null    a folder with tasks of your own; their names come before the harness's
-batch_size   16      device  auto      precision  auto (float32 | bfloat16)      runs_dir  runs
 """
 
 # ruff: noqa: E402
@@ -20,11 +13,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
@@ -32,23 +25,28 @@ import hashlib
 import json
 import time
 
-from harness.command_line import newest_run, parse_options, run_script
-from harness.config import find_run, setup_hash, user_path
+from harness.config.identity import setup_hash
+from harness.config.places import user_path
+from harness.config.run_config import find_run
+from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
-from harness.run import commit, write_json
+from harness.files.atomic import write_json
+from harness.files.folders import refuse_links
+from harness.files.text import aligned
+from harness.runs.provenance import commit
 
 
 @dataclass
 class DownstreamOptions:
-    tasks: str = ""
-    run: str | None = None
-    limit: int | None = None
-    num_fewshot: int | None = None
-    task_dir: str | None = None
-    batch_size: int = 16
-    device: str = "auto"
-    precision: str = "auto"
-    runs_dir: str = str(ROOT / "runs")
+    tasks: Annotated[str, "tasks, groups or tags, with commas between (`lm-eval ls tasks` lists them)"] = ""
+    run: Annotated[str | None, "a run's folder or name; null: the newest finished run"] = None
+    limit: Annotated[int | None, "only the first documents of each task: for a try, not for a result"] = None
+    num_fewshot: Annotated[int | None, "examples in the prompt; null: what the task says"] = None
+    task_dir: Annotated[str | None, "a folder with tasks of your own; their names come before the harness's"] = None
+    batch_size: Annotated[int, "sequences per forward pass"] = 16
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    precision: Annotated[str, "auto, float32 or bfloat16"] = "auto"
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
 def main(arguments: list[str]) -> int:
@@ -57,23 +55,24 @@ def main(arguments: list[str]) -> int:
     runs_dir = user_path(options.runs_dir)
     run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
 
-    import torch
-
-    from harness.evaluation.lm_eval import Answers, check_room, choose_tasks, run_task
-    from harness.session import decode_path, load_trained, tokenizer_fingerprint
+    from harness.data.tokenizer import tokenizer_fingerprint
+    from harness.hf.lm_eval import Answers, check_room, choose_tasks, run_task
+    from harness.runs.load import decode_path, load_trained
+    from harness.runs.summary import Computation
     from harness.training.device import select_device, select_precision
     from modeling.attention import EXECUTION
 
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
     chosen = choose_tasks(names, None if options.task_dir is None else user_path(options.task_dir))
+    refuse_links(run)
     trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
+    computation = Computation(device, precision, trained.kernel)
     for task in chosen:
         check_room(task, trained.model.max_seq_len)
     answers = Answers(
-        trained.model, trained.tokenizer, precision=precision, device=device, batch_size=options.batch_size,
-        progress=True,
-    )  # fmt: skip
+        trained.model, trained.tokenizer, precision=precision, device=device, batch_size=options.batch_size, progress=True
+    )
 
     records = []
     for task in chosen:
@@ -97,10 +96,10 @@ def main(arguments: list[str]) -> int:
         record |= run_task(task, answers, num_fewshot=options.num_fewshot, limit=options.limit)
         record |= {
             "seconds": time.perf_counter() - started,
-            "kernel": trained.kernel,
+            "kernel": computation.kernel,
             "decode": decode_path(trained.model) if task.writes else None,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "precision": str(precision).removeprefix("torch."),
+            "device": computation.device_name,
+            "precision": computation.precision_name,
             "checkpoint": trained.checkpoint,
             "commit": commit(),
         }
@@ -143,15 +142,18 @@ def print_table(records: list[dict[str, Any]]) -> None:
     """For people; the JSON line follows."""
     head = ("task", "metric", "value", "+-", "shots", "documents")
     rows = [head] + [
-        (row["task"], row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})",
-         number(row["value"]), number(row["stderr"]), number(row["num_fewshot"]), number(row["documents"]))
-        for record in records for row in record["metrics"]
-    ]  # fmt: skip
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
-        words = [word.ljust(width) if column < 2 else word.rjust(width)
-                 for column, (word, width) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        print("  ".join(words).rstrip())
+        (
+            row["task"],
+            row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})",
+            number(row["value"]),
+            number(row["stderr"]),
+            number(row["num_fewshot"]),
+            number(row["documents"]),
+        )
+        for record in records
+        for row in record["metrics"]
+    ]
+    print("\n".join(aligned(rows, left=(0, 1))))
     limited = {record["limit"] for record in records} - {None}
     if limited:
         print(f"only the first {limited.pop()} documents of each task: a try, not a result")
@@ -164,4 +166,4 @@ def number(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=DownstreamOptions)

@@ -1,17 +1,11 @@
 """A trained run as a Hugging Face model: python scripts/export.py run=runs/NAME to=DIR.
 
-run             a run's folder or name; without one, the newest finished run
-to              the folder to write: absent, or empty
-kind            auto    of a stock class where one computes the same, else of our own
-                stock   refused, naming what does not fit, where no stock class computes the same
-                own     of our own class, whatever the variant
-runs_dir        runs
-
 MHA, GQA and MQA with rotation become LlamaForCausalLM (with attention.qk_norm Qwen3ForCausalLM, with
-attention.projection_bias=qkv Qwen2ForCausalLM), MLA with RMSNorm latents and a decoupled rotation DeepseekV3ForCausalLM.
-AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no code of ours. Everything else (learned
+attention.projection_bias=qkv and Qwen2's own kind of tokenizer Qwen2ForCausalLM), MLA with RMSNorm latents and a decoupled
+rotation DeepseekV3ForCausalLM. AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no code of ours,
+in transformers 5 and 4.57. Everything else (learned
 positions, no rotation, relu2, ...) becomes a folder of our own class, which holds no code either and loads where this
-project can be imported, after harness.huggingface.register(). What was written is loaded and compared with the run before
+project can be imported, after harness.hf.classes.register(). What was written is loaded and compared with the run before
 the folder appears.
 """
 
@@ -21,24 +15,30 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import newest_run, parse_options, run_script
-from harness.config import find_run, user_path
+from harness.config.places import user_path
+from harness.config.run_config import find_run
+from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
 
 
 @dataclass
 class ExportOptions:
-    run: str | None = None
-    to: str | None = None
-    kind: str = "auto"
-    runs_dir: str = str(ROOT / "runs")
+    run: Annotated[str | None, "a run's folder or name; null: the newest finished run"] = None
+    to: Annotated[str | None, "the folder to write: absent, or empty"] = None
+    kind: Annotated[
+        str,
+        "auto: of a stock class where one computes the same, else of our own; stock: refused, naming what does not fit, "
+        "where none computes the same; own: of our own class, whatever the variant",
+    ] = "auto"
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
 def main(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     runs_dir = user_path(options.runs_dir)
     run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
 
-    from harness.export import export_run
+    from harness.hf.export import export_run
 
     exported = export_run(run, Path(options.to).expanduser().absolute(), kind=options.kind)
     print(
@@ -56,13 +56,11 @@ def main(arguments: list[str]) -> int:
         f"from the run's by {exported.difference:.1e} of their size"
     )
     if exported.own:
-        print(
-            f"The class is our own, {exported.why_own}: call harness.huggingface.register() before loading (see README.md)"
-        )
+        print(f"The class is our own, {exported.why_own}: call harness.hf.classes.register() before loading (see README.md)")
     else:
         print("The class is a stock one of transformers: it loads with no code of ours")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=ExportOptions)

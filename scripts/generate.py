@@ -1,61 +1,54 @@
-"""Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon".
-
-run             a run's folder or name; without one, the newest finished run
-checkpoint      last (best: the one that validated best)
-prompt          the text to continue (empty: a fresh document)
-max_new_tokens  128        temperature  0.8 (0: greedy, else 0.001 or more)
-top_k           null       top_p        null
-seed            0          device       auto
-attention.backend  auto    attention.decode  auto (expand | absorbed)    attention.kernel  torch (triton)
-cache.dtype     float32 (bfloat16 | float16 | int8 | fp8)    cache.window  null    cache.sinks  0
-step            auto (eager | compile | graph)    runs_dir  runs
-"""
+"""Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon"."""
 
 # ruff: noqa: E402
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import newest_run, parse_options, run_script
-from harness.config import did_you_mean, find_run, user_path
-from harness.errors import UserError
+from harness.config.places import user_path
+from harness.config.run_config import find_run
+from harness.config.typed import did_you_mean
+from harness.entry.cli import newest_run, parse_options, run_script
+from harness.errors import UserError, tell
 
 
 @dataclass
 class AttentionOptions:
-    backend: str = "auto"
-    decode: str = "auto"
-    kernel: str = "torch"
+    backend: Annotated[str, "the attention kernel"] = "auto"
+    decode: Annotated[str, "auto, expand or absorbed: how latents are read back from a cache"] = "auto"
+    kernel: Annotated[str, "torch or triton: what computes the absorbed path"] = "torch"
 
 
 @dataclass
 class CacheOptions:
-    dtype: str = "float32"
-    window: int | None = None
-    sinks: int = 0
+    dtype: Annotated[str, "float32, bfloat16, float16, int8 or fp8"] = "float32"
+    window: Annotated[int | None, "newest positions that a query sees, its own included; null: all"] = None
+    sinks: Annotated[int, "first positions that stay visible beside a window"] = 0
 
 
 @dataclass
 class GenerateOptions:
-    run: str | None = None
-    checkpoint: str = "last"
-    prompt: str = ""
+    run: Annotated[str | None, "a run's folder or name; null: the newest finished run"] = None
+    checkpoint: Annotated[str, "last, or best: the one that validated best"] = "last"
+    prompt: Annotated[str, "the text to continue; empty: a fresh document"] = ""
     max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
+    temperature: Annotated[float, "0: greedy, else 0.001 or more"] = 0.8
+    top_k: Annotated[int | None, "only among so many likeliest tokens"] = None
+    top_p: Annotated[float | None, "only among the likeliest tokens that together have so much probability"] = None
     seed: int = 0
-    device: str = "auto"
-    step: str = "auto"
-    runs_dir: str = str(ROOT / "runs")
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    step: Annotated[str, "auto, eager, compile or graph"] = "auto"
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
 
@@ -68,41 +61,48 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from harness.session import decode_path, load_trained
+    from harness.runs.load import decode_path, load_trained
     from harness.training.device import select_device
     from modeling.attention.cache import DTYPES
     from modeling.generation import generate
 
     if options.cache.dtype not in DTYPES:
-        raise UserError(
-            f"cache.dtype={options.cache.dtype} is unknown; {did_you_mean(options.cache.dtype, list(DTYPES))}"
-        )
+        raise UserError(f"cache.dtype={options.cache.dtype} is unknown; {did_you_mean(options.cache.dtype, list(DTYPES))}")
 
     device = select_device(options.device)
     trained = load_trained(
         run, device=device, precision=torch.float32, execution=vars(options.attention), which=options.checkpoint
     )
-    tokens = trained.tokenizer.encode(options.prompt) or [trained.tokenizer.end_of_text]
-    print(f"{run.name}: {decode_path(trained.model)}", file=sys.stderr)
-    shown = ""
-    written: list[int] = []
-    print(options.prompt, end="", flush=True)
+    tokens = trained.tokenizer.encode_prompt(options.prompt) or [trained.tokenizer.opening]
+    stream = generate(
+        trained.model,
+        [tokens],
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        cache_dtype=DTYPES[options.cache.dtype],
+        window=options.cache.window,
+        sinks=options.cache.sinks,
+        step=options.step,
+        generator=torch.Generator(device).manual_seed(options.seed),
+    )
     try:
-        for next_token in generate(
-            trained.model, [tokens], max_new_tokens=options.max_new_tokens, temperature=options.temperature,
-            top_k=options.top_k, top_p=options.top_p, cache_dtype=DTYPES[options.cache.dtype],
-            window=options.cache.window, sinks=options.cache.sinks, step=options.step,
-            generator=torch.Generator(device).manual_seed(options.seed),
-        ):  # fmt: skip
-            written.append(int(next_token))
-            if written[-1] == trained.tokenizer.end_of_text:
-                break
-            text = trained.tokenizer.decode(written)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character may take several tokens
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+        first = list(itertools.islice(stream, 2))  # whatever cannot be done is found out by then
     except ValueError as error:
         raise UserError(str(error)) from None
+    tell(f"{run.name}: {decode_path(trained.model)}")
+    print(options.prompt, end="", flush=True)
+    shown = ""
+    written: list[int] = []
+    for next_token in itertools.chain(first, stream):
+        written.append(int(next_token))
+        if written[-1] in trained.tokenizer.stops:
+            break
+        # A character may take several tokens: the last one is shown when it is whole, and never by half.
+        text = trained.tokenizer.decode(written).rstrip("\N{REPLACEMENT CHARACTER}")
+        print(text[len(shown) :], end="", flush=True)
+        shown = max(shown, text, key=len)
     print()
     return 0
 
@@ -114,4 +114,4 @@ def check(options: GenerateOptions) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=GenerateOptions, only_prints=True, verbatim=True)

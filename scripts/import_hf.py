@@ -1,19 +1,8 @@
 """A Hugging Face model as a run of ours: python scripts/import_hf.py source=PATH_OR_NAME to=runs/NAME.
 
-source        a folder with config.json, tokenizer.json and safetensors, or NAME or NAME@REVISION on the hub
-to            the run's folder: absent, or empty
-dataset       wikitext2: what the run is scored on, as in train_model.py
-dataset.path  null: of dataset=local, or a folder with prepared data
-max_seq_len   null: the model's whole context; fewer positions take less memory
-score         true: score the validation split, so that eval_model.py and compare_runs.py take the run
-tracking      wandb: what the score is logged to, as in train_model.py
-data_dir      artifacts/data
-device        auto
-precision     auto
-
 Llama, Mistral, Qwen2 (2.5), Qwen3, and DeepSeek-V2 and V3 whose layers are all dense. The weights keep their values and
 the model its function: what cannot be kept exactly is refused, naming the field. With score=false nothing is scored; the
-same command with score=true does it later.
+same command with score=true does it later. dataset=NAME is what the run is scored on, wikitext2 unless said.
 """
 
 # ruff: noqa: E402
@@ -23,34 +12,37 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import parse_options, run_script
-from harness.config import user_path
+from harness.config.places import user_path
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 
 
 @dataclass
 class DatasetOptions:
-    path: str | None = None
+    path: Annotated[str | None, "of dataset=local, or a folder with prepared data"] = None
 
 
 @dataclass
 class ImportOptions:
-    source: str | None = None
-    to: str | None = None
+    source: Annotated[
+        str | None, "a folder with config.json, tokenizer.json and safetensors, or NAME or NAME@REVISION on the hub"
+    ] = None
+    to: Annotated[str | None, "the run's folder: absent, or empty"] = None
     dataset: DatasetOptions = field(default_factory=DatasetOptions)
-    max_seq_len: int | None = None
-    score: bool = True
-    tracking: str = "wandb"
-    data_dir: str = str(ROOT / "artifacts" / "data")
-    device: str = "auto"
-    precision: str = "auto"
+    max_seq_len: Annotated[int | None, "positions; null: the model's whole context (fewer take less memory)"] = None
+    score: Annotated[bool, "score the validation split, so that eval_model.py and compare_runs.py take the run"] = True
+    tracking: Annotated[str, "what the score is logged to: wandb, trackio or none"] = "wandb"
+    data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
+    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    precision: Annotated[str, "auto, float32 or bfloat16"] = "auto"
 
 
 def main(arguments: list[str]) -> int:
@@ -65,16 +57,17 @@ def main(arguments: list[str]) -> int:
     if options.dataset.path is not None:
         overrides.append(f"dataset.path={options.dataset.path}")
 
-    from harness import importing, made
-    from harness.export import check_target
-    from harness.run import finished
+    from harness.files.atomic import check_target
+    from harness.hf import importing
+    from harness.runs import from_weights
+    from harness.runs.folder import finished
     from harness.training.device import select_device, select_precision
 
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
     target = Path(options.to).expanduser().absolute()
-    made.check_name(target)
-    if not (target / made.ORIGIN_FILE).is_file():  # an earlier import is looked at below
+    from_weights.check_name(target)
+    if not (target / from_weights.ORIGIN_FILE).is_file():  # an earlier import is looked at below
         check_target(target)
     plan = importing.plan_import(
         importing.find_source(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len
@@ -89,19 +82,33 @@ def main(arguments: list[str]) -> int:
         print("scored      already: python eval_model.py takes the run")
     elif options.score:
         try:
-            summary = made.score(target, tokens=0, device=device, precision=precision)
+            data = importing.score_data(plan, target)
+            summary = from_weights.score(target, data, tokens=0, device=device, precision=precision)
         except UserError as error:
-            raise UserError(
-                f"{target} is imported but not scored, and the same command scores it later: {error}"
-            ) from None
-        print(json.dumps({key: summary[key] for key in (
-            "name", "attention", "parameters", "dataset", "split", "evaluated_tokens", "loss", "perplexity", "bits_per_byte",
-            "cache_bytes_per_token",
-        )}))  # fmt: skip
+            raise UserError(f"{target} is imported but not scored, and the same command scores it later: {error}") from None
+        print(
+            json.dumps(
+                {
+                    key: summary[key]
+                    for key in (
+                        "name",
+                        "attention",
+                        "parameters",
+                        "dataset",
+                        "split",
+                        "evaluated_tokens",
+                        "loss",
+                        "perplexity",
+                        "bits_per_byte",
+                        "cache_bytes_per_token",
+                    )
+                }
+            )
+        )
     else:
         print("not scored: the same command with score=true does it, and eval_model.py then takes the run")
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=ImportOptions, groups=("dataset",))

@@ -1,21 +1,14 @@
 """The size of a KV cache, for any model: python scripts/kv_calculator.py --config path/to/config.json --context 32768.
 
-config     a Hugging Face config.json, or a folder that holds one
-run        a run of ours, by folder or name: formula and measured buffers side by side
-attention=NAME model=NAME and further overrides as for train_model.py: one of our configurations, likewise
+A config.json may be of any type for which transformers has a causal language model of its own, alone or inside a wrapper:
+that class runs a few tokens without weights, and its cache is measured. Code beside the config.json is never run. By
+formula, since transformers has no class of them: baichuan chatglm deepseek exaone internlm2 kimi_k2 mimo qwen xverse. Any
+other type is refused.
 
-dtype      bfloat16    bf16, fp16, fp32, fp8 or int8; the last two without a quantised cache's scales
-context    null        tokens a sequence; null: 4,096 for a config.json, model.max_seq_len for ours
-batch      1           sequences
-memory_gb  null        how many sequences fit into so many GB (1e9 bytes) of cache
-json       false       true: one JSON object and nothing else
-runs_dir   runs
-
-Every option may be written key=value, --key value or --key=value. Known model types: axk1 axk2 bailing_hybrid cohere2
-deepseek_v2 deepseek_v3 deepseek_v32 gemma gemma2 gemma3 gemma3_text glm4 glm4_moe glm4_moe_lite glm5_next
-glm_moe_dsa gpt2 gpt_neox gpt_oss granite hy_v4 kimi_k2 kimi_k25 kimi_linear llama longcat_flash minicpm3 ministral
-ministral3 mistral mistral3 mistral4 mistral_large4 mixtral olmo olmo2 olmo3 phi phi3 phimoe qwen2 qwen2_moe qwen3
-qwen3_moe qwen3_next seed_oss smollm3 starcoder2 youtu. Any other is refused.
+With attention=NAME model=NAME and further overrides as for train_model.py it is one of our configurations, formula and
+measured buffers side by side. Every option may be written key=value, --key value or --key=value. dtype: fp32, fp16, bf16;
+fp8, int8, fp4, int4, int2 without scales; with their scales mxfp8, mxfp4, nvfp4, llama.cpp's q8_0 q5_1 q5_0 q4_1 q4_0
+iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit.
 """
 
 # ruff: noqa: E402
@@ -27,37 +20,49 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
+import dataclasses
 import difflib
 import json
-from typing import TYPE_CHECKING, Any
+import re
+from typing import TYPE_CHECKING, Annotated, Any
 
-from harness.command_line import parse_options, run_script
-from harness.config import did_you_mean, find_run, load_run_config, load_train_config, user_path
+from harness.config.checks import typed_attention
+from harness.config.compose import load_train_config
+from harness.config.places import user_path
+from harness.config.run_config import find_run, load_run_config
+from harness.config.schema import ModelConfig, TrainConfig
+from harness.config.typed import typed
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.schema import TrainConfig
+from harness.files.text import visible
 
 if TYPE_CHECKING:
-    from harness.evaluation.kv_calculator import CacheDescription, LatentShape
+    from harness.decode.kv_calculator import CacheDescription, LatentShape
 
 
 @dataclass
 class CalculatorOptions:
-    config: str | None = None
-    run: str | None = None
-    dtype: str | None = None
-    context: int | None = None
-    batch: int = 1
-    memory_gb: float | None = None
-    json: bool = False
-    runs_dir: str = str(ROOT / "runs")
+    config: Annotated[str | None, "a Hugging Face config.json, or a folder that holds one"] = None
+    run: Annotated[str | None, "a run of ours, by folder or name: formula and measured buffers side by side"] = None
+    dtype: Annotated[str | None, "what an element is stored in, see above; null: bfloat16"] = None
+    context: Annotated[
+        str | None, "tokens a sequence, 128k for 131,072; null: 4,096 for a config.json, model.max_seq_len for ours"
+    ] = None
+    batch: Annotated[int, "sequences"] = 1
+    tp: Annotated[int, "tensor-parallel devices: the figures of one of them"] = 1
+    memory_gb: Annotated[float | None, "how many sequences fit into so many GB (1e9 bytes) of cache"] = None
+    json: Annotated[bool, "one JSON object and nothing else"] = False
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
 OPTIONS = [option.name for option in fields(CalculatorOptions)]
 HF_CONTEXT = 4096
+LARGEST_FILE = 16 * 1024**2  # bytes of a config.json
+OWN_TYPE = "attention_ablation"  # what scripts/export.py writes where no class of transformers fits
 
 
 def main(arguments: list[str]) -> int:
@@ -66,14 +71,18 @@ def main(arguments: list[str]) -> int:
     overrides = [word for word in given if word.partition("=")[0] not in OPTIONS]
     check(options, overrides)
 
-    from harness.evaluation.hf_config import describe_config
-    from harness.evaluation.kv_calculator import DTYPES, report, table
+    from harness.decode.kv_calculator import FORMATS, report, table
+    from harness.hf.cache_table import describe_apart
 
+    asked = tokens(options.context)
     measured: dict[str, Any] = {}
     if options.config is not None:
         name, config_json = read_config_json(options.config)
-        description = describe_config(config_json, name=name)
-        dtype, context = options.dtype or "bfloat16", options.context or HF_CONTEXT
+        dtype, context = options.dtype or "bfloat16", asked or HF_CONTEXT
+        if config_json.get("model_type") == OWN_TYPE:
+            description, measured = describe_ours(exported(config_json), name=name, dtype=dtype)
+        else:
+            description = describe_apart(config_json, name=name, context=context)
     else:
         if options.run is not None:
             folder = find_run(options.run, user_path(options.runs_dir))
@@ -82,16 +91,16 @@ def main(arguments: list[str]) -> int:
             config = load_train_config(["name=calculator", *overrides])
             more = [word for word in overrides if word.partition("=")[0] not in ("attention", "model")]
             name = " ".join([f"attention={config.attention['name']} model={config.model.name}", *more])
-        dtype = options.dtype or (config.cache.dtype if config.cache.dtype in DTYPES else "bfloat16")
-        context = options.context or config.model.max_seq_len
+        dtype = options.dtype or (config.cache.dtype if config.cache.dtype in FORMATS else "bfloat16")
+        context = asked or config.model.max_seq_len
         description, measured = describe_ours(config, name=name, dtype=dtype)
     figures = report(
-        description, dtype=dtype, context=context, batch=options.batch, memory_gb=options.memory_gb
-    ) | measured  # fmt: skip
+        description, dtype=dtype, context=context, batch=options.batch, memory_gb=options.memory_gb, tp=options.tp
+    ) | (measured if options.tp == 1 else {})
     if options.json:
         print(json.dumps(figures))
     else:
-        print("\n".join(table(figures)))
+        print("\n".join(map(visible, table(figures))))
     return 0
 
 
@@ -116,11 +125,11 @@ def without_flags(arguments: list[str]) -> list[str]:
 
 def check(options: CalculatorOptions, overrides: list[str]) -> None:
     """Raises UserError for options that are unknown, impossible or do not go together."""
-    from harness.evaluation.kv_calculator import DTYPES
+    from harness.decode.kv_calculator import format_named
 
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise UserError(f"dtype={options.dtype} is unknown; {did_you_mean(options.dtype, list(DTYPES))}")
-    for key, value in (("context", options.context), ("batch", options.batch)):
+    if options.dtype is not None:
+        format_named(options.dtype)
+    for key, value in (("context", tokens(options.context)), ("batch", options.batch), ("tp", options.tp)):
         if value is not None and value < 1:
             raise UserError(f"{key}={value} is too small; choose 1 or more")
     if options.memory_gb is not None and options.memory_gb <= 0:
@@ -137,6 +146,16 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
             raise UserError(f"{key}{equals}{'...' if equals else ''} changes one of our configurations, and {remedy}")
 
 
+def tokens(text: str | None) -> int | None:
+    """A number of tokens: 4096, 4_096, 128k (1,024 each) or 1M. Raises UserError for anything else."""
+    if text is None:
+        return None
+    number = re.fullmatch(r"(-?\d{1,12}(?:[_,]\d{3})*)([kKmM]?)", text)
+    if number is None:
+        raise UserError(f"context={text} must be a whole number of tokens, as 32768 or 128k")
+    return int(number[1].replace("_", "").replace(",", "")) * {"": 1, "k": 1024, "m": 1024**2}[number[2].lower()]
+
+
 def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
     """(a name, the object) from a config.json or a folder that holds one. Raises UserError when there is none."""
     path = user_path(text)
@@ -144,13 +163,15 @@ def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
         raise UserError(f"config={text} is a run of ours; write run={text}")
     file = path / "config.json" if path.is_dir() else path
     try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise UserError(f"config={text}: {file} has more than {LARGEST_FILE:,} bytes; name a Hugging Face config.json")
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"config={text}: {file} does not exist; download the model's config.json and name it, or its "
-                        f"folder") from None  # fmt: skip
+        raise UserError(
+            f"config={text}: {file} does not exist; download the model's config.json and name it, or its folder"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"config={text}: {file} cannot be read as JSON ({error}); name a Hugging Face config.json") \
-            from None  # fmt: skip
+        raise UserError(f"config={text}: {file} cannot be read as JSON ({error}); name a Hugging Face config.json") from None
     if not isinstance(config, dict):
         raise UserError(f"config={text}: {file} holds no JSON object; name a Hugging Face config.json")
     return (file.resolve().parent.name if file.name == "config.json" else file.stem), config
@@ -160,34 +181,63 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     """The cache of one of our configurations by formula, and what its allocated buffers hold."""
     import torch
 
-    from harness.build import build_model
+    from harness.config.build import build_model
+    from harness.decode.kv_calculator import describe_model, format_named
     from harness.evaluation.cache_size import measure_cache
-    from harness.evaluation.kv_calculator import DTYPES, describe_model
 
     with torch.device("meta"):
         model = build_model(config, vocab_size=64)
     description = describe_model(
-        model, name=name, variant=config.attention["name"], latent=latent_shape(config),
+        model,
+        name=name,
+        variant=config.attention["name"],
+        latent=latent_shape(config),
         mha_elements=2 * config.model.n_heads * config.model.head_dim,
-    )  # fmt: skip
-    dtypes = {4: torch.float32, 2: torch.bfloat16, 1: torch.float8_e4m3fn if dtype == "fp8" else torch.int8}
-    size = measure_cache(model, dtype=dtypes[DTYPES[dtype]])
+    )
+    dtypes = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+        "int8": torch.int8,
+        "fp8": torch.float8_e4m3fn,
+    }
+    ours = dtypes.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
+    size = measure_cache(model, dtype=ours or torch.bfloat16)
     elements = list(size.elements_per_token_by_layer)
     measured = {
         "elements_per_token_per_layer": elements[0] if len(set(elements)) == 1 else elements,
         "elements_per_token": sum(elements),
-        "bytes_per_token": size.bytes_per_token,
+        "bytes_per_token": size.bytes_per_token if ours is not None else None,
     }
     return description, {"measured": measured}
 
 
+def exported(config_json: dict[str, Any]) -> TrainConfig:
+    """A configuration of ours with the model and attention of a folder that scripts/export.py wrote."""
+    shape = {key: config_json.get(key) for key in ("model", "attention")}
+    for key, value in shape.items():
+        if not isinstance(value, dict):
+            raise UserError(f"the config.json has no {key}: it is not what scripts/export.py wrote; export the run again")
+    return dataclasses.replace(
+        load_train_config(["name=calculator"]),
+        model=typed(ModelConfig, shape["model"], "model"),
+        attention=typed_attention(shape["attention"]),
+    )
+
+
 def latent_shape(config: TrainConfig) -> LatentShape | None:
     """The sizes of MLA as DeepSeek-V2 has it; None for every other variant or choice."""
-    from harness.evaluation.kv_calculator import LatentShape
+    from harness.decode.kv_calculator import LatentShape
 
     attention = config.attention
-    paper = {"mechanism": "mla", "n_kv_heads": config.model.n_heads, "kv_latent": "joint", "latent_norm": "rms",
-             "latent_norm_place": "latent", "sharing": "none"}  # fmt: skip
+    paper = {
+        "mechanism": "mla",
+        "n_kv_heads": config.model.n_heads,
+        "kv_latent": "joint",
+        "latent_norm": "rms",
+        "latent_norm_place": "latent",
+        "sharing": "none",
+    }
     if any(attention.get(key) != value for key, value in paper.items()) or config.model.bias:
         return None
     if attention["positions"] == "rope_after_up":
@@ -197,4 +247,4 @@ def latent_shape(config: TrainConfig) -> LatentShape | None:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=CalculatorOptions, groups=("attention", "model"))

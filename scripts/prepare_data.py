@@ -2,7 +2,7 @@
 
 With no dataset named it prepares wikitext2. When the hub is out of reach it prepares stdlib instead, and
 configs/local/default.yaml selects that until wikitext2 has arrived. `verify=true` reads what is already prepared to its
-end, compares it with its hashes and prepares it again if it is damaged.
+end, compares it with its hashes and prepares it again if it is damaged. Any other key=value is one of train_model.py.
 """
 
 # ruff: noqa: E402
@@ -15,14 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.command_line import run_script
-from harness.config import compose, typed
+from harness.config.compose import compose, refuse_dashes
+from harness.config.schema import DatasetConfig, TokenizerConfig
+from harness.config.typed import typed
 from harness.data import HubUnreachable, prepare
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.entry.cli import run_script
 
 DEFAULT, FALLBACK = "wikitext2", "stdlib"
 LOCAL_CONFIG = ROOT / "configs" / "local" / "default.yaml"
@@ -82,6 +83,7 @@ defaults:
 
 
 def main(arguments: list[str]) -> int:
+    refuse_dashes(arguments)
     names = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     for name in names:
@@ -94,4 +96,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, groups=("dataset", "tokenizer"))

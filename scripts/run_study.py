@@ -1,16 +1,5 @@
 """From a question to a matched comparison with error bars: python scripts/run_study.py study=NAME [key=value ...].
 
-study      demo                  a YAML of configs/study: demo, kv_budget, kv_tradeoff, staircase, mla_knobs, positions
-dry_run    false                 true: print every run with its parameters, FLOPs, cache bytes and the time, and stop
-tune       null                  lr: sweep the learning rate of each arm first; none: one rate for all; stored: the rates
-                                 of an earlier sweep of this study; null: lr where the study declares a sweep
-arms       null                  some of the arms, separated by commas
-seeds      null                  other seeds than the study's, separated by commas
-jobs       null                  runs at a time: for each GPU, or on a CPU in all; null: one
-name       null                  of the study's folder below runs_dir; null: the study's
-runs_dir   runs                  the study's runs and its report lie in <runs_dir>/<name>
-report     true                  write the report at the end (python scripts/report.py study=NAME does it again)
-sweep_file null                  write the same runs as a W&B sweep to this file, and stop
 Any other key=value is an override of every run (model=small, budget.tokens=4e6, device=cpu, tracking=none, ...).
 
 Every run is a fresh process. Repeating the command skips finished runs and continues interrupted ones; runs that were
@@ -23,29 +12,35 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import ROOT, enter_environment
+from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 import os
 import shlex
-import statistics
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.command_line import parse_options, run_script
-from harness.comparison import aligned
-from harness.config import did_you_mean, user_path
+from harness.config.compose import refuse_dashes
+from harness.config.places import user_path
+from harness.config.schema import TrainConfig
+from harness.config.typed import did_you_mean
+from harness.entry.cli import parse_options, pasteable, run_script
 from harness.errors import UserError
-from harness.run import finished, lock_run, read_json, write_json
-from harness.study.results import STUDY_FILE
+from harness.files.atomic import write_json
+from harness.files.text import aligned, visible
+from harness.runs.folder import finished, lock_run
+from harness.runs.records import DECODE_FILE, STUDY_FILE, SpecRecord, read_decode_times, read_study
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -57,22 +52,31 @@ _FOR_EVALUATION = ("device", "precision", "data_dir", "tracking", "tracking.proj
 
 @dataclass
 class StudyOptions:
-    study: str = "demo"
-    dry_run: bool = False
-    tune: str | None = None
-    arms: str | None = None
-    seeds: str | None = None
-    jobs: int | None = None
-    name: str | None = None
-    runs_dir: str = str(ROOT / "runs")
-    report: bool = True
-    sweep_file: str | None = None
+    study: Annotated[str, "a YAML of configs/study"] = "demo"
+    dry_run: Annotated[bool, "print every run with its parameters, FLOPs, cache bytes and the time, and stop"] = False
+    tune: Annotated[
+        str | None,
+        "lr: sweep the learning rate of each arm first; none: one rate for all; stored: the rates of an earlier sweep of "
+        "this study; null: lr where the study declares a sweep",
+    ] = None
+    arms: Annotated[str | None, "some of the arms, separated by commas"] = None
+    seeds: Annotated[str | None, "other seeds than the study's, separated by commas"] = None
+    jobs: Annotated[int | None, "runs at a time: for each GPU, or on a CPU in all; null: one"] = None
+    name: Annotated[str | None, "of the study's folder below runs_dir; null: the study's"] = None
+    runs_dir: Annotated[str, "the study's runs and its report lie in <runs_dir>/<name>"] = str(ROOT / "runs")
+    report: Annotated[bool, "write the report at the end (python scripts/report.py study=NAME does it again)"] = True
+    sweep_file: Annotated[str | None, "write the same runs as a W&B sweep to this file, and stop"] = None
 
 
 def main(arguments: list[str]) -> int:
     fields = {field.name for field in dataclasses.fields(StudyOptions)}
     options = parse_options(StudyOptions, [a for a in arguments if a.partition("=")[0] in fields])
     overrides = [a for a in arguments if a.partition("=")[0] not in fields]
+    of_runs = {field.name for field in dataclasses.fields(TrainConfig)}
+    refuse_dashes(arguments, known=fields | of_runs)
+    for key in (a.partition("=")[0] for a in overrides):
+        if key not in of_runs and difflib.get_close_matches(key, fields, n=1, cutoff=0.85):
+            raise UserError(f"{key} is not an option here; {did_you_mean(key, list(fields))}")
 
     from harness.study.plan import build_plan, check_same_study, load_study
 
@@ -87,9 +91,11 @@ def main(arguments: list[str]) -> int:
         config.seeds, config.primary_seeds = _whole_numbers("seeds", options.seeds), None
     config.base += overrides
     plan = build_plan(
-        config, name=options.name or options.study, command=shlex.join(["python", "scripts/run_study.py", *arguments]),
+        config,
+        name=options.name or options.study,
+        command=shlex.join(["python", "scripts/run_study.py", *arguments]),
         runs_dir=user_path(options.runs_dir),
-    )  # fmt: skip
+    )
     arms = _chosen_arms(plan, options.arms)
     print_arms(plan)
     check_same_study(plan)
@@ -99,15 +105,45 @@ def main(arguments: list[str]) -> int:
     check_tracking(plan.first.tracking)
     if options.dry_run:
         return print_runs(plan, arms, tune, options.jobs)
-    with lock_run(plan.folder) if options.arms is None else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        if options.arms is None:
+            held.enter_context(lock_run(plan.folder))
+        held.enter_context(telling_how_to_continue(arguments))
         return run(plan, arms, tune, options, overrides)
+
+
+@contextlib.contextmanager
+def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
+    """Stopped by a signal, the command leaves with the line that goes on with it, as it was typed."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            print(
+                "stopped: what is finished is kept, what was under way goes on from its last checkpoint; continue with\n"
+                f"  {pasteable(__file__, arguments)}",
+                flush=True,
+            )
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overrides: Sequence[str]) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
-    from harness.session import load_data
+    from harness.report.write import report_study
+    from harness.runs.training_data import load_data
     from harness.study.plan import record_alone, write_record
-    from harness.study.publish import report_study
+    from harness.study.progress import Pace
     from harness.study.results import load_results
     from harness.study.runner import Failure, run_all, slots, visible_gpus
     from harness.study.tuning import as_named
@@ -118,9 +154,13 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     evaluate = [a for a in overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
 
-    def train(specs: Sequence[RunSpec], title: str) -> list[Failure]:
-        return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title)
+    pace = Pace(len(places), plan.folder)
 
+    def train(specs: Sequence[RunSpec], title: str) -> list[Failure]:
+        return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title, pace=pace)
+
+    if tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
+        pace.later = plan.main_runs(plan.untuned_rates(arms), arms)
     rates, sweep, failures, notes = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
     specs = plan.main_runs(rates, [arm for arm in arms if arm in rates])
 
@@ -131,31 +171,39 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
             others = _specs_of(plan, before["runs"], without=arms)
             # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
             named = {spec.name for spec in specs}
-            others += [spec for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
-                       if spec.name not in named and math.isclose(spec.lr, as_named(rates[spec.arm]))
-                       and finished(plan.folder / spec.name)]  # fmt: skip
+            others += [
+                spec
+                for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
+                if spec.name not in named
+                and math.isclose(spec.lr, as_named(rates[spec.arm]))
+                and finished(plan.folder / spec.name)
+            ]
             if tune == "none":
                 chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
             write_record(
-                plan, chosen_lr=chosen, specs=[*specs, *others],
+                plan,
+                chosen_lr=chosen,
+                specs=[*specs, *others],
                 sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
-                failures=[dataclasses.asdict(failure) for failure in failures],
-            )  # fmt: skip
+                failures=[failure.record() for failure in failures],
+            )
 
     keep()
+    pace.later = ()
     failures += train(specs, "runs")
     keep()
-    files: list[Path] = []
+    report: str | None = None
     # Where nothing has finished the failures are what there is to say.
     if options.report and load_results(plan.folder).values():
         if plan.config.decode_contexts:
             measure_decoding(plan)
         _, files = report_study(plan.folder, first.tracking)
+        report = str(files[0])
     for note in notes:
-        print(f"note: {note}")
-    print(json.dumps({"study": plan.name, "folder": str(plan.folder), "runs": len(specs), "sweep": len(sweep),
-                      "failures": [dataclasses.asdict(failure) for failure in failures],
-                      "files": [str(file) for file in files]}))  # fmt: skip
+        print(f"note: {visible(note)}")
+    # The failures' sentences and every run are in the record, the report's files beside it.
+    line = {"study": plan.name, "folder": str(plan.folder), "record": str(plan.folder / STUDY_FILE), "report": report}
+    print(json.dumps(line | {"runs": len(specs), "sweep": len(sweep), "failures": len(failures)}))
     if failures:
         lines = "; ".join(f"{failure.run}: {failure.error}" for failure in failures)
         raise UserError(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
@@ -178,22 +226,24 @@ def _rates(
     return {arm: stored[arm] for arm in arms}, [], [], []
 
 
-def _earlier(plan: Plan) -> dict[str, Any]:
+def _earlier(plan: Plan) -> Mapping[str, Any]:
     """What the folder's record holds of commands before this one."""
-    path = plan.folder / STUDY_FILE
-    return read_json(path) if path.is_file() else {"chosen_lr": {}, "runs": [], "sweep": []}
+    is_there = (plan.folder / STUDY_FILE).is_file()
+    return read_study(plan.folder) if is_there else {"chosen_lr": {}, "runs": [], "sweep": []}
 
 
-def _specs_of(plan: Plan, recorded: Sequence[dict[str, Any]], *, without: Sequence[str]) -> list[RunSpec]:
+def _specs_of(plan: Plan, recorded: Sequence[SpecRecord], *, without: Sequence[str]) -> list[RunSpec]:
     """The recorded runs of the study's other arms."""
-    return [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in recorded
-            if run["arm"] in plan.arms and run["arm"] not in without]  # fmt: skip
+    return [
+        plan.spec(run["arm"], run["lr"], run["seed"], run["budget"])
+        for run in recorded
+        if run["arm"] in plan.arms and run["arm"] not in without
+    ]
 
 
 def measure_decoding(plan: Plan) -> None:
     """decode.json, once: what a token costs to decode for each arm, on this machine."""
-    path = plan.folder / "decode.json"
-    if path.is_file():
+    if read_decode_times(plan.folder) is not None:
         return
     from harness.study.decode_times import decode_times
     from harness.study.plan import vocabulary_of
@@ -202,11 +252,15 @@ def measure_decoding(plan: Plan) -> None:
     configs, first = {name: arm.config for name, arm in plan.arms.items()}, plan.first
     device = select_device(first.device)
     rows = decode_times(
-        configs, vocab_size=vocabulary_of(first), contexts=plan.config.decode_contexts,
-        batch_sizes=plan.config.decode_batch_sizes, device=device, dtype=select_precision(first.precision, device),
+        configs,
+        vocab_size=vocabulary_of(first),
+        contexts=plan.config.decode_contexts,
+        batch_sizes=plan.config.decode_batch_sizes,
+        device=device,
+        dtype=select_precision(first.precision, device),
         max_seconds=300.0,
-    )  # fmt: skip
-    write_json(path, {"rows": rows})
+    )
+    write_json(plan.folder / DECODE_FILE, {"rows": rows})
 
 
 # --- before anything runs --------------------------------------------------------------------------------------------
@@ -218,18 +272,16 @@ def print_arms(plan: Plan) -> None:
     rows = [["arm", "parameters", "MFLOP/token", "cache bytes/token", "matched"]]
     for name, arm in plan.arms.items():
         matches = "; ".join(
-            f"{match.quantity} {match.mismatch:+.2%} of {match.to} by {match.vary}={match.value}"
-            for match in arm.matches
+            f"{match.quantity} {match.mismatch:+.2%} of {match.to} by {match.vary}={match.value}" for match in arm.matches
         )
         sizes = arm.quantities
-        rows.append(
-            [name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}", matches]
-        )
+        rows.append([name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}", matches])
     print_table(rows)
 
 
 def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> int:
     """dry_run: every run and the time they will take together."""
+    from harness.study.progress import duration
     from harness.study.runner import is_done, slots, visible_gpus
     from harness.study.tuning import first_grid
 
@@ -248,39 +300,49 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
         done = is_done(plan, spec)
         todo += [] if done else [spec]
         state = "finished" if done else "to evaluate" if finished(folder) else "begun" if folder.is_dir() else ""
-        rows.append([spec.name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}",
-                     f"{spec.tokens:,}", state])  # fmt: skip
+        rows.append(
+            [
+                spec.name,
+                f"{sizes['params']:,}",
+                f"{sizes['train_flops'] / 1e6:,.2f}",
+                f"{sizes['kv_bytes']:,}",
+                f"{spec.tokens:,}",
+                state,
+            ]
+        )
     print_table(rows)
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
     first = plan.first
     at_a_time = len(slots(visible_gpus(first.device), jobs=jobs, cores=os.cpu_count() or 1))
-    seconds, basis = estimated(plan, todo)
+    seconds, basis = estimated(plan, todo, at_a_time)
     print(
         f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens; about "
-        f"{seconds / at_a_time / 60:,.0f} minutes, {at_a_time} at a time, evaluation apart ({basis})"
+        f"{duration(seconds)}, {at_a_time} at a time, {basis}"
     )
-    print(json.dumps({"study": plan.name, "runs": len(main_runs), "sweep": len(sweep), "todo": len(todo),
-                      "seconds": seconds / at_a_time}))  # fmt: skip
+    print(json.dumps({"study": plan.name, "runs": len(main_runs), "sweep": len(sweep), "todo": len(todo), "seconds": seconds}))
     return 0
 
 
-def estimated(plan: Plan, specs: Sequence[RunSpec]) -> tuple[float, str]:
-    """Seconds of training one after the other, by the speed of the study's finished runs, else by a product timed now."""
-    summaries = map(read_json, plan.folder.glob("*/summary.json"))
-    speeds = [speed for summary in summaries if (speed := summary["tokens_per_second"]) is not None]  # None: converted
-    if speeds:
-        return sum(spec.tokens for spec in specs) / statistics.median(speeds), "by the speed of finished runs"
+def estimated(plan: Plan, specs: Sequence[RunSpec], at_a_time: int) -> tuple[float, str]:
+    """Seconds until all of them have ended, by the study's finished runs, else by a product timed now; on what it rests."""
+    from harness.study.progress import Pace, trained_so_far
+
+    trained = {spec.name: trained_so_far(plan.folder / spec.name) for spec in specs}
+    left = Pace(at_a_time, plan.folder).left(specs, trained, {})
+    if left is not None:
+        return left, "evaluation included (by the speed of finished runs)"
     import torch
 
-    from harness.facts import estimated_seconds
+    from harness.evaluation.facts import estimated_seconds
     from harness.training.device import select_device, select_precision
 
     first = plan.first
     device = select_device(first.device)
     flops = float(sum(spec.tokens * plan.arms[spec.arm].quantities["train_flops"] for spec in specs))
     dtype: torch.dtype = select_precision(first.precision, device)
-    return estimated_seconds(flops, device=device, dtype=dtype, width=first.model.d_model), "to a factor of two"
+    seconds = estimated_seconds(flops, device=device, dtype=dtype, width=first.model.d_model)
+    return seconds / at_a_time, "evaluation apart (to a factor of two)"
 
 
 def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str], arms: Sequence[str]) -> int:
@@ -298,10 +360,19 @@ def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str]
         "method": "grid",
         "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
         "parameters": {"arms": {"values": list(arms)}, "seeds": {"values": seeds}},
-        "command": ["${env}", "${interpreter}", "${program}", f"study={options.study}", *name,
-                    f"runs_dir={user_path(options.runs_dir)}", f"tune={'stored' if stored else 'none'}", "report=false",
-                    *overrides, "${args_no_hyphens}"],
-    }  # fmt: skip
+        "command": [
+            "${env}",
+            "${interpreter}",
+            "${program}",
+            f"study={options.study}",
+            *name,
+            f"runs_dir={user_path(options.runs_dir)}",
+            f"tune={'stored' if stored else 'none'}",
+            "report=false",
+            *overrides,
+            "${args_no_hyphens}",
+        ],
+    }
     try:
         file.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     except OSError as error:
@@ -336,4 +407,4 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=StudyOptions, groups=("study",))

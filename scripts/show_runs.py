@@ -5,41 +5,40 @@ python scripts/show_runs.py runs/A runs/B               these, by folder or name
 python scripts/show_runs.py runs_dir=runs/STUDY         a study's runs
 
 Done again, it takes what has been logged since; every run stands there once. Needs pip install -r requirements-extra.txt.
-
-runs_dir  runs                  where runs are looked for
-project   attention-ablation    the dashboard's project; a run that was trained with another one goes to that
-group     null                  what the runs are grouped by; null: what each was trained with, else its variant
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
 import json
 
-from harness.command_line import parse_options, run_script
-from harness.config import ROOT, find_run, load_run_config, user_path
+from harness.config.places import ROOT, user_path
+from harness.config.run_config import find_run, is_run, run_folders
+from harness.config.schema import TrackingConfig
+from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-from harness.run import finished, read_json
-from harness.schema import TrackingConfig
 from harness.tracking import check_tracking
 
 
 @dataclass
 class ShowOptions:
-    runs: list[str] = field(default_factory=list)
-    runs_dir: str = str(ROOT / "runs")
-    project: str = TrackingConfig.project
-    group: str | None = None
+    runs: Annotated[list[str], "which runs, written without runs=; none: all"] = field(default_factory=list)
+    runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
+    project: Annotated[str, "the dashboard's project; a run that was trained with another one goes to that"] = (
+        TrackingConfig.project
+    )
+    group: Annotated[str | None, "what the runs are grouped by; null: what each was trained with, else its variant"] = None
 
 
 def main(arguments: list[str]) -> int:
@@ -47,26 +46,18 @@ def main(arguments: list[str]) -> int:
     tracking = TrackingConfig(name="trackio", project=options.project, group=options.group)
     check_tracking(tracking)
     runs_dir = user_path(options.runs_dir)
-    found = [path.parent for path in sorted(runs_dir.glob("[!.]*/config.yaml"))]
+    found = [path for path in run_folders(runs_dir) if is_run(path)]
     runs = [find_run(text, runs_dir) for text in options.runs] or found
     if not runs:
         raise UserError(f"runs_dir={options.runs_dir} holds no run; train one with python train_model.py")
 
-    from harness.score import dashboard_figures
-    from harness.session import open_run_tracker
+    from harness.runs.mirror import mirror
 
     for run in runs:
-        config = load_run_config(run)
-        with open_run_tracker(
-            config, tracking, run, run_config=asdict(config), run_id=None, metrics_bytes=None
-        ) as tracker:
-            if finished(run):
-                tracker.summary(read_json(run / "summary.json"))
-            for record in sorted((run / "evaluations").glob("*.json")):
-                tracker.summary(dashboard_figures(read_json(record)))
+        mirror(run, tracking)
     print(json.dumps({"runs": [str(run) for run in runs]}))
     return 0
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=ShowOptions)

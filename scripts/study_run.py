@@ -18,15 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 
 enter_environment()
 
 import eval_model
 import train_model
-from harness.command_line import run_script
-from harness.made import ORIGIN_FILE
-from harness.run import finished
+from harness.entry.cli import run_script
+from harness.runs.folder import finished
+from harness.runs.from_weights import ORIGIN_FILE
 
 
 def end_with_standard_input() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -14,5 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
-    """The models here are so small that more than two threads only wait for each other."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """The models here are so small that more than two threads only wait for each other; processes, likewise."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = max(1, min(2, torch.get_num_threads() // workers))
+    torch.set_num_threads(threads)
+    if workers > 1:
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start

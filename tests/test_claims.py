@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.hf import cache_table
 from scripts import kv_calculator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,12 @@ SECTIONS = {part.partition("\n")[0]: part.partition("\n")[2] for part in re.spli
 CONSOLE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FIGURE = re.compile(r"(?<![\w.#/-])\d[\d,]*(?:\.\d+)?(?=M?(?![\w-]))")
 CONFIGS = sorted((ROOT / "docs/hf_configs").glob("*.json"))
+
+
+@pytest.fixture(autouse=True)
+def measured_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calculator measures here, where the libraries are loaded once, in place of a process for each command."""
+    monkeypatch.setattr(cache_table, "describe_apart", cache_table.describe_config)
 
 
 def commands(section: str) -> list[tuple[str, list[str]]]:
@@ -85,8 +92,11 @@ def test_every_figure_in_the_prose_stands_in_the_section_s_commands_or_what_they
 def test_the_table_of_caches_is_what_the_command_above_it_prints() -> None:
     section = SECTIONS["Caches of common models"]
     (command,) = re.findall(r"^python (scripts/kv_calculator.py .*)$", section, re.MULTILINE)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines()
-            if re.match(r"\| .*\d", line) and "NAME" not in line]  # fmt: skip
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if re.match(r"\| .*\d", line) and "NAME" not in line
+    ]
     assert len(rows) >= 12
     for model, name, *cells in rows:
         found = json.loads(output(f"python {command.replace('NAME', name)} --json"))

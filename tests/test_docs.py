@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from harness.build import build_layer
-from harness.config import load_train_config, options_of
+from harness.config.build import build_layer
+from harness.config.compose import load_train_config, options_of
 from modeling.attention import MECHANISMS, MODEL_OWNED
 from modeling.attention.contract import Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("README.md")])
 ATTENTION = ROOT / "docs/ATTENTION.md"
+README = ROOT / "README.md"
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -54,8 +55,9 @@ def rows(text: str) -> list[list[str]]:
     rules = {i for i, line in enumerate(lines) if re.fullmatch(r"[|\s:-]+", line)}
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for i, line in enumerate(lines) if i not in rules and i + 1 not in rules
-    ]  # fmt: skip
+        for i, line in enumerate(lines)
+        if i not in rules and i + 1 not in rules
+    ]
 
 
 def sizes_table() -> dict[str, list[int]]:
@@ -64,6 +66,33 @@ def sizes_table() -> dict[str, list[int]]:
     for name, _formula, *numbers in rows(section("Sizes")):
         table[re.sub(r"\[(\w+)\].*", r"\1", name)] = [int(number.replace(",", "")) for number in numbers]
     return table
+
+
+def broken_tables(text: str) -> list[str]:
+    """Rows that a Markdown reader does not show as their table's: no header and rule above, or other numbers of cells."""
+    faults, table = list[str](), list[str]()
+    for line in [*FENCED.sub("", text).splitlines(), ""]:
+        if line.lstrip().startswith("|"):
+            table.append(line.strip())
+            continue
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table]
+        if table and (len(table) < 2 or not re.fullmatch(r"\|(\s*:?-+:?\s*\|)+", table[1])):
+            faults.append(table[0])
+        faults += [row for row, count in zip(table, cells, strict=True) if count != cells[0]]
+        table = []
+    return faults
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_row_of_a_table_belongs_to_one(document: Path) -> None:
+    assert broken_tables(document.read_text(encoding="utf-8")) == []
+
+
+def test_a_broken_table_would_be_noticed() -> None:
+    good = "| a | b |\n|---|--:|\n| 1 | x \\| y |\n"
+    assert broken_tables(f"words\n\n{good}\n```\n| no table\n```\n\n{good}") == []
+    assert broken_tables(good.replace("| 1", "\n| 1")) == ["| 1 | x \\| y |"]
+    assert broken_tables(good + "| 2 |\n") == ["| 2 |"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -79,9 +108,7 @@ def test_a_name_that_links_to_code_is_defined_there(document: Path) -> None:
     for text, path, _ in links(document):
         name = text.strip("`")
         if path.suffix == ".py" and name.isidentifier():
-            defined = re.search(
-                rf"^\s*(def|class) {name}\b|^{name}\b.*=", path.read_text(encoding="utf-8"), re.MULTILINE
-            )
+            defined = re.search(rf"^\s*(def|class) {name}\b|^{name}\b.*=", path.read_text(encoding="utf-8"), re.MULTILINE)
             assert defined, f"{path.relative_to(ROOT)} does not define {name}"
 
 
@@ -93,7 +120,27 @@ def test_every_test_that_the_page_on_reliability_names_exists() -> None:
         assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{file} has no {name}"
 
 
-@pytest.mark.parametrize("variant", options_of("attention"))
+def documented() -> list[str]:
+    """The variants of which docs/ATTENTION.md says more than a word; others are somebody's own."""
+    return sorted(set(options_of("attention")) & set(re.findall(r"^## (\w+)$", ATTENTION.read_text(), re.MULTILINE)))
+
+
+def test_every_variant_that_the_readme_offers_is_documented() -> None:
+    table = re.search(r"^\| `attention=`.*?\n\n", README.read_text(encoding="utf-8"), re.M | re.S)
+    assert table
+    offered = [name for row in table[0].strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(offered) == documented()
+
+
+def test_no_file_holds_the_marks_of_a_merge() -> None:
+    marks = re.compile(r"^(<{7}|={7}|>{7})( |$)", re.MULTILINE)
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    files = [ROOT / name for name in listed.stdout.splitlines()] if listed.returncode == 0 else DOCUMENTS
+    texts = [file for file in files if file.suffix in (".md", ".py", ".sh", ".yaml", ".toml", ".txt", ".cff", ".j2")]
+    assert [str(file.relative_to(ROOT)) for file in texts if marks.search(file.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("variant", documented())
 def test_every_variant_has_equations_a_diagram_and_its_cached_tensors(variant: str) -> None:
     body = section(variant)
     assert f"(../configs/attention/{variant}.yaml)" in body, "the section does not link the variant's YAML"
@@ -116,10 +163,35 @@ def test_the_table_of_sizes_is_what_the_command_beside_it_measures() -> None:
         variant, _size, *numbers = line.split()
         printed.setdefault(variant, []).extend(map(int, numbers))
     assert sorted(printed) == options_of("attention")
-    assert sizes_table() == printed
+    assert sizes_table() == {variant: printed[variant] for variant in documented()}
 
 
-@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/studies/*/report.html")), ids=lambda page: page.parent.name)
+def test_a_published_report_names_the_best_arm_has_a_command_that_writes_it_and_is_dark_where_that_is_wished(
+    page: Path,
+) -> None:
+    text = page.read_text(encoding="utf-8")
+    verdict = text.partition('id="verdict"')[2].partition("</section>")[0]
+    assert re.search(r"<p>(Lowest|Highest) test [^:]+: \w+, ", verdict)
+    command = text.partition("writes the report again:")[2].partition("</pre>")[0]
+    assert f"python scripts/run_study.py study={page.parent.name}" in command and "report=" not in command
+    assert "@media screen and (prefers-color-scheme: dark)" in text
+    assert not re.search(r'(?:fill|stroke)="#', text)
+
+
+def test_the_time_of_the_demo_is_said_in_one_place() -> None:
+    """Elsewhere it went out of date unseen: half a sentence in three files, with three numbers."""
+    said = [
+        f"{path.relative_to(ROOT)}: {sentence}"
+        for path in (*DOCUMENTS, *ROOT.glob("configs/study/demo.yaml"), ROOT / "scripts/run_study.py")
+        for sentence in re.findall(r"[^\n]*\bdemo\b[^\n]*(?:minute|\bmin\b)[^\n]*", path.read_text(encoding="utf-8"))
+    ]
+    assert len(said) == 1 and said[0].startswith("docs/STUDIES.md: The demo takes about 10 minutes"), said
+
+
+@pytest.mark.parametrize(
+    "mechanism", sorted({load_train_config([f"attention={name}"]).attention["mechanism"] for name in documented()})
+)
 def test_every_option_of_a_class_is_described(mechanism: str) -> None:
     options = set(inspect.signature(MECHANISMS[mechanism].__init__).parameters) - {"self", *MODEL_OWNED}
     undescribed = {option for option in options if f"`{option}`" not in section("Knobs")}

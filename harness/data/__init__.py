@@ -1,10 +1,19 @@
 """Text to tokens on disk (`prepare`, `open_prepared`); batches of it come from harness.data.loader.WindowLoader."""
 
 from harness.data.network import HubUnreachable
-from harness.data.prepare import prepare
+from harness.data.prepare import prepare, prepared_as
 from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared
 from harness.data.sources import check
 from harness.data.tokenizer import Tokenizer
 
-__all__ = ["HubUnreachable", "PreparedData", "TokenSplit", "Tokenizer", "check", "open_prepared", "prepare",
-           "verify_prepared"]  # fmt: skip
+__all__ = [
+    "HubUnreachable",
+    "PreparedData",
+    "TokenSplit",
+    "Tokenizer",
+    "check",
+    "open_prepared",
+    "prepare",
+    "prepared_as",
+    "verify_prepared",
+]

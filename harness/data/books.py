@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from harness.config.schema import DatasetConfig
 from harness.data.documents import Document, Source
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.data.parquet import read_parquet
-from harness.errors import UserError
-from harness.schema import DatasetConfig
+from harness.errors import UserError, readable
 
 MANIFEST = Path(__file__).with_name("classic_books.csv")
 COMMIT = "944882722e9a96fa6cf2739dc2ea757e101f412f"
@@ -84,19 +84,19 @@ def clean(raw: bytes) -> str:
 
 def _read_folder(folder: Path, split: str, books: list[Book]) -> Iterator[str]:
     """The texts in SPLIT*.parquet, which must be the manifest's, in its order."""
-    files = sorted(folder.glob(f"{split}*.parquet"))
+    with readable(f"dataset.path={folder}", "name the folder that holds the books, or none"):
+        files = sorted(file for file in folder.iterdir() if file.match(f"{split}*.parquet"))
     if not files:
         raise UserError(f"dataset.path={folder} has no {split}*.parquet: name the folder that holds the books, or none")
-    rows = (row for file in files for row in read_parquet(file, ["author", "title", "text"]))
+    texts = (text for file in files for text in read_parquet(file, "text"))
     for book in books:
-        row = next(rows, None)
-        if row is None or _sha256(row["text"].encode()) != book.text_sha256:
-            found = f"{row['author']}/{row['title']}" if row else "nothing"
+        text = next(texts, None)
+        if text is None or _sha256(text.encode()) != book.text_sha256:
             raise UserError(
-                f"{folder} has {found} where the manifest has {book.path}, or another text of it: take an unchanged "
-                "copy, or leave dataset.path empty to download the books"
+                f"{folder} has {'nothing' if text is None else 'another text'} where the manifest has {book.path}: take an "
+                "unchanged copy, or leave dataset.path empty to download the books"
             )
-        yield row["text"]
+        yield text
 
 
 def _read_text(downloads: Path, book: Book) -> str:

@@ -9,22 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from harness.config.schema import DatasetConfig
 from harness.data import hub_client
-from harness.data.documents import (
-    Carving,
-    Document,
-    Source,
-    carving_by_fraction,
-    evaluation_first,
-    split_of_name,
-)
-from harness.errors import UserError
-from harness.schema import DatasetConfig
+from harness.data.documents import Carving, Document, Source, carving_by_fraction, evaluation_first, split_of_name
+from harness.errors import UserError, tell
 
 _ROWS = 256
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -167,7 +159,7 @@ def _verified(dataset: DatasetConfig, name: str, expected: str) -> Path:
         path = hub_client.cached_file(*where) or hub_client.download_file(*where, what)
         if _content_hash(path, expected) == expected:
             return path
-        print(f"{what} arrived with wrong content and is deleted", file=sys.stderr)
+        tell(f"{what} arrived with wrong content and is deleted")
         path.resolve().unlink()
         path.unlink(missing_ok=True)
     raise UserError(
@@ -237,15 +229,22 @@ def _streamed_rows(dataset: DatasetConfig) -> Rows:
 def _column(rows: Any, dataset: DatasetConfig) -> Iterator[str]:
     """The texts of a `datasets.IterableDataset`, a few rows in memory at a time."""
     column = dataset.text_column
+    names = [column]
     if rows.column_names is not None:
         if column not in rows.column_names:
+            names = column.split(".")  # a field of a struct
+        if names[0] not in rows.column_names:
             raise UserError(
                 f"{dataset.hub_name} has no column {column!r}, but {', '.join(rows.column_names)}: set "
                 "dataset.text_column to one of them"
             )
-        rows = rows.select_columns([column])
+        rows = rows.select_columns([names[0]])
     for batch in rows.iter(batch_size=_ROWS):
-        for text in batch[column]:
+        for text in batch[names[0]]:
+            for name in names[1:]:
+                if isinstance(text, dict) and name not in text:
+                    raise UserError(f"{column!r} of {dataset.hub_name} is not there: set dataset.text_column")
+                text = text[name] if isinstance(text, dict) else text
             if isinstance(text, str):
                 yield text
             elif text is not None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import time
@@ -15,18 +14,17 @@ from typing import TypeVar
 
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.errors import UserError
+from harness.files.atomic import DISK_ERRORS
 
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _READ_TIMEOUT = "5"  # seconds without a byte, after which a download is resumed
 _ATTEMPTS = 3
 # What to take in place of a repository of each kind.
 _ELSEWHERE = {
-    "dataset": "take dataset=stdlib (needs no network), or a folder prepared on another machine with "
-               "dataset.path=FOLDER",
+    "dataset": "take dataset=stdlib (needs no network), or a folder prepared on another machine with dataset.path=FOLDER",
     "model": "take tokenizer=bpe (needs no network), or a tokenizer.json of this machine with tokenizer.path=FILE",
     "weights": "name a folder of this machine that holds the model",
-}  # fmt: skip
-_FULL_OR_READ_ONLY = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+}
 
 Result = TypeVar("Result")
 
@@ -62,7 +60,7 @@ def patiently(call: Callable[[], Result], what: str, kind: str = "dataset") -> R
         try:
             return call()
         except Exception as error:  # the libraries raise httpx2's, their own, OSError, RuntimeError and ValueError
-            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in _FULL_OR_READ_ONLY):
+            if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in DISK_ERRORS):
                 raise
             status = getattr(getattr(error, "response", None), "status_code", None)
             if status in (401, 404) or type(error).__name__ == "DatasetNotFoundError":

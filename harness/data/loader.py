@@ -30,14 +30,7 @@ class WindowLoader:
     """
 
     def __init__(
-        self,
-        tokens: NDArray[Any],
-        *,
-        max_seq_len: int,
-        batch_size: int,
-        data_seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, tokens: NDArray[Any], *, max_seq_len: int, batch_size: int, data_seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         if len(tokens) <= max_seq_len:
             raise UserError(

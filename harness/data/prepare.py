@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data.documents import SPLITS, Source
 from harness.data.hub_client import pretrained_tokenizer
 from harness.data.prepared import FORMAT, DamagedError, PreparedData, is_prepared, open_prepared, verify_prepared
-from harness.data.sources import check, open_source
+from harness.data.sources import SOURCES, check, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.data.writer import Piece, SplitWriter, sync
-from harness.errors import UserError
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.errors import UserError, readable, tell
+from harness.files.atomic import DISK_ERRORS
+from harness.files.lock import locked
+from harness.files.untrusted import read_object
 
 _BATCH = 1_000_000  # characters encoded at once; the encodings take forty times as much memory
 _BPE_BYTES = 100_000_000  # a BPE is trained on the first so many bytes of the training split
@@ -69,8 +69,8 @@ def _open_or_build(
     progress: bool,
     verify: bool,
 ) -> PreparedData:
-    check(dataset, tokenizer)
-    settings = _tokenizer_settings(tokenizer)
+    check(dataset, tokenizer, has_file=tokenizer_file is not None)
+    settings = _tokenizer_settings(tokenizer, has_file=tokenizer_file is not None)
     replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):
         return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir, verify)
@@ -93,9 +93,30 @@ def _open_or_build(
             try:
                 return _open(folder, verify)
             except DamagedError as error:
-                _say(f"{error}. Preparing it again.")
+                tell(f"{error}. Preparing it again.")
         _build(folder, source, dataset, tokenizer, tokenizer_file, identity, for_training, progress)
     return open_prepared(folder)
+
+
+def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: bool = False) -> PreparedData | None:
+    """The prepared data in data_dir of this fingerprint and this tokenizer's SHA-256, whatever made it; None: there is none.
+
+    Raises UserError where data_dir may not be listed, and DamagedError where that data is not whole.
+    """
+    with readable(f"data_dir={data_dir}", "make it readable, or name another"):
+        try:
+            folders = sorted(path for path in data_dir.iterdir() if not path.name.startswith("."))
+        except FileNotFoundError:
+            return None
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            meta = read_object(folder / "meta.json")
+            if meta.get("fingerprint") != fingerprint:
+                continue
+            prepared = _open(folder, verify)
+            if prepared.meta["tokenizer"]["sha256"] == tokenizer:
+                return prepared
+    return None
 
 
 def _open(folder: Path, verify: bool) -> PreparedData:
@@ -118,22 +139,28 @@ def _folder_name(dataset: DatasetConfig, identity: dict[str, Any]) -> str:
     return f"{dataset.name}-{_digest({'format': FORMAT, **identity})[:12]}"
 
 
-def _tokenizer_settings(tokenizer: TokenizerConfig) -> dict[str, Any]:
-    """What shapes the tokens, known without training or fetching a tokenizer."""
+def _tokenizer_settings(tokenizer: TokenizerConfig, *, has_file: bool) -> dict[str, Any]:
+    """What shapes the tokens, known without training or fetching a tokenizer.
+
+    has_file: a file takes the tokenizer's place, and tokenizer.path, which may be that of another machine, is but a word.
+    """
     if tokenizer.name == "bpe":
         return {"bpe": tokenizer.vocab_size}
     if tokenizer.name == "bytes":
         return {"bytes": 256}
+    if has_file:
+        return {"pretrained": tokenizer.path}
     assert tokenizer.path is not None
-    file = _local_tokenizer(tokenizer.path)
+    file = local_tokenizer(tokenizer.path)
     return {"file": Tokenizer.load(file).sha256} if file else {"pretrained": tokenizer.path}
 
 
-def _local_tokenizer(path: str) -> Path | None:
+def local_tokenizer(path: str) -> Path | None:
     """The tokenizer.json that a path of this machine names; None if it is a name on the hub."""
-    place = Path(path).expanduser()
-    if place.exists():
-        return place / "tokenizer.json" if place.is_dir() else place
+    place = Path(os.path.expanduser(path))
+    with readable(f"tokenizer.path={path}", "make it readable, or name another"):
+        if place.exists():
+            return place / "tokenizer.json" if place.is_dir() else place
     if path.count("/") > 1 or path.startswith((".", "~")) or path.endswith(".json"):
         raise UserError(f"tokenizer.path={path} does not exist: name a tokenizer.json, its folder, or a hub name")
     return None
@@ -150,7 +177,7 @@ def _open_copy(
     held = {"dataset": prepared.meta["dataset"], **prepared.meta["identity"]}
     if replaced is not None:
         asked["tokenizer"], held["tokenizer"] = replaced, prepared.meta["tokenizer"]["sha256"]
-    if dataset.source in ("hub", "classic_books"):  # their identity is known without reading the text
+    if SOURCES[dataset.source].is_pinned:
         source = open_source(dataclasses.replace(dataset, path=None), data_dir, for_training=False, progress=False)
         asked["source"] = source.identity
     for field, value in asked.items():
@@ -216,8 +243,10 @@ def _build(
         os.replace(partial, folder)
         _sync_names(folder.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of {folder.parent} is full: free some space or change data_dir") from error
+        if error.errno in DISK_ERRORS:
+            raise UserError(
+                f"data_dir={folder.parent} cannot be written ({error.strerror}): make room, or choose another folder"
+            ) from error
         raise
     finally:
         for leftover in folder.parent.glob(leftovers):
@@ -234,7 +263,7 @@ def _make_tokenizer(
         return Tokenizer.plain_bytes(), {"name": "bytes"}
     if config.name == "pretrained":
         assert config.path is not None
-        place = _local_tokenizer(config.path) or pretrained_tokenizer(config.path)
+        place = local_tokenizer(config.path) or pretrained_tokenizer(config.path)
         return Tokenizer.load(place), {"name": "pretrained"}
     assert config.vocab_size is not None
     tokenizer, n_bytes = _train_bpe(source, dataset, config.vocab_size, progress)
@@ -265,7 +294,7 @@ def _train_bpe(source: Source, dataset: DatasetConfig, vocab_size: int, progress
     with _bar(f"{dataset.name}: text for the tokenizer", total, progress) as bar:
         tokenizer = Tokenizer.train_bpe(text(), vocab_size)
     if tokenizer.vocab_size < vocab_size:
-        _say(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {vocab_size}.")
+        tell(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {vocab_size}.")
     return tokenizer, n_bytes
 
 
@@ -357,23 +386,15 @@ def _writing(data_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of a killed one."""
-    with _writing(path.parent):
-        file = path.open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say(f"Another process prepares {path.name.removeprefix('.').removesuffix('.lock')}; waiting for it.")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    name = path.name.removeprefix(".").removesuffix(".lock")
+    with contextlib.ExitStack() as held:
+        with _writing(path.parent):
+            held.enter_context(locked(path, on_wait=lambda: tell(f"Another process prepares {name}; waiting for it.")))
         yield
 
 
 def _bar(description: str, total: int | None, progress: bool) -> tqdm[Any]:
     return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not progress)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -7,17 +7,18 @@ Folder: SPLIT.bin (tokens, uint16 or uint32), SPLIT.{starts,bytes,words}.npy (in
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.data.documents import SPLITS
 from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError
-from harness.outside import is_count, read_object, stays_inside
+from harness.errors import UserError, readable
+from harness.files.untrusted import is_count, read_object, stays_inside
 
 DTYPES = ("<u2", "<u4")
 FORMAT = 1  # raised whenever the same source and settings would give other files
@@ -27,6 +28,37 @@ _BLOCK = 1 << 22  # tokens read at once
 
 class DamagedError(UserError):
     """A prepared folder that is not what its meta.json says."""
+
+
+class Mapped(np.memmap):  # type: ignore[type-arg]
+    """A mapped file whose size is looked at before each reading by index: where it was cut, the system would end the process.
+
+    That costs 2 microseconds. A file that was replaced or deleted is read on as it was. Raises DamagedError.
+    """
+
+    _opened: BinaryIO | None
+    _whole: int
+
+    def __new__(cls, file: Path, **how: Any) -> Mapped:
+        opened = file.open("rb")
+        self = cast(Mapped, super().__new__(cls, opened, mode="r", **how))  # type: ignore[call-overload]
+        self._opened, self._whole = opened, os.fstat(opened.fileno()).st_size
+        return self
+
+    def __array_finalize__(self, of: Any) -> None:
+        super().__array_finalize__(of)
+        self._opened, self._whole = getattr(of, "_opened", None), getattr(of, "_whole", 0)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._opened is not None:
+            size = os.fstat(self._opened.fileno()).st_size
+            if size < self._whole:
+                raise DamagedError(
+                    f"{self._opened.name} was cut while it was in use and has {size:,} bytes, not {self._whole:,}: start the "
+                    f"same command again, which prepares the data again, or put the file back first"
+                )
+        found = super().__getitem__(index)
+        return found.view(np.ndarray) if isinstance(found, Mapped) and found._mmap is None else found  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,8 @@ class PreparedData:
 
 def is_prepared(folder: Path) -> bool:
     """Whether this looks like a folder that `prepare` made (whole or damaged)."""
-    return (folder / "meta.json").is_file() and any((folder / f"{split}.bin").is_file() for split in SPLITS)
+    with readable(f"dataset.path={folder}", "make it readable, or name another place"):
+        return (folder / "meta.json").is_file() and any((folder / f"{split}.bin").is_file() for split in SPLITS)
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -101,8 +134,15 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _problem_of(meta: dict[str, Any]) -> str | None:
     """What is wrong with the form of a meta.json, None if nothing: after this, whatever is read of it is there."""
-    forms = {"dataset": str, "identity": dict, "tokenizer": dict, "dtype": str, "splits": dict, "fingerprint": str,
-             "files": dict}  # fmt: skip
+    forms = {
+        "dataset": str,
+        "identity": dict,
+        "tokenizer": dict,
+        "dtype": str,
+        "splits": dict,
+        "fingerprint": str,
+        "files": dict,
+    }
     for key, kind in forms.items():
         if not isinstance(meta.get(key), kind):
             return f"no {key}"
@@ -199,7 +239,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
     file = folder / f"{name}.bin"
     _check_size(file, dtype.itemsize * counts["tokens"])
     split = TokenSplit(
-        tokens=np.memmap(file, dtype=dtype, mode="r"),
+        tokens=Mapped(file, dtype=dtype),
         document_starts=_open_array(folder / f"{name}.starts.npy", n_documents + 1),
         document_bytes=_open_array(folder / f"{name}.bytes.npy", n_documents),
         document_words=_open_array(folder / f"{name}.words.npy", n_documents),

@@ -16,9 +16,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.config.schema import DatasetConfig
 from harness.data.documents import Document, Source, carving_by_fraction
 from harness.errors import UserError
-from harness.schema import DatasetConfig
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "__pycache__"}
 _GENERATED = re.compile(r"auto-?generated|automatically generated|file is generated|generated from", re.IGNORECASE)

@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from harness.config.schema import DatasetConfig
 from harness.data.documents import Document, Source
 from harness.errors import UserError
-from harness.schema import DatasetConfig
 
 TASKS = ("mqar", "passkey")
 KEYS = string.ascii_letters
 VALUES = string.digits + string.punctuation
 _RECENCY = list(itertools.accumulate(1 / rank for rank in range(1, len(KEYS) + 1)))
-CUE = " The pass key is:"  # before the key both times; harness/evaluation/recall.py asks in the same words
+CUE = " The pass key is:"  # before the key both times
 KEY_DIGITS = 5
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 _SPLITS = ("validation", "test", "train")
@@ -46,9 +46,7 @@ def synthetic_source(dataset: DatasetConfig) -> Source:
     def documents() -> Iterator[Document]:
         held_out: set[str] = set()  # of the splits before this one
         for number, split in enumerate(_SPLITS):
-            rng = np.random.Generator(
-                np.random.PCG64([dataset.split_seed, TASKS.index(str(dataset.synthetic_task)), number])
-            )
+            rng = np.random.Generator(np.random.PCG64([dataset.split_seed, TASKS.index(str(dataset.synthetic_task)), number]))
             own = set()
             for _ in range(counts[split]):
                 text = _new(make, dataset, rng, held_out)
@@ -59,10 +57,18 @@ def synthetic_source(dataset: DatasetConfig) -> Source:
 
     fields = dataclasses.asdict(dataset)
     identity = {"source": "synthetic"} | {
-        name: fields[name] for name in ("synthetic_task", "synthetic_documents", "synthetic_tokens", "synthetic_pairs",
-                                        "validation_fraction", "test_fraction", "split_seed")
+        name: fields[name]
+        for name in (
+            "synthetic_task",
+            "synthetic_documents",
+            "synthetic_tokens",
+            "synthetic_pairs",
+            "validation_fraction",
+            "test_fraction",
+            "split_seed",
+        )
         if name != "synthetic_pairs" or dataset.synthetic_task == "mqar"
-    }  # fmt: skip
+    }
     return Source(identity, documents, sum(counts.values()) * (dataset.synthetic_tokens - 1))
 
 
@@ -93,9 +99,7 @@ def synthetic_problems(dataset: DatasetConfig) -> list[str]:
             )
     if dataset.synthetic_tokens < least:
         asked = (
-            "a statement and a question"
-            if dataset.synthetic_task == "passkey"
-            else f"{max(pairs)} pairs and as many queries"
+            "a statement and a question" if dataset.synthetic_task == "passkey" else f"{max(pairs)} pairs and as many queries"
         )
         problems.append(
             f"dataset.synthetic_tokens={dataset.synthetic_tokens} have no room for {asked}, which take {least}: raise it"
@@ -151,9 +155,7 @@ def _passkey(dataset: DatasetConfig, rng: np.random.Generator) -> str:
     room = dataset.synthetic_tokens - 1 - _statement_length() - len(CUE) - KEY_DIGITS
     ends = [place + 1 for place, symbol in enumerate(FILLER) if symbol == "."]
     end = int(rng.choice(ends))
-    filler = (
-        (FILLER * (room // len(FILLER) + 2))[: len(FILLER) * (room // len(FILLER) + 1) + end][-room:] if room else ""
-    )
+    filler = (FILLER * (room // len(FILLER) + 2))[: len(FILLER) * (room // len(FILLER) + 1) + end][-room:] if room else ""
     borders = [0, *(place + 1 for place, symbol in enumerate(filler) if symbol == ".")]
     depth = int(rng.choice(borders))
     return f"{filler[:depth]}{CUE}{key}.{filler[depth:]}{CUE}{key}"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.outside import is_count, parse_object
+from harness.files.untrusted import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
 # How pretrained tokenizers call it, in the order of preference.
@@ -18,6 +18,8 @@ _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end�
 _BYTES = 256  # plain bytes: ids below are bytes, this one ends a document
 _MOST_BYTES = 1 << 28  # the largest published ones have a tenth
 _MOST_GAPS = 2**20  # ids without a token
+# What a normalizer, pre-tokenizer or decoder may be: steps, characters of its patterns, and how far a text may grow in it.
+_MOST_STEPS, _MOST_PATTERNS, _MOST_GROWTH, _MOST_TEXT = 1_000, 65_536, 32, 2**24
 _PIECE = 32_768  # characters in which a document is encoded where the cut cannot be seen in the tokens
 _LONG_PIECE = 8_388_608  # likewise where it can: one cut in eight million characters, so that memory stays bounded
 
@@ -26,7 +28,11 @@ class Tokenizer:
     """Made by `plain_bytes`, `load` or `train_bpe`.
 
     vocab_size: ids are below it. end_of_text: the id that follows each document. sha256: of all that shapes the
-    tokens. Special tokens in a text are encoded as the characters that they are, never as the special token.
+    tokens. Special tokens in a text are encoded as the characters that they are, never as the special token. What a
+    tokenizer draws at random (BPE dropout) is switched off: a text has one encoding.
+
+    A run from elsewhere may have been made to see texts otherwise (`speak_as`). begins: tokens before each prompt.
+    opening: the token before a text whose beginning is scored. stops: where writing ends.
     """
 
     def __init__(self, backend: Any | None) -> None:
@@ -34,9 +40,15 @@ class Tokenizer:
         self._backend = backend
         self.vocab_size, self.end_of_text = _BYTES + 1, _BYTES
         self.sha256 = hashlib.sha256(b"bytes").hexdigest()
+        self.begins: tuple[int, ...] = ()
+        self.opening = self.end_of_text
+        self.stops: tuple[int, ...] = (self.end_of_text,)
+        self._special = False
         self._piece = _PIECE
         if backend is None:
             return
+        if getattr(backend.model, "dropout", None):  # of a BPE: merges left out at random, other tokens at every call
+            backend.model.dropout = None
         backend.no_truncation()
         backend.no_padding()
         names = [name for name in _END_OF_TEXT_NAMES if backend.token_to_id(name) is not None]
@@ -44,6 +56,7 @@ class Tokenizer:
             backend.add_special_tokens([END_OF_TEXT])
         backend.encode_special_tokens = True
         self.end_of_text = backend.token_to_id(names[0] if names else END_OF_TEXT)
+        self.opening, self.stops = self.end_of_text, (self.end_of_text,)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         specification = json.loads(backend.to_str())
         self.sha256 = hashlib.sha256(json.dumps(specification, sort_keys=True).encode()).hexdigest()
@@ -69,7 +82,9 @@ class Tokenizer:
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}): give a tokenizer.json or its folder") from error
         with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
-            _check_vocabulary(parse_object(content))
+            specification = parse_object(content)
+            _check_vocabulary(specification)
+            _check_growth(specification)
             return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
 
     @classmethod
@@ -105,6 +120,42 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without an end of text."""
         return [token for piece in self.pieces([text]) for token in self.encode_batch([piece])[0]]
+
+    def speak_as(self, opening: int | None, stops: tuple[int, ...]) -> None:
+        """Take prompts as the tokenizer.json's own model does: what its post_processor begins them with, special tokens."""
+        if not all(token < self.vocab_size for token in (opening or 0, *stops)):
+            raise UserError(f"text.json names tokens beyond the tokenizer's {self.vocab_size:,}: import the checkpoint again")
+        self.begins, self._special = self.added()[0], True
+        self.opening = self.end_of_text if opening is None else opening
+        self.stops = stops or self.stops
+
+    def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tokens that the post_processor puts before and behind a text."""
+        if self._backend is None:
+            return (), ()
+        with _refusing("the tokenizer cannot encode this text"):
+            ids = self._backend.encode("a").ids
+            plain = self._backend.encode("a", add_special_tokens=False).ids
+        start = next(n for n in range(len(ids) + 1) if ids[n : n + len(plain)] == plain)  # they are there
+        return tuple(ids[:start]), tuple(ids[start + len(plain) :])
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """token -> id, special ones included; empty for plain bytes."""
+        return {} if self._backend is None else self._backend.get_vocab(with_added_tokens=True)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Tokens of what a model shall go on with: as `encode` but for `speak_as`."""
+        if not self._special or self._backend is None:
+            return self.encode(text)
+        self._backend.encode_special_tokens = False
+        try:
+            with _refusing("the tokenizer cannot encode this text"):
+                tokens = list(self._backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._backend.encode_special_tokens = True
+        begins = list(self.begins)
+        return tokens if tokens[: len(begins)] == begins else begins + tokens
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Tokens of several texts, each as one piece, on all cores. Memory: about 40 bytes a character."""
@@ -148,6 +199,66 @@ def _check_vocabulary(specification: dict[str, Any]) -> None:
             for pair in pairs
         ):
             raise ValueError(f"a merge lacks the prefix {prefix[:20]!r}")
+
+
+def _check_growth(specification: dict[str, Any]) -> None:
+    """Raises ValueError for steps that, one after the other, make a short text a long one: thirty Replaces of a by aa, a
+    few thousand bytes, make a letter a gigabyte, already while the library loads them.
+
+    A short text that holds every pattern is taken through them step by step, and looked at after each.
+    """
+    import tokenizers
+
+    plain = json.loads(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    for kind, inner in (("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")):
+        steps = _flat(specification.get(kind), inner)
+        patterns = "".join(text for step in steps for text in _texts(step))
+        if len(steps) > _MOST_STEPS or len(patterns) > _MOST_PATTERNS:
+            raise ValueError(f"its {kind} has more steps, or longer patterns, than any has")
+        text = f"{_PROBE}{patterns}"
+        most = _MOST_GROWTH * len(text)
+        for step in steps:
+            # Looked at before: one step alone puts its text in the place of every match.
+            if len(text) * max(map(len, _texts(step)), default=1) > _MOST_TEXT:
+                raise ValueError(f"its {kind} makes a short text too long")
+            part = getattr(tokenizers.Tokenizer.from_str(json.dumps(plain | {kind: step})), kind)
+            if kind == "normalizer":
+                text = part.normalize_str(text)
+            elif kind == "pre_tokenizer":
+                text = "".join(piece for piece, _ in part.pre_tokenize_str(text))
+            else:
+                text = part.decode([text])
+            if len(text) > most:
+                raise ValueError(f"its {kind} makes a short text more than {_MOST_GROWTH} times as long")
+    for step in _flat(specification.get("post_processor"), "processors"):
+        if sum("Sequence" in piece for piece in step.get("single") or [] if isinstance(piece, dict)) > 1:
+            raise ValueError("its post_processor repeats the text")
+
+
+_PROBE = " The quick brown fox jumps over the lazy dog, 0123456789.\n\téß海 "
+
+
+def _flat(part: Any, inner: str) -> list[dict[str, Any]]:
+    """The steps of a part, Sequences within Sequences taken apart, in their order."""
+    steps, left = [], [part]
+    while left:
+        step = left.pop()
+        if not isinstance(step, dict):
+            continue  # absent, or what the library refuses
+        if isinstance(step.get(inner), list):
+            left += reversed(step[inner])
+        else:
+            steps.append(step)
+    return steps
+
+
+def _texts(step: Any) -> list[str]:
+    """All text in a step: patterns, what stands in their place, what comes before."""
+    if isinstance(step, str):
+        return [step]
+    if isinstance(step, dict):
+        return [text for key, value in step.items() if key not in ("type", "precompiled_charsmap") for text in _texts(value)]
+    return []
 
 
 @contextlib.contextmanager
@@ -198,3 +309,21 @@ def _splits_at_spaces(specification: dict[str, Any]) -> bool:
         and pre_tokenizer.get("use_regex", True)
         and not pre_tokenizer.get("add_prefix_space", True)
     )
+
+
+def text_before(decode: Callable[[Sequence[int]], str], tokens: Sequence[int], count: int) -> str:
+    """The text of the first `count` tokens of a document; of a character that is cut in two there, nothing.
+
+    tokens: of the document, at least the one behind the cut. U+FFFD stands for a part of a character, and may be one of the
+    text's own: then the next token adds to the text and leaves it alone.
+    """
+    text = decode(tokens[:count])
+    if not text.endswith("\N{REPLACEMENT CHARACTER}") or count >= len(tokens):
+        return text
+    longer = decode(tokens[: count + 1])
+    return text if longer.startswith(text) and longer != text else text[:-1]
+
+
+def tokenizer_fingerprint(file: Path | None) -> str:
+    """SHA-256 of a tokenizer.json; "bytes" where tokens are plain bytes."""
+    return "bytes" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()

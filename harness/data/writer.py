@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from harness.data.tokenizer import Tokenizer
+from harness.data.tokenizer import Tokenizer, text_before
 
 
 class Piece(NamedTuple):
@@ -41,8 +41,9 @@ class SplitWriter:
         if self._room is not None and self._n_tokens + len(tokens) + 1 >= self._room:
             self.full = last = True
             if self._n_tokens + len(tokens) + 1 > self._room:
-                tokens = tokens[: self._room - self._n_tokens - 1]
-                text = self._tokenizer.decode(tokens).rstrip("\ufffd")
+                room = self._room - self._n_tokens - 1
+                text = text_before(self._tokenizer.decode, tokens, room)
+                tokens = tokens[:room]
                 n_bytes = len(text.encode())
             if not tokens and not self._document_bytes:
                 return

@@ -1,17 +1,10 @@
-"""The size of the key/value cache as measured: on a cache's buffers, and on all memory that decoding keeps alive."""
+"""The size of the key/value cache, measured on the buffers of one that is allocated."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from modeling.gpt import GPT
 
@@ -44,43 +37,3 @@ def measure_cache(model: GPT, *, dtype: torch.dtype, window: int | None = None, 
         context=context,
         bytes_at_context=sum(cache.nbytes for cache in caches),
     )
-
-
-def live_bytes_slope(decode_to: Callable[[int], object], contexts: tuple[int, int]) -> float:
-    """Bytes per token by which live memory grows with the context, however the decoder keeps what it keeps.
-
-    decode_to(context) decodes to that many tokens from nothing, with a cache allocated for no more, and returns what a
-    decoder would hold on to for the next token. Every storage that an operation returned and that is not freed by then
-    counts, Python's or not; what does not depend on the context cancels.
-    """
-    short, long = contexts
-    return (_live_bytes(decode_to, long) - _live_bytes(decode_to, short)) / (long - short)
-
-
-def _live_bytes(decode_to: Callable[[int], object], context: int) -> int:
-    storages = _Storages()
-    with storages:
-        held = decode_to(context)
-    gc.collect()
-    live = storages.live_bytes()
-    del held  # alive until here, or there would be nothing to count
-    return live
-
-
-class _Storages(TorchDispatchMode):
-    """Remembers, without keeping them alive, the storages of all tensors that operations return inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self._seen[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        return out
-
-    def live_bytes(self) -> int:
-        return sum([nbytes for reference, nbytes in self._seen.values() if not reference.expired()])

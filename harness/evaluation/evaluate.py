@@ -29,6 +29,7 @@ def evaluate_model(
     *,
     end_of_text: int,
     decode: Callable[[Sequence[int]], str],
+    begins: Sequence[int] = (),
     stride_fraction: float,
     batch_size: int,
     precision: torch.dtype,
@@ -43,6 +44,7 @@ def evaluate_model(
 ) -> SplitResult:
     """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
 
+    begins: of a model that has always seen such tokens before a document, the last one stands in for the end of text there.
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
     of decoding them one by one. None: without a cache. segment_tokens, share: see evaluate_split. poll is called before
     every batch and may raise.
@@ -50,6 +52,8 @@ def evaluate_model(
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         poll()
+        if begins:
+            inputs_BT = inputs_BT.masked_fill(inputs_BT == end_of_text, begins[-1])
         cache = None
         if through is not None:
             cache = model.new_cache(
@@ -62,11 +66,20 @@ def evaluate_model(
     model.eval()
     try:
         return evaluate_split(
-            token_losses, split, end_of_text=end_of_text, max_seq_len=model.max_seq_len,
-            stride=max(1, round(stride_fraction * model.max_seq_len)), batch_size=batch_size, device=device,
-            decode=decode, per_document=per_document, max_tokens=max_tokens, progress=progress,
-            segment_tokens=segment_tokens, share=share,
-        )  # fmt: skip
+            token_losses,
+            split,
+            end_of_text=end_of_text,
+            max_seq_len=model.max_seq_len,
+            stride=max(1, round(stride_fraction * model.max_seq_len)),
+            batch_size=batch_size,
+            device=device,
+            decode=decode,
+            per_document=per_document,
+            max_tokens=max_tokens,
+            progress=progress,
+            segment_tokens=segment_tokens,
+            share=share,
+        )
     finally:
         model.train(was_training)
 

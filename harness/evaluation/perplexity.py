@@ -18,13 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.config.schema import MOST_FIGURE
+from harness.data.tokenizer import text_before
 from harness.errors import UserError
 
 Integers = NDArray[np.int64]
 
 SEGMENT_TOKENS = 2048
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CUT_CONTEXT = 32  # tokens, more than one character ever has
+_MOST_NATS = math.floor(math.log(MOST_FIGURE))  # whose exponential a record holds
 
 
 class TokenSplit(Protocol):
@@ -61,7 +63,7 @@ class SplitResult:
 
     loss: float  # nats per token
     perplexity: float  # exp(loss)
-    word_perplexity: float | None  # exp(nats per white-space word); None where it is beyond a float, as without words
+    word_perplexity: float | None  # exp(nats per white-space word); None beyond MOST_FIGURE, as without words
     bits_per_byte: float
     tokens: int
     bytes: int  # of the text, UTF-8
@@ -161,7 +163,7 @@ def evaluate_split(
         nats_N = share.total(nats_N)
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
     loss = nats / scored
-    if not loss < 700:  # exp(709) is the last that a float holds; not a number is not below either
+    if not loss < _MOST_NATS:  # not a number is not below either
         raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
     text_bytes, words = text_size(split, n_tokens, decode)
     if text_bytes == 0:
@@ -172,7 +174,7 @@ def evaluate_split(
     return SplitResult(
         loss=loss,
         perplexity=math.exp(loss),
-        word_perplexity=math.exp(nats / words) if nats < 700 * words else None,
+        word_perplexity=math.exp(nats / words) if nats < _MOST_NATS * words else None,
         bits_per_byte=nats / math.log(2) / text_bytes,
         tokens=scored,
         bytes=text_bytes,
@@ -225,7 +227,7 @@ def text_size(split: TokenSplit, n_tokens: int, decode: Callable[[Sequence[int]]
     text_bytes, words = int(split.document_bytes[:whole].sum()), int(split.document_words[:whole].sum())
     if whole < len(ends):
         begin = int(split.document_starts[whole])
-        text = decode(split.tokens[begin:n_tokens].tolist()).rstrip(_BROKEN)
+        text = text_before(decode, split.tokens[begin : int(ends[whole]) - 1].tolist(), n_tokens - begin)
         text_bytes, words = text_bytes + len(text.encode()), words + len(text.split())
     return text_bytes, words
 
@@ -251,24 +253,20 @@ def cut_segments(
         cuts = range(begin, end, length)
         shared = [0]
         if len(cuts) > 1:
-            added = [_text_added(split, begin, cut, min(cut + length, end), decode) for cut in cuts]
+            document_N = split.tokens[begin : int(starts[document + 1]) - 1]
+            added = [_text_added(document_N, cut - begin, min(cut + length, end) - begin, decode) for cut in cuts]
             *upto, decoded = itertools.accumulate(added)
             shared += [own_bytes * size // decoded if decoded else 0 for size in upto]
         sizes += np.diff([*shared, own_bytes]).tolist()
         begins += cuts
-    return Segments(
-        tokens=np.diff([*begins, n_tokens]).tolist(),
-        nats=np.add.reduceat(nats_N, begins).tolist(),
-        bytes=sizes,
-    )
+    return Segments(tokens=np.diff([*begins, n_tokens]).tolist(), nats=np.add.reduceat(nats_N, begins).tolist(), bytes=sizes)
 
 
-def _text_added(split: TokenSplit, document: int, begin: int, end: int, decode: Callable[[Sequence[int]], str]) -> int:
-    """UTF-8 bytes by which the tokens begin .. end - 1 lengthen the text of a document that starts at `document`."""
-    before, after = (
-        len(decode(split.tokens[max(document, begin - _CUT_CONTEXT) : stop].tolist()).rstrip(_BROKEN).encode())
-        for stop in (begin, end)
-    )
+def _text_added(document_N: NDArray[np.unsignedinteger], begin: int, end: int, decode: Callable[[Sequence[int]], str]) -> int:
+    """UTF-8 bytes by which a document's tokens begin .. end - 1 lengthen its text."""
+    first = max(0, begin - _CUT_CONTEXT)
+    near = document_N[first : end + _CUT_CONTEXT].tolist()
+    before, after = (len(text_before(decode, near, stop - first).encode()) for stop in (begin, end))
     return max(0, after - before)
 
 

@@ -1,23 +1,23 @@
 """What a token costs to decode for each arm of a study: whole models of their shapes with random weights and caches.
 
 Speed does not depend on what weights and caches hold, so nothing needs to be trained first, and a context may be longer
-than the one in training. How it is timed is said in harness/evaluation/decode_speed.py.
+than the one in training. How it is timed is said in harness/decode/speed.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from harness.build import build_model
-from harness.evaluation.decode_speed import machine_name, measure_cell
-from harness.evaluation.decode_subjects import Cell, Plan, Skipped, Subject, footprint, plan_cells
-from harness.schema import TrainConfig
-from harness.session import pin_execution
+from harness.config.build import build_model
+from harness.config.schema import TrainConfig
+from harness.decode.speed import machine_name, measure_cell
+from harness.decode.subjects import Cell, Plan, Skipped, Subject, footprint, plan_cells
+from harness.runs.load import pin_execution
+from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
 
 STEPS, ROUNDS = 16, 5  # of a reading at most, and readings: as scripts/benchmark_decode.py
@@ -33,13 +33,11 @@ def decode_times(
     device: torch.device,
     dtype: torch.dtype,
     max_seconds: float,
-) -> list[dict[str, Any]]:
+) -> list[DecodeRow]:
     """A row for each arm, context (tokens already cached; none given: MULTIPLES) and batch size.
 
-    A row: arm, context, batch, milliseconds (median of a step, which is a token in each of `batch` sequences), low and
-    high (quartiles), n (steps timed), device, path (how MLA's attention.decode computes one token: absorbed or expand;
-    auto for the others), cache_bytes_per_token (all layers, in `dtype`), step (eager, or graph on CUDA). Weights, caches
-    and arithmetic are in `dtype`.
+    A row's milliseconds are the median of a step, which is a token in each of `batch` sequences, low and high their
+    quartiles. Weights, caches and arithmetic are in `dtype`.
 
     Arms are timed in turns. What does not fit into half of the device's memory is left out. The smallest places (batch
     times context) come first, each with an equal share of the seconds that are left, and those that max_seconds does not
@@ -51,14 +49,24 @@ def decode_times(
         longest = max(config.model.max_seq_len for config in configs.values())
         contexts = [multiple * longest for multiple in MULTIPLES]
     plan = Plan(
-        contexts=tuple(sorted(set(contexts))), batch_sizes=tuple(sorted(set(batch_sizes))), queries=(1,), steps=STEPS,
-        rounds=ROUNDS, step="auto", device=device, dtype=dtype, cache_dtype=dtype, budget_bytes=memory_bytes(device) // 2,
-        prefill_tokens=0, generate=False, seed=0,
-    )  # fmt: skip
+        contexts=tuple(sorted(set(contexts))),
+        batch_sizes=tuple(sorted(set(batch_sizes))),
+        queries=(1,),
+        steps=STEPS,
+        rounds=ROUNDS,
+        step="auto",
+        device=device,
+        dtype=dtype,
+        cache_dtype=dtype,
+        budget_bytes=memory_bytes(device) // 2,
+        prefill_tokens=0,
+        generate=False,
+        seed=0,
+    )
     keep_freed_memory(device)
     subjects = [_subject(name, config, vocab_size, plan) for name, config in configs.items()]
     cells = sorted(plan_cells(subjects, plan), key=lambda cell: cell.batch_size * cell.context)
-    rows: list[dict[str, Any]] = []
+    rows: list[DecodeRow] = []
     skipped: list[Skipped] = []
     for place in tqdm(range(len(cells)), desc="decode", unit="place", disable=None):
         left = max_seconds - (time.perf_counter() - began)
@@ -71,13 +79,20 @@ def decode_times(
         skipped += missing
         rows += [
             {
-                "arm": figure.variant, "context": figure.context, "batch": figure.batch_size,
-                "milliseconds": figure.call.median * 1e3, "low": figure.call.low * 1e3, "high": figure.call.high * 1e3,
-                "n": figure.call.n, "device": machine_name(device), "path": figure.path,
-                "cache_bytes_per_token": figure.cache_bytes_per_token, "step": plan.step_used,
+                "arm": figure.variant,
+                "context": figure.context,
+                "batch": figure.batch_size,
+                "milliseconds": figure.call.median * 1e3,
+                "low": figure.call.low * 1e3,
+                "high": figure.call.high * 1e3,
+                "n": figure.call.n,
+                "device": machine_name(device),
+                "path": figure.path,
+                "cache_bytes_per_token": figure.cache_bytes_per_token,
+                "step": plan.step_used,
             }
             for figure in figures
-        ]  # fmt: skip
+        ]
     for each in skipped:
         print(f"decode time of {each.row} at batch {each.batch_size}, context {each.context:,} left out: {each.reason}")
     return rows

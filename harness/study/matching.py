@@ -10,22 +10,21 @@ from __future__ import annotations
 
 import bisect
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
-from harness.build import build_model
+from harness.config.build import build_model
+from harness.config.schema import TrainConfig
 from harness.errors import UserError
-from harness.schema import TrainConfig
+from harness.runs.records import MatchRecord
 from modeling.attention.cache import DTYPES, formula_bytes
 from modeling.flops import parameters_by_block, training_flops_per_token
 
-QUANTITIES = {
-    "params": "parameters",
-    "train_flops": "training FLOPs per token",
-    "kv_bytes": "cache bytes per token",
-}
+QUANTITIES = {"params": "parameters", "train_flops": "training FLOPs per token", "kv_bytes": "cache bytes per token"}
 
 
 @dataclass
@@ -51,6 +50,10 @@ class Matched:
     achieved: float
     mismatch: float  # achieved / target - 1
 
+    def record(self) -> MatchRecord:
+        """As it stands in study.json."""
+        return cast(MatchRecord, dataclasses.asdict(self))
+
 
 # Fields that may be free -> all values that may be tried, in rising order, for a configuration.
 FREE: dict[str, Callable[[TrainConfig], Sequence[int]]] = {
@@ -59,12 +62,10 @@ FREE: dict[str, Callable[[TrainConfig], Sequence[int]]] = {
     "attention.kv_lora_rank": lambda config: range(1, 4 * config.model.d_model + 1),
     "attention.q_lora_rank": lambda config: range(1, config.model.d_model + 1),
     "attention.qk_rope_head_dim": lambda config: range(2, config.model.d_model + 1, 2),
-    "attention.n_kv_heads": lambda config: [
-        g for g in range(1, config.model.n_heads + 1) if config.model.n_heads % g == 0
-    ],
+    "attention.n_kv_heads": lambda config: [g for g in range(1, config.model.n_heads + 1) if config.model.n_heads % g == 0],
     "attention.head_dim": lambda config: range(2, 4 * config.model.d_model + 1, 2),
     "attention.v_head_dim": lambda config: range(2, 4 * config.model.d_model + 1, 2),
-}  # fmt: skip
+}
 
 
 def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
@@ -82,12 +83,7 @@ def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
 
 
 def match_arm(
-    arm: str,
-    config: TrainConfig,
-    matches: Sequence[MatchConfig],
-    *,
-    vocab_size: int,
-    others: Mapping[str, Mapping[str, int]],
+    arm: str, config: TrainConfig, matches: Sequence[MatchConfig], *, vocab_size: int, others: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[str], list[Matched]]:
     """The overrides that make this arm equal what its matches name, solved one after the other, and how well they do.
 
@@ -157,13 +153,9 @@ def _solve(
         return reached is None or reached >= target
 
     place = bisect.bisect_left(values, True, key=too_large)
-    near = {
-        value: reached for value in values[max(0, place - 1) : place + 1] if (reached := quantity(value)) is not None
-    }
+    near = {value: reached for value in values[max(0, place - 1) : place + 1] if (reached := quantity(value)) is not None}
     if not near:
-        raise UserError(
-            f"arm {arm}: no value of {match.vary} can be built ({refusals[0] if refusals else 'none is legal'})"
-        )
+        raise UserError(f"arm {arm}: no value of {match.vary} can be built ({refusals[0] if refusals else 'none is legal'})")
     best = min(near, key=lambda value: abs(near[value] - target))
     return best, near[best]
 

@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from harness.config import CONFIGS, RUN_NAME, did_you_mean, load_train_config, options_of, setup_hash, typed
-from harness.conversion import ConversionConfig, conversion_setup, converted_from
+from harness.config.checks import RUN_NAME
+from harness.config.compose import load_train_config, options_of
+from harness.config.identity import setup_hash
+from harness.config.places import CONFIGS
+from harness.config.schema import BudgetConfig, TrainConfig
+from harness.config.typed import did_you_mean, typed
+from harness.data import Tokenizer
+from harness.data.prepare import local_tokenizer
 from harness.errors import UserError
-from harness.run import read_json, write_json
-from harness.schema import BudgetConfig, TrainConfig
+from harness.evaluation.metric import METRICS
+from harness.files.atomic import write_json
+from harness.files.lock import locked
+from harness.runs.conversion import ConversionConfig, conversion_setup, converted_from
+from harness.runs.records import STUDY_FILE, FailureRecord, SpecRecord, StudyRecord, read_study
 from harness.study.matching import MatchConfig, Matched, match_arm, quantities
-from harness.study.results import STUDY_FILE
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
 
@@ -65,7 +72,7 @@ class StudyConfig:
     match: list[MatchConfig] = field(default_factory=list)  # solved in this order, each on top of the ones before
     staircase: list[str] = field(default_factory=list)  # arms in the order of their changes
     tune: TuneConfig | None = None
-    metric: str = "bits_per_byte"  # bits_per_byte | loss | perplexity, of the test split
+    metric: str = "bits_per_byte"  # of METRICS (metric.py), of the test split
     evaluate: list[str] = field(default_factory=list)  # overrides of eval_model.py
     decode_contexts: list[int] = field(default_factory=list)  # tokens; decode time per token is measured there
     decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
@@ -111,6 +118,10 @@ class RunSpec:
         short = "" if self.budget is None else f"-tokens{self.budget}"
         return f"{self.arm}-lr{self.lr:.3g}{short}-seed{self.seed}"
 
+    def record(self) -> SpecRecord:
+        """As it stands in study.json."""
+        return cast(SpecRecord, dataclasses.asdict(self) | {"name": self.name})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -136,8 +147,7 @@ class Plan:
     def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
         """The shared rate, of arms that go on from another one's weights their own."""
         return {
-            arm: self.shared_lr if self.arms[arm].starts_from is None else self.arms[arm].config.optimizer.lr
-            for arm in arms
+            arm: self.shared_lr if self.arms[arm].starts_from is None else self.arms[arm].config.optimizer.lr for arm in arms
         }
 
     def spec(self, arm: str, lr: float, seed: int, budget: int | None = None) -> RunSpec:
@@ -174,8 +184,13 @@ class Plan:
         if options is None:
             return None
         first = self.arms[spec.arm].config
-        return [f"run={self.folder / str(spec.source)}", f"to={self.folder / spec.name}", f"device={first.device}",
-                f"data_dir={first.data_dir}", *(f"{key}={value}" for key, value in options.items())]  # fmt: skip
+        return [
+            f"run={self.folder / str(spec.source)}",
+            f"to={self.folder / spec.name}",
+            f"device={first.device}",
+            f"data_dir={first.data_dir}",
+            *(f"{key}={value}" for key, value in options.items()),
+        ]
 
     def overrides(self, spec: RunSpec) -> list[str]:
         """The arguments of train_model.py for a run. In a tracker all seeds of an arm are one group."""
@@ -185,10 +200,17 @@ class Plan:
         tracking = [f"tracking.group={spec.arm}", f"tracking.tags=['{self.name}','{arm.family}']"]
         return merged(
             [
-                *tracking, *self.config.base, *arm.overrides, f"optimizer.lr={spec.lr:.3g}", f"seed={spec.seed}", *budget,
-                f"name={spec.name}", f"runs_dir={self.folder}", *begun,
+                *tracking,
+                *self.config.base,
+                *arm.overrides,
+                f"optimizer.lr={spec.lr:.3g}",
+                f"seed={spec.seed}",
+                *budget,
+                f"name={spec.name}",
+                f"runs_dir={self.folder}",
+                *begun,
             ]
-        )  # fmt: skip
+        )
 
 
 def _conversion(arm: str, options: Any) -> ConversionConfig:
@@ -233,9 +255,7 @@ def _check(config: StudyConfig, study: str) -> None:
     named += [(name, "tune.transfer_arms") for name in (config.tune.transfer_arms if config.tune else [])]
     for name, where in named:
         if name not in config.arms:
-            raise UserError(
-                f"{where} of study={study} names {name}, no arm of it; {did_you_mean(name, [*config.arms])}"
-            )
+            raise UserError(f"{where} of study={study} names {name}, no arm of it; {did_you_mean(name, [*config.arms])}")
     for name, arm in config.arms.items():
         before = [name]
         while (source := config.arms[before[-1]].starts_from) is not None:
@@ -256,13 +276,12 @@ def _check(config: StudyConfig, study: str) -> None:
     for seeds in (config.seeds, config.primary_seeds or [0]):
         if len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds={seeds} of study={study} must be different whole numbers from 0 on")
-    if config.metric not in ("bits_per_byte", "loss", "perplexity"):
-        raise UserError(f"metric={config.metric} of study={study} is unknown; choose bits_per_byte, loss or perplexity")
-    if config.tune is not None and (len(config.tune.factors) < 3 or sorted(set(config.tune.factors)) != config.tune.factors
-                                    or config.tune.factors[0] <= 0):  # fmt: skip
-        raise UserError(
-            f"tune.factors={config.tune.factors} of study={study} must be three or more, positive and rising"
-        )
+    if config.metric not in METRICS:
+        raise UserError(f"metric={config.metric} of study={study} is unknown; {did_you_mean(config.metric, [*METRICS])}")
+    if config.tune is not None and (
+        len(config.tune.factors) < 3 or sorted(set(config.tune.factors)) != config.tune.factors or config.tune.factors[0] <= 0
+    ):
+        raise UserError(f"tune.factors={config.tune.factors} of study={study} must be three or more, positive and rising")
 
 
 def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) -> Plan:
@@ -285,22 +304,31 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
         vocabulary = vocabulary_of(composed)
         if source is None:  # otherwise the shape comes with the weights
             solved, matches = match_arm(
-                arm_name, composed, config.match if arm.match is None else arm.match, vocab_size=vocabulary,
+                arm_name,
+                composed,
+                config.match if arm.match is None else arm.match,
+                vocab_size=vocabulary,
                 others={name: done.quantities for name, done in arms.items()},
-            )  # fmt: skip
+            )
             overrides += solved
             if solved:
                 composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
         arms[arm_name] = Arm(
-            arm_name, overrides, arm.family, arm.level, arm.reference, composed, quantities(composed, vocabulary), matches,
-            arm.starts_from, arm.convert,
-        )  # fmt: skip
+            arm_name,
+            overrides,
+            arm.family,
+            arm.level,
+            arm.reference,
+            composed,
+            quantities(composed, vocabulary),
+            matches,
+            arm.starts_from,
+            arm.convert,
+        )
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
     rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
     if len(rates) > 1:
-        raise UserError(
-            f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only"
-        )
+        raise UserError(f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only")
     return Plan(name, command, runs_dir / name, config, arms, rates.pop())
 
 
@@ -315,22 +343,32 @@ def _in_order(config: StudyConfig) -> list[tuple[str, ArmConfig]]:
 
 
 def vocabulary_of(config: TrainConfig) -> int:
-    """What the tokenizer's configuration says. Raises UserError where only the tokenizer itself knows."""
+    """What the tokenizer's configuration says, or the tokenizer.json that it names. Raises UserError for one on the hub."""
     if config.tokenizer.name == "bytes":
         return 257
     if config.tokenizer.vocab_size is not None:
         return config.tokenizer.vocab_size
-    raise UserError(
-        f"the size of tokenizer={config.tokenizer.name} is known once the data are prepared: run python "
-        f"scripts/prepare_data.py with the study's dataset and tokenizer first"
-    )
+    assert config.tokenizer.path is not None
+    file = local_tokenizer(config.tokenizer.path)
+    if file is None:
+        raise UserError(
+            f"tokenizer.path={config.tokenizer.path} is a name on the hub, and a study matches sizes before it fetches "
+            f"anything: download its tokenizer.json and name that, or its folder, with tokenizer.path=..."
+        )
+    return Tokenizer.load(file).vocab_size
 
 
 # --- the record in the study's folder --------------------------------------------------------------------------------
 
 
-def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpec], sweep: Sequence[RunSpec],
-           failures: Sequence[Mapping[str, str]]) -> dict[str, Any]:  # fmt: skip
+def record(
+    plan: Plan,
+    *,
+    chosen_lr: Mapping[str, float],
+    specs: Sequence[RunSpec],
+    sweep: Sequence[RunSpec],
+    failures: Sequence[FailureRecord],
+) -> StudyRecord:
     """study.json: all that the report needs beside the runs."""
     config = plan.config
     return {
@@ -339,30 +377,34 @@ def record(plan: Plan, *, chosen_lr: Mapping[str, float], specs: Sequence[RunSpe
         "command": plan.command,
         "metric": config.metric,
         "base": config.base,
-        "contrasts": config.contrasts,
+        "contrasts": [(a, b) for a, b in config.contrasts],
         "staircase": config.staircase,
         "arms": {
             name: {
-                "family": arm.family, "level": arm.level, "reference": arm.reference, "overrides": arm.described,
-                "setup_hash": setup_hash(arm.config), "quantities": arm.quantities, "converted": arm.convert is not None,
-                "match": [dataclasses.asdict(match) for match in arm.matches],
+                "family": arm.family,
+                "level": arm.level,
+                "reference": arm.reference,
+                "overrides": arm.described,
+                "setup_hash": setup_hash(arm.config),
+                "quantities": arm.quantities,
+                "converted": arm.convert is not None,
+                "match": [match.record() for match in arm.matches],
             }
             for name, arm in plan.arms.items()
         },
         "shared_lr": plan.shared_lr,
         "chosen_lr": dict(chosen_lr),
-        "runs": [dataclasses.asdict(spec) | {"name": spec.name} for spec in specs],
-        "sweep": [dataclasses.asdict(spec) | {"name": spec.name} for spec in sweep],
-        "failures": [dict(failure) for failure in failures],
-    }  # fmt: skip
+        "runs": [spec.record() for spec in specs],
+        "sweep": [spec.record() for spec in sweep],
+        "failures": [*failures],
+    }
 
 
 @contextlib.contextmanager
 def record_alone(plan: Plan) -> Iterator[None]:
     """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with (plan.folder / ".record.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(plan.folder / ".record.lock"):
         yield
 
 
@@ -376,11 +418,10 @@ def check_same_study(plan: Plan) -> None:
     path = plan.folder / STUDY_FILE
     if not path.is_file():
         return
-    before = read_json(path)["arms"]
+    before = read_study(plan.folder)["arms"]
     changed = [
-        name for name, arm in plan.arms.items()
-        if name in before and before[name]["setup_hash"] != setup_hash(arm.config)
-    ]  # fmt: skip
+        name for name, arm in plan.arms.items() if name in before and before[name]["setup_hash"] != setup_hash(arm.config)
+    ]
     if changed:
         old, new = before[changed[0]]["overrides"], plan.arms[changed[0]].described
         same = json.dumps(old) == json.dumps(new)

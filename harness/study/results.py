@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.run import finished, read_json
+from harness.evaluation.metric import METRICS, Metric
+from harness.runs.evaluations import by_preference
+from harness.runs.folder import finished
+from harness.runs.records import (
+    ArmRecord,
+    DecodeRow,
+    Evaluation,
+    FailureRecord,
+    MatchRecord,
+    RunSummary,
+    Segments,
+    SpecRecord,
+    read_config,
+    read_decode_times,
+    read_evaluations,
+    read_metrics,
+    read_segments,
+    read_study,
+    read_summary,
+)
 
-STUDY_FILE = "study.json"  # the record in a study's folder, written by plan.py
+# What a report takes from the summary of every run.
+_NEEDED = (
+    "name",
+    "dataset",
+    "seed",
+    "data_seed",
+    "parameters",
+    "parameters_by_block",
+    "training_flops_per_token",
+    "cache_bytes_per_token",
+    "cache_dtype",
+    "cache_ratio_to_mha",
+    "tokens",
+    "loss",
+    "bits_per_byte",
+    "tokens_per_second",
+    "seconds",
+    "setup_hash",
+    "data_fingerprint",
+    "tokenizer_fingerprint",
+    "kernel",
+    "device",
+    "precision",
+    "compiled",
+    "torch",
+    "commit",
+)
 
 
 @dataclass(frozen=True)
@@ -23,24 +66,28 @@ class RunResult:
     lr: float
     folder: Path
     config: dict[str, Any]  # config.yaml, nested plain containers
-    summary: dict[str, Any]
-    evaluations: list[dict[str, Any]]  # oldest first; "record" is each one's file, without its ending
+    summary: RunSummary
+    evaluations: list[Evaluation]  # of a split and corpus last the one that stands for the run; "record": its file
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
 
-    def evaluation(self, split: str = "test", dataset: str | None = None) -> dict[str, Any] | None:
-        """The newest one without a cache on that split, of the named corpus or of the run's own; None if there is none."""
+    def evaluation(self, split: str = "test", dataset: str | None = None) -> Evaluation | None:
+        """The one without a cache on that split, of the named corpus or of the run's own; None if there is none.
+
+        Of several the one that harness/runs/evaluations.py chooses for the whole study.
+        """
         found = [
-            record for record in self.evaluations
-            if record["split"] == split and not record.get("through_cache")
+            record
+            for record in self.evaluations
+            if record["split"] == split
+            and not record.get("through_cache")
             and record["dataset"] == (dataset or self.summary["dataset"])
-        ]  # fmt: skip
+        ]
         return found[-1] if found else None
 
-    def segments(self, split: str = "test") -> dict[str, list[Any]] | None:
-        """tokens, nats and bytes of each segment of the split's newest plain evaluation, for the bootstrap."""
+    def segments(self, split: str = "test") -> Segments | None:
+        """tokens, nats and bytes of each segment of the split's plain evaluation, for the bootstrap."""
         record = self.evaluation(split)
-        path = None if record is None else self.folder / "segments" / f"{record['record']}.json"
-        return read_json(path) if path is not None and path.is_file() else None
+        return None if record is None else read_segments(self.folder, record["record"])
 
 
 @dataclass(frozen=True)
@@ -52,7 +99,7 @@ class ArmInfo:
     overrides: list[str]
     level: str | None
     reference: bool
-    match: list[dict[str, Any]]  # harness/study/matching.py: Matched
+    match: list[MatchRecord]
     converted: bool = False  # from another arm's weights, without training
 
 
@@ -64,7 +111,7 @@ class StudyResults:
     question: str
     folder: Path
     command: str
-    metric: str
+    metric: Metric
     arms: list[ArmInfo]
     contrasts: list[tuple[str, str]]  # declared beforehand
     staircase: list[str] | None
@@ -72,74 +119,78 @@ class StudyResults:
     sweep: list[RunResult]  # finished runs of the learning-rate sweep
     chosen_lr: dict[str, float]
     shared_lr: float | None
-    failures: list[dict[str, str]]  # run, error
+    failures: list[FailureRecord]
     missing: int  # main runs that are not finished
-    decode: list[dict[str, Any]] | None  # arm, context, batch, milliseconds, low, high, device, path
+    decode: list[DecodeRow] | None
 
-    def values(self, metric: str | None = None, split: str = "test") -> dict[str, dict[int, float]]:
-        """arm -> seed -> a figure of the split's evaluation, of the arms and seeds that have one."""
+    def value(self, run: RunResult) -> float | None:
+        """The metric of a run's test evaluation; None where it was not evaluated, or its record lacks the figure."""
+        return self.metric.of(run.evaluation())
+
+    def values(self) -> dict[str, dict[int, float]]:
+        """arm -> seed -> the metric, of the arms and seeds that have one."""
         values: dict[str, dict[int, float]] = {}
         for run in self.runs:
-            record = run.evaluation(split)
-            if record is not None:
-                values.setdefault(run.arm, {})[run.seed] = float(record[metric or self.metric])
+            value = self.value(run)
+            if value is not None:
+                values.setdefault(run.arm, {})[run.seed] = value
         return values
 
 
 def load_results(folder: Path) -> StudyResults:
     """Read a study's folder. Raises UserError when it is none, or a file in it is damaged."""
-    path = folder / STUDY_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no study.json, so it is no study: run one with python scripts/run_study.py study=..."
-        )
-    record = read_json(path)
-    try:
-        return _results(folder, record)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{path} is not what run_study.py writes ({type(error).__name__}: {error}): restore it, or run the study again"
-        ) from None
-
-
-def _results(folder: Path, record: Mapping[str, Any]) -> StudyResults:
-    runs = [_read_run(folder / spec["name"], spec) for spec in record["runs"] if finished(folder / spec["name"])]
-    sweep = [_read_run(folder / spec["name"], spec) for spec in record["sweep"] if finished(folder / spec["name"])]
-    decode = folder / "decode.json"
-    arms = [
-        ArmInfo(
-            name,
-            arm["family"],
-            arm["overrides"],
-            arm["level"],
-            arm["reference"],
-            arm["match"],
-            arm.get("converted", False),
-        )
-        for name, arm in record["arms"].items()
-    ]
+    record = read_study(folder)
+    runs = _scored_alike([_read_run(folder, spec) for spec in record["runs"] if finished(folder / spec["name"])])
     return StudyResults(
-        name=record["name"], question=record["question"], folder=folder, command=record["command"],
-        metric=record["metric"], arms=arms,
-        contrasts=[(a, b) for a, b in record["contrasts"]], staircase=record["staircase"] or None, runs=runs, sweep=sweep,
-        chosen_lr=record["chosen_lr"], shared_lr=record["shared_lr"], failures=record["failures"],
-        missing=len(record["runs"]) - len(runs), decode=read_json(decode)["rows"] if decode.is_file() else None,
-    )  # fmt: skip
+        name=record["name"],
+        question=record["question"],
+        folder=folder,
+        command=record["command"],
+        metric=METRICS[record["metric"]],
+        arms=[_arm(name, arm) for name, arm in record["arms"].items()],
+        contrasts=record["contrasts"],
+        staircase=record["staircase"] or None,
+        runs=runs,
+        sweep=[_read_run(folder, spec) for spec in record["sweep"] if finished(folder / spec["name"])],
+        chosen_lr=record["chosen_lr"],
+        shared_lr=record["shared_lr"],
+        failures=record["failures"],
+        missing=len(record["runs"]) - len(runs),
+        decode=read_decode_times(folder),
+    )
 
 
-def _read_run(folder: Path, spec: Mapping[str, Any]) -> RunResult:
-    import yaml
+def _arm(name: str, arm: ArmRecord) -> ArmInfo:
+    return ArmInfo(
+        name, arm["family"], arm["overrides"], arm["level"], arm["reference"], arm["match"], arm.get("converted", False)
+    )
 
-    evaluations = sorted(folder.glob("evaluations/*.json"), key=lambda path: path.stat().st_mtime)
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"the run {folder} is damaged ({' '.join(str(error).split())}): delete it and run the study again") \
-            from None  # fmt: skip
+
+def _scored_alike(runs: list[RunResult]) -> list[RunResult]:
+    """The runs, the evaluations of each in the order that the field of that name has."""
+    ordered: list[list[Evaluation]] = [[] for _ in runs]
+    for place in sorted({(record["dataset"], record["split"]) for run in runs for record in run.evaluations}):
+        pools = [[record for record in run.evaluations if (record["dataset"], record["split"]) == place] for run in runs]
+        for order, pool in zip(ordered, by_preference(pools), strict=True):
+            order += pool
+    return [replace(run, evaluations=order) for run, order in zip(runs, ordered, strict=True)]
+
+
+def _read_run(folder: Path, spec: SpecRecord) -> RunResult:
+    run = folder / spec["name"]
+    summary = read_summary(run, *_NEEDED)
+    if summary["seed"] != spec["seed"]:
+        raise UserError(
+            f"{run} is a run of seed {summary['seed']}, in this study's record of seed {spec['seed']}: move it away, and run "
+            f"the study again"
+        )
     return RunResult(
-        arm=spec["arm"], seed=spec["seed"], lr=spec["lr"], folder=folder, config=config,
-        summary=read_json(folder / "summary.json"), metrics=metrics,
-        evaluations=[read_json(path) | {"record": path.stem} for path in evaluations],
-    )  # fmt: skip
+        arm=spec["arm"],
+        seed=spec["seed"],
+        lr=spec["lr"],
+        folder=run,
+        config=read_config(run),
+        summary=summary,
+        metrics=read_metrics(run),
+        evaluations=read_evaluations(run),
+    )

@@ -8,7 +8,6 @@ their standard input, whose other end this process holds: when it dies, however 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -19,10 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.config import ROOT
+from harness.config.places import ROOT
 from harness.errors import UserError
-from harness.run import finished, read_json
+from harness.runs.folder import finished
+from harness.runs.records import FailureRecord, evaluation_files, read_summary
 from harness.study.plan import Plan, RunSpec, merged
+from harness.study.progress import Pace, Progress
 
 WORKER = ROOT / "scripts" / "study_run.py"
 POLL_SECONDS = 0.5
@@ -42,6 +43,10 @@ class Failure:
 
     run: str
     error: str
+
+    def record(self) -> FailureRecord:
+        """As it stands in study.json."""
+        return {"run": self.run, "error": self.error}
 
 
 def slots(gpus: Sequence[str], *, jobs: int | None, cores: int) -> list[Slot]:
@@ -70,54 +75,33 @@ def is_done(plan: Plan, spec: RunSpec) -> bool:
     folder = plan.folder / spec.name
     if not finished(folder):
         return False
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if summary.get("setup_hash") != spec.setup_hash or summary.get("seed") != spec.seed:
         raise UserError(
             f"{folder} is a run of another setup than this study's arm {spec.arm}: move it away, or give the study "
             f"another name=..."
         )
-    return any(folder.glob("evaluations/*-test-*.json"))
+    return any("-test-" in path.name for path in evaluation_files(folder))
 
 
-class Progress:
-    """One display: a bar over all tokens that are to be trained, what runs now and what has ended."""
+def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
+    """Raises UserError when a finished run was trained on another text than its arm's corpus holds now.
 
-    def __init__(self, plan: Plan, specs: Sequence[RunSpec], *, title: str) -> None:
-        from tqdm import tqdm
+    What it would be compared with is trained on the text of today.
+    """
+    from harness.runs.training_data import load_data
 
-        self._folder, self._total = plan.folder, len(specs)
-        self._before = {spec.name: _trained(plan.folder / spec.name) for spec in specs}
-        self._seen = dict(self._before)
-        self._done = 0
-        self._bar = tqdm(
-            total=sum(spec.tokens for spec in specs), initial=sum(self._before.values()), desc=title, unit="tok",
-            unit_scale=True, disable=None, dynamic_ncols=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, running: Sequence[RunSpec]) -> None:
-        """Read how far the runs have come."""
-        for spec in running:
-            self._advance(spec, min(spec.tokens, _trained(self._folder / spec.name)))
-        names = ", ".join(spec.name for spec in running[:3]) + (", ..." if len(running) > 3 else "")
-        self._bar.set_postfix_str(f"{self._done}/{self._total} runs; {names}", refresh=True)
-
-    def ended(self, spec: RunSpec, failure: Failure | None, seconds: float) -> None:
-        """A line that stays."""
-        self._done += 1
-        self._advance(spec, spec.tokens)
-        how = f"FAILED: {failure.error}" if failure else _figures(self._folder / spec.name)
-        self._bar.write(f"[{self._done}/{self._total}] {spec.name}: {how} ({seconds:.0f} s)")
-        sys.stdout.flush()
-
-    def _advance(self, spec: RunSpec, tokens: int) -> None:
-        self._bar.update(max(0, tokens - self._seen[spec.name]))
-        self._seen[spec.name] = max(tokens, self._seen[spec.name])
+    known: dict[str, str] = {}  # fingerprints by what is read
+    for spec in specs:
+        config = plan.arms[spec.arm].config
+        read = repr((config.dataset, config.tokenizer))
+        if read not in known:
+            known[read] = load_data(config).fingerprint
+        if read_summary(plan.folder / spec.name).get("data_fingerprint") != known[read]:
+            raise UserError(
+                f"the data of dataset={config.dataset.name} is not what {plan.folder / spec.name} was trained on; bring that "
+                f"data back, or give the study another name=..."
+            )
 
 
 def run_all(
@@ -127,12 +111,16 @@ def run_all(
     places: Sequence[Slot],
     evaluate_overrides: Sequence[str],
     title: str,
+    pace: Pace | None = None,
 ) -> list[Failure]:
     """Train and evaluate what is not done yet. Returns the failures; on an interruption every child is stopped first.
 
-    evaluate_overrides: of the machine, for every run alike; the study's own come before them.
+    evaluate_overrides: of the machine, for every run alike; the study's own come before them. pace: of a command with
+    several phases, so that the later ones know what the earlier ones took.
     """
+    pace = pace or Pace(len(places), plan.folder)
     todo = [spec for spec in specs if not is_done(plan, spec)]
+    check_unchanged(plan, [spec for spec in specs if spec not in todo])
     if len(todo) < len(specs):
         print(f"{title}: {len(specs) - len(todo)} of {len(specs)} runs are finished already", flush=True)
     if not todo:
@@ -141,27 +129,29 @@ def run_all(
     failures: list[Failure] = []
     waiting, free = list(todo), list(places)
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
-    with Progress(plan, todo, title=title) as progress, _interruptible(running):
+    with Progress(plan, todo, pace, title=title) as progress, _interruptible(running):
         while waiting or running:
             while free and (ready := [spec for spec in waiting if _may_start(plan, spec)]):
                 spec, slot = ready[0], free.pop(0)
                 waiting.remove(spec)
                 conversion = plan.conversion(spec)
                 command = [
-                    sys.executable, str(WORKER), *(plan.overrides(spec) if conversion is None else ["convert", *conversion]),
-                    "--", f"run={spec.name}", f"runs_dir={plan.folder}",
+                    sys.executable,
+                    str(WORKER),
+                    *(plan.overrides(spec) if conversion is None else ["convert", *conversion]),
+                    "--",
+                    f"run={spec.name}",
+                    f"runs_dir={plan.folder}",
                     *merged([*plan.config.evaluate, *evaluate_overrides]),
-                ]  # fmt: skip
-                running[_start(command, slot, plan.folder / "logs" / f"{spec.name}.log")] = (
-                    spec,
-                    slot,
-                    time.monotonic(),
-                )
+                ]
+                log = plan.folder / "logs" / f"{spec.name}.log"
+                running[_start(command, slot, log)] = (spec, slot, time.monotonic())
+                progress.started(spec, log)
             if not running:  # what is left waits for runs that failed, or are not among these
                 for spec in waiting:
                     reason = f"the run whose weights it starts from, {spec.source}, is not finished"
                     failures.append(Failure(spec.name, reason))
-                    progress.ended(spec, failures[-1], 0.0)
+                    progress.ended(spec, reason, 0.0)
                 break
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
@@ -169,11 +159,9 @@ def run_all(
                 free.append(slot)
                 failure = None
                 if process.returncode or not is_done(plan, spec):
-                    failure = Failure(
-                        spec.name, _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
-                    )
+                    failure = Failure(spec.name, _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode))
                     failures.append(failure)
-                progress.ended(spec, failure, time.monotonic() - started)
+                progress.ended(spec, failure.error if failure else None, time.monotonic() - started)
             progress.update([spec for spec, _, _ in running.values()])
     return failures
 
@@ -186,9 +174,14 @@ def _may_start(plan: Plan, spec: RunSpec) -> bool:
 def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as output:
         return subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | slot.environment, stdin=subprocess.PIPE, stdout=output,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=ROOT,
+            env=os.environ | slot.environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 @contextlib.contextmanager
@@ -215,24 +208,6 @@ def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[N
                 process.wait()
 
 
-def _trained(run: Path) -> int:
-    """Tokens by the last whole line of metrics.jsonl; 0 where there is none."""
-    path = run / "metrics.jsonl"
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["tokens"]) if lines else 0
-    except (OSError, ValueError, KeyError):  # being written, or cut at the front of what was read
-        return 0
-
-
-def _figures(run: Path) -> str:
-    summary = read_json(run / "summary.json")
-    size = summary["cache_bytes_per_token"]
-    return f"validation {summary['bits_per_byte']:.4f} bits per byte, {size:,} cache bytes per token"
-
-
 def _last_words(log: Path, status: int) -> str:
     """The error's sentence in a run's log, else its last line."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -242,9 +217,7 @@ def _last_words(log: Path, status: int) -> str:
 
 
 def tuned(
-    plan: Plan,
-    arms: Sequence[str],
-    run: Callable[[Sequence[RunSpec]], list[Failure]],
+    plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[Failure]]
 ) -> tuple[dict[str, float], list[RunSpec], list[Failure], list[str]]:
     """The sweep of tune=lr: the rate of each arm, the runs it took, what failed, and sentences for the reader.
 
@@ -264,17 +237,13 @@ def tuned(
         losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
         swept = {arm: of_arm for arm, of_arm in losses.items() if min(of_arm.values()) < float("inf")}
         if not swept:
-            raise UserError(
-                f"no run of the sweep of {', '.join(arms)} has finished; the logs are in {plan.folder / 'logs'}"
-            )
+            raise UserError(f"no run of the sweep of {', '.join(arms)} has finished; the logs are in {plan.folder / 'logs'}")
         grown = grown_grid(grid, swept)
         if len(grown) == len(grid) or extension == tune.extensions:
             break
         grid = grown
     chosen = {arm: optimum(of_arm) for arm, of_arm in swept.items()}
-    notes += [
-        f"{arm}: no run of its sweep has finished, so it has no rate and no runs" for arm in arms if arm not in swept
-    ]
+    notes += [f"{arm}: no run of its sweep has finished, so it has no rate and no runs" for arm in arms if arm not in swept]
     for arm, best in chosen.items():
         if best.at_edge:
             notes.append(f"{arm}: the lowest loss of the sweep is at its edge, {best.lr:g}; the optimum may lie beyond")
@@ -293,4 +262,4 @@ def tuned(
 
 def _final_loss(plan: Plan, spec: RunSpec) -> float:
     folder = plan.folder / spec.name
-    return float(read_json(folder / "summary.json")["loss"]) if finished(folder) else float("inf")
+    return float(read_summary(folder, "loss")["loss"]) if finished(folder) else float("inf")

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from harness.errors import UserError
+from harness.evaluation.metric import Metric
 
 Values = Mapping[str, Mapping[int, float]]  # arm -> seed -> its result
 Pair = tuple[str, str]
@@ -53,21 +54,21 @@ class Contrast:
     resolved: bool | None  # primary: p_holm < 0.05; other: the interval excludes 0
     seeds_needed: int | None  # None: resolved, unknown, or more than MOST_SEEDS; see contrasts
 
-    def sentence(self, metric: str, *, lower_is_better: bool = True) -> str:
-        """The verdict in words, ± half the 95 % interval; metric: the unit, such as "bits per byte"."""
+    def sentence(self, metric: Metric) -> str:
+        """The verdict in words, ± half the 95 % interval."""
         against = f"{self.a} against {self.b}"
         if self.low is None or self.high is None or self.p is None:
             reason = "one seed: no error bar" if self.n == 1 else "no error bar: every seed repeats it exactly"
-            return f"{against}: {self.difference:+z.{_decimals(self.difference, 3)}f} {metric} ({reason})"
+            return f"{against}: {self.difference:+z.{_decimals(self.difference, 3)}f} {metric.unit} ({reason})"
 
         half = (self.high - self.low) / 2
         decimals = _decimals(half, 2)
         borrowed = "error bar from arms with more seeds"
         if self.resolved:
-            verdict = "better" if (self.difference < 0) == lower_is_better else "worse"
+            verdict = "better" if metric.better(self.difference) else "worse"
             seeds = f"{self.n} seeds" if self.n > 1 else f"1 seed, {borrowed}"
             p = f"{_p(self.p)}, not a declared comparison" if self.p_holm is None else f"{_p(self.p_holm)} after Holm"
-            size = f"{abs(self.difference):.{decimals}f} ± {half:.{decimals}f} {metric}"
+            size = f"{abs(self.difference):.{decimals}f} ± {half:.{decimals}f} {metric.unit}"
             return f"{self.a} is {size} {verdict} than {self.b} ({seeds}, {p})"
 
         notes = [borrowed] if self.n == 1 else []
@@ -76,10 +77,11 @@ class Contrast:
             notes.append(f"{_p(self.p_holm)} after Holm")
         note = f" ({', '.join(notes)})" if notes else ""
         remedy = (
-            f"more than {MOST_SEEDS:,} seeds would be needed" if self.seeds_needed is None
+            f"more than {MOST_SEEDS:,} seeds would be needed"
+            if self.seeds_needed is None
             else f"about {self.seeds_needed} seeds would resolve it"
-        )  # fmt: skip
-        size = f"{self.difference:+z.{decimals}f} ± {half:.{decimals}f} {metric}"
+        )
+        size = f"{self.difference:+z.{decimals}f} ± {half:.{decimals}f} {metric.unit}"
         return f"{against}: {size}, not resolved at n = {self.n}{note}; {remedy}"
 
 
@@ -143,9 +145,7 @@ def contrasts(
     pairs = [*primary, *other]
     pooled = _fit(without(values, apart) or values)
     _check_pairs(values, pairs)
-    models = {
-        (a, b): _fit({a: values[a], b: values[b]}) if a in apart or b in apart else pooled for a, b in pairs
-    }  # fmt: skip
+    models = {(a, b): _fit({a: values[a], b: values[b]}) if a in apart or b in apart else pooled for a, b in pairs}
     estimates = [_difference(models[pair], *pair) for pair in pairs]
     common = [len(values[a].keys() & values[b].keys()) for a, b in pairs]
     declared = [p for _, p, _ in estimates[: len(primary)] if p is not None]
@@ -250,9 +250,16 @@ def bootstrap(nats_a: ArrayLike, nats_b: ArrayLike, bytes_: ArrayLike, *, draws:
 
     delta_C = a_C - b_C
     interval = stats.bootstrap(
-        (delta_C, bytes_C), difference, paired=True, vectorized=True, n_resamples=draws, method="percentile",
-        confidence_level=1 - ALPHA, batch=max(1, _BLOCK // sizes[0]), rng=np.random.default_rng(seed),
-    ).confidence_interval  # fmt: skip
+        (delta_C, bytes_C),
+        difference,
+        paired=True,
+        vectorized=True,
+        n_resamples=draws,
+        method="percentile",
+        confidence_level=1 - ALPHA,
+        batch=max(1, _BLOCK // sizes[0]),
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
     return Noise(float(difference(delta_C, bytes_C)), float(interval.low), float(interval.high), clusters)
 
 
@@ -291,8 +298,7 @@ def _fit(values: Values) -> _Model:
     cells = [(arm, seed) for arm in arms for seed in values[arm]]
     y_N = np.array([values[arm][seed] for arm, seed in cells], dtype=np.float64)
     x_NP = np.array(
-        [[*(arm == other for other in arms), *(seed == other for other in seeds)] for arm, seed in cells],
-        dtype=np.float64,
+        [[*(arm == other for other in arms), *(seed == other for other in seeds)] for arm, seed in cells], dtype=np.float64
     )
     model = OLS(y_N, x_NP)
     dof = int(model.df_resid)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.errors import without_credentials
+from harness.errors import tell
+from harness.files.untrusted import whole_lines
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Dashboard(Protocol):
 
     label: str  # the dashboard's name in what is said to people
     run_id: str | None  # W&B's name for the run
+    is_online: bool  # W&B alone: rows go to a server, which may have some of them already
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         """One row of metrics; rows of one step belong together."""
@@ -49,7 +52,7 @@ class Dashboard(Protocol):
 
     def table(self, key: str, table: Table) -> None: ...
 
-    def scatter(self, key: str, table: Table, *, x: str, y: str) -> None:
+    def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
         """A chart of two of the table's columns that can be zoomed and pointed at, where the dashboard has such."""
 
     def image(self, key: str, path: Path, caption: str) -> None: ...
@@ -60,12 +63,18 @@ class Dashboard(Protocol):
     def give_up(self) -> None:
         """From now on nothing is sent; `close` still ends what was begun."""
 
-    def close(self, exit_code: int) -> None: ...
+    def close(self, exit_code: int) -> bool:
+        """Whether the dashboard has everything, or will have it by the command that was said when the run began."""
+
+
+def metrics_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; another process may be writing the last one. Raises OSError or ValueError."""
+    return [json.loads(line) for line in whole_lines(path)]
 
 
 def say(label: str, message: str) -> None:
-    """One line for people; standard output belongs to results."""
-    print(f"{label}: {without_credentials(message)}", file=sys.stderr)
+    """One line for people."""
+    tell(f"{label}: {message}")
 
 
 def first_line(error: BaseException) -> str:
@@ -87,8 +96,8 @@ def _refused_setting(details: Mapping[str, Any]) -> str:
 
 
 def program(name: str, module: str) -> list[str]:
-    """The beginning of a command that can be typed: `name` if it is on the path, else its module."""
-    return [name] if shutil.which(name) else [sys.executable, "-m", module]
+    """The beginning of a command that can be typed: `name` if it is on the path, else its module, if it is one."""
+    return [name] if shutil.which(name) else [sys.executable, *(["-m", module] if module else [])]
 
 
 def without_repeats(tags: Sequence[str]) -> list[str]:

@@ -6,23 +6,21 @@ harming the run or holding it up for longer than a minute or so.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
-import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.config.schema import TrackingConfig
 from harness.errors import UserError
-from harness.schema import TrackingConfig
-from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, say, without_repeats
-
-_RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
+from harness.files.folders import refuse_links
+from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, metrics_rows, say, without_repeats
+from harness.tracking.wandb_run import RUN_ID, open_wandb
 
 
 def check_tracking(config: TrackingConfig) -> None:
@@ -47,41 +45,48 @@ def open_tracker(
     tags: Sequence[str],
     run_id: str | None,
     metrics_bytes: int | None,
+    online: bool = False,
 ) -> Tracker:
     """Starts or continues the tracking of a run.
 
     run_config: nested plain values, shown as the run's configuration. group and tags: added to by `config`; for W&B,
     WANDB_PROJECT, _ENTITY, _RUN_GROUP, _NAME, _TAGS, _NOTES, _MODE, _DIR and _BASE_URL in the environment come first.
-    run_id: the W&B run to continue, None for a new one; whoever continues a run passes the run's own name, group,
-    job_type and tags again. A run in trackio is known by its folder. metrics_bytes: metrics.jsonl is cut to this size
-    (0: a new run) and appended to; None leaves it untouched, so that an evaluation cannot disturb a run that will be
-    resumed.
+    run_id: the W&B run to continue, None for the one that run_dir keeps in its file wandb_id, a new one at first; whoever
+    continues a run passes the run's own name, group, job_type and tags again. A run in trackio is known by its folder.
+    metrics_bytes: metrics.jsonl is cut to this size (0: a new run) and appended to; None leaves it untouched, so that an
+    evaluation cannot disturb a run that will be resumed. online: W&B's server or nothing.
 
-    At most one tracker is open at a time. Raises UserError if metrics.jsonl is shorter than metrics_bytes or a link,
-    if run_id is no such name, and as check_tracking does.
+    At most one tracker is open at a time. Raises UserError if metrics.jsonl or wandb/ leads elsewhere, if run_id is no
+    such name, with online if the server cannot be used, and as check_tracking does.
     """
     check_tracking(config)
-    if run_id is not None and not (isinstance(run_id, str) and _RUN_ID.fullmatch(run_id)):
-        raise UserError(
-            f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true"
-        )
+    if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
+        raise UserError(f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true")
+    refuse_links(run_dir, ("metrics.jsonl", "wandb"))
     metrics = None if metrics_bytes is None else _MetricsFile(run_dir / "metrics.jsonl", metrics_bytes)
     described = RunDescription(
-        project=config.project, entity=config.entity, group=config.group or group, name=name, notes=config.notes,
-        tags=without_repeats([*config.tags, *tags]), job_type=job_type, config=run_config,
-    )  # fmt: skip
+        project=config.project,
+        entity=config.entity,
+        group=config.group or group,
+        name=name,
+        notes=config.notes,
+        tags=without_repeats([*config.tags, *tags]),
+        job_type=job_type,
+        config=run_config,
+    )
     dashboard: Dashboard | None = None
     if config.name == "wandb":
-        from harness.tracking.wandb_run import open_wandb
-
-        dashboard = open_wandb(described, run_dir=run_dir, run_id=run_id)
+        dashboard = open_wandb(described, run_dir=run_dir, run_id=run_id, online=online)
     elif config.name == "trackio":
         from harness.tracking.trackio_run import open_trackio
 
         dashboard = open_trackio(described, run_dir=run_dir, anew=metrics_bytes == 0)
     else:
         assert config.name == "none", config.name
-    return Tracker(metrics, dashboard, (dashboard.run_id if dashboard is not None else None) or run_id)
+    tracker = Tracker(metrics, dashboard, (dashboard.run_id if dashboard is not None else None) or run_id)
+    if config.name == "wandb" and metrics_bytes:
+        tracker.catch_up(run_dir / "metrics.jsonl")
+    return tracker
 
 
 def log_study(
@@ -106,9 +111,16 @@ def log_study(
     if config.name == "none":
         return
     with open_tracker(
-        config, run_dir=folder, name=study, run_config={"study": study}, group=study, job_type="study", tags=[study],
-        run_id=_study_id(folder) if config.name == "wandb" else None, metrics_bytes=None,
-    ) as tracker:  # fmt: skip
+        config,
+        run_dir=folder,
+        name=study,
+        run_config={"study": study},
+        group=study,
+        job_type="study",
+        tags=[study],
+        run_id=None,
+        metrics_bytes=None,
+    ) as tracker:
         tracker.log_table("results", columns, rows)
         if scatter is not None:
             tracker.log_scatter("scatter", columns, rows, x=scatter[0], y=scatter[1])
@@ -118,31 +130,18 @@ def log_study(
             tracker.log_page("report", html)
 
 
-def _study_id(folder: Path) -> str | None:
-    """The W&B run of a study's results, kept in its folder so that a report made again continues it."""
-    path = folder / "wandb_id"
-    # A folder that cannot be written gets a new run each time.
-    with contextlib.suppress(OSError):
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(secrets.token_hex(4) + "\n")
-        return path.read_text().strip() or None
-    return None
-
-
 class Tracker:
     """What a run logs to. `run_id` is W&B's name for the run (None if it has none): store it to continue the run."""
 
     def __init__(self, metrics: _MetricsFile | None, dashboard: Dashboard | None, run_id: str | None) -> None:
         self._metrics, self._dashboard, self.run_id = metrics, dashboard, run_id
         self._mirrors = dashboard is not None
+        self.arrived = True  # once closed: whether the dashboard has everything, or a later upload will find it
 
     def __enter__(self) -> Tracker:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(exit_code=0 if kind is None else 1)
 
     @property
@@ -158,6 +157,17 @@ class Tracker:
         self._metrics.append(row)
         self._mirror(lambda dashboard: dashboard.log(row, step))
 
+    def catch_up(self, path: Path) -> None:
+        """Rows of metrics.jsonl that a dashboard online has not, because a process was killed before they were sent."""
+
+        def send(dashboard: Dashboard) -> None:
+            if dashboard.is_online:
+                for row in metrics_rows(path):
+                    values = {key: math.nan if value is None else value for key, value in row.items()}
+                    dashboard.log(values, row["step"])
+
+        self._mirror(send)
+
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final figures in the dashboard; keys that are there already are replaced, the others stay."""
         self._mirror(lambda dashboard: dashboard.summary(dict(values)))
@@ -166,9 +176,12 @@ class Tracker:
         """A table in the dashboard."""
         self._mirror(lambda dashboard: dashboard.table(key, Table(columns, rows)))
 
-    def log_scatter(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, x: str, y: str) -> None:
+    def log_scatter(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, x: str, y: str, title: str = ""
+    ) -> None:
         """A chart of two of these columns whose points can be looked at: in W&B only."""
-        self._mirror(lambda dashboard: dashboard.scatter(key, Table(columns, rows), x=x, y=y))
+        title = title or f"{y} against {x}"
+        self._mirror(lambda dashboard: dashboard.scatter(key, Table(columns, rows), x=x, y=y, title=title))
 
     def log_image(self, key: str, path: Path, caption: str) -> None:
         """A picture in the dashboard, from a PNG file."""
@@ -178,12 +191,17 @@ class Tracker:
         """An HTML page in the dashboard, from an .html file."""
         self._mirror(lambda dashboard: dashboard.page(key, path))
 
+    def check(self) -> None:
+        """Raises UserError when the run's folder is no longer there to take what is written."""
+        if self._metrics is not None:
+            self._metrics.check()
+
     def close(self, exit_code: int = 0) -> None:
         """Ends the tracking; exit_code 0 marks the run as finished in W&B, any other as failed. May be called twice."""
         if self._metrics is not None:
             self._metrics.close()
         if self._dashboard is not None:
-            self._dashboard.close(exit_code)
+            self.arrived = self._dashboard.close(exit_code) and self._mirrors
             self._dashboard = None
 
     def _mirror(self, send: Callable[[Dashboard], None]) -> None:
@@ -213,23 +231,49 @@ class SilentTracker(Tracker):
         pass
 
 
+def _whole_lines(file: FileIO, size: int) -> int:
+    """Where the last whole line of the first `size` bytes ends: there, unless the file is not the one it was.
+
+    That rows are missing then is said; nothing brings them back, and what is there stays.
+    """
+    file.seek(0)
+    content = file.readall()[:size]
+    whole = content.rfind(b"\n") + 1
+    if whole < size:
+        last = content[:whole].splitlines()[-1:]
+        ending = f", the last of them {last[0].decode(errors='replace')[:40]}..." if last else ""
+        say(
+            str(file.name),
+            f"it held {size:,} bytes when the checkpoint was written and holds {whole:,} of whole rows now{ending}; those "
+            f"between are lost, what is there stays, and the run goes on",
+        )
+    return whole
+
+
 class _MetricsFile:
     """metrics.jsonl: every line reaches the operating system at once, so that a killed process loses none."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():  # in a run from elsewhere it may lead to any file of the user's
-            raise UserError(f"{path} is a link, and training would cut and write what it leads to: put the file there")
-        size = path.stat().st_size if path.exists() else 0
-        if size < keep_bytes:
-            raise UserError(
-                f"{path} has {size} bytes, fewer than the {keep_bytes} it had at the checkpoint: put the file back, or "
-                "train anew with overwrite=true"
-            )
-        self._file = path.open("ab", buffering=0)  # a buffer would try again, on closing, what a full disk did not take
-        self._file.truncate(keep_bytes)
+        # Without a buffer, which would try again, on closing, what a full disk did not take.
+        self._path = path
+        self._file = FileIO(path, "a+")
+        self._file.truncate(_whole_lines(self._file, keep_bytes))
+
+    def check(self) -> None:
+        """Raises UserError unless the file that is open still stands under its name."""
+        try:
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            pass
+        raise UserError(
+            f"{self._path} was removed, moved or replaced while the run was trained, and what was written since is lost: put "
+            f"the run's folder back and start the same command again, which otherwise trains anew"
+        )
 
     def append(self, row: Mapping[str, float]) -> None:
+        self.check()
         # JSON has no infinity and no NaN; readers other than Python's stop at them.
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         line = memoryview(json.dumps(finite, allow_nan=False).encode() + b"\n")
@@ -237,6 +281,7 @@ class _MetricsFile:
             line = line[self._file.write(line) :]
 
     def size(self) -> int:
+        self.check()
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import shlex
 import time
@@ -20,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.dashboard import RunDescription, Table, first_line, program, say
+from harness.tracking.dashboard import RunDescription, Table, first_line, metrics_rows, program, say
 
 # Variables that make trackio's storage fetch or push something. TRACKIO_DIR, _STORAGE_MODE and _SQLITE_* are the user's.
 _REMOTE = ("TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "SPACE_REPO_NAME")
@@ -49,6 +48,7 @@ class TrackioRun:
 
     label = "trackio"
     run_id: str | None = None  # W&B's, which trackio does not need
+    is_online = False
 
     def __init__(self, described: RunDescription, *, run_dir: Path, anew: bool) -> None:
         self._project, self._name = described.project, described.name
@@ -76,11 +76,19 @@ class TrackioRun:
         self._summary: dict[str, Any] = {} if anew else before.get("summary") or {}
         created = before.get("_Created") or _now()
         # An evaluation knows less of a run than its training did.
-        self._config = ({} if anew else before) | _flat(described.config) | {
-            "_Group": described.group, "_Username": None, "_Created": _now() if anew else created,
-            "job_type": described.job_type, "tags": ", ".join(described.tags), "notes": described.notes,
-        }  # fmt: skip
-        rows = _rows(run_dir / "metrics.jsonl")
+        self._config = (
+            ({} if anew else before)
+            | _flat(described.config)
+            | {
+                "_Group": described.group,
+                "_Username": None,
+                "_Created": _now() if anew else created,
+                "job_type": described.job_type,
+                "tags": ", ".join(described.tags),
+                "notes": described.notes,
+            }
+        )
+        rows = metrics_rows(run_dir / "metrics.jsonl")
         if rows:
             now = _now()
             self._write(rows, [times.get(row["step"], now) for row in rows])
@@ -99,7 +107,7 @@ class TrackioRun:
         rows = trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
         self._media({key: rows._to_dict(self._project, self._name)})
 
-    def scatter(self, key: str, table: Table, *, x: str, y: str) -> None:
+    def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
         """trackio has no chart of a table; whoever logs one logs its picture too."""
 
     def image(self, key: str, path: Path, caption: str) -> None:
@@ -115,22 +123,22 @@ class TrackioRun:
     def give_up(self) -> None:
         self._gave_up = True
 
-    def close(self, exit_code: int) -> None:
+    def close(self, exit_code: int) -> bool:
         """Writes what waits and the final figures, and says how to look at them."""
         if self._gave_up:
-            return
+            return False
         try:
             self._flush()
             if self._summary:
                 # Figures of an evaluation (eval/corpus/split/loss) are charts of one point; the rest is configuration.
-                figures = {key: value for key, value in self._summary.items()
-                           if "/" in key and isinstance(value, (int, float))}  # fmt: skip
+                figures = {key: value for key, value in self._summary.items() if "/" in key and isinstance(value, (int, float))}
                 self._write([self._last | figures], [_now()], numbered=False)
         except Exception as error:
             say(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
-            return
+            return False
         command = shlex.join([*program("trackio", "trackio.cli"), "show", "--project", self._project])
         say(self.label, f"{self._name}: look at it with: {command}")
+        return True
 
     def _file(self, key: str, media: Any) -> None:
         media._save(self._project, self._name)
@@ -150,10 +158,15 @@ class TrackioRun:
         ids = [f"{self._id}:{self._lines + number}" if numbered else None for number in range(len(rows))]
         with _local():
             self._storage.bulk_log(
-                project=self._project, run=self._name, run_id=self._id, log_ids=ids, timestamps=list(times),
+                project=self._project,
+                run=self._name,
+                run_id=self._id,
+                log_ids=ids,
+                timestamps=list(times),
                 metrics_list=[{key: value for key, value in row.items() if key != "step"} for row in rows],
-                steps=[row["step"] for row in rows], config=self._config | {"summary": self._summary},
-            )  # fmt: skip
+                steps=[row["step"] for row in rows],
+                config=self._config | {"summary": self._summary},
+            )
         self._lines += len(rows) if numbered else 0
         self._written_at = time.monotonic()
 
@@ -167,13 +180,6 @@ def _local() -> Iterator[None]:
             yield
     finally:
         os.environ.update(kept)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; another process may be writing the last one."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

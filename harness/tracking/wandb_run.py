@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import re
 import secrets
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
+from harness.files.atomic import write_text
 from harness.tracking.dashboard import RunDescription, Table, first_line, program, say, without_repeats
+
+RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
+ID_FILE = "wandb_id"  # in a run's folder
+UNSENT = "unsent"  # in the client's folder of an online run that its server did not take whole
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "sync_wandb.py"
 
 # How long W&B may hold up a run, in seconds. WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override them.
 # The client's own default is to wait for its server without end when a run finishes.
 _LIMITS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 
-# Where lower is better the summary keeps the best value: `val/loss.min`.
-_LOWER_IS_BETTER = ("val/loss", "val/perplexity", "val/bits_per_byte")
 
+def open_wandb(described: RunDescription, *, run_dir: Path, run_id: str | None, online: bool = False) -> WandbRun | None:
+    """Starts a W&B run, or continues the one called run_id or kept in the folder; None when there is to be none or none
+    could be started.
 
-def open_wandb(described: RunDescription, *, run_dir: Path, run_id: str | None) -> WandbRun | None:
-    """Starts a W&B run, or continues the one called run_id; None when there is to be none or none could be started."""
+    online: whatever WANDB_MODE says; a UserError where the server cannot be used.
+    """
     environment = os.environ
     options = {
         "project": environment.get("WANDB_PROJECT") or described.project,
@@ -34,8 +45,40 @@ def open_wandb(described: RunDescription, *, run_dir: Path, run_id: str | None) 
         "job_type": described.job_type,
         "config": dict(described.config),
     }
-    run = WandbRun(run_dir, run_id, options)
+    run = WandbRun(run_dir, run_id, options, online=online)
     return run if run.is_open else None
+
+
+def client_root(run_dir: Path) -> Path:
+    """The folder in which the client makes its folder wandb/."""
+    return Path(os.environ.get("WANDB_DIR") or run_dir).absolute()
+
+
+def kept_id(folder: Path) -> str | None:
+    """The W&B run of this folder; None if it has none yet."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = (folder / ID_FILE).read_text(encoding="utf-8").strip() if (folder / ID_FILE).is_file() else ""
+        return kept if RUN_ID.fullmatch(kept) else None
+    return None
+
+
+def _new_id(folder: Path) -> str:
+    """Kept before anything is sent: whatever kills this process, the next one continues the same run.
+
+    A folder that cannot be written gets a new run each time.
+    """
+    new = secrets.token_hex(4)
+    with contextlib.suppress(OSError):
+        write_text(folder / ID_FILE, f"{new}\n")
+    return new
+
+
+def _wait_for_a_folder_of_its_own(clients: Path, run_id: str) -> None:
+    """Up to a second: the client names a folder by the second and the run, and what is tracked there first is lost to a
+    second part of the same run that begins within it (two short commands in a row).
+    """
+    while any(clients.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{glob.escape(run_id)}")):
+        time.sleep(0.02)
 
 
 class WandbRun:
@@ -43,9 +86,9 @@ class WandbRun:
 
     label = "wandb"
 
-    def __init__(self, run_dir: Path, run_id: str | None, options: Mapping[str, Any]) -> None:
-        root = Path(os.environ.get("WANDB_DIR") or run_dir).absolute()
-        self._alone = root == run_dir.absolute()  # <root>/wandb holds nothing but fragments of this run
+    def __init__(self, run_dir: Path, run_id: str | None, options: Mapping[str, Any], *, online: bool = False) -> None:
+        root = client_root(run_dir)
+        self._folder, self._online = run_dir, online
         self._wandb: Any = None
         self._run: Any = None
         self._row_is_open = False
@@ -65,23 +108,27 @@ class WandbRun:
             root.mkdir(parents=True, exist_ok=True)
             self._run = self._start({"dir": str(root), "reinit": "create_new", **options}, run_id)
         except Exception as error:
+            if online:
+                raise UserError(f"Weights & Biases cannot be used ({first_line(error)}); nothing was changed") from None
             say(self.label, f"not in use ({first_line(error)}); this run is recorded in metrics.jsonl alone")
         finally:
             if self._run is None:
                 self._leave()
         self.run_id: str | None = self._run.id if self._run is not None else None
+        self.is_online = self._run is not None and not self._run.offline
 
     @property
     def is_open(self) -> bool:
         return self._run is not None
 
     def _start(self, options: dict[str, Any], continued: str | None) -> Any:
-        options |= {"id": continued, "resume": "allow"} if continued else {"id": secrets.token_hex(4)}
         # A variable that the client refuses is refused here, where no thread of its own runs yet that it would not end.
         self._wandb.Settings().update_from_env_vars(dict(os.environ))
-        mode = self._set_up({}).mode
+        mode = self._set_up({"mode": "online"} if self._online else {}).mode
         if mode == "disabled":
             return None
+        options |= {"id": continued or kept_id(self._folder) or _new_id(self._folder), "resume": "allow"}
+        _wait_for_a_folder_of_its_own(Path(options["dir"]) / "wandb", options["id"])
         if mode in ("offline", "dryrun"):
             reason = "as WANDB_MODE or its settings say"
         else:
@@ -94,25 +141,19 @@ class WandbRun:
             except Exception as error:
                 reason = first_line(error)
                 self._wandb.teardown()
+        if self._online:
+            raise ConnectionError(reason)
         self._set_up({"mode": "offline"})
         run = _with_metrics(self._wandb.init(**options))
-        if continued and _summary_file(run).exists():
-            # Each fragment of an offline run brings its own summary when it is uploaded, and the last one stays.
-            run.summary.update(json.loads(_summary_file(run).read_text()))
-        folder = Path(run.settings.sync_dir)
-        say(
-            self.label,
-            f"offline ({reason}); upload with: {_sync_command(folder.parent if self._alone else folder)}",
-        )
+        say(self.label, f"offline ({reason}); upload with: {sync_command(self._folder)}")
         return run
 
     def _set_up(self, extra: Mapping[str, Any]) -> Any:
         """The client's settings, from the environment, the user's files and `extra`; silent, and bounded in time."""
         known = self._wandb.Settings.model_fields
         limits: dict[str, Any] = {
-            key: seconds for key, seconds in _LIMITS.items()
-            if key in known and f"WANDB_{key.upper()}" not in os.environ
-        }  # fmt: skip
+            key: seconds for key, seconds in _LIMITS.items() if key in known and f"WANDB_{key.upper()}" not in os.environ
+        }
         if "finish_timeout_raises" in known:
             limits["finish_timeout_raises"] = True
         settings = self._wandb.Settings(silent=True, console="off", symlink=False, **limits, **extra)
@@ -120,9 +161,10 @@ class WandbRun:
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         # Rows of one step are one row in W&B, open until the next step. Steps that its server has already, because the
-        # run got further before it was killed, are left out there.
-        self._run.log(dict(row), step=step)
-        self._row_is_open = True
+        # run got further before it was killed, stay as they are there.
+        if step >= self._run.starting_step:
+            self._run.log(dict(row), step=step)
+            self._row_is_open = True
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._run.summary.update(dict(values))
@@ -130,8 +172,7 @@ class WandbRun:
     def table(self, key: str, table: Table) -> None:
         self._run.log({key: self._table(table)})
 
-    def scatter(self, key: str, table: Table, *, x: str, y: str) -> None:
-        title = f"{y} against {x}"
+    def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
         self._run.log({key: self._wandb.plot.scatter(self._table(table), x, y, title=title)})
 
     def image(self, key: str, path: Path, caption: str) -> None:
@@ -148,27 +189,40 @@ class WandbRun:
     def give_up(self) -> None:
         self._gave_up = True
 
-    def close(self, exit_code: int) -> None:
-        """Waits until the server has everything, within the limit, and ends the client."""
+    def close(self, exit_code: int) -> bool:
+        """Waits until the server has everything, within the limit, and ends the client. Whether it has, or the disk."""
         run, self._run = self._run, None
+        if run is None:
+            return True
+        whole = False
         try:
             if self._gave_up:
                 # What had arrived stays, and no thread of the client's does. Why the rest is missing has been said.
                 with contextlib.suppress(Exception):
                     run.finish(exit_code=exit_code)
-            elif run is not None:
+            else:
                 if self._row_is_open:
                     run.log({}, commit=True)
-                summary = {key: run.summary[key] for key in run.summary.keys() if not key.startswith("_")}  # noqa: SIM118
-                _summary_file(run).write_text(json.dumps(summary, default=dict))
                 run.finish(exit_code=exit_code)
+                refusal = _refusal(Path(run.settings.log_internal))
+                whole = refusal is None
+                if refusal is not None:
+                    say(
+                        self.label,
+                        f"the server refused what was sent (status {refusal}), and rows stayed on this machine; with a key "
+                        f"and a project that it takes, upload them with: {sync_command(self._folder)}",
+                    )
         except TimeoutError:
-            command = _sync_command(Path(run.settings.sync_dir), "--include-online")
+            command = sync_command(self._folder)
             say(self.label, f"the server did not take everything in time; upload the rest with: {command}")
         except Exception as error:
             say(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
         finally:
+            if not whole:
+                with contextlib.suppress(OSError):
+                    (Path(run.settings.sync_dir) / UNSENT).touch()
             self._leave()
+        return whole
 
     def _leave(self) -> None:
         """Ends the client's service process and gives the environment back: the next run starts from nothing."""
@@ -180,18 +234,26 @@ class WandbRun:
             os.environ.pop(key, None)
 
 
+def _refusal(log: Path) -> int | None:
+    """The status with which the server refused rows of a run, which the client says nowhere but in its log of JSON lines."""
+    with contextlib.suppress(OSError):
+        for line in log.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, AttributeError):
+                status = (entry := json.loads(line)).get("status")
+                if status in (401, 403) or (status in (404, 410) and str(entry.get("url")).endswith("/file_stream")):
+                    return int(status)
+    return None
+
+
 def _with_metrics(run: Any) -> Any:
+    # The summary keeps the last value of each, whatever the run has been through.
     run.define_metric("tokens")
     run.define_metric("*", step_metric="tokens")
-    for key in _LOWER_IS_BETTER:
-        run.define_metric(key, step_metric="tokens", summary="min")
     return run
 
 
-def _summary_file(run: Any) -> Path:
-    return Path(run.settings.sync_dir).parent / f"summary-{run.id}.json"
-
-
-def _sync_command(folder: Path, *options: str) -> str:
-    shown = os.path.relpath(folder) if folder.is_relative_to(Path.cwd()) else str(folder)
-    return shlex.join([*program("wandb", "wandb"), "sync", *options, shown])
+def sync_command(folder: Path) -> str:
+    """What a person types to upload what W&B lacks of a folder."""
+    here = Path.cwd()
+    script, shown = (os.path.relpath(path) if path.is_relative_to(here) else str(path) for path in (SCRIPT, folder.absolute()))
+    return shlex.join([*program("python", ""), script, shown])

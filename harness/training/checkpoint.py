@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import random
 import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +31,24 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError
-from harness.outside import is_count, read_object
+from harness.errors import UserError, readable, tell
+from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
+from harness.files.untrusted import is_count, read_object
 from harness.training.optimizer import Optimizer
 from harness.training.parallel import gathered, sharded_like
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _DTYPES = ("F64", "F32", "BF16", "F16")  # what weights and moments are kept in
-_STATE_KEYS = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum_buffer",)}
-BEST = "best"
+_UNREADABLE = "make it readable (is its disk failing?), or move it away to go on from the checkpoint before it"
+_LEFTOVER = re.compile(r"\.partial-(?:removed-|replaced-)?(.+)")
+
+
+class DamagedError(UserError):
+    """A checkpoint that is not what was written. `reason`: why, in half a sentence."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"checkpoint {path} is damaged ({reason}): use another one")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -67,17 +76,12 @@ def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *
     here; with keep=False the tensors are thrown away.
     """
     return Snapshot(
-        tensors={
-            MODEL: gathered(unique_tensors(model), keep=keep),
-            OPTIMIZER: gathered(optimizer.state_dict(), keep=keep),
-        },
+        tensors={MODEL: gathered(unique_tensors(model), keep=keep), OPTIMIZER: gathered(optimizer.state_dict(), keep=keep)},
         content={"caller": dict(state), "optimizer": optimizer.settings(), "generators": _generator_states()},
     )
 
 
-def save_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2
-) -> Path:
+def save_checkpoint(folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
 
     state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
@@ -104,14 +108,22 @@ def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool 
 
 def tidy(folder: Path, *, newest: Path, keep: int) -> None:
     """Delete what killed saves have left behind and the oldest checkpoints beyond `keep`, counted from `newest`."""
-    for leftover in folder.glob(".partial-*"):
-        shutil.rmtree(leftover)
+    mark(folder)
+    _remove_leftovers(folder)
     # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.
-    older = [path for path in _checkpoints(folder) if path.name <= newest.name]
+    older = list(itertools.dropwhile(lambda path: path != newest, numbered_folders(folder)))  # it may be gone already
     for path in older[keep:]:  # renamed first: a kill in the middle leaves no half of a checkpoint under its name
         removed = folder / f".partial-removed-{path.name}"
         os.replace(path, removed)
-        shutil.rmtree(removed)
+        remove(removed)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """What a killed save has left. Nothing goes by another name than those given here: it is the user's."""
+    for path in listed(folder):
+        kind = _LEFTOVER.fullmatch(path.name)
+        if kind and (kind[1] == BEST or step_of(kind[1]) is not None):
+            remove(path)
 
 
 def save_model(model: nn.Module, path: Path) -> None:
@@ -119,9 +131,7 @@ def save_model(model: nn.Module, path: Path) -> None:
     _write_tensors(unique_tensors(model), path)
 
 
-def save_weights(
-    folder: Path, *, write_model: Callable[[Path], None], model_bytes: int, state: Mapping[str, Any]
-) -> Path:
+def save_weights(folder: Path, *, write_model: Callable[[Path], None], model_bytes: int, state: Mapping[str, Any]) -> Path:
     """Write folder/step-<state["step"]> with weights alone: nothing trains on from it, everything else reads it.
 
     write_model is handed the path of the safetensors file that it writes. Raises as save_checkpoint does.
@@ -136,11 +146,10 @@ def save_weights(
 
 def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None], size: int) -> Path:
     """The folder of content["caller"]["step"], whole or not at all. write: the files of tensors, of `size` bytes."""
-    final = folder / f"step-{content['caller']['step']:08d}"
+    final = folder / step_folder(content["caller"]["step"])
     partial, replaced = folder / f".partial-{final.name}", folder / f".partial-replaced-{final.name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".partial-*"):  # a save that was killed
-        shutil.rmtree(leftover)
+    folder.mkdir(exist_ok=True)  # a run's folder that was removed is not brought back
+    _remove_leftovers(folder)
     _check_room(folder, size)
 
     partial.mkdir()
@@ -156,10 +165,8 @@ def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None
         os.replace(partial, final)
         _flush(folder)
     finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+        remove(partial)
+    remove(replaced)
     return final
 
 
@@ -211,27 +218,44 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
     return caller
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
+def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda path: None) -> Path | None:
     """The newest whole checkpoint, None if there is none at all. A damaged one is reported on stderr and passed over.
 
-    Raises UserError when all of them are damaged; nothing is deleted.
+    check: raises DamagedError for what the caller finds wrong in one that is whole. Raises UserError when all of them are
+    damaged, and as `checkpoint_folders` does; nothing is deleted.
     """
-    found = _checkpoints(folder)
-    for path in found:
+    damages = []
+    for path in checkpoint_folders(folder):
         damage = find_damage(path)
         if damage is None:
-            return path
-        print(f"WARNING: checkpoint {path} is damaged ({damage}); looking for an earlier one", file=sys.stderr)
-    if found:
+            try:
+                check(path)
+                return path
+            except DamagedError as error:
+                damage = error.reason
+        damages.append(f"{path.name}: {damage}")
+        tell(f"WARNING: checkpoint {path} is damaged ({damage}); looking for an earlier one")
+    if damages:
         raise UserError(
-            f"every checkpoint in {folder} is damaged (nothing was deleted): restore one from a backup, "
+            f"every checkpoint in {folder} is damaged ({damages[0]}; nothing was deleted): restore one from a backup, "
             f"or start anew with overwrite=true or another name"
         )
     return None
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if every file has the size and SHA-256 of the manifest."""
+    """What is wrong with a checkpoint folder, None if nothing: each file has the size and SHA-256 of the manifest, and form.
+
+    Raises UserError where that cannot be seen, which is no damage.
+    """
+    try:
+        with readable(str(path), _UNREADABLE, but_not=(FileNotFoundError,)):
+            return _find_damage(path)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+
+
+def _find_damage(path: Path) -> str | None:
     try:
         for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
             if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
@@ -240,12 +264,14 @@ def find_damage(path: Path) -> str | None:
         for name in (MODEL, OPTIMIZER, STATE):
             if _describe(path / name) != manifest[name]:
                 return f"{name} is not what was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError):
         return f"{MANIFEST} is not readable"
+    try:
+        _read_state(path)
+        for name in (MODEL, OPTIMIZER):
+            _headers(path / name)
+    except DamagedError as error:
+        return error.reason
     return None
 
 
@@ -257,12 +283,10 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
     """
     damage = find_damage(path)
     if damage is not None:
-        raise UserError(f"checkpoint {path} is damaged ({damage}): use another one")
+        raise DamagedError(path, damage)
     content = _read_state(path)
     if optimizer is not None and content["optimizer"] is None:
-        raise UserError(
-            f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=..."
-        )
+        raise UserError(f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=...")
     if optimizer is not None and content["optimizer"] != optimizer.settings():
         raise UserError(
             f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
@@ -276,7 +300,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
     if optimizer is not None:
-        _check_optimizer_state(path, _headers(path / OPTIMIZER), optimizer.settings(), dict(model.named_parameters()))
+        _check_optimizer_state(path, _headers(path / OPTIMIZER), optimizer)
         _restore_generators(content["generators"], path)  # the first to be changed, since it can still refuse
         optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
     whole = safetensors.torch.load_file(path / MODEL)
@@ -287,20 +311,22 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, of the form that _save gives it. Raises UserError."""
+    """state.json, of the form that _save gives it and of the step that the folder is named after. Raises DamagedError."""
     try:
         content = read_object(path / STATE)
-        caller, generators = content["caller"], content["generators"]
-        sound = is_count(caller["step"]) and (content["optimizer"] is None or isinstance(generators, dict))
-    except (OSError, ValueError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise UserError(f"checkpoint {path} is damaged ({STATE} is not readable): use another one")
+    except (OSError, ValueError) as error:
+        raise DamagedError(path, f"{STATE} is not readable: {error}") from None
+    caller, optimizer, generators = (content.get(key, path) for key in ("caller", "optimizer", "generators"))
+    step = caller.get("step") if isinstance(caller, dict) else None
+    if not is_count(step) or (path.name != BEST and step != step_of(path.name)):
+        raise DamagedError(path, f"{STATE} is not readable: it has no step, or another one's")
+    if optimizer is not None and not (isinstance(optimizer, list) and isinstance(generators, dict)):
+        raise DamagedError(path, f"{STATE} is not readable: it has no optimizer or no generators")
     return content
 
 
 def _headers(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file, of which the header alone is read. Raises UserError.
+    """The shape of every tensor in a safetensors file, of which the header alone is read. Raises DamagedError.
 
     The library compares the header with the size of the file before it reads or allocates anything.
     """
@@ -309,38 +335,26 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             odd = sorted(name for name, part in parts.items() if part.get_dtype() not in _DTYPES)
             if odd:
-                raise UserError(
-                    f"{path} holds {odd[0]} as {parts[odd[0]].get_dtype()}, no {', '.join(_DTYPES)}: use another"
-                )
+                kind = parts[odd[0]].get_dtype()
+                raise DamagedError(path.parent, f"{path.name} holds {odd[0]} as {kind}, no {', '.join(_DTYPES)}")
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path.parent} is damaged ({path.name}: {reason}): use another one") from None
+        raise DamagedError(path.parent, f"{path.name}: {reason}") from None
 
 
-def _check_optimizer_state(
-    path: Path, saved: Mapping[str, tuple[int, ...]], settings: list[dict[str, Any]], parameters: Mapping[str, Tensor]
-) -> None:
+def _check_optimizer_state(path: Path, saved: Mapping[str, tuple[int, ...]], optimizer: Optimizer) -> None:
     """Raises UserError unless each parameter has the whole state of its optimizer, in its own shape, or all have none.
 
     The fused update reads a moment as if it had the parameter's size.
     """
-    expected: dict[str, tuple[int, ...]] = {}
-    for group in settings:
-        for name in group["parameters"]:
-            shape = tuple(parameters[name].shape)
-            expected |= {f"{key}/{name}": () if key == "step" else shape for key in _STATE_KEYS[group["optimizer"]]}
+    expected = optimizer.state_shapes()
     if saved and saved != expected:
         odd = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise UserError(
             f"checkpoint {path} holds the state of another optimizer: {odd[0]} is {saved.get(odd[0], 'absent')} there "
             f"and {expected.get(odd[0], 'absent')} here ({len(odd)} such tensors): use another one"
         )
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: path.name, reverse=True)
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -394,17 +408,26 @@ def _generator_states() -> dict[str, Any]:
     }
 
 
+def check_generators(path: Path) -> None:
+    """Raises DamagedError unless the random generators can be set to what a checkpoint holds; they stay as they are."""
+    content = _read_state(path)
+    if content["optimizer"] is not None:
+        before = _generator_states()
+        _restore_generators(content["generators"], path)
+        _set_generators(before)
+
+
 def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
     """The reverse. A GPU that was not there when the states were taken keeps its seed.
 
-    Raises UserError for what is no state; then all are as they were.
+    Raises DamagedError for what is no state; then all are as they were.
     """
     before = _generator_states()
     try:
         _set_generators(states)
     except Exception:  # whatever three libraries make of foreign states
         _set_generators(before)
-        raise UserError(f"checkpoint {path} is damaged (generators in {STATE}): use another one") from None
+        raise DamagedError(path, f"generators in {STATE}") from None
 
 
 def _set_generators(states: Mapping[str, Any]) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.training.device import generators, set_generators
 from harness.training.nonfinite import Guard, NonFiniteError
 from harness.training.optimizer import Optimizer
+from harness.training.step import CapturedStep, EagerStep, Engine, LanguageModel, OneProcess
 
 SPEED_WINDOW = 20  # steps over which tokens per second are averaged
 
@@ -32,55 +30,8 @@ class Step:
     tokens: int  # seen so far, all steps from 1 on
     seconds: float  # spent training in this call so far
     skipped: str | None = None  # why there was no update, see harness/training/nonfinite.py
-
-
-class Engine(Protocol):
-    """What the loop asks of several processes (harness/training/parallel.py) and, as `OneProcess`, of one alone."""
-
-    world_size: int
-
-    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]: ...
-
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]: ...
-
-    def clip(self, max_norm: float) -> Tensor: ...
-
-    def mean(self, loss: Tensor) -> Tensor: ...
-
-
-class LanguageModel(Protocol):
-    """What the loop asks of a model."""
-
-    training: bool
-
-    def train(self) -> nn.Module: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean nats of the targets, differentiable."""
-
-
-class OneProcess:
-    """The model as it is."""
-
-    world_size = 1
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._parameters = list(model.parameters())
-
-    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        return torch.compile(self._model.loss, dynamic=False) if compile else self._model.loss
-
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def clip(self, max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
-
-    def mean(self, loss: Tensor) -> Tensor:
-        return loss
+    captured: bool = False  # replayed from a CUDA graph, see harness/training/step.py
+    remark: str | None = None  # said once: why the steps from this one on are not captured
 
 
 def train(
@@ -98,11 +49,13 @@ def train(
     device: torch.device,
     guard: Guard | None = None,
     engine: Engine | None = None,
+    capture: bool = False,
 ) -> Iterator[Step]:
     """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
 
     batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
     rate at a step. Weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
+    capture: replay the step from CUDA graphs once it is warm (see select_capture, harness/training/step.py).
     engine: what several processes train the model through; each then gets its share of the batches, and Steps are about
     all shares together.
     guard: which steps make no update (None: stop at the first number that is not finite). Raises NonFiniteError before
@@ -110,45 +63,44 @@ def train(
     """
     guard = guard or Guard()
     engine = engine or OneProcess(model)
-    loss_of = engine.loss_of(compile)
+    step = (CapturedStep if capture else EagerStep)(
+        engine,
+        optimizer,
+        micro_batch_size=micro_batch_size,
+        grad_clip=grad_clip,
+        precision=precision,
+        compile=compile,
+        device=device,
+    )
     recent: deque[float] = deque(maxlen=SPEED_WINDOW)
-    seconds = 0.0
+    seconds, remark = 0.0, None
+    ahead: Tensor | None = None
 
     for number in range(first_step, last_step + 1):
         started = time.perf_counter()
         if not model.training:
             model.train()
-        batch = next(batches)
+        batch = next(batches) if ahead is None else ahead
         factor = schedule(number)
         before = generators(device)
 
-        loss = torch.zeros((), device=device)
-        micros = batch.split(micro_batch_size)
-        for index, micro in enumerate(micros, start=1):
-            share = len(micro) / len(batch)
-            with engine.micro_batch(last=index == len(micros)):
-                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-                    micro_loss = loss_of(micro[:, :-1], micro[:, 1:]) * share
-                micro_loss.backward()
-            loss += micro_loss.detach()
-
-        loss = engine.mean(loss)
-        grad_norm = engine.clip(grad_clip if grad_clip > 0 else math.inf)
-        # The one synchronisation of a step. It costs the device the few kernel launches of the update, well under a
-        # millisecond, and buys that no bad gradient ever reaches the weights.
-        loss_value, norm_value = torch.stack((loss, grad_norm)).tolist()
-        skipped = guard.judge(loss_value, norm_value)
-        if skipped is not None and (ending := guard.ending(loss_value, norm_value)) is not None:
-            optimizer.zero_grad()
+        step.start(batch)
+        ahead = next(batches) if number < last_step else None  # while the device computes
+        loss, grad_norm = step.read()
+        skipped = guard.judge(loss, grad_norm)
+        if skipped is not None and (ending := guard.ending(loss, grad_norm)) is not None:
+            step.end()
             set_generators(before, device)
             raise NonFiniteError(
                 f"step {number}: {skipped} (learning rate factor {factor:.3g}); {ending}: lower optimizer.lr or raise "
-                f"schedule.warmup_fraction", step=number, batch=batch,
-            )  # fmt: skip
+                f"schedule.warmup_fraction",
+                step=number,
+                batch=batch,
+            )
         lr = optimizer.set_lr(factor)
         if skipped is None:
-            optimizer.step()
-        optimizer.zero_grad()
+            step.update()
+        step.end()
 
         elapsed = time.perf_counter() - started
         seconds += elapsed
@@ -158,11 +110,14 @@ def train(
         tokens_per_step = batch.shape[0] * (batch.shape[1] - 1) * engine.world_size
         yield Step(
             number=number,
-            loss=loss_value,
+            loss=loss,
             lr=lr,
-            grad_norm=norm_value,
+            grad_norm=grad_norm,
             tokens_per_second=tokens_per_step * len(recent) / sum(recent),
             tokens=number * tokens_per_step,
             seconds=seconds,
             skipped=skipped,
+            captured=step.is_captured,
+            remark=step.remark if step.remark != remark else None,
         )
+        remark = step.remark

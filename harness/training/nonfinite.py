@@ -71,8 +71,7 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "losses": list(self._losses),
-                "norms": list(self._norms)}  # fmt: skip
+        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "losses": list(self._losses), "norms": list(self._norms)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The reverse of `state`."""

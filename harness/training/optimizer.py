@@ -6,14 +6,16 @@ on any device and one of other settings is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.config.schema import OptimizerConfig
 from harness.errors import UserError
-from harness.schema import OptimizerConfig
 from harness.training.parallel import sharded_like
 
 
@@ -25,6 +27,8 @@ class Optimizer:
         self._names = names
         for group in self._groups():
             group["peak_lr"] = group["lr"]
+            if group.get("capturable"):  # a captured update reads the rate where it lies
+                group["lr"] = torch.tensor(group["lr"], device=group["params"][0].device)
 
     def _groups(self) -> Iterable[dict[str, Any]]:
         return (group for part in self._parts for group in part.param_groups)
@@ -32,9 +36,17 @@ class Optimizer:
     def set_lr(self, factor: float) -> float:
         """Set every rate to factor x its peak; returns the first group's, which is AdamW's."""
         for group in self._groups():
-            group["lr"] = group["peak_lr"] * factor
-        lr: float = self._parts[0].param_groups[0]["lr"]
-        return lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["peak_lr"] * factor)
+            else:
+                group["lr"] = group["peak_lr"] * factor
+        first: float = self._parts[0].param_groups[0]["peak_lr"]
+        return first * factor
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Can `step` be recorded in a CUDA graph?"""
+        return all(group.get("capturable", False) for group in self._groups())
 
     def step(self) -> None:
         for part in self._parts:
@@ -56,6 +68,16 @@ class Optimizer:
             for part in self._parts
             for group in part.param_groups
         ]
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what `state_dict` gives after a step, the whole of what is sharded."""
+        return {
+            f"{key}/{self._names[parameter]}": tuple(parameter.shape) if whole else ()
+            for part in self._parts
+            for key, whole in _kept(part).items()
+            for group in part.param_groups
+            for parameter in group["params"]
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as tensors, keyed `<state>/<parameter name>` (exp_avg/blocks.0.mlp.up_proj.weight).
@@ -85,50 +107,57 @@ class Optimizer:
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+def _kept(part: torch.optim.Optimizer) -> dict[str, bool]:
+    """What a torch optimizer keeps of a parameter, and whether in its shape or as one number: seen on a small one."""
+    trial = nn.Parameter(torch.zeros(2, 2))
+    trial.grad = torch.zeros(2, 2)
+    taken = inspect.signature(type(part)).parameters.keys() - {"capturable"}  # the trial is on the CPU
+    options = {key: value for key, value in part.param_groups[0].items() if key in taken - {"params"}} | {"lr": 0.0}
+    small = type(part)([trial], **options)
+    small.step()
+    return {key: tuple(value.shape) == (2, 2) for key, value in small.state[trial].items()}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model's trained parameters by what an optimizer may do to them, each list in the model's order."""
+
+    vectors: list[Tensor]  # norms, biases and embedding tables (a tied head is one): no weight decay
+    matrices: list[Tensor]  # all others
+    hidden: list[Tensor]  # those matrices that lie in the blocks
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One choice of optimizer.name. capturable: the update is to be recorded in a CUDA graph, where the optimizer can be."""
+
+    check: Callable[[OptimizerConfig], None]  # UserError for settings that cannot work
+    build: Callable[[Weights, OptimizerConfig, bool], list[torch.optim.Optimizer]]  # the first one's rate is logged
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: bool = False) -> Optimizer:
     """The optimizer that config names, over all trained parameters of `model` on their present device.
 
-    Weight decay falls on matrices only: not on norms, biases or embedding tables (a tied head is one). Muon takes the
-    matrices of `model.blocks`; embeddings, head and vectors stay with AdamW. Raises UserError when the configuration
-    does not fit the optimizer.
+    capturable: AdamW's update can be recorded in a CUDA graph, its rates are tensors on the device; Muon's cannot. Raises
+    UserError when the configuration does not fit the optimizer.
     """
     check_optimizer(config)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices = {p for p in names if p.ndim >= 2 and id(p) not in tables}
-    hidden = {p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")} if config.name == "muon" else set()
-
-    # Lists in the model's order, for sets of tensors have none that repeats.
-    groups = [
-        {"params": [p for p in names if p not in matrices], "weight_decay": 0.0},
-        {"params": [p for p in names if p in matrices and p not in hidden], "weight_decay": config.weight_decay},
-    ]
-    adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,  # one kernel for all: on two CPU cores and 1.3M parameters 1.1 ms a step, where foreach takes 5.0
+    matrices = [p for p in names if p.ndim >= 2 and id(p) not in tables]
+    decayed = set(matrices)
+    weights = Weights(
+        vectors=[p for p in names if p not in decayed],
+        matrices=matrices,
+        hidden=[p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")],
     )
-    parts: list[torch.optim.Optimizer] = [adamw]
-    if config.name == "muon":
-        assert config.muon_lr is not None and config.muon_momentum is not None
-        parts.append(
-            torch.optim.Muon(
-                [p for p in names if p in hidden],
-                lr=config.muon_lr,
-                weight_decay=config.weight_decay,
-                momentum=config.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",  # updates of AdamW's size, whatever the matrix's shape
-            )
-        )
-    return Optimizer(parts, names)
+    return Optimizer(OPTIMIZERS[config.name].build(weights, config, capturable), names)
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
     """Raises UserError for settings that cannot work, before anything is built."""
-    if config.name not in ("adamw", "muon"):
-        raise UserError(f"optimizer.name={config.name} is unknown: choose adamw or muon")
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name={config.name} is unknown: choose {' or '.join(OPTIMIZERS)}")
     if config.lr <= 0.0:
         raise UserError(f"optimizer.lr={config.lr} trains nothing: give a rate above 0")
     if len(config.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.betas):
@@ -138,13 +167,51 @@ def check_optimizer(config: OptimizerConfig) -> None:
             f"optimizer.eps={config.eps} must be above 0, weight_decay={config.weight_decay} and "
             f"grad_clip={config.grad_clip} at least 0 (0 switches them off)"
         )
-    if config.name == "adamw":
-        if config.muon_lr is not None or config.muon_momentum is not None:
-            raise UserError("optimizer.muon_lr and muon_momentum mean nothing to optimizer=adamw: leave them out")
-        return
+    OPTIMIZERS[config.name].check(config)
+
+
+def _adamw(vectors: list[Tensor], matrices: list[Tensor], config: OptimizerConfig, capturable: bool) -> torch.optim.AdamW:
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": config.weight_decay}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.betas[0], config.betas[1]),
+        eps=config.eps,
+        capturable=capturable,
+        fused=True,  # one kernel for all: on two CPU cores and 1.3M parameters 1.1 ms a step, where foreach takes 5.0
+    )
+
+
+def _build_adamw(weights: Weights, config: OptimizerConfig, capturable: bool) -> list[torch.optim.Optimizer]:
+    return [_adamw(weights.vectors, weights.matrices, config, capturable)]
+
+
+def _check_adamw(config: OptimizerConfig) -> None:
+    if config.muon_lr is not None or config.muon_momentum is not None:
+        raise UserError("optimizer.muon_lr and muon_momentum mean nothing to optimizer=adamw: leave them out")
+
+
+def _build_muon(weights: Weights, config: OptimizerConfig, capturable: bool) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices; embeddings, head and vectors stay with AdamW."""
+    assert config.muon_lr is not None and config.muon_momentum is not None
+    hidden = set(weights.hidden)
+    muon = torch.optim.Muon(
+        weights.hidden,
+        lr=config.muon_lr,
+        weight_decay=config.weight_decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",  # updates of AdamW's size, whatever the matrix's shape
+    )
+    return [_adamw(weights.vectors, [p for p in weights.matrices if p not in hidden], config, capturable), muon]
+
+
+def _check_muon(config: OptimizerConfig) -> None:
     if not hasattr(torch.optim, "Muon"):
         raise UserError(f"optimizer=muon needs torch.optim.Muon, which torch {torch.__version__} lacks: use torch 2.11")
     if config.muon_lr is None or config.muon_lr <= 0.0:
         raise UserError(f"optimizer.muon_lr={config.muon_lr} must be above 0: it is the rate of the blocks' matrices")
     if config.muon_momentum is None or not 0.0 <= config.muon_momentum < 1.0:
         raise UserError(f"optimizer.muon_momentum={config.muon_momentum} must be in [0, 1), such as 0.95")
+
+
+OPTIMIZERS = {"adamw": Recipe(_check_adamw, _build_adamw), "muon": Recipe(_check_muon, _build_muon)}

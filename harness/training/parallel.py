@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from harness.config.schema import OptimizerConfig, ParallelConfig
 from harness.errors import UserError
-from harness.schema import OptimizerConfig, ParallelConfig
+from harness.files.text import differing, first_few
 from harness.training.device import seed_everything, select_device
 from modeling.gpt import GPT
 
@@ -109,10 +111,11 @@ class Workers:
 
 
 @contextlib.contextmanager
-def open_workers(device_name: str) -> Iterator[Workers]:
+def open_workers(device_name: str, fields: Mapping[str, Any] | None = None) -> Iterator[Workers]:
     """The processes that torchrun started, connected, each with its device; without torchrun, this process alone.
 
-    Raises UserError when the machine lacks the device, or one for each process.
+    fields: JSON-able, of this process; they must be alike in all. Raises UserError in the first process when they are not
+    (the others leave as in `Workers.first`), and when the machine lacks the device, or one for each process.
     """
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
@@ -135,16 +138,43 @@ def open_workers(device_name: str) -> Iterator[Workers]:
     if os.environ["LOCAL_WORLD_SIZE"] == str(world_size):
         # torchrun's plain rendezvous keeps one store over all restarts, with the addresses of killed processes in it.
         store = dist.PrefixStore(f"restart-{restarts}", store)
+    _check_alike(store, rank, world_size, fields or {})
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world_size, timeout=STEP_TIMEOUT,
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=STEP_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
-    )  # fmt: skip
+    )
     control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup)
     # After an error nothing is taken down in order, which would wait for the others: torchrun ends them.
     yield Workers(rank, world_size, device, restarts, control, may_restart)
     dist.barrier(group=control)
     dist.destroy_process_group()
+
+
+def _check_alike(store: dist.Store, rank: int, world_size: int, fields: Mapping[str, Any]) -> None:
+    """By way of the store, before anything is connected: processes that differ might not even find each other."""
+    if rank > 0:
+        store.set(f"fields-{rank}", json.dumps(fields))
+        if store.get("alike") != b"yes":
+            # torchrun ends all processes when the first of them leaves: that must be the one that says why.
+            with contextlib.suppress(RuntimeError):
+                store.wait(["never"], timedelta(seconds=10))
+            raise SystemExit(2)
+        return
+    ours = json.loads(json.dumps(fields))
+    for other in range(1, world_size):
+        theirs = json.loads(store.get(f"fields-{other}"))
+        if sentences := list(differing(theirs, ours).values()):
+            store.set("alike", "no")
+            raise UserError(
+                f"process {other} was started with another configuration than process 0 ({first_few(sentences)}): start "
+                f"all of them with the same arguments"
+            )
+    store.set("alike", "yes")
 
 
 def check_parallel(
@@ -190,9 +220,11 @@ class Replicated:
         with warnings.catch_warnings():  # torch 2.13 calls broadcast_buffers old, 2.11 knows no other name
             warnings.simplefilter("ignore", FutureWarning)
             self._parallel = DistributedDataParallel(
-                _Loss(model), device_ids=[workers.device] if workers.device.type == "cuda" else None,
-                broadcast_buffers=False, gradient_as_bucket_view=True,
-            )  # fmt: skip
+                _Loss(model),
+                device_ids=[workers.device] if workers.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
 
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of this process's part of a batch; its backward pass averages gradients."""
@@ -227,9 +259,7 @@ class Sharded:
         self._model = model
         mesh = init_device_mesh(workers.device.type, (workers.world_size,))
         # The residual stream keeps its dtype; matrix products are in bfloat16 by autocast anyway.
-        mixed = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )  # fmt: skip
+        mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         policy = mixed if config.mixed_precision else MixedPrecisionPolicy()
         # Gains in bfloat16 on float32 activations: the product is taken in float32, as without mixed precision.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")

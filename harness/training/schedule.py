@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from harness.config.schema import BudgetConfig, ScheduleConfig, TrainConfig
 from harness.errors import UserError
-from harness.schema import BudgetConfig, ScheduleConfig, TrainConfig
 
 
 def cosine(step: int, steps: int, *, warmup: int, final: float) -> float:
@@ -99,9 +99,7 @@ def steps_from_budget(budget: BudgetConfig, *, tokens_per_step: int, default_tok
     Raises UserError when both tokens and steps are given, or when not even one step fits.
     """
     if budget.tokens is not None and budget.steps is not None:
-        raise UserError(
-            f"budget.tokens={budget.tokens} and budget.steps={budget.steps} are both given: keep one of them"
-        )
+        raise UserError(f"budget.tokens={budget.tokens} and budget.steps={budget.steps} are both given: keep one of them")
     if budget.steps is not None:
         if budget.steps < 1:
             raise UserError(f"budget.steps={budget.steps} trains nothing: give at least 1")
@@ -110,7 +108,7 @@ def steps_from_budget(budget: BudgetConfig, *, tokens_per_step: int, default_tok
     if tokens < tokens_per_step:
         raise UserError(
             f"a budget of {tokens} tokens is less than one step of {tokens_per_step} tokens (batch_size x "
-            f"max_seq_len): raise budget.tokens or lower batch_size"
+            f"max_seq_len): raise budget.tokens to that, or lower batch_size or model.max_seq_len"
         )
     return tokens // tokens_per_step
 
@@ -123,6 +121,10 @@ def _check_fraction(field: str, value: float) -> None:
 def training_steps(config: TrainConfig) -> int:
     """Optimizer steps of a run, each of batch_size windows. Raises UserError as `steps_from_budget`."""
     return steps_from_budget(
-        config.budget, tokens_per_step=config.batch_size * config.model.max_seq_len,
-        default_tokens=config.model.default_tokens,
-    )  # fmt: skip
+        config.budget, tokens_per_step=config.batch_size * config.model.max_seq_len, default_tokens=config.model.default_tokens
+    )
+
+
+def steps_due(number: int, last: int, interval: int) -> bool:
+    """Is it time, at step `number`, for what happens every `interval` steps and at the end?"""
+    return number % interval == 0 or number == last

@@ -6,12 +6,14 @@ is raised in the training loop, at the next step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from harness.files.folders import step_folder
 from harness.training.checkpoint import Snapshot, keep_as_best, write_checkpoint
 
 
@@ -21,8 +23,9 @@ class CheckpointWriter:
     def __init__(self, folder: Path, *, keep: int, background: bool) -> None:
         self._folder, self._keep = folder, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint") if background else None
-        self._writing: Future[Path] | None = None
+        self._writing: Future[None] | None = None
         self._host: dict[tuple[str, str], Tensor] = {}
+        self.written: Callable[[], object] | None = None  # called after each checkpoint, where it was written
 
     def save(self, taken: Snapshot, *, is_best: bool = False) -> None:
         """Write a checkpoint; in the background, return as soon as its tensors have been copied.
@@ -31,17 +34,19 @@ class CheckpointWriter:
         """
         self.wait()
         if self._thread is None:
-            write_checkpoint(self._folder, taken, keep=self._keep, is_best=is_best)
-            return
-        copied = self._copied(taken)
-        self._writing = self._thread.submit(
-            write_checkpoint, self._folder, copied, keep=self._keep, is_best=is_best
-        )  # fmt: skip
+            self._write(taken, is_best)
+        else:
+            self._writing = self._thread.submit(self._write, self._copied(taken), is_best)
+
+    def _write(self, taken: Snapshot, is_best: bool) -> None:
+        write_checkpoint(self._folder, taken, keep=self._keep, is_best=is_best)
+        if self.written is not None:
+            self.written()
 
     def keep_as_best(self, step: int) -> None:
         """Keep the checkpoint of `step`, if it is there, as the best one."""
         self.wait()
-        path = self._folder / f"step-{step:08d}"
+        path = self._folder / step_folder(step)
         if path.is_dir():
             keep_as_best(path)
 

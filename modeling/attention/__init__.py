@@ -23,7 +23,11 @@ class Attention(Protocol):
 
     The constructor takes keyword arguments only, each typed and explicit: the six that the model owns (MODEL_OWNED),
     the rest from the variant's YAML. It raises ValueError with both numbers and the remedy when they do not fit.
-    A class with parameters that are never trained has `frozen`, their names, besides; all others must get a gradient.
+
+    Besides, where there is something to state: `frozen`, the names of parameters that are never trained (all others must
+    get a gradient); `sixteen_bits`, the names of cached tensors that a cache of 8 bits keeps in 16. One rotated key
+    shared by all heads is such a tensor: its elements are large and unlike, a scale calibrated on its neighbours
+    saturates it (vLLM issue 42956), and it is a small part of what is cached.
     """
 
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table
@@ -66,8 +70,8 @@ class Attention(Protocol):
 
 
 MECHANISMS: dict[str, type[nn.Module]] = {
-    "gqa": GroupedQueryAttention,
-    "mla": MultiheadLatentAttention,
+    "gqa": GroupedQueryAttention,  # MHA and MQA are its ends
+    "mla": MultiheadLatentAttention,  # and what differs from it by options
 }
 
 MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")
@@ -103,8 +107,11 @@ def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> 
     """Choose how a variant is computed. Raises ValueError for a path that it does not have."""
     paths = attention.decode_paths
     if decode not in paths:
-        reason = "it caches keys and values as they are used" if len(paths) == 1 else \
-            "a norm or a rotation stands between W_Q and W_UK"  # fmt: skip
+        reason = (
+            "it caches keys and values as they are used"
+            if len(paths) == 1
+            else "a norm or a rotation stands between W_Q and W_UK"
+        )
         known = decode in ("expand", "absorbed")
         raise ValueError(
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
@@ -113,5 +120,9 @@ def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> 
     if kernel != "torch" and ("absorbed" not in paths or decode == "expand"):
         raise ValueError(
             f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
+        )
+    if kernel != "torch" and len(getattr(attention, "latent_widths", ())) > 1:
+        raise ValueError(
+            f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
         )
     attention.backend, attention.decode, attention.kernel = backend, decode, kernel

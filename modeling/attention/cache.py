@@ -6,24 +6,28 @@ so nothing is computed twice. Letters: B batch, T new tokens, S visible slots, M
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from modeling.attention.positions import in_graph
 from modeling.attention.quantisation import LARGEST, SCALE, dequantise, quantise
 
 if TYPE_CHECKING:
     from modeling.attention import Attention
+    from modeling.attention.rope import RotaryEmbedding
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8,
-          "fp8": torch.float8_e4m3fn}  # fmt: skip
-
-# Buffers that a cache of 8 bits keeps in 16: one rotated key shared by all heads has large and unlike elements, and a
-# scale calibrated on its neighbours saturates it (vLLM issue 42956). It is a small part of what MLA caches.
-SIXTEEN_BITS = ("k_rope",)
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Placement:
     start: the position of the first new token when all rows are equally long, positions_BT otherwise.
     causal: query t sees keys 0..t, and there are no others. mask_BTS: True where a query may see a key (None: all).
     key_positions_BS: position of each visible key, where it is not its slot (caches with a window).
+    end: one above the largest position or more, where it is known without asking the device (positions.py).
     """
 
     start: int
@@ -40,6 +45,13 @@ class Placement:
     causal: bool
     mask_BTS: Tensor | None
     key_positions_BS: Tensor | None = None
+    end: int | None = None
+
+    def tables(self, rope: RotaryEmbedding, new_tokens: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos, sin of the new tokens, or of other positions where they are given. Raises ValueError beyond the model's."""
+        if positions_BT is not None:
+            return rope.tables(0, new_tokens, positions_BT)
+        return rope.tables(self.start, new_tokens, self.positions_BT, self.end)
 
 
 class Cache:
@@ -47,10 +59,11 @@ class Cache:
 
     Eager (static=False): reads return views of the slots in use; while all rows are equally long that is exact and free.
     Static (static=True): reads return whole buffers and the mask alone says what is visible, so that shapes never change
-    and a decode step can be compiled or captured; the caller checks that it fits (`max_seq_len`).
+    and a decode step can be compiled or captured. Inside such a step nothing can be refused: whoever drives it says
+    `check_room` before and `count` after it (modeling/generation.py, decode_step).
 
-    Eight bits (int8, fp8 e4m3): entries carry a bfloat16 scale per token and head in `scales`, SIXTEEN_BITS excepted;
-    reads return them multiplied out in the dtype that was appended.
+    Eight bits (int8, fp8 e4m3): entries carry a bfloat16 scale per token and head in `scales`, and reads return them
+    multiplied out in the dtype that was appended. The buffers named in `sixteen_bits` stay in bfloat16.
 
     window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
     (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
@@ -65,6 +78,7 @@ class Cache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        sixteen_bits: Sequence[str] = (),
         static: bool = False,
         window: int | None = None,
         sinks: int = 0,
@@ -80,13 +94,14 @@ class Cache:
         for name, shape in shapes.items():
             kept = dtype
             if dtype in LARGEST:
-                if name in SIXTEEN_BITS:
+                if name in sixteen_bits:
                     kept = torch.bfloat16
                 else:
                     self.scales[name] = torch.zeros(batch_size, self.slots, *shape[:-1], dtype=SCALE, device=device)
             self.buffers[name] = torch.zeros(batch_size, self.slots, *shape, dtype=kept, device=device)
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self._extent = 0  # tokens of the longest row, known without asking the device
+        self._extent = 0  # tokens of the longest row, or more, known without asking the device
+        self._counted = True  # False: a compiled or captured step has taken tokens in, and the device alone knows
         self._ragged = False
 
     def make_static(self) -> None:
@@ -114,8 +129,11 @@ class Cache:
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def place(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
-        """Positions and visibility of the next `new_tokens` tokens a row. Call it before `append`."""
-        self._check_room(new_tokens)
+        """Positions and visibility of the next `new_tokens` tokens a row. Call it before `append`.
+
+        Raises ValueError when they do not fit.
+        """
+        self.check_room(new_tokens)
         if self.window is not None:
             return self._place_in_window(new_tokens, valid_BT)
         device = self.lengths_B.device
@@ -130,7 +148,7 @@ class Cache:
         slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
         visible = self.max_seq_len if self.static else self._extent + new_tokens
         mask_BTS = torch.arange(visible, device=device) <= slots_BT[:, :, None]
-        return Placement(0, slots_BT, False, mask_BTS)
+        return Placement(0, slots_BT, False, mask_BTS, end=self._end(new_tokens))
 
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
         """Take in (B, T, ...) tensors at each row's own next positions; returns what is visible afterwards, by name.
@@ -140,7 +158,7 @@ class Cache:
         """
         assert new.keys() == self.buffers.keys(), f"cache holds {set(self.buffers)}, got {set(new)}"
         T = next(iter(new.values())).shape[1]
-        self._check_room(T)
+        self.check_room(T)
         self._ragged = self._ragged or valid_BT is not None
         entries = {name: self._encoded(name, tensor) for name, tensor in new.items()}
         if self.window is not None:
@@ -164,8 +182,35 @@ class Cache:
         """
         self._ragged = self._ragged or valid_BT is not None
         self.lengths_B += new_tokens if valid_BT is None else valid_BT.sum(dim=1)
-        if not self.static:
+        if self.static and in_graph(self.lengths_B.device):
+            self._counted = False
+        else:
             self._extent += new_tokens
+
+    def count(self, new_tokens: int) -> None:
+        """Note what a compiled or captured step took in, before which `longest` or `check_room` was asked."""
+        self._extent, self._counted = self._extent + new_tokens, True
+
+    def longest(self, at_most: int) -> int:
+        """Tokens of the longest row, or a number above it that is no more than `at_most`, for which no device is asked."""
+        if self._counted and self._extent <= at_most:
+            return self._extent
+        longest = int(self.lengths_B.max())
+        if self.static:  # elsewhere it says how much of the buffers is in use, pads included
+            self._extent, self._counted = longest, True
+        return longest
+
+    def check_room(self, new_tokens: int) -> None:
+        """Raises ValueError unless so many more tokens a row fit. Inside a step that is compiled or captured: nothing."""
+        wraps = self.window is not None and self.slots == self.sinks + self.window
+        if wraps or (self.static and in_graph(self.lengths_B.device)):
+            return
+        taken = self.longest(self.max_seq_len - new_tokens) if self.static else self._extent
+        if taken + new_tokens > self.max_seq_len:
+            raise ValueError(
+                f"the cache holds {self.max_seq_len} tokens a row and {taken} are taken: "
+                f"{new_tokens} more do not fit; allocate a longer cache"
+            )
 
     # --- storage: a buffer, with its scales where it holds 8 bits ----------------------------------------------------
 
@@ -213,13 +258,10 @@ class Cache:
             rank_BT = valid_BT.long().cumsum(dim=1) - 1
         return (self.lengths_B[:, None] + rank_BT).clamp(min=0)
 
-    def _check_room(self, new_tokens: int) -> None:
-        wraps = self.window is not None and self.slots == self.sinks + self.window
-        if not (self.static or wraps) and self._extent + new_tokens > self.max_seq_len:
-            raise ValueError(
-                f"the cache holds {self.max_seq_len} tokens a row and {self._extent} are taken: "
-                f"{new_tokens} more do not fit; allocate a longer cache"
-            )
+    def _end(self, new_tokens: int) -> int | None:
+        if self.static and in_graph(self.lengths_B.device):
+            return None  # a number read here would be compiled in
+        return self._extent + new_tokens if self._counted else None
 
     # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
 
@@ -245,20 +287,19 @@ class Cache:
         if valid_BT is not None:  # a pad sees itself, so that its softmax is defined
             itself = torch.arange(used + new_tokens, device=keys_BS.device) - used
             mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
-        return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0))
+        return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0), self._end(new_tokens))
 
-    def _through_window(
-        self, entries: dict[str, tuple[Tensor, ...]], valid_BT: Tensor | None
-    ) -> dict[str, tuple[Tensor, ...]]:
+    def _through_window(self, entries: dict[str, tuple[Tensor, ...]], valid_BT: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
         """What the slots held before, then the new entries; afterwards the slots hold what is still needed."""
         T = next(iter(entries.values()))[0].shape[1]
         device = self.lengths_B.device
         used = self.slots if self.static else min(self._extent, self.slots)
         seen = {
-            name: tuple(torch.cat((buffer[:, :used], part), dim=1)
-                        for buffer, part in zip(self._parts(name), parts, strict=True))
+            name: tuple(
+                torch.cat((buffer[:, :used], part), dim=1) for buffer, part in zip(self._parts(name), parts, strict=True)
+            )
             for name, parts in entries.items()
-        }  # fmt: skip
+        }
         held_BM = self._held(self.lengths_B + (T if valid_BT is None else valid_BT.sum(dim=1)))
         rank_BM = held_BM - self.lengths_B[:, None]  # among the row's new tokens; below 0: it is there already
         order_BT = torch.arange(T, device=device).expand(self.batch_size, -1)
@@ -292,22 +333,42 @@ def new_cache(
     """An empty cache for one layer, of the shapes that the variant states."""
     if not attention.causal:
         raise ValueError("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
+    check_window(attention.kernel, window)
     return Cache(
-        batch_size, max_seq_len, attention.cache_shapes, dtype=dtype, device=device, static=static, window=window,
+        batch_size,
+        max_seq_len,
+        attention.cache_shapes,
+        dtype=dtype,
+        device=device,
+        sixteen_bits=sixteen_bits_of(attention),
+        static=static,
+        window=window,
         sinks=sinks,
-    )  # fmt: skip
+    )
+
+
+def sixteen_bits_of(attention: Attention) -> tuple[str, ...]:
+    """The cached tensors that stay in 16 bits where the others take 8, as the class states them."""
+    return getattr(attention, "sixteen_bits", ())
+
+
+def check_window(kernel: str, window: int | None) -> None:
+    """Raises ValueError for a window that the decode kernel cannot read."""
+    if window is not None and kernel != "torch":
+        raise ValueError(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
 
 
 def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
     """Bytes per token of one layer by the paper's element count, not by any buffer.
 
-    With 8 bits: a byte an element, two more for the scale of each head or latent, two for each element in SIXTEEN_BITS.
+    With 8 bits: a byte an element, two more for the scale of each head or latent, and one more for each element that
+    stays in 16.
     """
     if dtype not in LARGEST:
         return attention.cache_formula * dtype.itemsize
-    shapes = attention.cache_shapes
-    exempt = sum(shape[-1] for name, shape in shapes.items() if name in SIXTEEN_BITS)
-    scales = sum(shape[0] if len(shape) > 1 else 1 for name, shape in shapes.items() if name not in SIXTEEN_BITS)
+    shapes, kept = attention.cache_shapes, sixteen_bits_of(attention)
+    exempt = sum(math.prod(shape) for name, shape in shapes.items() if name in kept)
+    scales = sum(math.prod(shape[:-1]) for name, shape in shapes.items() if name not in kept)
     return attention.cache_formula + exempt + SCALE.itemsize * scales
 
 
@@ -320,4 +381,4 @@ def place_without_cache(new_tokens: int, valid_BT: Tensor | None, *, causal: boo
     mask_BTS = valid_BT[:, None, :] | eye_TT  # a pad sees itself, so that its softmax is defined
     if causal:
         mask_BTS = mask_BTS & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-    return Placement(0, (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0), False, mask_BTS)
+    return Placement(0, (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0), False, mask_BTS, end=T)

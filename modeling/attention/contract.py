@@ -1,6 +1,7 @@
 """The contract of an attention variant as checks that run on any of them: tests and scripts/check_attention.py call these.
 
 Every check takes `build`, which makes a fresh module on the CPU in float32, and raises AssertionError saying what broke.
+The module is one layer, or several as AttentionLayers: where layers differ or share, all kinds of them are checked.
 Parameters are first filled with seeded random values (zero-initialised outputs would pass anything). Relative error
 means ||a - b|| / ||b|| over the whole tensor.
 """
@@ -13,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.attention.cache import DTYPES, Cache, formula_bytes, new_cache
+from modeling.attention.cache import DTYPES, Cache, formula_bytes, sixteen_bits_of
+from modeling.attention.layers import AttentionLayers
 
 BATCH, TOKENS = 3, 24
-Variant = Any  # an nn.Module that keeps the Attention protocol: both at once, which Python cannot spell
+Variant = Any  # an nn.Module that keeps the Attention protocol, which Python cannot spell, or AttentionLayers of such
 Build = Callable[[], Variant]
 
 
@@ -38,19 +40,36 @@ def randomise(module: Variant, seed: int = 0) -> Variant:
     return module
 
 
-def _module_and_input(build: Build) -> tuple[Variant, Tensor]:
-    module = randomise(build()).eval()
-    x_BTD = torch.randn(BATCH, TOKENS, module.o_proj.out_features, generator=torch.Generator().manual_seed(1))
-    return module, x_BTD
+def _layers(build: Build) -> AttentionLayers:
+    built = build()
+    return built if isinstance(built, AttentionLayers) else AttentionLayers([built])
 
 
-def _poisoned_cache(module: Variant, max_seq_len: int, dtype: torch.dtype = torch.float32, **options: Any) -> Cache:
+def _module_and_input(build: Build) -> tuple[AttentionLayers, Tensor]:
+    module = randomise(_layers(build)).eval()
+    width = module.attentions[0].o_proj.out_features
+    return module, torch.randn(BATCH, TOKENS, width, generator=torch.Generator().manual_seed(1))
+
+
+def _poisoned_cache(
+    module: AttentionLayers, max_seq_len: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> list[Cache]:
     """A cache full of NaN: a read beyond the length cannot go unnoticed."""
-    cache = new_cache(module, BATCH, max_seq_len, dtype=dtype, device="cpu", **options)
-    for tensor in cache.tensors():
-        if tensor.dtype != torch.int8:  # whose scales are poisoned
-            tensor.fill_(float("nan"))
+    cache = module.new_cache(BATCH, max_seq_len, dtype=dtype, device="cpu", **options)
+    for layer in cache:
+        for tensor in layer.tensors():
+            if tensor.dtype != torch.int8:  # whose scales are poisoned
+                tensor.fill_(float("nan"))
     return cache
+
+
+def _lengths(cache: list[Cache]) -> list[list[int]]:
+    return [layer.lengths_B.tolist() for layer in cache]
+
+
+def _of_layer(module: AttentionLayers, index: int) -> str:
+    """Which one, where there are several."""
+    return f"layer {index}: " if len(module.attentions) > 1 else ""
 
 
 @torch.no_grad()
@@ -86,7 +105,7 @@ def cached_decoding_equals_the_full_forward(build: Build) -> None:
         pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
         error = relative_error(pieces, full)
         assert error <= 1e-5, f"split {split}: relative error {error:.1e}"
-        assert cache.lengths_B.tolist() == [TOKENS] * BATCH, f"lengths {cache.lengths_B.tolist()}"
+        assert _lengths(cache) == [[TOKENS] * BATCH] * len(cache), f"lengths {_lengths(cache)}"
 
 
 @torch.no_grad()
@@ -94,9 +113,10 @@ def a_static_cache_equals_the_full_forward(build: Build) -> None:
     """The same with fixed shapes and a mask, as compiled decoding uses it; what lies beyond the length is large."""
     module, x_BTD = _module_and_input(build)
     full = module(x_BTD)
-    cache = new_cache(module, BATCH, TOKENS, dtype=torch.float32, device="cpu", static=True)
-    for buffer in cache.buffers.values():
-        buffer.fill_(1e3)
+    cache = module.new_cache(BATCH, TOKENS, dtype=torch.float32, device="cpu", static=True)
+    for layer in cache:
+        for buffer in layer.buffers.values():
+            buffer.fill_(1e3)
     pieces = torch.cat([module(piece, cache) for piece in x_BTD.split([7] + [1] * (TOKENS - 7), dim=1)], dim=1)
     error = relative_error(pieces, full)
     assert error <= 1e-5, f"relative error {error:.1e}"
@@ -105,12 +125,17 @@ def a_static_cache_equals_the_full_forward(build: Build) -> None:
 @torch.no_grad()
 def every_decode_path_gives_the_same(build: Build) -> None:
     """Each path that the variant states, in float64 to 1e-10 and in float32 to 1e-5: prefill, chunks, single tokens."""
+    for attention in _layers(build).attentions:
+        if attention.decode_paths != ("auto",):
+            lacking = [name for name in ("absorbs", "absorbs_up_to") if not hasattr(attention, name)]
+            assert not lacking, f"a class with several decode_paths says which it takes: {', '.join(lacking)} is missing"
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
         module, x_BTD = _module_and_input(build)
         module, x_BTD = module.to(dtype), x_BTD.to(dtype)
         full = module(x_BTD)
-        for path in module.decode_paths:
-            module.decode = path
+        for path in dict.fromkeys(path for attention in module.attentions for path in attention.decode_paths):
+            for attention in module.attentions:
+                attention.decode = path if path in attention.decode_paths else "auto"
             for split in ([TOKENS], [5, 1, 7, TOKENS - 13], [TOKENS - 3, 1, 1, 1]):
                 cache = _poisoned_cache(module, TOKENS, dtype)
                 pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
@@ -124,7 +149,8 @@ def a_window_hides_what_it_should(build: Build) -> None:
     module, x_BTD = _module_and_input(build)
     window, sinks = 5, 2
     ring = _poisoned_cache(module, TOKENS, window=window, sinks=sinks)
-    assert ring.slots == window + sinks, f"{ring.slots} slots for a window of {window} and {sinks} sinks"
+    for layer in ring:
+        assert layer.slots == window + sinks, f"{layer.slots} slots for a window of {window} and {sinks} sinks"
     singles = torch.cat([module(piece, ring) for piece in x_BTD.split(1, dim=1)], dim=1)
     whole = module(x_BTD, _poisoned_cache(module, TOKENS, window=window, sinks=sinks))
     error = relative_error(singles, whole)
@@ -167,7 +193,7 @@ def padded_rows_equal_the_rows_alone(build: Build) -> None:
         for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
             valid_BT[row, place] = True
             padded[row, place] = x_BTD[row, :n]
-        cache = new_cache(module, BATCH, TOKENS, dtype=torch.float32, device="cpu")
+        cache = module.new_cache(BATCH, TOKENS, dtype=torch.float32, device="cpu")
         plain, cached = module(padded, valid_BT=valid_BT), module(padded, cache, valid_BT=valid_BT)
         steps = [module(x_BTD[:, -4 + i : TOKENS - 3 + i], cache) for i in range(4)]
         for row, (n, place) in enumerate(zip(lengths, places, strict=True)):
@@ -182,12 +208,16 @@ def padded_rows_equal_the_rows_alone(build: Build) -> None:
 
 def measured_cache_bytes_equal_the_formula(build: Build) -> None:
     """Bytes read off the buffers are the formula's elements times the element size; with 8 bits, and their scales."""
-    module = build()
+    module = _layers(build)
+    for index, attention in enumerate(module.attentions):
+        unknown = set(sixteen_bits_of(attention)) - attention.cache_shapes.keys()
+        assert not unknown, f"{_of_layer(module, index)}{sorted(unknown)} are stated to stay in 16 bits and are not cached"
     for dtype in DTYPES.values():
-        cache = new_cache(module, 2, 8, dtype=dtype, device="cpu")
-        wanted = formula_bytes(module, dtype)
-        assert cache.bytes_per_token == wanted, f"{dtype}: {cache.bytes_per_token} bytes measured, {wanted} by formula"
-        assert cache.nbytes == 2 * 8 * wanted, f"{cache.nbytes} bytes allocated for 16 tokens of {wanted}"
+        caches = module.new_cache(2, 8, dtype=dtype, device="cpu")
+        for index, (attention, cache) in enumerate(zip(module.attentions, caches, strict=True)):
+            where, wanted = f"{_of_layer(module, index)}{dtype}", formula_bytes(attention, dtype)
+            assert cache.bytes_per_token == wanted, f"{where}: {cache.bytes_per_token} bytes measured, {wanted} by formula"
+            assert cache.nbytes == 2 * 8 * wanted, f"{where}: {cache.nbytes} bytes allocated for 16 tokens of {wanted}"
 
 
 @torch.no_grad()
@@ -202,7 +232,7 @@ def a_full_cache_refuses_another_token(build: Build) -> None:
         assert str(TOKENS - 1) in str(error), f"the message does not say how many fit: {error}"
     else:
         raise AssertionError(f"a cache for {TOKENS - 1} tokens took {TOKENS}")
-    assert cache.lengths_B.tolist() == [TOKENS - 1] * BATCH
+    assert _lengths(cache) == [[TOKENS - 1] * BATCH] * len(cache)
 
 
 @torch.no_grad()
@@ -219,20 +249,22 @@ def rows_do_not_mix(build: Build) -> None:
 def every_parameter_gets_a_gradient(build: Build) -> None:
     """Backward reaches every parameter with finite, non-zero values, but those that the class states as `frozen`."""
     module, x_BTD = _module_and_input(build)
-    frozen = set(getattr(module, "frozen", ()))
-    unknown = frozen - dict(module.named_parameters()).keys()
-    assert not unknown, f"{sorted(unknown)} are stated as frozen and are no parameters"
     weight = torch.randn(x_BTD.shape, generator=torch.Generator().manual_seed(2))
     (module(x_BTD) * weight).sum().backward()
-    for name, parameter in module.named_parameters():
-        if name in frozen:
-            assert not parameter.requires_grad and parameter.grad is None, f"{name} is stated as frozen and is trained"
-            continue
-        assert parameter.grad is not None, f"{name} gets no gradient"
-        assert parameter.grad.isfinite().all(), f"{name} gets a non-finite gradient"
-        # A bias on keys shifts all logits of a query alike: softmax removes it, and its gradient is zero by algebra.
-        if not (name.endswith(".bias") and name.startswith(("k_", "in_"))):
-            assert parameter.grad.abs().max() > 1e-6, f"{name} gets a zero gradient"
+    for index, attention in enumerate(module.attentions):
+        frozen, where = set(getattr(attention, "frozen", ())), _of_layer(module, index)
+        unknown = frozen - dict(attention.named_parameters()).keys()
+        assert not unknown, f"{where}{sorted(unknown)} are stated as frozen and are no parameters"
+        for name, parameter in attention.named_parameters():
+            if name in frozen:
+                trained = parameter.requires_grad or parameter.grad is not None
+                assert not trained, f"{where}{name} is stated as frozen and is trained"
+                continue
+            assert parameter.grad is not None, f"{where}{name} gets no gradient"
+            assert parameter.grad.isfinite().all(), f"{where}{name} gets a non-finite gradient"
+            # A bias on keys shifts all logits of a query alike: softmax removes it, and its gradient is zero by algebra.
+            if not (name.endswith(".bias") and name.startswith(("k_", "in_"))):
+                assert parameter.grad.abs().max() > 1e-6, f"{where}{name} gets a zero gradient"
 
 
 @torch.no_grad()
@@ -241,8 +273,9 @@ def a_state_dict_brings_the_function_back(build: Build) -> None:
     module, x_BTD = _module_and_input(build)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     parameters = {name for name in state if not name.endswith("_extra_state")}
-    assert parameters == dict(module.named_parameters()).keys(), f"more than parameters is saved: {sorted(state)}"
-    other = build().eval()
+    named = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    assert parameters == named, f"more than parameters is saved: {sorted(state)}"
+    other = _layers(build).eval()
     other.load_state_dict(state)
     assert torch.equal(other(x_BTD), module(x_BTD)), "the loaded module computes something else"
 
@@ -276,13 +309,16 @@ def bfloat16_stays_close_to_float32(build: Build) -> None:
 def every_backend_gives_the_same(build: Build) -> None:
     """`sdpa` equals `reference`, with and without a cache; reference's weights are causal and sum to one."""
     module, x_BTD = _module_and_input(build)
-    module.backend = "reference"
+    module.set_execution(backend="reference")
     weights: list[Tensor] = []
     reference = module(x_BTD, weights_out=weights)
-    assert weights[0].shape == (BATCH, module.n_heads, TOKENS, TOKENS), f"weights of shape {tuple(weights[0].shape)}"
-    assert torch.allclose(weights[0].sum(dim=-1), torch.ones(()), atol=1e-5), "weights do not sum to one"
-    assert weights[0].triu(1).abs().max() == 0, "a weight reaches into the future"
-    module.backend = "sdpa"
+    assert len(weights) == len(module.attentions), f"{len(weights)} weights of {len(module.attentions)} layers"
+    for attention, weights_BHTS in zip(module.attentions, weights, strict=True):
+        shape = (BATCH, attention.n_heads, TOKENS, TOKENS)
+        assert weights_BHTS.shape == shape, f"weights of shape {tuple(weights_BHTS.shape)}"
+        assert torch.allclose(weights_BHTS.sum(dim=-1), torch.ones(()), atol=1e-5), "weights do not sum to one"
+        assert weights_BHTS.triu(1).abs().max() == 0, "a weight reaches into the future"
+    module.set_execution(backend="sdpa")
     cache = _poisoned_cache(module, TOKENS)
     pieces = torch.cat([module(piece, cache) for piece in x_BTD.split([TOKENS - 5, 4, 1], dim=1)], dim=1)
     for kind, got in (("full", module(x_BTD)), ("cached", pieces)):

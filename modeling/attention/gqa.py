@@ -70,9 +70,7 @@ class GroupedQueryAttention(nn.Module):
         if projection_bias not in ("model", "qkv", "all"):
             raise ValueError(f"projection_bias={projection_bias} is unknown here; choose model, qkv or all")
         if rope_scaling is not None and positions not in ("rope", "decoupled"):
-            raise ValueError(
-                f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out"
-            )
+            raise ValueError(f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out")
         if head_dim < 1 or v_head_dim < 1:
             raise ValueError(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
         if (positions == "decoupled") != (qk_rope_head_dim > 0) or qk_rope_head_dim < 0:
@@ -86,6 +84,7 @@ class GroupedQueryAttention(nn.Module):
         self.backend, self.decode, self.kernel = "auto", "auto", "torch"
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
+        self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()
 
         on_inputs, on_output = bias or projection_bias != "model", bias or projection_bias == "all"
         self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=on_inputs)
@@ -105,10 +104,7 @@ class GroupedQueryAttention(nn.Module):
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape per token of each cached tensor."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "k": (self.n_kv_heads, self.head_dim),
-            "v": (self.n_kv_heads, self.v_head_dim),
-        }
+        shapes: dict[str, tuple[int, ...]] = {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.v_head_dim)}
         if self.qk_rope_head_dim:
             shapes["k_rope"] = (self.qk_rope_head_dim,)
         return shapes
@@ -140,7 +136,7 @@ class GroupedQueryAttention(nn.Module):
             k_BTGK = self.k_norm(k_BTGK.to(dtype)).to(v_BTGV.dtype)
         new = {"k": k_BTGK, "v": v_BTGV}
         if self.rope is not None:
-            tables = self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
+            tables = place.tables(self.rope, T, positions_BT)
             if self.k_rope_proj is None:
                 q_BTHK, new["k"] = rotate(q_BTHK, tables), rotate(k_BTGK, tables)
             else:

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.attention.cache import Cache, Placement, place_without_cache
+from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode
@@ -136,8 +136,6 @@ class MultiheadLatentAttention(nn.Module):
             )
         if min(N, V, L) < 1:
             raise ValueError(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
-        if kv_latent == "split" and L % 2:
-            raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {L + 1} for instance")
         share = L // 2 if kv_latent == "split" else L
         widest = min(d_model, n_kv_heads * (N + V) if kv_latent == "joint" else n_kv_heads * min(N, V))
         if share > widest:
@@ -146,6 +144,8 @@ class MultiheadLatentAttention(nn.Module):
                 f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
                 f"{n_kv_heads} heads of {N}+{V}) is {widest} wide; {recommended} would"
             )
+        if kv_latent == "split" and L % 2:
+            raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
         if latent == "slice" and d_model < L:
             raise ValueError(
                 f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
@@ -165,6 +165,7 @@ class MultiheadLatentAttention(nn.Module):
         # Of the heads as they are compared, never of the latent.
         self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
         self.has_positions = positions in ("decoupled", "rope_after_up")
+        self.sixteen_bits: tuple[str, ...] = ("k_rope",) if P else ()
         self.latent_widths = (share, share) if kv_latent == "split" else (L,)
         self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
@@ -206,9 +207,7 @@ class MultiheadLatentAttention(nn.Module):
         if rotated_width and rope_frequencies == "stored":
             self.rope = StoredRotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta)
         elif rotated_width:
-            self.rope = RotaryEmbedding(
-                width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling
-            )
+            self.rope = RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling)
 
     def follow(self, leader: MultiheadLatentAttention) -> None:
         """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do."""
@@ -217,6 +216,7 @@ class MultiheadLatentAttention(nn.Module):
             self.kv_down_proj, self.k_rope_proj = leader.kv_down_proj, leader.k_rope_proj
         else:
             del self.kv_down_proj, self.k_rope_proj, self.latent_norms
+            self.sixteen_bits = ()
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -285,7 +285,7 @@ class MultiheadLatentAttention(nn.Module):
             raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
         tables = None
         if self.rope is not None:
-            tables = self.rope.tables(place.start, T, place.positions_BT if positions_BT is None else positions_BT)
+            tables = place.tables(self.rope, T, positions_BT)
 
         if self.reads_latents:
             assert shared is not None and len(shared) > 0, "a layer that reads another one's latents was given none"
@@ -314,9 +314,15 @@ class MultiheadLatentAttention(nn.Module):
             )
         else:
             out_BTHV, weights_BHTS = self._attend_expanded(
-                q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, tables, cached=cache is not None,
+                q_nope_BTHN,
+                q_rope_BTHP,
+                latent_BSL,
+                k_rope_BSP,
+                place,
+                tables,
+                cached=cache is not None,
                 want_weights=weights_out is not None,
-            )  # fmt: skip
+            )
         if weights_out is not None and weights_BHTS is not None:
             weights_out.append(weights_BHTS)
         return self.o_proj(out_BTHV.reshape(B, T, -1))
@@ -324,21 +330,29 @@ class MultiheadLatentAttention(nn.Module):
     def absorbs(self, new_tokens: int) -> bool:
         """Whether a call of so many tokens a row through a cache takes the absorbed path."""
         if self.decode == "auto":
-            return new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
+            # An adapter around an up-projection computes more than its weight.
+            plain = isinstance(self.k_up_proj, nn.Linear) and isinstance(self.v_up_proj, nn.Linear)
+            return plain and new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
         return self.decode == "absorbed"
 
     def _attend_expanded(
-        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, latent_BSL: Tensor, k_rope_BSP: Tensor | None, place: Placement,
-        tables: tuple[Tensor, Tensor] | None, *, cached: bool, want_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        q_nope_BTHN: Tensor,
+        q_rope_BTHP: Tensor,
+        latent_BSL: Tensor,
+        k_rope_BSP: Tensor | None,
+        place: Placement,
+        tables: tuple[Tensor, Tensor] | None,
+        *,
+        cached: bool,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention over keys and values rebuilt from the latents."""
         k_BSGN, v_BSGV = self._expand(latent_BSL.to(q_nope_BTHN.dtype))
         if self.positions == "rope_after_up":
             assert self.rope is not None and tables is not None
             q_nope_BTHN = rotate(q_nope_BTHN, tables)
-            # A cached latent carries no angle; its slot is its position, unless the cache has a window.
-            k_tables = self.rope.tables(0, k_BSGN.shape[1], place.key_positions_BS) if cached else tables
-            k_BSGN = rotate(k_BSGN, k_tables)
+            k_BSGN = rotate(k_BSGN, self._key_tables(k_BSGN.shape[1], place) if cached else tables)
         q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
         if k_rope_BSP is not None:
             q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
@@ -356,32 +370,57 @@ class MultiheadLatentAttention(nn.Module):
             return_weights=want_weights,
         )
 
+    def _key_tables(self, slots: int, place: Placement) -> tuple[Tensor, Tensor]:
+        """Angles of cached latents, which carry none: a slot is its position, unless the cache has a window."""
+        assert self.rope is not None
+        last, positions_BS = self.rope.max_seq_len - 1, place.key_positions_BS
+        if positions_BS is None and slots > last + 1:
+            # A static cache may have more slots than the model has positions: no query sees those.
+            positions_BS = torch.arange(slots, device=self.rope.cos_SF.device).clamp(max=last)[None]
+        return self.rope.tables(0, slots, positions_BS, last + 1)  # no key stands behind the queries, which were checked
+
     def _attend_absorbed(
-        self, q_nope_BTHN: Tensor, q_rope_BTHP: Tensor, latent_BSL: Tensor, k_rope_BSP: Tensor | None, place: Placement,
-        cache: Cache, *, want_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self,
+        q_nope_BTHN: Tensor,
+        q_rope_BTHP: Tensor,
+        latent_BSL: Tensor,
+        k_rope_BSP: Tensor | None,
+        place: Placement,
+        cache: Cache,
+        *,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """Attention over the latents themselves: W_UK goes to the queries, W_UV to what comes out."""
         B, T, H, N = q_nope_BTHN.shape
         G, share, dtype = self.n_kv_heads, self.latent_widths[0], q_nope_BTHN.dtype
         up_GNL = self.k_up_proj.weight.view(G, N, share)
         q_latent_BTHL = torch.einsum("btghn,gnl->btghl", q_nope_BTHN.view(B, T, G, H // G, N), up_GNL).flatten(2, 3)
-        one_latent = len(self.latent_widths) == 1
-        if T == 1 and self.kernel != "torch" and one_latent and not want_weights:
-            if cache.window is not None:
-                raise ValueError("attention.kernel=triton reads caches without a window: take attention.kernel=torch")
+        if T == 1 and self.kernel != "torch" and not want_weights:
+            check_window(self.kernel, cache.window)
             lengths_B = cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1
             kept = latent_BSL.dtype
             out_BHL = latent_decode(
-                q_latent_BTHL[:, 0].to(kept), q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None, latent_BSL,
-                None if k_rope_BSP is None else k_rope_BSP.to(kept), lengths_B, scale=self.scale, kernel=self.kernel,
-            )  # fmt: skip
+                q_latent_BTHL[:, 0].to(kept),
+                q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None,
+                latent_BSL,
+                None if k_rope_BSP is None else k_rope_BSP.to(kept),
+                lengths_B,
+                scale=self.scale,
+                kernel=self.kernel,
+            )
             out_BTHL, weights_BHTS = out_BHL.unsqueeze(1), None
         else:
             parts = latent_BSL.to(dtype).split(self.latent_widths, dim=-1)
             out_BTHL, weights_BHTS = latent_attend(
-                q_latent_BTHL.to(dtype), q_rope_BTHP, parts[0], None if k_rope_BSP is None else k_rope_BSP.to(dtype),
-                parts[-1], scale=self.scale, causal=place.causal, mask_BTS=place.mask_BTS,
-            )  # fmt: skip
+                q_latent_BTHL.to(dtype),
+                q_rope_BTHP,
+                parts[0],
+                None if k_rope_BSP is None else k_rope_BSP.to(dtype),
+                parts[-1],
+                scale=self.scale,
+                causal=place.causal,
+                mask_BTS=place.mask_BTS,
+            )
         up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)
         out_BTGHV = torch.einsum("btghl,gvl->btghv", out_BTHL.unflatten(2, (G, H // G)).to(up_GVL.dtype), up_GVL)
         return out_BTGHV.flatten(2, 3), weights_BHTS

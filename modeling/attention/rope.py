@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeling.attention.positions import beyond, check_positions
+
 # The fields of each kind of scaling, in Hugging Face's words, and those that may be left out.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
@@ -21,7 +23,7 @@ SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("factor", "original_max_position_embeddings"),
         ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
     ),
-}  # fmt: skip
+}
 
 
 def rope_frequencies(width: int, theta: float) -> Tensor:
@@ -83,17 +85,13 @@ def _yarn_factor(scaling: Mapping[str, Any]) -> float:
 def _check_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
     if kind not in SCALINGS:
-        raise ValueError(
-            f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling"
-        )
+        raise ValueError(f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling")
     needed, optional = SCALINGS[kind]
     given = set(scaling) - {"rope_type"}
     lacking, odd = sorted(set(needed) - given), sorted(given - {*needed, *optional})
     if lacking or odd:
         problem = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(odd)}, which it does not know"
-        raise ValueError(
-            f"rope_scaling of rope_type={kind} {problem}; its fields are {', '.join((*needed, *optional))}"
-        )
+        raise ValueError(f"rope_scaling of rope_type={kind} {problem}; its fields are {', '.join((*needed, *optional))}")
     for field in sorted(given - {"truncate"}):
         value = scaling[field]
         absent = field in optional and value in (None, 0)
@@ -148,15 +146,17 @@ class RotaryEmbedding(nn.Module):
         else:
             self._build(device, dtype)
 
-    def tables(self, start: int, length: int, positions_BT: Tensor | None) -> tuple[Tensor, Tensor]:
-        """cos, sin of shape (1 or B, T, 1, F): of positions_BT where given, else of start..start+length-1."""
+    def tables(self, start: int, length: int, positions_BT: Tensor | None, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """cos, sin of shape (1 or B, T, 1, F): of positions_BT where given, else of start..start+length-1.
+
+        end: one above the largest of positions_BT, if a bound is known without looking (positions.py). Raises ValueError for
+        positions that the model does not have.
+        """
         if positions_BT is not None:
+            check_positions(positions_BT, end, self.max_seq_len)
             return self.cos_SF[positions_BT].unsqueeze(2), self.sin_SF[positions_BT].unsqueeze(2)
         if start + length > self.max_seq_len:
-            raise ValueError(
-                f"position {start + length - 1} is beyond the {self.max_seq_len} positions of this model; "
-                f"raise model.max_seq_len"
-            )
+            raise beyond(start + length - 1, self.max_seq_len)
         rows = slice(start, start + length)
         return self.cos_SF[rows][None, :, None], self.sin_SF[rows][None, :, None]
 

@@ -6,7 +6,8 @@ pairs (dimension p is paired with p + C), L latent width, B batch, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from modeling.attention.rope import rope_frequencies, rotate
 class GroupedLayer:
     """GQA whose keys are rotated over all K dimensions with frequencies_F: theta^(-2i/K), or scaled ones.
 
+    factor: of cosine and sine (YaRN's), so that logits have its square. The weights are the module's own, without it.
     Queries, keys and values all have biases or none has.
     """
 
@@ -28,10 +30,17 @@ class GroupedLayer:
     o_DHV: Tensor
     theta: float
     frequencies_F: Tensor
+    factor: float = 1.0
     q_bias_HK: Tensor | None = None
     k_bias_GK: Tensor | None = None
     v_bias_GV: Tensor | None = None
     o_bias_D: Tensor | None = None
+
+    def with_plain_rotation(self) -> GroupedLayer:
+        """The same function with the factor's square in the queries: stored frequencies bring none."""
+        both = self.factor**2
+        bias = None if self.q_bias_HK is None else both * self.q_bias_HK
+        return replace(self, q_HKD=both * self.q_HKD, q_bias_HK=bias, factor=1.0)
 
 
 @dataclass(frozen=True)
@@ -63,33 +72,37 @@ class LatentLayer:
         """Per token: L + P."""
         return self.kv_down_LD.shape[0] + self.k_rope_PD.shape[0]
 
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths of the latents that the class norms apart: the halves where keys and values have one each, else L."""
+        L = self.kv_down_LD.shape[0]
+        return (L // 2, L // 2) if self.keys is not None and 2 * self.keys == L else (L,)
+
 
 def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
-    """The weights of a module, YaRN's factor of cosine and sine in its queries.
+    """The weights of a module.
 
     Raises ValueError where no stage is exact: QK-norm, keys that are not rotated throughout.
     """
     if attention.q_norm is not None:
         raise ValueError(
-            "qk_norm=true normalises keys after their projection, which no latent that is cached before it can take over: "
-            "convert a model with qk_norm=false"
+            "qk_norm=true normalises keys after their projection, so that projections cannot be joined, pooled or compressed "
+            "in their place: convert a model with qk_norm=false"
         )
     if attention.positions != "rope" or attention.rope is None:
-        raise ValueError(
-            f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts"
-        )
+        raise ValueError(f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts")
     H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
     q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     biased, rope = q.bias is not None, attention.rope
-    factor = rope.factor**2  # both sides of a logit have it
     return GroupedLayer(
-        q_HKD=factor * q.weight.detach().unflatten(0, (H, K)),
+        q_HKD=q.weight.detach().unflatten(0, (H, K)),
         k_GKD=k.weight.detach().unflatten(0, (G, K)),
         v_GVD=v.weight.detach().unflatten(0, (G, V)),
         o_DHV=o.weight.detach().unflatten(1, (H, V)),
         theta=rope.theta,
         frequencies_F=rope.frequencies_F.to(q.weight.device),
-        q_bias_HK=factor * q.bias.detach().view(H, K) if biased else None,
+        factor=rope.factor,
+        q_bias_HK=q.bias.detach().view(H, K) if biased else None,
         k_bias_GK=k.bias.detach().view(G, K) if biased else None,
         v_bias_GV=v.bias.detach().view(G, V) if biased else None,
         o_bias_D=None if o.bias is None else o.bias.detach(),
@@ -97,7 +110,7 @@ def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
 
 
 def grouped_state(layer: GroupedLayer) -> dict[str, Tensor]:
-    """The state dict of a GroupedQueryAttention."""
+    """The state dict of a GroupedQueryAttention with the rotation that the layer was taken from."""
     state = {
         "q_proj.weight": layer.q_HKD.flatten(0, 1),
         "k_proj.weight": layer.k_GKD.flatten(0, 1),
@@ -109,14 +122,14 @@ def grouped_state(layer: GroupedLayer) -> dict[str, Tensor]:
 
 
 def latent_state(
-    layer: LatentLayer, *, norm_gain: float | None = None, stored: bool = False
+    layer: LatentLayer, *, norm_gains: Sequence[float] | None = None, stored: bool = False
 ) -> tuple[dict[str, int | str], dict[str, Tensor]]:
     """(options, state dict) of a MultiheadLatentAttention with positions=decoupled.
 
-    Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). norm_gain: of an RMSNorm on the
-    latent, the same for each dimension; None: no norm, as exactness wants. A latent whose keys and values are apart and
-    equally wide becomes kv_latent=split. stored: the frequencies are stored even where they could be computed. The class
-    refuses latents wider than x: low_rank to D loses nothing.
+    Queries are multiplied by sqrt((K + P)/K), for that class divides logits by sqrt(K + P). norm_gains: of an RMSNorm on the
+    latent, or on each of its two halves, the same for each dimension of it; None: no norm, as exactness wants. A latent whose
+    keys and values are apart and equally wide becomes kv_latent=split (LatentLayer.parts). stored: the frequencies are stored
+    even where they could be computed. The class refuses latents wider than x: low_rank to D loses nothing.
     Raises ValueError for a latent of no width.
     """
     H, K, _ = layer.q_HKD.shape
@@ -124,8 +137,7 @@ def latent_state(
     P = layer.k_rope_PD.shape[0]
     if L < 1:
         raise ValueError("the latent is 0 wide")
-    split = layer.keys is not None and 2 * layer.keys == L
-    share = L // 2 if split else L
+    split, share = len(layer.parts) == 2, layer.parts[0]
     scale = ((K + P) / K) ** 0.5
     rope_up_HPK = layer.rope_up_GPK.repeat_interleave(H // G, dim=0)
     state = {
@@ -144,15 +156,22 @@ def latent_state(
         state["kv_down_proj.bias"] = layer.kv_down_LD.new_zeros(L)
         state["k_rope_proj.bias"] = _or_zeros(layer.k_rope_bias_P, layer.k_rope_PD)
         state["o_proj.bias"] = _or_zeros(layer.o_bias_D, layer.o_DHV)
-    if norm_gain is not None:
-        for part in range(2 if split else 1):
-            state[f"latent_norms.{part}.weight"] = layer.kv_down_LD.new_full((share,), norm_gain)
+    if norm_gains is not None:
+        for part, (width, gain) in enumerate(zip(layer.parts, norm_gains, strict=True)):
+            state[f"latent_norms.{part}.weight"] = layer.kv_down_LD.new_full((width,), gain)
     options: dict[str, int | str] = {
-        "n_kv_heads": G, "kv_lora_rank": L, "qk_nope_head_dim": K, "qk_rope_head_dim": P, "v_head_dim": V,
-        "positions": "decoupled", "latent": "learned", "kv_latent": "split" if split else "joint",
-        "latent_norm": "none" if norm_gain is None else "rms", "projection_bias": "all" if biased else "model",
+        "n_kv_heads": G,
+        "kv_lora_rank": L,
+        "qk_nope_head_dim": K,
+        "qk_rope_head_dim": P,
+        "v_head_dim": V,
+        "positions": "decoupled",
+        "latent": "learned",
+        "kv_latent": "split" if split else "joint",
+        "latent_norm": "none" if norm_gains is None else "rms",
+        "projection_bias": "all" if biased else "model",
         **_rotation(layer.frequencies_C, P, layer.theta, state, stored=stored),
-    }  # fmt: skip
+    }
     return options, state
 
 
@@ -178,6 +197,7 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
     the same cache, a larger family to train on. Where keys and values are together wider than x, the latent is x itself,
     and narrower. Raises ValueError for biases in that case: no latent bias gives all of them.
     """
+    layer = layer.with_plain_rotation()
     _, K, D = layer.q_HKD.shape
     G, V, _ = layer.v_GVD.shape
     kv_ED = torch.cat((layer.k_GKD.flatten(0, 1), layer.v_GVD.flatten(0, 1)))
@@ -201,11 +221,18 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
         state["kv_down_proj.bias"] = torch.cat((layer.k_bias_GK.flatten(), layer.v_bias_GV.flatten()))
         state["o_proj.bias"] = _or_zeros(layer.o_bias_D, layer.o_DHV)
     options: dict[str, int | str] = {
-        "n_kv_heads": G, "kv_lora_rank": down_LD.shape[0], "qk_nope_head_dim": K, "qk_rope_head_dim": 0, "v_head_dim": V,
-        "positions": "rope_after_up", "latent": "learned", "kv_latent": "joint", "latent_norm": "none",
+        "n_kv_heads": G,
+        "kv_lora_rank": down_LD.shape[0],
+        "qk_nope_head_dim": K,
+        "qk_rope_head_dim": 0,
+        "v_head_dim": V,
+        "positions": "rope_after_up",
+        "latent": "learned",
+        "kv_latent": "joint",
+        "latent_norm": "none",
         "projection_bias": "model" if layer.q_bias_HK is None else "all",
         **_rotation(layer.frequencies_F, K, layer.theta, state),
-    }  # fmt: skip
+    }
     return options, state
 
 

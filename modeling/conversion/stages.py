@@ -43,7 +43,7 @@ def gqa_mean(layer: GroupedLayer, n_kv_heads: int) -> GroupedLayer:
     """Fewer key/value heads, each the mean of its neighbours. Exact only where these were equal."""
     G = layer.k_GKD.shape[0]
     if n_kv_heads < 1 or G % n_kv_heads:
-        raise ValueError(f"{G} key/value heads do not pool into {n_kv_heads}; choose a divisor of {G}")
+        raise ValueError(f"{G} key/value heads do not pool into n_kv_heads={n_kv_heads}; choose a divisor of {G}")
 
     def pooled(heads: Tensor | None) -> Tensor | None:
         return None if heads is None else heads.unflatten(0, (n_kv_heads, G // n_kv_heads)).mean(dim=1)
@@ -54,11 +54,27 @@ def gqa_mean(layer: GroupedLayer, n_kv_heads: int) -> GroupedLayer:
     return replace(layer, k_GKD=k_GKD, v_GVD=v_GVD, k_bias_GK=k_bias_GK, v_bias_GV=v_bias_GV)
 
 
+def pools_equal_heads(layer: GroupedLayer, pooled: GroupedLayer) -> bool:
+    """Whether each head of `layer` is, up to rounding, the mean that gqa_mean made of it and its neighbours."""
+    pairs = (
+        (layer.k_GKD, pooled.k_GKD),
+        (layer.v_GVD, pooled.v_GVD),
+        (layer.k_bias_GK, pooled.k_bias_GK),
+        (layer.v_bias_GV, pooled.v_bias_GV),
+    )
+    return all(
+        torch.allclose(mean.repeat_interleave(len(heads) // len(mean), dim=0), heads, rtol=1e-12, atol=0.0)
+        for heads, mean in pairs
+        if heads is not None and mean is not None
+    )
+
+
 def merge(layer: GroupedLayer) -> LatentLayer:
     """All heads' keys as one rotated key, frequency by frequency, and all values as one latent. Exact.
 
     Pair l * G + g is frequency l of head g. Values' biases go to the output's, for weights sum to 1.
     """
+    layer = layer.with_plain_rotation()
     G, K, D = layer.k_GKD.shape
     V, F = layer.v_GVD.shape[1], K // 2
     place_GK = torch.arange(G * K).view(2, F, G).permute(2, 0, 1).reshape(G, K)
@@ -110,7 +126,7 @@ def rotate_heads(layer: LatentLayer, moments: Moments, *, fold: int = 1) -> Late
     if layer.keys != 0 or layer.k_rope_PD.shape[0] != G * K or layer.fold:
         raise ValueError("rotate_heads takes a merged layer that has not been turned: all keys rotated, head by head")
     if fold < 1 or K // 2 % fold:
-        raise ValueError(f"fold={fold} does not divide the {K // 2} frequencies of a head")
+        raise ValueError(f"fold={fold} does not divide the {K // 2} frequencies of a head: choose a divisor")
     k_PE = _with_bias(layer)
     width = G * fold
     k_2MWE = k_PE.view(2, -1, width, k_PE.shape[1])
@@ -119,9 +135,7 @@ def rotate_heads(layer: LatentLayer, moments: Moments, *, fold: int = 1) -> Late
     turn_MWW = torch.linalg.eigh(energy_MWW).eigenvectors.flip(-1).mT.to(layer.q_HKD.dtype)
 
     def turned(rows_PX: Tensor) -> Tensor:
-        return torch.einsum("mwu,zmux->zmwx", turn_MWW, rows_PX.reshape(2, -1, width, rows_PX.shape[1])).reshape(
-            rows_PX.shape
-        )
+        return torch.einsum("mwu,zmux->zmwx", turn_MWW, rows_PX.reshape(2, -1, width, rows_PX.shape[1])).reshape(rows_PX.shape)
 
     bias = layer.k_rope_bias_P
     return replace(
@@ -166,9 +180,7 @@ def keep_strongest_pairs(layer: LatentLayer, moments: Moments, width: int) -> La
     if width < 2 or width % 2 or width > K:
         raise ValueError(f"a rotated width of {width} a head must be even and at most head_dim={K}")
     if layer.keys != 0 or layer.k_rope_PD.shape[0] != G * K or layer.fold:
-        raise ValueError(
-            "keep_strongest_pairs takes a merged layer that has not been turned: all keys rotated, head by head"
-        )
+        raise ValueError("keep_strongest_pairs takes a merged layer that has not been turned: all keys rotated, head by head")
     bias_HK = layer.q_HKD.new_zeros(H, K) if layer.q_bias_HK is None else layer.q_bias_HK
     q_HKE = torch.cat((layer.q_HKD, bias_HK.unsqueeze(2)), dim=2).double()
     second_EE, k_PE = moments.second_EE.to(q_HKE.device), _with_bias(layer)
@@ -181,9 +193,14 @@ def keep_strongest_pairs(layer: LatentLayer, moments: Moments, width: int) -> La
 
 
 def low_rank(
-    layer: LatentLayer, moments: Moments, rank: int, *, balance: bool = True, split: bool = False,
+    layer: LatentLayer,
+    moments: Moments,
+    rank: int,
+    *,
+    balance: bool = True,
+    split: bool = False,
     held_out: Moments | None = None,
-) -> tuple[LatentLayer, float, float | None]:  # fmt: skip
+) -> tuple[LatentLayer, float, float | None]:
     """(layer with a latent of `rank`, share of energy kept on the moments given, the same on held-out ones).
 
     Joint principal components of keys and values, uncentred; balance scales keys first so that both have the same energy
@@ -198,9 +215,9 @@ def low_rank(
     widest = 2 * min(layer.keys, L - layer.keys, D) if split else min(L, D)
     if not 1 <= rank <= widest or (split and rank % 2):
         even = ", even" if split else ""
-        raise ValueError(f"rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {widest}{even}")
+        raise ValueError(f"kv_lora_rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {widest}{even}")
     if moments.tokens is not None and moments.tokens < 4 * rank:
-        raise ValueError(f"{moments.tokens} calibration tokens are too few for rank={rank}: take at least {4 * rank}")
+        raise ValueError(f"{moments.tokens} calibration tokens are too few for kv_lora_rank={rank}: take at least {4 * rank}")
     down_LD = layer.kv_down_LD.double()
 
     def energy(of: Moments) -> Tensor:
@@ -235,12 +252,15 @@ def low_rank(
     return compressed, kept(energy_LL), None if held_out is None else kept(energy(held_out))
 
 
-def latent_size(layer: LatentLayer, moments: Moments) -> float:
-    """Root mean square of a latent's elements over the moments: the gain of an RMSNorm that changes it least."""
-    D = layer.kv_down_LD.shape[1]
-    second_DD = moments.second_EE.to(layer.kv_down_LD.device)[:D, :D]
-    energy = torch.einsum("ld,de,le->", layer.kv_down_LD.double(), second_DD, layer.kv_down_LD.double())
-    return float(energy / len(layer.kv_down_LD)) ** 0.5
+def latent_sizes(layer: LatentLayer, moments: Moments) -> tuple[float, ...]:
+    """Root mean square over the moments of the elements of each part of a latent: the gains that an RMSNorm changes least by.
+
+    A norm divides each half of a split latent by its own size, so each needs its own back.
+    """
+    down_LD = layer.kv_down_LD.double()
+    second_DD = moments.second_EE.to(down_LD.device)[: down_LD.shape[1], : down_LD.shape[1]]
+    power_L = torch.einsum("ld,de,le->l", down_LD, second_DD, down_LD)
+    return tuple(float(part.mean()) ** 0.5 for part in power_L.split(layer.parts))
 
 
 def _principal(energy_LL: Tensor, rank: int) -> Tensor:

@@ -74,33 +74,38 @@ def attend(
 
 
 def _reference(
-    q_BTHK: Tensor,
-    k_BSGK: Tensor,
-    v_BSGV: Tensor,
-    scale: float,
-    causal: bool,
-    mask_BTS: Tensor | None,
-    dropout: float,
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, causal: bool, mask_BTS: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """The equation as it stands; logits and softmax in float32 at least."""
+    """The equation as it stands, in float32 at least, rounded once: the output."""
     heads_per_group = q_BTHK.shape[2] // k_BSGK.shape[2]
-    k_BHSK = k_BSGK.repeat_interleave(heads_per_group, dim=2).transpose(1, 2)
-    v_BHSV = v_BSGV.repeat_interleave(heads_per_group, dim=2).transpose(1, 2)
-    logits_BHTS = q_BTHK.transpose(1, 2) @ k_BHSK.transpose(-1, -2)
-    logits_BHTS = scale * logits_BHTS.to(torch.promote_types(logits_BHTS.dtype, torch.float32))
-    if causal:
-        T = logits_BHTS.shape[-1]
-        mask_BTS = torch.ones(1, T, T, dtype=torch.bool, device=logits_BHTS.device).tril()
-    if mask_BTS is not None:
-        logits_BHTS = logits_BHTS.masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
-    weights_BHTS = F.dropout(logits_BHTS.softmax(dim=-1), dropout)
-    return (weights_BHTS.to(v_BHSV.dtype) @ v_BHSV).transpose(1, 2), weights_BHTS
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    q_BHTK, k_BHSK, v_BHSV = (
+        x.repeat_interleave(repeats, dim=2).transpose(1, 2).to(dtype)
+        for x, repeats in ((q_BTHK, 1), (k_BSGK, heads_per_group), (v_BSGV, heads_per_group))
+    )
+    with torch.autocast(q_BTHK.device.type, enabled=False):  # which would round the operands again
+        logits_BHTS = scale * (q_BHTK @ k_BHSK.transpose(-1, -2))
+        if causal:
+            T = logits_BHTS.shape[-1]
+            mask_BTS = torch.ones(1, T, T, dtype=torch.bool, device=logits_BHTS.device).tril()
+        if mask_BTS is not None:
+            logits_BHTS = logits_BHTS.masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
+        weights_BHTS = F.dropout(logits_BHTS.softmax(dim=-1), dropout)
+        out_BHTV = weights_BHTS @ v_BHSV
+    return out_BHTV.transpose(1, 2).to(v_BSGV.dtype), weights_BHTS
 
 
 def choose_backend(
-    requested: str, *, n_heads: int, n_kv_heads: int, qk_width: int, v_width: int, dropout: float,
-    device: torch.device, dtype: torch.dtype,
-) -> str:  # fmt: skip
+    requested: str,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    qk_width: int,
+    v_width: int,
+    dropout: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
     """The concrete backend that `requested` ("auto" or a name) means for these shapes, found by running it once.
 
     "auto" tries the fused kernels in the order in which they were fastest for training (docs/PERFORMANCE.md) and ends
@@ -122,9 +127,15 @@ def choose_backend(
 
 
 def _runs(
-    backend: str, n_heads: int, n_kv_heads: int, qk_width: int, v_width: int, dropout: float,
-    device: torch.device, dtype: torch.dtype,
-) -> bool:  # fmt: skip
+    backend: str,
+    n_heads: int,
+    n_kv_heads: int,
+    qk_width: int,
+    v_width: int,
+    dropout: float,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
     """Does a small forward and backward pass go through this kernel?"""
     T = 128
     q = torch.zeros(1, T, n_heads, qk_width, device=device, dtype=dtype, requires_grad=True)

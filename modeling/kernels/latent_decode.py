@@ -47,9 +47,14 @@ def latent_decode(
     assert kernel == "torch", kernel
     mask_B1S = torch.arange(latent_BSL.shape[1], device=lengths_B.device) < lengths_B[:, None, None]
     out_B1HL, _ = latent_attend(
-        q_latent_BHL.unsqueeze(1), None if q_rope_BHP is None else q_rope_BHP.unsqueeze(1), latent_BSL, k_rope_BSP,
-        latent_BSL, scale=scale, mask_BTS=mask_B1S,
-    )  # fmt: skip
+        q_latent_BHL.unsqueeze(1),
+        None if q_rope_BHP is None else q_rope_BHP.unsqueeze(1),
+        latent_BSL,
+        k_rope_BSP,
+        latent_BSL,
+        scale=scale,
+        mask_BTS=mask_B1S,
+    )
     return out_B1HL.squeeze(1)
 
 
@@ -112,9 +117,7 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
     if kind != "cuda" and not interpreted:
-        raise ValueError(
-            f"attention.kernel=triton needs a CUDA device and this one is {kind}; take attention.kernel=torch"
-        )
+        raise ValueError(f"attention.kernel=triton needs a CUDA device and this one is {kind}; take attention.kernel=torch")
 
 
 def check_widths(kv_lora_rank: int, qk_rope_head_dim: int) -> None:

@@ -92,14 +92,11 @@ def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, mult
 
 @functools.lru_cache(maxsize=4096)
 def choose_plan(
-    *, batch_size: int, slots: int, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, multiprocessors: int,
-    has_wgmma: bool,
-) -> Plan:  # fmt: skip
+    *, batch_size: int, slots: int, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, multiprocessors: int, has_wgmma: bool
+) -> Plan:
     """Tile and number of splits, from shapes and the device's size alone."""
     tile = choose_tile(n_heads=n_heads, kv_lora_rank=kv_lora_rank, dtype=dtype, has_wgmma=has_wgmma)
-    splits = choose_splits(
-        batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors
-    )
+    splits = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors)
     return Plan(tile, splits)
 
 
@@ -124,12 +121,34 @@ def _load_rows(rows, columns, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["slots", "splits"])
 def attend_kernel(
-    q_latent, q_rope, latent, k_rope, lengths, out, lse, scale_log2, slots, splits,
-    q_latent_stride_b, q_latent_stride_h, q_rope_stride_b, q_rope_stride_h,
-    latent_stride_b, latent_stride_s, k_rope_stride_b, k_rope_stride_s,
-    HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, PADDED_RANK: tl.constexpr, PADDED_ROPE: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr, ONE_SPLIT: tl.constexpr,
-):  # fmt: skip
+    q_latent,
+    q_rope,
+    latent,
+    k_rope,
+    lengths,
+    out,
+    lse,
+    scale_log2,
+    slots,
+    splits,
+    q_latent_stride_b,
+    q_latent_stride_h,
+    q_rope_stride_b,
+    q_rope_stride_h,
+    latent_stride_b,
+    latent_stride_s,
+    k_rope_stride_b,
+    k_rope_stride_s,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    PADDED_ROPE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
+    ONE_SPLIT: tl.constexpr,
+):
     # Head blocks that read the same slots run side by side and share them in L2.
     block = tl.program_id(0)
     split = tl.program_id(1)
@@ -146,13 +165,15 @@ def attend_kernel(
     is_head = heads[:, None] < HEADS
     q = tl.load(
         q_latent + row * q_latent_stride_b + heads[:, None] * q_latent_stride_h + columns[None, :],
-        mask=is_head & (columns[None, :] < RANK), other=0.0,
-    )  # fmt: skip
+        mask=is_head & (columns[None, :] < RANK),
+        other=0.0,
+    )
     if ROPE > 0:
         qr = tl.load(
             q_rope + row * q_rope_stride_b + heads[:, None] * q_rope_stride_h + rope_columns[None, :],
-            mask=is_head & (rope_columns[None, :] < ROPE), other=0.0,
-        )  # fmt: skip
+            mask=is_head & (rope_columns[None, :] < ROPE),
+            other=0.0,
+        )
 
     latent += row * latent_stride_b
     k_rope += row * k_rope_stride_b
@@ -180,9 +201,10 @@ def attend_kernel(
     out_rows = row * HEADS + heads
     if ONE_SPLIT:
         tl.store(
-            out + out_rows[:, None] * RANK + columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty),
+            out + out_rows[:, None] * RANK + columns[None, :],
+            (weighted / total[:, None]).to(out.dtype.element_ty),
             mask=is_head & (columns[None, :] < RANK),
-        )  # fmt: skip
+        )
     else:
         out_rows = out_rows * splits + split
         # A range beyond the row's length leaves -inf (not 0/0) and no sum: `join_kernel` passes over it.
@@ -190,9 +212,10 @@ def attend_kernel(
         filled_heads = tl.where(start < end, HEADS, 0)
         tl.store(lse + out_rows, largest + tl.log2(total), mask=heads < HEADS)
         tl.store(
-            out + out_rows[:, None] * RANK + columns[None, :], weighted / total[:, None],
+            out + out_rows[:, None] * RANK + columns[None, :],
+            weighted / total[:, None],
             mask=(heads[:, None] < filled_heads) & (columns[None, :] < RANK),
-        )  # fmt: skip
+        )
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -214,8 +237,9 @@ def join_kernel(
         weights = tl.exp2(each - new_largest)
         sums = tl.load(
             partial + numbers[:, None] * RANK + columns[None, :],
-            mask=(each > float("-inf"))[:, None] & (columns[None, :] < RANK), other=0.0,
-        )  # fmt: skip
+            mask=(each > float("-inf"))[:, None] & (columns[None, :] < RANK),
+            other=0.0,
+        )
         total = total * shrink + tl.sum(weights, 0)
         weighted = weighted * shrink + tl.sum(weights[:, None] * sums, 0)
         largest = new_largest
@@ -223,9 +247,15 @@ def join_kernel(
 
 
 def launch(
-    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
-    *, scale: float, plan: Plan,
-) -> Tensor:  # fmt: skip
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    plan: Plan,
+) -> Tensor:
     """Run the kernel by this plan; returns out_BHL. Every plan gives the same result up to rounding."""
     B, H, L = q_latent_BHL.shape
     P = 0 if q_rope_BHP is None else q_rope_BHP.shape[-1]
@@ -244,13 +274,29 @@ def launch(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
         attend_kernel[(triton.cdiv(H, tile.heads), splits, B)](
-            q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B.contiguous(), partial_BHNL, lse_BHN,
-            scale * math.log2(math.e), latent_BSL.shape[1], splits,
-            q_latent_BHL.stride(0), q_latent_BHL.stride(1), q_rope_BHP.stride(0), q_rope_BHP.stride(1),
-            latent_BSL.stride(0), latent_BSL.stride(1), k_rope_BSP.stride(0), k_rope_BSP.stride(1),
+            q_latent_BHL,
+            q_rope_BHP,
+            latent_BSL,
+            k_rope_BSP,
+            lengths_B.contiguous(),
+            partial_BHNL,
+            lse_BHN,
+            scale * math.log2(math.e),
+            latent_BSL.shape[1],
+            splits,
+            q_latent_BHL.stride(0),
+            q_latent_BHL.stride(1),
+            q_rope_BHP.stride(0),
+            q_rope_BHP.stride(1),
+            latent_BSL.stride(0),
+            latent_BSL.stride(1),
+            k_rope_BSP.stride(0),
+            k_rope_BSP.stride(1),
             **attend_constants(n_heads=H, kv_lora_rank=L, qk_rope_head_dim=P, plan=plan),
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-        )  # fmt: skip
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.registers,
+        )
         if splits > 1:
             constants = join_constants(n_heads=H, kv_lora_rank=L)
             grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
@@ -275,12 +321,7 @@ def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, 
 
 def join_constants(*, n_heads: int, kv_lora_rank: int) -> dict[str, int]:
     """What `join_kernel` is compiled for: 16 partial sums of 128 columns at a time."""
-    return {
-        "HEADS": n_heads,
-        "RANK": kv_lora_rank,
-        "BLOCK_N": 16,
-        "BLOCK_L": min(128, triton.next_power_of_2(kv_lora_rank)),
-    }
+    return {"HEADS": n_heads, "RANK": kv_lora_rank, "BLOCK_N": 16, "BLOCK_L": min(128, triton.next_power_of_2(kv_lora_rank))}
 
 
 def _with_whole_rows(q: Tensor) -> Tensor:
@@ -293,16 +334,25 @@ def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
     S = latent_BSL.shape[1]
     multiprocessors, has_wgmma = _size_of(q_latent_BHL.device)
     plan = choose_plan(
-        batch_size=B, slots=-(-S // SLOTS_ROUNDED_TO) * SLOTS_ROUNDED_TO, n_heads=H, kv_lora_rank=L,
-        dtype=q_latent_BHL.dtype, multiprocessors=multiprocessors, has_wgmma=has_wgmma,
-    )  # fmt: skip
+        batch_size=B,
+        slots=-(-S // SLOTS_ROUNDED_TO) * SLOTS_ROUNDED_TO,
+        n_heads=H,
+        kv_lora_rank=L,
+        dtype=q_latent_BHL.dtype,
+        multiprocessors=multiprocessors,
+        has_wgmma=has_wgmma,
+    )
     return Plan(plan.tile, min(plan.splits, -(-S // plan.tile.slots)))
 
 
 def _launch_by_plan(
-    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     plan = plan_for(q_latent_BHL, latent_BSL)
     return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, plan=plan)
 
@@ -313,16 +363,24 @@ _operator = torch.library.custom_op("latent_decode::triton", _launch_by_plan, mu
 
 @_operator.register_fake
 def _(
-    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return q_latent_BHL.new_empty(q_latent_BHL.shape)
 
 
 def latent_decode_triton(
-    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths_B: Tensor,
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
     scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """As `latent_decode`. Raises ValueError for widths, dtypes and gradients that the kernel does not have."""
     tensors = [x for x in (q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP) if x is not None]
     dtype = latent_BSL.dtype

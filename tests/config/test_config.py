@@ -1,4 +1,4 @@
-"""harness/config.py: what composes, what is refused and how it is said, what a run is and how it is called."""
+"""harness/config: what composes, what is refused and how it is said, what a run is and how it is called."""
 
 from __future__ import annotations
 
@@ -17,34 +17,27 @@ import pytest
 import torch
 import yaml
 
-from harness import config as configuration
-from harness.build import build_model
-from harness.command_line import parse_options
-from harness.config import (
-    CONFIGS,
-    EXECUTION_FIELDS,
-    LATER_FIELDS,
-    ROOT,
-    SEED_FIELDS,
+from harness.config import compose as configuration
+from harness.config.build import build_layer, build_model
+from harness.config.checks import CACHE_DTYPES, train_config
+from harness.config.compose import (
     compose,
     default_name,
     derive,
-    differences,
-    flat,
-    identity,
     implied,
     load_eval_config,
-    load_run_config,
     load_train_config,
     options_of,
     quoted,
-    save_run_config,
-    setup_hash,
-    train_config,
-    typed,
 )
+from harness.config.identity import EXECUTION_FIELDS, LATER_FIELDS, SEED_FIELDS, differences, flat, identity, setup_hash
+from harness.config.places import CONFIGS, ROOT
+from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
+from harness.config.schema import EXTRAS, BudgetConfig, TrainConfig
+from harness.config.typed import typed
+from harness.entry.cli import parse_options
 from harness.errors import UserError
-from harness.schema import BudgetConfig, TrainConfig
+from harness.evaluation.probes import probe
 from tests.support.projects import copy_project
 
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
@@ -109,9 +102,7 @@ def test_an_experiment_begins_with_its_command_time_and_result(file: Path) -> No
 def test_an_experiment_gets_every_value_that_it_sets_and_the_command_line_has_the_last_word(file: Path) -> None:
     written = yaml.safe_load(file.read_text())
     config = flat(compose("train", [f"experiment={file.stem}"]))
-    chosen = {
-        key.removeprefix("override /"): value for entry in written.pop("defaults") for key, value in entry.items()
-    }
+    chosen = {key.removeprefix("override /"): value for entry in written.pop("defaults") for key, value in entry.items()}
     assert {group: config[f"{group}.name"] for group in chosen} == chosen
     assert {path: config[path] for path in flat(written)} == flat(written)
     last = compose("train", [f"experiment={file.stem}", "dataset=stdlib", "intervals.evaluate=7", "budget.tokens=99"])
@@ -147,10 +138,10 @@ def test_the_model_owns_the_sizes_and_the_variants_follow() -> None:
 REFUSED = {
     "attention=mlaa": "attention=mlaa does not exist; did you mean mla?",
     "attention=flash": "attention=flash does not exist; choose from "
-                       "gqa, mha, mha_decoupled, mha_learned, "
+    "gqa, mha, mha_decoupled, mha_learned, "
     "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
     "attention=null": "attention=null does not exist; choose from "
-                      "gqa, mha, mha_decoupled, mha_learned, "
+    "gqa, mha, mha_decoupled, mha_learned, "
     "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
     "model=tyny": "model=tyny does not exist; did you mean tiny?",
     "model={a:1}": "model={'a': 1} does not exist; choose from deepseek_v2_lite, deepseek_v3, gpt2, medium, mini, small, tiny",
@@ -162,24 +153,28 @@ REFUSED = {
     "path=x": "path is not a field of the configuration; did you mean dataset.path or tokenizer.path?",
     "budget.epochs=3": "budget.epochs is not a field of the configuration; budget has steps, tokens",
     "seed.x=3": "seed.x is not a field of the configuration; seed is a single value",
-    "quantum=3": "quantum is not a field of the configuration; --cfg job shows all that there are",
+    "quantum=3": "quantum is not a field of the configuration; python train_model.py --help shows all that there are",
     "attention=mla attention.kv_rank=8": "attention.kv_rank is not a field of the configuration; "
-                                         "did you mean attention.kv_lora_rank?",
+    "did you mean attention.kv_lora_rank?",
     "attention=mla attention.mechanism=gqa": "attention.q_lora_rank is not a field of the configuration; choose from "
-        "backend, decode, dropout, head_dim, kernel, mechanism, n_kv_heads, name, positions, "
-        "projection_bias, qk_norm, qk_rope_head_dim, rope_scaling, rope_theta, v_head_dim",
+    "backend, decode, dropout, head_dim, kernel, mechanism, n_kv_heads, name, positions, "
+    "projection_bias, qk_norm, qk_rope_head_dim, rope_scaling, rope_theta, v_head_dim",
     "mla": "mla is not of the form key=value; did you mean attention=mla?",
     "=3": "=3 is not of the form key=value; name a field and its value",
-    "+new=1": "+new=1: fields are neither added nor deleted; write new=value",
-    "++seed=1": "++seed=1: fields are neither added nor deleted; write seed=value",
+    "+new=1": "new is not a field of the configuration; python train_model.py --help shows all that there are",
+    "~new": "new is not a field of the configuration; python train_model.py --help shows all that there are",
+    "++seed=1": "++seed=1: fields are neither added nor deleted; write seed=1",
     "~seed": "~seed: fields are neither added nor deleted; write seed=value",
+    "~tracking": "~tracking: fields are neither added nor deleted; write tracking=none",
+    "+experiment=mqar": "+experiment=mqar: fields are neither added nor deleted; write experiment=mqar",
+    "~model": "~model: fields are neither added nor deleted; write model=NAME",
+    "--seed=1": "--seed=1: options are written without dashes; write seed=1",
     "attention=mha,mla": "attention=mha,mla is a list of choices; add -m to run them all",
     "hydra.run.dir=x": "hydra.run.dir=x: Hydra's own settings are fixed here; leave it out",
     "seed=one": "seed=one must be a whole number",
     "seed=1.5": "seed=1.5 must be a whole number",
     "seed=-1": "seed=-1 is too small; choose 0 or more",
-    "seed=9223372036854775808": "seed=9223372036854775808 is too large for torch's generator; "
-                                "choose a seed below 2^63",
+    "seed=9223372036854775808": "seed=9223372036854775808 is too large for torch's generator; choose a seed below 2^63",
     "model.d_model=null": "model.d_model=null must be a whole number",
     "model.d_model=[1,2]": "model.d_model=[1, 2] must be a whole number",
     "attention=gqa model.n_heads=many": "model.n_heads=many must be a whole number",
@@ -197,7 +192,6 @@ REFUSED = {
     "precision=fp16": "precision=fp16 is unknown; choose from auto, bfloat16, float32",
     "compile=true": "compile=true is unknown; choose from auto, off, on",
     "cache.dtype=int4": "cache.dtype=int4 is unknown; did you mean int8?",
-    "optimizer.name=sgd": "optimizer.name=sgd is unknown; choose from adamw, muon",
     "schedule.name=linear": "schedule.name=linear is unknown; choose from cosine, wsd",
     "parallel=tensor": "parallel=tensor does not exist; choose from ddp, fsdp",
     "parallel.name=fsdp2": "parallel.name=fsdp2 is unknown; did you mean fsdp?",
@@ -216,14 +210,13 @@ REFUSED = {
     "model.dropout=1": "model.dropout=1.0 must be at least 0 and below 1",
     "attention.dropout=-0.1": "attention.dropout=-0.1 must be at least 0 and below 1",
     "model.causal=false": "model.causal=false cannot be trained to predict the next token, which every position would "
-                          "then see; build the GPT from modeling/ for other objectives",
+    "then see; build the GPT from modeling/ for other objectives",
     "name=a/b": "name=a/b must be one plain folder name: letters, digits and . _ = , + - only",
     "name=.hidden": "name=.hidden must be one plain folder name: letters, digits and . _ = , + - only",
-    "model.d_model=${nowhere}": "model.d_model: Interpolation key 'nowhere' not found; "
-                                "write a value, or the path of a field",
+    "model.d_model=${nowhere}": "model.d_model: Interpolation key 'nowhere' not found; write a value, or the path of a field",
     "attention.n_kv_heads=${derive:'n_heads/2'}": "derive:'n_heads/2' may use d_model, n_layers, n_heads, head_dim, "
-                                                  "integers, + - * // min max, nothing else",
-}  # fmt: skip
+    "integers, + - * // min max, nothing else",
+}
 
 
 def split(line: str) -> list[str]:
@@ -246,8 +239,9 @@ def as_shown(node: ast.AST) -> str:
 
 def test_every_refusal_in_the_file_is_one_sentence() -> None:
     """What the table above cannot reach (a broken YAML of one's own, say) is at least no paragraph."""
-    tree = ast.parse((ROOT / "harness" / "config.py").read_text())
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
+    trees = [ast.parse(file.read_text()) for file in (ROOT / "harness" / "config").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "UserError"]
     texts = [text for call in calls if (text := as_shown(call.args[0]))]
     assert len(texts) > 20
     assert not [text for text in texts if "\n" in text or ". " in text.replace(". _", "") or text.endswith(".")]
@@ -256,9 +250,8 @@ def test_every_refusal_in_the_file_is_one_sentence() -> None:
 REFUSED_IN_EVAL = {
     "split=tset": "split=tset is unknown; did you mean test?",
     "splt=test": "splt is not a field of the configuration; did you mean split?",
-    "attention=mla": "attention=mla: attention is the run's own here; only single fields such as attention.backend "
-                     "can be set",
-    "model=tiny": "model is not a field of the configuration; --cfg job shows all that there are",
+    "attention=mla": "attention=mla: attention is the run's own here; only single fields such as attention.backend can be set",
+    "model=tiny": "model is not a field of the configuration; python eval_model.py --help shows all that there are",
     "device=tpu": "device=tpu is unknown; did you mean cpu?",
     "cache.dtype=q4": "cache.dtype=q4 is unknown; choose from bfloat16, float16, float32, fp8, int8",
     "cache.window=0": "cache.window=0 sees nothing; choose 1 or more, or null for the whole context",
@@ -271,7 +264,7 @@ REFUSED_IN_EVAL = {
     "extras_max_tokens=0": "extras_max_tokens=0 is too small; choose 1 or more",
     "per_document=maybe": "per_document=maybe must be true or false",
     "dataset=stdlibb": "dataset=stdlibb does not exist; did you mean stdlib?",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("line", REFUSED_IN_EVAL)
@@ -312,15 +305,33 @@ SIZES = {"d_model": 128, "n_layers": 4, "n_heads": 6, "head_dim": 32}
 
 @pytest.mark.parametrize(
     ("expression", "value"),
-    [("7", 7), ("n_heads", 6), ("d_model - 2 * head_dim", 64), ("(n_heads + 1) // 2", 3), ("max(2, n_heads // 4)", 2),
-     ("min(4 * head_dim, d_model // 2, 65)", 64), ("max(1)", 1), ("-(-7 // 2)", None), ("2 ** 3", None),
-     ("d_model / 2", None), ("vocab_size", None), ("1.5", None), ("'x'", None), ("True", None), ("abs(2)", None),
-     ("max()", None), ("max(1, key=2)", None), ("__import__('os')", None), ("d_model.real", None), ("[1][0]", None),
-     ("d_model // 0", None), ("d_model //", None), ("", None)],
-)  # fmt: skip
-def test_derive_does_integer_arithmetic_on_the_models_sizes_and_nothing_else(
-    expression: str, value: int | None
-) -> None:
+    [
+        ("7", 7),
+        ("n_heads", 6),
+        ("d_model - 2 * head_dim", 64),
+        ("(n_heads + 1) // 2", 3),
+        ("max(2, n_heads // 4)", 2),
+        ("min(4 * head_dim, d_model // 2, 65)", 64),
+        ("max(1)", 1),
+        ("-(-7 // 2)", None),
+        ("2 ** 3", None),
+        ("d_model / 2", None),
+        ("vocab_size", None),
+        ("1.5", None),
+        ("'x'", None),
+        ("True", None),
+        ("abs(2)", None),
+        ("max()", None),
+        ("max(1, key=2)", None),
+        ("__import__('os')", None),
+        ("d_model.real", None),
+        ("[1][0]", None),
+        ("d_model // 0", None),
+        ("d_model //", None),
+        ("", None),
+    ],
+)
+def test_derive_does_integer_arithmetic_on_the_models_sizes_and_nothing_else(expression: str, value: int | None) -> None:
     if value is not None:
         assert derive(expression, SIZES) == value
         return
@@ -334,10 +345,21 @@ def test_derive_does_integer_arithmetic_on_the_models_sizes_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("kind", "value", "result"),
-    [(int, 3, 3), (int, 2e6, 2_000_000), (float, 3, 3.0), (str, 3, "3"), (str, True, "true"), (str, 0.5, "0.5"),
-     (bool, False, False), (int | None, None, None), (int | None, 3, 3), (list[float], (1, 2.5), [1.0, 2.5]),
-     (dict[str, str], {1: "a"}, {"1": "a"}), (BudgetConfig, {"steps": 3}, BudgetConfig(steps=3))],
-)  # fmt: skip
+    [
+        (int, 3, 3),
+        (int, 2e6, 2_000_000),
+        (float, 3, 3.0),
+        (str, 3, "3"),
+        (str, True, "true"),
+        (str, 0.5, "0.5"),
+        (bool, False, False),
+        (int | None, None, None),
+        (int | None, 3, 3),
+        (list[float], (1, 2.5), [1.0, 2.5]),
+        (dict[str, str], {1: "a"}, {"1": "a"}),
+        (BudgetConfig, {"steps": 3}, BudgetConfig(steps=3)),
+    ],
+)
 def test_typed_takes_what_means_the_same(kind: Any, value: Any, result: Any) -> None:
     taken = typed(kind, value, "field")
     assert taken == result and type(taken) is type(result)
@@ -345,10 +367,27 @@ def test_typed_takes_what_means_the_same(kind: Any, value: Any, result: Any) -> 
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [(int, True), (int, 2.5), (int, "3"), (int, None), (float, True), (float, "x"), (float, float("inf")), (str, None),
-     (str, [1]), (bool, 1), (bool, "true"), (list[int], 3), (list[int], "ab"), (list[int], [1, "a"]), (dict[str, int], []),
-     (BudgetConfig, 3), (BudgetConfig, {"stepz": 3}), (int | None, "x")],
-)  # fmt: skip
+    [
+        (int, True),
+        (int, 2.5),
+        (int, "3"),
+        (int, None),
+        (float, True),
+        (float, "x"),
+        (float, float("inf")),
+        (str, None),
+        (str, [1]),
+        (bool, 1),
+        (bool, "true"),
+        (list[int], 3),
+        (list[int], "ab"),
+        (list[int], [1, "a"]),
+        (dict[str, int], []),
+        (BudgetConfig, 3),
+        (BudgetConfig, {"stepz": 3}),
+        (int | None, "x"),
+    ],
+)
 def test_typed_refuses_what_does_not(kind: Any, value: Any) -> None:
     with pytest.raises(UserError, match=r"^field"):
         typed(kind, value, "field")
@@ -358,14 +397,12 @@ def test_the_cache_dtypes_of_the_command_line_are_those_of_the_cache() -> None:
     """Written twice, so that an evaluation's mistakes are found without importing torch."""
     from modeling.attention.cache import DTYPES
 
-    assert tuple(DTYPES) == configuration.CACHE_DTYPES
+    assert tuple(DTYPES) == CACHE_DTYPES
 
 
 def test_the_extras_of_the_command_line_are_those_that_can_be_measured_and_all_of_them_by_default() -> None:
-    from harness.evaluation.extras import EXTRAS, ROWS, WHY_NOT
-
-    assert set(configuration.EXTRAS) == EXTRAS.keys() == ROWS.keys() == WHY_NOT.keys()
-    assert load_eval_config([]).extras == list(configuration.EXTRAS)
+    assert all(probe(name).why_not for name in EXTRAS)
+    assert load_eval_config([]).extras == list(EXTRAS)
     assert load_eval_config(["extras=[]", "extras_max_tokens=7"]).extras == []
 
 
@@ -380,15 +417,31 @@ def test_a_missing_field_is_named() -> None:
 
 # Another value for every field. Fields that are checked against each other change together.
 ANOTHER: dict[str, Any] = {
-    "attention.rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention.projection_bias": "all",
+    "attention.rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "attention.projection_bias": "all",
     "attention.rope_frequencies": "stored",
-    "device": "cpu", "precision": "float32", "compile": "off", "cache.dtype": "float32", "model.mlp": "relu2",
-    "attention.mechanism": None, "attention.backend": "reference", "attention.kernel": "triton", "optimizer.name": "muon",
-    "schedule.name": "wsd", "tokenizer.name": "bytes", "tracking.name": "none", "parallel.name": "fsdp",
-    "model.causal": None, "micro_batch_size": 1,
-    "dataset.source": "stdlib", "dataset.sha256": {"a": "b"}, "attention.q_lora_rank": 16,
-    "on_nonfinite": "skip", "spikes.sigma": 6.0,
-}  # fmt: skip
+    "device": "cpu",
+    "precision": "float32",
+    "compile": "off",
+    "capture": "off",
+    "cache.dtype": "float32",
+    "model.mlp": "relu2",
+    "attention.mechanism": None,
+    "attention.backend": "reference",
+    "attention.kernel": "triton",
+    "optimizer.name": "muon",
+    "schedule.name": "wsd",
+    "tokenizer.name": "bytes",
+    "tracking.name": "none",
+    "parallel.name": "fsdp",
+    "model.causal": None,
+    "micro_batch_size": 1,
+    "dataset.source": "stdlib",
+    "dataset.sha256": {"a": "b"},
+    "attention.q_lora_rank": 16,
+    "on_nonfinite": "skip",
+    "spikes.sigma": 6.0,
+}
 # Numbers that are absent (null) by default.
 NUMBERS = ("max_tokens", "micro_batch_size", "muon_lr", "muon_momentum", "decay_fraction", "vocab_size")
 
@@ -449,15 +502,23 @@ def test_what_a_synthetic_corpus_is_made_of_is_part_of_its_own_runs_alone() -> N
 def test_differences_name_the_field_and_both_values() -> None:
     mine, theirs = train("attention=mla", "seed=1"), train("attention=mla", "model.n_layers=2")
     assert differences(mine, theirs) == [
-        "data_seed is 0 there and 1 here", "model.n_layers is 2 there and 4 here", "seed is 0 there and 1 here",
-    ]  # fmt: skip
+        "data_seed is 0 there and 1 here",
+        "model.n_layers is 2 there and 4 here",
+        "seed is 0 there and 1 here",
+    ]
     assert "attention.kv_lora_rank is absent there and 64 here" in differences(mine, train("attention=mha"))
 
 
 def test_seeds_of_one_setup_share_a_hash_and_everything_else_changes_it() -> None:
     plain = train("attention=mla")
-    for same in (["seed=1"], ["seed=1", "data_seed=5"], ["device=cpu"], ["tracking=none"], ["attention.backend=sdpa"],
-                 ["parallel=fsdp", "parallel.mixed_precision=true"]):  # fmt: skip
+    for same in (
+        ["seed=1"],
+        ["seed=1", "data_seed=5"],
+        ["device=cpu"],
+        ["tracking=none"],
+        ["attention.backend=sdpa"],
+        ["parallel=fsdp", "parallel.mixed_precision=true"],
+    ):
         assert setup_hash(train("attention=mla", *same)) == setup_hash(plain), same
     for other in (["attention.kv_lora_rank=16"], ["optimizer.lr=0.1"], ["dataset=stdlib"], ["budget.steps=3"]):
         assert setup_hash(train("attention=mla", *other)) != setup_hash(plain), other
@@ -473,8 +534,7 @@ def test_fields_that_came_later_leave_the_hash_of_older_setups_alone_until_they_
     for field in ("projection_bias", "rope_scaling", "rope_frequencies"):
         del older["attention"][field]
     assert train_config(older) == plain  # a run's config.yaml of before
-    leaves = {path: value for path, value in identity(plain).items()
-              if path not in (*SEED_FIELDS, *LATER_FIELDS, "init_from")}  # fmt: skip
+    leaves = {path: value for path, value in identity(plain).items() if path not in (*SEED_FIELDS, *LATER_FIELDS, "init_from")}
     assert setup_hash(plain) == hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
     for path, value in LATER_FIELDS.items():
         assert flat(older | dataclasses.asdict(plain))[path] == value
@@ -494,6 +554,28 @@ def test_fields_that_came_later_leave_the_hash_of_older_setups_alone_until_they_
 )
 def test_what_guards_a_run_is_checked_at_the_door(override: str, sentence: str) -> None:
     assert refusal(override) == sentence
+
+
+YARN = "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:16}"
+DEEPSEEKS_YARN = f"{YARN[:-1]},mscale:1.0,mscale_all_dim:1.0}}"
+
+
+@pytest.mark.parametrize("control", ["mha_wide", "mha_decoupled"])
+def test_a_control_of_mla_is_not_trained_at_another_softmax_scale_than_mla(control: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"attention={control}: rope_scaling.mscale_all_dim=1.0 is DeepSeek's and scales"):
+        load_train_config([f"attention={control}", DEEPSEEKS_YARN])
+    config, latent = (load_train_config([f"attention={name}", YARN]) for name in (control, "mla"))
+    controls, mla = (build_layer(each) for each in (config, latent))
+    assert controls.scale == pytest.approx(mla.scale) == pytest.approx(mla.qk_width**-0.5)
+    for name in ("mla", "gqa"):  # what stock models of both kinds mean by it
+        assert load_train_config([f"attention={name}", DEEPSEEKS_YARN]).attention["rope_scaling"]["mscale_all_dim"] == 1.0
+    older = dataclasses.replace(
+        config,
+        attention=config.attention
+        | {"rope_scaling": load_train_config(["attention=gqa", DEEPSEEKS_YARN]).attention["rope_scaling"]},
+    )
+    save_run_config(older, tmp_path)
+    assert load_run_config(tmp_path) == older
 
 
 # --- what a run is called --------------------------------------------------------------------------------------------
@@ -531,17 +613,24 @@ def test_the_default_name_carries_what_differs(line: str, name: str) -> None:
 
 
 def test_a_long_name_is_cut_and_stays_unique_and_keeps_the_seed() -> None:
-    lines = [[f"attention.{knob}={value}" for knob, value in
-              (("kv_lora_rank", rank), ("qk_nope_head_dim", 30), ("qk_rope_head_dim", 8), ("v_head_dim", 20),
-               ("latent_scale", "true"), ("fused_down_projections", "true"))] for rank in (20, 22)]  # fmt: skip
+    lines = [
+        [
+            f"attention.{knob}={value}"
+            for knob, value in (
+                ("kv_lora_rank", rank),
+                ("qk_nope_head_dim", 30),
+                ("qk_rope_head_dim", 8),
+                ("v_head_dim", 20),
+                ("latent_scale", "true"),
+                ("fused_down_projections", "true"),
+            )
+        ]
+        for rank in (20, 22)
+    ]
     names = [load_train_config(["attention=mla", *line, "seed=7"]).name for line in lines]
     assert len(set(names)) == 2
     for name in names:
-        assert (
-            len(name) < 100
-            and name.endswith("-seed7")
-            and "-tiny-mla-fused_down_projections=true-kv_lora_rank=2" in name
-        )
+        assert len(name) < 100 and name.endswith("-seed7") and "-tiny-mla-fused_down_projections=true-kv_lora_rank=2" in name
 
 
 def test_a_name_of_ones_own_is_taken_as_it_is() -> None:
@@ -556,8 +645,28 @@ def test_the_name_and_the_configuration_do_not_depend_on_the_order_of_fields() -
 
 # --- text that needs no quotes ---------------------------------------------------------------------------------------
 
-TEXTS = ["a, b", "a b", "a=b", "f(x)", "[1, 2]", "{a: b}", "it's", 'say "so"', "${model.d_model}", "back\\slash", "#1 %2 @3",
-         "a:b", "~/x", "*.txt", "réef 海", "true", "3", "'half", "-m", "trailing\\"]  # fmt: skip
+TEXTS = [
+    "a, b",
+    "a b",
+    "a=b",
+    "f(x)",
+    "[1, 2]",
+    "{a: b}",
+    "it's",
+    'say "so"',
+    "${model.d_model}",
+    "back\\slash",
+    "#1 %2 @3",
+    "a:b",
+    "~/x",
+    "*.txt",
+    "réef 海",
+    "true",
+    "3",
+    "'half",
+    "-m",
+    "trailing\\",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -608,8 +717,10 @@ def test_a_local_corpus_is_known_by_its_whole_path_and_so_are_all_paths(monkeypa
 
 
 def test_equal_names_of_local_corpora_in_two_places_make_two_names_of_runs() -> None:
-    names = {load_train_config(["dataset=local", f"dataset.path={path}"]).name for path in
-             ("/a/texts", "/b/texts", "/a/*.md", "/a/*.txt")}  # fmt: skip
+    names = {
+        load_train_config(["dataset=local", f"dataset.path={path}"]).name
+        for path in ("/a/texts", "/b/texts", "/a/*.md", "/a/*.txt")
+    }
     assert len(names) == 4
 
 
@@ -621,7 +732,7 @@ def test_the_order_of_overrides_does_not_change_the_name() -> None:
 def test_every_field_of_free_text_exists_where_it_is_read() -> None:
     fields = {path for schema in configuration.SCHEMAS.values() for path in configuration._schema_paths(schema)}
     of_scripts = {"prompt", "path", "runs", "to", "source", "out"}
-    assert set(configuration.FREE_TEXT) <= fields | of_scripts
+    assert set(FREE_TEXT) <= fields | of_scripts
 
 
 # --- a choice of this machine ----------------------------------------------------------------------------------------
@@ -635,7 +746,7 @@ def test_the_local_choice_is_the_default_and_the_command_line_and_experiments_ov
     (project / "configs" / "local" / "default.yaml").write_text(LOCAL)
     lines = [[], ["dataset=tinystories"], ["experiment=books_tiny"], ["experiment=books_tiny", "dataset=wikitext2"]]
     code = (
-        "import json, sys; from harness.config import load_train_config; "
+        "import json, sys; from harness.config.compose import load_train_config; "
         "print(json.dumps([load_train_config(line).dataset.name for line in json.loads(sys.argv[1])]))"
     )
     command = [sys.executable, "-c", code, json.dumps(lines)]
@@ -646,3 +757,11 @@ def test_the_local_choice_is_the_default_and_the_command_line_and_experiments_ov
 def test_default_name_is_the_loaders() -> None:
     config = train("attention=mla")
     assert default_name(config, ["dataset=wikitext2", "attention=mla"]) == "wikitext2-tiny-mla-seed0"
+
+
+def test_a_number_of_thousands_of_digits_is_refused_wherever_it_stands() -> None:
+    default = dataclasses.asdict(load_train_config(["attention=mla"]))
+    for group in (key for key, value in default.items() if isinstance(value, dict)):
+        for field in default[group]:
+            with pytest.raises(UserError, match="a number of thousands of digits"):
+                train_config(default | {group: default[group] | {field: 10**5000}})

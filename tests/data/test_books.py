@@ -12,9 +12,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from harness.config.schema import DatasetConfig
 from harness.data import HubUnreachable, PreparedData, books, prepare
 from harness.errors import UserError
-from harness.schema import DatasetConfig
 from tests.support.corpora import BYTES, documents_of, text
 from tests.support.file_server import FileServer
 
@@ -81,9 +81,7 @@ def folder_texts() -> dict[str, list[str]]:
 
 def test_a_book_is_cleaned_as_the_manifest_says() -> None:
     assert books.clean(b"# T\r\n-------\r\n\r\n body\r\nof it \r\n\r\n") == "body\nof it\n"
-    assert (
-        books.clean(b"no header\n" + b"x" * 700 + b"\n-------\nrest") == "no header\n" + "x" * 700 + "\n-------\nrest\n"
-    )
+    assert books.clean(b"no header\n" + b"x" * 700 + b"\n-------\nrest") == "no header\n" + "x" * 700 + "\n-------\nrest\n"
     assert books.clean(b"caf\xe9 -- --\n") == "caf\ufffd -- --\n"
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import check
-from harness.schema import DatasetConfig, TokenizerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATASETS = sorted((CONFIGS / "dataset").glob("*.yaml"))
@@ -37,6 +37,14 @@ def test_a_tokenizer_is_a_valid_choice_and_has_the_name_of_its_file(file: Path) 
 
 def test_all_datasets_of_the_readme_are_there() -> None:
     assert [file.stem for file in DATASETS] == [
-        "classic_books", "fineweb_edu", "local", "mqar", "passkey", "stdlib", "tinystories", "wikitext103", "wikitext2",
-    ]  # fmt: skip
+        "classic_books",
+        "fineweb_edu",
+        "local",
+        "mqar",
+        "passkey",
+        "stdlib",
+        "tinystories",
+        "wikitext103",
+        "wikitext2",
+    ]
     assert [file.stem for file in TOKENIZERS] == ["bpe", "bytes", "pretrained"]

@@ -17,15 +17,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import Tokenizer, open_prepared
 from harness.data.hub import articles, hub_source
-from harness.schema import DatasetConfig, TokenizerConfig
 from tests.support.corpora import BYTES, documents_of, local, text
 from tests.support.hub_server import REVISION, HubServer
 from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
 
-STORIES = {split: [text(seed, 200) for seed in range(first, first + count)]
-           for split, first, count in (("train", 0, 1400), ("validation", 5000, 20), ("test", 6000, 20))}  # fmt: skip
+STORIES = {
+    split: [text(seed, 200) for seed in range(first, first + count)]
+    for split, first, count in (("train", 0, 1400), ("validation", 5000, 20), ("test", 6000, 20))
+}
 README = """---
 configs:
 - config_name: stories
@@ -47,8 +49,12 @@ configs:
 def write_repository(folder: Path) -> dict[str, str]:
     """A dataset in parquet files, the training split in two; returns file -> SHA-256."""
     (folder / "stories").mkdir(parents=True)
-    shards = {"train-00000-of-00002": STORIES["train"][:1200], "train-00001-of-00002": STORIES["train"][1200:],
-              "validation-00000-of-00001": STORIES["validation"], "test-00000-of-00001": STORIES["test"]}  # fmt: skip
+    shards = {
+        "train-00000-of-00002": STORIES["train"][:1200],
+        "train-00001-of-00002": STORIES["train"][1200:],
+        "validation-00000-of-00001": STORIES["validation"],
+        "test-00000-of-00001": STORIES["test"],
+    }
     for name, texts in shards.items():
         table = pyarrow.table({"text": texts, "id": list(range(len(texts)))})
         pyarrow.parquet.write_table(table, folder / f"stories/{name}.parquet", row_group_size=100)
@@ -117,9 +123,7 @@ def folders(tmp_path: Path) -> list[Path]:
     return [path for path in tmp_path.glob("data/*") if path.is_dir()]
 
 
-def test_a_download_that_breaks_off_and_is_refused_comes_whole(
-    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
-) -> None:
+def test_a_download_that_breaks_off_and_is_refused_comes_whole(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
     hub.cut, hub.unavailable = 1, 1
     check_stories(prepared(hub, pinned, tmp_path))
     # Found again without asking anyone, and without the libraries.
@@ -249,9 +253,7 @@ def test_offline_without_a_cache_is_said_at_once(hub: HubServer, pinned: Dataset
     assert not hub.requests
 
 
-def test_a_folder_with_the_repositorys_files_needs_no_hub(
-    hub: HubServer, pinned: DatasetConfig, tmp_path: Path
-) -> None:
+def test_a_folder_with_the_repositorys_files_needs_no_hub(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
     hub.silent = True
     folder = tmp_path / "hub/datasets/someone/stories"
     check_stories(prepared(hub, dataclasses.replace(pinned, path=str(folder)), tmp_path))
@@ -272,7 +274,7 @@ import sys
 
 from harness.data.hub import hub_source
 from harness.errors import UserError
-from harness.schema import DatasetConfig
+from harness.config.schema import DatasetConfig
 
 dataset = DatasetConfig(**{dataclasses.asdict(dataset)!r})
 print([document.split for document in hub_source(dataset, for_training=False).documents()].count("test"))
@@ -285,14 +287,27 @@ sys.stdout.flush()
 os._exit(0)
 """
     child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert child.stdout.splitlines() == [
-        "20", "someone/stories has no train split, but test: choose another hub_config"
-    ]  # fmt: skip
+    assert child.stdout.splitlines() == ["20", "someone/stories has no train split, but test: choose another hub_config"]
 
 
 def test_wikitext_lines_are_joined_into_articles_and_nothing_is_lost() -> None:
-    rows = ["", " = First = \n", "", " Text of it . \n", "", " = = Section = = \n", "", " More . \n", "",
-            " = Second ( film ) = \n", "", " A formula : \n", " = 1 rad / s = \n", " and so on . \n", ""]  # fmt: skip
+    rows = [
+        "",
+        " = First = \n",
+        "",
+        " Text of it . \n",
+        "",
+        " = = Section = = \n",
+        "",
+        " More . \n",
+        "",
+        " = Second ( film ) = \n",
+        "",
+        " A formula : \n",
+        " = 1 rad / s = \n",
+        " and so on . \n",
+        "",
+    ]
     first, second = articles(rows)
     assert first == " \n = First = \n \n Text of it . \n \n = = Section = = \n \n More . \n \n"
     assert second == " = Second ( film ) = \n \n A formula : \n = 1 rad / s = \n and so on . \n \n"

@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from harness.config.schema import TokenizerConfig
 from harness.data import PreparedData, prepare
 from harness.errors import UserError
-from harness.schema import TokenizerConfig
 from tests.support.corpora import BPE, BYTES, documents_of, folder_of_texts, local, text
 
 SPLITS = ["train", "validation", "test"]
@@ -64,7 +64,12 @@ def test_files_named_for_splits_make_the_splits(tmp_path: Path, capsys: pytest.C
     (folder / "README.md").write_text("about this data")
     data = prepared(tmp_path, folder)
     assert [documents_of(data, split) for split in SPLITS] == [["t0", "t1", "t2"], ["v0"], ["e0", "e1"]]
-    assert "left out, since their names say no split: README.md\n" in capsys.readouterr().err
+    (folder / "more.md").write_text("of no split")
+    assert documents_of(prepared(tmp_path, folder), "train") == ["t0", "t1", "t2"]
+    assert capsys.readouterr().err.splitlines() == [
+        "local: 4 files read, 1 left out: README.md (it describes the others)",
+        "local: 4 files read, 2 left out: more.md (its name says no split, others' do); README.md (it describes the others)",
+    ]
 
 
 def test_folders_named_for_splits_make_the_splits(tmp_path: Path) -> None:
@@ -218,7 +223,7 @@ def test_a_text_cut_off_within_a_character_is_named(tmp_path: Path) -> None:
         ('{"text": "a"}\n["b"]\n', "a.jsonl:2 is not a JSON object"),
         ('{"content": "a", "id": 1}\n', r"no text in 'text' \(its fields: content, id\): set dataset.text_column"),
         ('{"text": 5}\n', "no text in 'text'"),
-        ('{"text": "half \\ud800 pair"}\n', "half of a surrogate pair"),
+        ('{"text": "half \\ud800 pair"}\n', r"a.jsonl:1 holds half of a surrogate pair, which is no text: correct it"),
         ("", "a.jsonl holds no text: name a file or a folder that does"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import json
 import os
@@ -17,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import PreparedData, Tokenizer, open_prepared, prepare, verify_prepared
 from harness.data.prepared import DamagedError
 from harness.errors import UserError
-from harness.schema import DatasetConfig, TokenizerConfig
 from tests.support.corpora import BPE, BYTES, documents_of, folder_of_texts, local, text
 from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
 
@@ -39,9 +40,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
-def test_every_document_comes_back_from_its_tokens(
-    tmp_path: Path, texts: dict[str, str], tokenizer: TokenizerConfig
-) -> None:
+def test_every_document_comes_back_from_its_tokens(tmp_path: Path, texts: dict[str, str], tokenizer: TokenizerConfig) -> None:
     data = prepared(tmp_path, tokenizer)
     assert list(data.splits) == ["train", "validation", "test"]
     back = [document for split in data.splits for document in documents_of(data, split)]
@@ -92,9 +91,21 @@ def test_a_vocabulary_above_65536_takes_32_bits(tmp_path: Path, texts: dict[str,
     vocabulary = {"[UNK]": 0, "</s>": 70_000, "sea": 69_999}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
     file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-        "model": model}))  # fmt: skip
+    file.write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": {"type": "Whitespace"},
+                "post_processor": None,
+                "decoder": None,
+                "model": model,
+            }
+        )
+    )
     data = prepared(tmp_path, TokenizerConfig(name="pretrained", path=str(file)))
     assert data.splits["train"].tokens.dtype == np.uint32
     assert data.vocab_size == 70_001
@@ -206,9 +217,7 @@ def test_a_tokenizer_file_replaces_the_configured_tokenizer(tmp_path: Path, text
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_an_evaluation_needs_no_training_split_and_training_does(
-    tmp_path: Path, texts: dict[str, str], split: str
-) -> None:
+def test_an_evaluation_needs_no_training_split_and_training_does(tmp_path: Path, texts: dict[str, str], split: str) -> None:
     trained = prepared(tmp_path, BPE)
     file = tmp_path / "another" / f"{split}.txt"
     file.parent.mkdir()
@@ -234,9 +243,7 @@ def test_training_refuses_what_an_evaluation_prepared_from_a_blank_training_file
     for name, content in (("train", " \n"), ("validation", "the sea"), ("test", "a ship")):
         (tmp_path / f"texts/{name}.txt").write_text(content)
     dataset = local(tmp_path / "texts")
-    assert list(prepare(dataset, BYTES, tmp_path / "data", for_training=False, progress=False).splits) == [
-        "validation", "test"
-    ]  # fmt: skip
+    assert list(prepare(dataset, BYTES, tmp_path / "data", for_training=False, progress=False).splits) == ["validation", "test"]
     with pytest.raises(UserError, match="has no text to train on"):
         prepared(tmp_path, BYTES)
 
@@ -245,9 +252,13 @@ def test_an_evaluation_finds_the_folder_that_training_prepared(tmp_path: Path, t
     for tokenizer in (BYTES, BPE):
         trained = prepared(tmp_path, tokenizer)
         again = prepare(
-            local(tmp_path / "texts"), tokenizer, tmp_path / "data", tokenizer_file=trained.tokenizer_file,
-            for_training=False, progress=False,
-        )  # fmt: skip
+            local(tmp_path / "texts"),
+            tokenizer,
+            tmp_path / "data",
+            tokenizer_file=trained.tokenizer_file,
+            for_training=False,
+            progress=False,
+        )
         assert again.folder == trained.folder
     assert len([path for path in (tmp_path / "data").iterdir() if path.is_dir()]) == 2
 
@@ -347,9 +358,7 @@ REFUSED = r"data_dir=.* cannot be written \(.+\): choose another folder"
 
 
 def test_a_data_dir_that_takes_no_files_is_refused_in_one_sentence(tmp_path: Path, texts: dict[str, str]) -> None:
-    closed = Path(
-        "/sys"
-    )  # takes files from nobody, the superuser included, who may write wherever permissions forbid it
+    closed = Path("/sys")  # takes files from nobody, the superuser included, who may write wherever permissions forbid it
     if os.geteuid() != 0:
         closed = tmp_path / "closed"
         closed.mkdir(mode=0o555)
@@ -395,7 +404,7 @@ def start_slowly(tmp_path: Path) -> subprocess.Popen[str]:
     code = f"""{SLOW_SOURCE}
 from pathlib import Path
 from harness.data import prepare
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.config.schema import DatasetConfig, TokenizerConfig
 prepare(DatasetConfig(name="local", source="local", path={str(tmp_path / "texts")!r}), TokenizerConfig(name="bytes"),
         Path({str(tmp_path / "data")!r}), progress=False)
 """
@@ -415,6 +424,21 @@ def test_a_half_written_dataset_is_never_used(tmp_path: Path, texts: dict[str, s
     data = prepared(tmp_path)
     assert sorted(d for split in data.splits for d in documents_of(data, split)) == sorted(texts.values())
     assert [path for path in (tmp_path / "data").iterdir() if path.is_dir()] == [data.folder]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_a_disk_that_takes_no_more_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, texts: dict[str, str], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", refused)
+        with pytest.raises(UserError, match=rf"data cannot be written \({os.strerror(number)}\): make room"):
+            prepared(tmp_path)
+    assert [path for path in (tmp_path / "data").iterdir() if path.is_dir()] == []
+    prepared(tmp_path)
 
 
 def test_two_processes_that_prepare_the_same_data_get_the_same_folder(tmp_path: Path, texts: dict[str, str]) -> None:
@@ -475,7 +499,7 @@ def peak_above_the_imports(source: Path, tokenizer: TokenizerConfig, data_dir: P
 import numpy, tokenizers, tqdm
 from pathlib import Path
 from harness.data import prepare
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.config.schema import DatasetConfig, TokenizerConfig
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
@@ -532,6 +556,18 @@ def test_a_large_corpus_and_a_line_of_100_megabytes_are_prepared_below_a_ceiling
     shutil.rmtree(tmp_path / "data")
     (tmp_path / "line.txt").write_text(" ".join(["sea ship whale storm"] * 5_000_000))
     assert peak_above_the_imports(tmp_path / "line.txt", tokenizer, tmp_path / "data") < 150
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_document_more_takes_48_bytes_of_memory_at_most(tmp_path: Path) -> None:
+    peaks = []
+    for documents in (300_000, 1_000_000):
+        lines = "".join(f'{{"text": "d{number}"}}\n' for number in range(documents))
+        (tmp_path / f"{documents}.jsonl").write_text(lines)
+        peaks.append(1e6 * peak_above_the_imports(tmp_path / f"{documents}.jsonl", BYTES, tmp_path / "data"))
+    assert (peaks[1] - peaks[0]) / 700_000 < 48
 
 
 @pytest.mark.parametrize(

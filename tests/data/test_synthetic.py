@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 import yaml
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import prepare
 from harness.data.sources import check
 from harness.data.synthetic import CUE, FILLER, KEY_DIGITS, KEYS, VALUES, split_sizes, synthetic_source
 from harness.errors import UserError
-from harness.evaluation import recall
-from harness.schema import DatasetConfig, TokenizerConfig
 from tests.support.corpora import BYTES, documents_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "dataset"
-SHIPPED = {
-    name: DatasetConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) for name in ("mqar", "passkey")
-}
+SHIPPED = {name: DatasetConfig(**yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())) for name in ("mqar", "passkey")}
 
 
 def small(name: str, **changes: object) -> DatasetConfig:
@@ -118,10 +115,7 @@ def test_the_same_settings_give_the_same_documents_and_another_seed_gives_others
 
 def test_these_are_the_documents_that_they_were() -> None:
     """Runs of one configuration were trained on the same text, whatever the version of the libraries."""
-    assert (
-        by_split(small("mqar", synthetic_tokens=32, synthetic_pairs=[4]))["test"][0]
-        == "X|A=s%s%X|X|X|s%s%s%A=e)X|s%X|\n"
-    )
+    assert by_split(small("mqar", synthetic_tokens=32, synthetic_pairs=[4]))["test"][0] == "X|A=s%s%X|X|X|s%s%s%A=e)X|s%X|\n"
     assert (
         by_split(small("passkey", synthetic_tokens=100))["test"][0]
         == "e and back again. The pass key is:68829. The grass is green. The sky is blue. The pass key is:68829"
@@ -134,14 +128,10 @@ def test_validation_and_test_come_first_so_that_a_cap_on_training_leaves_them_al
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_prepared_corpus_has_documents_as_long_as_asked_for_and_its_text_comes_back(
-    name: str, tmp_path: Path
-) -> None:
+def test_a_prepared_corpus_has_documents_as_long_as_asked_for_and_its_text_comes_back(name: str, tmp_path: Path) -> None:
     dataset = small(name, synthetic_documents=200, synthetic_tokens=128, synthetic_pairs=[4, 8], max_tokens=12_800)
     prepared = prepare(dataset, BYTES, tmp_path, progress=False)
-    assert {split: data.n_documents for split, data in prepared.splits.items()} == {
-        "train": 100, "validation": 4, "test": 4
-    }  # fmt: skip
+    assert {split: data.n_documents for split, data in prepared.splits.items()} == {"train": 100, "validation": 4, "test": 4}
     for split, data in prepared.splits.items():
         assert (data.document_starts[1:] - data.document_starts[:-1] == 128).all()
         assert documents_of(prepared, split) == by_split(dataset)[split][: data.n_documents]
@@ -182,9 +172,7 @@ def test_what_cannot_be_made_is_refused_with_the_numbers() -> None:
 
 
 def test_a_task_with_too_few_documents_says_so_instead_of_drawing_for_ever() -> None:
-    dataset = small(
-        "mqar", synthetic_documents=60_000, validation_fraction=0.9, synthetic_pairs=[1], synthetic_tokens=6
-    )  # fmt: skip
+    dataset = small("mqar", synthetic_documents=60_000, validation_fraction=0.9, synthetic_pairs=[1], synthetic_tokens=6)
     with pytest.raises(UserError, match=r"hardly a document that validation and test .* do not hold: lower"):
         all_texts(dataset)
 
@@ -192,7 +180,3 @@ def test_a_task_with_too_few_documents_says_so_instead_of_drawing_for_ever() -> 
 def test_a_path_that_is_no_prepared_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no prepared folder, which is all that mqar can use"):
         prepare(small("mqar", path=str(tmp_path)), BYTES, tmp_path, progress=False)
-
-
-def test_the_evaluation_reads_the_documents_that_are_written_here() -> None:
-    assert (recall.CUE, recall.KEY_DIGITS) == (CUE, KEY_DIGITS)

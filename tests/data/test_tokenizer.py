@@ -14,17 +14,7 @@ from harness.errors import UserError
 from tests.support.corpora import text
 
 TEXTS = [text(seed) for seed in range(40)]
-STRANGE = [
-    "",
-    " ",
-    "\n\n\r\n\t",
-    "\x00\x1c",
-    "naïve 海 😀",
-    f"a {END_OF_TEXT} b",
-    "x" * 500,
-    "'s 's  's",
-    "\ufffd\u3000",
-]
+STRANGE = ["", " ", "\n\n\r\n\t", "\x00\x1c", "naïve 海 😀", f"a {END_OF_TEXT} b", "x" * 500, "'s 's  's", "\ufffd\u3000"]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +57,7 @@ def test_cutting_a_document_into_pieces_changes_no_token(bpe: Tokenizer, monkeyp
     choice = random.Random(0)
     compared = 0
     for _ in range(100):
-        string = "".join(
-            choice.choice(["ab", "é", " ", "  ", "\n", ".", "9", "'s", " the sea ", "海"]) for _ in range(300)
-        )
+        string = "".join(choice.choice(["ab", "é", " ", "  ", "\n", ".", "9", "'s", " the sea ", "海"]) for _ in range(300))
         string += text(choice.randrange(100), 200)
         whole = bpe.encode_batch([string])[0]
         monkeypatch.setattr(bpe, "_piece", choice.choice([40, 200]))
@@ -102,8 +90,14 @@ def pretrained(folder: Path, **changes: object) -> Path:
     specification = {
         "version": "1.0",
         "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-        "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                    "pad_type_id": 0, "pad_token": "[UNK]"},
+        "padding": {
+            "strategy": {"Fixed": 8},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[UNK]",
+        },
         "added_tokens": [{"id": 3, "content": "[BOS]", **added}],
         "normalizer": None,
         "pre_tokenizer": {"type": "Whitespace"},
@@ -111,7 +105,7 @@ def pretrained(folder: Path, **changes: object) -> Path:
         "decoder": None,
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
         **changes,
-    }  # fmt: skip
+    }
     folder.mkdir(exist_ok=True)
     (folder / "tokenizer.json").write_text(json.dumps(specification))
     return folder
@@ -142,3 +136,15 @@ def test_a_file_that_is_no_tokenizer_is_named_in_one_sentence(tmp_path: Path, co
         file.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UserError, match=r"tokenizer.json"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_a_tokenizer_would_leave_to_chance_is_switched_off(tmp_path: Path) -> None:
+    whole = Tokenizer.train_bpe([text(seed) for seed in range(20)], 320)
+    file = whole.save(tmp_path)
+    assert file is not None
+    specification = json.loads(file.read_text())
+    specification["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(specification))
+    found = Tokenizer.load(file)
+    assert all(found.encode(text(seed)) == whole.encode(text(seed)) for seed in range(30))
+    assert found.sha256 == whole.sha256

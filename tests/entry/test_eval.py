@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -13,12 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config import EXTRAS, load_eval_config
+import eval_model
+import harness.runs.score
+from harness.config.compose import check_config, load_eval_config
+from harness.config.schema import EXTRAS
 from harness.data import Tokenizer, open_prepared
 from harness.errors import UserError
-from harness.score import lengthened, record_name
-from harness.session import load_trained
-from tests.support.micro import PROMISED, Workplace, contents, json_lines, summary_of, write_corpus
+from harness.report.comparison import compare
+from harness.runs.load import load_trained
+from harness.runs.score import dashboard_figures, lengthened, record_name
+from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of, write_corpus
 
 VARIANTS = ("mha", "mla")
 
@@ -31,7 +36,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place.train("mla", "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300")
     shutil.copytree(place.runs / "mha", place.runs / "begun")
     (place.runs / "begun" / "summary.json").unlink()
-    for age, name in ((100, "mha"), (50, "mla")):
+    for age, name in ((50, "mha"), (100, "mla")):  # a copied file's time says nothing, the summary's own does
         file = place.runs / name / "summary.json"
         os.utime(file, (file.stat().st_mtime - age,) * 2)
     return place
@@ -47,10 +52,10 @@ def copied(shared: Workplace, tmp_path: Path) -> Workplace:
 
 
 def record_of(place: Workplace, capsys: pytest.CaptureFixture[str], *overrides: str) -> dict[str, Any]:
-    """The JSON line of an evaluation of one run."""
+    """The record of an evaluation of one run."""
     capsys.readouterr()
     assert place.evaluate(*overrides) == 0
-    (record,) = json_lines(capsys.readouterr().out)
+    (record,) = records(capsys.readouterr().out)
     return record
 
 
@@ -63,7 +68,7 @@ def test_alone_it_takes_the_newest_finished_runs_test_split_and_names_the_others
     assert shared.evaluate() == 0
     said = capsys.readouterr().out
     assert said.startswith("evaluating the newest finished run, mla; others (run=...): mha\n")
-    (record,) = json_lines(said)
+    (record,) = records(said)
     assert (record["name"], record["split"]) == ("mla", "test")
 
 
@@ -71,7 +76,7 @@ def test_all_runs_get_a_table_and_a_json_line_each(shared: Workplace, capsys: py
     assert shared.evaluate("run=all") == 0
     said = capsys.readouterr().out
     assert [record["name"] for record in json_lines(said)] == ["mha", "mla"]
-    assert said.count("bits per byte     ") == said.count("loss at 1-1 ") == 2
+    assert said.count("bits per byte     ") == said.count("\ncontext, tokens   1          2-3 ") == 2
 
 
 @pytest.mark.parametrize("how", ["mha", "{runs}/mha", "{runs}/mha/"])
@@ -139,8 +144,20 @@ def test_the_json_line_has_every_promised_key_and_stands_in_the_run(
     record = record_of(copied, capsys, "run=mla")
     assert record.keys() >= PROMISED
     summary = summary_of(copied.runs / "mla")
-    for key in ("name", "attention", "model", "dataset", "seed", "parameters", "tokens", "steps", "cache_dtype",
-                "cache_bytes_per_token", "cache_elements_per_token_per_layer", "tokens_per_second"):  # fmt: skip
+    for key in (
+        "name",
+        "attention",
+        "model",
+        "dataset",
+        "seed",
+        "parameters",
+        "tokens",
+        "steps",
+        "cache_dtype",
+        "cache_bytes_per_token",
+        "cache_elements_per_token_per_layer",
+        "tokens_per_second",
+    ):
         assert record[key] == summary[key], key
     assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
     (file,) = (copied.runs / "mla" / "evaluations").iterdir()
@@ -191,9 +208,7 @@ def test_every_token_of_the_split_counts_once_whatever_the_stride(
     for settings in ([], ["stride_fraction=1"], ["stride_fraction=0.1"], ["per_document=true"]):
         record = record_of(shared, capsys, "run=mha", *settings)
         (folder,) = (
-            file.parent
-            for file in shared.folder.glob("data/*/meta.json")
-            if open_prepared(file.parent).vocab_size == 257
+            file.parent for file in shared.folder.glob("data/*/meta.json") if open_prepared(file.parent).vocab_size == 257
         )
         split = open_prepared(folder).splits["test"]
         assert (record["evaluated_tokens"], record["evaluated_bytes"]) == (split.n_tokens, split.n_bytes)
@@ -202,18 +217,14 @@ def test_every_token_of_the_split_counts_once_whatever_the_stride(
         assert record["word_perplexity"] == pytest.approx(math.exp(nats / split.n_words), rel=1e-6)
 
 
-def test_the_loss_by_position_covers_the_window_without_gaps(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_loss_by_position_covers_the_window_without_gaps(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     record = record_of(shared, capsys, "run=mha")
     bounds = [(low, high) for low, high, _ in record["loss_by_position"]]
     assert bounds[0][0] == 1 and bounds[-1][1] == 32
     assert all(low == high + 1 for (_, high), (low, _) in itertools.pairwise(bounds))
 
 
-def test_cache_dtype_and_backend_are_chosen_by_the_evaluation(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_cache_dtype_and_backend_are_chosen_by_the_evaluation(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     plain = record_of(shared, capsys, "run=mla")
     other = record_of(shared, capsys, "run=mla", "cache.dtype=float32", "attention.backend=reference")
     assert other["cache_bytes_per_token"] == 2 * plain["cache_bytes_per_token"]
@@ -241,8 +252,13 @@ def test_a_broken_run_does_not_keep_the_others_from_being_evaluated(
     assert "mha" in captured.err and "holds no checkpoint" in captured.err
 
 
-def test_what_cannot_be_stored_is_at_least_printed(copied: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    (copied.runs / "mla" / "evaluations").write_text("a file where a folder should be")
+def test_what_cannot_be_stored_is_at_least_printed(
+    copied: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, values: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("harness.runs.score.write_json", full)
     with pytest.raises(UserError, match=r"cannot be stored in .*mla .*: make the folder writable"):
         copied.evaluate("run=mla")
     assert [record["name"] for record in json_lines(capsys.readouterr().out)] == ["mla"]
@@ -256,7 +272,7 @@ def test_every_extra_is_measured_unless_it_is_left_out_and_stands_in_the_table(
 ) -> None:
     assert copied.evaluate("run=mla", "split=train") == 0
     said = capsys.readouterr().out
-    (record,) = json_lines(said)
+    (record,) = records(said)
     assert record["extras"].keys() == set(EXTRAS) and None not in record["extras"].values()
     assert record["extras"]["beyond"]["longest_context"] == 4 * 32
     assert record["extras"]["repeats"]["scored_tokens"] == record["evaluated_tokens"]
@@ -269,9 +285,7 @@ def test_every_extra_is_measured_unless_it_is_left_out_and_stands_in_the_table(
 
 def test_the_longer_model_holds_the_runs_weights_and_goes_on_where_its_own_window_ends(shared: Workplace) -> None:
     config = load_eval_config([*shared.places(), "run=mla"])
-    trained = load_trained(
-        shared.runs / "mla", device=torch.device("cpu"), precision=torch.float32, execution=config.attention
-    )
+    trained = load_trained(shared.runs / "mla", device=torch.device("cpu"), precision=torch.float32, execution=config.attention)
     longer = lengthened(trained, 128)
     assert longer is not None and longer.max_seq_len == 128 and not longer.training
     tokens = torch.arange(32)[None]
@@ -280,15 +294,13 @@ def test_the_longer_model_holds_the_runs_weights_and_goes_on_where_its_own_windo
         assert longer(torch.arange(128)[None]).isfinite().any()
 
 
-def test_what_does_not_apply_to_a_model_is_null_and_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_does_not_apply_to_a_model_is_null_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Workplace(tmp_path)
     place.train("learned", "attention=mha_learned")
     capsys.readouterr()
     assert place.evaluate("run=learned") == 0
     said = capsys.readouterr().out
-    (record,) = json_lines(said)
+    (record,) = records(said)
     assert (record["extras"]["beyond"], record["extras"]["latents"]) == (None, None)
     assert record["extras"]["repeats"]["count"] > 0
     assert "beyond            not measured: learned positions end at" in said
@@ -307,13 +319,77 @@ def test_segments_stand_beside_the_record_and_sum_to_it(copied: Workplace, capsy
         assert sum(segments["nats"]) / record["evaluated_tokens"] == pytest.approx(record["loss"], rel=1e-12)
 
 
-def test_through_a_cache_there_are_neither_extras_nor_segments(
-    copied: Workplace, capsys: pytest.CaptureFixture[str]
+def test_no_two_evaluations_share_a_key_in_a_dashboard() -> None:
+    """What tells two files apart tells two keys apart; a plain evaluation of the run's own corpus has the short one."""
+    summary = {"data_fingerprint": "d" * 64, "precision": "float32", "cache_dtype": "bfloat16"}
+    plain = {
+        "dataset": "local",
+        "corpus": "local_sea_123456",
+        "split": "test",
+        "data_fingerprint": "d" * 64,
+        "cache_dtype": "bfloat16",
+        "precision": "float32",
+        "per_document": False,
+        "stride_fraction": 0.5,
+        "max_tokens": None,
+        "evaluated_tokens": 9000,
+        "through_cache": False,
+        "cache_window": None,
+        "cache_sinks": 0,
+        "loss": 1.0,
+        "perplexity": 2.7,
+        "word_perplexity": 9.0,
+        "bits_per_byte": 1.4,
+    }
+    through = {"through_cache": True}
+    others: list[dict[str, Any]] = [
+        {"split": "validation"},
+        {"data_fingerprint": "e" * 64},
+        {"data_fingerprint": "f" * 64},
+        {"cache_dtype": "float32"},
+        {"precision": "bfloat16"},
+        {"per_document": True},
+        {"stride_fraction": 0.25},
+        {"stride_fraction": 1.0},
+        {"max_tokens": 8000, "evaluated_tokens": 8000},
+        {"max_tokens": 500, "evaluated_tokens": 500},
+        through,
+        through | {"cache_dtype": "int8"},
+        through | {"cache_window": 64},
+        through | {"cache_window": 64, "cache_sinks": 4},
+        {"max_tokens": 500, "evaluated_tokens": 500, "stride_fraction": 0.25},
+    ]
+    records = [plain, *(plain | changes for changes in others)]
+    keys = [next(iter(dashboard_figures(record, summary))) for record in records]
+    assert keys[0] == "eval/local_sea_123456/test/loss"
+    assert len(set(keys)) == len({record_name(record) for record in records}) == len(records)
+    assert "eval/local_sea_123456@eeeeeeee/test/loss" in keys and "eval/local_sea_123456/test/max_tokens=8000/loss" in keys
+
+
+def test_killed_between_its_files_an_evaluation_is_not_there(
+    copied: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A record stands for the whole: without its segments a study's report would leave out the noise in silence."""
+    write, written = harness.runs.score.write_json, []
+
+    def killed_after_the_first(path: Path, values: Any) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, values)
+
+    monkeypatch.setattr(harness.runs.score, "write_json", killed_after_the_first)
+    with pytest.raises(KeyboardInterrupt):
+        copied.evaluate("run=mla", "extras=[]")
+    assert [path.parent.name for path in written] == ["segments"]
+    assert not (copied.runs / "mla" / "evaluations").exists()
+
+
+def test_through_a_cache_there_are_neither_extras_nor_segments(copied: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     assert copied.evaluate("run=mla", "cache.dtype=int8") == 0
     said = capsys.readouterr().out
     assert "extras            none: they are measured without a cache" in said
-    assert json_lines(said)[0]["extras"] == {}
+    assert records(said)[0]["extras"] == {}
     assert not (copied.runs / "mla" / "segments").exists()
 
 
@@ -328,7 +404,7 @@ def test_eight_bits_are_scored_through_and_stand_beside_full_precision(
     plain = record_of(shared, capsys, f"run={run}")
     assert shared.evaluate(f"run={run}", f"cache.dtype={dtype}") == 0
     said = capsys.readouterr().out
-    (record,) = json_lines(said)
+    (record,) = records(said)
     assert (plain["through_cache"], record["through_cache"]) == (False, True)
     assert record["perplexity_without_cache"] == plain["perplexity"] == plain["perplexity_without_cache"]
     assert record["perplexity"] != plain["perplexity"]
@@ -377,8 +453,7 @@ def test_evaluations_through_other_caches_stand_beside_one_another(
 
 def test_the_decode_path_is_said_and_changes_no_figure(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     records = [
-        record_of(shared, capsys, "run=mla", "cache.dtype=int8", f"attention.decode={path}")
-        for path in ("expand", "absorbed")
+        record_of(shared, capsys, "run=mla", "cache.dtype=int8", f"attention.decode={path}") for path in ("expand", "absorbed")
     ]
     assert [record["decode"] for record in records] == ["expanded", "absorbed (torch kernel)"]
     assert records[0]["loss"] == pytest.approx(records[1]["loss"], rel=1e-5)
@@ -389,9 +464,7 @@ def test_the_decode_path_is_said_and_changes_no_figure(shared: Workplace, capsys
 # --- other text ------------------------------------------------------------------------------------------------------
 
 
-def test_another_corpus_is_read_with_the_runs_own_tokenizer(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_corpus_is_read_with_the_runs_own_tokenizer(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_corpus(shared.folder / "other, text.txt", seed=5, lines=200)
     here = record_of(shared, capsys, "run=mla")
     there = record_of(shared, capsys, "run=mla", "dataset=local", f"dataset.path={path}", "split=train")
@@ -400,9 +473,10 @@ def test_another_corpus_is_read_with_the_runs_own_tokenizer(
     assert there["trained_on"] == "local"
     tokenizer = Tokenizer.load(shared.runs / "mla" / "tokenizer.json")
     (prepared,) = (
-        folder for file in shared.folder.glob("data/*/meta.json")
+        folder
+        for file in shared.folder.glob("data/*/meta.json")
         if (folder := open_prepared(file.parent)).fingerprint == there["data_fingerprint"]
-    )  # fmt: skip
+    )
     text = path.read_bytes()[: prepared.splits["train"].n_bytes].decode()
     assert there["evaluated_tokens"] == len(tokenizer.encode(text)) + 1  # and the end of text
 
@@ -432,9 +506,54 @@ def test_a_split_that_the_corpus_lacks_names_those_it_has(shared: Workplace) -> 
         shared.evaluate("run=mha", *corpus)
 
 
-def test_text_that_changed_since_the_training_is_refused(tmp_path: Path) -> None:
+def test_text_is_known_by_what_it_is_wherever_it_lies_and_only_a_named_place_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = Workplace(tmp_path)
-    place.train("run")
+    run = place.train("run", "budget.steps=1")
+    moved = place.corpus.rename(tmp_path / "moved.txt")
+    assert place.evaluate("run=run", "extras=[]") == 0  # by what was prepared of it
+    shutil.rmtree(place.folder / "data")
+    moved.rename(place.corpus)
+    with pytest.raises(UserError, match=r"data_dir=.*data holds nothing that is what .*run was trained on, .*dataset.path="):
+        place.evaluate("run=run", "extras=[]")
+    assert not (place.folder / "data").exists()
+    place.corpus.rename(moved)
+    assert place.evaluate("run=run", "extras=[]", f"dataset.path={moved}") == 0
+    (record,) = (json.loads(path.read_text()) for path in (run / "evaluations").iterdir())
+    assert (record["dataset"], record["data_fingerprint"]) == ("local", summary_of(run)["data_fingerprint"])
+    write_corpus(moved, seed=9)
+    with pytest.raises(UserError, match=r"data of dataset=local \(.*moved.txt\) is not what .*run was trained on"):
+        place.evaluate("run=run", "extras=[]", f"dataset.path={moved}")
+    check_config("eval", ["run=run", f"dataset.path={moved}"])
+
+
+def test_runs_that_may_not_be_listed_are_not_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+
+    def refuse(self: Path) -> Any:  # as it is for anybody but root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    for overrides in ([], ["run=all"], ["run=some"]):
+        with pytest.raises(UserError, match=r"runs_dir=.*runs cannot be read \(Permission denied\): make it readable"):
+            eval_model.main([f"runs_dir={tmp_path / 'runs'}", *overrides])
+    with pytest.raises(UserError, match=r"runs cannot be read \(Permission denied\)"):
+        compare([tmp_path / "runs"])
+
+
+@pytest.mark.parametrize("field", ["run", "runs_dir"])
+def test_a_name_that_is_too_long_is_one_sentence(tmp_path: Path, field: str) -> None:
+    with pytest.raises(UserError, match=rf"{field}=.* cannot be read \(File name too long\)"):
+        eval_model.main([f"runs_dir={tmp_path}", f"{field}={'x' * 300}"])
+
+
+def test_text_that_changed_since_the_training_is_not_what_a_run_is_scored_on(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    run = place.train("run")
     write_corpus(place.corpus, seed=9)
-    with pytest.raises(UserError, match=r"dataset=local is not what run was trained on; .*dataset="):
-        place.evaluate()
+    assert place.evaluate("extras=[]") == 0
+    (record,) = (json.loads(path.read_text()) for path in (run / "evaluations").iterdir())
+    assert record["data_fingerprint"] == summary_of(run)["data_fingerprint"]
+    with pytest.raises(UserError, match=r"data of dataset=local \(.*\) is not what .*run was trained on"):
+        place.evaluate(f"dataset.path={place.corpus}")

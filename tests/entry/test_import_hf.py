@@ -9,39 +9,64 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
-from harness.config import ROOT, load_run_config
-from harness.conversion import ConversionConfig, converted_from, with_attention
+import eval_model
+import train_model
+from harness.config.identity import identity
+from harness.config.places import ROOT
+from harness.config.run_config import load_run_config, save_run_config
 from harness.data import Tokenizer
 from harness.errors import UserError
-from harness.session import TrainedModel, load_trained
+from harness.evaluation.evaluate import evaluate_model
+from harness.runs.conversion import ConversionConfig, converted_from, with_attention
+from harness.runs.load import TrainedModel, load_trained
 from modeling.attention import EXECUTION
 from modeling.attention.contract import relative_error
 from modeling.conversion.layers import exact_state, grouped_layer, latent_state
 from modeling.conversion.stages import merge
 from modeling.generation import generate
-from scripts import export, import_hf
+from scripts import convert, export, import_hf
 from scripts import generate as generate_script
 from tests.support.hub_server import REVISION, HubServer
-from tests.support.micro import PROMISED, Workplace, contents, json_lines, summary_of
+from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of
 
 pytest.importorskip("transformers")
 
 VOCABULARY = 300  # tokens; the embeddings have 305 rows, ours 320
-SIZES = {"vocab_size": 305, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
-MLA = {"kv_lora_rank": 20, "qk_nope_head_dim": 10, "qk_rope_head_dim": 6, "v_head_dim": 14, "first_k_dense_replace": 2,
-       "num_key_value_heads": 4}  # fmt: skip
+SIZES = {
+    "vocab_size": 305,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+MLA = {
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+    "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}
 # Stretched from 16 positions to the 64 that are compared.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16, "rope_theta": 100.0}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 100.0,
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 2}),
@@ -49,8 +74,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, all biases": ("Llama", {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 0.1}),
     "llama, biases in attention": ("Llama", {"attention_bias": True}),
     "llama, llama3": ("Llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3}),
-    "llama, linear, no rows to spare": ("Llama", {"vocab_size": 300, "rope_parameters": {
-        "rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}}),
+    "llama, linear, no rows to spare": (
+        "Llama",
+        {"vocab_size": 300, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 100.0}},
+    ),
     "llama, yarn": ("Llama", {"rope_parameters": DEEPSEEK_YARN}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-5}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -60,13 +87,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2", MLA | {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
     "deepseek_v2, yarn": ("DeepseekV2", MLA | {"q_lora_rank": 20, "rope_parameters": DEEPSEEK_YARN}),
     "deepseek_v3": ("DeepseekV3", MLA | {"q_lora_rank": 20}),
-    "deepseek_v3, pairs apart": ("DeepseekV3", MLA | {"q_lora_rank": 20, "rope_interleave": False,
-                                                      "rms_norm_eps": 1e-5}),
-    "deepseek_v3, yarn": ("DeepseekV3", MLA | {"q_lora_rank": None, "tie_word_embeddings": True,
-                                               "rope_parameters": DEEPSEEK_YARN}),
+    "deepseek_v3, pairs apart": ("DeepseekV3", MLA | {"q_lora_rank": 20, "rope_interleave": False, "rms_norm_eps": 1e-5}),
+    "deepseek_v3, yarn": (
+        "DeepseekV3",
+        MLA | {"q_lora_rank": None, "tie_word_embeddings": True, "rope_parameters": DEEPSEEK_YARN},
+    ),
     "deepseek_v3, biases": ("DeepseekV3", MLA | {"q_lora_rank": 20, "attention_bias": True, "rms_norm_eps": 1e-4}),
     "deepseek_v3, biases but on queries": ("DeepseekV3", MLA | {"q_lora_rank": None, "attention_bias": True}),
-}  # fmt: skip
+}
 
 
 class Zoo(Workplace):
@@ -100,8 +128,15 @@ class Zoo(Workplace):
         return folder
 
     def options(self, *more: str) -> list[str]:
-        return ["dataset=local", f"dataset.path={self.corpus}", f"data_dir={self.folder / 'data'}", "device=cpu",
-                "precision=float32", "tracking=none", *more]  # fmt: skip
+        return [
+            "dataset=local",
+            f"dataset.path={self.corpus}",
+            f"data_dir={self.folder / 'data'}",
+            "device=cpu",
+            "precision=float32",
+            "tracking=none",
+            *more,
+        ]
 
     def bring(self, source: Path | str, to: Path, *more: str) -> TrainedModel:
         """Imported, not scored, and loaded."""
@@ -183,9 +218,7 @@ def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_pat
     prompts_BT = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
     ours_BT = torch.stack(list(generate(trained.model, prompts_BT.tolist(), max_new_tokens=30, temperature=0)), dim=1)
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    theirs_BT = model.generate(
-        prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=30, **options
-    )  # fmt: skip
+    theirs_BT = model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT), max_new_tokens=30, **options)
     assert torch.equal(theirs_BT[:, 9:], ours_BT)
 
 
@@ -202,9 +235,7 @@ def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_pat
         ("deepseek_v3, pairs apart", {"rms_norm_eps": 1e-2}),
     ],
 )
-def test_each_field_that_shapes_the_function_is_read(
-    zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
+def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path) -> None:
     source = zoo.changed(name, tmp_path / "theirs", **fields)
     assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) > 1e-3
 
@@ -212,23 +243,51 @@ def test_each_field_that_shapes_the_function_is_read(
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("llama", {"rope_parameters": ABSENT, "rope_theta": 10000.0, "head_dim": ABSENT, "attention_bias": ABSENT,
-                   "mlp_bias": ABSENT, "hidden_act": "swish"}),
-        ("llama, llama3", {"rope_parameters": ABSENT, "rope_theta": 100.0,
-                           "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
-        ("qwen2, yarn", {"rope_parameters": ABSENT, "rope_theta": 100.0, "use_sliding_window": False,
-                         "sliding_window": 8, "rope_scaling": {"type": "yarn", "factor": 4.0,
-                                                               "original_max_position_embeddings": 16}}),
+        (
+            "llama",
+            {
+                "rope_parameters": ABSENT,
+                "rope_theta": 10000.0,
+                "head_dim": ABSENT,
+                "attention_bias": ABSENT,
+                "mlp_bias": ABSENT,
+                "hidden_act": "swish",
+            },
+        ),
+        (
+            "llama, llama3",
+            {
+                "rope_parameters": ABSENT,
+                "rope_theta": 100.0,
+                "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+            },
+        ),
+        (
+            "qwen2, yarn",
+            {
+                "rope_parameters": ABSENT,
+                "rope_theta": 100.0,
+                "use_sliding_window": False,
+                "sliding_window": 8,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            },
+        ),
         ("qwen2, yarn", {"rope_parameters": YARN | {"factor": None}}),
-        ("qwen2, yarn", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0},
-                         "original_max_position_embeddings": 16}),
-        ("qwen2, yarn", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ABSENT,
-                         "max_window_layers": 2}),
-        ("deepseek_v3", {"rope_interleave": ABSENT, "architectures": ABSENT, "n_routed_experts": None,
-                         "first_k_dense_replace": 0}),
+        (
+            "qwen2, yarn",
+            {
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 100.0},
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        ("qwen2, yarn", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ABSENT, "max_window_layers": 2}),
+        (
+            "deepseek_v3",
+            {"rope_interleave": ABSENT, "architectures": ABSENT, "n_routed_experts": None, "first_k_dense_replace": 0},
+        ),
         ("mistral", {"model_type": ABSENT, "sliding_window": 64}),
     ],
-)  # fmt: skip
+)
 def test_older_and_shorter_ways_to_say_the_same_are_understood(
     zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -244,7 +303,11 @@ def test_an_import_exported_and_imported_again_has_the_same_bits(zoo: Zoo, name:
     assert export.main([f"run={tmp_path / 'first'}", f"to={tmp_path / 'exported'}"]) == 0
     zoo.bring(tmp_path / "exported", tmp_path / "second")
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
-    assert first.keys() == second.keys() and len(first) > 15
+    added = second.keys() - first.keys()
+    if name.startswith("qwen2"):  # written as Llama, since this tokenizer is not Qwen2's: the output has a bias of zeros
+        assert len(added) == 2 and all(".o_proj.bias" in key and not second[key].any() for key in added)
+        added = set()
+    assert first.keys() <= second.keys() and not added and len(first) > 15
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
@@ -274,16 +337,14 @@ def test_an_imported_run_is_generated_with_evaluated_and_exported(
     # 320 x 48 twice, then per layer q, o, k, v, three of the MLP and two norms, and the last norm
     parameters = 2 * 320 * 48 + 2 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 80 + 2 * 48) + 48
     assert "LlamaForCausalLM" in said and f"parameters  {parameters:,}" in said
-    assert (
-        f"KV cache    {2 * 2 * 2 * 2 * 12} bytes per token in bfloat16" in said
-    )  # layers, bytes, k and v, heads of 12
-    assert "documents end with token 0 here, not with eos_token_id=2" in said
+    assert f"KV cache    {2 * 2 * 2 * 2 * 12} bytes per token in bfloat16" in said  # layers, bytes, k and v, heads of 12
+    assert "documents end with token 0 here, writing with eos_token_id=2" in said
     summary = summary_of(run)
     assert set(summary) >= PROMISED and json_lines(said)[0].items() <= summary.items()
     assert (summary["parameters"], summary["steps"], summary["attention"]) == (parameters, 0, "gqa")
     assert summary["origin"]["kind"] == "import" and summary["cache_bytes_per_token"] == 2 * 2 * 2 * 2 * 12
     assert zoo.evaluate(f"run={run.name}", "split=validation", "max_tokens=65536") == 0
-    (record,) = json_lines(capsys.readouterr().out)
+    (record,) = records(capsys.readouterr().out)
     assert record["perplexity"] == pytest.approx(summary["perplexity"], rel=1e-6)
     assert generate_script.main([f"run={run}", "device=cpu", "prompt=the sea", "max_new_tokens=5"]) == 0
     assert capsys.readouterr().out.startswith("the sea")
@@ -302,9 +363,50 @@ def test_the_run_names_where_it_came_from(zoo: Zoo, tmp_path: Path) -> None:
     assert (origin["model_type"], origin["architecture"]) == ("deepseek_v2", "DeepseekV2ForCausalLM")
     config = load_run_config(tmp_path / "run")
     assert (config.name, config.runs_dir, config.dataset.name) == ("run", str(tmp_path), "local")
-    assert (config.tokenizer.name, config.tokenizer.path) == ("pretrained", str(tmp_path / "run" / "tokenizer.json"))
+    assert (config.tokenizer.name, config.tokenizer.path) == ("pretrained", None)
     assert (config.model.name, config.attention["name"], config.model.max_seq_len) == ("deepseek_v2_yarn", "mla", 40)
     assert (tmp_path / "run" / "tokenizer.json").read_bytes() == used["tokenizer.json"].read_bytes()
+
+
+def test_the_same_import_elsewhere_is_the_same_run_and_an_older_one_goes_on(zoo: Zoo, tmp_path: Path) -> None:
+    here, there = tmp_path / "here" / "run", tmp_path / "there" / "run"
+    source = shutil.copytree(zoo.source("llama"), tmp_path / "copy" / "llama")
+    assert import_hf.main(zoo.options(f"source={zoo.source('llama')}", f"to={here}")) == 0
+    assert import_hf.main(zoo.options(f"source={source}", f"to={there}")) == 0
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (here, there)]
+    assert summaries[0]["setup_hash"] == summaries[1]["setup_hash"]
+    assert identity(load_run_config(here)) == identity(load_run_config(there))
+
+    def tuned(run: Path, steps: int = 2) -> list[str]:
+        return [
+            f"init_from={run}",
+            "name=tuned",
+            f"runs_dir={tmp_path}",
+            "batch_size=2",
+            f"budget.steps={steps}",
+            "model.max_seq_len=32",
+            f"data_dir={zoo.folder / 'data'}",
+            "tracking=none",
+            "device=cpu",
+        ]
+
+    # As it was written before: with the place of its tokenizer, wherever the run lies by now.
+    config = load_run_config(here)
+    config.tokenizer.path = str(tmp_path / "moved away" / "tokenizer.json")
+    save_run_config(config, here)
+    assert import_hf.main(zoo.options(f"source={source}", f"to={here}")) == 0  # the same import
+    assert (
+        eval_model.main(
+            [f"run={here}", f"data_dir={zoo.folder / 'data'}", "tracking=none", "extras=[]", "device=cpu", "max_tokens=100"]
+        )
+        == 0
+    )
+    assert train_model.main(tuned(here)) == 0
+    before = json.loads((tmp_path / "tuned" / "summary.json").read_text())
+    (tmp_path / "tuned" / "summary.json").unlink()
+    assert train_model.main(tuned(here)) == 0  # is continued
+    after = json.loads((tmp_path / "tuned" / "summary.json").read_text())
+    assert (after["setup_hash"], after["loss"]) == (before["setup_hash"], before["loss"])
 
 
 def test_the_same_command_scores_later_and_another_import_is_left_alone(
@@ -327,36 +429,184 @@ def test_the_same_command_scores_later_and_another_import_is_left_alone(
     assert contents(run) == after
 
 
-def test_a_token_that_would_begin_every_text_is_mentioned(
-    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+BEGIN, END, TURN = 300, 301, 302
+TEMPLATE = "{% for m in messages %}<|turn|>{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def with_text(zoo: Zoo) -> Path:
+    """A Llama in bfloat16 whose tokenizer begins a text with a token, and that says where writing ends and how one chats."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.processors import TemplateProcessing
+
+    folder = zoo.folder / "theirs" / "with text"
+    large_model(*MODELS["llama"]).to(torch.bfloat16).save_pretrained(folder)
+    backend = Backend.from_file(str(zoo.tokenizer.save(folder)))
+    backend.add_special_tokens(["<|begin|>", "<|end|>", "<|turn|>"])
+    backend.post_processor = TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A <|begin|> $B", special_tokens=[("<|begin|>", BEGIN)]
+    )
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": {
+                    "__type": "AddedToken",
+                    "content": "<|begin|>",
+                    "lstrip": False,
+                    "normalized": False,
+                    "rstrip": False,
+                    "single_word": False,
+                    "special": True,
+                },
+                "eos_token": "<|end|>",
+                "chat_template": TEMPLATE,
+                "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]},
+            }
+        )
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [END, 0], "bos_token_id": BEGIN}))
+    return folder
+
+
+PROMPTS = ["the sea", "", "<|turn|>user: the ship<|end|>", "<|begin|>the storm", "e\u0301 1234  x\n", "<|endoftext|>a"]
+
+
+def without_code(source: Path, folder: Path) -> Path:
+    """As it loads with no code of theirs."""
+    shutil.copytree(source, folder)
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    del said["auto_map"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_what_a_checkpoint_says_of_text_is_kept_and_exported(
+    zoo: Zoo, with_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = shutil.copytree(zoo.source("llama"), tmp_path / "theirs")
-    specification = json.loads((source / "tokenizer.json").read_text())
-    name = specification["added_tokens"][0]["content"]
-    specification["post_processor"] = {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": name, "type_id": 0}},
-                                                 {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {name: {"id": name, "ids": [0], "tokens": [name]}},
-    }  # fmt: skip
-    (source / "tokenizer.json").write_text(json.dumps(specification))
+    import transformers
+
+    trained = zoo.bring(with_text, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "a text begins with token 300, as tokenizer.json says" in said and "documents end" not in said
+    tokenizer = trained.tokenizer
+    assert (tokenizer.begins, tokenizer.opening, tokenizer.stops) == ((BEGIN,), BEGIN, (END, 0))
+    theirs = transformers.AutoTokenizer.from_pretrained(without_code(with_text, tmp_path / "theirs"))
+    for prompt in PROMPTS:
+        expected = theirs(prompt)["input_ids"]
+        assert tokenizer.encode_prompt(prompt) == (expected[1:] if expected[:2] == [BEGIN, BEGIN] else expected)
+    for name, said in {"opening": 10**6, "stops": [10**6], "tokenizer_config": 3, "dtype": ["float32"]}.items():
+        sent = shutil.copytree(tmp_path / "run", tmp_path / f"sent-{name}")
+        (sent / "text.json").write_text(json.dumps(json.loads((sent / "text.json").read_text()) | {name: said}))
+        with pytest.raises(UserError, match=r"text.json .*: import the checkpoint again"):
+            loaded(sent)
+    assert tokenizer.encode("<|end|>the") == zoo.tokenizer.encode("<|end|>the")  # in data it is text
+    assert export.main([f"run={tmp_path / 'run'}", f"to={tmp_path / 'out'}"]) == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16 and "bfloat16" in (tmp_path / "out" / "README.md").read_text()
+    assert model.generation_config.eos_token_id == model.config.eos_token_id == [END, 0]
+    assert model.generation_config.bos_token_id == model.config.bos_token_id == BEGIN
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert [again(prompt)["input_ids"] for prompt in PROMPTS] == [theirs(prompt)["input_ids"] for prompt in PROMPTS]
+    assert (again.bos_token_id, again.eos_token_id) == (BEGIN, END)
+    chat = [{"role": "user", "content": "the sea"}]
+    assert again.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"tokenizer_config.json", "config.json"}
+    assert "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    converted = convert.main(
+        [
+            f"run={tmp_path / 'run'}",
+            f"to={tmp_path / 'mean'}",
+            "method=gqa_mean",
+            "n_kv_heads=1",
+            "device=cpu",
+            f"data_dir={zoo.folder / 'data'}",
+            f"dataset.path={zoo.corpus}",
+        ]
+    )
+    assert converted == 0 and loaded(tmp_path / "mean").tokenizer.begins == (BEGIN,)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_document_is_scored_behind_the_token_that_begins_it(zoo: Zoo, with_text: Path, begins: bool, tmp_path: Path) -> None:
+    source = without_code(with_text, tmp_path / "theirs")
+    if not begins:
+        zoo.tokenizer.save(source)
     trained = zoo.bring(source, tmp_path / "run")
-    assert "post_processor, which may begin a text with a token, is not applied" in capsys.readouterr().out
-    assert trained.tokenizer.encode("the sea") == zoo.tokenizer.encode("the sea")
+    text = "the captain saw a whale"
+    tokens = [*trained.tokenizer.encode(text), trained.tokenizer.end_of_text]
+    split = SimpleNamespace(
+        tokens=np.array([*tokens, *tokens]),
+        document_starts=np.array([0, len(tokens), 2 * len(tokens)]),
+        document_bytes=np.array([len(text)] * 2),
+        document_words=np.array([5, 5]),
+    )
+    for per_document in (True, False):
+        result = evaluate_model(
+            trained.model,
+            split,
+            end_of_text=trained.tokenizer.end_of_text,
+            begins=trained.tokenizer.begins,
+            decode=trained.tokenizer.decode,
+            stride_fraction=1.0,
+            batch_size=2,
+            precision=torch.float32,
+            device=torch.device("cpu"),
+            per_document=per_document,
+        )
+        first = BEGIN if begins else trained.tokenizer.end_of_text
+        stream = [first, *tokens[:-1]] if per_document else [first, *tokens[:-1], first, *tokens[:-1]]
+        with torch.no_grad():
+            logits_TC = trained.model(torch.tensor([stream]))[0]
+        targets = torch.tensor(tokens if per_document else 2 * tokens)
+        assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits_TC, targets).item(), rel=1e-5)
+
+
+def test_tasks_are_scored_as_the_harness_scores_the_checkpoint(zoo: Zoo, with_text: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("accelerate", reason="the harness's own model needs it: pip install accelerate")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from harness.hf.lm_eval import Answers, as_language_model
+
+    trained = zoo.bring(with_text, tmp_path / "run")
+    theirs = HFLM(pretrained=str(without_code(with_text, tmp_path / "theirs")), dtype="float32", device="cpu", batch_size=2)
+    ours = as_language_model(
+        Answers(trained.model, trained.tokenizer, precision=torch.float32, device=torch.device("cpu"), batch_size=2)
+    )
+
+    def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
+        return [Instance(kind, {}, one, number) for number, one in enumerate(arguments)]  # type: ignore[arg-type]
+
+    pairs = [("the sea ", "and a ship"), ("", "the storm"), ("<|turn|>user: a<|end|>", " whale"), ("a", " ship " * 30)]
+    scored = asked("loglikelihood", *pairs)
+    for mine, his in zip(ours.loglikelihood(scored), theirs.loglikelihood(scored), strict=True):
+        assert mine[0] == pytest.approx(his[0], rel=1e-5) and mine[1] == his[1]
+    whole = asked("loglikelihood_rolling", ("the captain saw a whale",), ("réef said the storm " * 20,))
+    assert ours.loglikelihood_rolling(whole) == pytest.approx(theirs.loglikelihood_rolling(whole), rel=1e-5)
+    settings = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
+    write = asked("generate_until", ("the sea", settings), ("<|turn|>user: a", settings))
+    assert ours.generate_until(write) == theirs.generate_until(write)
 
 
 def test_data_that_is_missing_costs_the_score_and_not_the_import(zoo: Zoo, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    command = [f"source={zoo.source('llama')}", f"to={run}", "dataset=local", "device=cpu", f"data_dir={tmp_path}",
-               "tracking=none"]  # fmt: skip
+    command = [
+        f"source={zoo.source('llama')}",
+        f"to={run}",
+        "dataset=local",
+        "device=cpu",
+        f"data_dir={tmp_path}",
+        "tracking=none",
+    ]
     with pytest.raises(UserError, match=r"is imported but not scored, and the same command scores it later: .*nowhere"):
         import_hf.main([*command, f"dataset.path={tmp_path / 'nowhere.txt'}"])
     assert difference(loaded(run), zoo.model("llama")) < 1e-5
 
 
-def test_within_a_sliding_window_the_model_is_the_same(
-    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_within_a_sliding_window_the_model_is_the_same(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import transformers
 
     source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
@@ -364,12 +614,7 @@ def test_within_a_sliding_window_the_model_is_the_same(
     trained = zoo.bring(source, tmp_path / "run")
     assert "max_seq_len=20 of 64: within its sliding_window the model is the same" in capsys.readouterr().out
     assert trained.model.max_seq_len == 20 and difference(trained, model, 20) < 1e-5
-    qwen: dict[str, Any] = {
-        "use_sliding_window": True,
-        "sliding_window": 16,
-        "max_window_layers": 1,
-        "layer_types": ABSENT,
-    }
+    qwen: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": ABSENT}
     assert zoo.bring(zoo.changed("qwen2", tmp_path / "qwen", **qwen), tmp_path / "two").model.max_seq_len == 16
 
 
@@ -398,9 +643,7 @@ def test_buffers_that_config_json_implies_and_modules_for_several_tokens_are_lef
 
 
 @pytest.mark.parametrize(("same", "tied"), [(True, True), (False, False)])
-def test_a_head_that_is_said_to_be_tied_and_stands_there_is_believed(
-    zoo: Zoo, same: bool, tied: bool, tmp_path: Path
-) -> None:
+def test_a_head_that_is_said_to_be_tied_and_stands_there_is_believed(zoo: Zoo, same: bool, tied: bool, tmp_path: Path) -> None:
     source = zoo.changed("llama", tmp_path / "theirs", tie_word_embeddings=True)
     if same:
         rewritten(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
@@ -427,8 +670,11 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
         ("llama", {"architectures": ["LlamaModel"]}, r"architectures=LlamaModel is not covered"),
         ("llama", {"hidden_act": "gelu"}, r'hidden_act="gelu" of the config.json is not covered'),
         ("llama", {"partial_rotary_factor": 0.5}, r"^partial_rotary_factor=0.5 .* rotated whole"),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5}},
-         r"rope_parameters.partial_rotary_factor=0.5"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5}},
+            r"rope_parameters.partial_rotary_factor=0.5",
+        ),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, r"rope_scaling.rope_type=longrope"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling.rope_type=dynamic"),
         ("llama", {"rope_scaling": {"rope_type": "proportional"}}, r"rope_type=proportional .* is not covered"),
@@ -438,10 +684,16 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
         ("llama", {"mlp_bias": True}, r"mlp_bias=true .* beside attention_bias=true only"),
         ("llama", {"attention_bias": "no"}, r'attention_bias="no" .* must be true or false'),
         ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads=3 .* does not divide num_attention_heads=4"),
-        ("llama", {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": ABSENT},
-         r"hidden_size=48 .* is no multiple of num_attention_heads=5"),
+        (
+            "llama",
+            {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": ABSENT},
+            r"hidden_size=48 .* is no multiple of num_attention_heads=5",
+        ),
         ("llama", {"hidden_size": ABSENT}, r"hidden_size=null of the config.json must be a whole number"),
         ("llama", {"num_hidden_layers": True}, r"num_hidden_layers=true of the config.json must be a whole number"),
+        ("llama", {"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000 .* is more than any model has \(2,048\)"),
+        ("llama", {"max_position_embeddings": 2**26}, r"max_position_embeddings=67108864 .* more than any model has"),
+        ("llama", {"architectures": 3}, r"architectures=3 of the config.json must be a list of names"),
         ("llama", {"rms_norm_eps": 0}, r"rms_norm_eps=0 of the config.json must be a number above 0"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config .* quantised weights"),
         ("llama", {"use_bidirectional_attention": True}, r"use_bidirectional_attention=true"),
@@ -453,16 +705,22 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
         ("llama", {"vocab_size": 299}, r"has 300 tokens and the embedding vocab_size=299 rows"),
         ("llama", {"attention_bias": True}, r"self_attn.\w+.bias is in none of the weight files"),
         ("qwen2", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, r"_proj.bias is in the weight files"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "linear"]},
-         r"layer_types="),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "linear"]},
+            r"layer_types=",
+        ),
         ("deepseek_v3", MOE, r"n_routed_experts=8 .* with first_k_dense_replace=1 makes layers of experts"),
         ("deepseek_v2", MOE | {"first_k_dense_replace": None}, r"n_routed_experts=8 .* first_k_dense_replace=0"),
         ("deepseek_v3", {"qk_rope_head_dim": 0}, r"qk_rope_head_dim=0 .* at least 1"),
         ("deepseek_v3", {"kv_lora_rank": 48, "qk_nope_head_dim": 2, "v_head_dim": 2}, r"kv_lora_rank=48 compresses nothing"),
-        ("deepseek_v3", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
-         r"rope_scaling.mscale_all_dim=1.0 .* with yarn only"),
+        (
+            "deepseek_v3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}},
+            r"rope_scaling.mscale_all_dim=1.0 .* with yarn only",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_covered_is_refused_by_name_and_nothing_is_written(
     zoo: Zoo, name: str, fields: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
@@ -542,21 +800,29 @@ def other_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable
         (lambda folder: (folder / "config.json").write_text("[1]"), r"config.json holds no JSON object"),
         (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), r"is not a tokenizer.json"),
-        (lambda folder: shard(folder).unlink(),
-         r"model-00002-of-\d+.safetensors, a shard that model.safetensors.index.json names, is not in"),
+        (
+            lambda folder: shard(folder).unlink(),
+            r"model-00002-of-\d+.safetensors, a shard that model.safetensors.index.json names, is not in",
+        ),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), r"has no weight_map"),
-        (damage_header, r"its header is no JSON"), (claim_terabytes, r"its header speaks of 1,099,511,\d+"),
-        (claim_a_long_header, r"is no whole safetensors file"), (truncate, r"has [\d,]+ bytes and its header speaks of"),
-        (overlap, r"overlap or leave holes"), (wrong_count, r"the header's entry of x makes no sense"),
+        (damage_header, r"is no safetensors file \(its header: "),
+        (claim_terabytes, r"its header speaks of 1,099,511,\d+"),
+        (claim_a_long_header, r"is no whole safetensors file"),
+        (truncate, r"has [\d,]+ bytes and its header speaks of"),
+        (overlap, r"overlap or leave holes"),
+        (wrong_count, r"the header's entry of x makes no sense"),
         (pickle_only, r"has pickled weights only \(pytorch_model.bin\), .* convert them to safetensors"),
-        (no_weights, r"has neither model.safetensors nor"), (climbing_shard, r"names ../secret.safetensors as a shard"),
+        (no_weights, r"has neither model.safetensors nor"),
+        (climbing_shard, r"names ../secret.safetensors as a shard"),
         (twice, r"\S+ stands in \S+ and in \S+: remove the shard"),
         (other_tensors(lambda t: t.pop("model.norm.weight")), r"model.norm.weight is in none of the weight files"),
         (other_tensors(lambda t: t.update({"model.norm.bias": torch.ones(48)})), r"model.norm.bias is in the weight files"),
-        (other_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
-         r"model.norm.weight is of I8, which is not read"),
+        (
+            other_tensors(lambda t: t.update({"model.norm.weight": torch.ones(48, dtype=torch.int8)})),
+            r"model.norm.weight is of I8, which is not read",
+        ),
     ],
-)  # fmt: skip
+)
 def test_files_that_are_damaged_or_missing_are_refused_and_nothing_is_written(
     zoo: Zoo, damage: Callable[[Path], object], sentence: str, tmp_path: Path
 ) -> None:
@@ -587,9 +853,7 @@ def test_options_that_make_no_sense_are_refused(zoo: Zoo, options: list[str], se
 
 def test_a_window_that_is_asked_beyond_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
-    refused_by(
-        zoo, source, tmp_path / "runs" / "run", r"max_seq_len=30 is longer than .*sliding_window=20", "max_seq_len=30"
-    )
+    refused_by(zoo, source, tmp_path / "runs" / "run", r"max_seq_len=30 is longer than .*sliding_window=20", "max_seq_len=30")
 
 
 def test_a_target_that_holds_something_is_left_as_it_was(zoo: Zoo, tmp_path: Path) -> None:
@@ -605,7 +869,7 @@ def test_a_target_that_holds_something_is_left_as_it_was(zoo: Zoo, tmp_path: Pat
 _MEASURED = """
 import re, sys
 from pathlib import Path
-from harness import importing
+from harness.hf import importing
 
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -623,17 +887,25 @@ def test_no_more_than_a_few_tensors_are_ever_in_memory(zoo: Zoo, tmp_path: Path)
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=305, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+        vocab_size=305,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
         max_position_embeddings=64,
-    )  # fmt: skip
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "theirs", max_shard_size="16MB")
     zoo.tokenizer.save(tmp_path / "theirs")
     sizes = [path.stat().st_size for path in (tmp_path / "theirs").glob("*.safetensors")]
     assert len(sizes) >= 6 and sum(sizes) > 100e6
     child = subprocess.run(
-        [sys.executable, "-c", _MEASURED, str(tmp_path / "theirs"), str(tmp_path / "run")], cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", _MEASURED, str(tmp_path / "theirs"), str(tmp_path / "run")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert int(child.stdout) < 12e6  # the largest tensor has 3.1 MB
     assert sum(tensor.nbytes for tensor in weights_of(tmp_path / "run").values()) > 100e6
 
@@ -651,9 +923,7 @@ def hub(zoo: Zoo, tmp_path: Path) -> Iterator[HubServer]:
 
 def from_hub(zoo: Zoo, hub: HubServer, name: str, to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: the hub's library reads its environment once."""
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
-    }
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.root / "home"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "scripts" / "import_hf.py"), f"source={name}", f"to={to}", "score=false"]
     return subprocess.run([*command, *zoo.options()], env=clean | ours | environment, capture_output=True, text=True)
@@ -667,7 +937,7 @@ def test_a_model_comes_from_the_hub_through_faults_and_again_offline(zoo: Zoo, h
     assert difference(loaded(tmp_path / "run"), zoo.model("qwen2")) < 1e-5
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
     assert (origin["source"], origin["revision"]) == ("someone/small", REVISION)
-    assert hub.downloads["pytorch_model.bin"] == hub.downloads["generation_config.json"] == 0
+    assert hub.downloads["pytorch_model.bin"] == 0 and hub.downloads["generation_config.json"] == 1
     hub.silent = True
     hub.requests.clear()
     named = f"someone/small@{REVISION}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -15,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from harness.config import ROOT
+from harness.config.places import ROOT
+from harness.entry.cli import pasteable
 from tests.support.attempts import Killer, assert_equal_runs
 from tests.support.micro import Workplace, contents, json_lines, metrics_of
 from tests.support.wandb_server import WandbServer
@@ -30,6 +32,13 @@ def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
     killer.close()
 
 
+def continuation(output: str) -> str:
+    """The command line that an interrupted run or sweep names last, as it is pasted into a shell."""
+    lines = output.splitlines()
+    (*_, place) = (i for i, line in enumerate(lines) if line.endswith("continue with") or line.endswith("continue it with"))
+    return lines[place + 1]
+
+
 def newest(run: Path) -> str:
     return max((path.name for path in run.glob("checkpoints/step-*")), default="none")
 
@@ -39,10 +48,18 @@ def newest(run: Path) -> str:
 @pytest.mark.parametrize(
     ("where", "n", "step"),
     [
-        ("step", 1, 1), ("step", 3, 3), ("step", 5, 5), ("step", 6, 6), ("evaluation", 2, 0), ("evaluation", 5, 3),
-        ("evaluation", 9, 6), ("evaluation", 13, 10), ("evaluation", 15, 10), ("write", 1, 3),
+        ("step", 1, 1),
+        ("step", 3, 3),
+        ("step", 5, 5),
+        ("step", 6, 6),
+        ("evaluation", 2, 0),
+        ("evaluation", 5, 3),
+        ("evaluation", 9, 6),
+        ("evaluation", 13, 10),
+        ("evaluation", 15, 10),
+        ("write", 1, 3),
     ],
-)  # fmt: skip
+)
 def test_a_run_asked_to_stop_finishes_its_step_and_goes_on_as_if_nothing_had_happened(
     killer: Killer, tmp_path: Path, number: int, background: str, where: str, n: int, step: int
 ) -> None:
@@ -60,16 +77,15 @@ def test_a_run_asked_to_stop_finishes_its_step_and_goes_on_as_if_nothing_had_hap
     assert not (run / "summary.json").exists()
     assert [line["step"] for line in metrics_of(run) if "train/loss" in line] == list(range(1, at + 1)) if at else True
 
-    python, script, *overrides = shlex.split(said["continue"])
-    assert (python, script, overrides) == ("python", "train_model.py", killer.overrides(name, how))
+    python, script, *overrides = shlex.split(continuation((tmp_path / "out").read_text()))
+    assert (python, (Path.cwd() / script).resolve()) == ("python", ROOT / "train_model.py")
+    assert overrides == killer.overrides(name, how)
     assert killer.attempt(name, how, after=60)["status"] == 0
     assert_equal_runs(run, killer.whole)
 
 
 @pytest.mark.parametrize("numbers", [[TERM, TERM], [INT, INT], [INT, TERM]])
-def test_a_second_signal_ends_it_at_once_and_loses_only_what_no_checkpoint_holds(
-    killer: Killer, numbers: list[int]
-) -> None:
+def test_a_second_signal_ends_it_at_once_and_loses_only_what_no_checkpoint_holds(killer: Killer, numbers: list[int]) -> None:
     name = f"twice-{numbers[0]}-{numbers[1]}"
     run = killer.place.runs / name
     answer = killer.attempt(name, "checkpoints.background=false", signals=["step", 6, numbers])
@@ -84,12 +100,10 @@ def test_interrupted_before_its_first_step_a_command_that_overwrites_puts_the_ol
 ) -> None:
     killer.attempt("old", after=60)
     before = contents(killer.place.runs / "old")
-    answer = killer.attempt(
-        "old", "overwrite=true", "seed=1", signals=["evaluation", 2, [TERM]], output=str(tmp_path / "out")
-    )
+    answer = killer.attempt("old", "overwrite=true", "seed=1", signals=["evaluation", 2, [TERM]], output=str(tmp_path / "out"))
     assert answer["status"] == 143
     assert contents(killer.place.runs / "old") == before
-    assert "overwrite=true" in json_lines((tmp_path / "out").read_text())[-1]["continue"]
+    assert "overwrite=true" in continuation((tmp_path / "out").read_text())
 
 
 def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_without_overwriting(
@@ -98,7 +112,7 @@ def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_with
     killer.attempt("older", "seed=1", after=60)
     output = str(tmp_path / "out")
     assert killer.attempt("older", "overwrite=true", signals=["step", 5, [TERM]], output=output)["status"] == 143
-    assert "overwrite" not in json_lines((tmp_path / "out").read_text())[-1]["continue"]
+    assert "overwrite" not in continuation((tmp_path / "out").read_text())
     killer.attempt("older", after=60)
     assert_equal_runs(killer.place.runs / "older", killer.whole)
 
@@ -106,13 +120,57 @@ def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_with
 # --- as a command ----------------------------------------------------------------------------------------------------
 
 
+RUNNING: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def as_from_a_terminal() -> Iterator[None]:
+    """Signals mean what they do there, though under nohup SIGHUP is ignored and what is started inherits that.
+
+    A run goes on when nobody reads it any more, so a test that fails ends what it has started.
+    """
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+    while RUNNING:
+        process = RUNNING.pop()
+        if process.poll() is None:
+            for each in [*descendants(process.pid), process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(each, signal.SIGKILL)
+            process.communicate(timeout=60)
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, and those that they did: runs of a sweep have groups of their own."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [found for child in map(int, listed) for found in (child, *descendants(child))]
+
+
+def in_a_group(command: list[str], place: Workplace, **environment: str) -> subprocess.Popen[str]:
+    """A process group of its own, as a terminal gives it."""
+    process = subprocess.Popen(
+        command,
+        cwd=place.folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    RUNNING.append(process)
+    return process
+
+
 def started(place: Workplace, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """The command in a process group of its own, as a terminal gives it."""
-    command = [sys.executable, str(ROOT / "train_model.py"), *arguments]
-    return subprocess.Popen(
-        command, cwd=place.folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
-    )  # fmt: skip
+    return in_a_group([sys.executable, str(ROOT / "train_model.py"), *arguments], place, **environment)
+
+
+def last_step(run: Path) -> int:
+    """Of a metrics.jsonl that is being written: its last line may be there in part."""
+    path = run / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return json.loads(whole[-1])["step"] if whole else -1
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -123,7 +181,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
 
 
 def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(tmp_path: Path) -> None:
-    place = Workplace(tmp_path)
+    place = Workplace(tmp_path / 'it\'s a "folder" réel')
     options = ["budget.steps=100000", "intervals.log=1", "intervals.evaluate=50", "intervals.checkpoint=50"]
     process = started(place, *place.overrides("name=run", *options))
     run = place.runs / "run"
@@ -133,11 +191,9 @@ def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(
     assert process.returncode == 143, err
     said = json.loads(out.splitlines()[-1])
     assert newest(run) == f"step-{said['step']:08}"
-    again = subprocess.Popen(
-        [sys.executable, *shlex.split(said["continue"])[1:]], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    wait_for(lambda: metrics_of(run)[-1]["step"] > said["step"] + 5, again)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    again = in_a_group(["sh", "-c", f"exec {continuation(out)}"], place, PATH=path)
+    wait_for(lambda: last_step(run) > said["step"] + 5, again)
     again.send_signal(signal.SIGINT)
     out, err = again.communicate(timeout=60)
     assert again.returncode == 130, err
@@ -154,7 +210,7 @@ def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_pa
             place, *place.overrides("name=run", "budget.steps=100000", "intervals.log=1", "tracking=wandb"), **online
         )
         run = place.runs / "run"
-        wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 10, process)
+        wait_for(lambda: last_step(run) > 10, process)
         os.killpg(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130, err
@@ -164,17 +220,31 @@ def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_pa
     assert recorded.exit_code == 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_sweep_passes_the_signal_on_waits_for_its_run_and_starts_no_other(
     tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     place = Workplace(tmp_path)
     options = ["budget.steps=100000", "intervals.log=1", "dataset.max_tokens=5000"]
     process = started(place, "-m", *place.overrides("attention=mha,mla", *options))
-    wait_for(lambda: any(len(metrics_of(file.parent)) > 3 for file in place.runs.glob("*/metrics.jsonl")), process)
+    wait_for(lambda: any(last_step(file.parent) > 3 for file in place.runs.glob("*/metrics.jsonl")), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     (run,) = place.runs.glob("*/config.yaml")
     assert json_lines(out)[-1]["step"] == int(newest(run.parent).removeprefix("step-"))
     assert "Traceback" not in err
+    python, script, *arguments = shlex.split(continuation(out))
+    assert python.startswith("python") and (place.folder / script).resolve() == ROOT / "train_model.py"
+    assert arguments == ["-m", *place.overrides("attention=mha,mla", *options)]
+
+
+@pytest.mark.parametrize("name", ["python", "python3"])
+def test_the_line_that_continues_begins_with_a_command_that_is_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Debian and macOS have no `python`."""
+    (tmp_path / name).symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    line = pasteable(str(ROOT / "train_model.py"), ["attention=mha", "name=a b"])
+    assert shlex.split(line) == [name, os.path.relpath(ROOT / "train_model.py"), "attention=mha", "name=a b"]

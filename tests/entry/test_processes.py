@@ -14,13 +14,20 @@ import safetensors.torch
 import torch
 
 from harness.training.parallel import open_workers
-from tests.support.micro import Workplace, json_lines, metrics_of, summary_of
+from tests.support.micro import Workplace, json_lines, metrics_of, records, summary_of
 from tests.support.processes import ROOT, torchrun, train_in, train_until
 
 STEPS = 6
 # Two layers that share weights, gradients of several micro-batches a step, a checkpoint at every second step.
-RUN = ["attention=mla_shared_weights", "model.n_layers=2", "batch_size=8", "micro_batch_size=1", "intervals.log=1",
-       "intervals.evaluate=2", "intervals.checkpoint=2"]  # fmt: skip
+RUN = [
+    "attention=mla_shared_weights",
+    "model.n_layers=2",
+    "batch_size=8",
+    "micro_batch_size=1",
+    "intervals.log=1",
+    "intervals.evaluate=2",
+    "intervals.checkpoint=2",
+]
 DDP, FSDP = ["parallel=ddp"], ["parallel=fsdp", "model.activation_checkpointing=true"]
 DROPOUT = ["model.dropout=0.2", "attention=mha"]
 
@@ -45,16 +52,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     place.alone("one")
     place.alone("grown", until=2)
     place.alone("bfloat16", "precision=bfloat16")
-    place.said = train_in(2, place.folder, [
-        {"engine": "ddp"}, {"engine": "fsdp"},
-        place.asked("two_ddp", *DDP), place.asked("two_fsdp", *FSDP), place.asked("dropout", *DROPOUT),
-        place.asked("mixed", *FSDP, "parallel.mixed_precision=true", "precision=bfloat16"),
-        place.asked("swapped", *DDP, until=2), place.asked("grown", *FSDP, until=4),
-    ])  # fmt: skip
-    train_in(4, place.folder, [
-        place.asked("four_ddp", *DDP), place.asked("four_fsdp", *FSDP),
-        place.asked("swapped", *FSDP, until=4), place.asked("grown", *DDP),
-    ])  # fmt: skip
+    place.said = train_in(
+        2,
+        place.folder,
+        [
+            {"engine": "ddp"},
+            {"engine": "fsdp"},
+            place.asked("two_ddp", *DDP),
+            place.asked("two_fsdp", *FSDP),
+            place.asked("dropout", *DROPOUT),
+            place.asked("mixed", *FSDP, "parallel.mixed_precision=true", "precision=bfloat16"),
+            place.asked("swapped", *DDP, until=2),
+            place.asked("grown", *FSDP, until=4),
+        ],
+    )
+    train_in(
+        4,
+        place.folder,
+        [
+            place.asked("four_ddp", *DDP),
+            place.asked("four_fsdp", *FSDP),
+            place.asked("swapped", *FSDP, until=4),
+            place.asked("grown", *DDP),
+        ],
+    )
     place.alone("swapped")
     return place
 
@@ -86,9 +107,7 @@ def test_weights_gathered_in_bfloat16_change_a_run_no_more_than_rounding(runs: R
 def test_checkpoints_hold_whole_tensors_of_the_same_values(runs: Runs, name: str) -> None:
     for file in ("model.safetensors", "optimizer.safetensors"):
         one, other = tensors(runs.runs / "one", file), tensors(runs.runs / name, file)
-        assert {key: (t.shape, t.dtype) for key, t in other.items()} == {
-            key: (t.shape, t.dtype) for key, t in one.items()
-        }
+        assert {key: (t.shape, t.dtype) for key, t in other.items()} == {key: (t.shape, t.dtype) for key, t in one.items()}
         for key, tensor in one.items():
             torch.testing.assert_close(other[key], tensor, atol=1e-5, rtol=1e-4)
 
@@ -115,7 +134,7 @@ def test_gradients_travel_once_a_step(runs: Runs) -> None:
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from harness import session
+from harness.runs import session
 import train_model
 
 loop = session.train
@@ -131,12 +150,10 @@ sys.exit(train_model.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize(("rank", "option"), [
-    (0, "--master-port={port}"), pytest.param(1, "--standalone", marks=pytest.mark.slow),
-])  # fmt: skip
-def test_a_killed_process_restarts_all_and_the_run_ends_as_if_nothing_had_happened(
-    runs: Runs, rank: int, option: str
-) -> None:
+@pytest.mark.parametrize(
+    ("rank", "option"), [(0, "--master-port={port}"), pytest.param(1, "--standalone", marks=pytest.mark.slow)]
+)
+def test_a_killed_process_restarts_all_and_the_run_ends_as_if_nothing_had_happened(runs: Runs, rank: int, option: str) -> None:
     """Bit for bit, dropout included: both ways in which torchrun lets its processes meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,7 +164,7 @@ def test_a_killed_process_restarts_all_and_the_run_ends_as_if_nothing_had_happen
     done = torchrun(2, script, *overrides, options=("--max-restarts=1", option))
     assert done.returncode == 0, done.stderr
     assert "from step 5" in done.stdout
-    (summary,) = json_lines(done.stdout)
+    (summary,) = records(done.stdout)
     whole = summary_of(runs.runs / "dropout")
     assert (summary["loss"], summary["train_loss"]) == (whole["loss"], whole["train_loss"])
     for key, tensor in tensors(runs.runs / "dropout", "model.safetensors").items():
@@ -159,7 +176,7 @@ TROUBLE = """
 import math, os, signal, sys
 sys.path.insert(0, {root!r})
 import train_model
-from harness.command_line import run_script
+from harness.entry.cli import run_script
 from modeling.gpt import GPT
 
 calls = 0
@@ -211,6 +228,63 @@ def test_a_bad_number_of_one_process_stops_all_is_said_once_and_leaves_the_step_
     (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert said.startswith("error: step 3: the loss is nan") and "The checkpoint of step 2 is kept." in said
     assert "documents" in said or "document " in said
+
+
+# The last process alone is given another argument, or finds other data.
+APART = """
+import dataclasses, os, sys
+sys.path.insert(0, {root!r})
+import train_model
+from harness.runs import training_data
+from harness.entry.cli import run_script
+
+load = training_data.load_data
+if os.environ["RANK"] == "1":
+    sys.argv += {arguments!r}
+    if {data!r}:
+        training_data.load_data = lambda *given, **options: dataclasses.replace(load(*given, **options), fingerprint="other")
+run_script(train_model.main, description=None)
+"""
+
+
+def apart(runs: Runs, name: str, *arguments: str, data: bool = False) -> subprocess.CompletedProcess[str]:
+    script = runs.folder / f"{name}.py"
+    script.write_text(APART.format(root=str(ROOT), arguments=list(arguments), data=data))
+    return torchrun(2, script, *runs.asked(name)["overrides"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr is 0.1 there and 0.005 here"),
+        ("seed=5", "data_seed is 5 there and 0 here"),
+        ("micro_batch_size=2", "micro_batch_size is 2 there and 1 here"),
+        ("intervals.checkpoint=3", "intervals.checkpoint is 3 there and 2 here"),
+    ],
+)
+def test_processes_that_were_started_apart_all_end_before_anything_is_written(runs: Runs, argument: str, said: str) -> None:
+    before = {path.name for path in runs.runs.iterdir()}
+    done = apart(runs, "apart", argument)
+    assert done.returncode != 0 and "exitcode: 0 " not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert sentence.startswith(f"error: process 1 was started with another configuration than process 0 ({said}")
+    assert {path.name for path in runs.runs.iterdir()} == before
+
+
+def test_processes_may_have_places_of_their_own(runs: Runs) -> None:
+    done = apart(runs, "places", f"data_dir={runs.folder / 'data of another machine'}", f"runs_dir={runs.folder}")
+    assert done.returncode == 0, done.stderr
+    one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / "places")
+    assert [line["step"] for line in other] == [line["step"] for line in one]
+
+
+def test_processes_that_find_other_data_all_end_before_anything_is_written(runs: Runs) -> None:
+    before = {path.name for path in runs.runs.iterdir()}
+    done = apart(runs, "data", data=True)
+    assert done.returncode != 0
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert sentence.startswith("error: the data of dataset=local in ") and "not the same for all processes" in sentence
+    assert {path.name for path in runs.runs.iterdir()} == before
 
 
 def test_what_the_first_process_refuses_is_said_once_and_ends_all(runs: Runs) -> None:

@@ -23,23 +23,17 @@ import torch
 from torch import Tensor
 
 import train_model
-from harness.config import ROOT, load_run_config
+from harness.config.places import ROOT
+from harness.config.run_config import load_run_config
 from harness.data.prepared import open_prepared
 from harness.errors import UserError
-from harness.session import load_trained
+from harness.runs.load import load_trained
 from harness.tracking import tracker
 from harness.training.checkpoint import checkpoint_state, find_damage, latest_checkpoint
-from harness.training.nonfinite import NonFiniteError
+from harness.training.nonfinite import Guard, NonFiniteError
 from modeling.attention import EXECUTION
 from scripts import generate
-from tests.support.micro import (
-    STEPS,
-    Workplace,
-    contents,
-    metrics_of,
-    summary_of,
-    without_clocks,
-)
+from tests.support.micro import STEPS, Workplace, contents, metrics_of, summary_of, without_clocks
 from tests.support.wandb_server import WandbServer
 
 OFTEN = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2", "model.dropout=0.1"]
@@ -81,8 +75,11 @@ def test_a_disk_that_fills_up_ends_training_in_one_sentence_and_the_run_goes_on_
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); its last checkpoint, "
-                                            r"step-00000002, is intact: make room"):  # fmt: skip
+        with pytest.raises(
+            UserError,
+            match=r"cannot be written \(No space left on device\); its last checkpoint, "
+            r"step-00000002, is intact: make room",
+        ):
             place.train("run", *options)
     run = place.runs / "run"
     assert "step-00000002" in saved(run) and find_damage(run / "checkpoints" / "step-00000002") is None
@@ -111,8 +108,11 @@ def test_metrics_that_a_full_disk_takes_a_part_of_are_cut_there_and_written_whol
 
     with monkeypatch.context() as patched:
         patched.setattr(tracker._MetricsFile, "append", limited)
-        with pytest.raises(UserError, match=r"full cannot be written \(File too large\); its last checkpoint, "
-                                            r"step-00000004, is intact: .*same command again$"):  # fmt: skip
+        with pytest.raises(
+            UserError,
+            match=r"full cannot be written \(File too large\); its last checkpoint, "
+            r"step-00000004, is intact: .*same command again$",
+        ):
             place.train("full", *often)
     run = place.runs / "full"
     assert (run / "metrics.jsonl").stat().st_size == limit
@@ -128,13 +128,15 @@ def in_a_small_disk(place: Workplace, size: str, command: str) -> subprocess.Com
     )
     place.runs.mkdir(exist_ok=True)
     (place.folder / "kept").mkdir(exist_ok=True)
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(["unshare", "-r", "-m", "true"], capture_output=True).returncode
-    ):
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-r", "-m", "true"], capture_output=True).returncode:
         return None
-    return subprocess.run(["unshare", "-r", "-m", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})  # fmt: skip
+    return subprocess.run(
+        ["unshare", "-r", "-m", "sh", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
@@ -146,7 +148,10 @@ def test_a_real_disk_that_is_full_or_read_only_keeps_the_last_good_checkpoint(pl
     else:
         folder = f"'{place.runs}'/run/checkpoints"
         wait = f"while [ ! -d {folder}/step-00000004 ]; do sleep 0.02; done"
-        lock = f"mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}"
+        # Read-only before it is put in place: a mount cannot be made so while a checkpoint is being written in it.
+        locked = f"'{place.runs}'/locked"
+        lock = f"mkdir {locked} && mount --bind {folder} {locked} && mount -o remount,bind,ro {locked}"
+        lock += f" && mount --bind {locked} {folder}"
         result = in_a_small_disk(place, "64m", f"( {wait}; {lock} ) & {train}")
     if result is None:
         pytest.skip("no name spaces of its own for an ordinary user here")
@@ -187,16 +192,88 @@ def test_a_run_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before_and
     assert_equal(run, whole)
 
 
-def as_an_older_version_wrote_it(checkpoint: Path) -> None:
+def rewritten(checkpoint: Path, change: Callable[[dict[str, Any]], object], *, whole: bool = False) -> None:
+    """What a run saved in state.json changed, or with `whole` all of it, and a manifest that fits it."""
     content = json.loads((checkpoint / "state.json").read_text())
-    for key in ("warmup_steps", "evaluation_due", "best", "guard"):
-        del content["caller"][key]
-    del content["caller"]["last_step"]["skipped"]
+    change(content if whole else content["caller"])
     (checkpoint / "state.json").write_text(json.dumps(content))
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     written = (checkpoint / "state.json").read_bytes()
     manifest["state.json"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def as_an_older_version_wrote_it(checkpoint: Path) -> None:
+    def older(state: dict[str, Any]) -> None:
+        for key in ("warmup_steps", "evaluation_due", "best", "guard"):
+            del state[key]
+        del state["last_step"]["skipped"]
+
+    rewritten(checkpoint, older)
+
+
+WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
+    r"state\.last_step is missing": lambda state: state.pop("last_step"),
+    r"state\.last_step\.loss=high must be a finite number": lambda state: state["last_step"].update(loss="high"),
+    r"last_step\.number=5 after step 6": lambda state: state["last_step"].update(number=5),
+    r"last_step\.tokens=-4, no count": lambda state: state["last_step"].update(tokens=-4),
+    r"state\.metrics_bytes=x must be a whole number": lambda state: state.update(metrics_bytes="x"),
+    r"state\.metrics_bytes=1e\+308 must be a whole number": lambda state: state.update(metrics_bytes=1e308),
+    r"metrics_bytes=-1, no count": lambda state: state.update(metrics_bytes=-1),
+    r"warmup_steps=-1, no count": lambda state: state.update(warmup_steps=-1),
+    r"best=\[3.0\], no pair of a step up to 6": lambda state: state.update(best=[3]),
+    r"best=\[1e\+308, 1.0\], no pair": lambda state: state.update(best=[1e308, 1]),
+    r"best=\[7.0, 1.0\], no pair": lambda state: state.update(best=[7, 1]),
+    r"wandb_id=../x, no name": lambda state: state.update(wandb_id="../x"),
+    r"state\.guard=5 must be a group": lambda state: state.update(guard=5),
+    r"guard\.skipped=-1, no count": lambda state: state["guard"].update(skipped=-1),
+    r"state\.guard\.losses\[0\]=x must be": lambda state: state["guard"].update(losses=["x"]),
+}
+
+
+def test_a_speed_that_a_state_does_not_know_is_none_in_the_summary(place: Workplace) -> None:
+    run = place.train("run", *OFTEN)
+    (run / "summary.json").unlink()
+    rewritten(run / "checkpoints" / f"step-{STEPS:08}", lambda state: state["last_step"].update(tokens_per_second=None))
+    assert summary_of(place.train("run", *OFTEN))["tokens_per_second"] is None
+
+
+def test_a_state_that_is_none_is_damage_named_by_its_field_and_the_checkpoint_before_is_used(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.train("run", *OFTEN)
+    summary, whole = summary_of(run), contents(run)
+    for words, change in WRONG.items():
+        (run / "summary.json").unlink()
+        rewritten(run / "checkpoints" / f"step-{STEPS:08}", change)
+        capsys.readouterr()
+        place.train("run", *OFTEN)
+        assert re.search(rf"step-{STEPS:08} is damaged \(state.json: .*{words}", capsys.readouterr().err), words
+        assert without_clocks(summary_of(run)) == without_clocks(summary)
+    assert contents(run).keys() == whole.keys()
+
+
+def test_generators_that_are_none_are_damage_too(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
+    run = place.train("run", *OFTEN)
+    (run / "summary.json").unlink()
+    rewritten(run / "checkpoints" / f"step-{STEPS:08}", lambda content: content["generators"].pop("numpy"), whole=True)
+    place.train("run", *OFTEN)
+    assert "is damaged (generators in state.json); looking for an earlier one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, IndexError])
+def test_a_mistake_of_ours_is_not_called_damage(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    run = place.train("run", *OFTEN)
+    (run / "summary.json").unlink()
+
+    def fail(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr(Guard, "restore", fail)
+    with pytest.raises(error, match="ours"):
+        place.train("run", *OFTEN)
 
 
 def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
@@ -206,9 +283,7 @@ def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
     run = interrupted_at(place, "run", 3, *WSD, monkeypatch=monkeypatch)
     for checkpoint in run.glob("checkpoints/step-*"):
         as_an_older_version_wrote_it(checkpoint)
-    with pytest.raises(
-        UserError, match=r"older version.*train on with the budget .* \(budget.steps is 6 there and 8 here"
-    ):
+    with pytest.raises(UserError, match=r"older version.*train on with the budget .* \(budget.steps is 6 there and 8 here"):
         place.train("run", *WSD, "budget.steps=8")
     place.train("run", *WSD)
     assert_equal(run, whole)
@@ -217,9 +292,7 @@ def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
 # --- the best one ----------------------------------------------------------------------------------------------------
 
 
-def test_the_step_that_validated_best_is_kept_and_can_be_used(
-    place: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_step_that_validated_best_is_kept_and_can_be_used(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate that grows far too high makes the validation loss rise again."""
     run = place.train(
         "run",
@@ -244,7 +317,7 @@ def test_the_step_that_validated_best_is_kept_and_can_be_used(
         generate.main([f"run={run}", "checkpoint=first"])
     without = place.train("without", "checkpoints.keep_best=false", "checkpoints.keep=1")
     assert saved(without) == [f"step-{STEPS:08}"]
-    with pytest.raises(UserError, match=r"holds no best checkpoint \(checkpoints.keep_best\)"):
+    with pytest.raises(UserError, match=r"holds no best checkpoint, .*checkpoints.keep_best=true keeps: take checkpoint=last"):
         load_trained(without, which="best", **how)  # type: ignore[arg-type]
 
 
@@ -294,10 +367,9 @@ def test_the_first_bad_number_stops_the_run_names_its_place_and_leaves_the_step_
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (run / "checkpoints/step-00000003" / name).read_bytes() == (
             whole / "checkpoints/step-00000003" / name
-        ).read_bytes()  # fmt: skip
+        ).read_bytes()
     generators = [
-        json.loads((folder / "checkpoints/step-00000003/state.json").read_text())["generators"]
-        for folder in (run, whole)
+        json.loads((folder / "checkpoints/step-00000003/state.json").read_text())["generators"] for folder in (run, whole)
     ]
     assert generators[0] == generators[1]
     assert not (run / "summary.json").exists()
@@ -333,9 +405,7 @@ def test_a_run_whose_last_step_was_skipped_can_be_saved_continued_and_summed_up(
 
 def test_it_gives_up_where_every_step_goes_wrong(place: Workplace, spoiled: Callable[[dict[int, float]], None]) -> None:
     spoiled(dict.fromkeys(range(3, 99), math.nan))
-    with pytest.raises(
-        NonFiniteError, match=r"step 5: .*3 steps in a row made no update.*checkpoint of step 4 is kept"
-    ):
+    with pytest.raises(NonFiniteError, match=r"step 5: .*3 steps in a row made no update.*checkpoint of step 4 is kept"):
         place.train("run", *OFTEN, "on_nonfinite=skip", "skip_limit=3")
     assert checkpoint_state(place.runs / "run/checkpoints/step-00000004")["guard"]["in_a_row"] == 2
 
@@ -364,10 +434,17 @@ def interrupted_at(place: Workplace, name: str, step: int, *more: str, monkeypat
     return place.runs / name
 
 
-@pytest.mark.parametrize("change", [
-    ["device=cpu", "compile=off"], ["micro_batch_size=2", "evaluation.batch_size=7"], ["intervals.checkpoint=3"],
-    ["checkpoints.keep=5", "checkpoints.background=false"], ["attention.backend=reference"], ["tracking=none"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["device=cpu", "compile=off"],
+        ["micro_batch_size=2", "evaluation.batch_size=7"],
+        ["intervals.checkpoint=3"],
+        ["checkpoints.keep=5", "checkpoints.background=false"],
+        ["attention.backend=reference"],
+        ["tracking=none"],
+    ],
+)
 def test_how_a_run_is_computed_may_change_when_it_is_continued(
     place: Workplace, change: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,20 +452,26 @@ def test_how_a_run_is_computed_may_change_when_it_is_continued(
     whole = place.train("whole", *plain)
     run = interrupted_at(place, "run", 3, *plain, monkeypatch=monkeypatch)
     assert place.train("run", *plain, *change) == run
-    losses, others = (
-        [line["val/loss"] for line in metrics_of(folder) if "val/loss" in line] for folder in (run, whole)
-    )
+    losses, others = ([line["val/loss"] for line in metrics_of(folder) if "val/loss" in line] for folder in (run, whole))
     assert losses == pytest.approx(others, rel=1e-5)
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ("seed=1", "seed is 0 there and 1 here"), ("data_seed=1", "data_seed is 0 there and 1 here"),
-    ("dataset.max_tokens=9000", "dataset.max_tokens is None there and 9000 here"),
-    ("model.mlp_hidden=96", "model.mlp_hidden is 64 there and 96 here"), ("batch_size=2", "batch_size is 4 there and 2 here"),
-    ("optimizer.lr=0.5", "optimizer.lr is 0.003 there and 0.5 here"), ("budget.steps=9", "budget.steps is 6 there and 9 here"),
-    ("budget.steps=5", "budget.steps is 6 there and 5 here"), ("schedule=wsd", "schedule.name is cosine there and wsd here"),
-    ("on_nonfinite=skip", "on_nonfinite is stop there and skip here"), ("spikes.sigma=6", "spikes.sigma is None there and 6.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("seed=1", "seed is 0 there and 1 here"),
+        ("data_seed=1", "data_seed is 0 there and 1 here"),
+        ("dataset.max_tokens=9000", "dataset.max_tokens is None there and 9000 here"),
+        ("model.mlp_hidden=96", "model.mlp_hidden is 64 there and 96 here"),
+        ("batch_size=2", "batch_size is 4 there and 2 here"),
+        ("optimizer.lr=0.5", "optimizer.lr is 0.003 there and 0.5 here"),
+        ("budget.steps=9", "budget.steps is 6 there and 9 here"),
+        ("budget.steps=5", "budget.steps is 6 there and 5 here"),
+        ("schedule=wsd", "schedule.name is cosine there and wsd here"),
+        ("on_nonfinite=skip", "on_nonfinite is stop there and skip here"),
+        ("spikes.sigma=6", "spikes.sigma is None there and 6.0"),
+    ],
+)
 def test_what_a_run_is_may_not_change_when_it_is_continued(
     place: Workplace, change: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,8 +511,11 @@ def test_a_budget_that_has_grown_can_grow_again_be_killed_in_between_and_keeps_i
 def test_once_its_rate_falls_a_run_keeps_its_budget(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     run = interrupted_at(place, "run", 10, *WSD, "budget.steps=12", monkeypatch=monkeypatch)
     before = contents(run)
-    with pytest.raises(UserError, match=r"at step 10 and its rate has been falling since step 9, too late for another "
-                                        r"budget \(budget.steps is 12 there and 16 here\)"):  # fmt: skip
+    with pytest.raises(
+        UserError,
+        match=r"at step 10 and its rate has been falling since step 9, too late for another "
+        r"budget \(budget.steps is 12 there and 16 here\)",
+    ):
         place.train("run", *WSD, "budget.steps=16")
     with pytest.raises(UserError, match=r"another configuration \(budget.steps is 12 there and 11 here\)"):
         place.train("run", *WSD, "budget.steps=11")

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from harness.config import ROOT
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.config.places import ROOT
 from harness.errors import UserError
+from harness.evaluation.facts import model_facts
 from modeling.attention.contract import CHECKS
+from modeling.attention.mla import MultiheadLatentAttention
 from scripts import check_attention, compare_runs, generate, prepare_data
-from tests.support.micro import SIZE, Workplace, contents, json_lines, summary_of
+from tests.support.micro import SIZE, Workplace, contents, records, summary_of
 from tests.support.projects import copy_project
-
-COMMANDS = ["train_model.py", "eval_model.py", "scripts/generate.py", "scripts/check_attention.py",
-            "scripts/compare_runs.py", "scripts/prepare_data.py", "scripts/benchmark_decode.py",
-            "scripts/kv_calculator.py", "scripts/show_runs.py", "scripts/downstream_eval.py", "scripts/run_study.py",
-            "scripts/report.py", "scripts/export.py", "scripts/import_hf.py",
-            "scripts/convert.py"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +39,44 @@ def script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself(name: str, tmp_path: Path) -> None:
-    shown = script(str(ROOT / name), "--help", folder=tmp_path)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert f"python {name}" in shown.stdout
-    assert list(tmp_path.iterdir()) == []
+# --- what the system refuses -----------------------------------------------------------------------------------------
+
+CAPABILITIES = "-dac_override,-dac_read_search"  # by which permissions do not hold back the superuser
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "scripts/sync_wandb.py runs_dir=closed",
+        "scripts/show_runs.py runs_dir=closed",
+        "scripts/report.py runs_dir=closed",
+        "train_model.py runs_dir=closed tracking=none",
+        "train_model.py runs_dir=runs init_from=closed tracking=none",
+        "scripts/convert.py run=runs/mha to=closed/new method=exact",
+        "scripts/kv_calculator.py --config closed/config.json",
+        "scripts/import_hf.py source=closed/model to=runs/new",
+    ],
+)
+def test_a_folder_that_may_not_be_entered_is_one_sentence(shared: Workplace, line: str) -> None:
+    if "show_runs" in line:
+        pytest.importorskip("trackio")
+    closed = shared.folder / "closed"
+    closed.mkdir(exist_ok=True, mode=0)
+    held = [] if os.geteuid() else ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"]
+    if held and (not shutil.which(held[0]) or subprocess.run([*held, "true"], capture_output=True).returncode):
+        pytest.skip("needs setpriv, or a user whom permissions hold back")
+    name, *options = line.split()
+    done = subprocess.run(
+        [*held, sys.executable, str(ROOT / name), *options],
+        cwd=shared.folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and said.startswith("error: ") and "Permission denied" in said
+    assert "closed" in said
 
 
 # --- generate --------------------------------------------------------------------------------------------------------
@@ -55,9 +88,7 @@ def written(place: Workplace, capsys: pytest.CaptureFixture[str], *options: str)
     return capsys.readouterr().out
 
 
-def test_generate_continues_the_prompt_and_repeats_itself(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_continues_the_prompt_and_repeats_itself(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     first = written(shared, capsys, "prompt=the sea")
     assert first.startswith("the sea") and len(first.rstrip("\n")) > len("the sea")
     assert written(shared, capsys, "prompt=the sea") == first
@@ -66,9 +97,7 @@ def test_generate_continues_the_prompt_and_repeats_itself(
     assert greedy[0] == greedy[1]
 
 
-def test_generate_takes_a_run_by_name_and_the_newest_without_one(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_takes_a_run_by_name_and_the_newest_without_one(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     newest, named = written(shared, capsys, "prompt=a"), written(shared, capsys, "prompt=a", "run=mla")
     assert newest == named != written(shared, capsys, "prompt=a", "run=mha")
 
@@ -76,9 +105,7 @@ def test_generate_takes_a_run_by_name_and_the_newest_without_one(
 @pytest.mark.parametrize(
     "prompt", ["a, b = (c) [d] {e}", "'quoted' and \"quoted\"", "${model.d_model}", "null,", "null", "1e3", "x: y"]
 )
-def test_generate_takes_the_prompt_as_it_stands(
-    shared: Workplace, prompt: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate_takes_the_prompt_as_it_stands(shared: Workplace, prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert written(shared, capsys, f"prompt={prompt}", "max_new_tokens=2").startswith(prompt)
 
 
@@ -86,30 +113,55 @@ def test_generate_takes_the_prompt_as_it_stands(
     ("option", "sentence"),
     [
         ("max_new_tokens=1000", r"exceed the model's 32 positions; ask for at most \d+ new tokens"),
-        ("temperature=-1", r"temperature=-1.0 must be 0 \(greedy\) or at least 0.001"),
+        ("temperature=-1", r"temperature=-1.0 must be 0 \(greedy\) or from 0.001 to 1e\+30"),
         ("temperature=warm", r"temperature=warm must be a number"),
-        ("temperature=1e-45", r"temperature=1e-45 must be 0 \(greedy\) or at least 0.001"),
+        ("temperature=1e-45", r"temperature=1e-45 must be 0 \(greedy\) or from 0.001 to 1e\+30"),
         ("temperature=0.00099", r"temperature=0.00099 must be 0"),
         (f"seed={10**23}", rf"seed={10**23} is too large; choose a whole number below 2\^63"),
         (f"seed=-{2**64}", r"seed=-\d+ is too large"),
         ("prompt=a\udcff", r"^prompt is not UTF-8 \(byte 2\)"),
         ("top_p=2", r"top_p=2.0 must be in \(0, 1\]"),
         ("top_k=0", r"top_k=0 must be at least 1"),
+        ("step=graph", r"step=graph needs a CUDA device, not cpu"),
+        (f"prompt={'the sea ' * 30}", r"^a prompt of \d+ tokens exceeds the model's 32 positions"),
         ("promt=x", r"promt is not an option here; did you mean prompt\?"),
         ("run=mlaa", r"run=mlaa is no run .*did you mean mla\?"),
         ("device=gpu", r"device=gpu is unknown"),
         ("attention.backend=flash", r"attention.backend=flash is unknown; choose one of auto, reference"),
     ],
 )
-def test_generate_refuses_in_one_sentence(shared: Workplace, option: str, sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence) as refused:
-        generate.main([f"runs_dir={shared.runs}", "device=cpu", "max_new_tokens=2", option])
-    assert len(str(refused.value).splitlines()) == 1
-
-
-def test_the_smallest_temperature_and_the_largest_seed_are_taken(
-    shared: Workplace, capsys: pytest.CaptureFixture[str]
+def test_generate_refuses_in_one_sentence_before_it_prints(
+    shared: Workplace, option: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    capsys.readouterr()
+    with pytest.raises(UserError, match=sentence) as refused:
+        generate.main([f"runs_dir={shared.runs}", "device=cpu", "max_new_tokens=2", "prompt=the sea", option])
+    assert len(str(refused.value).splitlines()) == 1 and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("written_bytes", "shown"),
+    [
+        ("né".encode(), "né"),
+        ("né".encode()[:-1], "n"),
+        ("a😀".encode()[:-1], "a"),
+        ("a😀".encode()[:3], "a"),
+        (b"a\xffb", "a\N{REPLACEMENT CHARACTER}b"),
+        (b"\xf0\x9f", ""),
+        (b"a\xf0\x9f b", "a\N{REPLACEMENT CHARACTER} b"),
+    ],
+)
+def test_a_character_is_shown_when_it_is_whole_and_never_by_half(
+    shared: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, written_bytes: bytes, shown: str
+) -> None:
+    def of_these_bytes(*_: object, **__: object) -> Iterator[torch.Tensor]:
+        yield from (torch.tensor([byte]) for byte in written_bytes)
+
+    monkeypatch.setattr("modeling.generation.generate", of_these_bytes)
+    assert written(shared, capsys, "run=mha", "prompt=>") == f">{shown}\n"
+
+
+def test_the_smallest_temperature_and_the_largest_seed_are_taken(shared: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     smallest = written(shared, capsys, "prompt=the sea", "temperature=0.001", f"seed={2**63 - 1}")
     assert smallest == written(shared, capsys, "prompt=the sea", "temperature=0")
 
@@ -133,6 +185,26 @@ def test_check_attention_passes_a_sound_variant(variant: str, capsys: pytest.Cap
     assert check_attention.main([f"attention={variant}", *SIZE]) == 0
     rows = re.findall(r"^  (pass|FAIL)  (.+?) +\d+\.\d s", capsys.readouterr().out, re.MULTILINE)
     assert rows == [("pass", check.__name__.replace("_", " ")) for check in CHECKS]
+
+
+def test_check_attention_says_the_summarys_bytes_and_checks_every_kind_of_layer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["attention=mla_shared_latent", *SIZE, "model.n_layers=5", "attention.sharing_layers=3"]
+    config = load_train_config([*overrides, "name=tested"])
+    with torch.device("meta"):
+        facts = model_facts(build_model(config, vocab_size=64), config)
+    queries = MultiheadLatentAttention._query_input
+
+    def later(attention: MultiheadLatentAttention, x_BTD: torch.Tensor) -> torch.Tensor:
+        return queries(attention, x_BTD.roll(-1, dims=1) if attention.reads_latents else x_BTD)
+
+    monkeypatch.setattr(MultiheadLatentAttention, "_query_input", later)
+    assert check_attention.main(overrides) == 1
+    said = capsys.readouterr().out
+    assert f"KV cache    {facts.cache_bytes_per_token:,} bytes per token in bfloat16" in said
+    assert "the first 2 of 5 differ" in said
+    assert re.search(r"FAIL  no token sees the future .*outputs before token 12 changed with it", said)
 
 
 def test_check_attention_refuses_sizes_that_do_not_fit() -> None:
@@ -218,10 +290,12 @@ def test_compare_runs_puts_both_variants_into_files_and_a_json_line(
     before = contents(shared.runs)
     capsys.readouterr()
     out = tmp_path / "a folder, with commas"
-    assert compare_runs.main([str(shared.runs / "mha"), "mla_bytes", f"runs_dir={shared.runs}", f"out={out}",
-                              "tracking=none"]) == 0  # fmt: skip
+    assert (
+        compare_runs.main([str(shared.runs / "mha"), "mla_bytes", f"runs_dir={shared.runs}", f"out={out}", "tracking=none"])
+        == 0
+    )
     said = capsys.readouterr().out
-    (record,) = json_lines(said)
+    (record,) = records(said)
     (table,) = record["tables"]
     rows = {row["variant"]: row for row in table["setups"]}
     for name, run in (("mha", shared.runs / "mha"), ("mla", bytes_run)):
@@ -229,16 +303,23 @@ def test_compare_runs_puts_both_variants_into_files_and_a_json_line(
         for key in ("parameters", "tokens", "perplexity", "bits_per_byte", "cache_bytes_per_token"):
             assert rows[name][key] == summary[key], (name, key)
         assert f"{summary['bits_per_byte']:.4f}" in said
-    assert all(Path(file).parent == out and Path(file).stat().st_size > 0 for file in record["files"])
-    assert {Path(file).suffix for file in record["files"]} == {".md", ".csv", ".json", ".png"}
+    assert {file.name for file in out.iterdir() if file.stat().st_size > 0 and str(file) in said} == {
+        "comparison.md",
+        "comparison.csv",
+        "comparison.json",
+        "comparison.png",
+    }
     assert contents(shared.runs) == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["mhaa"], r"run=mhaa is no run .*did you mean mha\?"), (["tracking=w&b"], r"tracking=w&b is unknown"),
-     (["split=tset"], r"split=tset is unknown; did you mean test\?")],
-)  # fmt: skip
+    [
+        (["mhaa"], r"run=mhaa is no run .*did you mean mha\?"),
+        (["tracking=w&b"], r"tracking=w&b is unknown"),
+        (["split=tset"], r"split=tset is unknown; did you mean test\?"),
+    ],
+)
 def test_compare_runs_refuses_in_one_sentence(shared: Workplace, arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         compare_runs.main([f"runs_dir={shared.runs}", *arguments])
@@ -257,9 +338,7 @@ def test_training_uses_what_prepare_data_prepared(tmp_path: Path, capsys: pytest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*") if path.is_file()} == before
 
 
-def test_prepare_data_reads_what_is_there_to_its_end_on_demand(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prepare_data_reads_what_is_there_to_its_end_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     place = Workplace(tmp_path)
     overrides = ["dataset=local", f"dataset.path={place.corpus}", "tokenizer=bytes", f"data_dir={tmp_path / 'data'}"]
     assert prepare_data.main(overrides) == 0

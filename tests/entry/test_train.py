@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 import train_model
-from harness.command_line import run_hydra
-from harness.config import ROOT, load_run_config, load_train_config, options_of
+from harness.config.compose import load_train_config, options_of
+from harness.config.places import ROOT
+from harness.config.run_config import load_run_config
+from harness.entry.cli import run_hydra
 from harness.errors import UserError
-from harness.session import Session
+from harness.runs.session import Session
 from tests.support.micro import (
     PROMISED,
     SIZE,
@@ -28,8 +30,8 @@ from tests.support.micro import (
     TOKENS_PER_STEP,
     Workplace,
     contents,
-    json_lines,
     metrics_of,
+    records,
     summary_of,
     without_clocks,
     write_corpus,
@@ -68,32 +70,47 @@ def test_the_summary_has_every_promised_key_and_right_values(shared: Workplace) 
     summary = summary_of(shared.runs / "done")
     assert summary.keys() >= PROMISED
     known = {
-        "name": "done", "attention": "mha", "model": "tiny", "dataset": "local", "seed": 0, "steps": STEPS,
-        "tokens": STEPS * TOKENS_PER_STEP, "split": "validation", "cache_dtype": "bfloat16",
-        "cache_elements_per_token_per_layer": 2 * 2 * 16, "cache_bytes_per_token": 2 * 2 * 16 * 2,
+        "name": "done",
+        "attention": "mha",
+        "model": "tiny",
+        "dataset": "local",
+        "seed": 0,
+        "steps": STEPS,
+        "tokens": STEPS * TOKENS_PER_STEP,
+        "split": "validation",
+        "cache_dtype": "bfloat16",
+        "cache_elements_per_token_per_layer": 2 * 2 * 16,
+        "cache_bytes_per_token": 2 * 2 * 16 * 2,
         # embedding (257 padded to 320), q k v o, three MLP matrices, three norms
         "parameters": 320 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32,
-    }  # fmt: skip
+    }
     assert {key: summary[key] for key in known} == known
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
     assert summary["tokens_per_second"] > 0 and summary["seconds"] > 0
     assert summary["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", summary["commit"])
+    assert (shared.runs / "done" / "changes.diff").is_file() == str(summary["commit"]).endswith("+changes")
 
 
 def test_a_run_holds_its_resolved_configuration(shared: Workplace) -> None:
     run = shared.runs / "done"
     assert "${" not in (run / "config.yaml").read_text()
     assert load_run_config(run) == load_train_config(shared.overrides("name=done", *EVERY_STEP))
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "checkpoints",
+        ".checkpoints-written",
+    }
 
 
-def test_the_first_line_of_the_metrics_is_written_before_training_and_holds_sizes(shared: Workplace) -> None:
-    first = metrics_of(shared.runs / "done")[0]
-    summary = summary_of(shared.runs / "done")
+def test_the_first_line_of_the_metrics_is_of_the_untrained_model_and_sizes_are_in_the_summary(shared: Workplace) -> None:
+    first, summary = metrics_of(shared.runs / "done")[0], summary_of(shared.runs / "done")
+    assert set(first) == {"step", "tokens", "val/loss", "val/perplexity", "val/bits_per_byte"}
     assert (first["step"], first["tokens"]) == (0, 0)
-    assert first["parameters/total"] == summary["parameters"]
-    assert first["cache/bytes_per_token"] == first["cache/formula_bytes_per_token"] == summary["cache_bytes_per_token"]
-    assert first["flops/training_per_token"] > 6 * (summary["parameters"] - 320 * 32)
+    assert summary["parameters_by_block"]["total"] == summary["parameters"]
+    assert summary["cache_bytes_per_token"] == 2 * 2 * 16 * 2  # keys and values of two heads of 16 in two bytes
+    assert summary["training_flops_per_token"] > 6 * (summary["parameters"] - 320 * 32)
     assert first["val/loss"] == pytest.approx(math.log(257), rel=0.05)  # an untrained model knows nothing
 
 
@@ -106,8 +123,7 @@ def test_every_line_of_the_metrics_carries_step_and_tokens_and_the_steps_come_in
     assert [line["step"] for line in scored] == [0, 2, 4, 6]
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
     assert all(
-        line.keys() >= {"train/lr", "train/grad_norm", "speed/tokens_per_second", "memory/peak_bytes"}
-        for line in trained
+        line.keys() >= {"train/lr", "train/grad_norm", "speed/tokens_per_second", "memory/peak_bytes"} for line in trained
     )
     assert all(line.keys() >= {"val/perplexity", "val/bits_per_byte"} for line in scored)
     assert scored[-1]["val/loss"] == summary_of(shared.runs / "done")["loss"]
@@ -123,10 +139,16 @@ def test_a_run_says_what_it_will_do_before_it_does_it(place: Workplace, capsys: 
     place.train("run", "attention=mla")
     said = capsys.readouterr().out
     head, _, rest = said.partition("step 0: validation loss")
-    for words in ("dataset     local", "parameters  ", "KV cache    48 bytes per token in bfloat16", "attention   mla",
-                  f"budget      {STEPS} steps of {TOKENS_PER_STEP} tokens", "time        about"):  # fmt: skip
+    for words in (
+        "dataset     local",
+        "parameters  ",
+        "KV cache    48 bytes per token in bfloat16",
+        "attention   mla",
+        f"budget      {STEPS} steps of {TOKENS_PER_STEP} tokens",
+        "time        about",
+    ):
         assert words in head
-    assert json_lines(rest) == [summary_of(place.runs / "run")]
+    assert records(rest) == [summary_of(place.runs / "run")]
     assert rest.rstrip().endswith("}")
 
 
@@ -153,13 +175,30 @@ def test_a_finished_run_is_left_as_it_is_and_says_so(
     shared.train("done", *EVERY_STEP, *more)
     said = capsys.readouterr().out
     assert "done is finished" in said and "overwrite=true" in said and "name=" in said
-    assert json_lines(said) == [summary_of(run)]
+    assert records(said) == [summary_of(run)]
     assert contents(run) == before
 
 
-@pytest.mark.parametrize(
-    "change", ["seed=1", "optimizer.lr=0.01", "attention=mqa", "budget.steps=7", "dataset.split_seed=1"]
-)
+def test_a_finished_run_whose_text_has_changed_is_refused_and_with_the_text_back_it_is_finished(
+    place: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.train("run", "budget.steps=1")
+    text, before = place.corpus.read_bytes(), contents(run)
+    place.corpus.write_bytes(text + b"\nand one line more")
+    with pytest.raises(UserError, match=r"data of dataset=local is not what .*run was trained on; .*overwrite=true"):
+        place.train("run", "budget.steps=1")
+    place.corpus.write_bytes(text)
+    place.train("run", "budget.steps=1")
+    capsys.readouterr()
+    place.corpus.unlink()  # nothing to compare with, and nothing that another run could learn from either
+    place.train("run", "budget.steps=1")
+    said = capsys.readouterr()
+    assert "run is finished" in said.out
+    assert "cannot be compared with what it was trained on (dataset.path=" in said.err
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("change", ["seed=1", "optimizer.lr=0.01", "attention=mqa", "budget.steps=7", "dataset.split_seed=1"])
 def test_another_configuration_under_the_same_name_is_refused_by_field(shared: Workplace, change: str) -> None:
     before = contents(shared.runs)
     field = {"attention=mqa": "attention.name"}.get(change, change.partition("=")[0])
@@ -206,9 +245,7 @@ def test_an_old_run_comes_back_when_the_one_that_overwrites_it_cannot_start(
     assert not list(place.runs.glob("*.overwritten"))
 
 
-def test_a_command_killed_while_it_overwrites_loses_the_old_run_only_to_the_next_one_that_trains(
-    place: Workplace,
-) -> None:
+def test_a_command_killed_while_it_overwrites_loses_the_old_run_only_to_the_next_one_that_trains(place: Workplace) -> None:
     run = place.train("run")
     aside = place.runs / ".run.overwritten"
     run.rename(aside)  # killed here: the new run's folder has a configuration and nothing else
@@ -221,7 +258,7 @@ def test_a_command_killed_while_it_overwrites_loses_the_old_run_only_to_the_next
 
 def test_a_second_process_on_the_same_run_is_refused_and_a_dead_ones_lock_is_gone(place: Workplace) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from harness.run import lock_run\n"
+        "import sys, time; from pathlib import Path; from harness.runs.folder import lock_run\n"
         "with lock_run(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(place.runs / "run")]
@@ -250,12 +287,26 @@ def test_checkpoints_without_metrics_are_a_run_that_another_seed_does_not_take_o
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("mistake", [
-    "dataset.path=/nowhere.txt", "dataset.path=", "optimizer.lr=0", "optimizer.betas=[0.9]", "dataset.max_tokens=0",
-    "dataset.validation_fraction=0", "model.max_seq_len=1000000", "schedule.warmup_fraction=1", "tokenizer.vocab_size=9",
-    "attention.n_kv_heads=3", "model.mlp=gelu", "attention.v_head_dim=0", "data_dir=/dev/null",
-    "runs_dir=/dev/null", "device=mps" if not torch.backends.mps.is_available() else "device=tpu",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        "dataset.path=/nowhere.txt",
+        "dataset.path=",
+        "optimizer.lr=0",
+        "optimizer.betas=[0.9]",
+        "dataset.max_tokens=0",
+        "dataset.validation_fraction=0",
+        "model.max_seq_len=1000000",
+        "schedule.warmup_fraction=1",
+        "tokenizer.vocab_size=9",
+        "attention.n_kv_heads=3",
+        "model.mlp=gelu",
+        "attention.v_head_dim=0",
+        "data_dir=/dev/null",
+        "runs_dir=/dev/null",
+        "device=mps" if not torch.backends.mps.is_available() else "device=tpu",
+    ],
+)
 def test_what_cannot_be_trained_is_one_sentence_and_leaves_no_run(place: Workplace, mistake: str) -> None:
     with pytest.raises(UserError) as refused:
         place.train("run", mistake)
@@ -314,9 +365,7 @@ def seen_in_training() -> Iterator[list[torch.Tensor]]:
     handle.remove()
 
 
-def test_all_variants_see_the_same_batches_in_the_same_order(
-    place: Workplace, seen_in_training: list[torch.Tensor]
-) -> None:
+def test_all_variants_see_the_same_batches_in_the_same_order(place: Workplace, seen_in_training: list[torch.Tensor]) -> None:
     batches: dict[str, torch.Tensor] = {}
     for variant, micro_batch in zip(options_of("attention"), (1, 2, 4, 1, 2, 4, 1, 2), strict=False):
         place.train(variant, f"attention={variant}", f"micro_batch_size={micro_batch}", "budget.steps=3")
@@ -332,7 +381,7 @@ def test_all_variants_see_the_same_batches_in_the_same_order(
 # A run that is killed, without any chance to clean up, as soon as it asks for the step after `last`.
 KILLED = """
 import os, signal, sys
-from harness import session
+from harness.runs import session
 import train_model
 
 last, loop = int(sys.argv[1]), session.train
@@ -346,8 +395,15 @@ def train(*arguments, **options):
 session.train = train
 train_model.main(sys.argv[2:])
 """
-LONG = ["budget.steps=8", "intervals.log=1", "intervals.evaluate=3", "intervals.checkpoint=3", "model.dropout=0.1",
-        "attention=mla", "checkpoints.background=false"]  # what a kill leaves is known  # fmt: skip
+LONG = [
+    "budget.steps=8",
+    "intervals.log=1",
+    "intervals.evaluate=3",
+    "intervals.checkpoint=3",
+    "model.dropout=0.1",
+    "attention=mla",
+    "checkpoints.background=false",
+]  # what a kill leaves is known
 KILLS = {"before the first checkpoint": 2, "between two checkpoints": 5, "after the last checkpoint": 8}
 
 
@@ -359,10 +415,12 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     killed = [
         subprocess.Popen(
             [sys.executable, "-c", KILLED, str(last), *place.overrides(f"name=killed{last}", *LONG)],
-            cwd=ROOT, env=environ(), stdout=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=environ(),
+            stdout=subprocess.DEVNULL,
         )
         for last in KILLS.values()
-    ]  # fmt: skip
+    ]
     assert [process.wait() for process in killed] == [-9, -9, -9]
     return place
 
@@ -402,7 +460,7 @@ def test_a_run_is_not_continued_on_other_text(place: Workplace) -> None:
     (run / "summary.json").unlink()
     before = contents(run)
     write_corpus(place.corpus, seed=1)
-    with pytest.raises(UserError, match=r"dataset=local is not what .* was started on; .*overwrite=true"):
+    with pytest.raises(UserError, match=r"dataset=local is not what .* was trained on; .*overwrite=true"):
         place.train("run", "tokenizer=bpe", "tokenizer.vocab_size=300")
     assert contents(run) == before
 
@@ -427,14 +485,14 @@ def test_the_command_works_from_another_folder_with_paths_relative_to_it(tmp_pat
     places = ["runs_dir=my runs", "data_dir=my data"]
     result = command("dataset=local", "dataset.path=my text, (old)=1.txt", *options, *places, folder=elsewhere)
     assert result.returncode == 0, result.stderr
-    (summary,) = json_lines(result.stdout)
+    (summary,) = records(result.stdout)
     assert summary == summary_of(elsewhere / "my runs" / summary["name"])
     assert {path.name for path in elsewhere.iterdir()} == {"my runs", "my data", "my text, (old)=1.txt"}
 
     runs = [f"runs_dir={elsewhere / 'my runs'}", f"data_dir={elsewhere / 'my data'}", "tracking=none"]
     result = command("split=validation", *runs, folder=tmp_path, script="eval_model.py")
     assert result.returncode == 0, result.stderr
-    assert json_lines(result.stdout)[0]["loss"] == summary["loss"]
+    assert records(result.stdout)[0]["loss"] == summary["loss"]
 
 
 @pytest.mark.parametrize("script", ["train_model.py", "eval_model.py"])
@@ -454,11 +512,12 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
     (place.runs / failing).mkdir(parents=True)
     (place.runs / failing / "notes.txt").write_text("this name is taken")
 
-    result = command("-m", *place.overrides("attention=mha,mla", *options), folder=place.folder)
+    overrides = place.overrides("attention=mha,mla", *options)
+    result = command(*overrides[:1], "-m", *overrides[1:], folder=place.folder)
     assert result.returncode == 1
     assert "is no run" in result.stderr
     assert re.search(r"^error: 1 of the runs failed: .*attention=mha .*\(status 2\)$", result.stderr, re.MULTILINE)
-    (summary,) = json_lines(result.stdout)
+    (summary,) = records(result.stdout)
     assert summary["attention"] == "mla"
     assert len(re.findall(r"^\$ .*train_model.py .*attention=m", result.stdout, re.MULTILINE)) == 2
     (meta,) = place.folder.glob("data/*/meta.json")
@@ -471,15 +530,14 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
         (["-m", "attention=mha,mlaa"], "attention=mlaa does not exist; did you mean mla?"),
         (["-m", "attention=glob(m*a)", "optimizer.lr=0.1,fast"], "optimizer.lr=fast must be a finite number"),
         (["-m", "attention=mla,mha", "attention.kv_lora_rank=8"], "attention.kv_lora_rank is not a field"),
-        (["-m", "mla"], "an argument cannot be read as key=value (Error parsing override 'mla')"),
+        (["-m", "mla"], "mla cannot be read as key=value (missing EQUAL at '<EOF>')"),
         (["-m", "attention=mha,mla", "--cfg", "job"], "-m and --cfg cannot stand together; leave one out"),
         (["--cfg", "job", "attention=mlaa"], "attention=mlaa does not exist; did you mean mla?"),
     ],
 )
 def test_a_mistake_in_one_of_several_jobs_starts_none(
-    arguments: list[str], sentence: str, place: Workplace, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    arguments: list[str], sentence: str, place: Workplace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["train_model.py", *arguments, *place.places()])
     with pytest.raises(SystemExit) as stopped:
         run_hydra("train_model.py", "train", train_model.main, description=None)
@@ -491,7 +549,7 @@ def test_a_mistake_in_one_of_several_jobs_starts_none(
 
 def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
     shown = command("--help", folder=tmp_path)
-    assert shown.returncode == 0 and "attention: gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
+    assert shown.returncode == 0 and "attention=   gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
     shown = command("--cfg", "job", "attention=mla", "dataset=local", "dataset.max_tokens=7", folder=tmp_path)
     assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
     for line in (("--cfg", "job", "dataset=mqar"), ("dataset=mqar", "seed=3", "--cfg", "job")):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.evaluation.beyond import beyond_rows, half, measure_beyond, window_starts
 from harness.evaluation.evaluate import target_nats
+from harness.evaluation.probes.beyond import beyond_rows, half, measure_beyond, window_starts
 from modeling.attention.contract import randomise
 from modeling.gpt import GPT
 from tests.support.subjects import LossTable, documents, subject_of
@@ -33,9 +33,7 @@ def by_target(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("length", [1000, 333])
 def test_every_bin_holds_the_contexts_that_it_names(length: int) -> None:
-    figures = measure_beyond(
-        subject_of(LossTable(by_context, 8), documents(text(length), end_of_text=END), end_of_text=END)
-    )  # fmt: skip
+    figures = measure_beyond(subject_of(LossTable(by_context, 8), documents(text(length), end_of_text=END), end_of_text=END))
     assert figures is not None
     assert [(entry["low"], entry["high"]) for entry in figures["bins"]] == [(1, 4), (5, 8), (9, 16), (17, 32)]
     assert [entry["loss"] for entry in figures["bins"]] == [2.5, 6.5, 12.5, 24.5]
@@ -48,20 +46,20 @@ def test_every_bin_holds_the_same_targets() -> None:
     """Targets that differ in difficulty alone leave every ratio at 1, to the last digit."""
     figures = measure_beyond(
         subject_of(LossTable(by_target, 8), documents(text(2000), end_of_text=END), end_of_text=END, max_tokens=1500)
-    )  # fmt: skip
+    )
     assert figures is not None
     assert len({round(entry["loss"], 9) for entry in figures["bins"]}) == 1
     assert all(entry["ratio"] == pytest.approx(1, rel=1e-12) for entry in figures["bins"])
 
 
 def test_an_odd_training_length_is_compared_as_a_whole() -> None:
-    figures = measure_beyond(
-        subject_of(LossTable(by_context, 7), documents(text(500), end_of_text=END), end_of_text=END)
-    )  # fmt: skip
+    figures = measure_beyond(subject_of(LossTable(by_context, 7), documents(text(500), end_of_text=END), end_of_text=END))
     assert figures is not None
     assert [(entry["low"], entry["high"], entry["loss"]) for entry in figures["bins"]] == [
-        (1, 7, 4.0), (8, 14, 11.0), (15, 28, 21.5)
-    ]  # fmt: skip
+        (1, 7, 4.0),
+        (8, 14, 11.0),
+        (15, 28, 21.5),
+    ]
 
 
 def test_windows_lie_in_the_text_are_spread_over_it_and_keep_to_the_budget() -> None:
@@ -109,28 +107,22 @@ def test_a_gpt_scores_each_position_as_a_prompt_that_long_would(variant: str) ->
         for begin in (begin for begin in starts.tolist() if begin <= target < begin + 32):
             context = target - begin + 1
             tokens = split.tokens[None, target - context : target + 1].astype(np.int64)
-            loss = target_nats(
-                longer, tokens[:, :-1], tokens[:, 1:], precision=torch.float32, device=torch.device("cpu")
-            )  # fmt: skip
+            loss = target_nats(longer, tokens[:, :-1], tokens[:, 1:], precision=torch.float32, device=torch.device("cpu"))
             nats[next(high for high in nats if context <= high)].append(loss[0, -1])
     assert figures["targets"] == last - first
     assert [len(nats[high]) for high in nats] == [entry["tokens"] for entry in figures["bins"]]
-    assert [np.mean(nats[high]) for high in nats] == pytest.approx(
-        [entry["loss"] for entry in figures["bins"]], rel=1e-5
-    )  # fmt: skip
+    assert [np.mean(nats[high]) for high in nats] == pytest.approx([entry["loss"] for entry in figures["bins"]], rel=1e-5)
 
 
 def test_what_cannot_be_lengthened_is_not_measured() -> None:
     subject = subject_of(
         LossTable(by_context, 8), documents(text(900), end_of_text=END), end_of_text=END, longer=lambda length: None
-    )  # fmt: skip
+    )
     assert measure_beyond(subject) is None
 
 
 def test_a_person_reads_one_row_for_each_octave_beyond_training() -> None:
-    figures = measure_beyond(
-        subject_of(LossTable(by_context, 8), documents(text(900), end_of_text=END), end_of_text=END)
-    )  # fmt: skip
+    figures = measure_beyond(subject_of(LossTable(by_context, 8), documents(text(900), end_of_text=END), end_of_text=END))
     assert figures is not None
     rows = beyond_rows(figures)
     assert [name for name, _ in rows] == ["loss at 9-16", "loss at 17-32"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.evaluation.cache_size import live_bytes_slope, measure_cache
+from harness.evaluation.cache_size import measure_cache
 from modeling.gpt import GPT
+from tests.support.live_bytes import live_bytes_slope
 from tests.support.variants import SHIPPED, gpt_from
 
 CONTEXTS = (8, 24)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.evaluation.latents import (
+from harness.evaluation.probes.latents import (
     attention_inputs,
     effective_rank,
     latents_rows,
@@ -32,16 +32,24 @@ MLA = {
     "plain": ["attention=mla_plain"],
     "rope after up": ["attention=mla_plain", "attention.positions=rope_after_up"],
     "split": ["attention=mla", "attention.kv_latent=split"],
-    "split, fused, query rank": ["attention=mla", "attention.kv_latent=split", "attention.fused_down_projections=true",
-                                 "attention.q_lora_rank=20"],
+    "split, fused, query rank": [
+        "attention=mla",
+        "attention.kv_latent=split",
+        "attention.fused_down_projections=true",
+        "attention.q_lora_rank=20",
+    ],
     "fused": ["attention=mla", "attention.fused_down_projections=true"],
-    "layer norm, scaled, grouped": ["attention=mla", "attention.latent_norm=layer", "attention.latent_scale=true",
-                                    "attention.n_kv_heads=2"],
+    "layer norm, scaled, grouped": [
+        "attention=mla",
+        "attention.latent_norm=layer",
+        "attention.latent_scale=true",
+        "attention.n_kv_heads=2",
+    ],
     "norm after up": ["attention=mla", "attention.latent_norm_place=up_projected", "attention.q_lora_rank=20"],
     "biases": ["attention=mla", "model.bias=true"],
     "frozen": ["attention=mla_frozen"],
     "slice": ["attention=mla_slice"],
-}  # fmt: skip
+}
 ROTATED = [name for name in MLA if name not in ("plain", "rope after up")]
 
 

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.config.schema import MOST_FIGURE
+from harness.config.typed import typed
 from harness.errors import UserError
+from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.perplexity import Share, SplitResult, cut_windows, evaluate_split, text_size
+from harness.runs.records import RunSummary
 from tests.support.tiny_model import VOCAB, tiny_model
 
 END = VOCAB - 1
@@ -44,8 +49,13 @@ def _decode(ids: Sequence[int]) -> str:
 
 def _evaluate(token_losses: Callable[[Tensor, Tensor], Tensor], split: Split, **changes: Any) -> SplitResult:
     arguments: dict[str, Any] = {
-        "end_of_text": END, "max_seq_len": 8, "stride": 4, "batch_size": 3, "device": CPU, "decode": _decode,
-    }  # fmt: skip
+        "end_of_text": END,
+        "max_seq_len": 8,
+        "stride": 4,
+        "batch_size": 3,
+        "device": CPU,
+        "decode": _decode,
+    }
     return evaluate_split(token_losses, split, **(arguments | changes))
 
 
@@ -206,13 +216,16 @@ def test_max_tokens_evaluates_exactly_the_first_ones() -> None:
 
 def test_the_bytes_and_words_of_a_part_are_those_of_its_text() -> None:
     """One token a byte: every cut is compared with the text itself, cuts within a character drop the broken one."""
-    texts = ["one two", "dreiundzwanzig Äpfel, très bien", "\N{SNOWMAN} x"]
+    broken = "\N{REPLACEMENT CHARACTER}"  # which a text may hold, and which part of a character looks like
+    texts = ["one two", "dreiundzwanzig Äpfel, très bien", "\N{SNOWMAN} x", f"{broken}a{broken}{broken} ä{broken}\N{SNOWMAN}"]
     tokens = [token for text in texts for token in (*text.encode(), 256)]
     starts = np.cumsum([0, *(len(text.encode()) + 1 for text in texts)])
     split = Split(
-        np.array(tokens, dtype=np.uint16), starts, np.array([len(text.encode()) for text in texts]),
+        np.array(tokens, dtype=np.uint16),
+        starts,
+        np.array([len(text.encode()) for text in texts]),
         np.array([len(text.split()) for text in texts]),
-    )  # fmt: skip
+    )
 
     def decode(ids: Sequence[int]) -> str:
         return bytes(ids).decode(errors="replace")
@@ -235,10 +248,52 @@ def test_loss_by_position_is_the_mean_over_all_predictions_with_that_much_contex
     assert [(low, high) for low, high, _ in short.loss_by_position] == [(1, 1), (2, 3), (4, 5)]
 
 
+@pytest.mark.parametrize(("fraction", "stride"), [(0.35, 3), (0.45, 4), (0.4, 3), (0.05, 1), (1.0, 8)])
+def test_a_fraction_of_the_window_is_the_nearest_stride(fraction: float, stride: int) -> None:
+    def position(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        return torch.arange(1.0, inputs_BT.shape[1] + 1).expand(targets_BT.shape)
+
+    model: Any = SimpleNamespace(
+        token_losses=lambda *given: position(*given[:2]),
+        max_seq_len=8,
+        training=False,
+        eval=lambda: None,
+        train=lambda mode: None,
+    )
+    result = evaluate_model(
+        model,
+        _split([99]),
+        end_of_text=END,
+        decode=lambda ids: "x" * len(ids),
+        stride_fraction=fraction,
+        batch_size=4,
+        precision=torch.float32,
+        device=torch.device("cpu"),
+    )
+    wanted, other = (_evaluate(position, _split([99]), max_seq_len=8, stride=each) for each in (stride, stride % 8 + 1))
+    assert result.loss == wanted.loss != other.loss
+
+
 def test_a_text_without_words_has_no_word_perplexity() -> None:
     split = _split([40])
     split.document_words[:] = 0
     assert _evaluate(_uniform, split).word_perplexity is None
+
+
+@pytest.mark.parametrize("loss", [1.0, 100.0, 229.0])
+@pytest.mark.parametrize("words", [1, 2, 10, 40])
+def test_what_is_measured_is_taken_by_the_one_who_reads_records(loss: float, words: int) -> None:
+    """Words may be very long: Chinese has no spaces between them, associative recall has none at all."""
+    split = _split([40])
+    split.document_words[:] = words
+    result = _evaluate(lambda inputs, targets: torch.full(targets.shape, loss), split)
+    figures = {key: getattr(result, key) for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte")}
+    assert typed(RunSummary, figures, "") == figures
+    assert result.word_perplexity is None or result.word_perplexity < MOST_FIGURE
+
+
+def test_a_word_perplexity_of_an_older_record_is_read() -> None:
+    assert typed(RunSummary, {"word_perplexity": 4.9e301}, "") == {"word_perplexity": 4.9e301}
 
 
 @pytest.mark.parametrize("stride", [0, -1, 9])
@@ -251,10 +306,10 @@ def test_a_split_with_nothing_to_score_is_refused() -> None:
     with pytest.raises(UserError, match="nothing to evaluate"):
         _evaluate(_uniform, _split([5]), max_tokens=0)
     with pytest.raises(UserError, match="hold no text"):
-        _evaluate(_uniform, _split([5]), max_tokens=1, decode=lambda ids: "\N{REPLACEMENT CHARACTER}")
+        _evaluate(_uniform, _split([5]), max_tokens=1, decode=lambda ids: "\N{REPLACEMENT CHARACTER}"[: 2 - len(ids)])
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e6, 231.0])
 def test_a_broken_model_is_an_error_and_not_a_number_in_a_table(value: float) -> None:
     with pytest.raises(UserError, match="weights are broken"):
         _evaluate(lambda inputs, targets: torch.full(targets.shape, value), _split([5]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.evaluation.evaluate import target_nats
-from harness.evaluation.recall import (
+from harness.evaluation.probes.recall import (
     CUE,
     KEY_DIGITS,
     measure_answers,
@@ -82,9 +82,10 @@ def letters(count: int) -> Split:
 
 def subject(predict: Callable[[list[int]], int | None], split: Split, max_seq_len: int = 128, **changes: Any) -> Any:
     arguments: dict[str, Any] = {
-        "longer": lambda length: Predictor(predict, length), "max_tokens": 20_000,
+        "longer": lambda length: Predictor(predict, length),
+        "max_tokens": 20_000,
         "decode": lambda tokens: bytes(token for token in tokens if token < 256).decode(),
-    }  # fmt: skip
+    }
     return subject_of(Predictor(predict, max_seq_len), split, end_of_text=END, **(arguments | changes))
 
 
@@ -176,6 +177,20 @@ def test_copying_is_compared_with_the_same_tokens_the_first_time() -> None:
         assert tokens[0] == END and tokens[1 : n + 1][:-1] == tokens[n + 1 :] and END not in tokens[1:]
 
 
+def test_what_stands_first_in_a_copy_is_not_counted_for_nothing_says_what_comes() -> None:
+    """Certain of a wrong token before both copies begin, and right where the one before has been copied."""
+    n = 16
+
+    def echo(tokens: list[int]) -> int | None:
+        if len(tokens) in (1, n + 1):
+            return 0  # which is in no text
+        return tokens[len(tokens) - n] if len(tokens) > n else None
+
+    figures = measure_copying(subject(echo, letters(4000), 32), one(32, Predictor(echo, 32)))
+    assert figures is not None and figures[0]["accuracy"] == 1.0
+    assert (figures[0]["first_loss"], figures[0]["second_loss"]) == pytest.approx((UNIFORM, SURE), rel=1e-5)
+
+
 def test_a_model_that_says_nothing_copies_nothing() -> None:
     figures = measure_copying(subject(lambda tokens: None, letters(4000)), one(64, Predictor(lambda tokens: None, 64)))
     assert figures is not None
@@ -192,11 +207,14 @@ def test_the_answers_of_mqar_by_pairs_and_by_distance() -> None:
     figures = measure_answers(subject(looks_back(1, 5), split, 32, dataset="mqar"))
     assert figures is not None
     assert [(entry["low"], entry["high"], entry["answers"], entry["accuracy"]) for entry in figures["by_distance"]] == [
-        (2, 3, 2, 1.0), (4, 7, 3, 1.0), (8, 15, 1, 0.0)
-    ]  # fmt: skip
+        (2, 3, 2, 1.0),
+        (4, 7, 3, 1.0),
+        (8, 15, 1, 0.0),
+    ]
     assert [(entry["pairs"], entry["answers"], entry["accuracy"]) for entry in figures["by_pairs"]] == [
-        (2, 3, 1.0), (4, 3, pytest.approx(2 / 3))
-    ]  # fmt: skip
+        (2, 3, 1.0),
+        (4, 3, pytest.approx(2 / 3)),
+    ]
     assert (figures["answers"], figures["documents"], figures["chance"], figures["exact"]) == (6, 2, 0.25, 0.5)
     assert figures["accuracy"] == pytest.approx(5 / 6)
     assert figures["loss"] == pytest.approx((5 * SURE + UNIFORM) / 6, rel=1e-5)
@@ -209,9 +227,7 @@ def test_the_answers_of_mqar_by_pairs_and_by_distance() -> None:
 
 def test_the_score_that_needs_no_recall_is_that_of_a_model_which_repeats_the_newest_value() -> None:
     split = pairs_documents("a1a1b2a1b2\n", "a1b2c3d4a1d4d4\n", "a7b7a7c8b7\n")
-    figures = measure_answers(
-        subject(lambda tokens: tokens[-2] if len(tokens) > 1 else None, split, 32, dataset="mqar")
-    )
+    figures = measure_answers(subject(lambda tokens: tokens[-2] if len(tokens) > 1 else None, split, 32, dataset="mqar"))
     assert figures is not None
     # a of the third line comes after the 7 of b, which is its own value too.
     assert figures["accuracy"] == figures["newest"] == pytest.approx(3 / 8)
@@ -264,9 +280,7 @@ def test_a_gpt_is_scored_as_in_the_evaluation(variant: str) -> None:
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (5, 33))
     places_BA = np.array([[1, 5, 32]] * 5)
     nats_BA, right_BA = scored(looked_at, model, tokens_BT, places_BA)
-    nats_BT = target_nats(
-        model, tokens_BT[:, :-1], tokens_BT[:, 1:], precision=torch.float32, device=torch.device("cpu")
-    )  # fmt: skip
+    nats_BT = target_nats(model, tokens_BT[:, :-1], tokens_BT[:, 1:], precision=torch.float32, device=torch.device("cpu"))
     np.testing.assert_allclose(nats_BA, nats_BT[:, [0, 4, 31]], rtol=1e-5)
     best_BT = model(torch.from_numpy(tokens_BT[:, :-1])).argmax(dim=-1).numpy()
     assert (right_BA == (best_BT[:, [0, 4, 31]] == tokens_BT[:, [1, 5, 32]])).all()

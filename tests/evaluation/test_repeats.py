@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.evaluation.repeats import measure_repeats, repeated, repeats_rows
+from harness.evaluation.probes.repeats import measure_repeats, repeated, repeats_rows
 from tests.support.subjects import LossTable, documents, subject_of
 
 END = 99
@@ -123,5 +123,6 @@ def test_a_person_reads_both_losses() -> None:
     assert figures is not None
     ((name, value),) = repeats_rows(figures)
     assert (name, value) == (
-        "repeated 3-grams", "6.0000 nats, 3.0000 where they came first: -3.0000 gained; 14.3 % of the tokens"
-    )  # fmt: skip
+        "repeated 3-grams",
+        "6.0000 nats, 3.0000 where they came first: -3.0000 gained; 14.3 % of the tokens",
+    )

@@ -27,7 +27,7 @@ def split_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Split:
         np.cumsum([0, *map(len, documents)]),
         np.array([len(text.encode()) for text in texts]),
         np.array([len(text.split()) for text in texts]),
-    )  # fmt: skip
+    )
 
 
 def tokenizer_of(kind: str) -> Tokenizer:
@@ -41,9 +41,14 @@ def numbered(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
 
 def scored(split: Split, tokenizer: Tokenizer, **changes: Any) -> tuple[SplitResult, Segments]:
     arguments: dict[str, Any] = {
-        "end_of_text": tokenizer.end_of_text, "max_seq_len": 16, "stride": 8, "batch_size": 3, "device": CPU,
-        "decode": tokenizer.decode, "segment_tokens": 10,
-    }  # fmt: skip
+        "end_of_text": tokenizer.end_of_text,
+        "max_seq_len": 16,
+        "stride": 8,
+        "batch_size": 3,
+        "device": CPU,
+        "decode": tokenizer.decode,
+        "segment_tokens": 10,
+    }
     result = evaluate_split(numbered, split, **(arguments | changes))
     assert result.segments is not None
     return result, result.segments
@@ -106,6 +111,6 @@ def test_segments_do_not_depend_on_batch_size_and_are_made_on_request_only() -> 
     split = split_of(tokenizer, TEXTS)
     assert scored(split, tokenizer, batch_size=1)[1] == scored(split, tokenizer, batch_size=100)[1]
     plain = evaluate_split(
-        numbered, split, end_of_text=256, max_seq_len=16, stride=8, batch_size=3, device=CPU, decode=tokenizer.decode,
-    )  # fmt: skip
+        numbered, split, end_of_text=256, max_seq_len=16, stride=8, batch_size=3, device=CPU, decode=tokenizer.decode
+    )
     assert plain.segments is None

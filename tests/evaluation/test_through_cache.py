@@ -38,8 +38,7 @@ def decoded_one_by_one(model: GPT, choice: CacheChoice, stride: int) -> float:
     nats, scored = 0.0, 0
     for window in range(len(windows.start)):
         inputs, targets = map(torch.from_numpy, gather(text.tokens, windows, np.array([window]), end_of_text=END))
-        cache = model.new_cache(1, inputs.shape[1], dtype=choice.dtype, device="cpu", window=choice.window,
-                                sinks=choice.sinks)  # fmt: skip
+        cache = model.new_cache(1, inputs.shape[1], dtype=choice.dtype, device="cpu", window=choice.window, sinks=choice.sinks)
         for t in range(inputs.shape[1]):
             logits = model(inputs[:, t : t + 1], cache)[:, -1]
             if t >= windows.skip[window]:
@@ -57,9 +56,16 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
 
     def loss(through: CacheChoice | None) -> float:
         return evaluate_model(
-            model, split(), end_of_text=END, decode=lambda ids: "x " * len(ids), stride_fraction=0.5, batch_size=3,
-            precision=torch.float32, device=torch.device("cpu"), through=through,
-        ).loss  # fmt: skip
+            model,
+            split(),
+            end_of_text=END,
+            decode=lambda ids: "x " * len(ids),
+            stride_fraction=0.5,
+            batch_size=3,
+            precision=torch.float32,
+            device=torch.device("cpu"),
+            through=through,
+        ).loss
 
     assert loss(choice) == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
     assert loss(choice) != loss(None)

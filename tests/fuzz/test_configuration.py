@@ -11,16 +11,43 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from harness.build import build_model
-from harness.config import flat, load_run_config, load_train_config, save_run_config, train_config
+from harness.config.build import build_model
+from harness.config.checks import train_config
+from harness.config.compose import load_train_config
+from harness.config.identity import flat
+from harness.config.run_config import load_run_config, save_run_config
 from tests.fuzz.conftest import Fuzzing
 from tests.support.micro import SIZE
 from tests.support.mutations import ODD_VALUES, mutated_bytes, mutated_value
 
 DEFAULT = dataclasses.asdict(load_train_config(["attention=mla", "tokenizer=bytes", *SIZE]))
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "hydra.run.dir")
-SYNTAX = ("=", "+", "~", "[", "]", "{", "}", ",", "'", '"', "${", "}", "\\", ":", "null", "1e999", "*", "@", "(", ")",
-          "${derive:'d_model//0'}", "${oc.env:HOME}", "${seed}", "9" * 30)  # fmt: skip
+SYNTAX = (
+    "=",
+    "+",
+    "~",
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    "'",
+    '"',
+    "${",
+    "}",
+    "\\",
+    ":",
+    "null",
+    "1e999",
+    "*",
+    "@",
+    "(",
+    ")",
+    "${derive:'d_model//0'}",
+    "${oc.env:HOME}",
+    "${seed}",
+    "9" * 30,
+)
 WORDS = st.one_of(st.text(max_size=12), st.lists(st.sampled_from(SYNTAX), max_size=6).map("".join))
 ODD = st.sampled_from([value for value in ODD_VALUES if not isinstance(value, int)]).map(str)
 VALUES = st.one_of(WORDS, ODD, st.integers().map(str), st.floats().map(str))
@@ -35,9 +62,7 @@ PLAIN = st.recursive(
 
 def examples(count: int) -> Any:
     """As many, the same at every run."""
-    return settings(
-        max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_any_override_is_taken_or_refused(fuzzing: Fuzzing) -> None:
@@ -78,6 +103,4 @@ def test_a_damaged_config_yaml_is_read_or_refused(fuzzing: Fuzzing, choice: rand
     whole = file.read_bytes()
     for number in fuzzing.share(10):
         file.write_bytes(mutated_bytes(whole, choice))
-        fuzzing.try_one(
-            f"config.yaml {number}: {file.read_bytes()!r}", lambda: load_run_config(tmp_path), leaves=tmp_path
-        )
+        fuzzing.try_one(f"config.yaml {number}: {file.read_bytes()!r}", lambda: load_run_config(tmp_path), leaves=tmp_path)

@@ -7,13 +7,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.errors import UserError
+from harness.runs.load import decode_path
 from modeling.attention.contract import randomise
 from modeling.generation import generate
+from modeling.kernels.attend import attend
+from modeling.kernels.latent_decode import latent_attend, latent_decode
 from tests.support.variants import gpt_from
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,8 +34,7 @@ VARIANTS = {
 }
 PROMPTS = [[5, 17, 3], [60, 61, 62, 63, 64, 65, 66], [9]]
 needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: pip install -r requirements-kernels.txt",
+    importlib.util.find_spec("triton") is None, reason="triton is not installed: pip install -r requirements-kernels.txt"
 )
 
 
@@ -47,17 +55,81 @@ def texts() -> dict[str, bool]:
 
 @needs_triton
 def test_the_triton_kernel_writes_what_the_torch_kernel_writes() -> None:
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.test_in_a_model"], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.test_in_a_model"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(VARIANTS, True)
 
 
-def test_a_window_is_refused_by_the_triton_kernel() -> None:
+def test_a_window_is_refused_by_the_triton_kernel_before_a_token_is_read() -> None:
     model = gpt_from(["attention=mla"]).eval()
     model.set_execution(decode="absorbed", kernel="triton")
     with pytest.raises(ValueError, match=r"reads caches without a window: take attention.kernel=torch"):
-        list(generate(model, [[1, 2, 3]], max_new_tokens=3, window=4))
+        model.new_cache(1, 8, dtype=torch.float32, device="cpu", window=4)
+    model.set_execution(kernel="torch")
+    cache = model.new_cache(1, 8, dtype=torch.float32, device="cpu", window=4)
+    model.set_execution(kernel="triton")
+    with pytest.raises(ValueError, match=r"reads caches without a window: take attention.kernel=torch"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+def test_two_latents_are_refused_by_the_triton_kernel() -> None:
+    model = gpt_from(["attention=mla", "attention.kv_latent=split"]).eval()
+    sentence = "attention.kernel=triton reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        model.set_execution(decode="absorbed", kernel="triton")
+    with pytest.raises(UserError, match=sentence):
+        build_model(load_train_config(["attention=mla", "attention.kv_latent=split", "attention.kernel=triton"]), 99)
+
+
+@needs_triton
+@torch.inference_mode()
+def test_the_path_that_is_said_is_the_path_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **options: Any) -> Any:
+            ran.append(name)
+            return function(*arguments, **options)
+
+        return noted
+
+    def torch_decode(*arguments: Any, kernel: str, **options: Any) -> Tensor:
+        assert kernel == "triton"  # whose stand-in this is: the interpreter needs a process of its own
+        return latent_decode(*arguments, **options)
+
+    monkeypatch.setattr("modeling.attention.mla.latent_decode", noting("absorbed (triton kernel)", torch_decode))
+    monkeypatch.setattr("modeling.attention.mla.latent_attend", noting("absorbed (torch kernel)", latent_attend))
+    monkeypatch.setattr("modeling.attention.mla.attend", noting("expanded", attend))
+    model = gpt_from(["attention=mla"], n_layers=1).eval()
+    for kernel in ("torch", "triton"):
+        for decode in ("auto", "absorbed"):
+            for cache_dtype in (torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn):
+                model.set_execution(decode=decode, kernel=kernel)
+                cache = model.new_cache(1, 64, dtype=cache_dtype, device="cpu")
+                most = model.attentions[0].absorbs_up_to
+                assert 1 < most < 40
+                for tokens in (1, 2, most + 1):
+                    ran.clear()
+                    model(torch.zeros(1, tokens, dtype=torch.long), cache)
+                    assert ran == [decode_path(model, tokens)]
+                cache[0].advance(-3 - most)
+    model.set_execution(decode="auto", kernel="triton")
+    assert decode_path(model) == (
+        f"absorbed (triton kernel for one new token, torch for more) up to {most} new tokens a call, expanded above"
+    )
+
+
+def test_a_limit_that_no_call_reaches_is_not_said() -> None:
+    """A latent narrower than what it stands for is never worth expanding."""
+    model = gpt_from(["attention=mla", "attention.kv_lora_rank=8"], n_layers=1).eval()
+    assert model.attentions[0].absorbs_up_to > model.max_seq_len
+    assert decode_path(model) == "absorbed (torch kernel)"
 
 
 if __name__ == "__main__":

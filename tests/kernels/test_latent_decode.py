@@ -27,9 +27,7 @@ from modeling.kernels.latent_decode import KERNELS, check_kernel, check_widths, 
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-needs_triton = pytest.mark.skipif(
-    not HAS_TRITON, reason="triton is not installed: pip install -r requirements-kernels.txt"
-)
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed: pip install -r requirements-kernels.txt")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -97,9 +95,8 @@ class Inputs:
 
 
 def exact_rows(
-    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths: Any,
-    scale: float,
-) -> Tensor:  # fmt: skip
+    q_latent_BHL: Tensor, q_rope_BHP: Tensor | None, latent_BSL: Tensor, k_rope_BSP: Tensor | None, lengths: Any, scale: float
+) -> Tensor:
     """The definition in float64, one row after another, over its own slots alone."""
     rows = []
     for b, length in enumerate(lengths):
@@ -134,9 +131,14 @@ def make_inputs(case: Case, *, beyond: float, device: str = "cpu", seed: int = 0
     latent_BSL = kv_BSK[..., :L] if case.joint else latent_BSL.to(device)
     k_rope_BSP = kv_BSK[..., L:] if case.joint else k_rope_BSP.to(device)
     return Inputs(
-        q_latent_BHL.to(device), q_rope_BHP.to(device) if P else None, latent_BSL[:, : case.slots],
-        k_rope_BSP[:, : case.slots] if P else None, torch.tensor(case.lengths, device=device), scale, exact,
-    )  # fmt: skip
+        q_latent_BHL.to(device),
+        q_rope_BHP.to(device) if P else None,
+        latent_BSL[:, : case.slots],
+        k_rope_BSP[:, : case.slots] if P else None,
+        torch.tensor(case.lengths, device=device),
+        scale,
+        exact,
+    )
 
 
 def run_triton(case: Case, inputs: Inputs) -> Tensor:
@@ -185,11 +187,7 @@ def error_with_queries_from_a_transposed_product() -> float:
 
 OTHERS: dict[str, Callable[[], float]] = {
     function.__name__: function
-    for function in (
-        error_inside_a_compiled_graph,
-        nan_within_a_row_is_seen,
-        error_with_queries_from_a_transposed_product,
-    )
+    for function in (error_inside_a_compiled_graph, nan_within_a_row_is_seen, error_with_queries_from_a_transposed_product)
 }
 
 
@@ -197,18 +195,19 @@ OTHERS: dict[str, Callable[[], float]] = {
 def interpreted() -> dict[str, float]:
     """Everything that the interpreter computes, measured in one subprocess."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.test_latent_decode"], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-m", "tests.kernels.test_latent_decode"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @needs_triton
 @pytest.mark.parametrize("case", GRID, ids=str)
-def test_the_kernel_equals_float64_and_reads_nothing_beyond_a_rows_length(
-    case: Case, interpreted: dict[str, float]
-) -> None:
+def test_the_kernel_equals_float64_and_reads_nothing_beyond_a_rows_length(case: Case, interpreted: dict[str, float]) -> None:
     assert interpreted[str(case)] < TOLERANCE[case.dtype]
 
 
@@ -342,9 +341,14 @@ def kernel_module() -> Any:
 def splits_on_h100(batch_size: int, n_heads: int, slots: int) -> int:
     kernel = kernel_module()
     return kernel.choose_plan(
-        batch_size=batch_size, slots=slots, n_heads=n_heads, kv_lora_rank=512, dtype=torch.bfloat16,
-        multiprocessors=132, has_wgmma=True,
-    ).splits  # fmt: skip
+        batch_size=batch_size,
+        slots=slots,
+        n_heads=n_heads,
+        kv_lora_rank=512,
+        dtype=torch.bfloat16,
+        multiprocessors=132,
+        has_wgmma=True,
+    ).splits
 
 
 @needs_triton
@@ -400,9 +404,12 @@ def test_a_longer_cache_of_the_same_batch_never_takes_fewer_splits() -> None:
 
 def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "benchmarks/latent_decode.py", *arguments], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "benchmarks/latent_decode.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,9 +487,7 @@ def test_the_torch_reference_keeps_large_half_precision_logits_exact_on_a_gpu(dt
 @pytest.mark.parametrize("heads", [16, 128])
 def test_results_repeat_bit_for_bit(heads: int) -> None:
     lengths = tuple(range(900, 1001, 10))
-    inputs = make_inputs(
-        Case(heads, 512, 64, torch.bfloat16, slots=1000, lengths=lengths), beyond=float("nan"), device="cuda"
-    )
+    inputs = make_inputs(Case(heads, 512, 64, torch.bfloat16, slots=1000, lengths=lengths), beyond=float("nan"), device="cuda")
     first = latent_decode(*inputs.arguments, scale=inputs.scale, kernel="triton")
     for _ in range(50):
         again = latent_decode(*inputs.arguments, scale=inputs.scale, kernel="triton")
@@ -500,9 +505,7 @@ def test_a_captured_launch_follows_lengths_that_change_on_the_device() -> None:
     graph.replay()
     assert inputs.error(out_BHL) < TOLERANCE[torch.bfloat16]
     inputs.lengths_B.copy_(torch.tensor((10, 333)))
-    inputs.exact_BHL = exact_rows(
-        *(None if x is None else x.cpu() for x in inputs.arguments[:4]), (10, 333), inputs.scale
-    )  # fmt: skip
+    inputs.exact_BHL = exact_rows(*(None if x is None else x.cpu() for x in inputs.arguments[:4]), (10, 333), inputs.scale)
     graph.replay()
     assert inputs.error(out_BHL) < TOLERANCE[torch.bfloat16]
 

@@ -43,9 +43,7 @@ def test_both_paths_give_the_logits_of_the_full_forward_and_the_same_greedy_text
 def test_what_stands_between_query_and_latent_leaves_one_path(name: str) -> None:
     model = model_of(name)
     assert model.attentions[0].decode_paths == ("auto", "expand") and model.attentions[0].absorbs_up_to == 0
-    with pytest.raises(
-        ValueError, match=r"decode=absorbed is not a path of this variant \(a norm or a rotation stands"
-    ):
+    with pytest.raises(ValueError, match=r"decode=absorbed is not a path of this variant \(a norm or a rotation stands"):
         model.set_execution(decode="absorbed")
 
 
@@ -86,9 +84,7 @@ def test_a_path_that_is_named_is_taken_whatever_the_length() -> None:
 
 def test_deepseeks_shape_absorbs_up_to_227_queries_and_a_narrow_latent_always() -> None:
     with torch.device("meta"):
-        deepseek = gpt_from(
-            ["attention=mla", "model.n_heads=16", "model.head_dim=128", "model.d_model=1024"], n_layers=1
-        )
+        deepseek = gpt_from(["attention=mla", "model.n_heads=16", "model.head_dim=128", "model.d_model=1024"], n_layers=1)
     assert deepseek.attentions[0].kv_lora_rank == 512
     assert deepseek.attentions[0].absorbs_up_to == 4 * 512 * 256 // (3 * (1024 - 256)) == 227
     narrow = model_of("mla, rank 10").attentions[0]  # 2 L = 20 is less than N + V = 24
@@ -120,7 +116,5 @@ def test_no_path_but_auto_exists_where_keys_are_cached_as_they_are_used() -> Non
         gpt_from(["attention=mha"]).set_execution(decode="absorbed")
     with pytest.raises(ValueError, match=r"kernel=triton computes the absorbed path, which is not taken here"):
         gpt_from(["attention=mha"]).set_execution(kernel="triton")
-    with pytest.raises(
-        ValueError, match=r"decode=fast is not a path of this variant; choose auto or expand or absorbed"
-    ):
+    with pytest.raises(ValueError, match=r"decode=fast is not a path of this variant; choose auto or expand or absorbed"):
         gpt_from(["attention=mla"]).set_execution(decode="fast")

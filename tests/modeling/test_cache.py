@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.generation import decode_step
 from modeling.gpt import GPT
 from tests.support.variants import SHIPPED, gpt_from
 
@@ -26,8 +29,7 @@ def new(static: bool = False, dtype: torch.dtype = torch.float32) -> Cache:
 def entries(tokens: int, first: int) -> dict[str, Tensor]:
     """`tokens` new entries a row; the number 100 * row + first + t stands in every element of entry t."""
     number = 100.0 * torch.arange(ROWS)[:, None] + first + torch.arange(tokens)
-    return {name: number.view(ROWS, tokens, *(1 for _ in shape)).expand(ROWS, tokens, *shape)
-            for name, shape in SHAPES.items()}  # fmt: skip
+    return {name: number.view(ROWS, tokens, *(1 for _ in shape)).expand(ROWS, tokens, *shape) for name, shape in SHAPES.items()}
 
 
 def held(cache: Cache, name: str) -> list[list[float]]:
@@ -102,8 +104,11 @@ LEFT = ["1111", "..11", "...1"]
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
-@pytest.mark.parametrize(("pads", "kept"), [(RIGHT, ([0, 1, 2, 3], [100, 101], [200])),
-                                            (LEFT, ([0, 1, 2, 3], [102, 103], [203]))], ids=["right", "left"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pads", "kept"),
+    [(RIGHT, ([0, 1, 2, 3], [100, 101], [200])), (LEFT, ([0, 1, 2, 3], [102, 103], [203]))],
+    ids=["right", "left"],
+)
 def test_pads_take_no_slot_and_the_next_tokens_follow_each_rows_own(
     pads: list[str], kept: tuple[list[float], ...], static: bool
 ) -> None:
@@ -272,9 +277,119 @@ def test_decoding_with_growing_views_does_recompile() -> None:
     cache = model.new_cache(1, 20, dtype=torch.float32, device="cpu")
     torch._dynamo.reset()
     step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-    with (
-        torch._dynamo.config.patch(error_on_recompile=True),
-        pytest.raises(torch._dynamo.exc.RecompileError),
-    ):
+    with torch._dynamo.config.patch(error_on_recompile=True), pytest.raises(torch._dynamo.exc.RecompileError):
         for _ in range(3):
             step(torch.zeros(1, 1, dtype=torch.long), cache)
+
+
+# --- positions that the cache or the model does not have ---------------------------------------------------------------
+
+BEYOND = "position 64 is beyond the 64 positions of this model; use at most 64 tokens, or raise model.max_seq_len"
+EVERY_SCHEME = {
+    "rope": ["attention=mha"],
+    "decoupled": ["attention=mla"],
+    "decoupled heads": ["attention=mha_decoupled"],
+    "learned": ["attention=mha_learned"],
+    "after up": ["attention=mla_plain", "attention.positions=rope_after_up"],
+}
+
+
+def one_layer(overrides: list[str]) -> GPT:
+    model: GPT = randomise(gpt_from(overrides, n_layers=1)).eval()
+    assert model.max_seq_len == 64
+    return model
+
+
+def some(length: int, rows: int = 2) -> Tensor:
+    return torch.randint(100, (rows, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("scheme", EVERY_SCHEME)
+@torch.no_grad()
+def test_positions_that_the_model_does_not_have_are_refused_in_every_form(scheme: str) -> None:
+    model = one_layer(EVERY_SCHEME[scheme])
+    kinds = {"static": {"static": True}, "window": {"window": 5, "sinks": 1}, "eager": {}}
+    for kind, options in kinds.items():
+        cache = model.new_cache(2, 100, dtype=torch.float32, device="cpu", **options)
+        model(some(63), cache)
+        model(some(1), cache)
+        lengths = cache[0].lengths_B.tolist()
+        with pytest.raises(ValueError, match=f"^{BEYOND}$"):
+            model(some(1), cache)
+        assert cache[0].lengths_B.tolist() == lengths == [64, 64], kind
+    valid = torch.ones(2, 64, dtype=torch.bool)
+    valid[0, 9:] = False
+    ragged = model.new_cache(2, 100, dtype=torch.float32, device="cpu")
+    model(some(64), ragged, valid_BT=valid)
+    with pytest.raises(ValueError, match=f"^{BEYOND}$"):
+        model(some(1), ragged)
+    model(some(1), ragged, valid_BT=torch.tensor([[True], [False]]))  # the shorter row has room
+    with pytest.raises(ValueError, match=f"^{BEYOND}$"):
+        model(some(65), valid_BT=torch.ones(2, 65, dtype=torch.bool))
+    model(some(65), valid_BT=torch.arange(65).expand(2, -1) > 0)
+    with pytest.raises(ValueError, match=f"^{BEYOND}$"):
+        model(some(3), positions_BT=torch.tensor([[0, 64, 1]]))
+    with pytest.raises(ValueError, match=r"^position -1 is below 0, the first of the 64 positions of this model$"):
+        model(some(3), positions_BT=torch.tensor([[5, -1, 1]]))
+    assert model(some(3), positions_BT=torch.tensor([[5, 63, 0]])).isfinite()[..., :100].all()
+
+
+@pytest.mark.parametrize("scheme", EVERY_SCHEME)
+@torch.no_grad()
+def test_a_static_cache_longer_than_the_model_takes_what_fits(scheme: str) -> None:
+    model, tokens = one_layer(EVERY_SCHEME[scheme]), some(64)
+    cache = model.new_cache(2, 100, dtype=torch.float32, device="cpu", static=True)
+    pieces = torch.cat([model(piece, cache) for piece in tokens.split([50, 13, 1], dim=1)], dim=1)
+    assert relative_error(pieces[..., :100], model(tokens)[..., :100]) <= 1e-5
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["equal rows", "ragged rows"])
+def test_a_static_cache_refuses_what_does_not_fit_and_counts_the_real_tokens(padded: bool) -> None:
+    cache = new(static=True)
+    cache.append(mask(RIGHT) if padded else None, **entries(4, 0))
+    for _ in range(3):
+        cache.append(mask(["1", ".", "."]) if padded else None, **entries(1, 0))
+    sentence = "the cache holds 8 tokens a row and 7 are taken: 2 more do not fit; allocate a longer cache"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        cache.place(2, None)
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        cache.append(**entries(2, 0))
+    assert cache.lengths_B.tolist() == ([7, 2, 1] if padded else [7, 7, 7])
+    later = new(static=True)
+    for _ in range(9):  # rows that are finished take no room, however often they are asked
+        later.append(mask(["."] * 3), **entries(1, 0))
+    later.append(**entries(8, 0))
+    assert later.lengths_B.tolist() == [8, 8, 8]
+
+
+@torch.no_grad()
+def test_after_compiled_steps_an_ordinary_call_knows_how_long_the_rows_are() -> None:
+    model = one_layer(["attention=mha"])
+    cache = model.new_cache(2, 20, dtype=torch.float32, device="cpu", static=True)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    model(some(15), cache)
+    for _ in range(4):
+        step(some(1), cache)
+    model(some(1), cache)
+    with pytest.raises(ValueError, match="the cache holds 20 tokens a row and 20 are taken: 1 more do not fit"):
+        model(some(1), cache)
+
+
+@torch.no_grad()
+def test_a_compiled_step_that_does_not_fit_is_refused_by_whoever_drives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    model, running = one_layer(["attention=mha"]), torch.tensor([True, False])
+    for slots, sentence in ((12, "the cache holds 12 tokens a row and 12 are taken"), (100, "position 64 is beyond the 64")):
+        for given in (None, running):
+            torch._dynamo.reset()
+            cache = model.new_cache(2, slots, dtype=torch.float32, device="cpu")
+            model(some(min(slots, 64) - 2), cache)
+            step = decode_step(model, cache, "compile", some(1)[:, 0], given)
+            for _ in range(2):
+                step(some(1)[:, 0], given)
+            with pytest.raises(ValueError, match=sentence):
+                step(some(1)[:, 0], given)
+            for layer in cache:
+                layer.advance(-1)  # as a benchmark does, which decodes one token again
+            step(some(1)[:, 0], given)

@@ -23,9 +23,17 @@ from tests.support.variants import KNOBS, SHIPPED, attention_from
 
 # Cached elements per token of the shipped variants at SIZES (4 heads of 12, d_model 48), by hand.
 SHIPPED_ELEMENTS = {
-    "mha": 2 * 4 * 12, "gqa": 2 * 2 * 12, "mqa": 2 * 12, "mha_learned": 2 * 4 * 12, "mha_wide": 4 * (18 + 12),
-    "mha_decoupled": 2 * 4 * 12 + 6, "mla_plain": 24, "mla": 24 + 6, "mla_frozen": 24 + 6, "mla_slice": 24 + 6,
-}  # fmt: skip
+    "mha": 2 * 4 * 12,
+    "gqa": 2 * 2 * 12,
+    "mqa": 2 * 12,
+    "mha_learned": 2 * 4 * 12,
+    "mha_wide": 4 * (18 + 12),
+    "mha_decoupled": 2 * 4 * 12 + 6,
+    "mla_plain": 24,
+    "mla": 24 + 6,
+    "mla_frozen": 24 + 6,
+    "mla_slice": 24 + 6,
+}
 VARIANTS = {name: [f"attention={name}"] for name in SHIPPED} | {name: knob[0] for name, knob in KNOBS.items()}
 ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}
 
@@ -57,7 +65,7 @@ def test_the_contract_notices_a_leak_from_the_future() -> None:
             super().__init__()
             self.o_proj = nn.Linear(48, 48)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, cache: None, *, valid_BT: None) -> torch.Tensor:
             return self.o_proj(x + x.mean(dim=1, keepdim=True))
 
     with pytest.raises(AssertionError, match="outputs before token"):

@@ -30,15 +30,26 @@ def counted(model: GPT) -> int:
     return total
 
 
-@pytest.mark.parametrize("overrides", [*([f"attention={name}"] for name in SHIPPED), *(k[0] for k in KNOBS.values())],
-                         ids=[*SHIPPED, *KNOBS])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [*([f"attention={name}"] for name in SHIPPED), *(k[0] for k in KNOBS.values())], ids=[*SHIPPED, *KNOBS]
+)
 def test_training_flops_are_torchs_count(overrides: list[str]) -> None:
     model = gpt_from(overrides)
     assert training_flops_per_token(model, TOKENS) * ROWS * TOKENS == counted(model)
 
 
-@pytest.mark.parametrize("changes", [{"tie_embeddings": False}, {"mlp": "relu2"}, {"bias": True}, {"n_layers": 1},
-                                     {"dropout": 0.1}, {"zero_init_outputs": True}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_embeddings": False},
+        {"mlp": "relu2"},
+        {"bias": True},
+        {"n_layers": 1},
+        {"dropout": 0.1},
+        {"zero_init_outputs": True},
+    ],
+    ids=str,
+)
 def test_training_flops_are_torchs_count_for_other_models(changes: dict[str, Any]) -> None:
     model = gpt_from(["attention=mla"], **changes)
     assert training_flops_per_token(model, TOKENS) * ROWS * TOKENS == counted(model)
@@ -118,13 +129,30 @@ def deepseek_mla(*, d_model: int, n_heads: int = 128) -> MultiheadLatentAttentio
     """DeepSeek-V2's and V3's attention layer; both have these widths."""
     with torch.device("meta"):
         return MultiheadLatentAttention(
-            d_model=d_model, n_heads=n_heads, max_seq_len=8, causal=True, bias=False, norm_eps=1e-6,
-            n_kv_heads=n_heads, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64,
-            v_head_dim=128, latent="learned", kv_latent="joint", latent_norm="rms", latent_norm_place="latent",
+            d_model=d_model,
+            n_heads=n_heads,
+            max_seq_len=8,
+            causal=True,
+            bias=False,
+            norm_eps=1e-6,
+            n_kv_heads=n_heads,
+            q_lora_rank=1536,
+            kv_lora_rank=512,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            latent="learned",
+            kv_latent="joint",
+            latent_norm="rms",
+            latent_norm_place="latent",
             latent_scale=False,
-            positions="decoupled", rope_theta=10000.0, fused_down_projections=False,
-            sharing="none", sharing_layers=1, dropout=0.0,
-        )  # fmt: skip
+            positions="decoupled",
+            rope_theta=10000.0,
+            fused_down_projections=False,
+            sharing="none",
+            sharing_layers=1,
+            dropout=0.0,
+        )
 
 
 def test_a_layer_of_deepseek_v3_has_187_million_parameters() -> None:
@@ -140,10 +168,21 @@ def test_deepseek_v2_caches_576_elements_where_mha_caches_32768() -> None:
     mla = deepseek_mla(d_model=5120)
     with torch.device("meta"):
         mha = GroupedQueryAttention(
-            d_model=5120, n_heads=128, max_seq_len=8, causal=True, bias=False, norm_eps=1e-6, n_kv_heads=128,
-            head_dim=128, v_head_dim=128, qk_rope_head_dim=0, positions="rope", rope_theta=10000.0, qk_norm=False,
+            d_model=5120,
+            n_heads=128,
+            max_seq_len=8,
+            causal=True,
+            bias=False,
+            norm_eps=1e-6,
+            n_kv_heads=128,
+            head_dim=128,
+            v_head_dim=128,
+            qk_rope_head_dim=0,
+            positions="rope",
+            rope_theta=10000.0,
+            qk_norm=False,
             dropout=0.0,
-        )  # fmt: skip
+        )
     for layer, elements in ((mla, 576), (mha, 32768)):
         cache = new_cache(layer, 1, 4, dtype=torch.bfloat16, device="meta")
         assert cache.elements_per_token == layer.cache_formula == elements

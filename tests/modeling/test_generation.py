@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modeling.attention.contract import randomise
-from modeling.generation import generate, sample
+from modeling.generation import decode_step, generate, sample
 from modeling.gpt import GPT
 from tests.support.variants import SHIPPED, gpt_from
 
@@ -125,6 +125,8 @@ def normalised(weights: list[float]) -> list[float]:
         ({"top_k": 3, "top_p": 0.7}, normalised([0.4, 0.3, 0, 0, 0])),  # of 0.85 that top_k leaves: 0.47, 0.82
         ({"top_k": 3, "top_p": 0.83}, normalised([0.4, 0.3, 0.15, 0, 0])),
         ({"temperature": 2.0, "top_p": 0.5}, normalised([0.4**0.5, 0.3**0.5, 0, 0, 0])),  # flattened first: 0.31, 0.57
+        # Flattened first 0.30, 0.56, 0.74: cut before that, two tokens would be left.
+        ({"temperature": 2.0, "top_p": 0.6}, normalised([0.4**0.5, 0.3**0.5, 0.15**0.5, 0, 0])),
         ({"temperature": 0.5, "top_k": 2}, normalised([0.16, 0.09, 0, 0, 0])),
     ],
     ids=str,
@@ -136,6 +138,24 @@ def test_samples_follow_the_distribution_computed_by_hand(settings: dict[str, An
         for token, probability in enumerate(wanted[turn:] + wanted[:turn]):
             error = 4.5 * (probability * (1 - probability) / DRAWS) ** 0.5
             assert abs(got[token] - probability) <= error, (token, got)
+
+
+def test_a_top_p_of_one_keeps_even_the_tokens_that_rounded_sums_do_not_reach() -> None:
+    """25,000 tokens hold half of the mass; in float32 the sum is 1 before the last 1,000 of small ones."""
+    logits = torch.cat((torch.zeros(25_000), torch.full((25_000,), -18.0)))
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
+    probability = logits.softmax(dim=-1)
+    assert (cumulative - probability >= 1).any()
+    drawn: list[Tensor] = []
+
+    def all_of_it(weights: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        drawn.append(weights)
+        return torch.zeros(len(weights), 1, dtype=torch.long)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", all_of_it)
+        sample(logits[None], temperature=1.0, top_k=None, top_p=1.0, generator=None)
+    assert (drawn[0] > 0).all()
 
 
 def test_temperature_zero_takes_the_likeliest_token_of_each_row() -> None:
@@ -165,8 +185,18 @@ def test_the_padding_of_the_vocabulary_is_never_sampled(settings: dict[str, Any]
 
 def test_one_seed_gives_one_text_and_another_seed_another() -> None:
     model, prompt = model_of("mla"), random_prompt(5)
-    texts = [written(model, [prompt], max_new_tokens=20, temperature=2.0, top_k=50, top_p=0.95,
-                     generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]  # fmt: skip
+    texts = [
+        written(
+            model,
+            [prompt],
+            max_new_tokens=20,
+            temperature=2.0,
+            top_k=50,
+            top_p=0.95,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for seed in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -188,23 +218,47 @@ EMPTY = "a prompt has no tokens; give at least one (the end-of-text token starts
         ([], {}, EMPTY),
         ([[1, 2], []], {}, EMPTY),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
-        ([[1]], {"temperature": -0.5}, "temperature=-0.5 must be 0 (greedy) or at least 0.001"),
+        ([[1]], {"temperature": -0.5}, "temperature=-0.5 must be 0 (greedy) or from 0.001 to 1e+30"),
+        ([[1]], {"temperature": float("inf")}, "temperature=inf must be 0 (greedy) or from 0.001 to 1e+30"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan must be 0 (greedy) or from 0.001 to 1e+30"),
+        ([[1]], {"temperature": 1e39}, "temperature=1e+39 must be 0 (greedy) or from 0.001 to 1e+30"),
         ([[1]], {"top_k": 0}, "top_k=0 must be at least 1, or null for no cut"),
         ([[1]], {"top_p": 0.0}, "top_p=0.0 must be in (0, 1], or null for no cut"),
         ([[1]], {"top_p": 1.5}, "top_p=1.5 must be in (0, 1], or null for no cut"),
-        ([[1] * 60, [1]], {"max_new_tokens": 6},
-         "a prompt of 60 tokens and 6 new ones exceed the model's 64 positions; ask for at most 5 new tokens"),
-        ([[1] * 70], {"max_new_tokens": 1},
-         "a prompt of 70 tokens and 1 new ones exceed the model's 64 positions; ask for at most 0 new tokens"),
+        (
+            [[1] * 60, [1]],
+            {"max_new_tokens": 6},
+            "a prompt of 60 tokens and max_new_tokens=6 exceed the model's 64 positions; ask for at most 5 new tokens",
+        ),
+        (
+            [[1] * 70],
+            {"max_new_tokens": 1},
+            "a prompt of 70 tokens exceeds the model's 64 positions; shorten it to at most 64 tokens",
+        ),
+        (
+            [[1] * 64],
+            {"max_new_tokens": 2},
+            "a prompt of 64 tokens and max_new_tokens=2 exceed the model's 64 positions; ask for at most 1 new tokens",
+        ),
     ],
     ids=lambda value: str(value)[:40],
-)  # fmt: skip
+)
 def test_settings_out_of_range_are_refused_in_one_sentence(
     prompts: list[list[int]], settings: dict[str, Any], message: str
 ) -> None:
     arguments: dict[str, Any] = {"max_new_tokens": 3} | settings
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         next(generate(model_of("mha"), prompts, **arguments))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), 3e38])
+def test_a_model_of_broken_weights_writes_nothing(value: float, temperature: float) -> None:
+    model = model_of("mha")
+    with torch.no_grad():
+        model.norm.weight.fill_(value)
+    with pytest.raises(ValueError, match="logits are not finite: its weights are broken, use an earlier checkpoint"):
+        next(generate(model, [[1, 2, 3]], max_new_tokens=3, temperature=temperature))
 
 
 # --- rows that finish, and how a step is computed --------------------------------------------------------------------
@@ -231,12 +285,36 @@ def test_rows_that_finish_early_leave_the_others_what_they_give_alone(variant: s
         assert row[: len(tokens)] == tokens and set(row[len(tokens) :]) <= {stop}
 
 
+@pytest.mark.parametrize("variant", ["gqa", "mla", "mla_shared_latent"])
+def test_a_finished_row_takes_no_room_in_the_cache(variant: str) -> None:
+    model = model_of(variant).eval()
+    tokens_B = torch.tensor([3, 5, 7])
+    cache = model.new_cache(3, 12, dtype=torch.float32, device="cpu")
+    model(torch.tensor([random_prompt(4, seed) for seed in range(3)]), cache)
+    with torch.inference_mode():
+        decode = decode_step(model, cache, "eager", tokens_B, torch.ones(3, dtype=torch.bool))
+        for running in ([True, True, True], [True, False, True], [True, False, False]):
+            decode(tokens_B, torch.tensor(running))
+    assert [layer.lengths_B.tolist() for layer in cache] == [[7, 5, 6]] * len(cache)
+
+
+def test_generation_appends_nothing_to_rows_that_have_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = model_of("mla"), []
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda *args, **kwargs: made.append(new_cache(*args, **kwargs)) or made[-1])
+    prompts = [random_prompt(length, seed=length) for length in (3, 11)]
+    stop = greedy_by_full_forwards(model, prompts[1], 20)[2]
+    alone = [until_stop(model, prompt, stop, 20) for prompt in prompts]
+    taken = [len(tokens) - 1 for tokens in alone]  # the last one, a stop or the last asked for, goes nowhere
+    assert taken[0] != taken[1]
+    written(model, prompts, max_new_tokens=20, temperature=0, stop=stop, step="eager")
+    assert made[-1][0].lengths_B.tolist() == [3 + taken[0], 11 + taken[1]]
+
+
 def test_generation_ends_when_every_row_has_stopped() -> None:
     model, prompt = model_of("mla"), random_prompt(5)
     stop = greedy_by_full_forwards(model, prompt, 5)[3]
-    assert written(model, [prompt], max_new_tokens=50, temperature=0, stop=stop) == [
-        until_stop(model, prompt, stop, 50)
-    ]
+    assert written(model, [prompt], max_new_tokens=50, temperature=0, stop=stop) == [until_stop(model, prompt, stop, 50)]
 
 
 @pytest.mark.parametrize("variant", SHIPPED)
@@ -261,9 +339,11 @@ def test_generation_through_eight_bits_stays_close(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     ("step", "sentence"),
-    [("graph", "step=graph needs a CUDA device, not cpu; take step=compile or step=eager"),
-     ("fast", "step=fast is unknown; choose auto, eager, compile or graph")],
-)  # fmt: skip
+    [
+        ("graph", "step=graph needs a CUDA device, not cpu; take step=compile or step=eager"),
+        ("fast", "step=fast is unknown; choose auto, eager, compile or graph"),
+    ],
+)
 def test_a_step_that_cannot_run_is_refused(step: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         list(generate(model_of("mha"), [[1, 2]], max_new_tokens=2, step=step))

@@ -13,18 +13,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.build import build_model
-from harness.config import load_train_config
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
 from tests.support.variants import SHIPPED
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS, BATCH, TOKENS, VOCAB, LR = 20, 4, 64, 512, 4e-3
 
 # Everything that shapes the model is written down, so that the shipped defaults may be tuned without touching a golden.
-SIZES = ["model.d_model=128", "model.n_layers=2", "model.n_heads=4", "model.head_dim=32", f"model.max_seq_len={TOKENS}",
-         "model.mlp=swiglu", "model.mlp_hidden=352", "model.tie_embeddings=true", "model.bias=false",
-         "model.dropout=0", "model.norm_eps=1e-6", "model.init=normal", "model.init_std=0.05",
-         "model.zero_init_outputs=false", "attention.backend=sdpa"]  # fmt: skip
+SIZES = [
+    "model.d_model=128",
+    "model.n_layers=2",
+    "model.n_heads=4",
+    "model.head_dim=32",
+    f"model.max_seq_len={TOKENS}",
+    "model.mlp=swiglu",
+    "model.mlp_hidden=352",
+    "model.tie_embeddings=true",
+    "model.bias=false",
+    "model.dropout=0",
+    "model.norm_eps=1e-6",
+    "model.init=normal",
+    "model.init_std=0.05",
+    "model.zero_init_outputs=false",
+    "attention.backend=sdpa",
+]
 
 
 def batches() -> Iterator[Tensor]:

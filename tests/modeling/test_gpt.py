@@ -165,8 +165,14 @@ def test_a_chunked_loss_gives_every_parameter_the_same_gradient(variant: str) ->
 
 # --- the table of initial values -------------------------------------------------------------------------------------
 
-WIDE = ["model.d_model=192", "model.head_dim=48", "model.mlp_hidden=512", "model.n_layers=3", "model.bias=true",
-        "model.tie_embeddings=false"]  # fmt: skip
+WIDE = [
+    "model.d_model=192",
+    "model.head_dim=48",
+    "model.mlp_hidden=512",
+    "model.n_layers=3",
+    "model.bias=true",
+    "model.tie_embeddings=false",
+]
 WIDE_LAYERS, STD = 3, 0.03
 
 
@@ -175,9 +181,10 @@ def is_output(name: str) -> bool:
 
 
 @pytest.mark.parametrize("zero_outputs", [False, True], ids=["", "zero outputs"])
-@pytest.mark.parametrize("init", ["normal", "xavier"])
-@pytest.mark.parametrize("attention", [["attention=mha_learned"], ["attention=mla", "attention.q_lora_rank=80"]],
-                         ids=["mha_learned", "mla"])  # fmt: skip
+@pytest.mark.parametrize("init", ["normal", "fan_in", "xavier"])
+@pytest.mark.parametrize(
+    "attention", [["attention=mha_learned"], ["attention=mla", "attention.q_lora_rank=80"]], ids=["mha_learned", "mla"]
+)
 def test_initial_values_are_those_of_the_table(attention: list[str], init: str, zero_outputs: bool) -> None:
     model = seeded([*attention, *WIDE], init=init, init_std=STD, zero_init_outputs=zero_outputs)
     outputs = 0
@@ -193,6 +200,8 @@ def test_initial_values_are_those_of_the_table(attention: list[str], init: str, 
             depth = (2 * WIDE_LAYERS) ** -0.5 if is_output(name) else 1.0
             uniform = init == "xavier" and "embedding" not in name and name != "head.weight"
             wanted = (2 / sum(values.shape)) ** 0.5 * depth if uniform else STD * depth
+            if init == "fan_in" and "embedding" not in name and name != "head.weight":
+                wanted *= (192 / values.shape[1]) ** 0.5
             # Five standard errors of a standard deviation; uniform values scatter less than normal ones.
             assert values.std().item() == pytest.approx(wanted, rel=5 / (2 * values.numel()) ** 0.5), name
             assert abs(values.mean().item()) < 5 * wanted / values.numel() ** 0.5, name
@@ -216,11 +225,24 @@ def test_up_projected_keys_and_values_have_the_stated_variance(norm: str, scale:
         for start in range(0, 400, 50):
             attention(x[:, start : start + 50], cache, positions_BT=torch.arange(50)[None])
         latents = cache.buffers["latent"]
-        variances = [attention.k_up_proj(latents[..., :rank]).var().item(),
-                     attention.v_up_proj(latents[..., -rank:]).var().item()]  # fmt: skip
+        variances = [
+            attention.k_up_proj(latents[..., :rank]).var().item(),
+            attention.v_up_proj(latents[..., -rank:]).var().item(),
+        ]
     assert latents.shape[-1] == 96
     stated = (size if scale else rank) * STD**2 * (1 if norm == "rms" else size * STD**2)
     assert variances == pytest.approx([stated, stated], rel=0.1)
+
+
+@pytest.mark.parametrize("rank", [32, 96])
+def test_fan_in_starts_keys_and_values_with_mhas_variance_at_any_rank(rank: int) -> None:
+    overrides = ["attention=mla", f"attention.kv_lora_rank={rank}", *WIDE]
+    attention = seeded(overrides, init="fan_in", init_std=STD).attentions[0]
+    x = torch.randn(1, 400, 192, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, latent, _ = attention._project_down(x)
+        parts = attention._expand(latent)
+    assert [part.var().item() for part in parts] == pytest.approx([192 * STD**2] * 2, rel=0.1)
 
 
 def test_keys_of_mha_have_the_stated_variance() -> None:
@@ -247,8 +269,9 @@ def test_a_tied_head_is_the_embedding_and_an_untied_one_is_not() -> None:
     assert grads["embedding.weight"][unused].abs().amax(dim=1).min() > 0
 
 
-@pytest.mark.parametrize("overrides", [*([f"attention={name}"] for name in SHIPPED), *(k[0] for k in KNOBS.values())],
-                         ids=[*SHIPPED, *KNOBS])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [*([f"attention={name}"] for name in SHIPPED), *(k[0] for k in KNOBS.values())], ids=[*SHIPPED, *KNOBS]
+)
 def test_a_table_of_positions_exists_exactly_for_learned_positions(overrides: list[str]) -> None:
     model = gpt_from(overrides)
     attention = model.attentions[0]
@@ -381,8 +404,9 @@ def test_activation_checkpointing_keeps_less_for_the_backward_pass() -> None:
 # --- decoding through the caches of all layers -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("overrides", [*([f"attention={name}"] for name in SHIPPED), LEARNED[2]],
-                         ids=[*SHIPPED, "gqa, learned"])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [*([f"attention={name}"] for name in SHIPPED), LEARNED[2]], ids=[*SHIPPED, "gqa, learned"]
+)
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(overrides: list[str]) -> None:
     model, tokens = randomise(seeded(overrides)).eval(), random_tokens(2, 20)
@@ -396,8 +420,9 @@ def test_cached_decoding_equals_the_full_forward(overrides: list[str]) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("overrides", [*([f"attention={name}"] for name in SHIPPED), LEARNED[2]],
-                         ids=[*SHIPPED, "gqa, learned"])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides", [*([f"attention={name}"] for name in SHIPPED), LEARNED[2]], ids=[*SHIPPED, "gqa, learned"]
+)
 @torch.no_grad()
 def test_rows_of_a_padded_batch_equal_the_rows_alone(overrides: list[str], side: str) -> None:
     """Without a cache, with one, with one of fixed shapes; then two tokens more for every row."""
@@ -425,7 +450,7 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(overrides: list[str], side:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init": "orthogonal"}, "init=orthogonal is unknown; choose normal or xavier"),
+        ({"init": "orthogonal"}, "init=orthogonal is unknown; choose normal, fan_in or xavier"),
         ({"mlp": "gelu"}, "mlp=gelu is unknown; choose swiglu or relu2"),
     ],
 )
@@ -434,7 +459,7 @@ def test_a_choice_that_does_not_exist_is_refused_by_name(changes: dict[str, Any]
         gpt_from(["attention=mha"], **changes)
 
 
-@pytest.mark.parametrize(("variant", "kind"), [("mha_learned", "learned positions"), ("mha", "positions")])
+@pytest.mark.parametrize(("variant", "kind"), [("mha_learned", "positions"), ("mha", "positions")])
 def test_tokens_beyond_the_last_position_are_refused_with_both_numbers(variant: str, kind: str) -> None:
     model = seeded([f"attention={variant}"])
     assert model(random_tokens(1, 64)).isfinite()[..., :VOCAB].all()

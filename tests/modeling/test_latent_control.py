@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.schema import OptimizerConfig
+from harness.config.schema import OptimizerConfig
 from harness.training.checkpoint import load_checkpoint, save_checkpoint
 from harness.training.optimizer import build_optimizer
 from modeling.attention.contract import randomise, relative_error
@@ -74,7 +74,7 @@ def test_a_checkpoint_brings_the_drawn_projection_back(tmp_path: Path) -> None:
         assert not ours.kv_down_proj.weight.requires_grad
 
 
-@pytest.mark.parametrize("init", ["normal", "xavier"])
+@pytest.mark.parametrize("init", ["normal", "fan_in", "xavier"])
 def test_a_frozen_projection_keeps_the_variance_of_its_input_whatever_the_initialisation(init: str) -> None:
     draws = []
     for seed, std in ((0, 0.02), (0, 0.5), (1, 0.02)):

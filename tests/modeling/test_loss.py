@@ -71,6 +71,20 @@ def test_loss_and_gradients_are_torchs_cross_entropy(chunk: int | None, scale: f
         assert got_weight[vocab:].abs().max() == 0
 
 
+@pytest.mark.parametrize("chunk", [None, *CHUNKS])
+def test_targets_that_are_not_scored_count_nowhere(chunk: int | None) -> None:
+    x, weight, targets = inputs()
+    targets[[0, 5, 6, 20]] = -100
+    wanted, wanted_x, wanted_weight = exact(x, weight, targets)
+    loss = mean_nats(x, weight, targets, vocab_size=VOCAB, chunk_tokens=chunk)
+    got_x, got_weight = torch.autograd.grad(loss, (x, weight))
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert relative_error(got_x, wanted_x) < 2e-6 and relative_error(got_weight, wanted_weight) < 2e-6
+    assert got_x[[0, 5, 6, 20]].abs().max() == 0
+    nothing = torch.full_like(targets, -100)
+    assert mean_nats(x, weight, nothing, vocab_size=VOCAB, chunk_tokens=chunk).isnan()
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_gradients_agree_with_finite_differences(chunk: int) -> None:
     """The slope of torch's float64 loss along a random direction, which no autograd formula enters."""

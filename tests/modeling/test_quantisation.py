@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 
-from modeling.attention.cache import Cache
+from modeling.attention.cache import Cache, formula_bytes, new_cache
+from modeling.attention.contract import measured_cache_bytes_equal_the_formula
 from modeling.attention.quantisation import LARGEST, dequantise, quantise
 from tests.support.variants import gpt_from
 
@@ -24,6 +27,20 @@ def test_int8_is_within_half_a_step_of_every_element(spread: float) -> None:
     step = x.abs().amax(dim=-1, keepdim=True) / 127
     assert ((dequantise(payload, scale, torch.float32) - x).abs() <= 0.51 * step).all()
     assert scale.float().max() <= step.max() * 1.02  # the scale's own rounding costs at most 2 % of the resolution
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+def test_the_stored_scale_is_above_what_the_largest_element_asks_for_and_by_no_more_than_is_said(dtype: torch.dtype) -> None:
+    x = noise(20_000, 16) * torch.linspace(0.5, 4.0, 20_000)[:, None]
+    payload, scale = quantise(x, dtype)
+    amax = x.abs().amax(dim=-1)
+    above = scale.double() * LARGEST[dtype] / amax.double()
+    # bfloat16 rounds by up to 2^-8 either way; the margin of 2^-7 makes that a little more than nothing at least.
+    assert above.min() > 1.003 and above.max() < 1.0119 and above.max() > 1.011
+    if dtype == torch.int8:
+        off = (dequantise(payload, scale, torch.float32) - x).abs().amax(dim=-1)
+        assert (off <= 0.5001 * scale.float()).all() and (off <= 0.506 * amax / 127).all()
+        assert (off > 0.503 * amax / 127).any()  # and no less can be promised
 
 
 def test_fp8_is_within_a_sixteenth_of_every_element_that_is_not_tiny() -> None:
@@ -68,13 +85,15 @@ SHAPES: dict[str, tuple[int, ...]] = {"latent": (6,), "k_rope": (4,), "k": (2, 3
 
 @pytest.mark.parametrize("dtype", EIGHT)
 @pytest.mark.parametrize("static", [False, True])
-def test_what_is_read_is_what_the_payload_and_scale_stand_for_and_the_rotated_key_keeps_16_bits(
+def test_what_is_read_is_what_the_payload_and_scale_stand_for_and_what_is_stated_keeps_16_bits(
     dtype: torch.dtype, static: bool
 ) -> None:
-    cache = Cache(2, 8, SHAPES, dtype=dtype, device="cpu", static=static)
+    cache = Cache(2, 8, SHAPES, dtype=dtype, device="cpu", static=static, sixteen_bits=("k_rope",))
     assert {name: buffer.dtype for name, buffer in cache.buffers.items()} == {
-        "latent": dtype, "k_rope": torch.bfloat16, "k": dtype,
-    }  # fmt: skip
+        "latent": dtype,
+        "k_rope": torch.bfloat16,
+        "k": dtype,
+    }
     assert {name: tuple(scale.shape) for name, scale in cache.scales.items()} == {"latent": (2, 8), "k": (2, 8, 2)}
     assert cache.bytes_per_token == 6 + 2 + 2 * 4 + 6 + 2 * 2
     assert cache.elements_per_token == 6 + 4 + 6
@@ -86,16 +105,43 @@ def test_what_is_read_is_what_the_payload_and_scale_stand_for_and_the_rotated_ke
     for name, tensor in new.items():
         wanted = tensor if name == "k_rope" else dequantise(*quantise(tensor, dtype), torch.float32)
         for row, length in enumerate((5, 4)):
-            assert torch.equal(
-                seen[name][row, :length].to(wanted.dtype), wanted[row, :length].to(seen[name].dtype).float()
-            )
+            assert torch.equal(seen[name][row, :length].to(wanted.dtype), wanted[row, :length].to(seen[name].dtype).float())
 
 
 def test_bytes_of_the_shipped_variants_written_out_by_hand() -> None:
     """One layer at the tests' sizes: 4 heads of 12, latent 24, rotated key 6; two bytes a scale."""
-    by_hand = {"mha": 2 * 4 * (12 + 2), "gqa": 2 * 2 * (12 + 2), "mqa": 2 * (12 + 2), "mla_plain": 24 + 2,
-               "mla": 24 + 2 + 2 * 6, "mha_decoupled": 2 * 4 * (12 + 2) + 2 * 6, "mha_wide": 4 * (18 + 2 + 12 + 2)}  # fmt: skip
+    by_hand = {
+        "mha": 2 * 4 * (12 + 2),
+        "gqa": 2 * 2 * (12 + 2),
+        "mqa": 2 * (12 + 2),
+        "mla_plain": 24 + 2,
+        "mla": 24 + 2 + 2 * 6,
+        "mha_decoupled": 2 * 4 * (12 + 2) + 2 * 6,
+        "mha_wide": 4 * (18 + 2 + 12 + 2),
+    }
     for dtype in EIGHT:
         for variant, wanted in by_hand.items():
             (cache,) = gpt_from([f"attention={variant}"], n_layers=1).new_cache(1, 4, dtype=dtype, device="cpu")
             assert cache.bytes_per_token == wanted, variant
+
+
+class Private(torch.nn.Module):
+    """As much of a variant as a cache asks of it."""
+
+    causal, kernel = True, "torch"
+    cache_shapes: ClassVar[dict[str, tuple[int, ...]]] = {"k": (2, 3), "k_rope": (4,), "delicate": (2, 5)}
+    cache_formula = 6 + 4 + 10
+
+
+@pytest.mark.parametrize("dtype", EIGHT)
+def test_a_class_states_what_keeps_16_bits_and_no_name_does(dtype: torch.dtype) -> None:
+    private: Any = Private()
+    for stated, wanted in (((), 6 + 2 * 2 + 4 + 2 + 10 + 2 * 2), (("delicate",), 6 + 2 * 2 + 4 + 2 + 2 * 10)):
+        private.sixteen_bits = stated
+        cache = new_cache(private, 1, 4, dtype=dtype, device="cpu")
+        kept = {name for name, buffer in cache.buffers.items() if buffer.dtype == torch.bfloat16}
+        assert kept == set(stated)
+        assert cache.bytes_per_token == formula_bytes(private, dtype) == wanted
+    private.sixteen_bits = ("delikate",)
+    with pytest.raises(AssertionError, match=r"\['delikate'\] are stated to stay in 16 bits and are not cached"):
+        measured_cache_bytes_equal_the_formula(lambda: private)

@@ -19,19 +19,21 @@ from tests.support.variants import attention_from
         (["attention=mla", "attention.qk_rope_head_dim=0"], r"positions=decoupled does not go with qk_rope_head_dim=0"),
         (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),
         (["attention=mla", "attention.kv_lora_rank=49"], r"kv_lora_rank=49 compresses nothing.* is 48 wide; 24 would"),
-        (["attention=mla", "attention.kv_lora_rank=25", "attention.kv_latent=split"], r"halves kv_lora_rank=25; .*26"),
+        (["attention=mla", "attention.kv_lora_rank=25", "attention.kv_latent=split"], r"halves kv_lora_rank=25; .*24"),
         (["attention=mla", "attention.q_lora_rank=50"], r"q_lora_rank=50 compresses nothing.*at most 48"),
         (["attention=mla", "attention.latent_norm=batch"], r"latent_norm=batch is unknown here; choose rms, layer or none"),
         (["attention=mla", "attention.latent_norm_place=output"], r"latent_norm_place=output is unknown here"),
         (["attention=mla", "attention.latent=random"], r"latent=random is unknown here; choose learned, frozen or slice"),
         (["attention=mla_slice", "attention.fused_down_projections=true"], r"latent=slice has no learned down-projection"),
         (["attention=mla_frozen", "attention.sharing=weights", "attention.sharing_layers=2"], r"latent=frozen has no lear"),
-        (["attention=mla_slice", "attention.kv_latent=split", "attention.kv_lora_rank=50"],
-         r"latent=slice takes kv_lora_rank=50 dimensions of x, which has d_model=48; choose at most 48"),
+        (
+            ["attention=mla_slice", "attention.kv_latent=split", "attention.kv_lora_rank=50"],
+            r"latent=slice takes kv_lora_rank=50 dimensions of x, which has d_model=48; choose at most 48",
+        ),
         (["attention=mla", "attention.kv_latent=three"], r"kv_latent=three is unknown here; choose joint or split"),
         (["attention=mla", "attention.rope_theta=-1"], r"rope_theta=-1.0 must be positive"),
     ],
-)  # fmt: skip
+)
 def test_refused_with_both_numbers_and_the_remedy(overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_from(overrides)

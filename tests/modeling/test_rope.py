@@ -20,8 +20,13 @@ from modeling.attention.rope import (
 )
 from tests.support.variants import attention_from
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 2.5},
@@ -46,8 +51,13 @@ def test_frequencies_and_factor_are_transformers(scaling: dict[str, Any], width:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    config = LlamaConfig(hidden_size=4 * width, num_attention_heads=4, head_dim=width, max_position_embeddings=256,
-                         rope_parameters=scaling | {"rope_theta": theta})  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=4 * width,
+        num_attention_heads=4,
+        head_dim=width,
+        max_position_embeddings=256,
+        rope_parameters=scaling | {"rope_theta": theta},
+    )
     theirs_F, their_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
     ours_F, factor = scaled_frequencies(width, theta, scaling)
     assert ours_F.dtype == torch.float64 and ours_F.shape == (width // 2,)

@@ -149,7 +149,7 @@ def test_a_shared_matrix_counts_in_each_layer_that_multiplies_by_it() -> None:
         (["attention=mla_shared_weights", "attention.fused_down_projections=true"], "set fused_down_projections=false"),
         (["attention=mla", "attention.sharing=keys"], "sharing=keys is unknown here; choose none, weights or latent"),
     ],
-)  # fmt: skip
+)
 def test_impossible_sharing_is_refused(overrides: list[str], sentence: str) -> None:
     with pytest.raises(Exception, match=sentence):
         gpt_from(overrides)

@@ -12,19 +12,21 @@ from typing import Any
 
 import pytest
 
-from harness import bootstrap
-from harness.bootstrap import ESSENTIAL, REQUIRED
+from harness.entry import bootstrap
+from harness.entry.bootstrap import ESSENTIAL, REQUIRED
 from tests.support.projects import ROOT, make_environment
 
 ENTRY = """\
 import json, os, sys
-from harness.bootstrap import enter_environment
+from harness.entry.bootstrap import enter_environment
 enter_environment()
 print(json.dumps({"prefix": sys.prefix, "argv": sys.argv[1:], "folder": os.getcwd(), "pid": os.getpid(),
                   "dont_write_bytecode": sys.flags.dont_write_bytecode, "rank": os.environ.get("RANK"),
                   "leaked": [name for name in os.environ if name == "_STARTED_AGAIN_IN_VENV"]}))
 sys.exit(7)
 """
+# What is read before the environment is entered, below harness/.
+BOOTSTRAP = ("__init__.py", "entry/__init__.py", "entry/bootstrap.py")
 SENTENCE = "run `sh prepare_for_use.sh`"
 
 
@@ -32,9 +34,9 @@ SENTENCE = "run `sh prepare_for_use.sh`"
 def project(tmp_path: Path) -> Path:
     """A project of one entry script, without an environment."""
     folder = tmp_path / "a project"
-    (folder / "harness").mkdir(parents=True)
-    for file in ("__init__.py", "bootstrap.py"):
-        shutil.copy(ROOT / "harness" / file, folder / "harness")
+    (folder / "harness" / "entry").mkdir(parents=True)
+    for file in BOOTSTRAP:
+        shutil.copy(ROOT / "harness" / file, folder / "harness" / file)
     (folder / "entry.py").write_text(ENTRY)
     return folder
 
@@ -47,9 +49,13 @@ def bare(tmp_path: Path) -> Path:
 
 def start(python: Path, project: Path, *arguments: str, **environ: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [python, *arguments], cwd=project.parent, env={**os.environ, **environ}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [python, *arguments],
+        cwd=project.parent,
+        env={**os.environ, **environ},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -69,16 +75,19 @@ def assert_refused(process: subprocess.Popen[str], *words: str) -> None:
         assert word in errors
 
 
-def test_without_the_requirements_the_script_starts_again_in_the_projects_environment(
-    project: Path, bare: Path
-) -> None:
+def test_without_the_requirements_the_script_starts_again_in_the_projects_environment(project: Path, bare: Path) -> None:
     make_environment(project / ".venv", REQUIRED)
     arguments = ["attention=mla", "prompt=a b, (c) = 'd'", "", "-m"]
     process = start(bare, project, "-B", str(project / "entry.py"), *arguments, RANK="1")
     assert answer(process) == {
-        "prefix": str(project / ".venv"), "argv": arguments, "folder": str(project.parent), "pid": process.pid,
-        "dont_write_bytecode": 1, "rank": "1", "leaked": [],
-    }  # fmt: skip
+        "prefix": str(project / ".venv"),
+        "argv": arguments,
+        "folder": str(project.parent),
+        "pid": process.pid,
+        "dont_write_bytecode": 1,
+        "rank": "1",
+        "leaked": [],
+    }
 
 
 def test_an_interpreter_that_has_everything_is_kept(project: Path, tmp_path: Path) -> None:
@@ -136,8 +145,17 @@ def test_an_unsupported_python_gets_the_sentence(monkeypatch: pytest.MonkeyPatch
     assert SENTENCE in capsys.readouterr().err
 
 
+def test_windows_is_said_to_be_unsupported_before_anything_else(project: Path, bare: Path) -> None:
+    make_environment(project / ".venv", REQUIRED)
+    line = "import sys; sys.platform = 'win32'; from harness.entry.bootstrap import enter_environment; enter_environment()"
+    process = start(bare, project, "-c", f"import sys; sys.path.insert(0, {str(project)!r}); {line}")
+    output, errors = process.communicate()
+    assert (process.returncode, output, len(errors.splitlines())) == (2, "", 1)
+    assert errors.startswith("Windows is not supported") and "wsl --install" in errors
+
+
 ENTRY_SCRIPTS = sorted([*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")])
-UNTIL_THE_SENTENCE = [ROOT / "harness" / "__init__.py", ROOT / "harness" / "bootstrap.py", *ENTRY_SCRIPTS]
+UNTIL_THE_SENTENCE = [*(ROOT / "harness" / name for name in BOOTSTRAP), *ENTRY_SCRIPTS]
 
 
 @pytest.mark.parametrize("file", UNTIL_THE_SENTENCE, ids=lambda file: str(file.relative_to(ROOT)))
@@ -161,3 +179,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_script_says_the_sentence_before_any_heavy_import(script: Path, sources: Path) -> None:
     python = sources / "bare" / "bin" / "python"
     assert_refused(start(python, sources, str(sources / script.relative_to(ROOT))))
+
+
+@pytest.mark.parametrize("script", ENTRY_SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
+def test_every_script_finds_the_project_where_python_is_told_not_to_look_beside_it(script: Path, sources: Path) -> None:
+    python, file = sources / "bare" / "bin" / "python", str(sources / script.relative_to(ROOT))
+    assert_refused(start(python, sources, "-I", file))
+    assert_refused(start(python, sources, file, PYTHONSAFEPATH="1"))

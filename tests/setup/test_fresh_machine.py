@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.projects import BASE_PYTHON, copy_project, installed
+from tests.support.projects import BASE_PYTHON, block, copy_project, installed
 
 OUT_OF_REACH = {"HF_ENDPOINT": "http://127.0.0.1:9", "WANDB_BASE_URL": "http://127.0.0.1:9"}  # the discard port
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_three_commands_work_word_for_word_in_a_fresh_shell_without_the_hub(tmp_path: Path) -> None:
+def test_the_readmes_two_lines_work_word_for_word_in_a_fresh_shell_without_the_hub(tmp_path: Path) -> None:
     project = copy_project(tmp_path / "a fresh copy")
     tools = tmp_path / "bin"  # the machine's own `python` and `python3`, which lack every requirement
     tools.mkdir()
@@ -28,20 +28,23 @@ def test_the_three_commands_work_word_for_word_in_a_fresh_shell_without_the_hub(
 
     def shell(command: str, **environ: str) -> str:
         result = subprocess.run(
-            ["/bin/sh", "-c", command], cwd=project, env=fresh | OUT_OF_REACH | environ,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+            ["/bin/sh", "-c", command],
+            cwd=project,
+            env=fresh | OUT_OF_REACH | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         assert result.returncode == 0, result.stdout
         return result.stdout
 
-    first = shell("sh prepare_for_use.sh", **pip)
-    assert "stdlib is prepared instead of wikitext2" in first
-    assert not (project / "runs").exists(), "set-up must not train"
+    (run,), (tests,) = (block("README.md", marker).splitlines() for marker in ("run", "test command"))
+    said = shell(run.replace("attention=mla", "attention=mla budget.steps=2"), **pip)
+    assert "stdlib is prepared instead of wikitext2" in said
+    assert len([run for run in (project / "runs").glob("[!.]*") if run.is_dir()]) == 1, "set-up must not train"
     assert {"torch", "pytest", "mypy"} <= set(installed(project / ".venv"))
     assert "Packages: all there" in shell("sh prepare_for_use.sh", PIP_NO_INDEX="1")
 
-    assert " passed" in shell("python scripts/run_tests.py tests/setup/test_bootstrap.py").splitlines()[-1]
-    shell("python train_model.py attention=mla budget.steps=2")
-    evaluated = shell("python eval_model.py")
-    summary = json.loads(evaluated.strip().splitlines()[-1])
+    summary = json.loads(said.strip().splitlines()[-1])
     assert (summary["attention"], summary["dataset"], summary["steps"]) == ("mla", "stdlib", 2)
+    assert " passed" in shell(f"{tests} tests/setup/test_bootstrap.py", PIP_NO_INDEX="1").strip().splitlines()[-1]

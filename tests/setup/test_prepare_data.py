@@ -49,7 +49,7 @@ def prepare(project: Path, *arguments: str, hub: str | None = None) -> subproces
 
 def dataset_of_runs(project: Path, *overrides: str) -> str:
     """The dataset that the project's train_model.py uses with these overrides."""
-    code = "import sys; from harness.config import compose; print(compose('train', sys.argv[1:])['dataset']['name'])"
+    code = "import sys; from harness.config.compose import compose; print(compose('train', sys.argv[1:])['dataset']['name'])"
     command = [sys.executable, "-c", code, *overrides]
     return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.evaluation import decode_speed
+from harness.decode import speed
 from harness.study import decode_times as module
 from harness.study.decode_times import ROUNDS, STEPS, decode_times
 from tests.support.variants import config_at
@@ -23,14 +23,18 @@ ARMS = {
 @pytest.fixture(autouse=True)
 def as_many_steps_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine is meanwhile."""
-    monkeypatch.setattr(decode_speed, "READING_SECONDS", 1e9)
+    monkeypatch.setattr(speed, "READING_SECONDS", 1e9)
 
 
 def timed(*arms: str, **changes: Any) -> list[dict[str, Any]]:
     settings: dict[str, Any] = {
-        "vocab_size": 100, "contexts": [16], "batch_sizes": [1], "device": torch.device("cpu"),
-        "dtype": torch.float32, "max_seconds": 1e9,
-    }  # fmt: skip
+        "vocab_size": 100,
+        "contexts": [16],
+        "batch_sizes": [1],
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "max_seconds": 1e9,
+    }
     return decode_times({name: ARMS[name] for name in arms or ARMS}, **(settings | changes))
 
 

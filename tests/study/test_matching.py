@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.build import build_model
-from harness.config import load_train_config
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.config.schema import TrainConfig
 from harness.errors import UserError
-from harness.schema import TrainConfig
 from harness.study.matching import FREE, MatchConfig, match_arm, quantities, with_values
 from harness.study.plan import build_plan, load_study
 
@@ -59,10 +59,7 @@ def test_the_achieved_value_is_the_models_own_and_within_the_tolerance(
 
 def test_the_nearest_legal_value_is_taken() -> None:
     for target in (2_400_000, 2_557_632, 2_700_000):
-        start, match = (
-            config("attention=mha"),
-            MatchConfig("params", str(target), "model.mlp_hidden", 0.1, multiple_of=8),
-        )
+        start, match = (config("attention=mha"), MatchConfig("params", str(target), "model.mlp_hidden", 0.1, multiple_of=8))
         _, (matched,) = match_arm("arm", start, [match], vocab_size=VOCABULARY, others={})
         every = {
             value: quantities(with_values(start, ["model.mlp_hidden"], value), VOCABULARY)["params"]
@@ -73,8 +70,10 @@ def test_the_nearest_legal_value_is_taken() -> None:
 
 def test_matches_are_solved_on_top_of_one_another() -> None:
     others = {"mha": quantities(config("attention=mha"), VOCABULARY)}
-    matches = [MatchConfig("kv_bytes", "512", "attention.kv_lora_rank"),
-               MatchConfig("params", "mha", "model.mlp_hidden", multiple_of=8)]  # fmt: skip
+    matches = [
+        MatchConfig("kv_bytes", "512", "attention.kv_lora_rank"),
+        MatchConfig("params", "mha", "model.mlp_hidden", multiple_of=8),
+    ]
     overrides, _ = match_arm("arm", config("attention=mla"), matches, vocab_size=VOCABULARY, others=others)
     sizes = quantities(config("attention=mla", *overrides), VOCABULARY)
     assert sizes["kv_bytes"] == 512
@@ -83,8 +82,10 @@ def test_matches_are_solved_on_top_of_one_another() -> None:
 
 @pytest.mark.parametrize("field", FREE)
 def test_every_free_field_is_monotone_in_the_quantities_it_is_solved_for(field: str) -> None:
-    start = config("attention=mla" if "lora" in field or "rope" in field else "attention=gqa",
-                   *(["attention.q_lora_rank=64"] if "q_lora" in field else []))  # fmt: skip
+    start = config(
+        "attention=mla" if "lora" in field or "rope" in field else "attention=gqa",
+        *(["attention.q_lora_rank=64"] if "q_lora" in field else []),
+    )
     values = [value for value in FREE[field](start) if value <= 96][::7][:8]
     together = [field, "attention.v_head_dim"] if field == "attention.head_dim" else [field]
     sizes = [quantities(with_values(start, together, value), VOCABULARY) for value in values]
@@ -103,9 +104,7 @@ def test_what_cannot_be_matched_is_refused_with_the_nearest_there_is() -> None:
         "arm arm: attention.n_kv_heads=2 comes nearest to 1,200 cache bytes per token with 1,024 (-14.7%), outside the "
         "tolerance of 1.0%: raise it, or free another field"
     )
-    assert "cannot be varied here; choose from" in refusal(
-        "gqa", MatchConfig("kv_bytes", "512", "attention.kv_lora_rank")
-    )
+    assert "cannot be varied here; choose from" in refusal("gqa", MatchConfig("kv_bytes", "512", "attention.kv_lora_rank"))
     assert "neither an arm nor a number" in refusal("gqa", MatchConfig("params", "mlaa", "model.mlp_hidden"))
     assert "quantity=bytes is unknown" in refusal("gqa", MatchConfig("bytes", "512", "model.mlp_hidden"))
     assert "must be above 0" in refusal("gqa", MatchConfig("params", "-1", "model.mlp_hidden"))
@@ -120,8 +119,4 @@ def test_the_shipped_budget_study_fills_each_level_exactly(tmp_path: Path) -> No
         if arm.level is not None:
             assert arm.quantities["kv_bytes"] == levels[arm.level]
             families.setdefault(arm.level, set()).add(arm.family)
-    assert families == {
-        "512 bytes": {"gqa", "mla"},
-        "1,024 bytes": {"gqa", "mla", "mqa"},
-        "1,536 bytes": {"gqa", "mla", "mqa"},
-    }
+    assert families == {"512 bytes": {"gqa", "mla"}, "1,024 bytes": {"gqa", "mla", "mqa"}, "1,536 bytes": {"gqa", "mla", "mqa"}}

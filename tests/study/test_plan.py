@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_train_config, options_of, setup_hash
+from harness.config.compose import load_train_config, options_of
+from harness.config.identity import setup_hash
 from harness.errors import UserError
-from harness.study.plan import (
-    Plan,
-    StudyConfig,
-    build_plan,
-    check_same_study,
-    load_study,
-    merged,
-    record_alone,
-    write_record,
-)
+from harness.study.plan import Plan, StudyConfig, build_plan, check_same_study, load_study, merged, record_alone, write_record
 from scripts import run_study
 
 GOOD = """
@@ -61,11 +53,7 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
         ("[[mla, gqa]]", "[[mla, mla]]", "must name two different arms"),
         ("seeds: [0, 1]", "seeds: [0, 0]", "seeds=[0, 0] of study=given must be different whole numbers"),
         ("factors: [0.5, 1, 2]", "factors: [0.5, 1]", "must be three or more, positive and rising"),
-        (
-            "question: which?",
-            "questoin: which?",
-            "questoin is not a field of the configuration; did you mean question?",
-        ),
+        ("question: which?", "questoin: which?", "questoin is not a field of the configuration; did you mean question?"),
         ("attention=gqa", "attention=gqqa", "attention=gqqa does not exist; did you mean gqa?"),
         ("[attention=gqa]", "[attention=gqa, optimizer.lr=0.1]", "start from different learning rates [0.004, 0.1]"),
     ],
@@ -85,8 +73,15 @@ def test_a_study_that_does_not_exist_is_refused_with_the_nearest() -> None:
 def test_arms_of_declared_contrasts_get_the_larger_number_of_seeds_and_runs_come_seed_by_seed(tmp_path: Path) -> None:
     runs = plan(tmp_path).main_runs(dict.fromkeys(("mha", "gqa", "mla"), 0.004), ["mha", "gqa", "mla"])
     assert [(run.seed, run.arm) for run in runs] == [
-        (0, "mha"), (0, "gqa"), (0, "mla"), (1, "mha"), (1, "gqa"), (1, "mla"), (2, "gqa"), (2, "mla"),
-    ]  # fmt: skip
+        (0, "mha"),
+        (0, "gqa"),
+        (0, "mla"),
+        (1, "mha"),
+        (1, "gqa"),
+        (1, "mla"),
+        (2, "gqa"),
+        (2, "mla"),
+    ]
 
 
 def test_the_hash_of_a_planned_run_is_that_of_the_run_its_overrides_make(tmp_path: Path) -> None:
@@ -201,12 +196,9 @@ def test_arms_start_from_the_run_of_their_own_seed_at_a_rate_of_their_own(tmp_pa
     assert planned.conversion(tuned) is None and planned.conversion(gqa) is None
     arguments = planned.conversion(small)
     assert arguments is not None
-    assert {
-        "method=transmla",
-        "kv_lora_rank=32",
-        f"run={planned.folder / gqa.name}",
-        f"to={planned.folder / small.name}",
-    } <= (set(arguments))
+    assert {"method=transmla", "kv_lora_rank=32", f"run={planned.folder / gqa.name}", f"to={planned.folder / small.name}"} <= (
+        set(arguments)
+    )
     assert planned.arms["small"].quantities == planned.arms["svd"].quantities == planned.arms["tuned"].quantities
     assert planned.arms["small"].quantities["kv_bytes"] == 4 * 2 * (32 + 16)
     assert len({setup_hash(arm.config) for arm in planned.arms.values()}) == 4
@@ -217,28 +209,12 @@ def test_arms_start_from_the_run_of_their_own_seed_at_a_rate_of_their_own(tmp_pa
     ("before", "after", "sentence"),
     [
         ("starts_from: small", "starts_from: smal", "arms.tuned.starts_from of study=given names smal, no arm of it"),
-        (
-            "starts_from: gqa, convert",
-            "starts_from: tuned, convert",
-            "start from one another: tuned from small from tuned",
-        ),
-        (
-            "starts_from: gqa, convert",
-            "convert",
-            "arm small of study=given is converted, not trained: it needs starts_from",
-        ),
-        ("method: transmla, kv_lora_rank: 32", "method: transmla", "method=transmla needs kv_lora_rank="),
+        ("starts_from: gqa, convert", "starts_from: tuned, convert", "start from one another: tuned from small from tuned"),
+        ("starts_from: gqa, convert", "convert", "arm small of study=given is converted, not trained: it needs starts_from"),
+        ("method: transmla, kv_lora_rank: 32", "method: transmla", "method=transmla needs kv_lora_rank, "),
         ("method: transmla", "methd: transmla", "arms.small.convert.methd is not a field"),
-        (
-            "contrasts",
-            "tune: {factors: [0.5, 1, 2]}\ncontrasts",
-            "sweeps learning rates, and some of its arms start from",
-        ),
-        (
-            "[budget.tokens=50000",
-            "[model.n_layers=2",
-            "brings its own model, attention and tokenizer: model.n_layers is 4",
-        ),
+        ("contrasts", "tune: {factors: [0.5, 1, 2]}\ncontrasts", "sweeps learning rates, and some of its arms start from"),
+        ("[budget.tokens=50000", "[model.n_layers=2", "brings its own model, attention and tokenizer: model.n_layers is 4"),
     ],
 )
 def test_a_wrong_start_is_refused_in_one_sentence(tmp_path: Path, before: str, after: str, sentence: str) -> None:

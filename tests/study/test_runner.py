@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from harness.config import ROOT
+from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
 from harness.study.results import load_results
@@ -34,11 +36,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Plan:
     base = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
     config = StudyConfig(
-        question="which?", base=[*base, f"budget.tokens={tokens}", "optimizer.lr=0.01"], seeds=[0],
+        question="which?",
+        base=[*base, f"budget.tokens={tokens}", "optimizer.lr=0.01"],
+        seeds=[0],
         arms={arm: ArmConfig(overrides=[f"attention={arm}"], family=arm) for arm in ("mha", "mqa")},
-        contrasts=[["mqa", "mha"]], evaluate=["extras=[]", "max_tokens=400"],
+        contrasts=[["mqa", "mha"]],
+        evaluate=["extras=[]", "max_tokens=400"],
         tune=TuneConfig(factors=[0.5, 1.0, 2.0], extensions=0, tokens=4 * 32 * 2),
-    )  # fmt: skip
+    )
     return build_plan(config, name=name, command="", runs_dir=place.runs)
 
 
@@ -70,18 +75,34 @@ def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_
     assert run(place, plan, specs) == []
 
 
+def test_a_repeated_study_whose_text_has_changed_is_refused_before_it_mixes_old_and_new(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    plan = micro_plan(place, "repeated")
+    specs = plan.main_runs({"mha": 0.01, "mqa": 0.01}, plan.arms)
+    assert run(place, plan, specs[:1]) == []
+    text = place.corpus.read_text()
+    place.corpus.write_text(text + "\nand one line more")
+    with pytest.raises(UserError, match=rf"is not what .*{specs[0].name} was trained on; bring that data back"):
+        run(place, plan, specs)
+    assert not (plan.folder / specs[1].name).exists()
+    place.corpus.write_text(text)
+    assert run(place, plan, specs[:1]) == []
+
+
 def test_converted_arms_wait_for_their_source_and_fall_with_it(place: Workplace) -> None:
     base = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
     options = {"method": "transmla", "kv_lora_rank": 16, "qk_rope_head_dim": 8, "calibration_tokens": 2048}
     config = StudyConfig(
-        question="which?", base=[*base, f"budget.tokens={4 * 32 * 6}", "optimizer.lr=0.01"], seeds=[0],
+        question="which?",
+        base=[*base, f"budget.tokens={4 * 32 * 6}", "optimizer.lr=0.01"],
+        seeds=[0],
         arms={
             "tuned": ArmConfig(family="mla", starts_from="made", overrides=["optimizer.lr=0.001", "budget.tokens=256"]),
             "made": ArmConfig(family="mla", starts_from="mha", convert=options),
             "mha": ArmConfig(family="mha", overrides=["attention=mha"]),
         },
         evaluate=["extras=[]", "max_tokens=400"],
-    )  # fmt: skip
+    )
     plan = build_plan(config, name="started", command="", runs_dir=place.runs)
     specs = plan.main_runs(plan.untuned_rates(plan.arms), plan.arms)
     broken = plan.folder / "mha-lr0.01-seed0"
@@ -139,9 +160,7 @@ def test_one_seed_a_command_ends_in_a_study_of_all_of_them(place: Workplace) -> 
     assert results.missing == 0
 
 
-def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(
-    place: Workplace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     plan = micro_plan(place, "lost_arm")
     for spec in [plan.spec("mqa", lr, 0, 4 * 32 * 2) for lr in (0.005, 0.01, 0.02)]:
         (plan.folder / spec.name).mkdir(parents=True)
@@ -149,10 +168,13 @@ def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
     with pytest.raises(UserError, match="3 runs of lost_arm failed, the others are finished"):
         run_study.run(plan, ["mha", "mqa"], "lr", run_study.StudyOptions(report=False, jobs=2), machine)
-    assert "mqa: no run of its sweep has finished, so it has no rate and no runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "mqa: no run of its sweep has finished, so it has no rate and no runs" in said
+    line = next(line for line in said.splitlines() if line.startswith("{"))
+    assert len(line) <= 1024 and json.loads(line)["failures"] == 3
     record = json.loads((plan.folder / "study.json").read_text())
     assert record["chosen_lr"].keys() == {"mha"}
-    assert len(record["failures"]) == 3
+    assert len(record["failures"]) == 3 and all("is no run" in failure["error"] for failure in record["failures"])
     assert load_results(plan.folder).values().keys() == {"mha"}
 
 
@@ -181,16 +203,8 @@ def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(plac
 
 
 def test_places_are_one_a_gpu_or_several_and_on_a_cpu_share_the_cores() -> None:
-    assert slots(["0", "1"], jobs=None, cores=8) == [
-        Slot({"CUDA_VISIBLE_DEVICES": "0"}),
-        Slot({"CUDA_VISIBLE_DEVICES": "1"}),
-    ]
-    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(["0", "3"], jobs=2, cores=8)] == [
-        "0",
-        "3",
-        "0",
-        "3",
-    ]
+    assert slots(["0", "1"], jobs=None, cores=8) == [Slot({"CUDA_VISIBLE_DEVICES": "0"}), Slot({"CUDA_VISIBLE_DEVICES": "1"})]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(["0", "3"], jobs=2, cores=8)] == ["0", "3", "0", "3"]
     assert slots([], jobs=None, cores=8) == [Slot({})]
     assert slots([], jobs=2, cores=8) == [Slot({"OMP_NUM_THREADS": "4"})] * 2
 
@@ -199,9 +213,19 @@ def command(place: Workplace, *more: str) -> list[str]:
     """A study of four micro runs through the real command."""
     machine = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
     return [
-        sys.executable, str(ROOT / "scripts" / "run_study.py"), "study=demo", "tune=none", "seeds=0", "report=false",
-        "name=killed", f"runs_dir={place.runs}", *machine, "budget.tokens=8192", "intervals.checkpoint=4", *more,
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "scripts" / "run_study.py"),
+        "study=demo",
+        "tune=none",
+        "seeds=0",
+        "report=false",
+        "name=killed",
+        f"runs_dir={place.runs}",
+        *machine,
+        "budget.tokens=8192",
+        "intervals.checkpoint=4",
+        *more,
+    ]
 
 
 def workers(study: Path) -> list[int]:
@@ -231,7 +255,9 @@ def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_fi
 ) -> None:
     place = Workplace(tmp_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(place), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    said = tmp_path / "said.txt"
+    with said.open("w") as output:
+        process = subprocess.Popen(command(place), env=environment, stdout=output, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while len(list(study.glob("*/metrics.jsonl"))) < 2:  # the second run is under way
         assert time.monotonic() < deadline and process.poll() is None
@@ -246,8 +272,19 @@ def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_fi
 
     done = {path: path.stat().st_mtime_ns for path in study.glob("*/summary.json")}
     assert len(done) == 1
-    again = subprocess.run(command(place), env=environment, capture_output=True, text=True)
+    assert len(re.findall(r"^started \S+; its log: ", said.read_text(), flags=re.M)) == 2
+    pasted = shlex.join(command(place))
+    if number == signal.SIGTERM:
+        *_, stopped, hint, pasted = said.read_text().splitlines()
+        assert stopped == "runs: stopped with 1 of 4 runs done" and hint.endswith("; continue with")
+        environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
+    again = subprocess.run(pasted, shell=True, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert re.search(r"^runs: 3 runs to do, 1 at a time; about \d+ s left$", again.stdout, flags=re.M)
+    assert re.search(r"^\[2/3\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.stdout, flags=re.M)
+    assert re.search(r"^\[3/3\] \S+: validation .* per token \(\d+ s\)$", again.stdout, flags=re.M)
+    line = again.stdout.splitlines()[-1]
+    assert len(line) <= 1024 and Path(json.loads(line)["record"]) == study / "study.json"
     assert "1 of 4 runs are finished already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in done} == done
     results = load_results(study)

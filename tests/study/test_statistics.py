@@ -18,15 +18,8 @@ from statsmodels.formula.api import ols
 from statsmodels.stats.power import TTestPower
 
 from harness.errors import UserError
-from harness.study.statistics import (
-    MOST_SEEDS,
-    Contrast,
-    bootstrap,
-    contrasts,
-    mean_interval,
-    pareto_front,
-    residual_deviation,
-)
+from harness.evaluation.metric import BITS_PER_BYTE, METRICS
+from harness.study.statistics import MOST_SEEDS, Contrast, bootstrap, contrasts, mean_interval, pareto_front, residual_deviation
 
 SIGMA = 0.0015  # of the residual, in bits per byte; a seed's own effect is ten times that
 EFFECTS = {"mha": 0.0, "gqa": 0.003, "mqa": 0.012, "mla": -0.004, "mla_plain": 0.020, "mha_learned": 0.035}
@@ -92,17 +85,16 @@ def test_the_interval_of_a_mean_covers_what_the_arm_would_have_over_the_same_see
     covered = 0
     for _ in range(STUDIES):
         of_seed = random.normal(0, 10 * SIGMA, 5)
-        values = {arm: {seed: EFFECTS[arm] + of_seed[seed] + random.normal(0, SIGMA) for seed in range(n)}
-                  for arm, n in seeds.items()}  # fmt: skip
+        values = {
+            arm: {seed: EFFECTS[arm] + of_seed[seed] + random.normal(0, SIGMA) for seed in range(n)} for arm, n in seeds.items()
+        }
         found = mean_interval(values, "mqa")
         assert found.low is not None and found.high is not None
         covered += found.low <= EFFECTS["mqa"] + of_seed[: max(seeds.values())].mean() <= found.high
     assert within_binomial_error(covered, STUDIES, 0.95), covered
 
 
-def test_without_differences_a_study_of_declared_comparisons_is_wrong_in_at_most_5_percent(
-    quick_collection: None,
-) -> None:
+def test_without_differences_a_study_of_declared_comparisons_is_wrong_in_at_most_5_percent(quick_collection: None) -> None:
     random = np.random.default_rng(3)
     pairs = [(arm, "mha") for arm in EFFECTS if arm != "mha"]
     wrong, wrong_uncorrected = 0, 0
@@ -148,9 +140,8 @@ def test_about_80_percent_of_studies_with_the_seeds_needed_resolve_the_differenc
     seeds = dict.fromkeys(effects, n) | {"a0": needed, "a1": needed}
     trials = 1200
     resolved = sum(
-        bool(contrasts(study(random, seeds, effects), primary=declared, other=other)[0].resolved)
-        for _ in range(trials)
-    )  # fmt: skip
+        bool(contrasts(study(random, seeds, effects), primary=declared, other=other)[0].resolved) for _ in range(trials)
+    )
     assert 0.80 - 0.035 < resolved / trials < 0.80 + 0.06  # a whole number of seeds overshoots
 
 
@@ -172,7 +163,7 @@ def test_seeds_beyond_reason_are_not_counted() -> None:
     for difference in (0.0, SIGMA / 20):
         (found,) = contrasts(exact_study(difference, n=3), primary=[("a0", "a1")])
         assert found.resolved is False and found.seeds_needed is None
-        assert found.sentence("bits per byte").endswith(f"; more than {MOST_SEEDS:,} seeds would be needed")
+        assert found.sentence(BITS_PER_BYTE).endswith(f"; more than {MOST_SEEDS:,} seeds would be needed")
 
 
 def test_two_arms_alone_are_a_paired_t_test() -> None:
@@ -228,7 +219,7 @@ def test_the_variance_is_pooled_over_arms_and_an_arm_of_one_seed_adds_none() -> 
     assert residual_deviation(values) == (pytest.approx(sigma), 10)
     (found,) = contrasts(values, primary=[("new", "mha")])
     assert found.n == 1 and found.resolved
-    assert found.sentence("bits per byte").endswith(
+    assert found.sentence(BITS_PER_BYTE).endswith(
         "worse than mha (1 seed, error bar from arms with more seeds, p < 0.001 after Holm)"
     )
 
@@ -242,9 +233,7 @@ def test_groups_of_arms_without_a_common_seed_are_fitted_beside_each_other() -> 
     assert dof == 4 and sigma == pytest.approx(math.sqrt(statistics.mean(variance**2 for variance in variances)))
     for pair in (("mha", "gqa"), ("mla", "mqa")):
         (found,) = contrasts(first | later, primary=[pair])
-        expected = statistics.mean((first | second)[pair[0]].values()) - statistics.mean(
-            (first | second)[pair[1]].values()
-        )
+        expected = statistics.mean((first | second)[pair[0]].values()) - statistics.mean((first | second)[pair[1]].values())
         assert found.difference == pytest.approx(expected)
     for arm in ("mha", "mla"):
         assert mean_interval(first | later, arm).mean == pytest.approx(statistics.mean((first | second)[arm].values()))
@@ -284,7 +273,7 @@ def test_one_seed_has_a_difference_and_no_error_bar() -> None:
     found = contrasts(values, primary=[("mla", "gqa")], other=[("mha", "gqa")])
     assert [contrast.difference for contrast in found] == pytest.approx([-0.25, 0.5])
     assert {(c.low, c.high, c.p, c.p_holm, c.resolved, c.seeds_needed) for c in found} == {(None,) * 6}
-    assert [contrast.sentence("bits per byte") for contrast in found] == [
+    assert [contrast.sentence(BITS_PER_BYTE) for contrast in found] == [
         "mla against gqa: -0.250 bits per byte (one seed: no error bar)",
         "mha against gqa: +0.500 bits per byte (one seed: no error bar)",
     ]
@@ -297,7 +286,7 @@ def test_seeds_that_agree_to_the_last_digit_give_no_error_bar() -> None:
     assert residual_deviation(values) == (0.0, 10)
     found = contrasts(values, primary=[("mla", "gqa")], other=[("mha", "mqa")])
     assert [(contrast.low, contrast.p, contrast.resolved) for contrast in found] == [(None, None, None)] * 2
-    assert found[0].sentence("bits per byte") == (
+    assert found[0].sentence(BITS_PER_BYTE) == (
         "mla against gqa: -0.00700 bits per byte (no error bar: every seed repeats it exactly)"
     )
 
@@ -316,10 +305,29 @@ def test_the_mean_of_an_arm_with_every_seed_is_its_own_and_a_shorter_arm_stands_
     assert short.low is not None and short.mean - short.low > half
 
 
-DECLARED = {"a": "mla", "b": "gqa", "primary": True, "n": 5, "difference": -0.0110, "low": -0.0140, "high": -0.0080,
-            "p": 0.002, "p_holm": 0.004, "resolved": True, "seeds_needed": None}  # fmt: skip
-OPEN = {"n": 3, "difference": -0.0020, "low": -0.0055, "high": 0.0015, "p": 0.21, "p_holm": 0.42, "resolved": False,
-        "seeds_needed": 9}  # fmt: skip
+DECLARED = {
+    "a": "mla",
+    "b": "gqa",
+    "primary": True,
+    "n": 5,
+    "difference": -0.0110,
+    "low": -0.0140,
+    "high": -0.0080,
+    "p": 0.002,
+    "p_holm": 0.004,
+    "resolved": True,
+    "seeds_needed": None,
+}
+OPEN = {
+    "n": 3,
+    "difference": -0.0020,
+    "low": -0.0055,
+    "high": 0.0015,
+    "p": 0.21,
+    "p_holm": 0.42,
+    "resolved": False,
+    "seeds_needed": 9,
+}
 CLOSE = OPEN | {"difference": 0.0020, "low": 0.0001, "high": 0.0039, "p": 0.04}
 
 
@@ -339,10 +347,7 @@ CLOSE = OPEN | {"difference": 0.0020, "low": 0.0001, "high": 0.0039, "p": 0.04}
             {"difference": -1.53, "low": -1.95, "high": -1.11},
             "mla is 1.53 ± 0.42 bits per byte better than gqa (5 seeds, p = 0.004 after Holm)",
         ),
-        (
-            OPEN,
-            "mla against gqa: -0.0020 ± 0.0035 bits per byte, not resolved at n = 3; about 9 seeds would resolve it",
-        ),
+        (OPEN, "mla against gqa: -0.0020 ± 0.0035 bits per byte, not resolved at n = 3; about 9 seeds would resolve it"),
         (
             CLOSE | {"p_holm": 0.08},
             "mla against gqa: +0.0020 ± 0.0019 bits per byte, not resolved at n = 3 (p = 0.080 after Holm); "
@@ -355,21 +360,20 @@ CLOSE = OPEN | {"difference": 0.0020, "low": 0.0001, "high": 0.0039, "p": 0.04}
         ),
         (
             OPEN | {"difference": -0.00001, "low": -0.00351, "high": 0.00349, "seeds_needed": None},
-            "mla against gqa: +0.0000 ± 0.0035 bits per byte, not resolved at n = 3; "
-            "more than 1,000 seeds would be needed",
+            "mla against gqa: +0.0000 ± 0.0035 bits per byte, not resolved at n = 3; more than 1,000 seeds would be needed",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_reads(changes: dict[str, Any], sentence: str) -> None:
-    assert Contrast(**DECLARED | changes).sentence("bits per byte") == sentence
+    assert Contrast(**DECLARED | changes).sentence(BITS_PER_BYTE) == sentence
 
 
 def test_a_metric_of_which_more_is_better_turns_the_verdict_round() -> None:
     recall = Contrast(**DECLARED | {"difference": 0.12, "low": 0.09, "high": 0.15})
-    assert recall.sentence("recall", lower_is_better=False) == (
-        "mla is 0.120 ± 0.030 recall better than gqa (5 seeds, p = 0.004 after Holm)"
+    assert recall.sentence(METRICS["answer_accuracy"]) == (
+        "mla is 0.120 ± 0.030 answer accuracy better than gqa (5 seeds, p = 0.004 after Holm)"
     )
-    assert "worse" in recall.sentence("recall")
+    assert "worse" in recall.sentence(METRICS["loss"])
 
 
 RESULTS = {"mla": {0: 1.5, 1: 1.6}, "gqa": {0: 1.7, 2: 1.8}, "mha": {3: 1.9}}
@@ -385,22 +389,10 @@ RESULTS = {"mla": {0: 1.5, 1: 1.6}, "gqa": {0: 1.7, 2: 1.8}, "mha": {3: 1.9}}
             [],
             "arm mqa, seed 4 has the result nan: train it again or leave the arm out",
         ),
-        (
-            RESULTS,
-            [("mla", "mqa")],
-            "there is no arm mqa among the 3 of the study: choose of mla, gqa, mha",
-        ),
+        (RESULTS, [("mla", "mqa")], "there is no arm mqa among the 3 of the study: choose of mla, gqa, mha"),
         (RESULTS, [("mla", "mla")], "mla is to be compared with itself: name two arms"),
-        (
-            RESULTS,
-            [("mla", "gqa"), ("gqa", "mla")],
-            "gqa and mla are to be compared twice: declare every pair of arms once",
-        ),
-        (
-            RESULTS,
-            [("mla", "mha")],
-            "mla (seeds 0, 1) and mha (seeds 3) have no seed in common: train both with one",
-        ),
+        (RESULTS, [("mla", "gqa"), ("gqa", "mla")], "gqa and mla are to be compared twice: declare every pair of arms once"),
+        (RESULTS, [("mla", "mha")], "mla (seeds 0, 1) and mha (seeds 3) have no seed in common: train both with one"),
     ],
 )
 def test_a_study_that_cannot_be_compared_is_refused(
@@ -509,8 +501,14 @@ def test_a_bootstrap_without_a_base_is_refused(
 
 
 def test_the_pareto_front_is_what_no_other_point_beats() -> None:
-    points = [("mha", 2048, 1.620), ("gqa", 1024, 1.625), ("mqa", 512, 1.647), ("mla", 640, 1.6205),
-              ("mla_plain", 512, 1.651), ("mha_wide", 3072, 1.620)]  # fmt: skip
+    points = [
+        ("mha", 2048, 1.620),
+        ("gqa", 1024, 1.625),
+        ("mqa", 512, 1.647),
+        ("mla", 640, 1.6205),
+        ("mla_plain", 512, 1.651),
+        ("mha_wide", 3072, 1.620),
+    ]
     assert pareto_front(points) == ["mqa", "mla", "mha"]
     assert pareto_front(points[::-1]) == ["mqa", "mla", "mha"]
     assert pareto_front([]) == []

@@ -10,13 +10,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from harness.config import ROOT
+from harness.config.places import ROOT
 from harness.training.checkpoint import best_checkpoint, find_damage
 from tests.support.micro import Workplace, metrics_of, summary_of, without_clocks
 
 STEPS = 10
-LONG = [f"budget.steps={STEPS}", "intervals.log=1", "intervals.evaluate=3", "intervals.checkpoint=2",
-        "model.dropout=0.1", "attention=mla", "spikes.sigma=1", "spikes.window=3"]  # fmt: skip
+LONG = [
+    f"budget.steps={STEPS}",
+    "intervals.log=1",
+    "intervals.evaluate=3",
+    "intervals.checkpoint=2",
+    "model.dropout=0.1",
+    "attention=mla",
+    "spikes.sigma=1",
+    "spikes.window=3",
+]
 
 
 class Killer:
@@ -26,9 +34,13 @@ class Killer:
         self.place = place
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "support" / "killed.py")], cwd=ROOT, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "tests" / "support" / "killed.py")],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         assert self.attempt("first")["status"] == 0
         whole = self.attempt("whole")
         self.whole = place.runs / "whole"
@@ -43,9 +55,13 @@ class Killer:
         return self.place.overrides(f"name={name}", *LONG, *more)
 
     def attempt(self, name: str, *more: str, **how: Any) -> dict[str, Any]:
-        """One start of the command; `how` as tests/support/killed.py takes it."""
+        """One start of a training; `how` as tests/support/killed.py takes it."""
+        return self.start("train_model", self.overrides(name, *more), **how)
+
+    def start(self, program: str, overrides: list[str], **how: Any) -> dict[str, Any]:
+        """One start of any program."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"overrides": self.overrides(name, *more)} | how) + "\n")
+        self.process.stdin.write(json.dumps({"program": program, "overrides": overrides} | how) + "\n")
         self.process.stdin.flush()
         answer: dict[str, Any] = json.loads(self.process.stdout.readline())
         return answer

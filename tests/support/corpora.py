@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import PreparedData, Tokenizer
-from harness.schema import DatasetConfig, TokenizerConfig
 
 BYTES = TokenizerConfig(name="bytes")
 BPE = TokenizerConfig(name="bpe", vocab_size=320)

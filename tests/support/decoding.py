@@ -6,16 +6,27 @@ from typing import Any
 
 import torch
 
-from harness.evaluation.decode_subjects import AttentionLayers, Plan, Subject, footprint, paths_of
+from harness.decode.subjects import Plan, Subject, footprint, paths_of
+from modeling.attention.layers import AttentionLayers
 from tests.support.variants import attention_from, gpt_from
 
 
 def plan(**changes: Any) -> Plan:
     settings: dict[str, Any] = {
-        "contexts": (16,), "batch_sizes": (2,), "queries": (1,), "steps": 3, "rounds": 2, "step": "auto",
-        "device": torch.device("cpu"), "dtype": torch.float32, "cache_dtype": torch.float32, "budget_bytes": 2**28,
-        "prefill_tokens": 64, "generate": False, "seed": 0,
-    }  # fmt: skip
+        "contexts": (16,),
+        "batch_sizes": (2,),
+        "queries": (1,),
+        "steps": 3,
+        "rounds": 2,
+        "step": "auto",
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "cache_dtype": torch.float32,
+        "budget_bytes": 2**28,
+        "prefill_tokens": 64,
+        "generate": False,
+        "seed": 0,
+    }
     return Plan(**(settings | changes))
 
 

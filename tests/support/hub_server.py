@@ -95,9 +95,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.missing("RepoNotFound")
         elif action == "revision":
             siblings = [{"rfilename": file} for file in files]
-            self.json({"_id": "0", "id": name, "sha": REVISION, "private": False, "gated": False, "disabled": False,
-                       "downloads": 0, "likes": 0, "tags": [], "createdAt": "2026-01-01T00:00:00.000Z",
-                       "lastModified": "2026-01-01T00:00:00.000Z", "siblings": siblings})  # fmt: skip
+            self.json(
+                {
+                    "_id": "0",
+                    "id": name,
+                    "sha": REVISION,
+                    "private": False,
+                    "gated": False,
+                    "disabled": False,
+                    "downloads": 0,
+                    "likes": 0,
+                    "tags": [],
+                    "createdAt": "2026-01-01T00:00:00.000Z",
+                    "lastModified": "2026-01-01T00:00:00.000Z",
+                    "siblings": siblings,
+                }
+            )
         elif action == "tree":
             folder = rest.partition("/")[2].strip("/")
             self.json(self.tree(kind, name, files, folder, recursive))
@@ -153,8 +166,12 @@ class _Handler(BaseHTTPRequestHandler):
         if download and self.hub.corrupt:
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        headers = {"ETag": f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"', "X-Repo-Commit": REVISION,
-                   "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}  # fmt: skip
+        headers = {
+            "ETag": f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"',
+            "X-Repo-Commit": REVISION,
+            "Accept-Ranges": "bytes",
+            "Content-Type": "application/octet-stream",
+        }
         status = 200
         if requested := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(requested[1]), int(requested[2] or len(content) - 1)

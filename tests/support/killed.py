@@ -1,9 +1,11 @@
-"""Training runs that are killed or asked to stop: python tests/support/killed.py, commands on standard input.
+"""Commands that are killed or asked to stop: python tests/support/killed.py, commands on standard input.
 
-The process trains the first command itself, so that everything is imported, and forks a child for every other one: a kill
-costs no seconds of imports. A line of JSON is a command, for train_model.main with its "overrides", and one of
+The process runs the first command of each program itself, so that everything is imported, and forks a child for every other
+one: a kill costs no seconds of imports. A line of JSON is a command: its "program" (train_model without), whose main takes
+"overrides", and one of
 
-    "after"     seconds, then SIGKILL
+    "after"     seconds, then SIGKILL, or the signal of that number as "signal"; with "whom": "all" it and every process that
+                it started, with "runs" those alone
     "event"     SIGKILL from the process itself right before its n-th change of a file below a folder `runs` (writing,
                 flushing, renaming, linking, deleting)
     "signals"   [where, n, numbers]: it sends itself these signals at the n-th "step", "evaluation" (batch) or "write"
@@ -13,7 +15,9 @@ and "output", a file for its standard output. The answer is a line of JSON, {"st
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import json
 import os
 import signal
@@ -66,9 +70,9 @@ def send_signals(where: str, n: int, numbers: list[int]) -> None:
     from harness.training.optimizer import Optimizer
     from modeling.gpt import GPT
 
-    owner, name = {
-        "step": (Optimizer, "step"), "evaluation": (GPT, "token_losses"), "write": (safetensors.torch, "save_file"),
-    }[where]  # fmt: skip
+    owner, name = {"step": (Optimizer, "step"), "evaluation": (GPT, "token_losses"), "write": (safetensors.torch, "save_file")}[
+        where
+    ]
     original: Any = getattr(owner, name)
     calls = 0
 
@@ -84,7 +88,20 @@ def send_signals(where: str, n: int, numbers: list[int]) -> None:
     setattr(owner, name, counted)
 
 
-def attempt(command: dict[str, Any], train: Any) -> dict[str, Any]:
+def strike(process: int, number: int, whom: str | None) -> None:
+    """A signal to a process, to what it started, or to both at one moment."""
+    if whom is None:
+        os.kill(process, number)
+        return
+    os.kill(process, signal.SIGSTOP)  # so that it starts nothing in between
+    started = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    for each in [int(child) for child in started]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, number)
+    os.kill(process, number if whom == "all" else signal.SIGCONT)
+
+
+def attempt(command: dict[str, Any], main: Any) -> dict[str, Any]:
     from tqdm import tqdm
 
     reading, writing = os.pipe()
@@ -102,14 +119,15 @@ def attempt(command: dict[str, Any], train: Any) -> dict[str, Any]:
             count_changes(command.get("event"), writing)
         status = 1
         try:
-            status = train(command["overrides"])
+            status = main(command["overrides"])
         finally:
             sys.stdout.flush()
             os._exit(status)
     os.close(writing)
     timer = None
     if "after" in command:
-        timer = threading.Timer(command["after"], os.kill, (child, signal.SIGKILL))
+        blow = child, command.get("signal", signal.SIGKILL), command.get("whom")
+        timer = threading.Timer(command["after"], strike, blow)
         timer.start()
     events = 0
     while got := os.read(reading, 4096):
@@ -132,18 +150,22 @@ def main() -> None:
 
     def remembered(overrides: list[str]) -> Any:
         """Composing the configuration takes longer than the run."""
+        if tuple(overrides) not in composed:
+            composed[tuple(overrides)] = compose(overrides)
         return copy.deepcopy(composed[tuple(overrides)])
 
     train_model.load_train_config = remembered
-    for number, line in enumerate(sys.stdin):
+    known: dict[str, Any] = {}
+    for line in sys.stdin:
         command = json.loads(line)
-        overrides = tuple(command["overrides"])
-        if overrides not in composed:
-            composed[overrides] = compose(command["overrides"])
-        if number == 0:
-            answer = {"status": train_model.main(command["overrides"]), "events": 0}
+        program = command.get("program", "train_model")
+        if program == "train_model":
+            remembered(command["overrides"])
+        if program not in known:
+            known[program] = importlib.import_module(program).main
+            answer = {"status": known[program](command["overrides"]), "events": 0}
         else:
-            answer = attempt(command, train_model.main)
+            answer = attempt(command, known[program])
         print(json.dumps(answer), file=answers, flush=True)
 
 

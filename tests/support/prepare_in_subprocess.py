@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.config.schema import DatasetConfig, TokenizerConfig
 
 ROOT = Path(__file__).parents[2]
 _CHILD = """
@@ -18,7 +18,7 @@ import json, sys, time
 from pathlib import Path
 from harness.data import prepare
 from harness.errors import UserError
-from harness.schema import DatasetConfig, TokenizerConfig
+from harness.config.schema import DatasetConfig, TokenizerConfig
 
 request = json.loads(sys.argv[1])
 started = time.monotonic()
@@ -38,14 +38,8 @@ def prepare_in_subprocess(
     dataset: DatasetConfig, tokenizer: TokenizerConfig, data_dir: Path, environment: dict[str, str], prelude: str = ""
 ) -> dict[str, Any]:
     """{folder} or {error, kind}, with the seconds it took and the modules it had imported in the end."""
-    request = {
-        "dataset": dataclasses.asdict(dataset),
-        "tokenizer": dataclasses.asdict(tokenizer),
-        "data_dir": str(data_dir),
-    }
-    clean = {
-        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
-    }
+    request = {"dataset": dataclasses.asdict(dataset), "tokenizer": dataclasses.asdict(tokenizer), "data_dir": str(data_dir)}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
     # `datasets` would import torch to stream, which takes longer than all the rest.
     child = subprocess.run(
         [sys.executable, "-c", prelude + _CHILD, json.dumps(request)],

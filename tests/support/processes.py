@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 import train_model
-from harness import session
-from harness.build import build_model
-from harness.config import load_train_config
-from harness.schema import ParallelConfig
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.config.schema import ParallelConfig
+from harness.runs import session
 from harness.training.parallel import Workers, is_sharded, open_workers, share_model
 
 
@@ -36,17 +36,18 @@ class Interrupted(BaseException):
 
 
 def torchrun(
-    processes: int,
-    script: str | Path,
-    *arguments: str,
-    options: tuple[str, ...] = ("--standalone", "--local-addr=localhost"),
+    processes: int, script: str | Path, *arguments: str, options: tuple[str, ...] = ("--standalone", "--local-addr=localhost")
 ) -> subprocess.CompletedProcess[str]:
     """A command started in so many processes; its output is that of all of them."""
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
     return subprocess.run(
-        [*line, str(script), *arguments], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=240,
-    )  # fmt: skip
+        [*line, str(script), *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def train_in(processes: int, folder: Path, requests: list[dict[str, Any]]) -> list[Any]:
@@ -80,8 +81,17 @@ def train_until(overrides: list[str], until: int | None, workers: Workers) -> No
 def micro_batch_gradients(name: str, workers: Workers) -> dict[str, bool]:
     """Whether gradients agree over the processes after the first and after the last of two micro-batches."""
     torch.manual_seed(0)
-    config = load_train_config(["dataset=stdlib", "model.d_model=32", "model.n_layers=1", "model.n_heads=2",
-                                "model.head_dim=16", "model.mlp_hidden=64", "model.max_seq_len=8"])  # fmt: skip
+    config = load_train_config(
+        [
+            "dataset=stdlib",
+            "model.d_model=32",
+            "model.n_layers=1",
+            "model.n_heads=2",
+            "model.head_dim=16",
+            "model.mlp_hidden=64",
+            "model.max_seq_len=8",
+        ]
+    )
     model = build_model(config, vocab_size=16)
     engine = share_model(model, workers, ParallelConfig(name=name))
     assert engine is not None

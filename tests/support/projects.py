@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,25 +18,30 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 BASE_PYTHON = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
 NOT_COPIED = (".git", ".venv", "runs", "artifacts", "wandb", "outputs", "multirun", "__pycache__", ".*_cache")
-REQUIRED = (
-    "torch",
-    "hydra",
-    "omegaconf",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "tqdm",
-    "transformers",
-    "datasets",
-    "wandb",
-)
+REQUIRED = ("torch", "hydra", "omegaconf", "tokenizers", "safetensors", "numpy", "tqdm", "transformers", "datasets", "wandb")
 
 
 def copy_project(folder: Path) -> Path:
     """The checkout as it is, without environment, data, runs and local choices."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_COPIED))
+    at_the_top, anywhere = shutil.ignore_patterns(*NOT_COPIED), shutil.ignore_patterns("__pycache__")
+    shutil.copytree(  # harness/runs is no folder of runs
+        ROOT, folder, ignore=lambda place, names: (at_the_top if Path(place) == ROOT else anywhere)(place, names)
+    )
     shutil.rmtree(folder / "configs" / "local", ignore_errors=True)
     return folder
+
+
+def run_in(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command of the project's, by this Python."""
+    return subprocess.run([sys.executable, *command], cwd=project, capture_output=True, text=True)
+
+
+def block(document: str, marker: str) -> str:
+    """The fenced block of a document behind <!-- marker -->."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- {re.escape(marker)} -->\n```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert found, f"{document} has no block marked {marker}"
+    return found[1]
 
 
 def make_environment(folder: Path, packages: Sequence[str] = ()) -> Path:
@@ -81,10 +87,10 @@ class SmallProject:
         self.environment = folder / ".venv"
         self.bin = folder.parent / f"{folder.name}-bin"
         self.wheels = folder.parent / f"{folder.name}-wheels"
-        for made in (folder / "harness", folder / "scripts", self.bin, self.wheels):
+        for made in (folder / "harness" / "entry", folder / "scripts", self.bin, self.wheels):
             made.mkdir(parents=True)
         shutil.copy(ROOT / "prepare_for_use.sh", folder)
-        shutil.copy(ROOT / "harness" / "packages.py", folder / "harness")
+        shutil.copy(ROOT / "harness" / "entry" / "packages.py", folder / "harness" / "entry")
         (folder / "scripts" / "prepare_data.py").write_text(
             "import json, os, sys\n"
             "from pathlib import Path\n"
@@ -107,9 +113,14 @@ class SmallProject:
 
     def environ(self, **more: str) -> dict[str, str]:
         return {
-            "PATH": str(self.bin), "HOME": str(self.folder.parent), "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": self.wheels.as_uri(), "PIP_NO_CACHE_DIR": "1", "PIP_NO_COMPILE": "1",
-        } | more  # fmt: skip
+            "PATH": str(self.bin),
+            "HOME": str(self.folder.parent),
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_NO_INDEX": "1",
+            "PIP_FIND_LINKS": self.wheels.as_uri(),
+            "PIP_NO_CACHE_DIR": "1",
+            "PIP_NO_COMPILE": "1",
+        } | more
 
     def command(self, *arguments: str) -> list[str]:
         return ["/bin/sh", str(self.folder / "prepare_for_use.sh"), *arguments]

@@ -1,4 +1,4 @@
-"""What an extra looks at (harness/evaluation/extras.py), around any model and any tokens."""
+"""What an extra looks at (harness/evaluation/probes/probe.py), around any model and any tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.evaluation.extras import Subject
+from harness.evaluation.probes import Subject
 from tests.evaluation.test_perplexity import Split
 
 
@@ -32,8 +32,13 @@ def documents(*texts: Sequence[int], end_of_text: int) -> Split:
 def subject_of(model: Any, split: Split, *, end_of_text: int, **changes: Any) -> Subject:
     """`longer` gives a LossTable of the same losses; give another one for a GPT."""
     arguments: dict[str, Any] = {
-        "longer": lambda length: LossTable(model.token_losses, length), "encode": lambda text: list(text.encode()),
-        "decode": lambda ids: "x " * len(ids), "dataset": "made", "precision": torch.float32,
-        "device": torch.device("cpu"), "batch_size": 3, "max_tokens": 100_000,
-    }  # fmt: skip
+        "longer": lambda length: LossTable(model.token_losses, length),
+        "encode": lambda text: list(text.encode()),
+        "decode": lambda ids: "x " * len(ids),
+        "dataset": "made",
+        "precision": torch.float32,
+        "device": torch.device("cpu"),
+        "batch_size": 3,
+        "max_tokens": 100_000,
+    }
     return Subject(model=model, split=split, end_of_text=end_of_text, **(arguments | changes))

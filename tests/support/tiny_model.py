@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harness.schema import OptimizerConfig
+from harness.config.schema import OptimizerConfig
 
 VOCAB, WIDTH = 11, 8
 
@@ -58,6 +58,12 @@ def tiny_batches(first_step: int, *, rows: int = 6, length: int = 9) -> Iterator
 def optimizer_config(name: str = "adamw", *, lr: float = 0.01, weight_decay: float = 0.1) -> OptimizerConfig:
     muon = name == "muon"
     return OptimizerConfig(
-        name=name, lr=lr, betas=[0.9, 0.95], eps=1e-8, weight_decay=weight_decay, grad_clip=1.0,
-        muon_lr=0.02 if muon else None, muon_momentum=0.95 if muon else None,
-    )  # fmt: skip
+        name=name,
+        lr=lr,
+        betas=[0.9, 0.95],
+        eps=1e-8,
+        weight_decay=weight_decay,
+        grad_clip=1.0,
+        muon_lr=0.02 if muon else None,
+        muon_momentum=0.95 if muon else None,
+    )

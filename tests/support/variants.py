@@ -5,21 +5,29 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from harness.build import build_layer, build_model
-from harness.config import load_train_config, options_of
-from harness.schema import TrainConfig
+from harness.config.build import build_layer, build_model
+from harness.config.compose import load_train_config, options_of
+from harness.config.schema import TrainConfig
 from modeling.attention.contract import Variant
 from modeling.gpt import GPT
 
 SHIPPED = options_of("attention")
 
 # Sizes at which every width is a different number, so that a mixed-up dimension cannot go unnoticed.
-SIZES = ["model.d_model=48", "model.n_heads=4", "model.head_dim=12", "model.n_layers=2", "model.max_seq_len=64",
-         "model.mlp_hidden=96"]  # fmt: skip
+SIZES = [
+    "model.d_model=48",
+    "model.n_heads=4",
+    "model.head_dim=12",
+    "model.n_layers=2",
+    "model.max_seq_len=64",
+    "model.mlp_hidden=96",
+]
 
 # Contexts stretched from 16 positions, so that SIZES' are beyond them.
-LLAMA3 = ("attention.rope_scaling={rope_type:llama3,factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,"
-          "original_max_position_embeddings:16}")  # fmt: skip
+LLAMA3 = (
+    "attention.rope_scaling={rope_type:llama3,factor:8.0,low_freq_factor:1.0,high_freq_factor:4.0,"
+    "original_max_position_embeddings:16}"
+)
 YARN = "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:16}"
 DEEPSEEK_YARN = f"{YARN[:-1]},mscale:0.7,mscale_all_dim:0.9}}"
 
@@ -35,35 +43,44 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mha, biases": (["attention=mha", "model.bias=true"], 2 * 4 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
     "mla, rank 10": (["attention=mla", "attention.kv_lora_rank=10"], 10 + 6),
-    "mla, head widths": (["attention=mla", "attention.qk_nope_head_dim=10", "attention.qk_rope_head_dim=4",
-                          "attention.v_head_dim=14"], 24 + 4),
+    "mla, head widths": (
+        ["attention=mla", "attention.qk_nope_head_dim=10", "attention.qk_rope_head_dim=4", "attention.v_head_dim=14"],
+        24 + 4,
+    ),
     "mla, grouped up-projection": (["attention=mla", "attention.n_kv_heads=2"], 24 + 6),
     "mla, split latent": (["attention=mla", "attention.kv_latent=split"], 24 + 6),
-    "mla, frozen latent, split, no norm": (["attention=mla_frozen", "attention.kv_latent=split",
-                                            "attention.latent_norm=none"], 24 + 6),
-    "mla, slice with biases and a query rank": (["attention=mla_slice", "model.bias=true", "attention.q_lora_rank=20"],
-                                                24 + 6),
+    "mla, frozen latent, split, no norm": (
+        ["attention=mla_frozen", "attention.kv_latent=split", "attention.latent_norm=none"],
+        24 + 6,
+    ),
+    "mla, slice with biases and a query rank": (["attention=mla_slice", "model.bias=true", "attention.q_lora_rank=20"], 24 + 6),
     "mla, layer norm": (["attention=mla", "attention.latent_norm=layer"], 24 + 6),
     "mla, no norm": (["attention=mla", "attention.latent_norm=none"], 24 + 6),
-    "mla, norm after up-projection": (["attention=mla", "attention.latent_norm_place=up_projected",
-                                       "attention.q_lora_rank=20"], 24 + 6),
+    "mla, norm after up-projection": (
+        ["attention=mla", "attention.latent_norm_place=up_projected", "attention.q_lora_rank=20"],
+        24 + 6,
+    ),
     "mla, latent scale": (["attention=mla", "attention.latent_scale=true", "attention.q_lora_rank=20"], 24 + 6),
     "mla, no positions": (["attention=mla_plain", "attention.positions=none"], 24),
     "mla, rotation after up-projection": (["attention=mla_plain", "attention.positions=rope_after_up"], 24),
     "mla, fused down-projections": (["attention=mla", "attention.fused_down_projections=true"], 24 + 6),
-    "mla, fused with query rank": (["attention=mla", "attention.fused_down_projections=true",
-                                    "attention.q_lora_rank=20", "attention.kv_latent=split"], 24 + 6),
+    "mla, fused with query rank": (
+        ["attention=mla", "attention.fused_down_projections=true", "attention.q_lora_rank=20", "attention.kv_latent=split"],
+        24 + 6,
+    ),
     "mla, biases": (["attention=mla", "model.bias=true"], 24 + 6),
     "gqa, biases on queries, keys and values": (["attention=gqa", "attention.projection_bias=qkv"], 2 * 2 * 12),
-    "gqa, QK-norm and biases on all projections": (["attention=gqa", "attention.qk_norm=true",
-                                                    "attention.projection_bias=all"], 2 * 2 * 12),
+    "gqa, QK-norm and biases on all projections": (
+        ["attention=gqa", "attention.qk_norm=true", "attention.projection_bias=all"],
+        2 * 2 * 12,
+    ),
     "gqa, linear scaling": (["attention=gqa", "attention.rope_scaling={rope_type:linear,factor:4.0}"], 2 * 2 * 12),
     "gqa, Llama 3's scaling": (["attention=gqa", LLAMA3], 2 * 2 * 12),
     "mha decoupled, YaRN": (["attention=mha_decoupled", YARN], 2 * 4 * 12 + 6),
     "mla, biases on all projections": (["attention=mla", "attention.projection_bias=all"], 24 + 6),
     "mla, YaRN with mscale_all_dim": (["attention=mla", DEEPSEEK_YARN], 24 + 6),
     "mla, stored frequencies": (["attention=mla", "attention.rope_frequencies=stored"], 24 + 6),
-}  # fmt: skip
+}
 
 
 @functools.cache

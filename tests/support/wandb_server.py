@@ -59,6 +59,7 @@ class WandbServer:
         self.bodies: list[bytes] = []  # of every request, as they came
         self.silent = threading.Event()  # set: requests are read and never answered
         self.failing = threading.Event()  # set: requests are answered with an internal error
+        self.refusing = 0  # a status that every request is refused with
         self.seconds = 0.0  # that every answer takes
         self.trouble: Callable[[WandbServer], object] | None = None  # begins when a run has been opened
         self.closed = threading.Event()
@@ -104,9 +105,16 @@ class WandbServer:
                 inserted = variables["name"] not in self.runs
                 run = self.runs.setdefault(variables["name"], RecordedRun(variables["name"], variables["project"]))
                 _update(run, variables)
-                bucket = {"id": run.run_id, "name": run.run_id, "displayName": run.display_name, "description": None,
-                          "config": json.dumps(run.config), "sweepName": None, "project": project,
-                          "historyLineCount": len(run.history)}  # fmt: skip
+                bucket = {
+                    "id": run.run_id,
+                    "name": run.run_id,
+                    "displayName": run.display_name,
+                    "description": None,
+                    "config": json.dumps(run.config),
+                    "sweepName": None,
+                    "project": project,
+                    "historyLineCount": len(run.history),
+                }
                 return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
             case "CreateRunFiles":
                 base = f"{self.url}/upload/{variables['run']}"
@@ -142,9 +150,13 @@ class WandbServer:
 def _update(run: RecordedRun, variables: dict[str, Any]) -> None:
     """What UpsertBucket says about a run; a null leaves the value as it was."""
     for attribute, key in {
-        "entity": "entity", "display_name": "displayName", "group": "groupName", "job_type": "jobType",
-        "notes": "notes", "tags": "tags",
-    }.items():  # fmt: skip
+        "entity": "entity",
+        "display_name": "displayName",
+        "group": "groupName",
+        "job_type": "jobType",
+        "notes": "notes",
+        "tags": "tags",
+    }.items():
         if variables.get(key) is not None:
             setattr(run, attribute, variables[key])
     if variables.get("config"):
@@ -158,12 +170,20 @@ def _resume_status(run: RecordedRun) -> dict[str, Any]:
     events = run.lines.get("wandb-events.jsonl", {})
     config = {key: {"value": value} for key, value in run.config.items()}
     return {
-        "id": run.run_id, "name": run.run_id, "displayName": run.display_name, "tags": run.tags, "notes": run.notes,
-        "summaryMetrics": json.dumps(run.summary), "config": json.dumps(config), "wandbConfig": json.dumps({"t": 1}),
-        "historyLineCount": len(history), "eventsLineCount": len(events), "logLineCount": 0,
+        "id": run.run_id,
+        "name": run.run_id,
+        "displayName": run.display_name,
+        "tags": run.tags,
+        "notes": run.notes,
+        "summaryMetrics": json.dumps(run.summary),
+        "config": json.dumps(config),
+        "wandbConfig": json.dumps({"t": 1}),
+        "historyLineCount": len(history),
+        "eventsLineCount": len(events),
+        "logLineCount": 0,
         "historyTail": json.dumps([history[max(history)]] if history else []),
         "eventsTail": json.dumps([events[max(events)]] if events else []),
-    }  # fmt: skip
+    }
 
 
 def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
@@ -212,8 +232,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             content = self.body()
             server.bodies.append(content)
             server.closed.wait(server.seconds)
-            if server.failing.is_set():
-                self.send_response(500)
+            if server.failing.is_set() or server.refusing:
+                self.send_response(server.refusing or 500)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return

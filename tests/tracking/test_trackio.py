@@ -21,16 +21,15 @@ from typing import Any
 
 import pytest
 
-from harness.config import ROOT
+from harness.config.places import ROOT
+from harness.config.schema import TrackingConfig
 from harness.errors import UserError
-from harness.schema import TrackingConfig
 from harness.tracking import Tracker, check_tracking, log_study, open_tracker
 from scripts import show_runs
 from tests.support.micro import Workplace, metrics_of, summary_of
 
 needs_trackio = pytest.mark.skipif(
-    importlib.util.find_spec("trackio") is None,
-    reason="trackio is not installed: pip install -r requirements-extra.txt",
+    importlib.util.find_spec("trackio") is None, reason="trackio is not installed: pip install -r requirements-extra.txt"
 )
 
 
@@ -53,9 +52,15 @@ def project(folder: Path, request: pytest.FixtureRequest) -> str:
 
 def track(run_dir: Path, project: str, **changes: Any) -> Tracker:
     arguments: dict[str, Any] = {
-        "run_dir": run_dir, "name": run_dir.name, "run_config": {"attention": {"name": "mla", "rank": 64}, "seed": 0},
-        "group": "mla", "job_type": "train", "tags": ["mla"], "run_id": None, "metrics_bytes": 0,
-    }  # fmt: skip
+        "run_dir": run_dir,
+        "name": run_dir.name,
+        "run_config": {"attention": {"name": "mla", "rank": 64}, "seed": 0},
+        "group": "mla",
+        "job_type": "train",
+        "tags": ["mla"],
+        "run_id": None,
+        "metrics_bytes": 0,
+    }
     return open_tracker(TrackingConfig(name="trackio", project=project), **(arguments | changes))
 
 
@@ -260,12 +265,22 @@ assert threading.active_count() == 1
 
 @needs_trackio
 def test_nothing_leaves_this_machine_whatever_the_environment_says(tmp_path: Path) -> None:
-    remote = {"TRACKIO_SPACE_ID": "me/space", "TRACKIO_BUCKET_ID": "me/bucket", "TRACKIO_SERVER_URL": "http://127.0.0.1:9",
-              "TRACKIO_DATASET_ID": "me/data", "SPACE_REPO_NAME": "space", "HF_TOKEN": "hf_" + "a" * 34}  # fmt: skip
+    remote = {
+        "TRACKIO_SPACE_ID": "me/space",
+        "TRACKIO_BUCKET_ID": "me/bucket",
+        "TRACKIO_SERVER_URL": "http://127.0.0.1:9",
+        "TRACKIO_DATASET_ID": "me/data",
+        "SPACE_REPO_NAME": "space",
+        "HF_TOKEN": "hf_" + "a" * 34,
+    }
     process = subprocess.run(
-        [sys.executable, "-c", WATCHED.format(run_dir=str(tmp_path / "run"))], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | remote | {"TRACKIO_DIR": str(tmp_path / "trackio")}, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-c", WATCHED.format(run_dir=str(tmp_path / "run"))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | remote | {"TRACKIO_DIR": str(tmp_path / "trackio")},
+        timeout=60,
+    )
     assert process.returncode == 0, process.stderr
     assert process.stdout == "" and process.stderr.count("\n") == 2
     assert len(query(tmp_path / "trackio", "watched", "SELECT * FROM metrics")) == 2
@@ -282,14 +297,20 @@ def test_a_study_shows_its_table_its_pictures_and_its_page_once(
     page.write_text("<!doctype html><p>verdict</p>")
     for figure in (1.25, 1.5):
         log_study(
-            TrackingConfig(name="trackio", project=project), study="cache", folder=tmp_path / "study",
-            columns=["arm", "bits per byte", "cache"], rows=[["mla", figure, 640], ["mha", None, 2048]],
-            images={"pareto": picture}, html=page, scatter=("cache", "bits per byte"),
-        )  # fmt: skip
+            TrackingConfig(name="trackio", project=project),
+            study="cache",
+            folder=tmp_path / "study",
+            columns=["arm", "bits per byte", "cache"],
+            rows=[["mla", figure, 640], ["mha", None, 2048]],
+            images={"pareto": picture},
+            html=page,
+            scatter=("cache", "bits per byte"),
+        )
     logged = {key: value for row in mirrored(folder, project, "cache") for key, value in row.items()}
     assert logged["results"]["_value"] == [
-        {"arm": "mla", "bits per byte": 1.5, "cache": 640}, {"arm": "mha", "bits per byte": None, "cache": 2048},
-    ]  # fmt: skip
+        {"arm": "mla", "bits per byte": 1.5, "cache": 640},
+        {"arm": "mha", "bits per byte": None, "cache": 2048},
+    ]
     assert (folder / "media" / logged["pareto"]["file_path"]).read_bytes() == picture.read_bytes()
     assert (folder / "media" / logged["report"]["file_path"]).read_text() == page.read_text()
     assert len(mirrored(folder, project, "cache")) == 3
@@ -299,6 +320,11 @@ def test_a_study_shows_its_table_its_pictures_and_its_page_once(
 
 
 @needs_trackio
+def validation_loss(row: dict[str, Any]) -> float:
+    (found,) = (value for key, value in row.items() if key.startswith("eval/local_") and key.endswith("/validation/loss"))
+    return float(found)
+
+
 def test_a_training_is_grouped_by_its_variant_and_show_runs_brings_in_the_others(
     tmp_path: Path, folder: Path, project: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,7 +332,7 @@ def test_a_training_is_grouped_by_its_variant_and_show_runs_brings_in_the_others
     own = place.train("own", "tracking=trackio", f"tracking.project={project}", "attention=mla")
     assert place.evaluate("run=own", "split=validation", "tracking=trackio") == 0
     live = mirrored(folder, project, "own")
-    assert live[:-1] == metrics_of(own) and live[-1]["eval/local/validation/loss"] > 0
+    assert live[:-1] == metrics_of(own) and validation_loss(live[-1]) > 0
     config = configuration(folder, project, "own")
     assert config["_Group"] == "mla" and config["summary"]["loss"] == summary_of(own)["loss"]
 
@@ -318,7 +344,7 @@ def test_a_training_is_grouped_by_its_variant_and_show_runs_brings_in_the_others
     assert {path: path.read_bytes() for path in place.runs.rglob("*") if path.is_file()} == before
     assert mirrored(folder, project, "own") == live
     rows = mirrored(folder, project, "other")
-    assert rows[:-1] == metrics_of(other) and rows[-1]["eval/local/validation/loss"] > 0
+    assert rows[:-1] == metrics_of(other) and validation_loss(rows[-1]) > 0
     config = configuration(folder, project, "other")
     assert config["_Group"] == "mha" and config["model.d_model"] == 32
     assert json.loads(capfd.readouterr().out.splitlines()[-1])["runs"] == [str(other), str(own)]

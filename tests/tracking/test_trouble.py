@@ -97,10 +97,17 @@ def test_keys_and_tokens_reach_no_file_no_output_and_no_server(place: Workplace)
     password = "pa55w0rd"
     program = [sys.executable, "train_model.py"]
     with WandbServer() as server:
-        environment = os.environ | secrets | {
-            "WANDB_BASE_URL": server.url, "HF_ENDPOINT": f"http://user:{password}@127.0.0.1:9/?token={password}",
-            "WANDB_FINISH_TIMEOUT": "20", "WANDB_INIT_TIMEOUT": "20", "HF_HOME": str(place.folder / "hub"),
-        }  # fmt: skip
+        environment = (
+            os.environ
+            | secrets
+            | {
+                "WANDB_BASE_URL": server.url,
+                "HF_ENDPOINT": f"http://user:{password}@127.0.0.1:9/?token={password}",
+                "WANDB_FINISH_TIMEOUT": "20",
+                "WANDB_INIT_TIMEOUT": "20",
+                "HF_HOME": str(place.folder / "hub"),
+            }
+        )
         outputs = []
         for overrides, status in (
             (place.overrides("name=tracked", "tracking=wandb", "tracking.notes=mine"), 0),

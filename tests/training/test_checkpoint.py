@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import random
 import resource
 import shutil
@@ -20,7 +23,8 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, save_checkpoint
+from harness.training import checkpoint
+from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, save_checkpoint, tidy
 from harness.training.loop import train
 from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.schedule import build_schedule
@@ -39,16 +43,24 @@ def _save(folder: Path, step: int, *, seed: int = 0, **options: Any) -> Path:
 
 
 def _steps(model: nn.Module, optimizer: Optimizer, first: int, last: int, *, total: int) -> list[float]:
-    from harness.schema import ScheduleConfig
+    from harness.config.schema import ScheduleConfig
 
     return [
         step.loss
         for step in train(
-            model, tiny_batches(first), optimizer=optimizer,
-            schedule=build_schedule(ScheduleConfig("cosine", 0.1, 0.1), total), first_step=first, last_step=last,
-            micro_batch_size=4, grad_clip=1.0, precision=torch.float32, compile=False, device=torch.device("cpu"),
+            model,
+            tiny_batches(first),
+            optimizer=optimizer,
+            schedule=build_schedule(ScheduleConfig("cosine", 0.1, 0.1), total),
+            first_step=first,
+            last_step=last,
+            micro_batch_size=4,
+            grad_clip=1.0,
+            precision=torch.float32,
+            compile=False,
+            device=torch.device("cpu"),
         )
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -119,11 +131,90 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
 
 def test_no_checkpoint_is_none_and_a_half_written_one_does_not_count(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "absent") is None
-    path = _save(tmp_path, 1)
-    path.rename(tmp_path / ".partial-step-00000001")  # what a save leaves that was killed before its rename
-    assert latest_checkpoint(tmp_path) is None
-    _save(tmp_path, 2)
-    assert [file.name for file in tmp_path.iterdir()] == ["step-00000002"], "the next save clears it away"
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    path = _save(tmp_path / "elsewhere", 1)
+    path.rename(folder / ".partial-step-00000001")  # what a save leaves that was killed before its rename
+    assert latest_checkpoint(folder) is None
+    _save(folder, 2)
+    assert [file.name for file in folder.iterdir()] == ["step-00000002"], "the next save clears it away"
+
+
+def test_only_exactly_our_names_count_and_are_deleted(tmp_path: Path) -> None:
+    folder, path = tmp_path / "checkpoints", _save(tmp_path / "checkpoints", 2)
+    copies = (
+        "step-00000002.backup",
+        "step-00000010 copy",
+        "step-10",
+        "step-000000010",
+        ".partial-mine",
+        "best-of-all",
+        ".partial-step-00000002.backup",
+        "step-99999999999 2",
+    )
+    for name in copies:
+        shutil.copytree(path, folder / name)
+    assert latest_checkpoint(folder) == path
+    for step in (3, 4, 99_999_999, 100_000_000):  # the last one's name is longer, and sorts before the others as text
+        assert _save(folder, step, keep=1) == latest_checkpoint(folder)
+    assert {file.name for file in folder.iterdir()} == {*copies, "step-100000000"}
+    assert all(find_damage(folder / name) is None or "another one's" in str(find_damage(folder / name)) for name in copies)
+
+
+def test_checkpoints_that_were_written_and_are_not_there_are_missing_and_not_none(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    assert latest_checkpoint(folder) is None
+    _save(folder, 1)
+    folder.rename(tmp_path / "elsewhere")
+    for make in (lambda: None, folder.mkdir):  # the second: as where a disk is not mounted
+        make()
+        with pytest.raises(UserError, match=r"holds no checkpoint, and this run has written some: bring them back"):
+            latest_checkpoint(folder)
+    folder.rmdir()
+    (tmp_path / "elsewhere").rename(folder)
+    assert latest_checkpoint(folder) == folder / "step-00000001"
+
+
+def _as_written(checkpoint: Path, file: str, content: bytes) -> None:
+    """Other content, and a manifest that fits it."""
+    (checkpoint / file).write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest[file] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _header(text: bytes) -> bytes:
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", b"[" * 100_000),
+        ("state.json", b"[]"),
+        ("state.json", b'{"caller": 3, "optimizer": null}'),
+        ("state.json", b'{"caller": {"step": "2"}, "optimizer": null, "generators": null}'),
+        ("state.json", b'{"caller": {"step": -2}, "optimizer": null, "generators": null}'),
+        ("state.json", b'{"caller": {"step": 1e308}, "optimizer": null, "generators": null}'),
+        ("state.json", b'{"caller": {"step": 3}, "optimizer": null, "generators": null}'),
+        ("state.json", b'{"caller": {"step": 2}, "optimizer": 5, "generators": {}}'),
+        ("state.json", b'{"caller": {"step": 2}, "optimizer": [], "generators": 5}'),
+        ("state.json", b'{"caller": {"step": 2}}'),
+        ("model.safetensors", _header(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}")),
+        ("optimizer.safetensors", _header(b'{"a":' * 100_000)),
+        ("model.safetensors", b"\0"),
+    ],
+)
+def test_content_that_no_save_wrote_is_damage_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes
+) -> None:
+    older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
+    _as_written(newer, file, content)
+    assert latest_checkpoint(tmp_path) == older
+    (report,) = capsys.readouterr().err.splitlines()
+    assert f"{newer} is damaged ({file}" in report
+    with pytest.raises(UserError, match=r"is damaged .*: use another one$"):
+        load_checkpoint(newer, model=tiny_model(), optimizer=None)
 
 
 def _flip(file: Path) -> None:
@@ -191,9 +282,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "config", [optimizer_config("muon"), optimizer_config(lr=0.02), optimizer_config(weight_decay=0.0)]
-)
+@pytest.mark.parametrize("config", [optimizer_config("muon"), optimizer_config(lr=0.02), optimizer_config(weight_decay=0.0)])
 def test_other_optimizer_settings_are_refused_and_change_nothing(tmp_path: Path, config: Any) -> None:
     path = _save(tmp_path, 1)
     model = tiny_model(seed=1)
@@ -272,3 +361,25 @@ def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path:
     found = latest_checkpoint(tmp_path)
     assert found is not None
     assert load_checkpoint(found, model=tiny_model(), optimizer=None)["step"] >= 1
+
+
+def test_a_folder_that_goes_away_while_a_checkpoint_is_written_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone_by_then(place: Path) -> None:  # as Python's own, where another process is faster: with the bare name of a file
+        rmtree(tmp_path)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "model.safetensors")
+
+    def full(place: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+
+    rmtree = shutil.rmtree
+    _save(tmp_path, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", gone_by_then)
+        patched.setattr(checkpoint, "_flush", full)
+        with pytest.raises(OSError, match="No space left") as told:
+            _save(tmp_path, 2)
+    assert str(told.value.filename).startswith(str(tmp_path))
+    tidy(tmp_path, newest=tmp_path / "step-00000002", keep=1)
+    assert not tmp_path.exists()

@@ -31,10 +31,18 @@ def _train(
     compile: bool = False,
 ) -> Iterator[Step]:
     return train(
-        model, tiny_batches(first_step), optimizer=optimizer or build_optimizer(model, optimizer_config()),
-        schedule=schedule, first_step=first_step, last_step=last_step, micro_batch_size=micro_batch_size,
-        grad_clip=grad_clip, precision=precision, compile=compile, device=CPU,
-    )  # fmt: skip
+        model,
+        tiny_batches(first_step),
+        optimizer=optimizer or build_optimizer(model, optimizer_config()),
+        schedule=schedule,
+        first_step=first_step,
+        last_step=last_step,
+        micro_batch_size=micro_batch_size,
+        grad_clip=grad_clip,
+        precision=precision,
+        compile=compile,
+        device=CPU,
+    )
 
 
 def _sgd(model: nn.Module) -> Optimizer:

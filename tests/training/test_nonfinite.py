@@ -33,10 +33,19 @@ class _Spoiled(TinyModel):
 
 def _train(model: nn.Module, *, guard: Guard, last_step: int = 8, first_step: int = 1, **more: Any) -> Iterator[Step]:
     return train(
-        model, tiny_batches(first_step), optimizer=more.get("optimizer") or build_optimizer(model, optimizer_config()),
-        schedule=lambda step: 1.0 - step / 100, first_step=first_step, last_step=last_step, micro_batch_size=6,
-        grad_clip=1.0, precision=torch.float32, compile=False, device=CPU, guard=guard,
-    )  # fmt: skip
+        model,
+        tiny_batches(first_step),
+        optimizer=more.get("optimizer") or build_optimizer(model, optimizer_config()),
+        schedule=lambda step: 1.0 - step / 100,
+        first_step=first_step,
+        last_step=last_step,
+        micro_batch_size=6,
+        grad_clip=1.0,
+        precision=torch.float32,
+        compile=False,
+        device=CPU,
+        guard=guard,
+    )
 
 
 def _spoiled(factors: dict[int, float]) -> _Spoiled:
@@ -50,10 +59,7 @@ def test_a_skipped_step_leaves_weights_and_optimizer_alone_and_uses_up_its_batch
     before: list[Tensor] = []
     steps = []
     for step in _train(model, guard=guard, optimizer=optimizer, last_step=4):
-        state = [
-            *(p.detach().clone() for p in model.parameters()),
-            *(t.clone() for t in optimizer.state_dict().values()),
-        ]
+        state = [*(p.detach().clone() for p in model.parameters()), *(t.clone() for t in optimizer.state_dict().values())]
         if step.number == 3:
             assert all(torch.equal(a, b) for a, b in zip(before, state, strict=True))
         before, steps = state, [*steps, step]

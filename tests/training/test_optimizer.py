@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from harness.config.schema import OptimizerConfig
 from harness.errors import UserError
-from harness.schema import OptimizerConfig
 from harness.training.optimizer import build_optimizer
 from tests.support.tiny_model import optimizer_config, tiny_model
 from tests.support.variants import gpt_from
@@ -27,9 +27,8 @@ def test_weight_decay_spares_norms_biases_and_embeddings_and_nothing_else(name: 
     assert decays.keys() == dict(model.named_parameters()).keys(), "every parameter is in exactly one group"
     spared = {name for name, decay in decays.items() if decay == 0.0}
     assert spared == {
-        name for name, p in model.named_parameters()
-        if p.ndim == 1 or name in ("embedding.weight", "position_embedding.weight")
-    }  # fmt: skip
+        name for name, p in model.named_parameters() if p.ndim == 1 or name in ("embedding.weight", "position_embedding.weight")
+    }
     assert ("head.weight" in decays) is not tie
 
 
@@ -57,6 +56,28 @@ def test_all_rates_follow_the_factor_from_their_own_peaks(name: str) -> None:
     for full, half in zip(*moved, strict=True):
         assert full.abs().max() > 1e-4
         torch.testing.assert_close(half, full / 2, rtol=1e-3, atol=1e-8)
+
+
+def test_muons_updates_have_adamws_size_whatever_the_matrixs_shape() -> None:
+    """A matrix that was made orthogonal, times 0.2 sqrt(its longer side): root mean square 0.2 of the rate."""
+    model = gpt_from(["attention=mqa", "model.d_model=96"], n_layers=1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = optimizer_config("muon", weight_decay=0.0)
+    optimizer = build_optimizer(model, config)
+    optimizer.set_lr(1.0)
+    assert config.muon_lr is not None
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    (group,) = [group for group in optimizer.settings() if group["optimizer"] == "Muon"]
+    shapes = set()
+    for name in group["parameters"]:
+        moved = model.get_parameter(name).detach() - before[name]
+        size = float(moved.square().mean().sqrt()) / config.muon_lr
+        assert size == pytest.approx(0.2, rel=0.2), (name, tuple(moved.shape))
+        shapes.add(max(moved.shape) / min(moved.shape))
+    assert max(shapes) > 2 * min(shapes)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

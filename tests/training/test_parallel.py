@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from harness.build import build_model
-from harness.config import load_train_config
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.config.schema import ParallelConfig
 from harness.errors import UserError
-from harness.schema import ParallelConfig
 from harness.training.parallel import (
     RESTART_PATIENCE,
     TORCHRUN,
@@ -43,9 +43,7 @@ def test_without_torchrun_a_process_is_alone_and_first(monkeypatch: pytest.Monke
         assert share_model(tiny_model(), alone, ParallelConfig()) is None  # type: ignore[arg-type]
 
 
-def test_one_process_that_torchrun_restarted_waits_for_the_lock_of_the_one_before(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_process_that_torchrun_restarted_waits_for_the_lock_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {name: "0" for name in TORCHRUN} | {"WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "2"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -53,14 +51,24 @@ def test_one_process_that_torchrun_restarted_waits_for_the_lock_of_the_one_befor
         assert (alone.world_size, alone.restarts, alone.patience) == (1, 2, RESTART_PATIENCE)
 
 
-def refused(*, world_size: int = 2, batch_size: int = 8, precision: torch.dtype = torch.float32,
-            optimizer: str = "adamw", overwrite: bool = False, may_restart: bool = False,
-            **fields: object) -> None:  # fmt: skip
+def refused(
+    *,
+    world_size: int = 2,
+    batch_size: int = 8,
+    precision: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    overwrite: bool = False,
+    may_restart: bool = False,
+    **fields: object,
+) -> None:
     check_parallel(
         dataclasses.replace(ParallelConfig(), **fields),
         dataclasses.replace(workers(world_size=world_size), may_restart=may_restart),
-        optimizer=optimizer_config(optimizer), batch_size=batch_size, precision=precision, overwrite=overwrite,
-    )  # fmt: skip
+        optimizer=optimizer_config(optimizer),
+        batch_size=batch_size,
+        precision=precision,
+        overwrite=overwrite,
+    )
 
 
 def test_what_several_processes_cannot_train_is_refused_and_one_process_trains_it() -> None:
@@ -114,8 +122,17 @@ def test_whole_tensors_are_left_as_they_are() -> None:
 def test_compiled_parts_compute_the_same_and_evaluation_is_not_compiled() -> None:
     from torch._dynamo.utils import counters
 
-    config = load_train_config(["dataset=stdlib", "attention=mla", "model.d_model=32", "model.n_layers=3",
-                                "model.n_heads=2", "model.head_dim=16", "model.mlp_hidden=64"])  # fmt: skip
+    config = load_train_config(
+        [
+            "dataset=stdlib",
+            "attention=mla",
+            "model.d_model=32",
+            "model.n_layers=3",
+            "model.n_heads=2",
+            "model.head_dim=16",
+            "model.mlp_hidden=64",
+        ]
+    )
     torch.manual_seed(0)
     plain = build_model(config, vocab_size=50)
     compiled = copy.deepcopy(plain)
@@ -125,9 +142,7 @@ def test_compiled_parts_compute_the_same_and_evaluation_is_not_compiled() -> Non
     compiled.eval().loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
     assert counters["stats"]["unique_graphs"] == 0
     losses = [model.train().loss(tokens_BT[:, :-1], tokens_BT[:, 1:]) for model in (plain, compiled)]
-    assert (
-        counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
-    )  # one for all blocks, one for the head
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # one for all blocks, one for the head
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()

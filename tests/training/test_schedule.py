@@ -6,8 +6,8 @@ import math
 
 import pytest
 
+from harness.config.schema import BudgetConfig, ScheduleConfig
 from harness.errors import UserError
-from harness.schema import BudgetConfig, ScheduleConfig
 from harness.training.schedule import build_schedule, decay_begins, steps_from_budget, warmup_steps
 
 COSINE = ScheduleConfig(name="cosine", warmup_fraction=0.1, final_lr_fraction=0.1)
@@ -74,9 +74,7 @@ def test_warm_up_and_decay_may_fill_the_whole_budget_however_they_round() -> Non
         (ScheduleConfig("cosine", 0.0, 0.0), 1, "rate 0"),
     ],
 )
-def test_a_schedule_that_does_not_fit_is_refused_in_one_sentence(
-    config: ScheduleConfig, steps: int, message: str
-) -> None:
+def test_a_schedule_that_does_not_fit_is_refused_in_one_sentence(config: ScheduleConfig, steps: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_schedule(config, steps)
 

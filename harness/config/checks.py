@@ -1,0 +1,249 @@
+"""What a configuration may say: types, choices, and combinations that can be refused without building anything."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from harness.config.identity import SEED_FIELDS
+from harness.config.schema import EXTRAS, EvalConfig, TrainConfig
+from harness.config.typed import did_you_mean, shown, typed, typed_fields
+from harness.errors import UserError
+
+TRACKING = ("wandb", "trackio", "none")  # harness/tracking/
+CACHE_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")  # modeling/attention/cache.py
+RUN_NAME = r"[A-Za-z0-9][A-Za-z0-9._=,+-]*"
+WIDEST = 2**18  # of any one width of a model: products of three of them stay within 64 bits
+# Far above what is published, for configurations of runs and of imports alike; memory is counted in harness/config/build.py.
+MOST = {
+    "model.d_model": WIDEST,
+    "model.n_heads": WIDEST,
+    "model.head_dim": WIDEST,
+    "model.mlp_hidden": WIDEST,
+    "model.n_layers": 2048,
+    "model.max_seq_len": 2**24,
+    "model.vocab_size": 2**24,
+    "batch_size": 2**24,
+    "micro_batch_size": 2**24,
+    "evaluation.batch_size": 2**24,
+}
+
+
+def variant_schema(mechanism: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(types, defaults) of a class's own options. Defaults stand in for options that older runs and YAMLs do not name."""
+    from modeling.attention import MECHANISMS, MODEL_OWNED
+
+    if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
+        named = shown(mechanism)
+        raise UserError(f"attention.mechanism={named} is unknown; {did_you_mean(named, list(MECHANISMS))}")
+    constructor = MECHANISMS[mechanism].__init__
+    where = f"modeling.attention.MECHANISMS[{mechanism!r}], {constructor.__qualname__}"
+    signature = dict(inspect.signature(constructor).parameters)
+    parameters = {name: each for name, each in signature.items() if name not in ("self", *MODEL_OWNED)}
+    for name, each in parameters.items():
+        if each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
+            raise UserError(
+                f"{where} takes {'**' if each.kind is each.VAR_KEYWORD else '*'}{name}, in which a misspelt option would go "
+                f"unnoticed: name every option as a keyword with its type"
+            )
+        if each.annotation is each.empty:
+            raise UserError(
+                f"{where} does not say the type of {name}: write {name}: int (or float, bool, str), a YAML is checked by it"
+            )
+    lacking = [name for name in MODEL_OWNED if name not in signature]
+    if lacking:
+        raise UserError(f"{where} does not take {', '.join(lacking)}, which every model hands on: add it as a keyword")
+    try:
+        types_of = typing.get_type_hints(constructor)
+    except NameError as error:
+        raise UserError(f"{where}: a type cannot be looked up ({error}); import it outside TYPE_CHECKING") from None
+    hints = {name: types_of[name] for name in parameters}
+    for name, hint in hints.items():
+        if not _can_be_checked(hint):
+            raise UserError(
+                f"{where}: {name} is of a type that no YAML can hold; take int, float, bool, str, a list or a dict of them, "
+                f"or one of these | None"
+            )
+    return hints, {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def _can_be_checked(kind: Any) -> bool:
+    """Whether `typed` knows this type."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        others = [option for option in typing.get_args(kind) if option is not type(None)]
+        return len(others) == 1 and _can_be_checked(others[0])
+    if (origin := typing.get_origin(kind)) in (list, dict):
+        return len(typing.get_args(kind)) == (1 if origin is list else 2) and _can_be_checked(typing.get_args(kind)[-1])
+    return kind in (int, float, bool, str, Any)
+
+
+def typed_attention(attention: Any) -> dict[str, Any]:
+    """A variant's options checked against the constructor of its class: the class is the schema."""
+    from modeling.attention import EXECUTION
+    from modeling.kernels.attend import BACKENDS
+    from modeling.kernels.latent_decode import KERNELS
+
+    mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
+    hints, defaults = variant_schema(mechanism)
+    hints |= {"name": str, "mechanism": str}
+    required = set(hints) - set(defaults)
+    options = defaults | EXECUTION | typed_fields(hints | dict.fromkeys(EXECUTION, str), required, attention, "attention")
+    for field, choices in (("backend", BACKENDS), ("kernel", KERNELS)):
+        if options[field] not in choices:
+            raise UserError(f"attention.{field}={options[field]} is unknown; {did_you_mean(options[field], choices)}")
+    return options
+
+
+def check_scale(attention: Mapping[str, Any]) -> None:
+    """Raises UserError for a control of MLA under DeepSeek's YaRN, whose factor of all logits heads without a latent lack.
+
+    Where all of a head is rotated and keys are as wide as values it is a stock model's, which means the same by the field.
+    """
+    scaling = attention.get("rope_scaling") or {}
+    is_control = attention["mechanism"] == "gqa" and (
+        attention["positions"] == "decoupled" or attention["head_dim"] != attention["v_head_dim"]
+    )
+    if is_control and scaling.get("mscale_all_dim"):
+        raise UserError(
+            f"attention={attention['name']}: rope_scaling.mscale_all_dim={scaling['mscale_all_dim']} is DeepSeek's and scales "
+            f"all logits of latent attention alone, so that this control of it would have another softmax scale: leave mscale "
+            f"and mscale_all_dim out, in all variants that you compare"
+        )
+
+
+def attention_options(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a variant's configuration that its class takes."""
+    return {key: value for key, value in attention.items() if key not in ("name", "mechanism")}
+
+
+def train_config(container: Mapping[str, Any]) -> TrainConfig:
+    """A resolved container as a checked TrainConfig: types, unknown keys, impossible combinations."""
+    config: TrainConfig = typed(TrainConfig, container, "")
+    config.attention = typed_attention(config.attention)
+    _check_values(config)
+    return config
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Combinations that can be refused without building anything."""
+
+    def one_of(path: str, value: str, *choices: str) -> None:
+        if value not in choices:
+            raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
+
+    def at_least(path: str, value: float | None, least: float) -> None:
+        if value is not None and value < least:
+            raise UserError(f"{path}={value} is too small; choose {least} or more")
+
+    def at_most(path: str, value: int | None, most: int) -> None:
+        if value is not None and value > most:
+            raise UserError(f"{path}={value} is beyond anything that can be built; choose {most} or less")
+
+    one_of("device", config.device, "auto", "cpu", "cuda", "mps")
+    one_of("precision", config.precision, "auto", "float32", "bfloat16")
+    one_of("compile", config.compile, "auto", "on", "off")
+    one_of("capture", config.capture, "auto", "on", "off")
+    one_of("cache.dtype", config.cache.dtype, *CACHE_DTYPES)
+    one_of("schedule.name", config.schedule.name, "cosine", "wsd")
+    one_of("tracking.name", config.tracking.name, *TRACKING)
+    one_of("tokenizer.name", config.tokenizer.name, "bpe", "bytes", "pretrained")
+    one_of("on_nonfinite", config.on_nonfinite, "stop", "skip")
+    one_of("parallel.name", config.parallel.name, "ddp", "fsdp")
+    for path, least in {
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "model.d_model": 1,
+        "model.n_layers": 1,
+        "model.n_heads": 1,
+        "model.head_dim": 1,
+        "model.max_seq_len": 1,
+        "model.mlp_hidden": 1,
+        "budget.tokens": 1,
+        "budget.steps": 1,
+        "intervals.log": 1,
+        "intervals.evaluate": 1,
+        "intervals.checkpoint": 1,
+        "evaluation.batch_size": 1,
+        "checkpoints.keep": 1,
+        "skip_limit": 1,
+        "spikes.window": 2,
+        "evaluation.max_tokens": 1,
+        "model.norm_eps": 0,
+        "model.init_std": 0,
+        "seed": 0,
+        "data_seed": 0,
+    }.items():
+        at_least(path, operator.attrgetter(path)(config), least)
+    for path, most in MOST.items():
+        at_most(path, operator.attrgetter(path)(config), most)
+    for key, value in config.attention.items():
+        if type(value) is int:
+            at_most(f"attention.{key}", value, WIDEST)
+    if config.spikes.sigma is not None and config.spikes.sigma <= 0:
+        raise UserError(f"spikes.sigma={config.spikes.sigma} must be above 0, such as 6, or null to skip no spike")
+    for path in SEED_FIELDS:
+        if (seed := operator.attrgetter(path)(config)) >= 2**63:
+            raise UserError(f"{path}={seed} is too large for torch's generator; choose a seed below 2^63")
+    if config.micro_batch_size is not None and config.batch_size % config.micro_batch_size:
+        raise UserError(
+            f"micro_batch_size={config.micro_batch_size} does not divide batch_size={config.batch_size}; choose a divisor"
+        )
+    if config.budget.tokens is not None and config.budget.steps is not None:
+        raise UserError(
+            f"budget.tokens={config.budget.tokens} and budget.steps={config.budget.steps} both set the length of the "
+            f"run; give one"
+        )
+    for path in ("model.dropout", "attention.dropout"):
+        group, key = path.split(".")
+        rate = config.attention.get(key, 0.0) if group == "attention" else config.model.dropout
+        if not 0 <= rate < 1:
+            raise UserError(f"{path}={rate} must be at least 0 and below 1")
+    if not 0 < config.evaluation.stride_fraction <= 1:
+        raise UserError(
+            f"evaluation.stride_fraction={config.evaluation.stride_fraction} must be above 0 and at most 1 (a window)"
+        )
+    if not config.model.causal:
+        raise UserError(
+            "model.causal=false cannot be trained to predict the next token, which every position would then see; "
+            "build the GPT from modeling/ for other objectives"
+        )
+    if config.name != "auto" and not re.fullmatch(RUN_NAME, config.name):
+        raise UserError(f"name={config.name} must be one plain folder name: letters, digits and . _ = , + - only")
+
+
+def eval_config(container: Mapping[str, Any]) -> EvalConfig:
+    """A resolved container as a checked EvalConfig."""
+    config: EvalConfig = typed(EvalConfig, container, "")
+    for path, value, choices in (
+        ("split", config.split, ("train", "validation", "test")),
+        ("device", config.device, ("auto", "cpu", "cuda", "mps")),
+        ("precision", config.precision, ("auto", "float32", "bfloat16")),
+        ("cache.dtype", config.cache.dtype, CACHE_DTYPES),
+        ("tracking.name", config.tracking.name, TRACKING),
+    ):
+        if value not in choices:
+            raise UserError(f"{path}={value} is unknown; {did_you_mean(value, choices)}")
+    if config.extras == ["all"]:
+        config.extras = list(EXTRAS)
+    for extra in config.extras:
+        if extra not in EXTRAS:
+            raise UserError(f"extras={extra} is unknown; {did_you_mean(extra, EXTRAS)}")
+    for path, least_one in (
+        ("batch_size", config.batch_size),
+        ("max_tokens", config.max_tokens),
+        ("extras_max_tokens", config.extras_max_tokens),
+    ):
+        if least_one is not None and least_one < 1:
+            raise UserError(f"{path}={least_one} is too small; choose 1 or more")
+    if config.cache.window is not None and config.cache.window < 1:
+        raise UserError(f"cache.window={config.cache.window} sees nothing; choose 1 or more, or null for the whole context")
+    if config.cache.sinks < 0 or (config.cache.sinks and config.cache.window is None):
+        raise UserError(f"cache.sinks={config.cache.sinks} stay visible beside a window; choose 0 or more and set cache.window")
+    if not 0 < config.stride_fraction <= 1:
+        raise UserError(f"stride_fraction={config.stride_fraction} must be above 0 and at most 1 (a window)")
+    return config

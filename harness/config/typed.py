@@ -1,0 +1,156 @@
+"""Plain containers as typed values: every field has its kind, or one sentence says which has not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.config.schema import MOST_FIGURE
+from harness.errors import UserError
+
+
+def did_you_mean(word: str, choices: Sequence[str]) -> str:
+    """The remedy for a misspelt word: the nearest choice, or all of them where none is near."""
+    near = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean {near[0]}?" if near else f"choose from {', '.join(sorted(choices))}"
+
+
+def shown(value: Any) -> str:
+    """A value as a user would type it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        return str(value)
+    except ValueError:  # a whole number of thousands of digits, which Python does not print
+        return "(a number of thousands of digits)"
+
+
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    list: "a list like [a, b]",
+    dict: "a group of fields",
+}
+
+
+def typed(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind` (a dataclass, int, float, bool, str, list[...], dict[str, ...], X | None), or a UserError.
+
+    Of records also a tuple, a number with its least value (Annotated[int, 0]) and a TypedDict, whose other keys are kept.
+    """
+    origin = typing.get_origin(kind)
+    if origin is typing.Annotated:
+        of, least = typing.get_args(kind)
+        if not least <= (number := typed(of, value, path)) < MOST_FIGURE:
+            raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
+        return number
+    if typing.is_typeddict(kind):
+        return _typed_record(kind, value, path)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
+        return typed(kind, value, path)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        required = {
+            f.name
+            for f in dataclasses.fields(kind)
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        return kind(**typed_fields(hints, required, value, path))  # type: ignore[operator]
+    if origin is list:
+        if isinstance(value, (list, tuple)):
+            return [typed(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    elif origin is tuple:
+        parts = typing.get_args(kind)
+        if isinstance(value, (list, tuple)) and len(value) == len(parts):
+            return tuple(typed(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+        raise UserError(f"{path}={shown(value)} must be a list of {len(parts)}")
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {str(k): typed(typing.get_args(kind)[1], item, f"{path}.{k}") for k, item in value.items()}
+    elif kind is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and _fits(value):
+            return float(value)
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool) and _fits(value):
+            return value
+        if isinstance(value, float) and value.is_integer() and _fits(int(value)):  # budget.tokens=2e6
+            return int(value)
+    elif kind is str:
+        if isinstance(value, float) or (isinstance(value, int) and _fits(value)) or _is_text(value):
+            return shown(value)
+        if isinstance(value, str):
+            raise UserError(f"{path} is not UTF-8 (byte {_first_bad_byte(value)}); give it in that encoding")
+    elif isinstance(value, kind):
+        return value
+    if kind is int and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
+        raise UserError(f"{path}={value} is too large; choose a whole number below 2^63")
+    raise UserError(f"{path}={shown(value)} must be {_WORDS[origin or kind]}")
+
+
+def _typed_record(kind: Any, value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}={shown(value)} must be {_WORDS[dict]}")
+    prefix = f"{path}." if path else ""
+    if lacking := sorted(kind.__required_keys__ - value.keys()):
+        raise UserError(f"{prefix}{lacking[0]} is missing")
+    hints = _record_hints(kind)
+    return {key: typed(hints[key], item, f"{prefix}{key}") if key in hints else item for key, item in value.items()}
+
+
+@functools.cache
+def _record_hints(kind: Any) -> dict[str, Any]:
+    """Types of a TypedDict's keys, with what they are annotated by."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        key: typing.get_args(hint)[0] if typing.get_origin(hint) is typing.NotRequired else hint for key, hint in hints.items()
+    }
+
+
+def _fits(number: float) -> bool:
+    """Finite, and a whole number within 64 bits: a larger one is nothing that can be counted, and may not be printable."""
+    return -(2**64) < number < 2**64 if isinstance(number, int) else math.isfinite(number)
+
+
+def _first_bad_byte(text: str) -> int:
+    """From 1: of text that _is_text refuses."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return len(text[: error.start].encode()) + 1
+    raise AssertionError("every byte is good")
+
+
+def _is_text(value: Any) -> bool:
+    """Text that a file in UTF-8 can hold: half of a surrogate pair stands for a byte that was none."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:
+    """The fields of a mapping, each typed; unknown and missing ones are a UserError."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path or 'the configuration'}={shown(value)} must be a group of fields: {', '.join(hints)}")
+    prefix = f"{path}." if path else ""
+    for key in value:
+        if key not in hints:
+            raise UserError(f"{prefix}{key} is not a field of the configuration; {did_you_mean(str(key), list(hints))}")
+    for key in sorted(required - set(value)):
+        raise UserError(f"{prefix}{key} is missing from the configuration; give it a value")
+    return {key: typed(hints[key], item, f"{prefix}{key}") for key, item in value.items()}

@@ -1,0 +1,1 @@
+"""What a token costs: time and cache."""

@@ -1,0 +1,1 @@
+"""What stands before every command: its environment, its options and its streams."""

@@ -1,0 +1,304 @@
+"""Command lines: `key=value` arguments into typed values, several runs after one another, errors in one sentence.
+
+Values are taken as they stand for text fields (commas, spaces, '=' and brackets need no quoting) and read as YAML for
+the others. Arguments without '=' go to the field named by `positional`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import errno
+import importlib.util
+import itertools
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from harness.config.compose import check_config, forced, implied, quoted, refuse_dashes, register_resolvers, sweep_jobs
+from harness.config.places import CONFIGS, ROOT
+from harness.config.run_config import run_folders
+from harness.config.typed import did_you_mean, typed
+from harness.entry.streams import protect_streams
+from harness.errors import UserError, readable, sentence
+from harness.files.untrusted import read_object
+
+Options = TypeVar("Options")
+HELP = frozenset(("-h", "--help"))
+# What the system says of a file or its disk, and no mistake of ours: permissions, a name too long, links in a circle.
+_REFUSED = frozenset((errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP))
+
+
+def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: str | None = None) -> Options:
+    """The dataclass filled from key=value arguments; dotted keys reach nested dataclasses. Raises UserError.
+
+    What has no `=`, or one behind no option and nothing like one (the default names of runs hold some), is positional.
+    """
+    import yaml
+
+    leaves = _leaf_types(kind)
+    container: dict[str, typing.Any] = {}
+    rest: list[str] = []
+    refuse_dashes(arguments, known=leaves)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key[:1] in "+~" and key.lstrip("+~") in leaves:
+            known = key.lstrip("+~")
+            raise UserError(f"{argument}: options are neither added nor deleted; write {known}={value or 'value'}")
+        if (
+            key not in leaves
+            and positional is not None
+            and (not equals or "/" in key or not difflib.get_close_matches(key, list(leaves), n=1, cutoff=0.6))
+        ):
+            rest.append(argument)
+            continue
+        if not equals:
+            remedy = f"write {argument}=..." if argument in leaves else did_you_mean(argument, list(leaves))
+            raise UserError(f"{argument} is not of the form key=value; {remedy}")
+        if key not in leaves:
+            raise UserError(f"{key} is not an option here; {did_you_mean(key, list(leaves))}")
+        is_text = leaves[key] is str or (leaves[key] == str | None and value != "null")
+        try:
+            parsed = value if is_text else yaml.safe_load(value)
+        # No such date, a tag, 1,000 brackets.
+        except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError):
+            raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
+        if isinstance(parsed, str) and leaves[key] in (float, float | None):
+            try:  # YAML 1.1 reads 1e-3 as text
+                parsed = float(parsed)
+            except ValueError:
+                raise UserError(f"{key}={value} must be a number") from None
+        here = container
+        *groups, last = key.split(".")
+        for group in groups:
+            here = here.setdefault(group, {})
+        here[last] = parsed
+    if rest:
+        container[typing.cast(str, positional)] = rest
+    return typing.cast(Options, typed(kind, container, ""))
+
+
+def _leaf_types(kind: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
+    leaves: dict[str, typing.Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        leaves.update(_leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint})
+    return leaves
+
+
+def run_script(
+    main: Callable[[list[str]], int],
+    *,
+    description: str | None,
+    options: type | None = None,
+    groups: Sequence[str] = (),
+    only_prints: bool = False,
+    verbatim: bool = False,
+) -> typing.NoReturn:
+    """Call main(arguments) and leave with its status. A UserError is printed in one sentence, status 2.
+
+    --help prints the description, the YAMLs of `groups` and the fields of `options`, and calls nothing. A line that cannot
+    be printed changes nothing, but for a script that only_prints: it ends with the reader of its output. verbatim: what it
+    prints is a text of its own, which files and pipes get as it is.
+    """
+    protect_streams(ends_with_reader=only_prints, verbatim=verbatim)
+    arguments = sys.argv[1:]
+    if HELP.isdisjoint(arguments):
+        _leave(lambda: main(arguments))
+    from harness.entry.help import script_help
+
+    _leave(lambda: _tell(script_help(description, options, groups)))
+
+
+def _leave(call: Callable[[], int]) -> typing.NoReturn:
+    try:
+        with refusals_said():
+            status = call()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # of a script that only prints: the reader has had enough
+        status = 0
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def refusals_said() -> Iterator[None]:
+    """A UserError inside is printed in one sentence, and so is what the system refuses of a file; the status is 2."""
+    try:
+        yield
+        return
+    except UserError as error:
+        said = str(error)
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSED:
+            raise
+        said = sentence(f"{error.filename} cannot be read or written ({error.strerror}): change that, or name another place")
+    print(f"error: {said}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _tell(text: str) -> int:
+    print(text, flush=True)
+    return 0
+
+
+def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *, description: str | None) -> typing.NoReturn:
+    """As `run_script`, for a command configured by configs/<config_name>.yaml.
+
+    Hydra itself answers --cfg, --info and shell completion. With -m it expands the lists of choices; all jobs
+    are checked before the first starts. Every job is a process of its own, so that nothing leaks from one run into the
+    next, and a failed one does not stop the rest. SIGTERM, SIGINT and SIGHUP are passed on to the job,
+    and no other starts.
+    """
+    protect_streams()
+    given = sys.argv[1:]
+    flags = [argument for argument in given if argument.startswith("-")]
+    if not flags:
+        run_script(main, description=description)
+    if not HELP.isdisjoint(flags):
+        from harness.entry.help import config_help
+
+        words = [argument for argument in sys.argv[1:] if argument not in flags]
+        _leave(lambda: _tell(config_help(description, config_name, words)))
+
+    import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import DictConfig
+
+    register_resolvers()
+    failed: list[str] = []
+
+    @hydra.main(config_path=str(CONFIGS), config_name=config_name, version_base="1.3")
+    def job(_: DictConfig) -> None:
+        overrides = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
+        print(f"\n$ {script} {' '.join(overrides)}", flush=True)
+        processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
+        line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
+        status, stopped_by = _run_child(line)
+        if stopped_by is not None:
+            again = [argument for argument in given if not argument.startswith("overwrite=")]
+            print(f"the sweep is interrupted; continue it with\n  {pasteable(script, again)}", flush=True)
+            sys.exit(128 + stopped_by)
+        if status:
+            failed.append(f"{' '.join(overrides)} (status {status})")
+            if HydraConfig.get().runtime.choices["hydra/launcher"] != "basic":  # this is another process then
+                raise UserError(f"the run failed: {failed[-1]}")
+
+    with refusals_said():
+        known = get_args_parser()._option_string_actions
+        refuse_dashes(sys.argv[1:], {flag: action.nargs != 0 for flag, action in known.items()})
+        taken = ("-c", "--cfg", "-i", "--info", "-p", "--package")  # by the flag before it
+        words = [word for before, word in itertools.pairwise(sys.argv) if not word.startswith("-") and before not in taken]
+        overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
+        asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
+        hydras = {"-m", "--multirun", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--hydra-help", "--version"}
+        if hydras.isdisjoint(flag.partition("=")[0] for flag in flags) or not {"-r", "--run"}.isdisjoint(flags):
+            raise UserError(f"{' '.join(flags)} does nothing here; see python {Path(script).name} --help")
+        launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+        _prepare_launcher(launcher, overwrites="overwrite=true" in words)
+        if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
+            raise UserError("-m starts a process for each run and cannot stand under torchrun; start torchrun for each run")
+        if asking and not {"-m", "--multirun"}.isdisjoint(flags):
+            raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
+        more: list[str] = []
+        if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
+            ours = [override for override in overrides if not override.startswith("hydra")]
+            for choices in sweep_jobs(ours):
+                check_config(config_name, choices)
+            more = implied(config_name, ours) if asking else []
+        # Behind the flags: argparse takes the words before a flag or those behind it, not both.
+        behind = [forced(config_name, quoted(override)) for override in overrides]
+        sys.argv[1:] = [*(word for word in given if word not in overrides), *behind, *more]
+        job()
+    if failed:
+        print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
+
+
+def pasteable(script: str, arguments: Sequence[str]) -> str:
+    """What starts this script again, for the shell and the folder that it was started from."""
+    processes, nodes = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    python = "python" if shutil.which("python") else "python3"  # Debian and macOS have no other
+    start = [python] if processes is None else ["torchrun", f"--nproc-per-node={processes}"]
+    if nodes != "1":
+        start.append(f"--nnodes={nodes}")
+    return shlex.join([*start, os.path.relpath(script), *arguments])
+
+
+def _run_child(command: Sequence[str]) -> tuple[int, int | None]:
+    """The command's status, and the signal, if one came, that was passed on to it and waited for.
+
+    It has a process group of its own, so that a Ctrl-C reaches it once, from here.
+    """
+    received: list[int] = []
+    child: subprocess.Popen[bytes] | None = None
+
+    def pass_on(number: int, _: object) -> None:
+        received.append(number)
+        if child is not None:
+            child.send_signal(number)
+
+    # A hang-up that is ignored (nohup) stays ignored.
+    numbers = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+    ]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        child = subprocess.Popen(command, process_group=0)
+        for number in received:  # before there was a child
+            child.send_signal(number)
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return status, received[0] if received else None
+
+
+def _prepare_launcher(chosen: str | None, overwrites: bool) -> None:
+    """Jobs that a launcher starts elsewhere find the project from any folder. Raises UserError for what it cannot do."""
+    if chosen is None:
+        return
+    if chosen.endswith(("=slurm", "=submitit_slurm", "=submitit_local")) and not importlib.util.find_spec("submitit"):
+        raise UserError(f"{chosen} needs hydra-submitit-launcher: pip install -r requirements-extra.txt")
+    if overwrites:
+        raise UserError(
+            f"overwrite=true and {chosen} do not go together: a job that goes back into the queue would delete its own "
+            f"run; choose another name=..., or delete the runs yourself"
+        )
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def newest_run(runs_dir: Path) -> Path:
+    """The run that finished last. Raises UserError when none has."""
+    done = finished_runs(runs_dir)
+    if not done:
+        raise UserError(f"no finished run in {runs_dir}; train one with: python train_model.py attention=mla")
+    return done[-1]
+
+
+def finished_runs(runs_dir: Path) -> list[Path]:
+    """Runs with a summary.json, the one that finished last at the end.
+
+    By the summary's own time: a copied file has another. Those that are older than this field come first, by name.
+    """
+    with readable(f"runs_dir={runs_dir}", "make it readable, or name another"):
+        found = [folder / "summary.json" for folder in run_folders(runs_dir) if (folder / "summary.json").is_file()]
+    return [path.parent for path in sorted(found, key=_finished_at)]
+
+
+def _finished_at(summary: Path) -> str:
+    try:
+        return str(read_object(summary).get("finished_at") or "")
+    except (OSError, ValueError):  # said by whoever takes this run
+        return ""

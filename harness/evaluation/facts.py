@@ -1,0 +1,141 @@
+"""What is known of a model before its first step: parameters by block, FLOPs, the cache as measured and by formula."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+
+from harness.config.schema import TrainConfig
+from harness.errors import UserError
+from harness.evaluation.cache_size import measure_cache
+from harness.files.untrusted import Count, Figure, Positive
+from modeling.attention.cache import DTYPES, formula_bytes
+from modeling.flops import parameters_by_block, training_flops_per_token
+from modeling.gpt import GPT
+
+
+class Facts(TypedDict, total=False):
+    """As they stand in summary.json, and under the same names in a dashboard's configuration and summary."""
+
+    parameters: Positive
+    parameters_by_block: dict[str, Count]
+    training_flops_per_token: Count
+    cache_bytes_per_token: Count
+    cache_dtype: str
+    cache_bytes_at_context: Count | None
+    cache_elements_per_token_per_layer: Figure | None
+    cache_ratio_to_mha: Figure | None
+    mha_cache_bytes_per_token: Figure | None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of one variant at one model size."""
+
+    parameters: dict[str, int]  # by block, and "total"
+    flops_per_token: int  # training, forward and backward
+    cache_dtype: str
+    cache_bytes_per_token: int  # all layers, batch 1, measured on allocated buffers
+    cache_formula_bytes_per_token: int
+    cache_bytes_at_context: int  # allocated for max_seq_len tokens
+    cache_elements_per_token_per_layer: float
+    cache_ratio_to_mha: float  # MHA of the same heads: 2 * n_heads * head_dim elements
+    mha_cache_bytes_per_token: int  # MHA of the same heads, all layers, in bfloat16
+    gqa_groups: float  # GQA of the same head width with this many groups would cache as much
+
+    def record(self) -> Facts:
+        return {
+            "parameters": self.parameters["total"],
+            "parameters_by_block": self.parameters,
+            "training_flops_per_token": self.flops_per_token,
+            "cache_bytes_per_token": self.cache_bytes_per_token,
+            "cache_dtype": self.cache_dtype,
+            "cache_bytes_at_context": self.cache_bytes_at_context,
+            "cache_elements_per_token_per_layer": self.cache_elements_per_token_per_layer,
+            "cache_ratio_to_mha": self.cache_ratio_to_mha,
+            "mha_cache_bytes_per_token": self.mha_cache_bytes_per_token,
+        }
+
+    @property
+    def cache_line(self) -> str:
+        """What a token takes in the cache: the figure of summary.json."""
+        return (
+            f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.cache_dtype}, measured and by formula "
+            f"({self.cache_elements_per_token_per_layer:g} elements per layer, {self.cache_ratio_to_mha:.3f} of MHA's, "
+            f"as GQA with {self.gqa_groups:.3g} groups)"
+        )
+
+    def lines(self) -> list[str]:
+        """For the person who started the run."""
+        blocks = ", ".join(f"{block} {count:,}" for block, count in self.parameters.items() if count and block != "total")
+        return [
+            f"parameters  {self.parameters['total']:,} ({blocks})",
+            f"training    {self.flops_per_token / 1e6:,.1f} MFLOP per token",
+            self.cache_line,
+        ]
+
+
+def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
+    """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
+    dtype = DTYPES[config.cache.dtype]
+    size = measure_cache(model, dtype=dtype)
+    formula = sum(formula_bytes(attention, dtype) for attention in model.attentions)
+    if size.bytes_per_token != formula:
+        raise UserError(
+            f"attention={config.attention['name']} allocates {size.bytes_per_token} bytes of cache per token, its "
+            f"cache_formula says {formula}: correct the class, since no number of such a run could be believed"
+        )
+    elements = size.elements_per_token_per_layer
+    one_group = 2 * config.model.head_dim
+    return ModelFacts(
+        parameters=parameters_by_block(model),
+        flops_per_token=training_flops_per_token(model, config.model.max_seq_len),
+        cache_dtype=config.cache.dtype,
+        cache_bytes_per_token=size.bytes_per_token,
+        cache_formula_bytes_per_token=formula,
+        cache_bytes_at_context=size.bytes_at_context,
+        cache_elements_per_token_per_layer=elements,
+        cache_ratio_to_mha=elements / (one_group * config.model.n_heads),
+        mha_cache_bytes_per_token=2 * one_group * config.model.n_heads * config.model.n_layers,
+        gqa_groups=elements / one_group,
+    )
+
+
+def cache_remark(facts: ModelFacts, config: TrainConfig) -> str | None:
+    """A sentence when a latent cache is no smaller than that of the shipped GQA: the saving would be an illusion."""
+    rank, groups = config.attention.get("kv_lora_rank"), max(2, config.model.n_heads // 4)
+    if rank is None or facts.gqa_groups < groups:
+        return None
+    room = 2 * groups * config.model.head_dim - config.attention.get("qk_rope_head_dim", 0)
+    return (
+        f"note: this cache is no smaller than that of GQA with {groups} groups "
+        f"({2 * groups * config.model.head_dim} elements per layer); attention.kv_lora_rank below {room} would be"
+    )
+
+
+def estimated_seconds(flops: float, *, device: torch.device, dtype: torch.dtype, width: int) -> float:
+    """How long `flops` of training will take here: the rate of a matrix product of this width, timed now, halved.
+
+    Half is what small models reach beside their matrix products (0.4 to 0.6 seen on a CPU and on a GPU): an
+    estimate for the person who waits, good to a factor of two.
+    """
+    rows = 2048 if device.type == "cpu" else 65_536
+    a = torch.ones(rows, width, device=device, dtype=dtype)  # random ones would shift the run's generator
+    b = torch.ones(width, 4 * width, device=device, dtype=dtype)
+    a @ b  # the first one initialises the library
+    _synchronise(device)
+    started, repeats = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.1:
+        a @ b
+        _synchronise(device)
+        repeats += 1
+    rate = repeats * 2 * rows * width * 4 * width / (time.perf_counter() - started)
+    return flops / (rate / 2)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

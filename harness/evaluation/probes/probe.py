@@ -1,0 +1,41 @@
+"""What a probe is: a measurement of a trained model beside its perplexity, and how a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harness.evaluation.perplexity import TokenSplit
+from modeling.gpt import GPT
+
+Figures = dict[str, Any]  # what a probe measured, as it stands in an evaluation's record: JSON's types alone
+Rows = list[tuple[str, str]]  # name and value
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a probe may look at."""
+
+    model: GPT  # in evaluation mode, on `device`
+    longer: Callable[[int], GPT | None]  # the same weights with that max_seq_len; None: the positions do not allow it
+    split: TokenSplit
+    end_of_text: int
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    dataset: str  # name of the corpus being evaluated
+    precision: torch.dtype
+    device: torch.device
+    batch_size: int  # windows of the model's max_seq_len per forward pass
+    max_tokens: int  # that a probe looks at, at most
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One probe: the file that bears its name holds it as PROBE."""
+
+    measure: Callable[[Subject], Figures | None]  # None: does not apply to this model, or not to this text
+    rows: Callable[[Figures], Rows]
+    why_not: str  # said where `measure` gives None

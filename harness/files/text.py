@@ -1,0 +1,84 @@
+"""Text for people: tables, Markdown and CSV in which nothing that is quoted can leave its place.
+
+Names and sentences come from files that somebody else may have written. Whatever shows them makes them `visible` first.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from harness.errors import escaped
+
+# Control characters, marks that turn the direction of text, ends of lines and paragraphs, halves of surrogate pairs.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|])")
+_FORMULA = ("=", "+", "-", "@")  # what a spreadsheet computes begins so
+
+
+def visible(text: str, *, but: str = "") -> str:
+    """The text with whatever would steer a terminal escaped (\\x1b, \\n, \\u202e), except the characters in `but`."""
+    return _STEERING.sub(lambda found: found[0] if found[0] in but else escaped(found[0]), text)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
+    """The lines of a table for a terminal; the columns in `left` begin at the left, the others end at the right.
+
+    A row may be shorter than others.
+    """
+    shown = [[visible(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in shown if i < len(row)) for i in range(max(map(len, shown)))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in shown
+    ]
+
+
+def markdown(text: str) -> str:
+    """As it stands, whatever characters it is made of, in one line."""
+    return _MARKDOWN.sub(r"\\\1", visible(text))
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(markdown, cells))} |"
+
+
+def csv_text(rows: Sequence[Sequence[Any]]) -> str:
+    """Comma-separated values. A text that a spreadsheet would compute is marked as text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([map(_cell, row) for row in rows])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return f"'{visible(value)}" if value.startswith(_FORMULA) else visible(value)
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, str]:
+    """A sentence on each field, by its name, in which two sets of fields differ."""
+    return {
+        path: f"{path} is {theirs.get(path, 'absent')} there and {ours.get(path, 'absent')} here"
+        for path in sorted(ours.keys() | theirs.keys())
+        if ours.get(path) != theirs.get(path)
+    }
+
+
+def first_few(sentences: Sequence[str], most: int = 4) -> str:
+    """The first ones, and how many more there are."""
+    more = len(sentences) - most
+    return "; ".join([*sentences[:most], *([f"and {more} more"] if more > 0 else [])])
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,302 @@
+"""Our models as transformers' own classes, with the same weights, in memory and as a folder.
+
+    MHA, GQA, MQA               Llama; with qk_norm Qwen3; with biases on queries, keys and values alone Qwen2, or
+                                Llama with a bias of zeros on the output
+    MLA with RMSNorm latents    DeepSeek-V3, every layer dense
+    everything else             a class of ours that they know after register() (harness/hf/own_class.py)
+
+These two alone of the files here import transformers, and only when one of these functions is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.config.schema import TrainConfig
+from harness.errors import UserError
+from harness.files.atomic import read_json, write_json
+from harness.hf.weights import their_weights
+from modeling.attention import EXECUTION
+from modeling.gpt import GPT
+
+# By mechanism, what a variant must have to be one of their classes, and the choices that fit. A mechanism that is not
+# here is known to this project alone.
+_FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gqa": {"positions": ("rope",)},
+    "mla": {
+        "positions": ("decoupled",),
+        "kv_latent": ("joint",),
+        "latent_norm": ("rms",),
+        "latent_norm_place": ("latent",),
+        "sharing": ("none", "weights"),
+        "rope_frequencies": ("computed",),
+    },
+}
+_FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
+
+
+def version() -> str:
+    """Of transformers."""
+    import transformers
+
+    return str(transformers.__version__)
+
+
+def register() -> None:
+    """Let transformers' AutoConfig and AutoModelForCausalLM load folders of our own class. Again and again if you like."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from harness.hf.own_class import MODEL_TYPE, AttentionAblationConfig, AttentionAblationForCausalLM
+
+    AutoConfig.register(MODEL_TYPE, AttentionAblationConfig, exist_ok=True)
+    AutoModelForCausalLM.register(AttentionAblationConfig, AttentionAblationForCausalLM, exist_ok=True)
+
+
+def as_own(model: GPT, config: TrainConfig) -> Any:
+    """`model`, built from `config`, as a PreTrainedModel of our own class: any variant, the same tensors."""
+    from harness.hf.own_class import wrapped
+
+    return wrapped(model, config.model, config.attention | EXECUTION)
+
+
+def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) -> Any:
+    """The PreTrainedModel that computes what `model`, built from `config`, computes: same weights, dtype and device.
+
+    family: one of `families`, the first if None. Its vocabulary is ours without the padding. Generation stops at no token.
+    Raises UserError, naming what does not fit, for a variant that none of their classes is.
+    """
+    differing = misfits(config)
+    if differing:
+        nearest = families(config)[:1]
+        raise UserError(
+            f"attention={config.attention['name']} is no model of transformers: {f'its {nearest[0]}' if nearest else 'it'} "
+            f"has no {' and no '.join(differing)}"
+        )
+    from transformers import (
+        DeepseekV3Config,
+        DeepseekV3ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    sizes, attention, family = config.model, config.attention, family or families(config)[0]
+    scaling = attention["rope_scaling"] or {"rope_type": "default"}
+    shared: dict[str, Any] = {
+        "vocab_size": model.vocab_size,
+        "hidden_size": sizes.d_model,
+        "intermediate_size": sizes.mlp_hidden,
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": sizes.n_heads,
+        "max_position_embeddings": model.max_seq_len,
+        "rms_norm_eps": sizes.norm_eps,
+        "tie_word_embeddings": sizes.tie_embeddings,
+        "rope_parameters": {"rope_theta": attention["rope_theta"], **scaling},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if family != "Qwen2":  # which has its biases without being told
+        shared["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
+    theirs: Any
+    with torch.device("meta"):  # no initial values: all of them are replaced
+        if attention["mechanism"] == "gqa":
+            heads: dict[str, Any] = {"num_key_value_heads": attention["n_kv_heads"], "head_dim": attention["head_dim"]}
+            if family == "Qwen3":
+                theirs = Qwen3ForCausalLM(Qwen3Config(**shared, **heads))
+            elif family == "Qwen2":
+                theirs = Qwen2ForCausalLM(Qwen2Config(**shared, **heads, use_sliding_window=False))
+            else:
+                theirs = LlamaForCausalLM(LlamaConfig(**shared, **heads, mlp_bias=sizes.bias))
+        else:
+            ranks = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+            theirs = DeepseekV3ForCausalLM(
+                DeepseekV3Config(
+                    **shared,
+                    **{rank: attention[rank] for rank in ranks},
+                    num_key_value_heads=sizes.n_heads,
+                    # Their checkpoints' layout: implementations that know no other read ours too.
+                    rope_interleave=True,
+                    num_mtp_layers=0,
+                    first_k_dense_replace=len(model.blocks),  # no experts
+                )
+            )
+    theirs.to(model.embedding.weight.dtype).to_empty(device=model.embedding.weight.device)
+    weights = dict(their_weights(model, config))
+    for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none
+        if name.endswith(".o_proj.bias") and name not in weights:
+            weights[name] = torch.zeros_like(parameter)
+    if sizes.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights)
+    rotary = type(theirs.model.rotary_emb)
+    theirs.model.rotary_emb = rotary(theirs.config).to(model.embedding.weight.device)  # float32, in no state dict
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def families(config: TrainConfig) -> list[str]:
+    """The classes of theirs that come nearest; where `misfits` finds nothing, each computes the same.
+
+    More than one, the closest first: their Qwen2 comes with a tokenizer of its own, whatever a folder holds. None for a
+    mechanism that they do not have at all.
+    """
+    attention = config.attention
+    if attention["mechanism"] not in _FITTING:
+        return []
+    if attention["mechanism"] == "mla":
+        return ["DeepSeek-V3"]
+    if attention["qk_norm"]:
+        return ["Qwen3"]
+    return ["Qwen2", "Llama"] if attention["projection_bias"] == "qkv" and not config.model.bias else ["Llama"]
+
+
+def export_line(config: TrainConfig) -> str:
+    """For people: what a run of this configuration will be exported as."""
+    if differing := misfits(config):
+        return f"exports as  a class of our own: no stock one has {' and '.join(differing)}"
+    return f"exports as  transformers' {families(config)[0]}"
+
+
+def misfits(config: TrainConfig) -> list[str]:
+    """What no class of theirs has, as field=value; none where one computes the same."""
+    model, attention = config.model, config.attention
+    if attention["mechanism"] not in _FITTING:
+        return [f"attention.mechanism={attention['mechanism']}"]
+    grouped = attention["mechanism"] == "gqa"
+    differing = [
+        f"attention.{key}={attention[key]}"
+        for key, fitting in _FITTING[attention["mechanism"]].items()
+        if attention[key] not in fitting
+    ]
+    if grouped and attention["v_head_dim"] != attention["head_dim"]:
+        differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
+    if model.bias and (not grouped or attention["qk_norm"]):  # only Llama has them in the MLP
+        differing.append("model.bias=true")
+    # Of their projections from x, the one to queries has no bias (the one to the queries' latent has).
+    if not grouped and attention["projection_bias"] == "all" and attention["q_lora_rank"] is None:
+        differing.append("attention.projection_bias=all with attention.q_lora_rank=null")
+    if not grouped and model.norm_eps == 0:  # which no factor makes of theirs
+        differing.append("model.norm_eps=0")
+    if model.mlp != "swiglu":
+        differing.append(f"model.mlp={model.mlp}")
+    if not model.causal:
+        differing.append("model.causal=false")
+    return differing
+
+
+def save(theirs: Any, folder: Path, stops: Sequence[int], begins: Sequence[int] = ()) -> None:
+    """config.json, generation_config.json and model.safetensors.
+
+    begins: tokens that the tokenizer puts before a text, with which `generate` begins one where nothing is given; it stops
+    at any of `stops`.
+    """
+    for config in (theirs.config, theirs.generation_config):
+        config.bos_token_id = begins[0] if begins else None
+        config.eos_token_id = stops[0] if len(stops) == 1 else list(stops)
+        config.pad_token_id = stops[0]
+    with _no_progress_bars():
+        theirs.save_pretrained(folder)
+    file = folder / "config.json"
+    written = read_json(file)
+    write_json(file, written | _legacy(written))
+
+
+def _legacy(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers before 5, and what was built on it, reads instead of rope_parameters and dtype.
+
+    Without these fields such a reader takes its class's defaults, and computes other logits without a word.
+    """
+    fields = {"torch_dtype": config["dtype"]}
+    if "rope_parameters" in config:
+        scaling = dict(config["rope_parameters"])
+        fields["rope_theta"] = scaling.pop("rope_theta")
+        fields["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    return fields
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """Model (float32, in evaluation mode) and tokenizer of a folder, as anybody loads them: by its files alone.
+
+    One of our own class needs register() first.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **_FILES_ALONE)
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """What AutoTokenizer makes of a folder; its class depends on the model_type in config.json too."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, **_FILES_ALONE)
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.inference_mode()
+def difference(model: GPT, theirs: Any) -> float:
+    """||ours - theirs|| / ||theirs|| of the logits of random tokens: what tells the same function from a similar one."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, min(32, model.max_seq_len))
+    tokens_BT = torch.randint(model.vocab_size, shape, generator=generator).to(model.embedding.weight.device)
+    ours_BTC = model(tokens_BT)[..., : model.vocab_size]
+    theirs_BTC = theirs(input_ids=tokens_BT).logits.float()
+    return ((ours_BTC - theirs_BTC).norm() / theirs_BTC.norm()).item()
+
+
+@torch.inference_mode()
+def write(theirs: Any, prompts_BT: Tensor, new_tokens: int, stamp: Callable[[], None]) -> None:
+    """Greedy `generate` with its own cache; `stamp` is called as each new token is there."""
+    theirs.generate(
+        input_ids=prompts_BT,
+        attention_mask=torch.ones_like(prompts_BT),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        use_cache=True,
+        streamer=_Stamper(stamp),
+    )
+
+
+class _Stamper:
+    """What `generate` asks of a streamer. It is handed the prompt first."""
+
+    def __init__(self, stamp: Callable[[], None]) -> None:
+        self._stamp, self._prompt_seen = stamp, False
+
+    def put(self, tokens: Tensor) -> None:
+        if self._prompt_seen:
+            self._stamp()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@torch.inference_mode()
+def cache_bytes_per_token(theirs: Any) -> int:
+    """Bytes that one token of one row takes in their cache, all layers, read off its tensors."""
+    tokens_BT = torch.zeros(1, 8, dtype=torch.long, device=theirs.device)
+    cache = theirs(input_ids=tokens_BT, use_cache=True).past_key_values
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens_BT.shape[1]

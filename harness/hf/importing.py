@@ -1,0 +1,431 @@
+"""A Hugging Face checkpoint as a run of ours: the opposite direction of harness/hf/classes.py.
+
+What config.json says is either kept exactly or refused, naming the field (harness/hf/config_json.py). Weights go from
+safetensors to safetensors one tensor at a time, in their own dtype; nothing is computed but a reordering of rows (and,
+where norm_eps is not that of DeepSeek's latent norms, one factor), see harness/hf/weights.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.config.build import build_model
+from harness.config.checks import train_config
+from harness.config.compose import load_train_config
+from harness.config.identity import differences, origin_hash
+from harness.config.run_config import load_run_config
+from harness.config.schema import TokenizerConfig, TrainConfig
+from harness.data import PreparedData, Tokenizer, check, hub_client, prepare
+from harness.errors import UserError
+from harness.files.atomic import check_target, read_json
+from harness.hf.config_json import FAMILIES, Description, describe
+from harness.hf.shards import DTYPES, ShardWriter, Slot, Stored, open_shards
+from harness.hf.weights import Recipe, recipes
+from harness.runs.from_weights import ORIGIN_FILE, make_run
+from harness.runs.text_parts import TheirText, read_text
+from harness.training.checkpoint import unique_tensors
+from modeling.attention import EXECUTION
+from modeling.attention.cache import DTYPES as CACHE_DTYPES
+from modeling.gpt import GPT
+
+CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
+_TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_SCORED_TOKENS = 16_384  # in one forward pass of an evaluation, where the window is no longer
+_LEARNING_RATE = 2e-5  # of whoever trains on: a usual one for weights that have been trained
+# Buffers that older checkpoints carry; what they hold follows from config.json.
+_COMPUTED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's files on this machine. revision: the hub's commit, None for a local folder."""
+
+    name: str
+    revision: str | None
+    config: Path
+    tokenizer: Path
+    shards: tuple[Path, ...]
+    index: Path | None
+    text: Mapping[str, Path]  # what says how texts are taken, by name
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.config, self.tokenizer, *([self.index] if self.index else []), *self.shards]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an import will write. notes: what a user must know of it, a sentence each."""
+
+    source: Source
+    config: TrainConfig
+    model: GPT  # on the meta device
+    recipes: Mapping[str, Recipe]  # by the name of our tensor
+    tensors: Mapping[str, Stored]
+    model_type: str
+    text: TheirText
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """All layers, in cache.dtype, read off allocated buffers."""
+        caches = self.model.new_cache(1, 1, dtype=CACHE_DTYPES[self.config.cache.dtype], device="cpu")
+        return sum(cache.bytes_per_token for cache in caches)
+
+    def lines(self) -> list[str]:
+        """What a person wants to know of the import."""
+        revision = f" at {self.source.revision}" if self.source.revision else ""
+        return [
+            f"source      {self.source.name}{revision}: {FAMILIES[self.model_type].architecture}",
+            f"attention   {self.config.attention['name']}, {self.config.model.n_layers} layers, context "
+            f"{self.config.model.max_seq_len:,}",
+            f"parameters  {self.parameters:,}",
+            f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.config.cache.dtype}",
+            *(f"note        {note}" for note in self.notes),
+        ]
+
+
+def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_seq_len: int | None) -> Plan:
+    """Read and check everything but the weights' values. Writes nothing.
+
+    overrides: dataset and data_dir as train_model.py takes them. max_seq_len: a shorter context than config.json's.
+    Raises UserError, naming the field or tensor, for what our classes do not compute or the files do not hold.
+    """
+    theirs = describe(_their_json(source.config), max_seq_len)
+    tensors = open_shards(source.shards)
+    notes = list(theirs.notes)
+    tokenizer = Tokenizer.load(source.tokenizer)
+    rows = theirs.vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"{source.tokenizer} has {tokenizer.vocab_size:,} tokens and the embedding vocab_size={rows:,} rows: bring the "
+            f"tokenizer.json that the model was trained with"
+        )
+    text = read_text(source.text, _their_json(source.config), tokenizer.vocabulary)
+    notes += _tokenizer_notes(tokenizer, text)
+    base = load_train_config(
+        [f"name={target.name}", f"runs_dir={target.parent}", f"model.default_lr={_LEARNING_RATE}", *overrides]
+    )
+    last = source.name.rstrip("/").rpartition("/")[2]
+    model = dataclasses.replace(
+        base.model,
+        name=re.sub(r"[^A-Za-z0-9._-]+", "_", last) or "imported",
+        **theirs.sizes,
+        tie_embeddings=_tied(theirs.tied, tensors, notes),
+        vocab_size=rows if rows > tokenizer.vocab_size else None,
+    )
+    evaluation = dataclasses.replace(
+        base.evaluation, batch_size=max(1, min(base.evaluation.batch_size, _SCORED_TOKENS // model.max_seq_len))
+    )
+    config = dataclasses.replace(
+        base,
+        name=target.name,
+        model=model,
+        attention=theirs.attention | {"dropout": 0.0} | EXECUTION,
+        evaluation=evaluation,
+        tokenizer=TokenizerConfig(name="pretrained"),
+    )
+    config = train_config(dataclasses.asdict(config))
+    check(config.dataset, config.tokenizer, has_file=True)
+    with torch.device("meta"):
+        meta = build_model(config, tokenizer.vocab_size)
+    made_of = dict(recipes(meta, config, interleaved=theirs.interleaved))
+    _check_tensors(made_of, tensors, theirs, notes)
+    return Plan(source, config, meta, made_of, tensors, theirs.model_type, text, tuple(notes))
+
+
+def _tokenizer_notes(tokenizer: Tokenizer, text: TheirText) -> list[str]:
+    notes, (before, behind) = [], tokenizer.added()
+    if before:
+        notes.append(f"a text begins with {_tokens(before)}, as tokenizer.json says")
+    if behind:
+        notes.append(f"tokenizer.json ends a text with {_tokens(behind)}, which is left out: a prompt goes on")
+    if text.stops and tokenizer.end_of_text not in text.stops:
+        notes.append(
+            f"documents end with token {tokenizer.end_of_text} here, writing with eos_token_id="
+            f"{', '.join(map(str, text.stops))}"
+        )
+    return notes
+
+
+def _tokens(numbers: Sequence[int]) -> str:
+    return f"token{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def import_model(plan: Plan, target: Path) -> None:
+    """Write the run. Raises UserError when `target` is taken or cannot be written, or a file is not what it should be."""
+    check_target(target)
+    writer = ShardWriter(
+        {
+            name: Slot(tuple(tensor.shape), _dtype(plan, plan.recipes[name]))
+            for name, tensor in unique_tensors(plan.model).items()
+        }
+    )
+    hashes = file_hashes(plan.source)
+
+    def write(path: Path) -> None:
+        from tqdm import tqdm
+
+        bar = tqdm(writer.names, desc="import", unit="tensor", leave=False, disable=None)
+        writer.write(path, (_made(plan, plan.recipes[name], writer.slots[name]) for name in bar))
+
+    make_run(
+        _with_origin(plan.config, hashes),
+        target,
+        write_model=write,
+        model_bytes=writer.nbytes,
+        tokenizer_file=plan.source.tokenizer,
+        text=plan.text,
+        origin=origin(plan, hashes),
+        steps=0,
+    )
+
+
+def _with_origin(config: TrainConfig, hashes: Mapping[str, str]) -> TrainConfig:
+    """Imports of one shape and other weights are other setups."""
+    return dataclasses.replace(config, init_setup=origin_hash(dict(hashes)))
+
+
+def origin(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """The content of origin.json."""
+    return {
+        "kind": "import",
+        "source": plan.source.name,
+        "revision": plan.source.revision,
+        "model_type": plan.model_type,
+        "architecture": FAMILIES[plan.model_type].architecture,
+        "sha256": dict(hashes),
+        "notes": list(plan.notes),
+    }
+
+
+def already_imported(plan: Plan, target: Path) -> bool:
+    """Whether `target` holds this very import: the same files by SHA-256, imported with the same settings.
+
+    Raises UserError where it holds an import of the same name that differs.
+    """
+    if not (target / ORIGIN_FILE).is_file() or not (target / "config.yaml").is_file():
+        return False
+    there = read_json(target / ORIGIN_FILE)
+    if there.get("kind") != "import":
+        return False
+    hashes = file_hashes(plan.source)
+    # Older imports name their tokenizer's place, which says nothing of what they are: the file is among the hashes.
+    differing = differences(_with_origin(plan.config, hashes), load_run_config(target), apart_from=("tokenizer.path",))
+    if there.get("sha256") != hashes:
+        differing.insert(0, f"it was imported from other files, those of {there.get('source')}")
+    if differing:
+        raise UserError(f"to={target} holds another import ({'; '.join(differing[:3])}): choose another folder")
+    return True
+
+
+def score_data(plan: Plan, target: Path) -> PreparedData:
+    """What the import in `target` is scored on, in its own tokens: as this command names it."""
+    return prepare(
+        plan.config.dataset,
+        plan.config.tokenizer,
+        Path(plan.config.data_dir),
+        tokenizer_file=target / TOKENIZER,
+        for_training=False,
+    )
+
+
+def file_hashes(source: Source) -> dict[str, str]:
+    """SHA-256 of each file, by name."""
+    hashes = {}
+    for path in source.files:
+        try:
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
+    return hashes
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def find_source(text: str) -> Source:
+    """The files of a local folder, or of NAME or NAME@REVISION on the hub, downloaded into the hub's cache.
+
+    A path that exists wins. Raises UserError (HubUnreachable where the hub is out of reach), in one sentence, for files
+    that are missing and for weights that are pickled: those are never loaded.
+    """
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return _local_source(folder.absolute())
+    if folder.exists():
+        raise UserError(f"source={text} is a file: name the folder that holds its config.json")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", text) or text.startswith("."):
+        raise UserError(f"source={text} does not exist: name a folder with a config.json, or a model on the hub")
+    repository, _, revision = text.partition("@")
+    if hub_client.offline():
+        return _cached_source(text, repository, revision or None)
+    commit, hashes = hub_client.model_files(repository, revision or None)
+
+    def fetch(name: str) -> Path | None:
+        if name not in hashes:
+            return None
+        path = hub_client.model_file(repository, name, commit)
+        if not hub_client.is_whole(path, hashes[name]):
+            raise UserError(f"{path} is not what the hub states of {name}: delete it and run this again")
+        return path
+
+    return _source(repository, commit, fetch, sorted(hashes), f"{repository} on the hub")
+
+
+def _local_source(folder: Path) -> Source:
+    def fetch(name: str) -> Path | None:
+        return folder / name if (folder / name).is_file() else None
+
+    return _source(str(folder), None, fetch, sorted(path.name for path in folder.iterdir()), str(folder))
+
+
+def _cached_source(text: str, repository: str, revision: str | None) -> Source:
+    """As it lies in the hub's cache, the network forbidden."""
+    config = hub_client.cached_file(repository, CONFIG, revision, "model")
+    if config is None:
+        hub_client.connect(repository, f"source={text}", "weights")  # says that HF_HUB_OFFLINE is set
+        raise AssertionError("offline() is true")
+    folder = config.parent
+
+    def fetch(name: str) -> Path | None:
+        return hub_client.cached_file(repository, name, folder.name, "model")
+
+    names = sorted(path.name for path in folder.iterdir())
+    return _source(repository, folder.name, fetch, names, f"{folder} (HF_HUB_OFFLINE is set)")
+
+
+def _source(name: str, revision: str | None, fetch: Callable[[str], Path | None], names: Sequence[str], place: str) -> Source:
+    """names: of all files, to say what is there instead."""
+    config = fetch(CONFIG)
+    if config is None:
+        raise UserError(f"{place} has no {CONFIG}: name the folder of a transformers model")
+    describe(_their_json(config))  # before gigabytes are fetched
+    index = fetch(INDEX)
+    if index is not None:
+        shard_names = _shards_of(index)
+    elif WEIGHTS in names:
+        shard_names = [WEIGHTS]
+    elif pickled := [other for other in names if other.endswith(_PICKLED)]:
+        raise UserError(
+            f"{place} has pickled weights only ({pickled[0]}), which can run code when loaded and are not read: convert "
+            f"them to safetensors (save_pretrained of transformers writes it)"
+        )
+    else:
+        raise UserError(f"{place} has neither {WEIGHTS} nor {INDEX}: nothing holds the weights")
+    tokenizer = fetch(TOKENIZER)
+    if tokenizer is None:
+        raise UserError(
+            f"{place} has no {TOKENIZER}, which the run's text is encoded with: save the fast tokenizer beside the weights"
+        )
+    shards = []
+    for shard in shard_names:
+        path = fetch(shard)
+        if path is None:
+            raise UserError(f"{shard}, a shard that {INDEX} names, is not in {place}: fetch it too")
+        shards.append(path)
+    text = {each: path for each in _TEXT_FILES if each in names and (path := fetch(each)) is not None}
+    return Source(name, revision, config, tokenizer, tuple(shards), index, text)
+
+
+def _shards_of(index: Path) -> list[str]:
+    placed = _their_json(index).get("weight_map")
+    if not isinstance(placed, dict) or not placed:
+        raise UserError(f"{index} has no weight_map, which names the shards: fetch it again")
+    names = sorted({str(name) for name in placed.values()})
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", name):
+            raise UserError(f"{index} names {name} as a shard, which is no plain name of a safetensors file: correct it")
+    return names
+
+
+def _their_json(path: Path) -> dict[str, Any]:
+    """As read_json, with a remedy for a file of somebody else's."""
+    try:
+        return read_json(path)
+    except UserError:
+        raise UserError(f"{path} holds no JSON object: fetch it again") from None
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _tied(said: bool, tensors: Mapping[str, Stored], notes: list[str]) -> bool:
+    """Whether the head is the embedding. said: by config.json."""
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if head is None:
+        if not said:
+            notes.append("there is no lm_head.weight, so the head is the embedding, though tie_word_embeddings=false")
+        return True
+    if not said:
+        return False
+    same = embedding is not None and head.shape == embedding.shape and torch.equal(head.read(), embedding.read())
+    if not same:
+        notes.append("lm_head.weight differs from the embedding and is kept, though tie_word_embeddings=true")
+    return same
+
+
+def _check_tensors(recipes: Mapping[str, Recipe], tensors: Mapping[str, Stored], theirs: Description, notes: list[str]) -> None:
+    """Raises UserError unless every tensor that is needed is there in the shape that config.json asks for, and no other."""
+    for name, recipe in recipes.items():
+        if recipe.source is None:
+            if name.startswith("blocks.0."):
+                notes.append(f"there is no such bias as {name}, so it is zeros")
+            continue
+        stored = tensors.get(recipe.source)
+        if stored is None:
+            raise UserError(
+                f"{recipe.source} is in none of the weight files: the checkpoint is not whole, or not of "
+                f"model_type={theirs.model_type}"
+            )
+        if stored.shape != recipe.shape:
+            raise UserError(
+                f"{recipe.source} is {stored.shape} in {stored.file.name} and {recipe.shape} by config.json: "
+                f"the two are not of one model"
+            )
+        if stored.dtype not in DTYPES:
+            raise UserError(
+                f"{recipe.source} is of {stored.dtype}, which is not read: convert the weights to one of {', '.join(DTYPES)}"
+            )
+    used = {recipe.source for recipe in recipes.values()} | {"lm_head.weight"}
+    odd = [name for name in tensors if name not in used and not _COMPUTED.fullmatch(name)]
+    layers = theirs.sizes["n_layers"]
+    if theirs.model_type == "deepseek_v3":  # their modules for multi-token prediction stand behind the last layer
+        mtp = [name for name in odd if (found := re.match(r"model\.layers\.(\d+)\.", name)) and int(found[1]) >= layers]
+        if mtp:
+            notes.append(f"{len(mtp)} tensors of multi-token prediction (layers from {layers} on) are left out")
+        odd = [name for name in odd if name not in mtp]
+    if odd:
+        raise UserError(
+            f"{min(odd)} is in the weight files and has no place in model_type={theirs.model_type} with this "
+            f"config.json ({len(odd)} such tensors): the two are not of one model"
+        )
+
+
+def _dtype(plan: Plan, recipe: Recipe) -> torch.dtype:
+    """Theirs; float32 for a product, which their dtype would round."""
+    if recipe.source is None or recipe.factor != 1.0:
+        return torch.float32
+    return DTYPES[plan.tensors[recipe.source].dtype]
+
+
+def _made(plan: Plan, recipe: Recipe, slot: Slot) -> Tensor:
+    if recipe.source is None:
+        return torch.zeros(slot.shape, dtype=slot.dtype)
+    made = recipe.make(plan.tensors[recipe.source].read())
+    return made if recipe.factor == 1.0 else (made.double() * recipe.factor).to(slot.dtype)

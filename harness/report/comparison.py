@@ -1,0 +1,704 @@
+"""Finished runs side by side: seeds folded, only what can be compared in one table, quality against cache size.
+
+Runs that were trained on as many tokens of the same data are compared on one evaluation: of the whole test split if
+eval_model.py has scored any of them on it, else of the validation split at the end of training. Which one of several, see
+harness/runs/evaluations.py; a run without it is listed and changes nothing for the others, and an evaluation of a part of a
+split is compared only when it is named. Runs that differ in one of CONDITIONS stand in separate tables. With every cache,
+the evaluations of a run that differ in nothing but the cache are rows of one table instead, so that savings of the
+architecture stand beside those of quantising and of evicting.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from harness.config.run_config import run_folders
+from harness.errors import UserError, readable
+from harness.files.text import aligned, csv_text, markdown, markdown_row, visible
+from harness.runs.evaluations import USUAL, Kind, by_preference, cache_label, common_kind, kind_of
+from harness.runs.records import PLAIN_CACHE, Evaluation, RunSummary, read_evaluations, read_summary
+
+# Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
+CONDITIONS = {
+    "dataset": "dataset {}",
+    "data_fingerprint": "data {:.8}",
+    "tokenizer_fingerprint": "tokenizer {:.8}",
+    "split": "{} split",
+    "evaluated_tokens": "scored on {:,} tokens",
+    "per_document": "per_document={}",
+    "stride_fraction": "stride_fraction={}",
+    "tokens": "trained on {:,} tokens",
+    "cache_dtype": "cache in {}",
+    "through_cache": "through_cache={}",
+    "cache_window": "window {}",
+    "cache_sinks": "{} sinks",
+}
+_IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dtype")
+# Runs that agree in these can be scored on the same text and stand in one table.
+_SAME_TRAINING = ("dataset", "data_fingerprint", "tokenizer_fingerprint", "tokens")
+
+_CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
+_EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
+# What records lack that were written before evaluations through a cache.
+_FORMERLY = PLAIN_CACHE | {"cache_context": None, "cache_bytes_at_context": None}
+_NEEDED = (
+    "name",
+    "attention",
+    "model",
+    "dataset",
+    "split",
+    "seed",
+    "data_seed",
+    "setup_hash",
+    "data_fingerprint",
+    "tokenizer_fingerprint",
+    "parameters",
+    "tokens",
+    "perplexity",
+    "bits_per_byte",
+    "cache_bytes_per_token",
+    "cache_dtype",
+    "tokens_per_second",
+)
+# They may differ within a table, which is then said below it. The first three are the training's.
+_OF_TRAINING = ("device", "torch", "commit")
+_CIRCUMSTANCES = {
+    "device": "speeds cannot be compared",
+    "torch": "results may differ in the last digits",
+    "commit": "the code may have changed between the runs",
+    "precision": "evaluated alike, results would differ in the third or fourth digit",
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One configuration, on one cache, seeds folded: means and sample standard deviations (None for a single seed)."""
+
+    variant: str  # what it is called here: its attention, and whatever else tells it from the other rows
+    cache: str  # the part of that name which tells caches of one configuration apart, or nothing
+    attention: str
+    model: str
+    n: int
+    seeds: list[int]
+    parameters: int
+    tokens: int
+    perplexity: float
+    perplexity_deviation: float | None
+    bits_per_byte: float
+    bits_per_byte_deviation: float | None
+    bits_per_byte_half_width: float | None  # of the mean's 95 % interval, the scatter pooled over the table's setups
+    cache_dtype: str
+    through_cache: bool  # scored through such a cache, not only quoted for it
+    cache_window: int | None
+    cache_sinks: int
+    cache_bytes_per_token: int  # of a token that is held
+    cache_context: int | None  # None: the record is older than this and the next figure
+    cache_bytes_at_context: int | None
+    cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
+    cache_ratio_to_mha: float | None  # MHA of this model's heads and layers; None: the record is older
+    tokens_per_second: float | None  # None: imported or converted, not trained
+    setup_hash: str
+    runs: list[str]
+
+    @property
+    def configuration(self) -> str:
+        """The name without the cache."""
+        return self.variant.removesuffix(f", {self.cache}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Setups that may stand side by side, the fewest bits per byte first."""
+
+    heading: str
+    conditions: dict[str, Any]
+    setups: list[Setup]
+    caution: str  # what the order of the rows is worth
+
+    @property
+    def has_caches_as_rows(self) -> bool:
+        return "cache_dtype" not in self.conditions
+
+    def cache_size(self, setup: Setup) -> float:
+        """What quality is plotted against: bytes per token, of the context where a window may hold fewer tokens."""
+        return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.cache_bytes_per_token
+
+    def cells(self) -> list[list[str]]:
+        """The table for people: names of columns, then a row a setup."""
+        contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
+        at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
+        has_intervals = any(setup.bits_per_byte_half_width is not None for setup in self.setups)
+        rows = []
+        for setup in self.setups:
+            row = {
+                "variant": setup.variant,
+                "seeds": str(setup.n),
+                "parameters": f"{setup.parameters:,}",
+                "tokens": f"{setup.tokens:,}",
+                "perplexity": _with_deviation(setup.perplexity, setup.perplexity_deviation, 3),
+                "bits per byte": _with_deviation(setup.bits_per_byte, setup.bits_per_byte_deviation, 4),
+                **({"95 %": _half_width(setup)} if has_intervals else {}),
+                "cache bytes/token": f"{setup.cache_bytes_per_token:,}",
+            }
+            if self.has_caches_as_rows:
+                allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
+                which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
+                row[at_context] = allocated + which
+            row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
+            row["tokens/s"] = "" if setup.tokens_per_second is None else f"{setup.tokens_per_second:,.0f}"
+            rows.append(row)
+        return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The tables, and sentences on what was left out or must be known to read them."""
+
+    tables: list[Table]
+    notes: list[str]
+    lacking: list[str]  # names of the runs without the evaluation that the others are compared on
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as the JSON line has them."""
+        return dataclasses.asdict(self)
+
+
+def compare(
+    folders: Sequence[Path],
+    *,
+    split: str | None = None,
+    dataset: str | None = None,
+    evaluation: str | None = None,
+    every_cache: bool = False,
+    strict: bool = False,
+) -> Comparison:
+    """Reads runs and compares them.
+
+    folders: runs, or folders of runs. split and dataset ask for one evaluation of eval_model.py, on the corpus of that
+    name (None: the one each run was trained on), evaluation for the one of that name (a file of evaluations/, without
+    .json) or made with that option ("max_tokens=8000"), which may be of a part of a split; without them the rule of this
+    module's first lines holds. every_cache: a
+    run's evaluations that differ from the chosen one only in the cache become rows too. Runs that are unfinished or lack
+    the evaluation are named and left out. Raises UserError if nothing is left, or, with strict, if the runs cannot all
+    stand in one table.
+    """
+    if evaluation is not None and "=" not in evaluation and (split is not None or dataset is not None):
+        raise UserError("evaluation=NAME says the split and the corpus already: leave out split=... and dataset=...")
+    finished, notes = _finished_runs(_expanded(folders))
+    runs, repeated = _without_repeats(finished)
+    chosen = _chosen_records(runs, split=split, dataset=dataset, evaluation=evaluation, every_cache=every_cache)
+    records = chosen.records
+    tables = _tables(records, every_cache)
+    if strict and chosen.lacking:
+        raise UserError(
+            f"{len(chosen.lacking)} runs lack the evaluation that the others have ({_listed(chosen.lacking)}): evaluate them "
+            f"(python eval_model.py run=NAME), name the others alone, or leave out strict=true"
+        )
+    if strict and len(tables) > 1:
+        differing = _differing([table.conditions for table in tables])
+        raise UserError(
+            f"the runs cannot stand in one table, they differ in {', '.join(differing)} "
+            f"({'; '.join(table.heading for table in tables)}): name runs that agree, or leave out strict=true"
+        )
+    if len(tables) > 1:
+        names = ", ".join(_differing([table.conditions for table in tables]))
+        notes.append(f"separate tables, because these runs differ in {names}")
+    if every_cache:
+        notes.append("x MHA: cache bytes per token of context, over those of MHA with the model's heads in bfloat16")
+    notes = [*chosen.notes, *notes, *repeated, *_uneven_seeds(tables), *_circumstances(records)]
+    return Comparison(tables, notes, chosen.lacking)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    folder: Path
+    summary: Evaluation  # stands for an evaluation where there is none
+    evaluations: list[Evaluation]  # the newest last; "record" is each one's name
+
+
+def _expanded(folders: Sequence[Path]) -> list[Path]:
+    """Every run once, in the order given; a folder of runs stands for all of them."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        with readable(str(folder), "make it readable, or leave it out"):
+            inside = [folder] if _is_run(folder) else [path for path in run_folders(folder) if _is_run(path)]
+        if not inside:
+            raise UserError(f"{folder} is neither a run nor a folder of runs; train one with: python train_model.py")
+        found |= {path.resolve(): path for path in inside if path.resolve() not in found}
+    return list(found.values())
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() or (folder / "summary.json").is_file()
+
+
+def _finished_runs(folders: Sequence[Path]) -> tuple[list[_Run], list[str]]:
+    """The runs that can be compared, and a sentence for those that cannot."""
+    unfinished = [folder for folder in folders if not (folder / "summary.json").is_file()]
+    notes = [f"left out, not finished: {', '.join(folder.name for folder in unfinished)}"] if unfinished else []
+    runs: list[_Run] = []
+    for folder in folders:
+        if folder in unfinished:
+            continue
+        summary = _completed(read_summary(folder), folder / "summary.json")
+        missing = [key for key in _NEEDED if key not in summary]
+        if missing:
+            notes.append(f"left out: the summary.json of {folder.name} has no {', '.join(missing)}")
+            continue
+        evaluations = [
+            _completed(record, folder / "evaluations" / f"{record['record']}.json") for record in read_evaluations(folder)
+        ]
+        runs.append(_Run(folder, summary, evaluations))
+    if not runs:
+        raise UserError(f"no run to compare ({'; '.join(notes)}); train one with: python train_model.py attention=mla")
+    return runs, notes
+
+
+def _completed(record: Evaluation | RunSummary, file: Path) -> Evaluation:
+    """Of whatever version. Raises UserError where its figures do not fit together."""
+    record = cast(Evaluation, _FORMERLY | record)
+    if (record["cache_context"] is None) is not (record["cache_bytes_at_context"] is None):
+        raise UserError(
+            f"{file} has only one of cache_context and cache_bytes_at_context, which say one size together: delete it and run "
+            f"the command that wrote it again"
+        )
+    return record
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    records: list[Evaluation]  # one a run, all of one kind of evaluation in a group, or one a run and cache
+    lacking: list[str]  # names of the runs that have no such evaluation
+    notes: list[str]
+
+
+def _chosen_records(
+    runs: Sequence[_Run], *, split: str | None, dataset: str | None, evaluation: str | None, every_cache: bool
+) -> _Chosen:
+    """Raises UserError when no run has the evaluation asked for, or, asked for by split or name, a group has none."""
+    groups: dict[tuple[Any, ...], list[_Run]] = {}
+    for run in runs:
+        groups.setdefault(_values(run.summary, _SAME_TRAINING), []).append(run)
+    wanted = split or "test"
+    records: list[Evaluation] = []
+    scored: list[str] = []
+    validated: list[_Run] = []
+    lacking: list[tuple[str, list[_Run]]] = []
+    for group in groups.values():
+        found = [_evaluations_on(run, wanted, dataset, evaluation) for run in group]
+        kind = common_kind(found)
+        if kind is None and evaluation is None and dataset is None and split in (None, "validation"):
+            validated += group
+            records += [run.summary for run in group]
+            continue
+        absent = []
+        for run, pool in zip(group, by_preference(found), strict=True):
+            chosen = pool[-1] if pool else None
+            if chosen is None or kind_of(chosen) != kind:
+                absent.append(run)
+                continue
+            scored.append(chosen["record"])
+            rows = [chosen]
+            if every_cache:
+                alike = [
+                    record
+                    for record in run.evaluations
+                    if all(record.get(key) == chosen.get(key) for key in ("split", "data_fingerprint", "precision"))
+                    and kind_of(record).protocol == kind_of(chosen).protocol
+                ]
+                rows = list({_values(record, _CACHE): record for record in alike}.values())  # the newest of each cache
+            kept = {key: run.summary.get(key) for key in (_NEEDED[0], *_OF_TRAINING)}
+            records += [cast(Evaluation, run.summary | record | kept) for record in rows]
+        if absent:
+            lacking.append((_command(absent, kind, wanted, dataset), absent))
+    if not records:
+        raise UserError(_nothing_found(runs, wanted, dataset, evaluation))
+    notes = []
+    if scored:
+        asked = f"evaluation={evaluation}" if evaluation else f"the {wanted} split"
+        notes.append(f"figures of eval_model.py on {asked}")
+    if validated:
+        remedy = " (for the test split first run: python eval_model.py run=all)" if split is None else ""
+        which = "" if len(validated) == len(runs) else f", of {_listed([run.folder.name for run in validated])}"
+        notes.append(f"final validation figures of each run{which}{remedy}")
+    notes += [
+        f"without this evaluation, so in no table: {_listed([run.folder.name for run in absent])}"
+        + (f"; make it with: {command}" if evaluation is None else "")
+        for command, absent in lacking
+    ]
+    if (others := _other_evaluations(runs, {record.get("record") for record in records})) and evaluation is None:
+        notes.append(f"other evaluations of these runs, shown with evaluation=NAME or =max_tokens=N: {_listed(others)}")
+    return _Chosen(records, [run.folder.name for _, absent in lacking for run in absent], notes)
+
+
+def _evaluations_on(run: _Run, split: str, dataset: str | None, evaluation: str | None = None) -> list[Evaluation]:
+    """The run's evaluations on a whole split of the named corpus or of its own; the one of that name; those on such a
+    split, whole or not, that were made with an option."""
+    key, equals, value = (evaluation or "").partition("=")
+    if evaluation is not None and not equals:
+        return [record for record in run.evaluations if record["record"] == evaluation]
+    return [
+        record
+        for record in run.evaluations
+        if record.get("split") == split
+        and (str(record.get(key)).lower() == value.lower() if equals else kind_of(record).max_tokens is None)
+        and (record.get("dataset") == dataset if dataset else record.get("data_fingerprint") == run.summary["data_fingerprint"])
+    ]
+
+
+def _command(runs: Sequence[_Run], kind: Kind | None, split: str, dataset: str | None) -> str:
+    """What makes the evaluation that these runs lack, for a shell: a command for each folder of runs."""
+    options: dict[str, Any] = {
+        "split": split,
+        "dataset": dataset,
+        "per_document": "true" if kind and kind.per_document else None,
+        "stride_fraction": kind.stride_fraction if kind and not kind.has_usual_stride else None,
+        "cache.dtype": kind.cache_dtype if kind and kind.cache_dtype not in (None, "bfloat16") else None,
+        "cache.window": kind.cache_window if kind else None,
+        "cache.sinks": kind.cache_sinks if kind and kind.cache_sinks else None,
+    }
+    shown = [f"{key}={value}" for key, value in options.items() if value is not None]
+    commands = []
+    for place in sorted({run.folder.parent for run in runs}):
+        inside = [run.folder for run in runs if run.folder.parent == place]
+        runs_dir = [f"runs_dir={place}"] if len(inside) > 1 and place != Path.cwd() / "runs" else []
+        which = f"run={inside[0] if len(inside) == 1 else 'all'}"
+        commands.append(shlex.join(["python", "eval_model.py", which, *shown, *runs_dir]))
+    return " && ".join(commands)
+
+
+def _nothing_found(runs: Sequence[_Run], split: str, dataset: str | None, evaluation: str | None) -> str:
+    if evaluation is not None:
+        known = _listed(_other_evaluations(runs, set())) or "none; make one with: python eval_model.py run=all"
+        return f"no run has an evaluation={evaluation}; there are: {known}"
+    on = f"split={split}" + (f" of dataset={dataset}" if dataset else "")
+    parts = _listed(_other_evaluations(runs, set()))
+    return (
+        f"none of {len(runs)} runs has an evaluation on the whole of {on}, the first is {runs[0].folder.name}; make it "
+        f"with: {_command(runs, None, split, dataset)}" + (f"; evaluation=NAME takes of {parts}" if parts else "")
+    )
+
+
+def _other_evaluations(runs: Sequence[_Run], shown: set[Any]) -> list[str]:
+    """Names of what else was evaluated, with the runs that have it and how many tokens it scored."""
+    found: dict[str, list[Evaluation]] = {}
+    for record in (record for run in runs for record in run.evaluations if record["record"] not in shown):
+        found.setdefault(record["record"], []).append(record)
+    return [
+        f"{name} ({same[0].get('evaluated_tokens') or 0:,} tokens, {len(same)} run{'s' if len(same) > 1 else ''})"
+        for name, same in sorted(found.items())
+    ]
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _values(record: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(record.get(key) for key in keys)
+
+
+def _without_repeats(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
+    """One run for each setup and seed: two runs of one seed say nothing about the spread over seeds."""
+    kept: dict[tuple[Any, ...], _Run] = {}
+    notes = []
+    for run in runs:
+        first = kept.setdefault(_values(run.summary, ("setup_hash", "seed", "data_seed")), run)
+        if first is not run:
+            name, other = run.summary["name"], first.summary["name"]
+            notes.append(f"left out: {name} repeats {other}, setup and seed are the same")
+    return list(kept.values()), notes
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[Table]:
+    """Records with equal conditions share a table; the largest table comes first."""
+    keys = [key for key in CONDITIONS if not (every_cache and key in _CACHE)]
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        grouped.setdefault(_values(record, keys), []).append(record)
+    all_conditions = [dict(zip(keys, values, strict=True)) for values in grouped]
+    differing = _differing(all_conditions)
+    # What is not the usual way of scoring is said even where all tables have it; older records do not know their stride.
+    unusual = [key for key, usual in USUAL.items() for each in all_conditions if each.get(key) not in (None, usual)]
+    shown = [key for key in keys if key in (*_IN_EVERY_HEADING, *differing, *unusual)]
+    tables = []
+    for conditions, members in zip(all_conditions, grouped.values(), strict=True):
+        heading, unsaid = _heading(conditions, shown), None
+        quoted = {record["cache_dtype"] for record in members if not record["through_cache"]}
+        if every_cache and len(quoted) == 1:
+            unsaid = quoted.pop()
+            heading += f", cache in {unsaid} where a row says nothing else"
+        setups, caution = _with_intervals(_setups(members, every_cache, unsaid), members)
+        tables.append(Table(heading, conditions, setups, caution))
+    return sorted(tables, key=lambda table: (-len(table.setups), table.heading))
+
+
+def _differing(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [key for key in conditions[0] if any(other[key] != conditions[0][key] for other in conditions)]
+
+
+def _heading(conditions: Mapping[str, Any], shown: Sequence[str]) -> str:
+    absent = {"cache_window": "no window"}
+    return ", ".join(
+        absent.get(key, f"{key} unknown") if conditions[key] is None else CONDITIONS[key].format(conditions[key])
+        for key in shown
+    )
+
+
+def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str | None) -> list[Setup]:
+    """Records of one setup on one cache folded into one row each."""
+    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in records:
+        grouped.setdefault(_values(record, ("setup_hash", *_CACHE)), []).append(record)
+    groups = list(grouped.values())
+    firsts = [group[0] for group in groups]
+    names = _names(firsts)
+    setups = []
+    for first, group in zip(firsts, groups, strict=True):
+        name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
+        perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
+        bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
+        per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
+        ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
+        if every_cache:
+            ratio = per_token / mha if mha else None
+        setups.append(
+            Setup(
+                variant=f"{name}, {cache}" if cache else name,
+                cache=cache,
+                attention=first["attention"],
+                model=first["model"],
+                n=len(group),
+                seeds=sorted(record["seed"] for record in group),
+                parameters=first["parameters"],
+                tokens=first["tokens"],
+                perplexity=perplexity,
+                perplexity_deviation=perplexity_deviation,
+                bits_per_byte=bits,
+                bits_per_byte_deviation=bits_deviation,
+                bits_per_byte_half_width=None,
+                cache_dtype=first["cache_dtype"],
+                through_cache=first["through_cache"],
+                cache_window=first["cache_window"],
+                cache_sinks=first["cache_sinks"],
+                cache_bytes_per_token=first["cache_bytes_per_token"],
+                cache_context=first["cache_context"],
+                cache_bytes_at_context=first["cache_bytes_at_context"],
+                cache_bytes_per_context_token=per_token,
+                cache_ratio_to_mha=ratio,
+                tokens_per_second=_mean_speed(group),
+                setup_hash=first["setup_hash"],
+                runs=[record["name"] for record in group],
+            )
+        )
+    return sorted(setups, key=lambda setup: setup.bits_per_byte)
+
+
+def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -> tuple[list[Setup], str]:
+    """The setups with an interval about each mean, and a sentence on what may be read from their order.
+
+    One row a configuration: its other caches are the same weights, and would count one scatter twice.
+    """
+    if all(setup.n == 1 for setup in setups):
+        return setups, (
+            "one seed each: what another seed would change is not known, so the order may be chance; add seeds with "
+            "python train_model.py -m seed=0,1,2"
+            if len(setups) > 1
+            else ""
+        )
+    from harness.study.statistics import contrasts, mean_interval, residual_deviation
+
+    pairs = sorted({_values(record, ("seed", "data_seed")) for record in records})
+    seeds = {pair: number for number, pair in enumerate(pairs)}  # two seeds of a run are one block
+    firsts = list({setup.setup_hash: setup for setup in sorted(setups, key=_plainness)}.values())
+    values = {
+        setup.variant: {
+            seeds[_values(record, ("seed", "data_seed"))]: record["bits_per_byte"]
+            for record in records
+            if _values(record, ("setup_hash", *_CACHE)) == (setup.setup_hash, *(getattr(setup, key) for key in _CACHE))
+        }
+        for setup in firsts
+    }
+    deviation, freedom = residual_deviation(values)
+    if not deviation:
+        return setups, "no interval: the seeds leave nothing that could be told from chance"
+    means = {name: mean_interval(values, name) for name in values}
+    setups = [
+        dataclasses.replace(setup, bits_per_byte_half_width=(found.high - found.low) / 2)
+        if (found := means.get(setup.variant)) and found.low is not None and found.high is not None
+        else setup
+        for setup in setups
+    ]
+    ordered = [setup for setup in setups if setup.variant in values]
+    best, *others = ordered
+    comparable = [(best.variant, other.variant) for other in others if values[best.variant].keys() & values[other.variant]]
+    alike = [found for found in contrasts(values, primary=[], other=comparable) if not found.resolved]
+    counts = sorted({setup.n for setup in setups})
+    said = (
+        f"n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))} seeds a row; ±: sample deviation; 95 %: of the mean, "
+        f"the scatter pooled over the rows ({deviation:.4f}, {freedom} degree{'s' if freedom > 1 else ''} of freedom)"
+    )
+    if freedom < 4:
+        said += ", few, so the intervals are themselves uncertain"
+    if alike:
+        shown = ", ".join(
+            f"{found.b} ({-found.difference:+.4f} ± {(found.high - found.low) / 2:.4f})"
+            for found in alike
+            if found.low is not None and found.high is not None
+        )
+        said += f"; not told apart from {best.variant}: {shown}"
+    return setups, said
+
+
+def _plainness(setup: Setup) -> tuple[bool, float]:
+    return not setup.through_cache, setup.cache_bytes_per_context_token
+
+
+def _half_width(setup: Setup) -> str:
+    return "" if setup.bits_per_byte_half_width is None else f"± {setup.bits_per_byte_half_width:.4f}"
+
+
+def _mean_speed(records: Sequence[Mapping[str, Any]]) -> float | None:
+    speeds = [record["tokens_per_second"] for record in records]
+    return None if None in speeds else statistics.fmean(speeds)
+
+
+def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
+    """Cache bytes at the context over its tokens; older records know no context, and no window that would evict."""
+    if record["cache_bytes_at_context"] is None:
+        return float(record["cache_bytes_per_token"])
+    return float(record["cache_bytes_at_context"] / record["cache_context"])
+
+
+def _row_label(record: Mapping[str, Any], unsaid: str | None) -> str:
+    """The same, and how it was scored where its cache does not imply that; nothing for a plain evaluation in `unsaid`."""
+    implied = record["cache_window"] is not None or record["cache_dtype"] in _EIGHT_BITS
+    how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"
+    return ", ".join(filter(None, (cache_label(record, unsaid), how)))
+
+
+def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A short name by setup_hash: its attention, with what else tells it from the other setups."""
+    setups = {record["setup_hash"]: record for record in reversed(records)}
+    several_models = len({record["model"] for record in records}) > 1
+    names = {
+        key: f"{record['attention']} {record['model']}" if several_models else record["attention"]
+        for key, record in setups.items()
+    }
+    counts = Counter(names.values())
+    return {key: name if counts[name] == 1 else _distinguishing_name(setups[key]) for key, name in names.items()}
+
+
+def _distinguishing_name(record: Mapping[str, Any]) -> str:
+    """dataset-model-attention-overrides-seed0-data1, the default name of a run, without its dataset and seeds."""
+    name = re.sub(r"-seed\d+(-data\d+)?$", "", record["name"])
+    return name.partition(f"-{record['model']}-")[2] or name
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _uneven_seeds(tables: Sequence[Table]) -> list[str]:
+    """A sentence for each configuration whose caches were not scored on the same seeds."""
+    notes = []
+    for table in tables:
+        seeds: dict[str, set[tuple[int, ...]]] = {}
+        for setup in table.setups:
+            seeds.setdefault(setup.configuration, set()).add(tuple(setup.seeds))
+        notes += [
+            f"the caches of {name} were scored on different seeds: what lies between them is not only the cache"
+            for name, sets in seeds.items()
+            if len(sets) > 1
+        ]
+    return notes
+
+
+def _circumstances(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each circumstance in which the runs differ."""
+    notes = []
+    for key, consequence in _CIRCUMSTANCES.items():
+        values = sorted({str(record.get(key)) for record in records})
+        if len(values) > 1:
+            notes.append(f"{key} differs ({'; '.join(values)}): {consequence}")
+    return notes
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
+    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def as_text(comparison: Comparison) -> str:
+    """Aligned columns for a terminal."""
+    lines = []
+    for table in comparison.tables:
+        lines += [visible(table.heading), "", *aligned(table.cells()), ""]
+        lines += [f"caution: {visible(table.caution)}", ""] if table.caution else []
+    return "\n".join(lines + [f"note: {visible(note)}" for note in comparison.notes])
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """One section a table."""
+    lines = []
+    for table in comparison.tables:
+        columns, *rows = table.cells()
+        lines += [f"### {markdown(table.heading)}", "", markdown_row(columns)]
+        lines.append(markdown_row(["---"] + ["---:"] * (len(columns) - 1)))
+        lines += [markdown_row(row) for row in rows]
+        lines += ["", *([markdown(table.caution), ""] if table.caution else [])]
+    return "\n".join(lines + [f"- {markdown(note)}" for note in comparison.notes]) + "\n"
+
+
+def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
+    """Column names and unrounded rows of all tables in one, each row with its conditions."""
+    columns = [field.name for field in dataclasses.fields(Setup) if field.name not in CONDITIONS] + list(CONDITIONS)
+    rows = []
+    for table in comparison.tables:
+        for setup in table.setups:
+            values = dataclasses.asdict(setup) | table.conditions
+            row = (values[column] for column in columns)
+            rows.append([" ".join(map(str, value)) if isinstance(value, list) else value for value in row])
+    return columns, rows
+
+
+def scatter_points(table: Table, figure: str) -> tuple[list[str], list[list[Any]]]:
+    """Columns and a row a setup: what is pointed at in a chart of a figure against the cache's size."""
+    rows = [[setup.variant, table.cache_size(setup), getattr(setup, figure), setup.n] for setup in table.setups]
+    return ["variant", "cache bytes per token", figure, "seeds"], rows
+
+
+def as_csv(comparison: Comparison) -> str:
+    """`plain_table` as comma-separated values."""
+    columns, rows = plain_table(comparison)
+    return csv_text([columns, *rows])
+
+
+def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
+    """comparison.md, comparison.csv and comparison.json in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {
+        "comparison.md": as_markdown(comparison),
+        "comparison.csv": as_csv(comparison),
+        "comparison.json": json.dumps(comparison.as_dict(), indent=2) + "\n",
+    }
+    for name, text in contents.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in contents]

@@ -1,0 +1,484 @@
+"""The report of a study in its order: what its findings say in words, tables and pictures."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Sequence
+
+from harness.evaluation.metric import PERPLEXITY
+from harness.report import study_pictures as pictures
+from harness.report.confounds import Fact
+from harness.report.document import (
+    ABSENT,
+    Section,
+    TableLine,
+    TextTable,
+    capital,
+    change,
+    counted,
+    in_ms,
+    mean_text,
+    plural,
+    with_error,
+)
+from harness.report.findings import Best, Findings, Sweep, Verdict
+from harness.runs.provenance import CHANGES_FILE
+from harness.runs.records import DecodeRow
+from harness.study.results import StudyResults
+from harness.study.statistics import ALPHA, Mean
+
+# What a figure of an extra is called in a table.
+FIGURE_NAMES = {
+    "n": "tokens in an n-gram",
+    "count": "repeats",
+    "share": "share of tokens that repeat",
+    "first_loss": "nats, first time",
+    "repeat_loss": "nats, repeated",
+    "gain": "gain, nats",
+    "distance": "tokens between",
+    "scored_tokens": "tokens scored",
+    "training_length": "training length",
+    "longest_context": "longest context",
+    "targets": "tokens predicted",
+    "in_length_loss": "nats at the training length",
+    "ratio_2x": "of that, up to twice the length",
+    "ratio_4x": "of that, up to four times",
+    "sampled_tokens": "tokens sampled",
+    "width": "latent width",
+    "effective_rank": "effective rank of latents",
+    "key_effective_rank": "of key weights",
+    "value_effective_rank": "of value weights",
+    "rotated_share": "score variance of the rotated part",
+}
+EXTRA_TITLES = {
+    "beyond": "Beyond the training length: the same tokens with more and more context",
+    "repeats": "Repeated n-grams: what the context saves the second time",
+    "recall": "Recall from the context",
+    "latents": "Latents: how much of them is used",
+}
+
+
+def sections(findings: Findings) -> list[Section]:
+    """Everything below the question, in order. A section without data is left out, with a word where it matters."""
+    parts = [_verdict, _main, _pareto, _contrasts, _decode, _curves, _positions, _staircase, _rates, _extras]
+    found = [part(findings) for part in (*parts, _confounds, _provenance)]
+    return [section for section in found if section is not None]
+
+
+def _count(number: int | float | None) -> str:
+    return ABSENT if number is None else f"{number:,.0f}"
+
+
+# --- question and verdict --------------------------------------------------------------------------------------------
+
+
+def _verdict(findings: Findings) -> Section:
+    declared = findings.declared
+    words = [_best_words(findings, best) for best in findings.best]
+    if tested := max((best.comparisons for best in findings.best), default=0):
+        words[-1] += (
+            f" (Who is best was seen in these results, so this is no declared comparison: arms are told apart at the "
+            f"{100 * ALPHA:.0f} % level, corrected for all {tested} {plural(tested, 'difference')} from the best.)"
+        )
+    if declared:
+        resolved = sum(bool(verdict.contrast.resolved) for verdict in declared)
+        if findings.sigma:
+            words.append(
+                f"{resolved} of {len(declared)} declared {plural(len(declared), 'comparison')} "
+                f"{'is' if resolved == 1 else 'are'} resolved at the 5 % level, corrected for their number (Holm)."
+            )
+        else:
+            words.append("No arm has seeds that disagree, so there are no error bars, and nothing below is a verdict.")
+    else:
+        words.append("No declared comparison can be made, so there is no verdict.")
+    points = [f"{verdict.sentence}." for verdict in declared]
+    after = ["Looked at besides, neither declared beforehand nor corrected:"] if findings.looked_at else []
+    more = [f"{verdict.sentence}." for verdict in findings.looked_at]
+    return Section("verdict", "Verdict", words=words, points=points, after=after, more=more)
+
+
+def _best_words(findings: Findings, best: Best) -> str:
+    """The best arm of a level or of all, and how well it is told from the others."""
+    metric = findings.metric
+    mean = findings.arm(best.arms[0]).mean
+    where = f" at {best.level}" if best.level is not None else " of all" if len(findings.best) > 1 else ""
+    found = f"{capital(metric.extreme)} {metric.label}{where}: {best.arms[0]}, {mean_text(mean, metric)}."
+    if not best.comparisons:
+        return f"{found} Without error bars that is no finding."
+    even = [f"Not told apart from it: {', '.join(best.even)}."] if best.even else []
+    worse = [f"Worse: {', '.join(best.worse)}."] if best.worse else []
+    return " ".join([found, *even, *worse])
+
+
+# --- main table ------------------------------------------------------------------------------------------------------
+
+
+def _main(findings: Findings) -> Section:
+    levels = any(arm.info.level for arm in findings.arms)
+    decode = _decode_cells(findings)
+    metric = findings.metric
+    lines = []
+    for arm in findings.arms:
+        ratio, perplexity = arm.summary("cache_ratio_to_mha"), arm.test(PERPLEXITY)
+        cells = {
+            "arm": arm.name + (" (reference)" if arm.info.reference else ""),
+            **({"level": arm.info.level or ABSENT} if levels else {}),
+            "parameters": _count(arm.summary("parameters")),
+            "cache bytes per token": _count(arm.summary("cache_bytes_per_token")),
+            "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
+            metric.label: mean_text(arm.mean, metric),
+            "seeds": str(len(arm.runs)),
+            "learning rate": " / ".join(dict.fromkeys(f"{run.lr:g}" for run in arm.runs)) or ABSENT,
+        }
+        if metric is not PERPLEXITY:
+            cells[PERPLEXITY.unit] = ABSENT if perplexity is None else PERPLEXITY.text(perplexity)
+        if decode:
+            cells["decode, ms a token"] = decode[1].get(arm.name, ABSENT)
+        lines.append(TableLine(list(cells.values()), arm.name))
+    note = "Cache: all layers, measured on allocated buffers; MHA's: of an MHA with the model's heads."
+    if findings.sigma:
+        whose = "that were trained" if _converted(findings) else "of them"
+        note = (
+            f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all {whose} "
+            f"({findings.sigma:.2g} {metric.unit}, {findings.dof} degrees of freedom); what a seed does to all arms "
+            f"alike is not in it.{_apart(findings)} {note}"
+        )
+    else:
+        note = f"No error bars: no arm has seeds that disagree. {note}"
+    if decode:
+        note += f" Decode: {decode[0]}."
+    table = TextTable("", list(cells), lines, note, frozenset({0, 1} if levels else {0}))
+    return Section("arms", "Arms", tables=[table, *_every_run(findings)])
+
+
+def _every_run(findings: Findings) -> list[TextTable]:
+    """The metric of each run, where there are several seeds: what the means are made of."""
+    values = findings.results.values()
+    seeds = sorted({seed for of_arm in values.values() for seed in of_arm})
+    if len(seeds) < 2:
+        return []
+    lines = [
+        TableLine(
+            [arm.name, *(findings.metric.text(values[arm.name][s]) if s in values[arm.name] else ABSENT for s in seeds)],
+            arm.name,
+        )
+        for arm in findings.arms
+        if arm.name in values
+    ]
+    return [TextTable(f"{capital(findings.metric.label)} of every run", ["arm", *(f"seed {seed}" for seed in seeds)], lines)]
+
+
+def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
+    """Where and how long: the longest context at the smallest batch."""
+    if not findings.decode:
+        return None
+    context = max(row["context"] for row in findings.decode)
+    batch = min(row["batch"] for row in findings.decode if row["context"] == context)
+    rows = [row for row in findings.decode if (row["context"], row["batch"]) == (context, batch)]
+    cells = {row["arm"]: in_ms(row["milliseconds"]) for row in rows}
+    return f"one step at context {context:,}, batch {batch:,}", cells
+
+
+# --- quality against costs -------------------------------------------------------------------------------------------
+
+
+def _converted(findings: Findings) -> list[str]:
+    return [arm.name for arm in findings.arms if arm.info.converted]
+
+
+def _apart(findings: Findings) -> str:
+    """What is to be known of arms that were converted, not trained."""
+    names = _converted(findings)
+    if not names:
+        return ""
+    return (
+        f" Not pooled, for what is converted without training scatters on its own: {', '.join(names)}; comparisons with them "
+        f"have the variance of their two arms alone."
+    )
+
+
+def _pareto(findings: Findings) -> Section:
+    return Section("pareto", "Quality against cache", pictures=[pictures.pareto(findings)])
+
+
+def _decode(findings: Findings) -> Section:
+    title = "Quality against decode time"
+    if not findings.decode:
+        return Section("decode", title, words=["Decode times were not measured in this study."])
+    places = sorted({(row["context"], row["batch"]) for row in findings.decode}, key=lambda place: place[::-1])
+    columns = ["arm", *(f"context {context:,}, batch {batch:,}" for context, batch in places), "path", "device"]
+    lines = []
+    for arm in findings.arms:
+        rows = {(row["context"], row["batch"]): row for row in findings.decode if row["arm"] == arm.name}
+        if rows:
+            cells = [_ms_with_quartiles(rows.get(place)) for place in places]
+            used = [", ".join(dict.fromkeys(str(row[key]) for row in rows.values())) for key in ("path", "device")]
+            lines.append(TableLine([arm.name, *cells, *used], arm.name))
+    note = (
+        "Milliseconds a step, which is a token in each row of the batch, with quartiles. They hold for this machine and "
+        "this implementation; of several paths of one arm the fastest is shown."
+    )
+    table = TextTable("Decode times", columns, lines, note, frozenset({0, len(columns) - 2, len(columns) - 1}))
+    return Section("decode", title, pictures=[pictures.decode(findings)], tables=[table])
+
+
+def _ms_with_quartiles(row: DecodeRow | None) -> str:
+    return ABSENT if row is None else f"{in_ms(row['milliseconds'])} ({in_ms(row['low'])} to {in_ms(row['high'])})"
+
+
+# --- contrasts -------------------------------------------------------------------------------------------------------
+
+
+def _contrasts(findings: Findings) -> Section | None:
+    verdicts = [*findings.declared, *findings.looked_at]
+    if not verdicts:
+        return None
+    lines = []
+    for verdict in verdicts:
+        contrast = verdict.contrast
+        cells = {
+            "a − b": f"{contrast.a} − {contrast.b}",
+            "declared": "yes" if contrast.primary else "no",
+            f"difference, {findings.metric.unit}": change(contrast, findings.metric),
+            "common seeds": str(contrast.n),
+            "p": _p(contrast.p),
+            "p after Holm": _p(contrast.p_holm),
+            "resolved": {True: "yes", False: "no", None: ABSENT}[contrast.resolved],
+            "evaluation noise, no verdict": _noise_cell(verdict),
+        }
+        lines.append(TableLine(list(cells.values())))
+    note = "± is half of the 95 % interval over seeds, of each difference alone; p after Holm is over the declared comparisons."
+    if noises := [verdict for verdict in verdicts if verdict.noise is not None]:
+        seeds = sorted({seed for verdict in noises for seed in verdict.noise_seeds})
+        note += (
+            f" Evaluation noise: the 95 % bootstrap interval of the difference in bits per byte over "
+            f"segments of the test text, of losses averaged over the {plural(len(seeds), 'seed')} that both arms have "
+            f"({', '.join(map(str, seeds))}). It says what other test text would have changed for these very "
+            f"weights, nothing about other seeds, so it decides nothing."
+        )
+    if reasons := list(dict.fromkeys(verdict.no_noise for verdict in verdicts if verdict.no_noise)):
+        note += f" No evaluation noise where {'; '.join(reasons)}."
+    table = TextTable("", list(cells), lines, note, frozenset({0, 1, 6}))
+    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts(findings)], tables=[table])
+
+
+def _noise_cell(verdict: Verdict) -> str:
+    if verdict.noise is None:
+        return ABSENT
+    return f"{verdict.noise.low:+.4f} to {verdict.noise.high:+.4f}".replace("-", "−")
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ABSENT
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# --- curves and staircase --------------------------------------------------------------------------------------------
+
+
+def _curves(findings: Findings) -> Section | None:
+    picture = pictures.curves(findings)
+    return Section("curves", "Loss curves", pictures=[picture]) if picture else None
+
+
+def _positions(findings: Findings) -> Section | None:
+    picture = pictures.positions(findings)
+    if picture is None:
+        return None
+    absent = [arm.name for arm in findings.arms if arm.runs and arm.name not in findings.beyond]
+    words = []
+    if not findings.beyond:
+        words.append("Contexts beyond the training length were not measured.")
+    elif absent:
+        words.append(f"Not measured beyond the training length: {', '.join(absent)}.")
+    return Section("positions", "Loss by position", pictures=[picture], words=words)
+
+
+def _staircase(findings: Findings) -> Section | None:
+    if not findings.staircase:
+        return None
+    return Section("staircase", "Staircase", pictures=[pictures.staircase(findings)])
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+def _rates(findings: Findings) -> Section:
+    results, shared = findings.results, findings.results.shared_lr
+    title = "Learning rates"
+    if not findings.sweeps:
+        words = ["The sweep that the rates come from is not in this folder."]
+        if not results.chosen_lr and shared is not None:
+            words = [f"Every arm ran at the rate {shared:g}: no rate was tuned, which favours the arms that it suits."]
+        return Section("rates", title, words=words)
+    columns = ["arm", "tokens a run", "rates", "range", "best rate", "loss there", "at the edge", "rate of the study"]
+    lines = [_sweep_line(sweep) for sweep in sorted(findings.sweeps, key=lambda sweep: sweep.tokens)]
+    note = "An optimum at the edge of the rates may lie beyond them."
+    tables = [TextTable("Sweeps", columns, lines, note, frozenset({0, 3, 6}))]
+    words = []
+    if findings.shared is not None:
+        tables.append(_shared_table(findings))
+    elif shared is not None:
+        words.append(
+            f"There is no table at one shared rate: fewer than two arms ran at {shared:g} with the study's whole budget."
+        )
+    return Section("rates", title, pictures=[pictures.sweeps(findings)], tables=tables, after=words)
+
+
+def _sweep_line(sweep: Sweep) -> TableLine:
+    best, rates = sweep.best, f"{min(sweep.losses):g} to {max(sweep.losses):g}"
+    found = [ABSENT] * 3 if best is None else [f"{best.lr:g}", f"{best.loss:.4f}", "yes" if best.at_edge else "no"]
+    chosen = ABSENT if sweep.chosen is None else f"{sweep.chosen:g}"
+    cells = [sweep.arm, f"{sweep.tokens:,}", str(len(sweep.losses)), rates, *found, chosen]
+    return TableLine(cells, sweep.arm, marked=best is not None and best.at_edge)
+
+
+def _shared_table(findings: Findings) -> TextTable:
+    shared, metric = findings.shared, findings.metric
+    assert shared is not None
+    lines = []
+    for arm, mean in shared.means.items():
+        tuned = findings.arm(arm)
+        rate = " / ".join(dict.fromkeys(f"{run.lr:g}" for run in tuned.runs))
+        lines.append(
+            TableLine(
+                [arm, mean_text(mean, metric), str(mean.n), mean_text(tuned.mean, metric), str(len(tuned.runs)), rate], arm
+            )
+        )
+    note = " ".join(f"{contrast.sentence(findings.metric)}." for contrast in shared.verdicts)
+    columns = ["arm", f"{findings.metric.label} at {shared.lr:g}", "seeds", "at its own rate", "seeds", "own rate"]
+    return TextTable(f"All arms at one learning rate, {shared.lr:g}", columns, lines, note)
+
+
+# --- extras ----------------------------------------------------------------------------------------------------------
+
+
+def _extras(findings: Findings) -> Section | None:
+    tables = []
+    for extra, by_arm in findings.extras.items():
+        names = list(dict.fromkeys(figure for figures in by_arm.values() for figure in figures))
+        values = {name: {_whole(figures[name].mean) for figures in by_arm.values() if name in figures} for name in names}
+        same = [name for name in names if len(values[name]) == 1 and next(iter(values[name])) is not None]
+        shown = [name for name in names if name not in same]
+        lines = []
+        for arm in findings.arms:
+            if arm.runs:
+                figures = by_arm.get(arm.name, {})
+                lines.append(TableLine([arm.name, *(_extra_cell(figures.get(name)) for name in shown)], arm.name))
+        notes = []
+        if same:
+            notes.append(
+                "For all: " + "; ".join(f"{_figure_name(name)} {next(iter(values[name])):,.0f}" for name in same) + "."
+            )
+        if any(arm.runs and arm.name not in by_arm for arm in findings.arms):
+            notes.append(f"{ABSENT}: does not apply to this arm.")
+        if shown:
+            title = EXTRA_TITLES.get(extra, extra)
+            tables.append(TextTable(title, ["arm", *map(_figure_name, shown)], lines, " ".join(notes)))
+    return Section("extras", "What the loss does not show", tables=tables) if tables else None
+
+
+def _figure_name(figure: str) -> str:
+    return FIGURE_NAMES.get(figure, figure.replace("_", " "))
+
+
+def _extra_cell(mean: Mean | None) -> str:
+    if mean is None:
+        return ABSENT
+    return (
+        f"{mean.mean:,.0f}"
+        if _whole(mean.mean) is not None and mean.low is None
+        else with_error(mean.mean, mean.low, mean.high)
+    )
+
+
+def _whole(number: float) -> int | None:
+    """The whole number that a mean of equal ones is, but for rounding."""
+    return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else None
+
+
+# --- what else differs -----------------------------------------------------------------------------------------------
+
+
+def _confounds(findings: Findings) -> Section:
+    done = [arm.name for arm in findings.arms if arm.runs]
+    words = []
+    unequal = [fact.name for fact in findings.facts if not fact.equal]
+    if len(done) > 1:
+        words.append(
+            "Not equal across the arms: " + (", ".join(unequal) if unequal else "nothing of what is listed here") + ". A "
+            "difference between arms is that of all of these together."
+        )
+    tables = _fact_tables("What a fair comparison would have equal", findings.facts, done)
+    matches = [(arm.name, match) for arm in findings.arms for match in arm.info.match]
+    if matches:
+        lines = []
+        for arm, match in matches:
+            mismatch = f"{100 * match['mismatch']:+.2f} %".replace("-", "−")
+            how = [str(match["quantity"]), str(match["to"]), f"{match['vary']} = {match['value']}"]
+            cells = [arm, *how, _count(match["target"]), _count(match["achieved"]), mismatch]
+            lines.append(TableLine(cells, arm, marked=match["mismatch"] != 0))
+        columns = ["arm", "matched", "to", "by", "target", "achieved", "mismatch"]
+        tables.append(TextTable("How well the sizes are matched", columns, lines, words=frozenset({0, 1, 2, 3})))
+    if findings.fields:
+        tables += _fact_tables("Fields of the configurations that differ", findings.fields, done)
+    return Section("confounds", "What differs besides", words=words, tables=tables)
+
+
+def _fact_tables(title: str, facts: Sequence[Fact], arms: Sequence[str]) -> list[TextTable]:
+    """What differs with a line for each arm, so that twenty fit on a page; what is equal once, for all of them."""
+    equal, unequal = [fact for fact in facts if fact.equal], [fact for fact in facts if not fact.equal]
+    tables = []
+    if unequal:
+        columns = ["arm", *(f"{fact.name} (by {_percent(fact.spread)})" if fact.spread else fact.name for fact in unequal)]
+        lines = [TableLine([arm, *(fact.values.get(arm, ABSENT) for fact in unequal)], arm) for arm in arms]
+        words = {0, *(i for i, fact in enumerate(unequal, start=1) if not fact.is_number)}
+        tables.append(TextTable(f"{title}: not equal" if equal else title, columns, lines, words=frozenset(words)))
+    if equal and arms:
+        lines = [TableLine([fact.name, fact.values[arms[0]]]) for fact in equal]
+        tables.append(TextTable(f"{title}: equal in all arms", ["", "in all arms"], lines, words=frozenset({0, 1})))
+    return tables
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{0 if share >= 0.1 else 1}f} %"
+
+
+def _provenance(findings: Findings) -> Section:
+    results = findings.results
+    sweep = f" and {counted(len(results.sweep), 'run')} of the learning-rate sweep" if results.sweep else ""
+    words = [
+        f"{counted(len(results.runs), 'run')} of the study{sweep}, one a line in report.csv; the verdicts for machines are in "
+        f"report.json. This command trains and evaluates what is missing, and writes the report again:"
+    ]
+    after = [_changes(results)] if _changes(results) else []
+    if findings.sigma:
+        after.append(
+            f"Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms"
+            f"{' that were trained' if _converted(findings) else ''}. A seed "
+            f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
+        )
+    return Section("provenance", "How this was made", words=words, code=whole_command(results.command), after=after)
+
+
+def whole_command(command: str) -> str:
+    """The command without what makes it do a part of the study, or leave the report out."""
+    partial = ("report=", "arms=")
+    return shlex.join(word for word in shlex.split(command) if not word.startswith(partial))
+
+
+def _changes(results: StudyResults) -> str:
+    """Which runs were made from a working tree that differs from its commit, and where the difference is kept."""
+    changed = [run for run in (*results.runs, *results.sweep) if str(run.summary.get("commit")).endswith("+changes")]
+    if not changed:
+        return ""
+    kept = sum((run.folder / CHANGES_FILE).is_file() for run in changed)
+    where = "The difference was not kept."
+    if kept == len(changed):
+        where = f"The difference is in {CHANGES_FILE} in the folder of each."
+    elif kept:
+        where = f"The difference is in {CHANGES_FILE} in the folders of {kept} of them; of the others it was not kept."
+    whose = "All were" if len(changed) == len(results.runs) + len(results.sweep) else f"{counted(len(changed), 'run')} were"
+    return f"{whose} made from a working tree that differed from its commit (+changes). {where}"

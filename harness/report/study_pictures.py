@@ -1,0 +1,245 @@
+"""What the pictures of a study show: quality against costs, differences, curves, the staircase and the learning rates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import replace
+
+from harness.evaluation.metric import BITS_PER_BYTE, Metric
+from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
+from harness.report.document import capital, change, counted, in_ms, mean_text
+from harness.report.findings import Arm, Curves, Findings, Sweep, Verdict
+from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
+
+SIDE_BY_SIDE = "Points that would cover one another stand side by side."
+OCTAVES = [float(2**k) for k in range(0, 24, 2)]
+
+
+def arm_styles(findings: Findings) -> dict[str, Style]:
+    """The same in every picture."""
+    return styles({arm.name: arm.info.family for arm in findings.arms})
+
+
+# --- quality against costs -------------------------------------------------------------------------------------------
+
+
+def pareto(findings: Findings) -> Picture:
+    """The metric against the cache's size."""
+    looks, metric = arm_styles(findings), findings.metric
+    done = [arm for arm in findings.arms if arm.mean is not None]
+    far = _far_out({arm.name: arm.mean.mean for arm in done if arm.mean}, metric)
+    series = []
+    for arm in done:
+        size = float(arm.summary("cache_bytes_per_token"))
+        hover = f"{size:,.0f} cache bytes per token, {counted(len(arm.runs), 'seed')}"
+        if arm.name not in far:
+            series.append(_point(findings, arm, looks, size, hover))
+    front = [(s.marks[0].x, s.marks[0].y) for name in findings.front for s in series if s.arm == name]
+    ticks = [s.marks[0].x for s in series]
+    plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
+    bars = "Bars: 95 % intervals for comparing arms." if findings.sigma else "No error bars: one seed."
+    hollow = " Hollow: references beside the comparison." if any(arm.info.reference for arm in done) else ""
+    side = "Below" if metric.higher_is_better else "Above"
+    names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
+    beyond = f" {side} the picture: {names}." if far else ""
+    caption = (
+        f"{bars} Grey: the best mean up to each cache size ({', '.join(findings.front)}), without regard to the bars. "
+        f"{SIDE_BY_SIDE}{hollow}{beyond}"
+    )
+    return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, [("", plot)])
+
+
+def _point(findings: Findings, arm: Arm, looks: Mapping[str, Style], cost: float, hover: str) -> Series:
+    """An arm's mean at what it costs. hover: what follows the mean."""
+    assert arm.mean is not None
+    words = f"{arm.name}: {mean_text(arm.mean, findings.metric)} {findings.metric.unit}, {hover}"
+    mark = Mark(cost, arm.mean.mean, arm.mean.low, arm.mean.high, words)
+    return Series(arm.name, looks[arm.name], [mark], hollow=arm.info.reference)
+
+
+def _far_out(means: Mapping[str, float], metric: Metric) -> dict[str, float]:
+    """Arms so much worse than the others that a scale with them would press these together: Tukey's "far out", 3 quartile
+    ranges."""
+    if len(means) < 8:
+        return {}
+    lower, _, upper = statistics.quantiles(map(metric.cost, means.values()), n=4)
+    return {name: y for name, y in means.items() if metric.cost(y) > upper + 3 * (upper - lower)}
+
+
+def decode(findings: Findings) -> Picture:
+    """The metric against the time of a token at the longest context, a panel a batch size."""
+    looks, metric = arm_styles(findings), findings.metric
+    context = max(row["context"] for row in findings.decode)
+    panels = []
+    for batch in sorted({row["batch"] for row in findings.decode if row["context"] == context}):
+        series = []
+        for row in findings.decode:
+            arm = findings.arm(row["arm"])
+            if (row["context"], row["batch"]) == (context, batch) and arm.mean is not None:
+                hover = f"{in_ms(row['milliseconds'])} ms a step ({row['path']})"
+                series.append(_point(findings, arm, looks, row["milliseconds"], hover))
+        plot = Plot("ms per step, a token in each row (log scale)", metric.axis, series, x_log=True)
+        panels.append((f"batch {batch:,}, context {context:,}", plot))
+    caption = f"One step of decoding with a filled cache, at the longest context that was timed. {SIDE_BY_SIDE}"
+    return Picture("decode", f"{capital(metric.label)} by the time that a token takes to decode", caption, panels)
+
+
+# --- differences -----------------------------------------------------------------------------------------------------
+
+
+def contrasts(findings: Findings) -> Picture:
+    """Every difference between two arms, with its interval."""
+    verdicts, metric = [*findings.declared, *findings.looked_at], findings.metric
+    in_bits = metric is BITS_PER_BYTE  # as the bootstrap is
+    first, second = ("second", "first") if metric.higher_is_better else ("first", "second")
+    sides = (f"← {first} arm better", f"{second} arm better →")
+    rows = [_contrast_row(verdict, metric, with_noise=in_bits) for verdict in verdicts]
+    caption = "Squares: the difference, filled where it is resolved."
+    if findings.sigma:
+        caption = "Squares: the difference with its 95 % interval from seeds, filled where it is resolved."
+    if findings.looked_at:
+        caption += " Grey ink and *: not declared beforehand, not corrected."
+    if in_bits and any(verdict.noise for verdict in verdicts):
+        caption += " Grey bars: noise of the evaluation given these weights (see the table), which is no verdict."
+    panel = Rows(f"difference in {metric.label}", rows, level=0.0, sides=sides)
+    return Picture("contrasts", "Differences between arms", caption, [("", panel)])
+
+
+def _contrast_row(verdict: Verdict, metric: Metric, *, with_noise: bool) -> Row:
+    contrast, noise = verdict.contrast, verdict.noise
+    return Row(
+        f"{contrast.a} − {contrast.b}" + ("" if contrast.primary else " *"),
+        (contrast.a, contrast.b),
+        f"{verdict.sentence}.",
+        change(contrast, metric),
+        contrast.difference,
+        contrast.low,
+        contrast.high,
+        noise=(noise.low, noise.high) if noise is not None and with_noise else None,
+        filled=bool(contrast.resolved),
+        colour=INK if contrast.primary else QUIET,
+    )
+
+
+def staircase(findings: Findings) -> Picture:
+    """What each change does, on top of those before it."""
+    rows: list[Row] = []
+    metric = findings.metric
+    for arm, verdict in findings.staircase:
+        mean = findings.arm(arm).mean
+        assert mean is not None
+        hover = f"{arm}: {mean_text(mean, metric)} {metric.unit}"
+        row = Row(arm, (arm,), hover, metric.text(mean.mean), mean.mean)
+        if verdict is not None and rows:
+            contrast = verdict.contrast
+            if contrast.low is not None and contrast.high is not None:
+                half = (contrast.high - contrast.low) / 2
+                row = replace(row, low=mean.mean - half, high=mean.mean + half)
+            colour = BETTER if metric.better(contrast.difference) else WORSE
+            words = change(contrast, metric)
+            row = replace(row, hover=f"{verdict.sentence}.", words=words, begin=rows[-1].value, colour=colour)
+        rows.append(row)
+    caption = (
+        "Every bar leads from the arm above to this one; orange is worse, blue is better. Whiskers: the 95 % interval of "
+        "the step."
+    )
+    title = "What each change does, on top of those before it"
+    return Picture("staircase", title, caption, [("", Rows(metric.axis, rows))])
+
+
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+
+def _lines(findings: Findings, curves: Curves, unit: str, place: str, *, dotted: bool) -> list[Series]:
+    looks = arm_styles(findings)
+    series = []
+    for arm, points in curves.items():
+        marks = []
+        for point in points:
+            low, high = (point.low, point.high) if point.n > 1 else (None, None)
+            hover = f"{arm}: {point.mean:.4f} {unit} at {short(round(point.x))} {place}"
+            marks.append(Mark(point.x, point.mean, low, high, hover))
+        if len(marks) > 1:  # of what was converted, not trained, there is one
+            series.append(Series(arm, looks[arm], marks, joined=True, dotted=dotted))
+    return series
+
+
+def curves(findings: Findings) -> Picture | None:
+    """Validation loss along the training, and its difference from the baseline's."""
+    unit = findings.curve_unit
+    series = _lines(findings, findings.curves, unit, "tokens", dotted=False)
+    if not series:
+        return None
+    last = max(mark.x for s in series for mark in s.marks)
+    # The fall of the first tenth would press everything after it together.
+    late = [mark.y for s in series for mark in s.marks if mark.x >= 0.1 * last and len(s.marks) > 4]
+    above = max(late, default=None)
+    plot = Plot("training tokens", f"validation loss, {unit}", series, lines=True, above=above)
+    panels = [("validation loss", plot)]
+    gaps = _lines(findings, findings.curve_gaps, unit, "tokens", dotted=False)
+    if gaps:
+        level = (0.0, findings.baseline or "")
+        plot = Plot("training tokens", f"difference from {findings.baseline}, {unit}", gaps, lines=True, level=level)
+        panels.append((f"minus {findings.baseline} of the same seed", plot))
+    cut = " What lies above the losses of the last nine tenths is cut off." if above is not None else ""
+    several = any(point.n > 1 for points in findings.curves.values() for point in points)
+    bands = "Lines: means over seeds; bands: from the lowest seed to the highest." if several else "One seed each."
+    return Picture("curves", "Loss while training", f"{bands}{cut}", panels)
+
+
+def positions(findings: Findings) -> Picture | None:
+    """Test loss by the tokens before it, within the training length and beyond it."""
+    unit, place = "nats per token", "tokens of context (middle of a bin)"
+    within, gaps, beyond = (
+        _lines(findings, found, unit, place, dotted=True)
+        for found in (findings.positions, findings.position_gaps, findings.beyond)
+    )
+    base = Plot("context, tokens (log scale)", f"test loss, {unit}", within, x_log=True, x_ticks=OCTAVES, lines=True)
+    panels = [("within the training length", base)] if within else []
+    if gaps:
+        label, level = f"difference from {findings.baseline}, {unit}", (0.0, findings.baseline or "")
+        panels.append((f"minus {findings.baseline} of the same seed", replace(base, y_label=label, series=gaps, level=level)))
+    if beyond:
+        length = findings.training_length
+        rules = [(float(length), "training length")] if length else []
+        label = f"test loss of the same tokens, {unit}"
+        panels.append(("beyond the training length", replace(base, y_label=label, series=beyond, rules=rules)))
+    caption = "Loss of a token by how many tokens stood before it; a point is a bin of contexts, bands run over seeds."
+    if beyond:
+        caption += (
+            " Beyond the training length every point is of the same tokens, fewer than the whole split, so its level is "
+            "not that of the other panel."
+        )
+    return Picture("positions", "Loss by context", caption, panels) if panels else None
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+def sweeps(findings: Findings) -> Picture:
+    """Loss by learning rate, a panel a budget."""
+    looks = arm_styles(findings)
+    panels = []
+    for tokens in sorted({sweep.tokens for sweep in findings.sweeps}):
+        of_budget = [sweep for sweep in findings.sweeps if sweep.tokens == tokens]
+        series = [series for sweep in of_budget for series in _sweep_series(sweep, looks[sweep.arm])]
+        ticks = sorted({lr for sweep in of_budget for lr in sweep.losses})
+        labels = "learning rate (log scale)", "validation loss, nats per token"
+        panels.append((f"{short(tokens)} tokens a run", Plot(*labels, series, x_log=True, lines=True, x_ticks=ticks)))
+    caption = "Hollow: runs of the sweep. Line: the parabola through the lowest and its neighbours. Star: the chosen rate."
+    return Picture("sweep", "Validation loss by learning rate", caption, panels)
+
+
+def _sweep_series(sweep: Sweep, look: Style) -> list[Series]:
+    series = []
+    parabola = [Mark(x, y) for x, y in sweep.parabola()]
+    if parabola:
+        series.append(Series(sweep.arm, look, parabola, joined=True, dotted=False))
+    marks = [Mark(lr, loss, hover=f"{sweep.arm}: {loss:.4f} at rate {lr:g}") for lr, loss in sorted(sweep.losses.items())]
+    series.append(Series(sweep.arm, look, marks, hollow=True))
+    if sweep.best is not None and sweep.chosen is not None and sweep.decides:
+        hover = f"{sweep.arm}: chosen rate {sweep.chosen:g}, {sweep.best.loss:.4f}"
+        star = Style(look.colour, "*")
+        series.append(Series(sweep.arm, star, [Mark(sweep.chosen, sweep.best.loss, hover=hover)]))
+    return series

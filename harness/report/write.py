@@ -1,0 +1,164 @@
+"""A study's report: report.html, .md, .csv, .json and figures/*.png in its folder, and a run of the tracker's dashboard."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from harness.config.schema import TrackingConfig
+from harness.evaluation.metric import BITS_PER_BYTE, METRICS
+from harness.files.atomic import write_json, write_text, written_together
+from harness.files.folders import refuse_links
+from harness.report.findings import Findings, Verdict, find
+from harness.report.page import page
+from harness.report.plots import save_png
+from harness.report.sections import sections
+from harness.report.tables import as_csv, as_markdown
+from harness.study.results import StudyResults, load_results
+from harness.tracking import log_study
+
+COLUMNS = ("arm", "seed", "learning rate", "parameters", "training FLOPs per token", "cache bytes per token")
+
+
+def report_study(folder: Path, tracking: TrackingConfig) -> tuple[StudyResults, list[Path]]:
+    """Write the report of what a study's folder holds, publish it and say where it is; the results and the files.
+
+    Raises UserError as `load_results` and `write_report` do.
+    """
+    results = load_results(folder)
+    files = write_report(results, folder)
+    publish(results, folder, tracking)
+    print(f"report: {folder / 'report.html'}")
+    return results, files
+
+
+def write_report(results: StudyResults, folder: Path) -> list[Path]:
+    """Write all files of the report and return their paths; figures of an earlier report are removed.
+
+    Raises UserError when no run has finished yet, or when the folder cannot be written.
+    """
+    refuse_links(folder, ["figures"])
+    findings = find(results)
+    parts = sections(findings)
+    pictures = {f"figures/{picture.name}.png": picture for section in parts for picture in section.pictures}
+    texts = {"report.html": page(findings, parts), "report.md": as_markdown(findings, parts), "report.csv": as_csv(results)}
+    with written_together(
+        folder,
+        record="report.json",
+        stale=["figures/*.png"],
+        what=f"the report in {folder}",
+        remedy="make the folder writable, make room, or copy it to one that is",
+    ) as aside:
+        for name, picture in pictures.items():
+            save_png(picture, aside / name)
+        for name, text in texts.items():
+            write_text(aside / name, text)
+        write_json(aside / "report.json", as_dict(findings) | {"figures": list(pictures)})
+    return [folder / name for name in (*texts, "report.json", *pictures)]
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def as_dict(findings: Findings) -> dict[str, Any]:
+    """The verdicts and the figures they rest on, for machines."""
+    results = findings.results
+    return {
+        "study": results.name,
+        "question": results.question,
+        "command": results.command,
+        "metric": results.metric.name,
+        "higher_is_better": results.metric.higher_is_better,
+        "split": "test",
+        "missing": results.missing,
+        "failures": results.failures,
+        "notes": findings.notes,
+        "sigma": findings.sigma,
+        "degrees_of_freedom": findings.dof,
+        "verdicts": [_verdict(verdict) for verdict in [*findings.declared, *findings.looked_at]],
+        "best": [dataclasses.asdict(best) for best in findings.best],
+        "arms": {
+            arm.name: {
+                "family": arm.info.family,
+                "level": arm.info.level,
+                "reference": arm.info.reference,
+                "seeds": [run.seed for run in arm.runs],
+                "learning_rates": sorted({run.lr for run in arm.runs}),
+                "mean": None if arm.mean is None else dataclasses.asdict(arm.mean),
+                "parameters": arm.summary("parameters"),
+                "cache_bytes_per_token": arm.summary("cache_bytes_per_token"),
+                **{name: arm.test(metric) for name, metric in METRICS.items()},
+            }
+            for arm in findings.arms
+        },
+        "front": findings.front,
+        "staircase": [
+            {"arm": arm, "step": None if verdict is None else _verdict(verdict)} for arm, verdict in findings.staircase
+        ],
+        "sweeps": [
+            {
+                "arm": sweep.arm,
+                "tokens": sweep.tokens,
+                "losses": {f"{lr:g}": loss for lr, loss in sweep.losses.items()},
+                "best": None if sweep.best is None else dataclasses.asdict(sweep.best),
+                "chosen": sweep.chosen,
+            }
+            for sweep in findings.sweeps
+        ],
+        "shared_rate": None
+        if findings.shared is None
+        else {
+            "learning_rate": findings.shared.lr,
+            "means": {arm: dataclasses.asdict(mean) for arm, mean in findings.shared.means.items()},
+            "contrasts": [dataclasses.asdict(contrast) for contrast in findings.shared.verdicts],
+        },
+        "unequal": [fact.name for fact in findings.facts if not fact.equal],
+    }
+
+
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    noise = None if verdict.noise is None else dataclasses.asdict(verdict.noise) | {"seeds": verdict.noise_seeds}
+    return dataclasses.asdict(verdict.contrast) | {"sentence": verdict.sentence, "evaluation_noise": noise}
+
+
+# --- the tracker --------------------------------------------------------------------------------------------------------
+
+
+def table_of(results: StudyResults) -> tuple[list[str], list[list[Any]]]:
+    """The columns and a row for each evaluated run; of the metrics those that every one of them has."""
+    records = [record for run in results.runs if (record := run.evaluation()) is not None]
+    metrics = [metric for metric in METRICS.values() if all(metric.of(record) is not None for record in records)]
+    rows: list[list[Any]] = []
+    for run in results.runs:
+        record = run.evaluation()
+        if record is not None:
+            rows.append(
+                [
+                    run.arm,
+                    run.seed,
+                    run.lr,
+                    run.summary["parameters"],
+                    run.summary["training_flops_per_token"],
+                    record["cache_bytes_per_token"],
+                    *(metric.of(record) for metric in metrics),
+                ]
+            )
+    return [*COLUMNS, *(metric.unit for metric in metrics)], rows
+
+
+def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> None:
+    """Log what write_report has written to the folder. Does nothing for tracking=none."""
+    page = folder / "report.html"
+    columns, rows = table_of(results)
+    unit = results.metric.unit if results.metric.unit in columns else BITS_PER_BYTE.unit
+    log_study(
+        tracking,
+        study=results.name,
+        folder=folder,
+        columns=columns,
+        rows=rows,
+        images={path.stem: path for path in sorted((folder / "figures").glob("*.png"))},
+        html=page if page.is_file() else None,
+        scatter=("cache bytes per token", unit),
+    )

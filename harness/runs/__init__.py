@@ -1,0 +1,1 @@
+"""A run's folder: claimed, trained, loaded, scored, and made of weights from elsewhere."""

@@ -1,0 +1,98 @@
+"""Which evaluation of a run stands for it: one rule for tables, pictures and studies.
+
+A plain evaluation comes before one through a cache, a whole split before a part of it, then the way of scoring that most
+of the runs share, then the newest. The file's time says nothing (a copied run has another): a record knows its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
+
+# How a split is scored where nothing else is said.
+USUAL: dict[str, Any] = {**PLAIN_CACHE, "per_document": False, "stride_fraction": 0.5}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a split was scored. Figures of two kinds are figures of two things; precision is a circumstance."""
+
+    per_document: bool
+    stride_fraction: float | None  # None: the record is older than this
+    max_tokens: int | None  # the first tokens of the split only; None: all of it
+    cache_dtype: str | None
+    through_cache: bool
+    cache_window: int | None
+    cache_sinks: int
+
+    @property
+    def protocol(self) -> tuple[Any, ...]:
+        """The same, whatever the cache."""
+        return self.per_document, self.stride_fraction, self.max_tokens
+
+    @property
+    def has_usual_stride(self) -> bool:
+        return self.stride_fraction in (None, USUAL["stride_fraction"])
+
+
+def kind_of(record: Mapping[str, Any]) -> Kind:
+    """Records that are older than a field have its plain value. A limit above the split's length is none."""
+    limit = record.get("max_tokens")
+    reached = limit is not None and record.get("evaluated_tokens", limit) >= limit
+    return Kind(
+        per_document=bool(record.get("per_document")),
+        stride_fraction=record.get("stride_fraction"),
+        max_tokens=limit if reached else None,
+        cache_dtype=record.get("cache_dtype"),
+        through_cache=bool(record.get("through_cache")),
+        cache_window=record.get("cache_window"),
+        cache_sinks=record.get("cache_sinks") or 0,
+    )
+
+
+def common_kind(pools: Sequence[Sequence[Mapping[str, Any]]]) -> Kind | None:
+    """The kind of evaluation to compare runs by; a pool holds one run's records. None where there are none.
+
+    It has no cache if any has none; of those it is the one that most runs have; of those the one of most tokens, then the
+    one with the usual stride and no borders between documents, then the newest.
+    """
+    holders = Counter(kind for pool in pools for kind in {kind_of(record) for record in pool})
+    newest: dict[Kind, tuple[int, str]] = {}
+    for record in (record for pool in pools for record in pool):
+        kind, here = kind_of(record), (record.get("evaluated_tokens") or 0, when_made(record))
+        newest[kind] = max(here, newest.get(kind, here))
+
+    def rank(kind: Kind) -> tuple[Any, ...]:
+        tokens, made = newest[kind]
+        usual = (kind.has_usual_stride, not kind.per_document)
+        return not kind.through_cache, holders[kind], kind.max_tokens is None, tokens, usual, made
+
+    return max(holders, key=rank, default=None)
+
+
+def by_preference(pools: Sequence[Sequence[Evaluation]]) -> list[list[Evaluation]]:
+    """Each run's records, the one that stands for it last: of the kind that `common_kind` finds first of all."""
+    kind = common_kind(pools)
+    precisions = Counter(record.get("precision") for pool in pools for record in pool if kind_of(record) == kind)
+
+    def rank(record: Evaluation) -> tuple[Any, ...]:
+        own = kind_of(record)
+        whole = own.max_tokens is None
+        return own == kind, not own.through_cache, whole, precisions[record.get("precision")], when_made(record)
+
+    return [sorted(pool, key=rank) for pool in pools]  # stable: of equals the one that was read last
+
+
+def cache_label(record: Mapping[str, Any], unsaid: str | None = None) -> str:
+    """What an evaluation's cache keeps, for people: `int8`, or `window 64, 4 sinks`; the dtype `unsaid` is left out."""
+    dtype, window, sinks = (record[key] for key in ("cache_dtype", "cache_window", "cache_sinks"))
+    parts = [
+        dtype if dtype != unsaid else "",
+        f"window {window}" if window is not None else "",
+        f"{sinks} sink{'s' if sinks > 1 else ''}" if sinks else "",
+    ]
+    return ", ".join(filter(None, parts))

@@ -1,0 +1,108 @@
+"""A run that no training made: weights from elsewhere (an import, a conversion) in the folder of an ordinary run.
+
+config.yaml  tokenizer.json  checkpoints/step-N/   as train_model.py writes them, the optimizer's state empty
+origin.json                                        where the weights came from and what was done to them
+summary.json                                       once `score` has evaluated the validation split
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.config.checks import RUN_NAME
+from harness.config.run_config import save_run_config
+from harness.config.schema import TrainConfig
+from harness.data import PreparedData
+from harness.errors import UserError
+from harness.evaluation.evaluate import split_metrics
+from harness.evaluation.facts import model_facts
+from harness.files.atomic import new_folder, read_json, write_json
+from harness.files.folders import refuse_links
+from harness.runs.folder import writing_to
+from harness.runs.load import load_trained
+from harness.runs.provenance import keep_changes
+from harness.runs.records import RunSummary
+from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
+from harness.runs.text_parts import TheirText
+from harness.runs.training_data import validate
+from harness.training.checkpoint import save_weights
+from modeling.attention import EXECUTION
+
+ORIGIN_FILE = "origin.json"
+
+
+def check_name(target: Path) -> None:
+    """Raises UserError unless the folder's name is one that a run may have."""
+    if not re.fullmatch(RUN_NAME, target.name):
+        raise UserError(f"to={target} must end in one plain folder name: letters, digits and . _ = , + - only")
+
+
+def make_run(
+    config: TrainConfig,
+    target: Path,
+    *,
+    write_model: Callable[[Path], None],
+    model_bytes: int,
+    tokenizer_file: Path | None,
+    text: TheirText | None,
+    origin: Mapping[str, Any],
+    steps: int,
+) -> None:
+    """Write the run's folder aside and rename it to `target`: it is there whole, or not at all.
+
+    write_model is handed the path of the safetensors file to write, of about model_bytes. tokenizer_file: None for plain
+    bytes. text: of a checkpoint from elsewhere. origin is JSON-able; steps: optimizer steps behind the weights, 0 where
+    nobody knows. Raises UserError when `target` exists and is not an empty folder, or cannot be written.
+    """
+    with new_folder(target) as aside:
+        save_run_config(config, aside)
+        keep_changes(aside)
+        if tokenizer_file is not None:
+            shutil.copyfile(tokenizer_file, aside / "tokenizer.json")
+        if text is not None:
+            text.save(aside)
+        save_weights(aside / "checkpoints", write_model=write_model, model_bytes=model_bytes, state={"step": steps})
+        write_json(aside / ORIGIN_FILE, origin)
+
+
+def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, precision: torch.dtype) -> RunSummary:
+    """Evaluate the validation split as training does at its end, and write summary.json, which makes the run finished.
+
+    data: the run's own, in its own tokens. tokens: trained on before, 0 where nobody knows. Returns the summary. Raises
+    UserError when the data has no such split, or when the run cannot be written.
+    """
+    refuse_links(run)
+    trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
+    config = trained.config
+    result = validate(trained.model, config, data, trained.tokenizer, precision=precision, device=device, progress=True)
+    facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)
+    with writing_to(run):
+        with open_run_tracker(
+            config,
+            config.tracking,
+            run,
+            run_config=dataclasses.asdict(config) | facts.record() | {"origin": origin},
+            run_id=None,
+            metrics_bytes=0,
+        ) as tracker:
+            tracker.log(trained.step, tokens, split_metrics(result))
+            summary = run_summary(
+                config,
+                facts,
+                data,
+                result,
+                training=Training(trained.step, tokens),
+                computation=Computation(device, precision, trained.kernel),
+                wandb_id=tracker.run_id,
+            )
+            summary["origin"] = origin
+            tracker.summary(summary)
+        write_json(run / "summary.json", summary)
+    return summary

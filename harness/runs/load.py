@@ -1,0 +1,138 @@
+"""A trained model from a run: rebuilt from its configuration and a checkpoint, and how it is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.config.build import build_model, check_weights
+from harness.config.run_config import load_run_config
+from harness.config.schema import TrainConfig
+from harness.data import Tokenizer
+from harness.errors import UserError
+from harness.files.folders import step_of
+from harness.runs.folder import finished
+from harness.runs.records import read_summary
+from harness.runs.text_parts import TheirText, load_text
+from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from modeling.attention import EXECUTION
+from modeling.gpt import GPT
+from modeling.kernels.attend import choose_backend
+from modeling.kernels.latent_decode import check_kernel, check_widths
+
+CHECKPOINTS = ("last", "best")
+
+
+@dataclass
+class TrainedModel:
+    """A run's model as its newest checkpoint left it, in evaluation mode."""
+
+    config: TrainConfig
+    model: GPT
+    tokenizer: Tokenizer
+    tokenizer_file: Path | None  # None: plain bytes
+    kernel: str
+    checkpoint: str
+    step: int
+    text: TheirText | None = None  # of a checkpoint from elsewhere
+
+
+def trained_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint. Raises UserError where it is not the one that a finished run's records are about."""
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is not None and finished(run):
+        steps = read_summary(run, "steps")["steps"]
+        if step_of(checkpoint.name) != steps:
+            raise UserError(
+                f"the last checkpoint of {run} (step {steps}) is damaged or missing, so that the trained model is not there: "
+                f"delete {run / 'summary.json'}, and the command that trained the run makes it again from {checkpoint.name}"
+            )
+    return checkpoint
+
+
+def load_trained(
+    run: Path, *, device: torch.device, precision: torch.dtype, execution: Mapping[str, Any], which: str = "last"
+) -> TrainedModel:
+    """Rebuild the model from the configuration inside the run, computed as `execution` says (backend, decode, kernel).
+
+    which: last, the newest checkpoint, or best, the one that validated best. Raises UserError when the run holds no such
+    checkpoint, or when its variant cannot be computed so.
+    """
+    if which not in CHECKPOINTS:
+        raise UserError(f"checkpoint={which} is unknown: choose last or best")
+    config = load_run_config(run)
+    tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
+    tokenizer = Tokenizer.load(tokenizer_file)
+    text = load_text(run)
+    if text is not None:
+        tokenizer.speak_as(text.opening, text.stops)
+    # How it was computed in training says nothing of how it is used.
+    plain = dataclasses.replace(config, attention=config.attention | EXECUTION)
+    checkpoint = trained_checkpoint(run) if which == "last" else best_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        if which == "best":
+            raise UserError(
+                f"{run} holds no best checkpoint, which a training with checkpoints.keep_best=true keeps: take checkpoint=last"
+            )
+        raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
+    check_weights(plain, tokenizer.vocab_size, checkpoint / "model.safetensors")
+    model = build_model(plain, tokenizer.vocab_size).to(device)
+    state = load_checkpoint(checkpoint, model=model, optimizer=None)
+    check_finite(model, checkpoint)
+    kernel = pin_execution(model, execution, device=device, precision=precision)
+    return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"], text)
+
+
+def check_finite(model: GPT, checkpoint: Path) -> None:
+    """Raises UserError for weights that are not: attention hides them, some kernels give 0 for a NaN."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{checkpoint} holds weights that are not finite ({name}): use an earlier checkpoint, or train anew"
+            )
+
+
+def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:
+    """Choose backend, decode path and decode kernel once, set them in every layer and return the backend's name.
+
+    Raises UserError if one of them cannot run.
+    """
+    first = model.attentions[0]
+    try:
+        check_kernel(execution["kernel"], device)
+        backend = choose_backend(
+            execution["backend"],
+            n_heads=first.n_heads,
+            n_kv_heads=first.n_kv_heads,
+            qk_width=first.qk_width,
+            v_width=first.v_head_dim,
+            dropout=first.dropout,
+            device=device,
+            dtype=precision,
+        )
+        model.set_execution(backend=backend, decode=execution["decode"], kernel=execution["kernel"])
+        if execution["kernel"] == "triton":
+            check_widths(first.kv_lora_rank, first.qk_rope_head_dim)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return backend
+
+
+def decode_path(model: GPT, new_tokens: int | None = None) -> str:
+    """How calls through the cache are computed, in words; with new_tokens, a call of so many tokens a row."""
+    first = model.attentions[0]
+    if first.decode_paths == ("auto",):
+        return "keys and values as they are cached"
+    if new_tokens is not None:  # other kernels than torch's compute one new token alone
+        kernel = first.kernel if new_tokens == 1 else "torch"
+        return f"absorbed ({kernel} kernel)" if first.absorbs(new_tokens) else "expanded"
+    for_more = "" if first.kernel == "torch" else " for one new token, torch for more"
+    absorbed = f"absorbed ({first.kernel} kernel{for_more})"
+    if first.decode == "auto" and first.absorbs(1) and first.absorbs_up_to < model.max_seq_len:
+        return f"{absorbed} up to {first.absorbs_up_to:,} new tokens a call, expanded above"
+    return absorbed if first.absorbs(1) else "expanded"

@@ -1,0 +1,55 @@
+"""When a record was made, and by which state of the project."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+from harness.config.places import ROOT
+from harness.files.atomic import write_text
+
+CHANGES_FILE = "changes.diff"  # in a run's folder
+MOST_CHANGES, MOST_UNTRACKED = 1_000_000, 100  # bytes of it, and names
+
+
+def now() -> str:
+    """When a record was made: ISO 8601 in UTC, so that text sorts by time."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def keep_changes(folder: Path) -> None:
+    """Where the project's files differ from its commit, write how to CHANGES_FILE: what `commit` calls +changes.
+
+    Tracked files only, since others may be anything; those that git does not ignore are named. `git apply` reads the file
+    unless it was cut, which its first line says then.
+    """
+    head = commit()
+    if head is None or not head.endswith("+changes"):
+        return
+    command = ["git", "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--", "."]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        difference = process.stdout.read(MOST_CHANGES + 1)
+        process.kill()  # which it does not notice unless there is more than that
+    untracked = (
+        subprocess.run(["git", "ls-files", "--others", "--exclude-standard", "--", "."], cwd=ROOT, capture_output=True)
+        .stdout.decode(errors="replace")
+        .splitlines()
+    )
+    lines = [f"# tracked files of the project against its commit {head.removesuffix('+changes')}"]
+    if len(difference) > MOST_CHANGES:
+        lines[0] += f"; cut after {MOST_CHANGES:,} bytes"
+    lines += [f"# not in it, untracked: {name}" for name in untracked[:MOST_UNTRACKED]]
+    lines += [f"# and {len(untracked) - MOST_UNTRACKED} more"] if len(untracked) > MOST_UNTRACKED else []
+    write_text(folder / CHANGES_FILE, "\n".join([*lines, difference[:MOST_CHANGES].decode(errors="replace")]))
+
+
+def commit() -> str | None:
+    """The project's git commit, with '+changes' if files differ from it; None outside a checkout."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")

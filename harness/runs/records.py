@@ -1,0 +1,364 @@
+"""What runs and studies leave on disk, read back: every kind of file has one type and one reader.
+
+A file may come from elsewhere, or from an older version. What a type names is checked where the file has it (kinds, finite
+numbers, what can be counted, no name twice); what it does not name is kept as it is. A reader says what its caller needs
+besides. All that is wrong is one sentence with the file's name, a UserError.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, TypeVar, cast
+
+from harness.config.run_config import read_run_config
+from harness.config.typed import typed
+from harness.errors import UserError
+from harness.evaluation.facts import Facts
+from harness.evaluation.metric import METRICS
+from harness.files.atomic import read_json
+from harness.files.folders import listed
+from harness.files.untrusted import Count, Figure, Positive, Rate, is_count, parse_object, stays_inside, whole_lines
+
+STUDY_FILE = "study.json"  # in a study's folder
+DECODE_FILE = "decode.json"  # beside it
+
+# Of an evaluation without a cache, and of records from before there were others.
+PLAIN_CACHE: dict[str, Any] = {"through_cache": False, "cache_window": None, "cache_sinks": 0}
+_Kind = TypeVar("_Kind")
+
+
+class RunSummary(Facts, total=False):
+    """summary.json of a finished run (harness/runs/summary.py)."""
+
+    name: str
+    attention: str
+    model: str
+    dataset: str
+    seed: Count
+    data_seed: Count
+    cache_context: Positive | None
+    tokens: Count
+    initial_tokens: Count
+    init_from: str | None
+    steps: Count
+    loss: Figure
+    perplexity: Figure
+    word_perplexity: float | None  # up to 1e304 in records of older versions
+    bits_per_byte: Figure
+    split: str
+    evaluated_tokens: Count
+    per_document: bool
+    stride_fraction: Figure | None
+    max_tokens: Positive | None
+    train_loss: Figure | None  # None: imported or converted
+    tokens_per_second: Figure | None  # likewise
+    peak_memory_bytes: Count
+    captured: bool
+    processes: Positive
+    skipped_steps: Count
+    origin: dict[str, Any]  # of an import or a conversion
+    seconds: Figure
+    setup_hash: str
+    data_fingerprint: str
+    tokenizer_fingerprint: str | None
+    kernel: str
+    device: str | None
+    precision: str | None
+    compiled: bool
+    torch: str | None
+    commit: str | None
+    wandb_id: str | None
+    finished_at: str | None
+
+
+class ContextBin(TypedDict):
+    low: Positive
+    high: Positive
+    loss: Figure
+
+
+class Beyond(TypedDict):
+    bins: list[ContextBin]
+
+
+class PromptFigures(TypedDict):
+    length: Count
+    accuracy: Figure
+    gain: float
+
+
+class PairsFigures(TypedDict):
+    pairs: Count
+    accuracy: Figure
+
+
+class Answers(TypedDict):
+    accuracy: Figure
+    chance: Figure
+    newest: NotRequired[Figure | None]
+    by_pairs: list[PairsFigures]
+
+
+class Recall(TypedDict, total=False):
+    passkey: list[PromptFigures] | None
+    copying: list[PromptFigures] | None
+    answers: Answers | None
+
+
+class Extras(TypedDict, total=False):
+    """Those that a study's report reads closer than as a mapping of figures (harness/evaluation/probes/)."""
+
+    beyond: Beyond | None
+    recall: Recall | None
+
+
+class Evaluation(RunSummary, total=False):
+    """evaluations/NAME.json (harness/runs/score.py: score_run), some of it taken over from the run's summary."""
+
+    record: str  # the name of its file, without ending
+    trained_on: str
+    corpus: str
+    evaluated_bytes: Count
+    evaluated_words: Count | None
+    loss_by_position: list[tuple[Positive, Positive, Figure | None]]
+    through_cache: bool
+    loss_without_cache: Figure
+    perplexity_without_cache: Figure
+    bits_per_byte_without_cache: Figure
+    cache_window: Positive | None
+    cache_sinks: Count
+    extras: Extras | None
+    extras_seconds: Figure
+    decode: str | None
+    checkpoint: str
+
+
+class Segments(TypedDict):
+    """segments/NAME.json: losses of the parts of a split, for the bootstrap."""
+
+    nats: list[Figure]
+    bytes: list[Count]
+
+
+class MatchRecord(TypedDict):
+    """harness/study/matching.py: Matched."""
+
+    quantity: str
+    to: str
+    vary: str
+    value: Any
+    target: Figure
+    achieved: Figure
+    mismatch: float
+
+
+class ArmRecord(TypedDict):
+    family: str
+    overrides: list[str]
+    level: str | None
+    reference: bool
+    setup_hash: str
+    quantities: NotRequired[dict[str, Any]]
+    match: list[MatchRecord]
+    converted: NotRequired[bool]
+
+
+class SpecRecord(TypedDict):
+    """A run of a study (harness/study/plan.py: RunSpec)."""
+
+    name: str
+    arm: str
+    lr: Rate
+    seed: Count
+    budget: Positive | None
+    tokens: NotRequired[Count]
+    setup_hash: NotRequired[str]
+    source: NotRequired[str | None]
+
+
+class FailureRecord(TypedDict):
+    run: str
+    error: str
+
+
+class StudyRecord(TypedDict):
+    """study.json (harness/study/plan.py: record)."""
+
+    name: str
+    question: str
+    command: str
+    metric: str
+    base: NotRequired[list[str]]
+    contrasts: list[tuple[str, str]]
+    staircase: list[str] | None
+    arms: dict[str, ArmRecord]
+    shared_lr: Rate | None
+    chosen_lr: dict[str, Rate]
+    runs: list[SpecRecord]
+    sweep: list[SpecRecord]
+    failures: list[FailureRecord]
+
+
+class ModelConfig(TypedDict):
+    max_seq_len: Positive
+
+
+class RunConfig(TypedDict):
+    """What a report needs of config.yaml, whose version may be an older one."""
+
+    model: ModelConfig
+
+
+class DecodeRow(TypedDict):
+    """What a token of an arm costs at one place (harness/study/decode_times.py)."""
+
+    arm: str
+    context: Positive
+    batch: Positive
+    milliseconds: Figure
+    low: Figure
+    high: Figure
+    n: NotRequired[Positive]  # steps timed
+    device: str
+    path: str  # how MLA's attention.decode computes one token: absorbed or expand; auto for the others
+    cache_bytes_per_token: NotRequired[Figure]  # all layers
+    step: NotRequired[str]  # eager, or graph on CUDA
+
+
+class DecodeTimes(TypedDict):
+    rows: list[DecodeRow]
+
+
+# What no evaluation lacks, of whatever version: without one of these the summary's would stand in its place.
+_SCORED = ("dataset", "split", "data_fingerprint", "evaluated_tokens", "loss", "perplexity", "bits_per_byte")
+
+
+def evaluation_files(run: Path) -> list[Path]:
+    """By name. Raises UserError where they cannot be listed."""
+    return [path for path in listed(run / "evaluations") if path.suffix == ".json"]
+
+
+def when_made(record: Mapping[str, Any]) -> str:
+    """The record's own time, ISO 8601 in UTC, which sorts as text; nothing in older records."""
+    return str(record.get("finished_at") or "")
+
+
+def read_summary(run: Path, *needed: str) -> RunSummary:
+    """A finished run's summary.json."""
+    return cast(RunSummary, _read(run / "summary.json", RunSummary, needed))
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """An Evaluation, with the name of its file, without ending, as "record"."""
+    record = cast(Evaluation, PLAIN_CACHE | _read(path, Evaluation, _SCORED))
+    if record["through_cache"] and "cache_dtype" not in record:
+        raise _refused(path, "through_cache=true, and no cache_dtype")
+    record["record"] = path.stem
+    return record
+
+
+def read_evaluations(run: Path) -> list[Evaluation]:
+    """The run's records, the oldest first by their own time; those without one come before them, by name."""
+    return sorted(map(read_evaluation, evaluation_files(run)), key=when_made)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """A run's config.yaml, a RunConfig."""
+    try:
+        return dict(typed(RunConfig, read_run_config(run), ""))
+    except UserError as error:
+        raise UserError(f"{run / 'config.yaml'} is not as it was written ({error}): restore it") from None
+
+
+def read_segments(run: Path, evaluation: str) -> Segments | None:
+    """What lies beside the evaluation of that name; None where nothing does."""
+    path = run / "segments" / f"{evaluation}.json"
+    if not path.is_file():
+        return None
+    segments = cast(Segments, _read(path, Segments))
+    if len(segments["nats"]) != len(segments["bytes"]):
+        raise _refused(path, f"{len(segments['nats'])} losses and {len(segments['bytes'])} sizes")
+    return segments
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; another process may be writing the last one. None where there is no file."""
+    path = run / "metrics.jsonl"
+    try:
+        lines = whole_lines(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): {_METRICS_REMEDY}") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = parse_object(line, record=True)
+            if lacking := [key for key in ("step", "tokens") if not is_count(row.get(key))]:
+                raise ValueError(f"it has no {lacking[0]} that is a count")
+            if wrong := [key for key, value in row.items() if not _is_logged(value)]:
+                raise ValueError(f"{wrong[0]} is no number")
+        except ValueError as error:
+            raise UserError(f"line {number} of {path} is damaged ({error}): {_METRICS_REMEDY}") from None
+        rows.append(row)
+    return rows
+
+
+_METRICS_REMEDY = "copy the file back from where it is whole, or train the run anew with overwrite=true"
+
+
+def _is_logged(value: Any) -> bool:
+    """A number, or None in the place of one that was not finite."""
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def read_study(folder: Path) -> StudyRecord:
+    """A study's record, whose parts fit together."""
+    path = folder / STUDY_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no study.json, so it is no study: run one with python scripts/run_study.py study=...")
+    record = cast(StudyRecord, _read(path, StudyRecord))
+    if record["metric"] not in METRICS:
+        raise _refused(path, f"metric={record['metric']} is none of {', '.join(METRICS)}")
+    if not record["arms"]:
+        raise _refused(path, "it has no arms")
+    named = [(arm, "contrasts") for pair in record["contrasts"] for arm in pair]
+    named += [(arm, "staircase") for arm in record["staircase"] or []]
+    named += [(spec["arm"], kind) for kind in ("runs", "sweep") for spec in record[kind]]  # type: ignore[literal-required]
+    for arm, where in named:
+        if arm not in record["arms"]:
+            raise _refused(path, f"{where} names {arm}, no arm of it")
+    for a, b in record["contrasts"]:
+        if a == b:
+            raise _refused(path, f"contrasts compares {a} with itself")
+    for kind in ("runs", "sweep"):
+        names = [spec["name"] for spec in record[kind]]  # type: ignore[literal-required]
+        if odd := [name for name in names if "/" in name or not stays_inside(name)]:
+            raise _refused(path, f"{kind} names {odd[0]}, which is no folder of this study")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise _refused(path, f"{kind} names {twice[0]} twice")
+    counted = [(spec["arm"], spec["seed"]) for spec in record["runs"]]
+    if again := [f"arm {arm} and seed {seed}" for arm, seed in counted if counted.count((arm, seed)) > 1]:
+        raise _refused(path, f"two of its runs are of {again[0]}")
+    return record
+
+
+def read_decode_times(folder: Path) -> list[DecodeRow] | None:
+    """The rows that a study's command has measured; None where it has not."""
+    path = folder / DECODE_FILE
+    return cast(DecodeTimes, _read(path, DecodeTimes))["rows"] if path.is_file() else None
+
+
+def _read(path: Path, kind: type[_Kind], needed: Collection[str] = ()) -> dict[str, Any]:
+    value = read_json(path, record=True)
+    if lacking := [key for key in needed if key not in value]:
+        raise UserError(f"{path} lacks {', '.join(lacking)}: {_REMEDY}")
+    try:
+        record: Mapping[str, Any] = typed(kind, value, "")
+    except UserError as error:
+        raise _refused(path, str(error)) from None
+    return dict(record)
+
+
+_REMEDY = "delete it and run the command that wrote it again"
+
+
+def _refused(path: Path, reason: str) -> UserError:
+    return UserError(f"{path} is not as it was written ({reason}): {_REMEDY}")

@@ -1,0 +1,247 @@
+"""A finished run scored on a split: what eval_model.py does for each run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from harness.config.build import build_model
+from harness.config.identity import corpus_name
+from harness.config.run_config import load_run_config
+from harness.config.schema import EvalConfig
+from harness.data import PreparedData, prepare
+from harness.errors import UserError
+from harness.evaluation.cache_size import measure_cache
+from harness.evaluation.evaluate import CacheChoice, evaluate_model
+from harness.evaluation.perplexity import SEGMENT_TOKENS, Segments, SplitResult
+from harness.evaluation.probes import Subject, measure_extras
+from harness.files.atomic import write_json
+from harness.files.folders import refuse_links
+from harness.runs.corpus import data_of
+from harness.runs.evaluations import cache_label, kind_of
+from harness.runs.load import TrainedModel, decode_path, load_trained
+from harness.runs.provenance import commit, now
+from harness.runs.records import Evaluation, Extras, read_summary
+from harness.runs.summary import Computation, open_run_tracker
+from harness.training.device import select_device, select_precision
+from modeling.attention import EXECUTION
+from modeling.attention.cache import DTYPES
+from modeling.gpt import GPT
+
+# What an evaluation's record takes over from the training's summary.
+CARRIED = (
+    "name",
+    "attention",
+    "model",
+    "seed",
+    "data_seed",
+    "parameters",
+    "tokens",
+    "steps",
+    "tokens_per_second",
+    "setup_hash",
+    "tokenizer_fingerprint",
+    "training_flops_per_token",
+)
+
+
+def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
+    """Rebuild the model from the run's own configuration and score the split.
+
+    Without a cache the result holds the split's segments, and the record the extras; through a cache there are neither,
+    for they would be the plain model's. Raises UserError when the split is missing or the run's data is not what it was
+    trained on.
+    """
+    refuse_links(run)
+    summary = read_summary(run, *CARRIED, "data_fingerprint", "wandb_id")
+    device = select_device(config.device)
+    precision = select_precision(config.precision, device)
+    trained = load_trained(run, device=device, precision=precision, execution=config.attention)
+    dataset = config.dataset or trained.config.dataset
+    data = _text(run, config, trained)
+    choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
+    cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
+    mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
+
+    segment_tokens = None if through else SEGMENT_TOKENS
+    started = time.perf_counter()
+
+    def score(through: CacheChoice | None) -> SplitResult:
+        return evaluate_model(
+            trained.model,
+            data.splits[config.split],
+            end_of_text=data.end_of_text,
+            decode=trained.tokenizer.decode,
+            begins=trained.tokenizer.begins,
+            stride_fraction=config.stride_fraction,
+            batch_size=config.batch_size,
+            precision=precision,
+            device=device,
+            per_document=config.per_document,
+            max_tokens=config.max_tokens,
+            progress=True,
+            through=through,
+            segment_tokens=segment_tokens,
+        )
+
+    plain = score(None)
+    result = score(choice) if through else plain
+    computation = Computation(device, precision, trained.kernel)
+    record = cast(Evaluation, {key: value for key, value in summary.items() if key in CARRIED})
+    record.update(
+        {
+            "trained_on": trained.config.dataset.name,
+            "dataset": dataset.name,
+            "corpus": corpus_name(dataset),
+            "data_fingerprint": data.fingerprint,
+            "split": config.split,
+            "per_document": config.per_document,
+            "stride_fraction": config.stride_fraction,
+            "max_tokens": config.max_tokens,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "word_perplexity": result.word_perplexity,
+            "bits_per_byte": result.bits_per_byte,
+            "evaluated_tokens": result.tokens,
+            "evaluated_bytes": result.bytes,
+            "evaluated_words": result.words,
+            "loss_by_position": [*result.loss_by_position],
+            "through_cache": through,
+            "loss_without_cache": plain.loss,
+            "perplexity_without_cache": plain.perplexity,
+            "bits_per_byte_without_cache": plain.bits_per_byte,
+            "cache_bytes_per_token": cache.bytes_per_token,
+            "cache_dtype": config.cache.dtype,
+            "cache_window": choice.window,
+            "cache_sinks": choice.sinks,
+            "cache_context": cache.context,
+            "cache_bytes_at_context": cache.bytes_at_context,
+            "cache_elements_per_token_per_layer": cache.elements_per_token_per_layer,
+            "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
+            "seconds": time.perf_counter() - started,
+            "kernel": computation.kernel,
+            "decode": decode_path(trained.model, trained.model.max_seq_len) if through else None,
+            "device": computation.device_name,
+            "precision": computation.precision_name,
+            "checkpoint": trained.checkpoint,
+            "commit": commit(),
+        }
+    )
+    started = time.perf_counter()
+    record["extras"] = {} if through else _extras(trained, data, config, computation)
+    record["extras_seconds"] = time.perf_counter() - started
+    record["finished_at"] = now()
+    return record, result
+
+
+def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:
+    """The run's own, or that of another dataset in the run's tokens. Raises UserError where it lacks the split."""
+    data_dir, tokenizer_file = Path(config.data_dir), trained.tokenizer_file
+    if config.dataset is None:
+        data = data_of(run, trained.config, data_dir, path=config.corpus_at, tokenizer_file=tokenizer_file)
+    else:
+        data = prepare(config.dataset, trained.config.tokenizer, data_dir, tokenizer_file=tokenizer_file, for_training=False)
+    if config.split not in data.splits:
+        name = (config.dataset or trained.config.dataset).name
+        raise UserError(f"split={config.split} is not in dataset={name}; choose from {', '.join(data.splits)}")
+    return data
+
+
+def _extras(trained: TrainedModel, data: PreparedData, config: EvalConfig, computation: Computation) -> Extras:
+    subject = Subject(
+        model=trained.model,
+        longer=lambda max_seq_len: lengthened(trained, max_seq_len),
+        split=data.splits[config.split],
+        end_of_text=data.end_of_text,
+        encode=trained.tokenizer.encode,
+        decode=trained.tokenizer.decode,
+        dataset=(config.dataset or trained.config.dataset).name,
+        precision=computation.precision,
+        device=computation.device,
+        batch_size=config.batch_size,
+        max_tokens=min(config.extras_max_tokens, config.max_tokens or config.extras_max_tokens),
+    )
+    return cast(Extras, measure_extras(subject, config.extras))
+
+
+def lengthened(trained: TrainedModel, max_seq_len: int) -> GPT | None:
+    """A run's weights in a model of another max_seq_len, computed likewise; None where a table of positions ends."""
+    if trained.model.position_embedding is not None:
+        return None
+    first = trained.model.attentions[0]
+    plain = dataclasses.replace(trained.config, attention=trained.config.attention | EXECUTION)
+    model = build_model(plain, trained.model.vocab_size, max_seq_len=max_seq_len)
+    model.to(trained.model.embedding.weight.device).load_state_dict(trained.model.state_dict())
+    model.set_execution(**{key: getattr(first, key) for key in EXECUTION})
+    return model.eval()
+
+
+def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Segments | None) -> Path:
+    """Store an evaluation in the run and in its W&B run; its file. Raises UserError when the folder cannot be written.
+
+    The record goes to evaluations/NAME.json, its segments to segments/NAME.json.
+    """
+    trained, summary = load_run_config(run), read_summary(run)  # a run that was removed is not brought back
+    name = record_name(record)
+    file = run / "evaluations" / f"{name}.json"
+    try:
+        if segments is not None:  # before the record: one that is there is whole
+            kept = {"record": name, "segment_tokens": SEGMENT_TOKENS} | dataclasses.asdict(segments)
+            write_json(run / "segments" / f"{name}.json", kept)
+        write_json(file, record)
+    except OSError as error:
+        raise UserError(
+            f"the record of this evaluation cannot be stored in {run} ({error.strerror}): make the folder writable, or "
+            f"copy the run to one that is"
+        ) from None
+    with open_run_tracker(
+        trained, config.tracking, run, run_config=dataclasses.asdict(trained), run_id=summary["wandb_id"], metrics_bytes=None
+    ) as tracker:
+        tracker.summary(dashboard_figures(record, summary))
+    return file
+
+
+def dashboard_figures(record: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dashboard shows of an evaluation: eval/corpus/split/loss and so on.
+
+    Whatever tells its file from that of a plain evaluation of the run's own corpus stands between: two evaluations never
+    share a key. summary: of the run.
+    """
+    corpus, kind = str(record.get("corpus", record["dataset"])), kind_of(record)
+    if record["data_fingerprint"] != summary["data_fingerprint"]:
+        corpus += f"@{record['data_fingerprint'][:8]}"
+    apart = {
+        "per_document": kind.per_document,
+        f"stride_fraction={kind.stride_fraction}": not kind.has_usual_stride,
+        f"max_tokens={kind.max_tokens}": kind.max_tokens is not None,
+        str(record.get("precision")): record.get("precision") != summary.get("precision"),
+        f"cache_dtype={kind.cache_dtype}": not kind.through_cache and kind.cache_dtype != summary["cache_dtype"],
+        f"through {cache_label(record)}" if kind.through_cache else "": kind.through_cache,
+    }
+    place = "/".join(["eval", corpus, record["split"], *(name for name, applies in apart.items() if applies)])
+    return {
+        f"{place}/{key}": record[key] for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte") if key in record
+    }
+
+
+def record_name(record: Evaluation) -> str:
+    """dataset-split-hash: the same evaluation done again replaces its file, another one stands beside it."""
+    shaping = (
+        "data_fingerprint",
+        "cache_dtype",
+        "precision",
+        "per_document",
+        "stride_fraction",
+        "max_tokens",
+        "through_cache",
+        "cache_window",
+        "cache_sinks",
+    )
+    digest = hashlib.sha256(json.dumps([dict(record)[key] for key in shaping]).encode()).hexdigest()
+    return f"{record['dataset']}-{record['split']}-{digest[:8]}"

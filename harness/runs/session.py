@@ -1,0 +1,451 @@
+"""Everything one training run is made of, assembled from its configuration and its newest checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config.build import build_model
+from harness.config.schema import TrainConfig
+from harness.data import PreparedData, Tokenizer
+from harness.data.loader import documents_in
+from harness.errors import UserError, tell
+from harness.evaluation.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
+from harness.evaluation.perplexity import Share, SplitResult
+from harness.files.atomic import replacing
+from harness.files.text import duration
+from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
+from harness.runs.load import check_finite, pin_execution
+from harness.runs.records import RunSummary, read_metrics
+from harness.runs.state import SavedState, check_resumable
+from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
+from harness.runs.training_data import other_data, validate, window_loader
+from harness.tracking import SilentTracker, Tracker
+from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
+from harness.training.device import (
+    auto_micro_batch_size,
+    choose_loss_chunk,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory_bytes,
+    reset_peak_memory,
+    seed_everything,
+    select_compile,
+    select_precision,
+    set_deterministic,
+)
+from harness.training.interruption import SIGNALS, Interrupted, Interruption
+from harness.training.loop import Step, train
+from harness.training.nonfinite import Guard, NonFiniteError, locate
+from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.parallel import Workers, share_model
+from harness.training.schedule import build_schedule, warmup_steps
+from harness.training.step import Engine, select_capture
+from harness.training.writer import CheckpointWriter
+from modeling.gpt import GPT
+
+
+@dataclass
+class Session:
+    """A run ready for its next step. `first_step` is 1 for a fresh run."""
+
+    config: TrainConfig
+    run: Path
+    data: PreparedData
+    tokenizer: Tokenizer
+    model: GPT
+    facts: ModelFacts
+    optimizer: Optimizer
+    workers: Workers
+    engine: Engine | None  # None: one process
+    precision: torch.dtype
+    compiled: bool
+    capture: bool  # replay steps from CUDA graphs, if the model can be captured
+    kernel: str
+    micro_batch_size: int  # of each process
+    steps: int
+    first_step: int
+    seconds_before: float
+    metrics_bytes: int
+    wandb_id: str | None  # known once a tracker has been opened
+    first_trained: Step | None  # of this session, the compilation in it: speed is counted after it
+    last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
+    writer: CheckpointWriter
+    guard: Guard
+    warmup_steps: int  # of the budget that the run began with
+    initial_tokens: int = 0  # behind the weights that it began with
+    interruption: Interruption = field(default_factory=Interruption)
+    evaluation_due: bool = False  # of last_step, which was interrupted before it was evaluated
+    best: tuple[int, float] | None = None  # the saved step that validated best, and its loss
+    saved: int = 0  # the last step that was saved
+
+    @property
+    def device(self) -> torch.device:
+        return self.workers.device
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch_size * self.config.model.max_seq_len
+
+    def lines(self) -> list[str]:
+        """What a person wants to know before waiting."""
+        train_split = self.data.splits["train"]
+        remaining = (self.steps - self.first_step + 1) * self.tokens_per_step
+        seconds = estimated_seconds(
+            remaining * self.facts.flops_per_token / self.workers.world_size,
+            device=self.device,
+            dtype=self.precision,
+            width=self.config.model.d_model,
+        )
+        remark = cache_remark(self.facts, self.config)
+        return [
+            f"run         {self.run}",
+            f"dataset     {self.config.dataset.name}: {train_split.n_tokens:,} training tokens, vocabulary "
+            f"{self.data.vocab_size:,} ({self.data.fingerprint[:12]})",
+            *([initial_line(self.config)] if self.config.init_from is not None and self.first_step == 1 else []),
+            *self.facts.lines(),
+            *([remark] if remark else []),
+            f"attention   {self.config.attention['name']}, kernel {self.kernel}; {self.device.type}, "
+            f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
+            + (", steps captured" if self.capture else "")
+            + (f", {self.workers.world_size} processes ({self.config.parallel.name})" if self.engine else ""),
+            f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
+            f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
+            f"time        about {duration(seconds)} for {remaining:,} tokens, evaluation apart",
+        ]
+
+    def train(self) -> Iterator[Step]:
+        """The remaining steps."""
+        config = self.config
+        batches = window_loader(config, self.data, self.workers).iterate(self.first_step - 1, device=self.device)
+        schedule = build_schedule(config.schedule, self.steps, warmup=self.warmup_steps)
+        with contextlib.closing(batches):  # ends the prefetching thread
+            try:
+                for step in train(
+                    self.model,
+                    batches,
+                    optimizer=self.optimizer,
+                    schedule=schedule,
+                    first_step=self.first_step,
+                    last_step=self.steps,
+                    micro_batch_size=self.micro_batch_size,
+                    grad_clip=config.optimizer.grad_clip,
+                    precision=self.precision,
+                    compile=self.compiled,
+                    device=self.device,
+                    guard=self.guard,
+                    engine=self.engine,
+                    capture=self.capture,
+                ):
+                    self.writer.check()
+                    self.first_trained = self.first_trained or step
+                    self.last_step = step
+                    yield step
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}. {self._whereabouts(error)}", step=error.step, batch=error.batch) from None
+
+    def stopping(self) -> bool:
+        """Has any process been asked to stop? Asked by all at the same place, answered alike in all."""
+        asked = self.interruption.signal
+        votes = self.workers.total(np.array([float(asked == number) for number in SIGNALS]))
+        if votes.any():
+            self.interruption.signal = SIGNALS[int(votes.argmax())]
+        return bool(votes.any())
+
+    def poll(self) -> None:
+        """Raises Interrupted when any process has been asked to stop."""
+        self.stopping()
+        self.interruption.poll()
+
+    def evaluate(self) -> SplitResult | None:
+        """The validation split, as eval_model.py would score it, up to evaluation.max_tokens; None when asked to stop."""
+        share = Share(self.workers.rank, self.workers.world_size, self.workers.total)
+        try:
+            return validate(
+                self.model,
+                self.config,
+                self.data,
+                self.tokenizer,
+                precision=self.precision,
+                device=self.device,
+                share=share,
+                poll=self.poll,
+            )
+        except Interrupted:
+            return None
+
+    def skipped_line(self, step: Step) -> str:
+        """For people: a step without an update, and what it would have learned from."""
+        return f"step {step.number:,}: skipped, {step.skipped} ({self._documents(step.number)})"
+
+    def _whereabouts(self, error: NonFiniteError) -> str:
+        """Sentences: where the number first went wrong, in which documents, and what is left."""
+        documents = self._documents(error.step)
+        kept = f"The checkpoint of step {error.step - 1:,} is kept." if error.step > 1 else "Nothing was trained."
+        if self.engine is not None:  # a part of a sharded model cannot be computed alone
+            return f"The batch holds {documents}; one process alone would name the module. {kept}"
+        place = locate(
+            self.model, error.batch, micro_batch_size=self.micro_batch_size, precision=self.precision, device=self.device
+        )
+        first = (
+            "Computed once more, every output and gradient of the step is finite"
+            if place is None
+            else f"The first number that is not finite is in {place.where}"
+        )
+        documents = documents if place is None else self._documents(error.step, place.rows)
+        return f"{first} ({documents}). {kept}"
+
+    def _documents(self, number: int, rows: list[int] | None = None) -> str:
+        """The documents in a step's batch, or in some rows of it, by their numbers in the training split."""
+        windows = window_loader(self.config, self.data).windows(number - 1)
+        found = documents_in(
+            windows if rows is None else windows[rows],
+            max_seq_len=self.config.model.max_seq_len,
+            document_starts=self.data.splits["train"].document_starts,
+        )
+        shown = ", ".join(map(str, found[:16])) + (f" and {len(found) - 16} more" if len(found) > 16 else "")
+        return f"document{'s' if len(found) > 1 else ''} {shown} of the training split"
+
+    def step_metrics(self, step: Step) -> dict[str, float]:
+        """One step as it is logged."""
+        metrics = {
+            "train/loss": step.loss,
+            "train/lr": step.lr,
+            "train/grad_norm": step.grad_norm,
+            "speed/tokens_per_second": step.tokens_per_second,
+            "memory/peak_bytes": peak_memory_bytes(self.device),
+        }
+        if self.guard.may_skip:
+            metrics["train/skipped_steps"] = self.guard.skipped
+        peak = peak_flops(self.device, self.precision)
+        if peak is not None:
+            flops_per_second = step.tokens_per_second * self.facts.flops_per_token
+            metrics["speed/mfu"] = flops_per_second / (peak * self.workers.world_size)
+        return metrics
+
+    def mean_tokens_per_second(self, last: Step) -> float:
+        """Over this session's steps but the first, which compiles and warms up."""
+        first = self.first_trained
+        if first is None or first.number == last.number:
+            return last.tokens_per_second
+        return (last.tokens - first.tokens) / (last.seconds - first.seconds)
+
+    def save(self, step: Step, tracker: Tracker, result: SplitResult | None = None, *, evaluation_due: bool = False) -> None:
+        """A checkpoint after this step: continuing from it repeats nothing.
+
+        result: the step's evaluation, if it has one. evaluation_due: it should have one and has not.
+        """
+        improved = self._improves(step.number, result)
+        state = {
+            "step": step.number,
+            "last_step": {key: _or_null(value) for key, value in dataclasses.asdict(step).items()},
+            "seconds": self.seconds_before + step.seconds,
+            "metrics_bytes": tracker.metrics_bytes,
+            "wandb_id": self.wandb_id,
+            "data_fingerprint": self.data.fingerprint,
+            "warmup_steps": self.warmup_steps,
+            "initial_tokens": self.initial_tokens,
+            "evaluation_due": evaluation_due,
+            "best": self.best,
+            "guard": self.guard.state(),
+        }
+        taken = snapshot(self.model, self.optimizer, state, keep=self.workers.is_first)
+        if self.workers.is_first:
+            self.writer.save(taken, is_best=improved)
+        self.workers.seed_apart(self.config.seed, step.number)
+        self.saved = step.number
+
+    def evaluated_late(self, result: SplitResult) -> None:
+        """The evaluation that was due when the checkpoint was written."""
+        if self._improves(self.saved, result) and self.workers.is_first:
+            self.writer.keep_as_best(self.saved)
+
+    def _improves(self, number: int, result: SplitResult | None) -> bool:
+        if result is None or (self.best is not None and result.loss >= self.best[1]):
+            return False
+        self.best = (number, result.loss)
+        return self.config.checkpoints.keep_best
+
+    @contextlib.contextmanager
+    def saving(self, tracker: Tracker) -> Iterator[None]:
+        """Inside, checkpoints are written; afterwards none is any more, and what went wrong in writing has been raised.
+
+        Numbers that go wrong leave a checkpoint of the step before.
+        """
+        try:
+            try:
+                yield
+            except NonFiniteError as error:
+                if self.last_step is not None and self.last_step.number == error.step - 1 > self.saved:
+                    self.save(self.last_step, tracker)
+                self.writer.wait()
+                raise
+            except Interrupted:
+                self.writer.wait()
+                raise
+            self.writer.wait()
+        finally:
+            self.writer.close()
+
+    def open_tracker(self) -> Tracker:
+        """metrics.jsonl, cut to where this session starts, and W&B if chosen; one that does nothing beside the first."""
+        if not self.workers.is_first:
+            return SilentTracker()
+        if self.first_step == 1:
+            self._keep_older_rows()
+        run_config = dataclasses.asdict(self.config) | self.facts.record()
+        tracker = open_run_tracker(
+            self.config,
+            self.config.tracking,
+            self.run,
+            run_config=run_config,
+            run_id=self.wandb_id,
+            metrics_bytes=self.metrics_bytes,
+        )
+        self.wandb_id = tracker.run_id
+        tracker.summary(self.facts.record())  # known before the first step, and of runs that never end
+        return tracker
+
+    def _keep_older_rows(self) -> None:
+        """Rows of so many steps that a checkpoint may have come after them are kept: this run starts anew without one."""
+        metrics = self.run / "metrics.jsonl"
+        try:
+            rows = read_metrics(self.run)
+        except UserError:  # not all of it is ours
+            rows = [{"step": self.config.intervals.checkpoint}]
+        if rows and rows[-1]["step"] >= self.config.intervals.checkpoint:
+            kept = next(path for number in itertools.count(1) if not (path := self.run / f"metrics.{number}.jsonl").exists())
+            metrics.rename(kept)
+            tell(
+                f"{self.run} has no checkpoint and starts anew; its rows up to step {rows[-1]['step']:,} are kept in "
+                f"{kept.name}"
+            )
+
+    def summary(self, step: Step, result: SplitResult) -> RunSummary:
+        """The content of summary.json: final validation figures and what they were reached with."""
+        training = Training(
+            steps=step.number,
+            tokens=step.tokens,
+            initial_tokens=self.initial_tokens,
+            loss=_or_null(step.loss),
+            tokens_per_second=_or_null(self.mean_tokens_per_second(step)),
+            seconds=self.seconds_before + (0.0 if self.first_trained is None else step.seconds),
+            skipped_steps=self.guard.skipped if self.guard.may_skip else None,
+        )
+        computation = Computation(
+            self.device, self.precision, self.kernel, self.compiled, step.captured, self.workers.world_size
+        )
+        return run_summary(
+            self.config, self.facts, self.data, result, training=training, computation=computation, wandb_id=self.wandb_id
+        )
+
+
+def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Workers, steps: int) -> Session:
+    """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+    device = workers.device
+    set_deterministic(config.deterministic)
+    keep_freed_memory(device)
+    precision = select_precision(config.precision, device)
+    checkpoint = workers.first(lambda: latest_checkpoint(run / "checkpoints", check_resumable))
+    begins = initial_checkpoint(config, data) if checkpoint is None and config.init_from is not None else None
+    seed_everything(config.seed)
+    model = build_model(config, data.vocab_size).to(device)
+    kernel = pin_execution(model, config.attention, device=device, precision=precision)
+    facts = model_facts(model, config)
+    micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
+        config.batch_size // workers.world_size,
+        max_seq_len=config.model.max_seq_len,
+        d_model=config.model.d_model,
+        n_layers=config.model.n_layers,
+        vocab_size=data.vocab_size,
+        parameters=facts.parameters["total"],
+        precision=precision,
+        device=device,
+    )
+    choose_loss_chunk(model, micro_batch_size=micro_batch_size, device=device)
+
+    engine = share_model(model, workers, config.parallel)
+    alone_on_cuda = device.type == "cuda" and workers.world_size == 1
+    optimizer = build_optimizer(model, config.optimizer, capturable=alone_on_cuda)
+    capture = select_capture(config.capture, device, processes=workers.world_size, optimizer=optimizer)
+    session = Session(
+        config=config,
+        run=run,
+        data=data,
+        tokenizer=Tokenizer.load(data.tokenizer_file),
+        model=model,
+        facts=facts,
+        optimizer=optimizer,
+        workers=workers,
+        engine=engine,
+        precision=precision,
+        compiled=select_compile(config.compile, device),
+        capture=capture,
+        kernel=kernel,
+        micro_batch_size=micro_batch_size,
+        steps=steps,
+        first_step=1,
+        seconds_before=0.0,
+        metrics_bytes=0,
+        wandb_id=None,
+        first_trained=None,
+        last_step=None,
+        writer=CheckpointWriter(run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background),
+        guard=Guard(
+            skip=config.on_nonfinite == "skip", sigma=config.spikes.sigma, window=config.spikes.window, limit=config.skip_limit
+        ),
+        warmup_steps=warmup_steps(config.schedule, steps),
+    )
+    if begins is not None:
+        assert config.init_from is not None
+        session.initial_tokens = tokens_seen(Path(config.init_from))
+        load_checkpoint(begins, model=model, optimizer=None)
+        check_finite(model, begins)
+    if checkpoint is not None:
+        if not checkpoint.exists():
+            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
+        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
+        if state.get("data_fingerprint") != data.fingerprint:
+            raise other_data(config, run)
+        _continue(session, SavedState.of(checkpoint))
+        if workers.is_first:
+            tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+            if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
+                session.writer.keep_as_best(session.saved)  # a kill may have come between the two
+    workers.seed_apart(config.seed, session.first_step - 1)
+    if data.tokenizer_file is not None and workers.is_first:
+        with replacing(run / "tokenizer.json") as aside:
+            shutil.copyfile(data.tokenizer_file, aside)
+    reset_peak_memory(device)
+    return session
+
+
+def _continue(session: Session, saved: SavedState) -> None:
+    """What a checkpoint knows of the run besides its tensors."""
+    session.first_step, session.seconds_before = saved.step + 1, saved.seconds
+    session.last_step = saved.last_step
+    session.metrics_bytes, session.wandb_id = saved.metrics_bytes, saved.wandb_id
+    session.saved = saved.step
+    if saved.initial_tokens is not None:
+        session.initial_tokens = saved.initial_tokens
+    elif session.config.init_from is not None:
+        session.initial_tokens = tokens_seen(Path(session.config.init_from))
+    if saved.guard is not None and saved.warmup_steps is not None:
+        session.warmup_steps, session.evaluation_due = saved.warmup_steps, saved.evaluation_due
+        session.best = None if saved.best is None else (int(saved.best[0]), saved.best[1])
+        session.guard.restore(dataclasses.asdict(saved.guard))
+
+
+def _or_null(value: Any) -> Any:
+    """JSON has no number that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

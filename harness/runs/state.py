@@ -1,0 +1,86 @@
+"""What a checkpoint knows of its training besides the tensors, read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.config.typed import typed
+from harness.errors import UserError
+from harness.files.untrusted import is_count
+from harness.tracking.wandb_run import RUN_ID
+from harness.training.checkpoint import STATE, DamagedError, check_generators, checkpoint_state
+from harness.training.loop import Step
+
+
+@dataclass(frozen=True)
+class SavedGuard:
+    """Guard.state()."""
+
+    skipped: int
+    in_a_row: int
+    losses: list[float]
+    norms: list[float]
+
+
+_MAY_BE_NAN = ("loss", "grad_norm", "tokens_per_second")  # of a step that was skipped
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What Session.save hands to a checkpoint, without what is compared elsewhere. Older checkpoints lack the defaults."""
+
+    step: int
+    last_step: Step
+    seconds: float
+    metrics_bytes: int
+    wandb_id: str | None
+    warmup_steps: int | None = None
+    initial_tokens: int | None = None
+    evaluation_due: bool = False
+    best: list[float] | None = None  # step and loss
+    guard: SavedGuard | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Path) -> SavedState:
+        """Raises DamagedError, naming the field, for what is no such state."""
+        state = checkpoint_state(checkpoint)
+        known = {field.name for field in dataclasses.fields(cls)}
+        try:
+            content = {key: value for key, value in state.items() if key in known}
+            step = content.get("last_step")
+            lost: dict[str, Any] = {}
+            if isinstance(step, Mapping):  # what was not finite stands as null in JSON
+                lost = {key: math.nan for key in _MAY_BE_NAN if step.get(key, 0) is None}
+                content["last_step"] = {**step, **dict.fromkeys(lost, 0.0)}
+            saved: SavedState = typed(cls, content, "state")
+        except UserError as error:
+            raise DamagedError(checkpoint, f"{STATE}: {error}") from None
+        counts = {
+            "metrics_bytes": saved.metrics_bytes,
+            "last_step.tokens": saved.last_step.tokens,
+            "warmup_steps": saved.warmup_steps or 0,
+            "initial_tokens": saved.initial_tokens or 0,
+            "guard.skipped": saved.guard.skipped if saved.guard else 0,
+            "guard.in_a_row": saved.guard.in_a_row if saved.guard else 0,
+        }
+        odd = [f"{name}={value}, no count" for name, value in counts.items() if not is_count(value)]
+        if saved.last_step.number != saved.step:
+            odd.append(f"last_step.number={saved.last_step.number} after step {saved.step}")
+        if saved.best is not None and (len(saved.best) != 2 or saved.best[0] not in range(1, saved.step + 1)):
+            odd.append(f"best={saved.best}, no pair of a step up to {saved.step} and its loss")
+        if saved.wandb_id is not None and not RUN_ID.fullmatch(saved.wandb_id):
+            odd.append(f"wandb_id={saved.wandb_id}, no name of a W&B run")
+        if odd:
+            raise DamagedError(checkpoint, f"{STATE}: {odd[0]}")
+        return dataclasses.replace(saved, last_step=dataclasses.replace(saved.last_step, **lost))
+
+
+def check_resumable(checkpoint: Path) -> None:
+    """Raises DamagedError for a checkpoint that is whole and whose state no training can go on from."""
+    SavedState.of(checkpoint)
+    check_generators(checkpoint)

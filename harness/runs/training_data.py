@@ -1,0 +1,114 @@
+"""The text that a run trains on and is validated on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from harness.config.schema import TrainConfig
+from harness.data import PreparedData, Tokenizer, TokenSplit, prepare
+from harness.data.loader import WindowLoader
+from harness.errors import UserError, tell
+from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.perplexity import WHOLE, Share, SplitResult
+from harness.runs.corpus import find_data
+from harness.runs.initial import brought
+from harness.runs.records import read_summary
+from harness.training.parallel import Workers
+from modeling.gpt import GPT
+
+
+def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
+    """The run's tokens, prepared if absent, every byte of them checked with `verify`.
+
+    Raises UserError when they cannot be trained on.
+    """
+    source = brought(config)
+    file = None if source is None or config.tokenizer.name == "bytes" else source / "tokenizer.json"
+    data_dir = Path(config.data_dir)
+    if source is not None and config.init_data and config.dataset.path is not None:
+        data = find_data(source, config.dataset, data_dir, tokenizer_file=file, verify=verify)
+    else:
+        data = prepare(config.dataset, config.tokenizer, data_dir, tokenizer_file=file, verify=verify)
+    if "train" not in data.splits:
+        raise UserError(f"dataset={config.dataset.name} has no training split; choose another dataset to train on")
+    validation_split(config, data)
+    window_loader(config, data)
+    return data
+
+
+def check_unchanged(config: TrainConfig, run: Path) -> None:
+    """Raises UserError when the corpus of a finished run is no longer the text that it was trained on.
+
+    A corpus that cannot be had (moved, out of reach) makes no run another one: that is said on stderr.
+    """
+    trained_on = read_summary(run).get("data_fingerprint")
+    try:
+        data = load_data(config)
+    except UserError as error:
+        tell(f"{run.name}: its data cannot be compared with what it was trained on ({error})")
+        return
+    if data.fingerprint != trained_on:
+        raise other_data(config, run)
+
+
+def other_data(config: TrainConfig, run: Path) -> UserError:
+    return UserError(
+        f"the data of dataset={config.dataset.name} is not what {run} was trained on; bring that data back, or train anew "
+        f"with overwrite=true or another name=..."
+    )
+
+
+def window_loader(config: TrainConfig, data: PreparedData, workers: Workers | None = None) -> WindowLoader:
+    """The run's training batches, one process's share of them. Raises UserError for a split shorter than one window."""
+    return WindowLoader(
+        data.splits["train"].tokens,
+        max_seq_len=config.model.max_seq_len,
+        batch_size=config.batch_size,
+        data_seed=config.data_seed,
+        rank=workers.rank if workers else 0,
+        world_size=workers.world_size if workers else 1,
+    )
+
+
+def validation_split(config: TrainConfig, data: PreparedData) -> TokenSplit:
+    """Raises UserError when the corpus has none."""
+    if "validation" not in data.splits:
+        raise UserError(f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0")
+    return data.splits["validation"]
+
+
+def validate(
+    model: GPT,
+    config: TrainConfig,
+    data: PreparedData,
+    tokenizer: Tokenizer,
+    *,
+    precision: torch.dtype,
+    device: torch.device,
+    progress: bool = False,
+    share: Share = WHOLE,
+    poll: Callable[[], None] = lambda: None,
+) -> SplitResult:
+    """The validation split as a run's configuration has it scored. share, poll: see evaluate_model.
+
+    Raises UserError when the corpus has no such split.
+    """
+    evaluation = config.evaluation
+    return evaluate_model(
+        model,
+        validation_split(config, data),
+        end_of_text=data.end_of_text,
+        decode=tokenizer.decode,
+        begins=tokenizer.begins,
+        stride_fraction=evaluation.stride_fraction,
+        batch_size=evaluation.batch_size,
+        precision=precision,
+        device=device,
+        max_tokens=evaluation.max_tokens,
+        progress=progress,
+        share=share,
+        poll=poll,
+    )

@@ -1,0 +1,250 @@
+"""One optimizer step, in two halves: the gradient of a batch, then the update. Eager, or captured in CUDA graphs.
+
+A step of a small model is launches, not arithmetic: captured once and replayed, the same kernels follow each other without
+the host in between. Two graphs, so that the host reads loss and gradient norm before it decides about the update, as it does
+eagerly: no number that is not finite reaches the weights, and nothing is read late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from harness.errors import UserError
+from harness.training.optimizer import Optimizer
+
+WARM_UP = 3  # eager steps before the capture: compilation, the optimizer's state, the libraries' workspaces
+
+
+class Engine(Protocol):
+    """What the loop asks of several processes (harness/training/parallel.py) and, as `OneProcess`, of one alone."""
+
+    world_size: int
+
+    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]: ...
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]: ...
+
+    def clip(self, max_norm: float) -> Tensor: ...
+
+    def mean(self, loss: Tensor) -> Tensor: ...
+
+
+class LanguageModel(Protocol):
+    """What the loop asks of a model."""
+
+    training: bool
+
+    def train(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean nats of the targets, differentiable."""
+
+
+class OneProcess:
+    """The model as it is."""
+
+    world_size = 1
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._parameters = list(model.parameters())
+
+    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        return torch.compile(self._model.loss, dynamic=False) if compile else self._model.loss
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def clip(self, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class Graph(Protocol):
+    """What was captured."""
+
+    def replay(self) -> None: ...
+
+
+class EagerStep:
+    """Operation by operation, on any device and through any engine.
+
+    Rows of a batch are split into micro-batches; loss and gradient are those of the mean over all its tokens.
+    """
+
+    is_captured = False
+    remark: str | None = None  # why a step that should have been captured is not
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        *,
+        micro_batch_size: int,
+        grad_clip: float,
+        precision: torch.dtype,
+        compile: bool,
+        device: torch.device,
+    ) -> None:
+        self._engine, self._optimizer, self._device = engine, optimizer, device
+        self._micro_batch_size, self._precision = micro_batch_size, precision
+        self._max_norm = grad_clip if grad_clip > 0 else math.inf
+        self._loss_of = engine.loss_of(compile)
+        self._figures: Tensor | None = None
+
+    def start(self, batch: Tensor) -> None:
+        """Launch the gradient of a batch (B, T+1) of token ids."""
+        self._figures = self._gradient(batch)
+
+    def read(self) -> tuple[float, float]:
+        """Loss (nats, mean over the batch) and gradient norm before clipping, once they are there."""
+        # The one synchronisation of a step. It costs the device the few kernel launches of the update, well under a
+        # millisecond, and buys that no bad gradient ever reaches the weights.
+        assert self._figures is not None, "start() comes before read()"
+        loss, norm = self._figures.tolist()
+        return loss, norm
+
+    def update(self) -> None:
+        """Change the weights by the gradient."""
+        self._optimizer.step()
+
+    def end(self) -> None:
+        """Give the gradient up, whether or not there was an update."""
+        self._optimizer.zero_grad()
+
+    def _gradient(self, batch: Tensor) -> Tensor:
+        """Forward, backward, clipping; loss and norm as a tensor of two."""
+        loss = torch.zeros((), device=self._device)
+        micros = batch.split(self._micro_batch_size)
+        for index, micro in enumerate(micros, start=1):
+            share = len(micro) / len(batch)
+            with self._engine.micro_batch(last=index == len(micros)):
+                with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
+                    micro_loss = self._loss_of(micro[:, :-1], micro[:, 1:]) * share
+                micro_loss.backward()
+            loss += micro_loss.detach()
+        return torch.stack((self._engine.mean(loss), self._engine.clip(self._max_norm)))
+
+
+class CapturedStep(EagerStep):
+    """The first WARM_UP steps are eager, then both halves are captured and replayed with new batches.
+
+    A model that cannot be captured (one that reads a value back in its forward pass, say) stays eager; `remark` says why.
+    capture: how to record what a function launches on a device; `cuda_graph` unless a test brings another.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        optimizer: Optimizer,
+        *,
+        micro_batch_size: int,
+        grad_clip: float,
+        precision: torch.dtype,
+        compile: bool,
+        device: torch.device,
+        capture: Callable[[Callable[[], None]], Graph] | None = None,
+    ) -> None:
+        super().__init__(
+            engine,
+            optimizer,
+            micro_batch_size=micro_batch_size,
+            grad_clip=grad_clip,
+            precision=precision,
+            compile=compile,
+            device=device,
+        )
+        self._capture = capture or CudaGraphs(device).capture
+        self._warm = 0
+        self._batch: Tensor | None = None
+        self._graphs: tuple[Graph, Graph] | None = None
+
+    @property
+    def is_captured(self) -> bool:  # type: ignore[override]
+        return self._graphs is not None
+
+    def start(self, batch: Tensor) -> None:
+        if self._graphs is None and self.remark is None and self._warm == WARM_UP:
+            self._try(batch)
+        if self._graphs is None:
+            super().start(batch)
+            self._warm = min(WARM_UP, self._warm + 1)
+            return
+        assert self._batch is not None and self._batch.shape == batch.shape, "every batch of a run has one shape"
+        self._batch.copy_(batch)
+        self._graphs[0].replay()
+
+    def update(self) -> None:
+        if self._graphs is None:
+            super().update()
+        else:
+            self._graphs[1].replay()
+
+    def end(self) -> None:
+        if self._graphs is None:  # a graph writes its gradients anew, where they lie
+            super().end()
+
+    def _try(self, batch: Tensor) -> None:
+        """Record the two halves; nothing is computed by that."""
+        self._batch = batch.clone()
+
+        def gradient() -> None:
+            assert self._batch is not None
+            self._optimizer.zero_grad()
+            self._figures = self._gradient(self._batch)
+
+        try:
+            self._graphs = self._capture(gradient), self._capture(self._optimizer.step)
+        except RuntimeError as error:
+            self._batch = self._figures = None
+            self._optimizer.zero_grad()
+            self.remark = f"the step is not captured, it runs eagerly: {str(error).strip().splitlines()[0]}"
+
+
+class CudaGraphs:
+    """Graphs that share one pool of memory and are replayed in the order of their capture."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._pool = device, torch.cuda.graph_pool_handle()
+
+    def capture(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What `launch` launches. Raises RuntimeError when that waits for the device, say; the generator is as before."""
+        graph = torch.cuda.CUDAGraph()
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        generator = torch.cuda.default_generators[index]
+        before = generator.clone_state()
+        try:
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+                launch()
+        except RuntimeError:  # a capture that breaks off leaves the generator in its middle
+            generator.graphsafe_set_state(before)
+            raise
+        return graph
+
+
+def select_capture(name: str, device: torch.device, *, processes: int, optimizer: Optimizer) -> bool:
+    """auto | on | off. auto captures on CUDA, in one process, with an optimizer whose update can be captured."""
+    if name not in ("auto", "on", "off"):
+        raise UserError(f"capture={name} is unknown: choose auto, on or off")
+    hindrance = (
+        f"a step on {device.type} cannot be: it needs CUDA"
+        if device.type != "cuda"
+        else f"the steps of {processes} processes are not"
+        if processes > 1
+        else None
+        if optimizer.can_be_captured
+        else "this optimizer's update cannot be"
+    )
+    if name == "on" and hindrance is not None:
+        raise UserError(f"capture=on wants the step in a CUDA graph, and {hindrance}: leave capture=auto")
+    return name != "off" and hindrance is None

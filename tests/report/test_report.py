@@ -1,0 +1,605 @@
+"""The report says what the runs say: nothing is filled in, nothing is hidden, and no words cover one another."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from harness.config.places import ROOT
+from harness.errors import UserError
+from harness.evaluation.metric import BITS_PER_BYTE
+from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
+from harness.report.findings import Findings, find
+from harness.report.pictures import short
+from harness.report.sections import sections
+from harness.report.tables import as_csv, as_markdown
+from harness.report.write import write_report
+from harness.study.results import load_results
+from harness.study.statistics import bootstrap, contrasts, mean_interval
+from scripts import report
+from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, write_study
+
+STAIRCASE = ["mha", "gqa", "mqa", "mla_plain", "mla"]
+MANY = {
+    f"rank_{i}_of_many_arms" if i % 3 else f"r{i}": Truth("mla", 1.82 + 0.002 * (7 * i % 14), 512 + 64 * (5 * i % 14))
+    for i in range(14)
+}
+LEVELS = {
+    f"{family}_{level}": Truth(family, 1.84 - 0.01 * i + 0.003 * j, level, level=f"{level:,} bytes")
+    for i, level in enumerate((512, 1024, 1536))
+    for j, family in enumerate(("gqa", "mla", "mqa"))
+}
+HOSTILE = {'<b>a</b>&"x"': Truth("mha", 1.8, 2048), "m|l*a_`x`$y$ with a very long name": Truth("mla", 1.9, 640)}
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that has everything, and its report."""
+    folder = write_study(
+        tmp_path_factory.mktemp("full") / "full", sweep=True, sweep_tokens=TOKENS, decode=True, staircase=STAIRCASE
+    )
+    write_report(load_results(folder), folder)
+    return folder
+
+
+def findings_of(folder: Path) -> Findings:
+    return find(load_results(folder))
+
+
+def written(folder: Path) -> tuple[str, str, dict[str, Any]]:
+    """The Markdown, the page and the JSON of a report made now."""
+    write_report(load_results(folder), folder)
+    return (
+        (folder / "report.md").read_text(),
+        (folder / "report.html").read_text(),
+        json.loads((folder / "report.json").read_text()),
+    )
+
+
+def table_of(markdown: str, title: str) -> dict[str, list[str]]:
+    """The columns of a table of the Markdown report, by their names."""
+    text = markdown.partition(f"**{title}**\n\n")[2].partition("\n\n")[0]
+    head, _, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines())
+    return dict(zip(head, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def change(folder: Path, pattern: str, **values: Any) -> None:
+    for path in folder.glob(pattern):
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_study_has_every_file_of_the_report_and_a_page_that_a_person_can_be_sent(full: Path) -> None:
+    figures = {"pareto", "contrasts", "curves", "positions", "staircase", "sweep", "decode"}
+    assert {path.stem for path in (full / "figures").iterdir()} == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (full / "figures").iterdir())
+    markdown = (full / "report.md").read_text()
+    assert set(re.findall(r"\(figures/(\w+)\.png\)", markdown)) == figures
+    titles = re.findall(r"^## (.*)$", markdown, flags=re.M)
+    assert titles == [
+        "Verdict",
+        "Arms",
+        "Quality against cache",
+        "Comparisons",
+        "Quality against decode time",
+        "Loss curves",
+        "Loss by position",
+        "Staircase",
+        "Learning rates",
+        "What the loss does not show",
+        "What differs besides",
+        "How this was made",
+    ]
+    assert re.findall(r"<h2[^>]*>(.*?)</h2>", (full / "report.html").read_text()) == titles
+
+
+def test_the_report_of_the_same_runs_is_the_same_to_the_byte_and_drops_figures_that_are_no_longer_there(full: Path) -> None:
+    names = ("report.html", "report.md", "report.csv", "report.json", "figures/pareto.png")
+    before = [(full / name).read_bytes() for name in names]
+    (full / "figures" / "forgotten.png").write_bytes(b"of an earlier report")
+    write_report(load_results(full), full)
+    assert [(full / name).read_bytes() for name in names] == before
+    assert not (full / "figures" / "forgotten.png").exists()
+    assert not [*full.glob("*.tmp"), *full.glob("figures/*unfinished*")]
+
+
+def test_the_csv_has_one_unrounded_row_a_run(full: Path) -> None:
+    results = load_results(full)
+    rows = list(csv.DictReader((full / "report.csv").open()))
+    assert len(rows) == len(results.runs) + len(results.sweep) == 15 + 15
+    for run, row in zip(results.runs, rows, strict=False):
+        record = run.evaluation()
+        assert record is not None
+        assert (row["run"], row["kind"], row["arm"], int(row["seed"])) == (run.folder.name, "study", run.arm, run.seed)
+        assert float(row["test_bits_per_byte"]) == record["bits_per_byte"]
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_are_the_sentences_of_the_statistics_declared_ones_first(full: Path) -> None:
+    results = load_results(full)
+    steps = [("gqa", "mha"), ("mqa", "gqa"), ("mla_plain", "mqa")]  # mla against mla_plain is declared
+    expected = [c.sentence(BITS_PER_BYTE) for c in contrasts(results.values(), primary=results.contrasts, other=steps)]
+    content = json.loads((full / "report.json").read_text())
+    assert [verdict["sentence"] for verdict in content["verdicts"]] == expected
+    assert [verdict["primary"] for verdict in content["verdicts"]] == [True] * 3 + [False] * 3
+    markdown, page = (full / "report.md").read_text(), (full / "report.html").read_text()
+    for sentence in expected:
+        assert sentence.replace("_", "\\_").replace("<", "\\<") in markdown
+        assert sentence.replace("<", "&lt;") in page
+    resolved = sum(verdict["resolved"] for verdict in content["verdicts"][:3])
+    assert f"{resolved} of 3 declared comparisons" in markdown
+
+
+def test_the_noise_of_the_evaluation_is_of_losses_averaged_over_common_seeds_and_is_said_to_be_no_verdict(full: Path) -> None:
+    results = load_results(full)
+    segments = {(run.arm, run.seed): run.segments() for run in results.runs}
+
+    def nats(arm: str) -> Any:
+        return np.mean([segments[arm, seed]["nats"] for seed in (0, 1, 2)], axis=0)  # type: ignore[index]
+
+    expected = bootstrap(nats("mla"), nats("gqa"), segments["mla", 0]["bytes"])  # type: ignore[index]
+    noise = json.loads((full / "report.json").read_text())["verdicts"][0]["evaluation_noise"]
+    assert (noise["low"], noise["high"], noise["seeds"]) == (expected.low, expected.high, [0, 1, 2])
+    assert "evaluation noise, no verdict" in (full / "report.md").read_text()
+
+
+def test_segments_that_were_cut_differently_or_are_too_few_give_no_noise_and_the_reason(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "few", segments=30, contrasts=[["mla", "gqa"]])
+    markdown, _, content = written(folder)
+    assert content["verdicts"][0]["evaluation_noise"] is None
+    assert "No evaluation noise where 30 clusters of text are too few" in markdown
+    change(folder, "mla-*-seed1/segments/*.json", bytes=[1] * 30)
+    assert "their segments are cut differently" in written(folder)[0]
+
+
+def test_one_seed_gives_no_error_bar_and_no_verdict(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "one", seeds=(0,), extras=False, segments=0)
+    markdown, _, content = written(folder)
+    assert all(verdict["low"] is None and verdict["resolved"] is None for verdict in content["verdicts"])
+    assert "there are no error bars, and nothing below is a verdict" in markdown
+    table = markdown.partition("## Arms")[2].partition("##")[0]
+    assert "±" not in table
+    assert "every run" not in table
+
+
+# --- what is missing -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_or_failed_stands_at_the_top_and_nothing_is_put_in_its_place(tmp_path: Path) -> None:
+    folder = write_study(
+        tmp_path / "partial",
+        unfinished=[("mqa", 0), ("mqa", 1), ("mqa", 2), ("mla", 2)],
+        failures=[{"run": "mqa-lr0.005-seed0", "error": "out of memory (status 1; the log)"}],
+    )
+    markdown, page, content = written(folder)
+    top = markdown.partition("## Verdict")[0]
+    assert "mqa-lr0.005-seed0 failed:** out of memory (status 1; the log)" in top
+    assert "4 of 15 runs are not finished" in top
+    assert "no finished run of mqa" in top
+    assert "the declared comparison of mla with mqa cannot be made yet" in top
+    assert "out of memory" in page.partition("<main>")[0]
+    assert re.search(r"^\| mqa \| – \| – \| – \| – \| 0 \| – \| – \|$", markdown, flags=re.M)
+    assert [verdict["b"] for verdict in content["verdicts"]] == ["gqa", "mla_plain"]
+    assert content["arms"]["mqa"]["mean"] is None
+    assert content["missing"] == 4
+
+
+def test_a_section_without_data_is_left_out_with_a_word_where_it_matters(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "bare", extras=False, segments=0)
+    markdown, _, content = written(folder)
+    assert content["figures"] == [f"figures/{name}.png" for name in ("pareto", "contrasts", "curves", "positions")]
+    for absent in ("## Staircase", "## What the loss does not show", "evaluation noise: the"):
+        assert absent not in markdown
+    for said in (
+        "Decode times were not measured",
+        "no rate was tuned",
+        "beyond the training length were not measured",
+        "No evaluation noise where no segment losses are stored",
+    ):
+        assert said in markdown
+
+
+def test_a_study_without_a_finished_run_has_no_report(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "none", unfinished=[(arm, seed) for arm in ARMS for seed in (0, 1, 2)])
+    with pytest.raises(UserError, match="no finished and evaluated run yet, so there is nothing to report"):
+        write_report(load_results(folder), folder)
+    assert not (folder / "report.html").exists()
+
+
+def test_a_run_that_was_not_evaluated_is_left_out_and_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "unscored")
+    (folder / "gqa-lr0.005-seed1" / "evaluations" / "stdlib-test-00000000.json").unlink()
+    markdown, _, content = written(folder)
+    assert "not evaluated on the test split, so left out: gqa-lr0.005-seed1" in markdown
+    assert content["arms"]["gqa"]["seeds"] == [0, 2]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_main_table_has_means_with_half_widths_sizes_and_decode_times(full: Path) -> None:
+    results = load_results(full)
+    mean = mean_interval(results.values(), "mla")
+    assert mean.low is not None and mean.high is not None
+    cells = f"{mean.mean:.4f} ± {(mean.high - mean.low) / 2:.4f}"
+    table = (full / "report.md").read_text().partition("## Arms")[2].partition("##")[0]
+    assert f"| mla | 1,324,416 | 640 | 0.312 | {cells} | 3 | 0.007 |" in table
+    assert "mha (reference)" in table
+    assert "decode, ms a token" in table and "one step at context 1,024, batch 1" in table
+
+
+def test_the_front_is_of_the_means_and_named(full: Path) -> None:
+    assert findings_of(full).front == ["mqa", "mla", "gqa", "mha"]
+    assert "the best mean up to each cache size (mqa, mla, gqa, mha)" in (full / "report.md").read_text()
+
+
+def test_quantities_that_are_not_equal_are_marked_and_so_are_the_fields_that_differ(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "unequal")
+    change(folder, "mla-*/summary.json", data_fingerprint="e" * 64, kernel="flex", device="another", torch="2.11.0")
+    found = findings_of(folder)
+    unequal = {fact.name for fact in found.facts if not fact.equal}
+    assert {"training data", "attention kernel that ran", "hardware", "torch", "parameters"} <= unequal
+    assert "commit" not in unequal and "training tokens" not in unequal
+    markdown, page, content = written(folder)
+    assert set(content["unequal"]) == unequal
+    differing = table_of(markdown, "What a fair comparison would have equal: not equal")
+    assert [name.replace("\\", "") for name in differing["arm"]] == [*ARMS]
+    assert differing["hardware"] == ["cpu", "cpu", "cpu", "another", "cpu"]
+    assert differing["parameters (by 0.3 %)"][:2] == ["1,328,256", "1,324,160"]
+    assert "commit" not in differing and "training tokens" not in differing
+    equal = table_of(markdown, "What a fair comparison would have equal: equal in all arms")
+    told = dict(zip(equal[""], equal["in all arms"], strict=True))
+    assert (told["commit"], told["training tokens"], told["precision"]) == ("012345678", "2,000,000", "bfloat16")
+    assert unequal.isdisjoint(told)
+    fields = table_of(markdown, "Fields of the configurations that differ")
+    assert fields["attention.kv\\_lora\\_rank"] == ["–", "–", "–", "64", "64"]
+    assert re.search(r'<tr data-arm="3"><th scope="row" class="words">mla</th><td[^>]*>[^<]*</td>.*another', page)
+    assert "| **gqa** | params | mha | model.mlp\\_hidden = 344 | 1,328,256 | 1,324,160 | −0.31 % |" in markdown
+
+
+def test_thirty_arms_fit_on_a_page_with_the_values_that_differ(tmp_path: Path) -> None:
+    found = findings_of(write_study(tmp_path / "wide", MANY, contrasts=[["r3", "r0"]], segments=0, seeds=(0,)))
+    tables = [table for section in sections(found) if section.key == "confounds" for table in section.tables]
+    assert len(tables) == 4
+    # Of two dozen quantities and fields; a column for each arm would be 16.
+    assert max(len(table.columns) for table in tables) <= 8
+    assert all(line.arm == line.cells[0] for line in tables[0].lines)
+
+
+def test_a_rate_at_the_edge_of_those_that_were_tried_stands_at_the_top(tmp_path: Path) -> None:
+    arms = {**ARMS, "edge": Truth("gqa", 1.83, 1024, best_lr=0.01)}
+    folder = write_study(tmp_path / "edge", arms, sweep=True, segments=0, extras=False)
+    notes = [note for note in findings_of(folder).notes if "edge" in note]
+    assert notes == [
+        "the rate of edge, 0.01, is at the edge of those that were tried (0.0025 to 0.01): a better one may lie beyond, and "
+        "this arm be tuned worse than the others"
+    ]
+    assert "The rate of edge, 0.01, is at the edge" in written(folder)[1].partition("<main>")[0]
+
+
+def test_the_command_of_the_report_does_the_whole_study_whatever_part_the_last_one_did(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "part", segments=0, extras=False)
+    record = json.loads((folder / "study.json").read_text())
+    record["command"] = "python scripts/run_study.py study=part report=false arms=mha,gqa 'name=a b' data_dir=artifacts/data"
+    (folder / "study.json").write_text(json.dumps(record))
+    markdown = as_markdown(found := findings_of(folder), sections(found))
+    assert "\npython scripts/run_study.py study=part 'name=a b' data_dir=artifacts/data\n" in markdown
+    assert "report=false" not in markdown
+
+
+def test_a_source_with_changes_is_named_and_where_they_are_kept(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "changed", segments=0, extras=False)
+
+    def said() -> str:
+        return " ".join(sections(findings_of(folder))[-1].after)
+
+    assert "+changes" not in said()
+    change(folder, "*/summary.json", commit="a" * 40 + "+changes")
+    assert "All were made from a working tree that differed from its commit (+changes). The difference was not kept." in said()
+    for run in folder.glob("*-seed0"):
+        (run / "changes.diff").write_text("")
+    assert "The difference is in changes.diff in the folders of 5 of them; of the others it was not kept." in said()
+    for run in folder.glob("*-lr*"):
+        (run / "changes.diff").write_text("")
+    assert said().startswith("All were made") and "The difference is in changes.diff in the folder of each." in said()
+
+
+def test_runs_of_one_arm_that_are_no_repetitions_are_told(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "mixed")
+    change(folder, "gqa-*-seed1/summary.json", setup_hash="other")
+    assert "the runs of gqa differ in more than their seed" in written(folder)[0]
+
+
+def test_a_run_whose_test_split_was_scored_otherwise_is_told(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "protocols")
+    assert "not scored alike" not in written(folder)[0]
+    change(folder, "gqa-*-seed1/evaluations/*.json", max_tokens=1000)
+    markdown, _, content = written(folder)
+    assert "the test split was not scored alike in all runs" in markdown
+    assert any("gqa-lr0.005-seed1 (max_tokens=1000" in note for note in content["notes"])
+    assert "how the test split was scored" in content["unequal"]
+
+
+def test_one_run_evaluated_again_in_another_way_changes_no_figure(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "again")
+    before = load_results(folder).values()
+    for changes in ({"max_tokens": 1000, "evaluated_tokens": 1000}, {"stride_fraction": 0.1}):
+        for file in list(folder.glob("gqa-*-seed1/evaluations/stdlib-test-00000000.json")):
+            record = json.loads(file.read_text()) | changes | {"bits_per_byte": 9.0, "finished_at": "2030-01-01"}
+            file.with_name(f"stdlib-test-{len(changes)}.json").write_text(json.dumps(record))
+    assert load_results(folder).values() == before
+
+
+def test_all_runs_evaluated_again_give_the_newer_figures(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "anew")
+    for file in list(folder.glob("*/evaluations/stdlib-test-00000000.json")):
+        record = json.loads(file.read_text())
+        file.with_name("a-whole.json").write_text(json.dumps(record | {"bits_per_byte": 9.0, "finished_at": "2030-01-01"}))
+        os.utime(file.with_name("a-whole.json"), (0, 0))  # copied from elsewhere
+    assert {bits for by_seed in load_results(folder).values().values() for bits in by_seed.values()} == {9.0}
+
+
+def test_extras_are_means_over_seeds_and_what_is_equal_for_all_is_said_once(full: Path) -> None:
+    results = load_results(full)
+    ranks = {
+        run.arm: [r.evaluation()["extras"]["latents"]["effective_rank"] for r in results.runs if r.arm == run.arm]  # type: ignore[index]
+        for run in results.runs
+        if run.arm.startswith("mla")
+    }
+    found = findings_of(full).extras["latents"]
+    assert {arm: figures["effective_rank"].mean for arm, figures in found.items()} == pytest.approx(
+        {arm: np.mean(of_arm) for arm, of_arm in ranks.items()}
+    )
+    markdown = (full / "report.md").read_text()
+    assert "For all: tokens sampled 8,192; latent width 64" in markdown
+    assert re.search(r"^\| gqa \|( – \|)+$", markdown, flags=re.M)
+
+
+def test_recall_is_shown_by_task_and_length_with_answers_where_the_corpus_asks_questions(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "recall", segments=0)
+    assert "| arm | passkey in 128: share right |" in written(folder)[0]
+    answers = {
+        "accuracy": 0.75,
+        "chance": 0.125,
+        "newest": 0.25,
+        "by_pairs": [{"pairs": 4, "accuracy": 0.875}, {"pairs": 8, "accuracy": 0.5}],
+    }
+    for path in folder.glob("*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        record["extras"]["recall"] = {"passkey": None, "copying": None, "answers": answers}
+        path.write_text(json.dumps(record))
+    found = findings_of(folder).extras["recall"]["mla"]
+    assert {name: mean.mean for name, mean in found.items()} == pytest.approx(
+        {
+            "answers: share right": 0.75,
+            "answers: share by guessing": 0.125,
+            "answers: share by saying the newest value": 0.25,
+            "answers of 4 pairs: share right": 0.875,
+            "answers of 8 pairs: share right": 0.5,
+        }
+    )
+
+
+def test_an_extra_that_this_file_has_never_heard_of_is_shown_too(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "new")
+    for path in folder.glob("*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        record["extras"] = {"telepathy": {"hit_rate": 0.25 + 0.01 * len(path.parts[-3]), "cards": [1, 2]}, "absent": None}
+        path.write_text(json.dumps(record))
+    markdown = written(folder)[0]
+    assert "| arm | hit rate |" in markdown
+    assert "cards" not in markdown
+
+
+def test_a_run_that_the_sweep_shares_with_the_study_has_one_row(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "shared", sweep=True)
+    record = json.loads((folder / "study.json").read_text())
+    record["sweep"].append(record["runs"][0])
+    (folder / "study.json").write_text(json.dumps(record))
+    written(folder)
+    rows = list(csv.DictReader((folder / "report.csv").open()))
+    assert len({row["run"] for row in rows}) == len(rows) == 30
+
+
+def test_runs_of_one_arm_that_differ_are_a_difference_even_where_every_arm_has_it(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "kernels")
+    facts = {fact.name: fact.equal for fact in findings_of(folder).facts}
+    assert facts["attention kernel that ran"] and facts["seed: order of the data"]
+    for path in folder.glob("*-seed1/summary.json"):
+        summary = json.loads(path.read_text())
+        path.write_text(json.dumps(summary | {"kernel": "reference"}))
+    assert not {fact.name: fact.equal for fact in findings_of(folder).facts}["attention kernel that ran"]
+
+
+# --- learning rates, staircase, curves -------------------------------------------------------------------------------
+
+
+def test_the_sweep_shows_every_point_and_the_rate_that_was_chosen(full: Path) -> None:
+    found = findings_of(full)
+    assert [sweep.arm for sweep in found.sweeps] == list(ARMS)
+    for sweep in found.sweeps:
+        assert sorted(sweep.losses) == [0.0025, 0.005, 0.01]
+        assert sweep.chosen == ARMS[sweep.arm].best_lr
+        curve = sweep.parabola()
+        assert curve[0] == pytest.approx((0.0025, sweep.losses[0.0025]))
+        assert curve[-1] == pytest.approx((0.01, sweep.losses[0.01]))
+        assert min(curve, key=lambda point: point[1])[0] == pytest.approx(ARMS[sweep.arm].best_lr, rel=0.05)
+
+
+def test_the_table_at_one_shared_rate_takes_runs_with_the_whole_budget_only(full: Path, tmp_path: Path) -> None:
+    shared = findings_of(full).shared
+    assert shared is not None
+    assert shared.lr == SHARED_LR
+    at_rate = {run.arm: run.evaluation()["bits_per_byte"] for run in load_results(full).sweep if run.lr == SHARED_LR}  # type: ignore[index]
+    assert {arm: of_seed[0] for arm, of_seed in shared.values.items()} == at_rate
+    assert "All arms at one learning rate, 0.005" in (full / "report.md").read_text()
+    short_sweep = write_study(tmp_path / "short", sweep=True)
+    assert findings_of(short_sweep).shared is None
+    assert "There is no table at one shared rate" in written(short_sweep)[0]
+
+
+def test_the_steps_of_the_staircase_add_up_and_are_those_of_the_verdicts(full: Path) -> None:
+    found = findings_of(full)
+    assert [arm for arm, _ in found.staircase] == STAIRCASE
+    steps = [verdict.contrast.difference for _, verdict in found.staircase if verdict is not None]
+    first, last = found.arm("mha").mean, found.arm("mla").mean
+    assert first is not None and last is not None
+    assert sum(steps) == pytest.approx(last.mean - first.mean)
+
+
+def test_curves_are_means_over_seeds_with_bands_and_differences_within_a_seed(full: Path) -> None:
+    found = findings_of(full)
+    last = {run.arm: [] for run in load_results(full).runs}  # type: ignore[var-annotated]
+    for run in load_results(full).runs:
+        last[run.arm].append(run.metrics[-1]["val/loss"])
+    for arm, points in found.curves.items():
+        assert points[-1].x == TOKENS
+        assert (points[-1].mean, points[-1].low, points[-1].high) == pytest.approx(
+            (np.mean(last[arm]), min(last[arm]), max(last[arm]))
+        )
+    gap = found.curve_gaps["mqa"][-1]
+    differences = np.subtract(last["mqa"], last["mha"])
+    assert (gap.mean, gap.low, gap.high) == pytest.approx((differences.mean(), differences.min(), differences.max()))
+
+
+def test_another_metric_has_its_own_unit_everywhere(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "loss", metric="loss", segments=0)
+    markdown = written(folder)[0]
+    assert "± " in markdown and "nats per token better than" in markdown
+    assert "bits per byte better" not in markdown
+
+
+# --- words and figures -----------------------------------------------------------------------------------------------
+
+
+def test_names_are_shown_as_they_are_whatever_they_are_made_of(tmp_path: Path) -> None:
+    folder = write_study(
+        tmp_path / "hostile", HOSTILE, contrasts=[list(HOSTILE)], question="<script>alert(1)</script> & a | b?"
+    )
+    markdown, page, _ = written(folder)
+    assert "<script>alert" not in page and "<b>a</b>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a | b?" in page
+    assert "&lt;b&gt;a&lt;/b&gt;&amp;" in page
+    blocks = re.findall(r"(?:^\|.*\n)+", markdown, flags=re.M)
+    assert len(blocks) > 5
+    for block in blocks:
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}) == 1, block
+
+
+def test_nothing_in_a_record_can_leave_its_place_in_the_markdown_or_compute_in_a_spreadsheet(tmp_path: Path) -> None:
+    arms = {"=1+1": Truth("mha", 1.8, 2048), "\x1b[2Jm": Truth("mla", 1.9, 640)}
+    folder = write_study(tmp_path / "sent", arms, contrasts=[list(arms)], seeds=(0,), segments=0, extras=False)
+    record = json.loads((folder / "study.json").read_text())
+    record["command"] = "python scripts/run_study.py '```\n# forged\n```'"
+    (folder / "study.json").write_text(json.dumps(record))
+    found = findings_of(folder)
+    markdown = as_markdown(found, sections(found))
+    assert "\x1b" not in markdown and r"\\x1b\[2Jm" in markdown
+    assert not re.search(r"^# forged", markdown, flags=re.M) and "\n````sh\n" in markdown
+    rows = list(csv.DictReader(as_csv(found.results).splitlines()))
+    assert {row["arm"] for row in rows} == {"'=1+1", r"\x1b[2Jm"}
+    assert all(not cell.startswith(("=", "+", "@")) for row in rows for cell in row.values())
+
+
+def test_arms_of_a_family_share_a_colour_and_never_colour_and_shape(full: Path) -> None:
+    found = styles({"mha": "mha", "gqa": "gqa", "mla": "mla", "plain": "mla", "new": "other"})
+    assert found["mla"].colour == found["plain"].colour
+    assert len({style.colour for style in found.values()}) == 4
+    alone = styles({arm: "mla" for arm in MANY})
+    for of_study in (found, alone):
+        assert len({(style.colour, style.marker) for style in of_study.values()}) == len(of_study)
+
+
+@pytest.mark.parametrize("colour", [INK, "#595959", *FAMILY_COLOURS.values(), *COLOURS, *map(darker, COLOURS)])
+def test_what_is_drawn_stands_out_on_a_dark_page_too(colour: str) -> None:
+    assert contrast(in_the_dark(colour), DARK_PAPER) >= 4.5
+
+
+def test_paper_turns_into_dark_paper_and_greys_keep_their_order() -> None:
+    assert in_the_dark(PAPER) == DARK_PAPER
+    assert contrast("#ffffff", "#000000") == pytest.approx(21)
+    light = [INK, "#595959", "#8c8c8c", "#bdbdbd", "#e6e6e6", PAPER]
+    found = [contrast(in_the_dark(grey), DARK_PAPER) for grey in light]
+    assert found == sorted(found, reverse=True) and len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (512, "512"),
+        (2048, "2,048"),
+        (20_000, "20k"),
+        (12_288, "12,288"),
+        (2e6, "2M"),
+        (0.005, "0.005"),
+        (-0.5, "−0.5"),
+    ],
+)
+def test_numbers_on_axes_are_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_the_report_where_the_runs_lie_and_ends_with_a_json_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_study(tmp_path / "mine", seeds=(0, 1), segments=0)
+    assert report.main(["study=demo", "name=mine", f"runs_dir={tmp_path}"]) == 0
+    text = capsys.readouterr().out.splitlines()[-1]
+    assert len(text) <= 1024
+    line = json.loads(text)
+    assert (line["study"], line["runs"], line["missing"]) == ("mine", 10, 0)
+    assert (line["report"], line["record"]) == (str(folder / "report.html"), str(folder / "report.json"))
+    assert Path(line["report"]).is_file() and Path(line["record"]).is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["study=absent"], "absent holds no study.json"),
+        (["tracking=wandbb"], "tracking=wandbb is unknown; did you mean wandb"),
+        (["arms=mha"], "arms is not an option here"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        report.main([*arguments, f"runs_dir={tmp_path}"])
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "closed", seeds=(0,), segments=0, extras=False)
+    (folder / "figures").write_text("not a folder")
+    with pytest.raises(UserError, match=r"figures is no folder, as it has to be: move it away"):
+        write_report(load_results(folder), folder)
+    (folder / "figures").unlink()
+    (folder / "report.json").mkdir()
+    with pytest.raises(UserError, match=r"the report in .* cannot be written"):
+        write_report(load_results(folder), folder)
+
+
+def test_the_command_explains_itself_from_anywhere(tmp_path: Path) -> None:
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "report.py"), "--help"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert shown.returncode == 0
+    assert "python scripts/report.py study=NAME" in shown.stdout

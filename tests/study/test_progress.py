@@ -1,0 +1,72 @@
+"""How long a study will take: what a run costs besides its tokens is counted, and what ran here before is known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from harness.study.plan import RunSpec
+from harness.study.progress import Pace, duration
+
+
+def spec(name: str, tokens: int) -> RunSpec:
+    return RunSpec(name, 0.01, 0, tokens, None, "hash")
+
+
+def ended(folder: Path, name: str, speed: float | None, scoring: float = 0.0) -> Path:
+    run = folder / name
+    (run / "evaluations").mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps({"tokens_per_second": speed}))
+    record = {
+        "seconds": 0.75 * scoring,
+        "extras_seconds": 0.25 * scoring,
+        "dataset": "x",
+        "split": "test",
+        "data_fingerprint": "d",
+        "evaluated_tokens": 100,
+        "loss": 1.0,
+        "perplexity": 2.7,
+        "bits_per_byte": 0.4,
+    }
+    (run / "evaluations" / "x-test-0.json").write_text(json.dumps(record))
+    return run
+
+
+def test_a_run_costs_its_tokens_and_what_every_run_costs_besides(tmp_path: Path) -> None:
+    pace = Pace(1, tmp_path)
+    assert pace.seconds(1000) is None
+    pace.learn(ended(tmp_path, "short", 1000.0), 30.0, 10_000)  # 10 s of training, 20 s of start and evaluation
+    assert pace.seconds(10_000) == pytest.approx(30.0)
+    assert pace.seconds(100_000) == pytest.approx(120.0), "three times ten would be 300: evaluation does not grow"
+    pace.learn(ended(tmp_path, "converted", None), 5.0, 0)
+    assert pace.seconds(0, trained=False) == pytest.approx(5.0)
+    assert pace.seconds(10_000) == pytest.approx(30.0)
+
+
+def test_time_left_counts_places_later_phases_and_what_is_under_way(tmp_path: Path) -> None:
+    pace = Pace(2, tmp_path)
+    pace.learn(ended(tmp_path, "first", 1000.0), 30.0, 10_000)
+    specs = [spec("a", 10_000), spec("b", 10_000), spec("c", 10_000)]
+    assert pace.left(specs, {}, {}) == pytest.approx(45.0)
+    assert pace.left(specs, {}, {specs[0].name: 20.0}) == pytest.approx(35.0)
+    assert pace.left(specs[:1], {}, {}) == pytest.approx(30.0), "one run is not shared by two places"
+    assert pace.left(specs[:1], {specs[0].name: 5_000}, {}) == pytest.approx(25.0)
+    pace.later = [spec("d", 40_000)]
+    assert pace.left(specs, {}, {}) == pytest.approx((3 * 30 + 60) / 2)
+
+
+def test_before_a_run_has_ended_the_finished_ones_of_the_folder_tell(tmp_path: Path) -> None:
+    ended(tmp_path, "earlier", 500.0, scoring=8.0)
+    pace = Pace(1, tmp_path)
+    assert pace.seconds(10_000) == pytest.approx(28.0)
+    pace.learn(ended(tmp_path, "now", 1000.0), 30.0, 10_000)
+    assert pace.seconds(10_000) == pytest.approx(30.0), "what this command measures takes their place"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(40.4, "40 s"), (89, "89 s"), (540, "9 min"), (7140, "119 min"), (7800, "2 h 10 min")]
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,97 @@
+"""A study whose runs cost no seconds of imports: a program for tests/support/killed.py.
+
+The first argument is the folder above study/NAME.yaml, the others are those of scripts/run_study.py. Its runs are processes
+of their own here too, forked from the one that runs the study and not started anew.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import eval_model  # noqa: F401  as a run does
+import harness.study.plan
+import harness.study.runner
+from harness.errors import UserError
+from scripts import run_study, study_run
+
+
+class Forked:
+    """What harness/study/runner.py uses of subprocess.Popen."""
+
+    def __init__(self, command: Sequence[str], *, env: dict[str, str], stdout: IO[bytes], **_: Any) -> None:
+        reading, self.stdin = os.pipe()
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            os.dup2(reading, 0)
+            os.dup2(stdout.fileno(), 1)
+            os.dup2(stdout.fileno(), 2)
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # else others' pipes and locks live as long as this run
+            _run(command[2:])
+        os.close(reading)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired("a run", timeout)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """One run, and the end of its process."""
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    status = 1
+    try:
+        status = study_run.main(list(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main(arguments: list[str]) -> int:
+    harness.study.plan.CONFIGS = Path(arguments[0])
+    harness.study.runner.subprocess = SimpleNamespace(  # type: ignore[assignment]
+        Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired
+    )
+    harness.study.runner.POLL_SECONDS = 0.05
+    try:
+        return run_study.main(arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        return end.code

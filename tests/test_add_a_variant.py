@@ -1,0 +1,176 @@
+"""What docs/ADD_A_VARIANT.md tells its reader to do is done here, in a copy of the project."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from harness.config.checks import typed_attention
+from harness.config.compose import load_train_config
+from harness.errors import UserError
+from modeling.attention import MECHANISMS
+from tests.support.projects import block, copy_project
+from tests.support.projects import run_in as run
+
+DOCUMENT = "docs/ADD_A_VARIANT.md"
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stdout + done.stderr
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy in which its three steps were taken, with a trained run of the variant, and the text beside it."""
+    project = tmp_path_factory.mktemp("added") / "project"
+    copy_project(project)
+    for path in ("modeling/attention/shared.py", "configs/attention/shared.yaml"):
+        (project / path).write_text(block(DOCUMENT, f"add a variant: {path}"), encoding="utf-8")
+    table = project / "modeling" / "attention" / "__init__.py"
+    import_line, entry = block(DOCUMENT, "add a variant: MECHANISMS").splitlines()
+    text = table.read_text(encoding="utf-8")
+    last_import = "from modeling.attention.mla import MultiheadLatentAttention\n"
+    last_entry = '    "mla": MultiheadLatentAttention,  # and what differs from it by options\n'
+    assert last_import in text and last_entry in text
+    text = text.replace(last_import, f"{last_import}{import_line}\n").replace(last_entry, f"{last_entry}{entry}\n")
+    table.write_text(text, encoding="utf-8")
+    lines = "\n".join(f"line {i} of a small corpus" for i in range(400))
+    (project.parent / "text.txt").write_text(lines, encoding="utf-8")
+    return project
+
+
+def setup(project: Path) -> list[str]:
+    return ["dataset=local", f"dataset.path={project.parent / 'text.txt'}", "tokenizer=bytes", "tracking=none", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(project: Path) -> str:
+    """The name of the run."""
+    done = run(
+        project,
+        "train_model.py",
+        "attention=shared",
+        "name=own",
+        "budget.steps=2",
+        "evaluation.max_tokens=512",
+        *setup(project),
+    )
+    assert last_line(done)["attention"] == "shared"
+    return "own"
+
+
+BYTES = 4 * 32 * 2  # layers, head_dim, bfloat16
+
+
+def test_the_steps_that_add_a_variant_add_one_that_keeps_the_contract(project: Path) -> None:
+    checked = run(project, "scripts/check_attention.py", "attention=shared")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert "16 of 16 hold" in checked.stdout and f"KV cache    {BYTES} bytes per token in bfloat16" in checked.stdout
+    found = run(project, "-m", "pytest", "-q", "tests/modeling/test_contract.py", "-k", "shared", "--co")
+    assert "test_contract[output_has_the_inputs_shape_and_dtype-shared]" in found.stdout, found.stdout + found.stderr
+
+
+def test_the_variant_is_trained_evaluated_compared_and_written_with(project: Path, trained: str) -> None:
+    summary = json.loads((project / "runs" / trained / "summary.json").read_text())
+    assert summary["cache_bytes_per_token"] == BYTES and summary["cache_elements_per_token_per_layer"] == 32
+    last_line(run(project, "eval_model.py", f"run={trained}", "max_tokens=512", "tracking=none", "device=cpu"))
+    (evaluation,) = (project / "runs" / trained / "evaluations").glob("*.json")
+    assert json.loads(evaluation.read_text())["extras"]["latents"] is None
+    written = run(project, "scripts/generate.py", f"run={trained}", "prompt=line 1", "max_new_tokens=8", "device=cpu")
+    assert written.returncode == 0 and "keys and values as they are cached" in written.stderr, written.stderr
+    compared = run(project, "scripts/compare_runs.py", "tracking=none")
+    assert compared.returncode == 0 and re.search(rf"^shared .* {BYTES} ", compared.stdout, re.M), compared.stdout
+
+
+def test_the_variant_is_exported_as_our_own_class_with_the_same_logits(project: Path, trained: str) -> None:
+    pytest.importorskip("transformers")
+    exported = run(project, "scripts/export.py", f"run={trained}", "to=exported")
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    assert "our own, because no stock one has attention.mechanism=shared" in exported.stdout
+    program = (
+        "import torch; from pathlib import Path; from harness.hf import classes; "
+        "from harness.runs.load import load_trained; "
+        "from modeling.attention import EXECUTION; classes.register(); theirs, _ = classes.load(Path('exported')); "
+        f"ours = load_trained(Path('runs/{trained}'), device=torch.device('cpu'), precision=torch.float32, "
+        "execution=EXECUTION).model; print(classes.difference(ours, theirs))"
+    )
+    loaded = run(project, "-c", program)
+    assert loaded.returncode == 0 and float(loaded.stdout.splitlines()[-1]) < 1e-6, loaded.stdout + loaded.stderr
+    refused = run(project, "scripts/export.py", f"run={trained}", "to=stock", "kind=stock")
+    assert refused.returncode != 0 and "is no model of transformers" in refused.stderr
+
+
+def test_the_variant_is_timed_without_a_peer_and_its_cache_is_calculated(project: Path, trained: str) -> None:
+    tiny = ["contexts=16", "batch_sizes=1", "steps=2", "rounds=1", "device=cpu"]
+    for chosen in (["attention=shared"], [f"run={trained}"], ["attention=shared", "level=attention"]):
+        timed = run(project, "scripts/benchmark_decode.py", *chosen, *tiny)
+        assert timed.returncode == 0, timed.stdout + timed.stderr
+        peer = "no transformers beside shared: " in timed.stdout
+        assert peer is ("level=attention" not in chosen)
+    for chosen in (["attention=shared"], [f"run={trained}"]):
+        counted = json.loads(run(project, "scripts/kv_calculator.py", *chosen, "json=true").stdout)
+        assert counted["bytes_per_token"] == counted["measured"]["bytes_per_token"] == BYTES
+
+
+def test_the_variant_is_an_arm_of_a_study(project: Path) -> None:
+    (project / "configs" / "study" / "own.yaml").write_text(
+        "question: Does a variant of one's own take part?\n"
+        f"base: [{', '.join(setup(project)[:3])}, model.n_layers=1, budget.steps=2, evaluation.max_tokens=512]\n"
+        "seeds: [0]\n"
+        "arms:\n"
+        "  mqa: {family: mqa, overrides: [attention=mqa], reference: true}\n"
+        "  own: {family: own, overrides: [attention=shared]}\n"
+        "contrasts: [[own, mqa]]\n"
+        "match: [{quantity: params, to: mqa, vary: model.mlp_hidden, multiple_of: 8, tolerance: 0.05}]\n"
+        'evaluate: [max_tokens=512, "extras=[]"]\n'
+        "decode_contexts: [16]\n"
+        "decode_batch_sizes: [1]\n"
+    )
+    done = run(project, "scripts/run_study.py", "study=own", "tracking=none", "device=cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((project / "runs" / "own").glob("**/report.html")), sorted((project / "runs" / "own").rglob("*"))[:40]
+
+
+def test_a_variant_of_ones_own_turns_no_test_of_the_documents_red(project: Path) -> None:
+    tested = run(project, "-m", "pytest", "-q", "tests/test_docs.py", "-k", "variant or sizes or option")
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        (
+            "        dropout: float,\n",
+            "        dropout: float,\n        **options: int,\n",
+            r"SharedKeyValueAttention.__init__ takes \*\*options, in which a misspelt option would go unnoticed",
+        ),
+        ("rope_theta: float,", "rope_theta,", r"__init__ does not say the type of rope_theta: write rope_theta: int"),
+        ("        norm_eps: float,\n", "", r"__init__ does not take norm_eps, which every model hands on"),
+        ("rope_theta: float,", "rope_theta: complex,", r"rope_theta is of a type that no YAML can hold"),
+        ("rope_theta: float,", "rope_theta: Angle,", r"a type cannot be looked up \(name 'Angle' is not defined\)"),
+    ],
+)
+def test_a_constructor_that_yamls_cannot_be_checked_against_is_said(
+    right: str, wrong: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = block(DOCUMENT, "add a variant: modeling/attention/shared.py")
+    assert source.count(right) == 1
+    module: dict[str, Any] = {"__name__": "modeling.attention.shared"}
+    exec(source.replace(right, wrong), module)
+    monkeypatch.setitem(MECHANISMS, "shared", module["SharedKeyValueAttention"])
+    with pytest.raises(UserError, match=sentence):
+        typed_attention(yaml.safe_load(block(DOCUMENT, "add a variant: configs/attention/shared.yaml")))
+
+
+def test_a_yaml_whose_class_is_not_in_the_table_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(MECHANISMS, "mla")
+    with pytest.raises(UserError, match=r"attention\.mechanism=mla is unknown; choose from gqa"):
+        load_train_config(["attention=mla"])
