@@ -1,8 +1,10 @@
-"""What all tests share: the flag that rewrites golden files, and few threads."""
+"""What all tests share: the flag that rewrites golden files, few threads, and no dashboard of the user's own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +24,12 @@ def few_threads() -> None:
     torch.set_num_threads(threads)
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start
+
+
+@pytest.fixture(autouse=True, scope="session")
+def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """TRACKIO_DIR for all tests, whichever of them comes first: the package reads it once, when it is imported."""
+    folder = tmp_path_factory.mktemp("trackio")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("TRACKIO_DIR", str(folder))
+        yield folder

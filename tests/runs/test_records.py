@@ -251,7 +251,6 @@ def test_every_command_refuses_a_run_whose_record_is_wrong(
     (file,) = (place.runs / "sent").glob(name)
     whole = file.read_bytes()
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(place.folder / "trackio"))
     try:
         spoil(file, (key,), value)
         with pytest.raises(UserError, match=file.name):

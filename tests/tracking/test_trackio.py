@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading  # noqa: F401  for the program that is watched
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +32,14 @@ needs_trackio = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """TRACKIO_DIR, which the package reads once, when it is imported; it is told apart here by project."""
-    folder = tmp_path_factory.mktemp("trackio")
-    before = os.environ.get("TRACKIO_DIR")
-    os.environ["TRACKIO_DIR"] = str(folder)
-    yield folder
-    os.environ.pop("TRACKIO_DIR")
-    if before is not None:
-        os.environ["TRACKIO_DIR"] = before
+@pytest.fixture
+def folder(trackio_folder: Path) -> Path:
+    """TRACKIO_DIR of all tests, told apart by project."""
+    return trackio_folder
 
 
 @pytest.fixture
-def project(folder: Path, request: pytest.FixtureRequest) -> str:
+def project(request: pytest.FixtureRequest) -> str:
     return re.sub(r"[^a-z]+", "-", request.node.name)[:60].strip("-")
 
 
