@@ -56,7 +56,6 @@ def main(overrides: list[str]) -> int:
 
 def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> int:
     """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
-    import torch
 
     from harness.config.build import build_model
     from harness.runs.session import open_session
@@ -68,6 +67,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     from harness.training.optimizer import check_optimizer
     from harness.training.parallel import check_parallel
     from harness.training.schedule import build_schedule, training_steps
+    from modeling.shapes import shapes_only
 
     steps = training_steps(config)
 
@@ -83,7 +83,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
             precision=select_precision(config.precision, workers.device),
             overwrite=config.overwrite,
         )
-        with torch.device("meta"):
+        with shapes_only():
             build_model(config, vocab_size=64)
         put_back(config)
         return run_folder(config)

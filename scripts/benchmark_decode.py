@@ -277,12 +277,13 @@ def make_subjects(
     from harness.decode.subjects import ExpandedAttention, Subject, footprint, paths_of
     from harness.runs.load import pin_execution
     from modeling.attention.layers import AttentionLayers
+    from modeling.shapes import shapes_only
 
     longest = plan.contexts[-1] + plan.room
     shapes = []
     for config in configs:
         count = options.layers or (config.model.n_layers if options.level == "model" else 1)
-        with torch.device("meta"):
+        with shapes_only():
             whole = build_part(config, vocab_size, options.level, config.model.n_layers, longest)
             built = build_part(config, vocab_size, options.level, count, longest)
         shapes.append((whole, count, sum(parameter.numel() for parameter in built.parameters())))

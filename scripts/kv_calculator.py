@@ -184,8 +184,9 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     from harness.config.build import build_model
     from harness.decode.kv_calculator import describe_model, format_named
     from harness.evaluation.cache_size import measure_cache
+    from modeling.shapes import shapes_only
 
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(config, vocab_size=64)
     description = describe_model(
         model,

@@ -16,6 +16,7 @@ from harness.errors import UserError, readable
 from modeling.attention import MODEL_OWNED, build_attentions
 from modeling.attention.layers import AttentionLayers
 from modeling.gpt import GPT
+from modeling.shapes import shapes_only
 
 _NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr", "vocab_size")
 _COUNTED_ABOVE = 2**30  # bytes
@@ -40,7 +41,7 @@ def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
     arguments |= changes
     try:
         if _may_be_huge(arguments):
-            with torch.device("meta"):
+            with shapes_only():
                 _check_memory(GPT(**arguments), config)
         return GPT(**arguments)
     except ValueError as error:
@@ -52,7 +53,7 @@ def check_weights(config: TrainConfig, vocab_size: int, weights: Path) -> None:
 
     A run may be somebody else's: its few lines of text cost no more memory than its weights are large.
     """
-    with torch.device("meta"):
+    with shapes_only():
         claimed = sum(parameter.numel() for parameter in build_model(config, vocab_size).parameters())
     with readable(str(weights), "make it readable"):
         there = weights.stat().st_size
@@ -114,7 +115,7 @@ def build_layers(config: TrainConfig, n_layers: int) -> AttentionLayers:
 
 def layers_that_differ(config: TrainConfig) -> int:
     """How many layers from the first one on hold all kinds that a configuration has: behind them nothing is new."""
-    with torch.device("meta"):
+    with shapes_only():
         layers = _attentions(config, config.model.n_layers)
     seen: set[str] = set()
     earlier: set[int] = set()

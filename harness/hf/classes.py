@@ -24,6 +24,7 @@ from harness.files.atomic import read_json, write_json
 from harness.hf.weights import their_weights
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
+from modeling.shapes import shapes_only
 
 # By mechanism, what a variant must have to be one of their classes, and the choices that fit. A mechanism that is not
 # here is known to this project alone.
@@ -107,7 +108,7 @@ def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) 
     if family != "Qwen2":  # which has its biases without being told
         shared["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
     theirs: Any
-    with torch.device("meta"):  # no initial values: all of them are replaced
+    with shapes_only():  # all values are replaced
         if attention["mechanism"] == "gqa":
             heads: dict[str, Any] = {"num_key_value_heads": attention["n_kv_heads"], "head_dim": attention["head_dim"]}
             if family == "Qwen3":

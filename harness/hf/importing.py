@@ -36,6 +36,7 @@ from harness.training.checkpoint import unique_tensors
 from modeling.attention import EXECUTION
 from modeling.attention.cache import DTYPES as CACHE_DTYPES
 from modeling.gpt import GPT
+from modeling.shapes import shapes_only
 
 CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
 _TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
@@ -141,7 +142,7 @@ def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_s
     )
     config = train_config(dataclasses.asdict(config))
     check(config.dataset, config.tokenizer, has_file=True)
-    with torch.device("meta"):
+    with shapes_only():
         meta = build_model(config, tokenizer.vocab_size)
     made_of = dict(recipes(meta, config, interleaved=theirs.interleaved))
     _check_tensors(made_of, tensors, theirs, notes)

@@ -28,6 +28,7 @@ from harness.errors import UserError
 from modeling.attention.cache import Cache
 from modeling.attention.rope import RotaryEmbedding
 from modeling.gpt import GPT
+from modeling.shapes import shapes_only
 
 MODEL_TYPE = "attention_ablation"
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -395,7 +396,7 @@ def wrapped(model: GPT, shape: ModelConfig, attention: dict[str, Any]) -> Attent
     """A model of this class around `model`, whose options are given: the same tensors, nothing is copied."""
     sizes = dataclasses.asdict(shape) | {"vocab_size": None}  # which stands once, beside it
     config = AttentionAblationConfig(model=sizes, attention=attention, vocab_size=model.vocab_size)
-    with torch.device("meta"):  # replaced at once
+    with shapes_only():  # replaced at once
         own = AttentionAblationForCausalLM(config)
     own.model = model
     return own.eval()

@@ -15,14 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
-
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.runs.records import MatchRecord
 from modeling.attention.cache import DTYPES, formula_bytes
 from modeling.flops import parameters_by_block, training_flops_per_token
+from modeling.shapes import shapes_only
 
 QUANTITIES = {"params": "parameters", "train_flops": "training FLOPs per token", "kv_bytes": "cache bytes per token"}
 
@@ -73,7 +72,7 @@ def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
 
     Raises UserError for sizes that do not fit together.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(config, vocab_size)
     return {
         "params": parameters_by_block(model)["total"],

@@ -126,10 +126,14 @@ class RotaryEmbedding(nn.Module):
         self._build(torch.get_default_device(), torch.float32)
 
     def _build(self, device: torch.device, dtype: torch.dtype) -> None:
-        frequencies_F = self.frequencies_F.to(device)
-        angle_SF = torch.arange(self.max_seq_len, dtype=torch.float64, device=device)[:, None] * frequencies_F
-        self.register_buffer("cos_SF", (self.factor * angle_SF.cos()).to(dtype), persistent=False)
-        self.register_buffer("sin_SF", (self.factor * angle_SF.sin()).to(dtype), persistent=False)
+        if device.type == "meta":  # shapes alone; see modeling/shapes.py
+            cos_SF, sin_SF = torch.empty(2, self.max_seq_len, len(self.frequencies_F), dtype=dtype, device=device)
+        else:
+            positions_S = torch.arange(self.max_seq_len, dtype=torch.float64, device=device)
+            angle_SF = positions_S[:, None] * self.frequencies_F.to(device)
+            cos_SF, sin_SF = ((self.factor * table_SF).to(dtype) for table_SF in (angle_SF.cos(), angle_SF.sin()))
+        self.register_buffer("cos_SF", cos_SF, persistent=False)
+        self.register_buffer("sin_SF", sin_SF, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         # module.to(bfloat16) would round the tables (position 257 becomes 256): move them, but rebuild their values.

@@ -1,0 +1,31 @@
+"""Modules made of shapes alone: what is counted, checked or filled with stored weights needs no initial values."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class _NoDraws(TorchFunctionMode):
+    """Random initial values are not drawn.
+
+    On the meta device torch draws in Python, and loads its compiler for that: seconds in every process.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside, new tensors and modules have shapes and no numbers (torch's meta device), and no initial values are drawn."""
+    with torch.device("meta"), _NoDraws():
+        yield
