@@ -223,6 +223,7 @@ def eval_config(container: Mapping[str, Any]) -> EvalConfig:
         ("split", config.split, ("train", "validation", "test")),
         ("device", config.device, ("auto", "cpu", "cuda", "mps")),
         ("precision", config.precision, ("auto", "float32", "bfloat16")),
+        ("capture", config.capture, ("auto", "on", "off")),
         ("cache.dtype", config.cache.dtype, CACHE_DTYPES),
         ("tracking.name", config.tracking.name, TRACKING),
     ):

@@ -235,5 +235,6 @@ class EvalConfig:
     tracking: TrackingConfig
     extras: list[str]  # of EXTRAS
     extras_max_tokens: int  # that each extra looks at, at most
+    capture: str = "auto"  # auto | on | off: windows scored from a CUDA graph (harness/evaluation/losses.py)
     dataset: DatasetConfig | None = None  # None: the corpus the run was trained on
     corpus_at: str | None = None  # where that one lies now, said as dataset.path=...; None: where it was

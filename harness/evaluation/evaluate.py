@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import WHOLE, Integers, Share, SplitResult, TokenSplit, evaluate_split
-from modeling.gpt import GPT
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CacheChoice:
 
 
 def evaluate_model(
-    model: GPT,
+    losses: TokenLosses,
     split: TokenSplit,
     *,
     end_of_text: int,
@@ -32,8 +32,6 @@ def evaluate_model(
     begins: Sequence[int] = (),
     stride_fraction: float,
     batch_size: int,
-    precision: torch.dtype,
-    device: torch.device,
     per_document: bool = False,
     max_tokens: int | None = None,
     progress: bool = False,
@@ -42,13 +40,15 @@ def evaluate_model(
     poll: Callable[[], None] = lambda: None,
     share: Share = WHOLE,
 ) -> SplitResult:
-    """Perplexity of a split in the model's own window, in evaluation mode; the mode before is put back.
+    """Perplexity of a split in the own window of the model of `losses`, in evaluation mode; the mode before is put back.
 
     begins: of a model that has always seen such tokens before a document, the last one stands in for the end of text there.
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
     of decoding them one by one. None: without a cache. segment_tokens, share: see evaluate_split. poll is called before
     every batch and may raise.
     """
+
+    model, device = losses.model, losses.device
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         poll()
@@ -59,8 +59,7 @@ def evaluate_model(
             cache = model.new_cache(
                 *inputs_BT.shape, dtype=through.dtype, device=device, window=through.window, sinks=through.sinks
             )
-        with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            return model.token_losses(inputs_BT, targets_BT, cache)
+        return losses(inputs_BT, targets_BT, cache)
 
     was_training = model.training
     model.eval()
@@ -84,14 +83,11 @@ def evaluate_model(
         model.train(was_training)
 
 
-def target_nats(
-    model: GPT, inputs_BT: Integers, targets_BT: Integers, *, precision: torch.dtype, device: torch.device
-) -> NDArray[np.float64]:
+@torch.no_grad()
+def target_nats(losses: TokenLosses, inputs_BT: Integers, targets_BT: Integers) -> NDArray[np.float64]:
     """The loss of every target in nats, as `evaluate_model` computes it; the model is in evaluation mode already."""
-    tokens_2BT = torch.from_numpy(np.stack((inputs_BT, targets_BT))).to(device)
-    with torch.no_grad(), torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-        losses_BT = model.token_losses(*tokens_2BT)
-    nats_BT: NDArray[np.float64] = losses_BT.cpu().double().numpy()
+    tokens_2BT = torch.from_numpy(np.stack((inputs_BT, targets_BT))).to(losses.device)
+    nats_BT: NDArray[np.float64] = losses(*tokens_2BT).cpu().double().numpy()
     return nats_BT
 
 

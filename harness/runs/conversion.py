@@ -30,6 +30,7 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData, TokenSplit
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
+from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import read_json
 from harness.runs.folder import finished
 from harness.runs.from_weights import ORIGIN_FILE, make_run
@@ -196,15 +197,8 @@ class Judge:
 
     def loss(self, model: GPT) -> float:
         """Validation loss in nats per token, as training measures it."""
-        result = validate(
-            model,
-            self._trained.config,
-            self._data,
-            self._trained.tokenizer,
-            precision=torch.float32,
-            device=self._device,
-            progress=True,
-        )
+        losses = TokenLosses(model, precision=torch.float32, device=self._device)
+        result = validate(losses, self._trained.config, self._data, self._trained.tokenizer, progress=True)
         return float(result.loss)
 
     @torch.inference_mode()

@@ -23,6 +23,7 @@ from harness.data import PreparedData
 from harness.errors import UserError
 from harness.evaluation.evaluate import split_metrics
 from harness.evaluation.facts import model_facts
+from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import new_folder, read_json, write_json
 from harness.files.folders import refuse_links
 from harness.runs.folder import writing_to
@@ -81,7 +82,8 @@ def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, p
     refuse_links(run)
     trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
     config = trained.config
-    result = validate(trained.model, config, data, trained.tokenizer, precision=precision, device=device, progress=True)
+    losses = TokenLosses(trained.model, precision=precision, device=device)
+    result = validate(losses, config, data, trained.tokenizer, progress=True)
     facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)
     with writing_to(run):
         with open_run_tracker(

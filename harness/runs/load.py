@@ -15,11 +15,13 @@ from harness.config.run_config import load_run_config
 from harness.config.schema import TrainConfig
 from harness.data import Tokenizer
 from harness.errors import UserError
+from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.files.folders import step_of
 from harness.runs.folder import finished
 from harness.runs.records import read_summary
 from harness.runs.text_parts import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from harness.training.step import select_capture
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
 from modeling.kernels.attend import choose_backend
@@ -95,6 +97,15 @@ def check_finite(model: GPT, checkpoint: Path) -> None:
             raise UserError(
                 f"{checkpoint} holds weights that are not finite ({name}): use an earlier checkpoint, or train anew"
             )
+
+
+def token_losses(
+    model: GPT, *, capture: str, batch_size: int, precision: torch.dtype, device: torch.device, processes: int = 1
+) -> TokenLosses:
+    """Replayed where `capture` (auto | on | off) and the device allow it. Raises UserError for capture=on where they do not."""
+    if select_capture(capture, device, processes=processes):
+        return CapturedLosses(model, batch_size=batch_size, precision=precision, device=device)
+    return TokenLosses(model, precision=precision, device=device)
 
 
 def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:

@@ -18,13 +18,14 @@ from harness.data import PreparedData, prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import SEGMENT_TOKENS, Segments, SplitResult
 from harness.evaluation.probes import Subject, measure_extras
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
 from harness.runs.evaluations import cache_label, kind_of
-from harness.runs.load import TrainedModel, decode_path, load_trained
+from harness.runs.load import TrainedModel, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, read_summary
 from harness.runs.summary import Computation, open_run_tracker
@@ -64,6 +65,9 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     trained = load_trained(run, device=device, precision=precision, execution=config.attention)
     dataset = config.dataset or trained.config.dataset
     data = _text(run, config, trained)
+    losses = token_losses(
+        trained.model, capture=config.capture, batch_size=config.batch_size, precision=precision, device=device
+    )
     choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
     cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
     through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
@@ -74,15 +78,13 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
 
     def score(through: CacheChoice | None) -> SplitResult:
         return evaluate_model(
-            trained.model,
+            losses,
             data.splits[config.split],
             end_of_text=data.end_of_text,
             decode=trained.tokenizer.decode,
             begins=trained.tokenizer.begins,
             stride_fraction=config.stride_fraction,
             batch_size=config.batch_size,
-            precision=precision,
-            device=device,
             per_document=config.per_document,
             max_tokens=config.max_tokens,
             progress=True,
@@ -134,7 +136,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         }
     )
     started = time.perf_counter()
-    record["extras"] = {} if through else _extras(trained, data, config, computation)
+    record["extras"] = {} if through else _extras(trained, losses, data, config)
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return record, result
@@ -153,17 +155,15 @@ def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:
     return data
 
 
-def _extras(trained: TrainedModel, data: PreparedData, config: EvalConfig, computation: Computation) -> Extras:
+def _extras(trained: TrainedModel, losses: TokenLosses, data: PreparedData, config: EvalConfig) -> Extras:
     subject = Subject(
-        model=trained.model,
+        losses=losses,
         longer=lambda max_seq_len: lengthened(trained, max_seq_len),
         split=data.splits[config.split],
         end_of_text=data.end_of_text,
         encode=trained.tokenizer.encode,
         decode=trained.tokenizer.decode,
         dataset=(config.dataset or trained.config.dataset).name,
-        precision=computation.precision,
-        device=computation.device,
         batch_size=config.batch_size,
         max_tokens=min(config.extras_max_tokens, config.max_tokens or config.extras_max_tokens),
     )

@@ -21,11 +21,12 @@ from harness.data import PreparedData, Tokenizer
 from harness.data.loader import documents_in
 from harness.errors import UserError, tell
 from harness.evaluation.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
 from harness.files.text import duration
 from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
-from harness.runs.load import check_finite, pin_execution
+from harness.runs.load import check_finite, pin_execution, token_losses
 from harness.runs.records import RunSummary, read_metrics
 from harness.runs.state import SavedState, check_resumable
 from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
@@ -65,6 +66,7 @@ class Session:
     tokenizer: Tokenizer
     model: GPT
     facts: ModelFacts
+    losses: TokenLosses  # of the validation split
     optimizer: Optimizer
     workers: Workers
     engine: Engine | None  # None: one process
@@ -171,16 +173,7 @@ class Session:
         """The validation split, as eval_model.py would score it, up to evaluation.max_tokens; None when asked to stop."""
         share = Share(self.workers.rank, self.workers.world_size, self.workers.total)
         try:
-            return validate(
-                self.model,
-                self.config,
-                self.data,
-                self.tokenizer,
-                precision=self.precision,
-                device=self.device,
-                share=share,
-                poll=self.poll,
-            )
+            return validate(self.losses, self.config, self.data, self.tokenizer, share=share, poll=self.poll)
         except Interrupted:
             return None
 
@@ -385,6 +378,14 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
         tokenizer=Tokenizer.load(data.tokenizer_file),
         model=model,
         facts=facts,
+        losses=token_losses(
+            model,
+            capture="off" if config.capture == "off" else "auto",
+            batch_size=config.evaluation.batch_size,
+            precision=precision,
+            device=device,
+            processes=workers.world_size,
+        ),
         optimizer=optimizer,
         workers=workers,
         engine=engine,

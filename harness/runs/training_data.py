@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from harness.config.schema import TrainConfig
 from harness.data import PreparedData, Tokenizer, TokenSplit, prepare
 from harness.data.loader import WindowLoader
 from harness.errors import UserError, tell
 from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import WHOLE, Share, SplitResult
 from harness.runs.corpus import find_data
 from harness.runs.initial import brought
 from harness.runs.records import read_summary
 from harness.training.parallel import Workers
-from modeling.gpt import GPT
 
 
 def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
@@ -81,13 +79,11 @@ def validation_split(config: TrainConfig, data: PreparedData) -> TokenSplit:
 
 
 def validate(
-    model: GPT,
+    losses: TokenLosses,
     config: TrainConfig,
     data: PreparedData,
     tokenizer: Tokenizer,
     *,
-    precision: torch.dtype,
-    device: torch.device,
     progress: bool = False,
     share: Share = WHOLE,
     poll: Callable[[], None] = lambda: None,
@@ -98,15 +94,13 @@ def validate(
     """
     evaluation = config.evaluation
     return evaluate_model(
-        model,
+        losses,
         validation_split(config, data),
         end_of_text=data.end_of_text,
         decode=tokenizer.decode,
         begins=tokenizer.begins,
         stride_fraction=evaluation.stride_fraction,
         batch_size=evaluation.batch_size,
-        precision=precision,
-        device=device,
         max_tokens=evaluation.max_tokens,
         progress=progress,
         share=share,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.training.optimizer import Optimizer
+from modeling.graphs import CudaGraphs, Graph
 
 WARM_UP = 3  # eager steps before the capture: compilation, the optimizer's state, the libraries' workspaces
 
@@ -68,12 +69,6 @@ class OneProcess:
 
     def mean(self, loss: Tensor) -> Tensor:
         return loss
-
-
-class Graph(Protocol):
-    """What was captured."""
-
-    def replay(self) -> None: ...
 
 
 class EagerStep:
@@ -211,40 +206,19 @@ class CapturedStep(EagerStep):
             self.remark = f"the step is not captured, it runs eagerly: {str(error).strip().splitlines()[0]}"
 
 
-class CudaGraphs:
-    """Graphs that share one pool of memory and are replayed in the order of their capture."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._pool = device, torch.cuda.graph_pool_handle()
-
-    def capture(self, launch: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """What `launch` launches. Raises RuntimeError when that waits for the device, say; the generator is as before."""
-        graph = torch.cuda.CUDAGraph()
-        index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        generator = torch.cuda.default_generators[index]
-        before = generator.clone_state()
-        try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
-                launch()
-        except RuntimeError:  # a capture that breaks off leaves the generator in its middle
-            generator.graphsafe_set_state(before)
-            raise
-        return graph
-
-
-def select_capture(name: str, device: torch.device, *, processes: int, optimizer: Optimizer) -> bool:
-    """auto | on | off. auto captures on CUDA, in one process, with an optimizer whose update can be captured."""
+def select_capture(name: str, device: torch.device, *, processes: int, optimizer: Optimizer | None = None) -> bool:
+    """auto | on | off. auto captures on CUDA, in one process, with an optimizer (if any) whose update can be captured."""
     if name not in ("auto", "on", "off"):
         raise UserError(f"capture={name} is unknown: choose auto, on or off")
     hindrance = (
-        f"a step on {device.type} cannot be: it needs CUDA"
+        f"what {device.type} computes cannot be: it needs CUDA"
         if device.type != "cuda"
-        else f"the steps of {processes} processes are not"
+        else f"that of {processes} processes is not"
         if processes > 1
         else None
-        if optimizer.can_be_captured
+        if optimizer is None or optimizer.can_be_captured
         else "this optimizer's update cannot be"
     )
     if name == "on" and hindrance is not None:
-        raise UserError(f"capture=on wants the step in a CUDA graph, and {hindrance}: leave capture=auto")
+        raise UserError(f"capture=on replays from a CUDA graph, and {hindrance}: leave capture=auto")
     return name != "off" and hindrance is None

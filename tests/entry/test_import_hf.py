@@ -36,6 +36,7 @@ from scripts import convert, export, import_hf
 from scripts import generate as generate_script
 from tests.support.hub_server import REVISION, HubServer
 from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of
+from tests.support.subjects import on_cpu
 
 pytest.importorskip("transformers")
 
@@ -544,15 +545,13 @@ def test_a_document_is_scored_behind_the_token_that_begins_it(zoo: Zoo, with_tex
     )
     for per_document in (True, False):
         result = evaluate_model(
-            trained.model,
+            on_cpu(trained.model),
             split,
             end_of_text=trained.tokenizer.end_of_text,
             begins=trained.tokenizer.begins,
             decode=trained.tokenizer.decode,
             stride_fraction=1.0,
             batch_size=2,
-            precision=torch.float32,
-            device=torch.device("cpu"),
             per_document=per_document,
         )
         first = BEGIN if begins else trained.tokenizer.end_of_text

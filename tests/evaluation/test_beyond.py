@@ -11,7 +11,7 @@ from harness.evaluation.evaluate import target_nats
 from harness.evaluation.probes.beyond import beyond_rows, half, measure_beyond, window_starts
 from modeling.attention.contract import randomise
 from modeling.gpt import GPT
-from tests.support.subjects import LossTable, documents, subject_of
+from tests.support.subjects import LossTable, documents, on_cpu, subject_of
 from tests.support.variants import SIZES, gpt_from
 
 END = 99
@@ -107,7 +107,7 @@ def test_a_gpt_scores_each_position_as_a_prompt_that_long_would(variant: str) ->
         for begin in (begin for begin in starts.tolist() if begin <= target < begin + 32):
             context = target - begin + 1
             tokens = split.tokens[None, target - context : target + 1].astype(np.int64)
-            loss = target_nats(longer, tokens[:, :-1], tokens[:, 1:], precision=torch.float32, device=torch.device("cpu"))
+            loss = target_nats(on_cpu(longer), tokens[:, :-1], tokens[:, 1:])
             nats[next(high for high in nats if context <= high)].append(loss[0, -1])
     assert figures["targets"] == last - first
     assert [len(nats[high]) for high in nats] == [entry["tokens"] for entry in figures["bins"]]

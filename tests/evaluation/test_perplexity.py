@@ -18,6 +18,7 @@ from harness.config.schema import MOST_FIGURE
 from harness.config.typed import typed
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import Share, SplitResult, cut_windows, evaluate_split, text_size
 from harness.runs.records import RunSummary
 from tests.support.tiny_model import VOCAB, tiny_model
@@ -261,14 +262,12 @@ def test_a_fraction_of_the_window_is_the_nearest_stride(fraction: float, stride:
         train=lambda mode: None,
     )
     result = evaluate_model(
-        model,
+        TokenLosses(model, precision=torch.float32, device=torch.device("cpu")),
         _split([99]),
         end_of_text=END,
         decode=lambda ids: "x" * len(ids),
         stride_fraction=fraction,
         batch_size=4,
-        precision=torch.float32,
-        device=torch.device("cpu"),
     )
     wanted, other = (_evaluate(position, _split([99]), max_seq_len=8, stride=each) for each in (stride, stride % 8 + 1))
     assert result.loss == wanted.loss != other.loss

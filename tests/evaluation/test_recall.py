@@ -24,7 +24,7 @@ from harness.evaluation.probes.recall import (
 )
 from modeling.attention.contract import randomise
 from tests.evaluation.test_perplexity import Split
-from tests.support.subjects import documents, subject_of
+from tests.support.subjects import documents, on_cpu, subject_of
 from tests.support.variants import SIZES, gpt_from
 
 END, VOCAB = 256, 257
@@ -280,7 +280,7 @@ def test_a_gpt_is_scored_as_in_the_evaluation(variant: str) -> None:
     tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (5, 33))
     places_BA = np.array([[1, 5, 32]] * 5)
     nats_BA, right_BA = scored(looked_at, model, tokens_BT, places_BA)
-    nats_BT = target_nats(model, tokens_BT[:, :-1], tokens_BT[:, 1:], precision=torch.float32, device=torch.device("cpu"))
+    nats_BT = target_nats(on_cpu(model), tokens_BT[:, :-1], tokens_BT[:, 1:])
     np.testing.assert_allclose(nats_BA, nats_BT[:, [0, 4, 31]], rtol=1e-5)
     best_BT = model(torch.from_numpy(tokens_BT[:, :-1])).argmax(dim=-1).numpy()
     assert (right_BA == (best_BT[:, [0, 4, 31]] == tokens_BT[:, [1, 5, 32]])).all()

@@ -11,6 +11,7 @@ from harness.evaluation.perplexity import cut_windows, gather
 from modeling.attention.contract import randomise
 from modeling.gpt import GPT
 from tests.evaluation.test_perplexity import Split
+from tests.support.subjects import on_cpu
 from tests.support.variants import SHIPPED, gpt_from
 
 VOCAB, END, TOKENS = 100, 99, 150
@@ -56,14 +57,12 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
 
     def loss(through: CacheChoice | None) -> float:
         return evaluate_model(
-            model,
+            on_cpu(model),
             split(),
             end_of_text=END,
             decode=lambda ids: "x " * len(ids),
             stride_fraction=0.5,
             batch_size=3,
-            precision=torch.float32,
-            device=torch.device("cpu"),
             through=through,
         ).loss
 

@@ -46,6 +46,7 @@ from modeling.gpt import GPT
 from scripts import downstream_eval
 from tests.evaluation.test_perplexity import Split
 from tests.support.micro import WORDS, Workplace, contents, json_lines
+from tests.support.subjects import on_cpu
 from tests.support.variants import SIZES, config_at, gpt_from
 
 CPU = torch.device("cpu")
@@ -208,14 +209,12 @@ def split_of(documents: Sequence[Sequence[int]]) -> Split:
 
 def nats_of_ours(answers: Answers, documents: Sequence[Sequence[int]]) -> float:
     return evaluate_model(
-        answers.model,
+        on_cpu(answers.model),
         split_of(documents),
         end_of_text=answers.tokenizer.end_of_text,
         decode=answers.tokenizer.decode,
         stride_fraction=1.0,
         batch_size=2,
-        precision=torch.float32,
-        device=CPU,
         per_document=True,
     ).nats
 

@@ -14,21 +14,12 @@ from harness.errors import UserError
 from harness.training.loop import Step, train
 from harness.training.nonfinite import Guard, NonFiniteError
 from harness.training.optimizer import build_optimizer
-from harness.training.step import WARM_UP, CapturedStep, EagerStep, Graph, OneProcess, select_capture
+from harness.training.step import WARM_UP, CapturedStep, EagerStep, OneProcess, select_capture
+from modeling.graphs import Graph
+from tests.support.graphs import Again
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
 
 CPU = torch.device("cpu")
-
-
-class _Again:
-    """A graph for the CPU: capturing launches nothing, replaying does what was captured once more."""
-
-    def __init__(self, launch: Callable[[], None]) -> None:
-        self.launch, self.replays = launch, 0
-
-    def replay(self) -> None:
-        self.launch()
-        self.replays += 1
 
 
 def _step(kind: type[EagerStep], model: TinyModel, **more: Callable[[Callable[[], None]], Graph]) -> EagerStep:
@@ -58,10 +49,10 @@ def _losses(step: EagerStep, steps: int, *, skipped: tuple[int, ...] = ()) -> li
 @pytest.mark.parametrize("skipped", [(), (2, 5)])
 def test_a_captured_step_trains_as_the_eager_one(skipped: tuple[int, ...]) -> None:
     """Replays take each step's own batch, and a step without an update leaves no gradient behind."""
-    graphs: list[_Again] = []
+    graphs: list[Again] = []
 
-    def capture(launch: Callable[[], None]) -> _Again:
-        graphs.append(_Again(launch))
+    def capture(launch: Callable[[], None]) -> Again:
+        graphs.append(Again(launch))
         return graphs[-1]
 
     eager, captured = tiny_model(dropout=0.0), tiny_model(dropout=0.0)

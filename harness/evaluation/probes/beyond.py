@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harness.evaluation.evaluate import target_nats
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.probes.probe import Probe, Subject
 
 FACTORS = (4, 2)  # times the training length: the first for which budget and text are long enough
@@ -41,13 +42,14 @@ def measure_beyond(subject: Subject) -> dict[str, Any] | None:
     if model is None:
         return None
 
+    losses = TokenLosses(model, precision=subject.precision, device=subject.device)
     block, blocks = half(trained), factor * trained // half(trained)
     rows = max(1, subject.batch_size // factor)
     nats_RB = np.empty((starts.size, blocks))  # by window and by half-window in it
     offset = np.arange(-1, factor * trained)
     for first in range(0, starts.size, rows):
         tokens_BT = subject.split.tokens[starts.ravel()[first : first + rows, None] + offset].astype(np.int64)
-        nats_BT = target_nats(model, tokens_BT[:, :-1], tokens_BT[:, 1:], precision=subject.precision, device=subject.device)
+        nats_BT = target_nats(losses, tokens_BT[:, :-1], tokens_BT[:, 1:])
         nats_RB[first : first + rows] = nats_BT.reshape(-1, blocks, block).sum(axis=2)
 
     # Only targets that every half-window of context has seen: in window w of its stretch, half-window b holds target

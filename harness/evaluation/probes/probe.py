@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import TokenSplit
 from modeling.gpt import GPT
 
@@ -19,17 +20,27 @@ Rows = list[tuple[str, str]]  # name and value
 class Subject:
     """What a probe may look at."""
 
-    model: GPT  # in evaluation mode, on `device`
+    losses: TokenLosses  # of a model in evaluation mode
     longer: Callable[[int], GPT | None]  # the same weights with that max_seq_len; None: the positions do not allow it
     split: TokenSplit
     end_of_text: int
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
     dataset: str  # name of the corpus being evaluated
-    precision: torch.dtype
-    device: torch.device
     batch_size: int  # windows of the model's max_seq_len per forward pass
     max_tokens: int  # that a probe looks at, at most
+
+    @property
+    def model(self) -> GPT:
+        return self.losses.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.losses.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        return self.losses.precision
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def measure_repeats(subject: Subject, n: int = N_GRAM) -> dict[str, Any] | None:
     for begin in range(0, len(chosen), subject.batch_size):
         batch = chosen[begin : begin + subject.batch_size]
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=subject.end_of_text)
-        nats_BT = target_nats(subject.model, inputs_BT, targets_BT, precision=subject.precision, device=subject.device)
+        nats_BT = target_nats(subject.losses, inputs_BT, targets_BT)
 
         # Column c of a row is the token at start + c - 1, so that the loss of column c stands in nats_BT[:, c - 1].
         tokens_BT = np.concatenate((inputs_BT[:, :1], targets_BT), axis=1)

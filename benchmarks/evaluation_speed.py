@@ -1,0 +1,115 @@
+"""What evaluation costs, eager, captured and compiled: python benchmarks/evaluation_speed.py [key=value ...].
+
+  model       mini       configs of configs/model, separated by commas
+  attention   mha        variants, separated by commas
+  vocab_size  4096       batch_size  32 (windows a call)     windows  320 (half of each is scored, as eval_model.py does)
+  rounds      5          the forms take turns                device, precision   auto
+
+Tokens are random: speed does not depend on them. `first` is the first pass with all that it compiles, warms up and captures.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.entry.bootstrap import enter_environment
+
+enter_environment()
+
+import statistics
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
+from harness.entry.cli import parse_options, run_script
+from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.losses import CapturedLosses, TokenLosses
+from harness.runs.load import pin_execution
+from harness.training.device import select_device, select_precision
+
+
+@dataclass
+class EvaluationSpeedOptions:
+    model: str = "mini"
+    attention: str = "mha"
+    vocab_size: int = 4096
+    batch_size: int = 32
+    windows: int = 320
+    rounds: int = 5
+    device: str = "auto"
+    precision: str = "auto"
+
+
+def main(argv: list[str]) -> int:
+    options = parse_options(EvaluationSpeedOptions, argv)
+    device = select_device(options.device)
+    precision = select_precision(options.precision, device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{machine}, {precision}, torch {torch.__version__}, {options.windows} windows, {options.batch_size} a call")
+    print(f"{'':<32}{'scored tokens/s':>16}{'range':>26}{'of eager':>10}{'first, s':>10}{'loss':>10}")
+    for model in options.model.split(","):
+        for attention in options.attention.split(","):
+            compare(model, attention, options, device, precision)
+    return 0
+
+
+def compare(name: str, attention: str, options: EvaluationSpeedOptions, device: torch.device, precision: torch.dtype) -> None:
+    """One model in every form, a row each."""
+    config = load_train_config([f"model={name}", f"attention={attention}"])
+    model = build_model(config, options.vocab_size).to(device).eval()
+    pin_execution(model, config.attention, device=device, precision=precision)
+    computed: dict[str, Any] = {"precision": precision, "device": device}
+    compiled = build_model(config, options.vocab_size).to(device).eval()
+    compiled.load_state_dict(model.state_dict())
+    pin_execution(compiled, config.attention, device=device, precision=precision)
+    compiled.token_losses = torch.compile(compiled.token_losses, dynamic=False)  # type: ignore[method-assign]
+    forms = {"eager": TokenLosses(model, **computed), "compiled": TokenLosses(compiled, **computed)}
+    if device.type == "cuda":
+        forms["captured"] = CapturedLosses(model, batch_size=options.batch_size, **computed)
+        forms["compiled and captured"] = CapturedLosses(compiled, batch_size=options.batch_size, **computed)
+
+    length = (options.windows + 1) * model.max_seq_len // 2
+    tokens = np.random.default_rng(0).integers(0, options.vocab_size - 1, length).astype(np.uint16)
+    one = np.array([length])
+    split = SimpleNamespace(tokens=tokens, document_starts=np.array([0, length]), document_bytes=one, document_words=one)
+
+    def scored(losses: TokenLosses) -> tuple[float, float]:
+        """Seconds and loss."""
+        started = time.perf_counter()
+        result = evaluate_model(
+            losses,
+            split,
+            end_of_text=options.vocab_size - 1,
+            decode=lambda ids: "x" * len(ids),
+            stride_fraction=0.5,
+            batch_size=options.batch_size,
+        )
+        return time.perf_counter() - started, result.loss
+
+    first = {form: scored(losses) for form, losses in forms.items()}
+    seconds: dict[str, list[float]] = {form: [] for form in forms}
+    for _ in range(options.rounds):
+        for form, losses in forms.items():
+            seconds[form].append(scored(losses)[0])
+    for form, each in seconds.items():
+        rates = sorted(length / one_pass for one_pass in each)
+        ratio = statistics.median(eager / this for eager, this in zip(seconds["eager"], each, strict=True))
+        print(
+            f"{name + ' ' + attention + ', ' + form:<32}{statistics.median(rates):>16,.0f}"
+            f"{f'{rates[0]:,.0f}-{rates[-1]:,.0f}':>26}{ratio:>10.2f}{first[form][0]:>10.2f}{first[form][1]:>10.5f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)
