@@ -177,6 +177,8 @@ def train_session(session: Session, result: SplitResult | None) -> RunSummary:
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
+            if (line := session.time_line(step)) is not None:
+                tell(line)
             if step.remark is not None:
                 tell(f"step {step.number:,}: {step.remark}")
             if step.skipped is not None:

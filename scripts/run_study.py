@@ -315,34 +315,22 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
     first = plan.first
     at_a_time = len(slots(visible_gpus(first.device), jobs=jobs, cores=os.cpu_count() or 1))
-    seconds, basis = estimated(plan, todo, at_a_time)
+    seconds = seconds_left(plan, todo, at_a_time)
+    how_long = "how long is known once a run has ended" if seconds is None else f"about {duration(seconds)} by those finished"
     print(
-        f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens; about "
-        f"{duration(seconds)}, {at_a_time} at a time, {basis}"
+        f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens, "
+        f"{at_a_time} at a time; {how_long}"
     )
     print(json.dumps({"study": plan.name, "runs": len(main_runs), "sweep": len(sweep), "todo": len(todo), "seconds": seconds}))
     return 0
 
 
-def estimated(plan: Plan, specs: Sequence[RunSpec], at_a_time: int) -> tuple[float, str]:
-    """Seconds until all of them have ended, by the study's finished runs, else by a product timed now; on what it rests."""
+def seconds_left(plan: Plan, specs: Sequence[RunSpec], at_a_time: int) -> float | None:
+    """Until all of them have ended, evaluation included, by the study's finished runs; None before there is one."""
     from harness.study.progress import Pace, trained_so_far
 
     trained = {spec.name: trained_so_far(plan.folder / spec.name) for spec in specs}
-    left = Pace(at_a_time, plan.folder).left(specs, trained, {})
-    if left is not None:
-        return left, "evaluation included (by the speed of finished runs)"
-    import torch
-
-    from harness.evaluation.facts import estimated_seconds
-    from harness.training.device import select_device, select_precision
-
-    first = plan.first
-    device = select_device(first.device)
-    flops = float(sum(spec.tokens * plan.arms[spec.arm].quantities["train_flops"] for spec in specs))
-    dtype: torch.dtype = select_precision(first.precision, device)
-    seconds = estimated_seconds(flops, device=device, dtype=dtype, width=first.model.d_model)
-    return seconds / at_a_time, "evaluation apart (to a factor of two)"
+    return Pace(at_a_time, plan.folder).left(specs, trained, {})
 
 
 def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str], arms: Sequence[str]) -> int:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TypedDict
-
-import torch
 
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
@@ -114,28 +111,3 @@ def cache_remark(facts: ModelFacts, config: TrainConfig) -> str | None:
         f"note: this cache is no smaller than that of GQA with {groups} groups "
         f"({2 * groups * config.model.head_dim} elements per layer); attention.kv_lora_rank below {room} would be"
     )
-
-
-def estimated_seconds(flops: float, *, device: torch.device, dtype: torch.dtype, width: int) -> float:
-    """How long `flops` of training will take here: the rate of a matrix product of this width, timed now, halved.
-
-    Half is what small models reach beside their matrix products (0.4 to 0.6 seen on a CPU and on a GPU): an
-    estimate for the person who waits, good to a factor of two.
-    """
-    rows = 2048 if device.type == "cpu" else 65_536
-    a = torch.ones(rows, width, device=device, dtype=dtype)  # random ones would shift the run's generator
-    b = torch.ones(width, 4 * width, device=device, dtype=dtype)
-    a @ b  # the first one initialises the library
-    _synchronise(device)
-    started, repeats = time.perf_counter(), 0
-    while time.perf_counter() - started < 0.1:
-        a @ b
-        _synchronise(device)
-        repeats += 1
-    rate = repeats * 2 * rows * width * 4 * width / (time.perf_counter() - started)
-    return flops / (rate / 2)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -20,7 +20,7 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData, Tokenizer
 from harness.data.loader import documents_in
 from harness.errors import UserError, tell
-from harness.evaluation.facts import ModelFacts, cache_remark, estimated_seconds, model_facts
+from harness.evaluation.facts import ModelFacts, cache_remark, model_facts
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
@@ -51,9 +51,11 @@ from harness.training.nonfinite import Guard, NonFiniteError, locate
 from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.parallel import Workers, share_model
 from harness.training.schedule import build_schedule, warmup_steps
-from harness.training.step import Engine, select_capture
+from harness.training.step import WARM_UP, Engine, select_capture
 from harness.training.writer import CheckpointWriter
 from modeling.gpt import GPT
+
+TIMED_SECONDS = 2.0  # of training, after which the rest is foretold
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Session:
     evaluation_due: bool = False  # of last_step, which was interrupted before it was evaluated
     best: tuple[int, float] | None = None  # the saved step that validated best, and its loss
     saved: int = 0  # the last step that was saved
+    timed_from: Step | None = None  # until it has been said how long the rest takes
 
     @property
     def device(self) -> torch.device:
@@ -102,13 +105,6 @@ class Session:
     def lines(self) -> list[str]:
         """What a person wants to know before waiting."""
         train_split = self.data.splits["train"]
-        remaining = (self.steps - self.first_step + 1) * self.tokens_per_step
-        seconds = estimated_seconds(
-            remaining * self.facts.flops_per_token / self.workers.world_size,
-            device=self.device,
-            dtype=self.precision,
-            width=self.config.model.d_model,
-        )
         remark = cache_remark(self.facts, self.config)
         return [
             f"run         {self.run}",
@@ -123,8 +119,19 @@ class Session:
             + (f", {self.workers.world_size} processes ({self.config.parallel.name})" if self.engine else ""),
             f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
             f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
-            f"time        about {duration(seconds)} for {remaining:,} tokens, evaluation apart",
         ]
+
+    def time_line(self, step: Step) -> str | None:
+        """For people, once: how long the steps that are left will take, by the first ones that tell."""
+        if step.number <= self.first_step + WARM_UP:  # these compile, warm up and are captured
+            self.timed_from = step
+        begun = self.timed_from
+        if begun is None or step.seconds - begun.seconds < TIMED_SECONDS or step.number == self.steps:
+            return None
+        self.timed_from = None
+        left = self.steps - step.number
+        seconds = left * (step.seconds - begun.seconds) / (step.number - begun.number)
+        return f"time        about {duration(seconds)} for the {left * self.tokens_per_step:,} tokens left, evaluation apart"
 
     def train(self) -> Iterator[Step]:
         """The remaining steps."""

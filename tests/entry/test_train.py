@@ -145,7 +145,6 @@ def test_a_run_says_what_it_will_do_before_it_does_it(place: Workplace, capsys: 
         "KV cache    48 bytes per token in bfloat16",
         "attention   mla",
         f"budget      {STEPS} steps of {TOKENS_PER_STEP} tokens",
-        "time        about",
     ):
         assert words in head
     assert records(rest) == [summary_of(place.runs / "run")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from pathlib import Path
 
@@ -135,7 +137,10 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: p
     for arm in ("mha", "gqa", "mqa", "mla"):
         assert f"{arm}-lr0.005-seed2" in output
         assert f"{arm}-lr0.00125-tokens100000-seed0" in output
-    assert "24 of 24 runs to do" in output
+    assert re.search(
+        r"^24 of 24 runs to do, [\d,]+ tokens, \d+ at a time; how long is known once a run has ended$", output, re.M
+    )
+    assert json.loads(output.splitlines()[-1])["seconds"] is None
     assert not (tmp_path / "runs").exists()
 
 
