@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,14 +26,14 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from harness.config.checks import CACHE_DTYPES
 from harness.config.compose import load_train_config, options_of
 from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
-from harness.config.schema import TrainConfig
+from harness.config.schema import CacheDtype, TrainConfig
 from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
+from harness.files.untrusted import Count, Positive
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CacheOptions:
-    dtype: Annotated[str, "of the cache; auto: as dtype"] = "auto"
+    dtype: Annotated[Literal["auto", CacheDtype], "of the cache; auto: as dtype"] = "auto"
 
 
 @dataclass
@@ -51,23 +51,32 @@ class DecodeOptions:
     attention: Annotated[str, "variants, separated by commas, or all"] = "mha,gqa,mqa,mla"
     model: Annotated[str, "a YAML of configs/model"] = "tiny"
     run: Annotated[str | None, "a trained run's shape and vocabulary instead"] = None
-    level: Annotated[str, "model; or attention: the attention layers alone, without norms, MLP and head"] = "model"
-    layers: Annotated[int | None, "how many are built and timed; null: all, at level=attention 1"] = None
-    vocab_size: int = 4096
+    level: Annotated[
+        Literal["model", "attention"], "model; or attention: the attention layers alone, without norms, MLP and head"
+    ] = "model"
+    layers: Annotated[Positive | None, "how many are built and timed; null: all, at level=attention 1"] = None
+    vocab_size: Positive = 4096
     contexts: Annotated[str, "cached tokens, separated by commas"] = "256,1024,4096"
     batch_sizes: Annotated[str, "sequences, separated by commas"] = "1,8"
     queries: Annotated[str, "new tokens a call; above 1 for MLA in both paths, at the smallest batch size"] = "1"
-    decode: Annotated[str, "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places"] = "both"
-    kernel: Annotated[str, "torch or triton: what computes the absorbed path"] = "torch"
+    decode: Annotated[
+        Literal["auto", "expand", "absorbed", "both"],
+        "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
+    ] = "both"
+    kernel: Annotated[Literal["torch", "triton"], "torch or triton: what computes the absorbed path"] = "torch"
     backend: Annotated[str, "the attention kernel"] = "auto"
-    step: Annotated[str, "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"] = "auto"
-    dtype: Annotated[str, "of weights and arithmetic; auto: bfloat16 on CUDA, else float32"] = "auto"
+    step: Annotated[
+        Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], "of weights and arithmetic; auto: bfloat16 on CUDA, else float32"
+    ] = "auto"
     cache: CacheOptions = field(default_factory=CacheOptions)
-    steps: Annotated[int, "of a reading, fewer where they take longer than a second together"] = 16
-    rounds: Annotated[int, "readings; a figure is the median over their steps with quartiles; variants take turns"] = 5
-    prefill_tokens: Annotated[int, "time to first token, and generation end to end, up to so many tokens of prompt in all"] = (
-        8192
-    )
+    steps: Annotated[Positive, "of a reading, fewer where they take longer than a second together"] = 16
+    rounds: Annotated[Positive, "readings; a figure is the median over their steps with quartiles; variants take turns"] = 5
+    prefill_tokens: Annotated[
+        Count, "time to first token, and generation end to end, up to so many tokens of prompt in all"
+    ] = 8192
     peers: Annotated[
         bool,
         "at level=model transformers' generate on the same weights, where it is installed; at level=attention torch's SDPA "
@@ -77,19 +86,11 @@ class DecodeOptions:
         None
     )
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
-    seed: int = 0
+    seed: Count = 0
     out: Annotated[str | None, "gets decode.json, decode.csv and decode.png; null: artifacts/decode"] = None
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
-CHOICES = {
-    "level": ("model", "attention"),
-    "decode": ("auto", "expand", "absorbed", "both"),
-    "step": ("auto", "eager", "compile", "graph"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "cache.dtype": ("auto", *CACHE_DTYPES),
-    "kernel": ("torch", "triton"),
-}
 LARGEST_DIFFERENCE = 1e-4  # of logits in float32, relative: above it a peer computes something else and is not timed
 
 
@@ -175,15 +176,7 @@ def main(arguments: list[str]) -> int:
 
 
 def check(options: DecodeOptions, overrides: list[str]) -> None:
-    """Raises UserError for options that are unknown, impossible or do not go together."""
-    for key, choices in CHOICES.items():
-        value = options.cache.dtype if key == "cache.dtype" else getattr(options, key)
-        if value not in choices:
-            raise UserError(f"{key}={value} is unknown; {did_you_mean(value, choices)}")
-    for key, least in (("layers", 1), ("vocab_size", 1), ("steps", 1), ("rounds", 1), ("prefill_tokens", 0), ("seed", 0)):
-        value = getattr(options, key)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} is too small; choose {least} or more")
+    """Raises UserError for options that are impossible or do not go together."""
     if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
     if options.kernel == "triton" and whole_numbers("queries", options.queries) != (1,):

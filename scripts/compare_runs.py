@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -21,13 +21,10 @@ enter_environment()
 
 import json
 
-from harness.config.checks import TRACKING
 from harness.config.places import ROOT, user_path
 from harness.config.run_config import find_run
-from harness.config.schema import TrackingConfig
-from harness.config.typed import did_you_mean
+from harness.config.schema import Split, Tracker, TrackingConfig
 from harness.entry.cli import parse_options, run_script
-from harness.errors import UserError
 
 
 @dataclass
@@ -36,7 +33,7 @@ class CompareOptions:
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     out: Annotated[str | None, "gets comparison.md, .csv, .json and .png; null: artifacts/comparison"] = None
     split: Annotated[
-        str | None,
+        Split | None,
         "test, validation or train; null: test where a run was evaluated on it, else validation. Runs that lack the "
         "evaluation of the others are listed and stand in no table",
     ] = None
@@ -47,24 +44,17 @@ class CompareOptions:
         "(max_tokens=8000): the way to compare on a part of a split, which is never taken otherwise",
     ] = None
     caches: Annotated[
-        str,
+        Literal["plain", "all"],
         "plain; all: every evaluation of a run that differs from the plain one only in its cache becomes a row (python "
         "eval_model.py run=all cache.dtype=int8, or cache.window=64 cache.sinks=4), and sizes are cache bytes per token of "
         "the context",
     ] = "plain"
     strict: Annotated[bool, "true: refuse runs that cannot stand in one table, instead of making several"] = False
-    tracking: Annotated[str, "wandb; trackio: a dashboard on this machine; none: nothing is sent or shown"] = "wandb"
+    tracking: Annotated[Tracker, "wandb; trackio: a dashboard on this machine; none: nothing is sent or shown"] = "wandb"
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(CompareOptions, arguments, positional="runs")
-    for key, value, choices in (
-        ("tracking", options.tracking, TRACKING),
-        ("caches", options.caches, ("plain", "all")),
-        ("split", options.split or "test", ("train", "validation", "test")),
-    ):
-        if value not in choices:
-            raise UserError(f"{key}={value} is unknown; {did_you_mean(value, choices)}")
     runs_dir = user_path(options.runs_dir)
     folders = [path if (path := user_path(text)).is_dir() else find_run(text, runs_dir) for text in options.runs]
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "comparison"

@@ -33,6 +33,7 @@ from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.files.text import aligned
+from harness.files.untrusted import Count, Positive
 from harness.runs.provenance import commit
 
 
@@ -40,10 +41,10 @@ from harness.runs.provenance import commit
 class DownstreamOptions:
     tasks: Annotated[str, "tasks, groups or tags, with commas between (`lm-eval ls tasks` lists them)"] = ""
     run: Annotated[str | None, "a run's folder or name; null: the newest finished run"] = None
-    limit: Annotated[int | None, "only the first documents of each task: for a try, not for a result"] = None
-    num_fewshot: Annotated[int | None, "examples in the prompt; null: what the task says"] = None
+    limit: Annotated[Positive | None, "only the first documents of each task: for a try, not for a result"] = None
+    num_fewshot: Annotated[Count | None, "examples in the prompt; null: what the task says"] = None
     task_dir: Annotated[str | None, "a folder with tasks of your own; their names come before the harness's"] = None
-    batch_size: Annotated[int, "sequences per forward pass"] = 16
+    batch_size: Annotated[Positive, "sequences per forward pass"] = 16
     device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
     precision: Annotated[str, "auto, float32 or bfloat16"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
@@ -115,10 +116,6 @@ def check(options: DownstreamOptions) -> list[str]:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("no task is named: give tasks=hellaswag,arc_easy or whatever `lm-eval ls tasks` lists")
-    for key, least in (("limit", 1), ("num_fewshot", 0), ("batch_size", 1)):
-        value = getattr(options, key)
-        if value is not None and value < least:
-            raise UserError(f"{key}={value} must be at least {least}")
     return names
 
 

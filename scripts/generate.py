@@ -17,7 +17,7 @@ enter_environment()
 
 from harness.config.places import user_path
 from harness.config.run_config import find_run
-from harness.config.typed import did_you_mean
+from harness.config.schema import CacheDtype
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError, tell
 
@@ -31,7 +31,7 @@ class AttentionOptions:
 
 @dataclass
 class CacheOptions:
-    dtype: Annotated[str, "float32, bfloat16, float16, int8 or fp8"] = "float32"
+    dtype: Annotated[CacheDtype, "float32, bfloat16, float16, int8 or fp8"] = "float32"
     window: Annotated[int | None, "newest positions that a query sees, its own included; null: all"] = None
     sinks: Annotated[int, "first positions that stay visible beside a window"] = 0
 
@@ -65,9 +65,6 @@ def main(arguments: list[str]) -> int:
     from harness.training.device import select_device
     from modeling.attention.cache import DTYPES
     from modeling.generation import generate
-
-    if options.cache.dtype not in DTYPES:
-        raise UserError(f"cache.dtype={options.cache.dtype} is unknown; {did_you_mean(options.cache.dtype, list(DTYPES))}")
 
     device = select_device(options.device)
     trained = load_trained(

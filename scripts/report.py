@@ -19,12 +19,9 @@ enter_environment()
 
 import json
 
-from harness.config.checks import TRACKING
 from harness.config.places import user_path
-from harness.config.schema import TrackingConfig
-from harness.config.typed import did_you_mean
+from harness.config.schema import Tracker, TrackingConfig
 from harness.entry.cli import parse_options, run_script
-from harness.errors import UserError
 
 
 @dataclass
@@ -34,15 +31,13 @@ class ReportOptions:
     runs_dir: Annotated[
         str, "the study's runs lie in <runs_dir>/<name>, and so will report.html, .md, .csv, .json and figures/"
     ] = str(ROOT / "runs")
-    tracking: Annotated[str, "wandb or trackio: also one run of that dashboard with the table, the figures and the page"] = (
-        "none"
-    )
+    tracking: Annotated[
+        Tracker, "wandb or trackio: also one run of that dashboard with the table, the figures and the page"
+    ] = "none"
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(ReportOptions, arguments)
-    if options.tracking not in TRACKING:
-        raise UserError(f"tracking={options.tracking} is unknown; {did_you_mean(options.tracking, TRACKING)}")
     folder = user_path(options.runs_dir) / (options.name or options.study)
 
     from harness.report.write import report_study

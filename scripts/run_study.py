@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -55,7 +55,7 @@ class StudyOptions:
     study: Annotated[str, "a YAML of configs/study"] = "demo"
     dry_run: Annotated[bool, "print every run with its parameters, FLOPs, cache bytes and the time, and stop"] = False
     tune: Annotated[
-        str | None,
+        Literal["lr", "none", "stored"] | None,
         "lr: sweep the learning rate of each arm first; none: one rate for all; stored: the rates of an earlier sweep of "
         "this study; null: lr where the study declares a sweep",
     ] = None
@@ -81,8 +81,6 @@ def main(arguments: list[str]) -> int:
     from harness.study.plan import build_plan, check_same_study, load_study
 
     config = load_study(options.study)
-    if options.tune not in (None, "lr", "none", "stored"):
-        raise UserError(f"tune={options.tune} is unknown; {did_you_mean(options.tune, ['lr', 'none', 'stored'])}")
     if options.tune == "lr" and config.tune is None:
         raise UserError(f"study={options.study} declares no sweep (tune: in its YAML), so tune=lr has no rates to try")
     if options.jobs is not None and options.jobs < 1:

@@ -1,4 +1,4 @@
-"""The typed schema that every YAML under configs/ is checked against: plain dataclasses, no imports of ours.
+"""The typed schema that every YAML under configs/ is checked against: plain dataclasses, whose types say what is legal.
 
 `None` is legal only where it means absence. Fields of which a group owns the default (model, optimizer, ...) carry
 none here: the YAML must say them. An attention variant's schema is read off its class (see harness/config/checks.py).
@@ -7,7 +7,16 @@ none here: the YAML must say them. An attention variant's schema is read off its
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from harness.files.untrusted import Count, Figure, Positive
+
+CacheDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]  # modeling/attention/cache.py
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Split = Literal["train", "validation", "test"]
+Switch = Literal["auto", "on", "off"]
+Tracker = Literal["wandb", "trackio", "none"]  # harness/tracking/
 
 
 @dataclass
@@ -15,20 +24,20 @@ class ModelConfig:
     """Shape of the GPT around the attention, and the training defaults that belong to the size."""
 
     name: str
-    d_model: int
-    n_layers: int
-    n_heads: int
-    head_dim: int
-    max_seq_len: int
+    d_model: Positive
+    n_layers: Positive
+    n_heads: Positive
+    head_dim: Positive
+    max_seq_len: Positive
     mlp: str  # swiglu | relu2
-    mlp_hidden: int
+    mlp_hidden: Positive
     tie_embeddings: bool
     bias: bool
     dropout: float
-    norm_eps: float
+    norm_eps: Figure
     causal: bool
     init: str  # normal | fan_in | xavier
-    init_std: float
+    init_std: Figure
     zero_init_outputs: bool
     activation_checkpointing: bool
     default_tokens: int
@@ -66,7 +75,7 @@ class DatasetConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str  # bpe | bytes | pretrained
+    name: Literal["bpe", "bytes", "pretrained"]
     vocab_size: int | None = None  # bpe only
     # pretrained only: a hub name, a folder or a tokenizer.json; None: the run's own file, as an import has one
     path: str | None = None
@@ -86,7 +95,7 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
-    name: str  # cosine | wsd
+    name: Literal["cosine", "wsd"]
     warmup_fraction: float  # of the steps
     final_lr_fraction: float  # of the peak
     decay_fraction: float | None = None  # wsd only: the last part of the steps, in which the rate falls
@@ -94,7 +103,7 @@ class ScheduleConfig:
 
 @dataclass
 class TrackingConfig:
-    name: str  # wandb | trackio | none (metrics.jsonl is always written)
+    name: Tracker  # metrics.jsonl is always written
     project: str = "attention-ablation"
     entity: str | None = None
     group: str | None = None
@@ -106,7 +115,7 @@ class TrackingConfig:
 class ParallelConfig:
     """How the processes that torchrun starts share a run; means nothing to one process alone."""
 
-    name: str = "ddp"  # ddp | fsdp
+    name: Literal["ddp", "fsdp"] = "ddp"
     # fsdp only
     reshard_after_forward: bool = True  # gathered weights are given up after a block's forward pass and gathered again
     mixed_precision: bool = False  # blocks are gathered in bfloat16; gradients are summed in float32
@@ -116,24 +125,24 @@ class ParallelConfig:
 class BudgetConfig:
     """At most one of the two; neither means the model's default_tokens."""
 
-    tokens: int | None = None
-    steps: int | None = None
+    tokens: Positive | None = None
+    steps: Positive | None = None
 
 
 @dataclass
 class IntervalsConfig:
     """In optimizer steps."""
 
-    log: int = 10
-    evaluate: int = 100
-    checkpoint: int = 100
+    log: Positive = 10
+    evaluate: Positive = 100
+    checkpoint: Positive = 100
 
 
 @dataclass
 class CheckpointsConfig:
     """Of a run's checkpoints/; when they are written: intervals.checkpoint."""
 
-    keep: int = 2  # the newest so many
+    keep: Positive = 2  # the newest so many
     keep_best: bool = True  # and, of the steps that are saved, the one that validated best, as best/
     background: bool = True  # write while training goes on
 
@@ -143,13 +152,13 @@ class SpikesConfig:
     """Steps whose loss or gradient norm makes no update because it stands out (harness/training/nonfinite.py)."""
 
     sigma: float | None = None  # standard deviations above the mean; None: no step is skipped for that
-    window: int = 100  # last accepted steps that mean and deviation are taken over
+    window: Annotated[int, 2] = 100  # last accepted steps that mean and deviation are taken over
 
 
 @dataclass
 class EvaluationConfig:
-    max_tokens: int | None = None  # validation during training looks at this many tokens at most (None: all)
-    batch_size: int = 32  # windows per forward pass
+    max_tokens: Positive | None = None  # validation during training looks at this many tokens at most (None: all)
+    batch_size: Positive = 32  # windows per forward pass
     stride_fraction: float = 0.5  # of the window
 
 
@@ -157,7 +166,7 @@ class EvaluationConfig:
 class CacheConfig:
     """The dtype that cache sizes are quoted in, and at evaluation what a cache keeps."""
 
-    dtype: str = "bfloat16"  # float32 | bfloat16 | float16 | int8 | fp8
+    dtype: CacheDtype = "bfloat16"
 
 
 @dataclass
@@ -176,15 +185,15 @@ class TrainConfig:
     name: str  # "auto" becomes dataset-model-attention-overrides-seed
     runs_dir: str
     data_dir: str
-    seed: int
-    data_seed: int
-    device: str  # auto | cpu | cuda | mps
-    precision: str  # auto | float32 | bfloat16
-    compile: str  # auto | on | off
+    seed: Count
+    data_seed: Count
+    device: Device
+    precision: Precision
+    compile: Switch
     deterministic: bool
     overwrite: bool
-    batch_size: int  # sequences per optimizer step
-    micro_batch_size: int | None  # sequences per forward pass; None: chosen from the device
+    batch_size: Positive  # sequences per optimizer step
+    micro_batch_size: Positive | None  # sequences per forward pass; None: chosen from the device
     budget: BudgetConfig
     intervals: IntervalsConfig
     evaluation: EvaluationConfig
@@ -196,7 +205,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     tracking: TrackingConfig
-    capture: str = "auto"  # auto | on | off: the step replayed from CUDA graphs (harness/training/step.py)
+    capture: Switch = "auto"  # the step replayed from CUDA graphs (harness/training/step.py)
     # A run whose weights this one starts from; its model, attention and tokenizer come along, and its dataset unless one
     # is named.
     init_from: str | None = None
@@ -204,8 +213,8 @@ class TrainConfig:
     init_setup: str | None = None
     init_data: bool = False  # worked out: the dataset came along, so that its path is that run's word and not followed
     checkpoints: CheckpointsConfig = field(default_factory=CheckpointsConfig)
-    on_nonfinite: str = "stop"  # stop | skip: what a loss or gradient that is not finite does to the run
-    skip_limit: int = 10  # steps in a row without an update after which training gives up
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss or gradient that is not finite does to the run
+    skip_limit: Positive = 10  # steps in a row without an update after which training gives up
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -223,18 +232,18 @@ class EvalConfig:
     run: str | None  # a folder, a run's name, "all"; None: the newest finished run
     runs_dir: str
     data_dir: str
-    split: str  # train | validation | test
+    split: Split
     per_document: bool
     stride_fraction: float
-    batch_size: int
-    max_tokens: int | None
-    device: str
-    precision: str
+    batch_size: Positive
+    max_tokens: Positive | None
+    device: Device
+    precision: Precision
     cache: EvalCacheConfig
     attention: dict[str, Any]
     tracking: TrackingConfig
     extras: list[str]  # of EXTRAS
-    extras_max_tokens: int  # that each extra looks at, at most
-    capture: str = "auto"  # auto | on | off: windows scored from a CUDA graph (harness/evaluation/losses.py)
+    extras_max_tokens: Positive  # that each extra looks at, at most
+    capture: Switch = "auto"  # windows scored from a CUDA graph (harness/evaluation/losses.py)
     dataset: DatasetConfig | None = None  # None: the corpus the run was trained on
     corpus_at: str | None = None  # where that one lies now, said as dataset.path=...; None: where it was

@@ -46,14 +46,23 @@ _WORDS = {
 def typed(kind: Any, value: Any, path: str) -> Any:
     """`value` as `kind` (a dataclass, int, float, bool, str, list[...], dict[str, ...], X | None), or a UserError.
 
-    Of records also a tuple, a number with its least value (Annotated[int, 0]) and a TypedDict, whose other keys are kept.
+    Also one of some words (Literal), a number with its least value (Annotated[int, 0]), a tuple, and of records a TypedDict,
+    whose other keys are kept. An option's type may carry its help, too (Annotated[int, "what it means"]).
     """
     origin = typing.get_origin(kind)
     if origin is typing.Annotated:
-        of, least = typing.get_args(kind)
-        if not least <= (number := typed(of, value, path)) < MOST_FIGURE:
-            raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
+        of, *notes = typing.get_args(kind)
+        number = typed(of, value, path)
+        for least in (note for note in notes if not isinstance(note, str)):
+            if not least <= number < MOST_FIGURE:
+                below = " and below 1e100" if number > least else ""
+                raise UserError(f"{path}={shown(value)} must be {least:g} or more{below}")
         return number
+    if origin is typing.Literal:
+        choices = typing.get_args(kind)
+        if (word := typed(str, value, path)) not in choices:
+            raise UserError(f"{path}={word} is unknown; {did_you_mean(word, choices)}")
+        return word
     if typing.is_typeddict(kind):
         return _typed_record(kind, value, path)
     if origin in (types.UnionType, typing.Union):
@@ -64,13 +73,12 @@ def typed(kind: Any, value: Any, path: str) -> Any:
     if kind is Any:
         return value
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
         required = {
             f.name
             for f in dataclasses.fields(kind)
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
-        return kind(**typed_fields(hints, required, value, path))  # type: ignore[operator]
+        return kind(**typed_fields(_hints(kind), required, value, path))  # type: ignore[operator, arg-type]
     if origin is list:
         if isinstance(value, (list, tuple)):
             return [typed(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
@@ -108,13 +116,13 @@ def _typed_record(kind: Any, value: Any, path: str) -> dict[str, Any]:
     prefix = f"{path}." if path else ""
     if lacking := sorted(kind.__required_keys__ - value.keys()):
         raise UserError(f"{prefix}{lacking[0]} is missing")
-    hints = _record_hints(kind)
+    hints = _hints(kind)
     return {key: typed(hints[key], item, f"{prefix}{key}") if key in hints else item for key, item in value.items()}
 
 
 @functools.cache
-def _record_hints(kind: Any) -> dict[str, Any]:
-    """Types of a TypedDict's keys, with what they are annotated by."""
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of the fields of a dataclass or of a TypedDict's keys, with what they are annotated by."""
     hints = typing.get_type_hints(kind, include_extras=True)
     return {
         key: typing.get_args(hint)[0] if typing.get_origin(hint) is typing.NotRequired else hint for key, hint in hints.items()

@@ -65,7 +65,7 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
             raise UserError(f"{argument} is not of the form key=value; {remedy}")
         if key not in leaves:
             raise UserError(f"{key} is not an option here; {did_you_mean(key, list(leaves))}")
-        is_text = leaves[key] is str or (leaves[key] == str | None and value != "null")
+        is_text = _is_text(leaves[key]) and (value != "null" or type(None) not in typing.get_args(leaves[key]))
         try:
             parsed = value if is_text else yaml.safe_load(value)
         # No such date, a tag, 1,000 brackets.
@@ -91,6 +91,12 @@ def _leaf_types(kind: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
     for name, hint in typing.get_type_hints(kind).items():
         leaves.update(_leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint})
     return leaves
+
+
+def _is_text(kind: typing.Any) -> bool:
+    """Whether values are words: any, or one of some; perhaps none."""
+    options = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return any(option is str or typing.get_origin(option) is typing.Literal for option in options)
 
 
 def run_script(

@@ -14,7 +14,7 @@ import textwrap
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from harness.config.compose import SCHEMAS, check_config, default_options, options_of
 from harness.config.identity import flat
@@ -67,7 +67,8 @@ def _explained(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]:
         if dataclasses.is_dataclass(hint):
             yield from _explained(typing.cast(type, hint), f"{prefix}{name}.")
         else:
-            remark = hint.__metadata__[0] if typing.get_origin(hint) is Annotated else ""
+            notes = hint.__metadata__ if typing.get_origin(hint) is Annotated else ()
+            remark = next((note for note in notes if isinstance(note, str)), "")  # the others are limits
             yield f"{prefix}{name}={_default(getattr(defaults, name))}", remark
 
 
@@ -89,8 +90,9 @@ def _schema_remarks(kind: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         inner = [option for option in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(option)]
         for option in inner:
             yield from _schema_remarks(option, f"{prefix}{name}.")
-        if not inner and name in remarks:
-            yield f"{prefix}{name}", remarks[name]
+        choices = " | ".join(typing.get_args(hint)) if typing.get_origin(hint) is Literal else ""
+        if not inner and (remark := ": ".join(filter(None, (choices, remarks.get(name))))):
+            yield f"{prefix}{name}", remark
 
 
 def _remarks(text: str, prefix: str = "") -> dict[str, str]:

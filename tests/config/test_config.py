@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import yaml
 
 from harness.config import compose as configuration
 from harness.config.build import build_layer, build_model
-from harness.config.checks import CACHE_DTYPES, train_config
+from harness.config.checks import train_config
 from harness.config.compose import (
     compose,
     default_name,
@@ -33,7 +34,7 @@ from harness.config.compose import (
 from harness.config.identity import EXECUTION_FIELDS, LATER_FIELDS, SEED_FIELDS, differences, flat, identity, setup_hash
 from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
-from harness.config.schema import EXTRAS, BudgetConfig, TrainConfig
+from harness.config.schema import EXTRAS, BudgetConfig, CacheDtype, TrainConfig
 from harness.config.typed import typed
 from harness.entry.cli import parse_options
 from harness.errors import UserError
@@ -173,12 +174,12 @@ REFUSED = {
     "hydra.run.dir=x": "hydra.run.dir=x: Hydra's own settings are fixed here; leave it out",
     "seed=one": "seed=one must be a whole number",
     "seed=1.5": "seed=1.5 must be a whole number",
-    "seed=-1": "seed=-1 is too small; choose 0 or more",
+    "seed=-1": "seed=-1 must be 0 or more",
     "seed=9223372036854775808": "seed=9223372036854775808 is too large for torch's generator; choose a seed below 2^63",
     "model.d_model=null": "model.d_model=null must be a whole number",
     "model.d_model=[1,2]": "model.d_model=[1, 2] must be a whole number",
     "attention=gqa model.n_heads=many": "model.n_heads=many must be a whole number",
-    "model.n_layers=0": "model.n_layers=0 is too small; choose 1 or more",
+    "model.n_layers=0": "model.n_layers=0 must be 1 or more",
     "optimizer.lr=high": "optimizer.lr=high must be a finite number",
     "optimizer.lr=nan": "optimizer.lr=nan must be a finite number",
     "optimizer.betas=0.9": "optimizer.betas=0.9 must be a list like [a, b]",
@@ -201,12 +202,12 @@ REFUSED = {
     "attention.backend=flash": "attention.backend=flash is unknown; did you mean sdpa_flash?",
     "budget.tokens=10 budget.steps=5": "budget.tokens=10 and budget.steps=5 both set the length of the run; give one",
     "batch_size=4 micro_batch_size=3": "micro_batch_size=3 does not divide batch_size=4; choose a divisor",
-    "batch_size=0": "batch_size=0 is too small; choose 1 or more",
-    "intervals.log=0": "intervals.log=0 is too small; choose 1 or more",
-    "evaluation.max_tokens=0": "evaluation.max_tokens=0 is too small; choose 1 or more",
+    "batch_size=0": "batch_size=0 must be 1 or more",
+    "intervals.log=0": "intervals.log=0 must be 1 or more",
+    "evaluation.max_tokens=0": "evaluation.max_tokens=0 must be 1 or more",
     "evaluation.stride_fraction=0": "evaluation.stride_fraction=0.0 must be above 0 and at most 1 (a window)",
-    "model.norm_eps=-1": "model.norm_eps=-1.0 is too small; choose 0 or more",
-    "model.init_std=-1": "model.init_std=-1.0 is too small; choose 0 or more",
+    "model.norm_eps=-1": "model.norm_eps=-1 must be 0 or more",
+    "model.init_std=-1": "model.init_std=-1 must be 0 or more",
     "model.dropout=1": "model.dropout=1.0 must be at least 0 and below 1",
     "attention.dropout=-0.1": "attention.dropout=-0.1 must be at least 0 and below 1",
     "model.causal=false": "model.causal=false cannot be trained to predict the next token, which every position would "
@@ -257,11 +258,11 @@ REFUSED_IN_EVAL = {
     "cache.window=0": "cache.window=0 sees nothing; choose 1 or more, or null for the whole context",
     "cache.sinks=4": "cache.sinks=4 stay visible beside a window; choose 0 or more and set cache.window",
     "stride_fraction=2": "stride_fraction=2.0 must be above 0 and at most 1 (a window)",
-    "batch_size=0": "batch_size=0 is too small; choose 1 or more",
-    "max_tokens=-1": "max_tokens=-1 is too small; choose 1 or more",
+    "batch_size=0": "batch_size=0 must be 1 or more",
+    "max_tokens=-1": "max_tokens=-1 must be 1 or more",
     "extras=[beyond,latent]": "extras=latent is unknown; did you mean latents?",
     "extras=beyond": "extras=beyond must be a list like [a, b]",
-    "extras_max_tokens=0": "extras_max_tokens=0 is too small; choose 1 or more",
+    "extras_max_tokens=0": "extras_max_tokens=0 must be 1 or more",
     "per_document=maybe": "per_document=maybe must be true or false",
     "dataset=stdlibb": "dataset=stdlibb does not exist; did you mean stdlib?",
 }
@@ -397,7 +398,7 @@ def test_the_cache_dtypes_of_the_command_line_are_those_of_the_cache() -> None:
     """Written twice, so that an evaluation's mistakes are found without importing torch."""
     from modeling.attention.cache import DTYPES
 
-    assert tuple(DTYPES) == CACHE_DTYPES
+    assert tuple(DTYPES) == typing.get_args(CacheDtype)
 
 
 def test_the_extras_of_the_command_line_are_those_that_can_be_measured_and_all_of_them_by_default() -> None:
@@ -546,10 +547,10 @@ def test_fields_that_came_later_leave_the_hash_of_older_setups_alone_until_they_
     ("override", "sentence"),
     [
         ("on_nonfinite=ignore", "on_nonfinite=ignore is unknown; choose from skip, stop"),
-        ("checkpoints.keep=0", "checkpoints.keep=0 is too small; choose 1 or more"),
-        ("skip_limit=0", "skip_limit=0 is too small; choose 1 or more"),
+        ("checkpoints.keep=0", "checkpoints.keep=0 must be 1 or more"),
+        ("skip_limit=0", "skip_limit=0 must be 1 or more"),
         ("spikes.sigma=-1", "spikes.sigma=-1.0 must be above 0, such as 6, or null to skip no spike"),
-        ("spikes.window=1", "spikes.window=1 is too small; choose 2 or more"),
+        ("spikes.window=1", "spikes.window=1 must be 2 or more"),
     ],
 )
 def test_what_guards_a_run_is_checked_at_the_door(override: str, sentence: str) -> None:

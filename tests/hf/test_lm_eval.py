@@ -669,9 +669,9 @@ def test_a_task_whose_data_is_nowhere_is_one_sentence(place: Workplace, task_dir
     ("option", "sentence"),
     [
         ("tasks=", r"no task is named: give tasks=hellaswag,arc_easy"),
-        ("limit=0", r"limit=0 must be at least 1"),
-        ("num_fewshot=-1", r"num_fewshot=-1 must be at least 0"),
-        ("batch_size=0", r"batch_size=0 must be at least 1"),
+        ("limit=0", r"limit=0 must be 1 or more"),
+        ("num_fewshot=-1", r"num_fewshot=-1 must be 0 or more"),
+        ("batch_size=0", r"batch_size=0 must be 1 or more"),
         ("limit=0.5", r"limit=0.5 must be "),
         ("run=mlaa", r"run=mlaa is no run .*did you mean mla\?"),
         ("device=gpu", r"device=gpu is unknown"),

@@ -235,7 +235,7 @@ def test_it_loads_in_another_dtype_as_our_own_model_is_cast(folders: Folders, na
         ({"attention": {"rope_scaling": {"rope_type": "odd"}}}, r"rope_scaling"),
         ({"attention": {"backend": "odd"}}, r"attention.backend=odd is unknown"),
         ({"model": {"d_model": "wide"}}, r"model.d_model=wide must be a whole number"),
-        ({"model": {"n_layers": 0}}, r"model.n_layers=0 is too small"),
+        ({"model": {"n_layers": 0}}, r"model.n_layers=0 must be 1 or more"),
         ({"model": {"mlp": "odd"}}, r"mlp=odd is unknown"),
         ({"model": {"causal": False}}, r"model.causal=false cannot write text"),
         ({"model": {"_target_": "os.system"}}, r"model._target_ is not a field"),
