@@ -46,7 +46,12 @@ def main(arguments: list[str]) -> int:
     tracking = TrackingConfig(name=options.tracking)
     check_tracking(tracking)
     results, files = report_study(folder, tracking)
-    line = {"study": results.name, "folder": str(folder), "record": str(folder / "report.json"), "report": str(files[0])}
+    line = {
+        "study": results.record["name"],
+        "folder": str(folder),
+        "record": str(folder / "report.json"),
+        "report": str(files[0]),
+    }
     print(json.dumps(line | {"runs": len(results.runs), "missing": results.missing}))
     return 0
 

@@ -38,9 +38,9 @@ from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, pasteable, run_script
 from harness.errors import UserError
 from harness.files.atomic import write_json
-from harness.files.text import aligned, visible
+from harness.files.text import aligned, duration, visible
 from harness.runs.folder import finished, lock_run
-from harness.runs.records import DECODE_FILE, STUDY_FILE, SpecRecord, read_decode_times, read_study
+from harness.runs.records import DECODE_FILE, STUDY_FILE, FailureRecord, SpecRecord, read_decode_times, read_study
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     from harness.study.plan import record_alone, write_record
     from harness.study.progress import Pace
     from harness.study.results import load_results
-    from harness.study.runner import Failure, run_all, slots, visible_gpus
+    from harness.study.runner import run_all, slots, visible_gpus
     from harness.study.tuning import as_named
 
     first = plan.first
@@ -154,7 +154,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
 
     pace = Pace(len(places), plan.folder)
 
-    def train(specs: Sequence[RunSpec], title: str) -> list[Failure]:
+    def train(specs: Sequence[RunSpec], title: str) -> list[FailureRecord]:
         return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title, pace=pace)
 
     if tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
@@ -183,7 +183,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
                 chosen_lr=chosen,
                 specs=[*specs, *others],
                 sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
-                failures=[failure.record() for failure in failures],
+                failures=failures,
             )
 
     keep()
@@ -203,7 +203,7 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     line = {"study": plan.name, "folder": str(plan.folder), "record": str(plan.folder / STUDY_FILE), "report": report}
     print(json.dumps(line | {"runs": len(specs), "sweep": len(sweep), "failures": len(failures)}))
     if failures:
-        lines = "; ".join(f"{failure.run}: {failure.error}" for failure in failures)
+        lines = "; ".join(f"{failure['run']}: {failure['error']}" for failure in failures)
         raise UserError(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
     return 0
 
@@ -270,7 +270,8 @@ def print_arms(plan: Plan) -> None:
     rows = [["arm", "parameters", "MFLOP/token", "cache bytes/token", "matched"]]
     for name, arm in plan.arms.items():
         matches = "; ".join(
-            f"{match.quantity} {match.mismatch:+.2%} of {match.to} by {match.vary}={match.value}" for match in arm.matches
+            f"{match['quantity']} {match['mismatch']:+.2%} of {match['to']} by {match['vary']}={match['value']}"
+            for match in arm.matches
         )
         sizes = arm.quantities
         rows.append([name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}", matches])
@@ -279,7 +280,6 @@ def print_arms(plan: Plan) -> None:
 
 def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> int:
     """dry_run: every run and the time they will take together."""
-    from harness.study.progress import duration
     from harness.study.runner import is_done, slots, visible_gpus
     from harness.study.tuning import first_grid
 

@@ -18,6 +18,7 @@ from harness.data.documents import Carving, Document, Source, carving_by_rank, e
 from harness.data.files import BLOCK, CorpusFile, Found, check_majority, find, lines, listing, opened
 from harness.data.parquet import MOST_VALUE, read_parquet
 from harness.errors import UserError, readable, tell
+from harness.files.text import plural
 
 _LINE_SEARCH = 1 << 16  # bytes in which a line end is sought when one document is cut into splits
 _NUL = "a character NUL (U+0000), which no text has"
@@ -39,7 +40,7 @@ def local_source(dataset: DatasetConfig, *, for_training: bool) -> Source:
     if found.left_out:
         with readable(f"dataset.path={dataset.path}", "make it readable"):
             check_majority(found, dataset.path)
-        count = f"{len(found.paths):,} file{'s' if len(found.paths) > 1 else ''}"
+        count = f"{len(found.paths):,} {plural(len(found.paths), 'file')}"
         tell(f"{dataset.name}: {count} read, {len(found.left_out):,} left out: {found.said()}")
     files = _hashed(found, dataset)
     given = {split_of_name(file.name) for file in files}

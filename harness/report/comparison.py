@@ -16,17 +16,19 @@ import re
 import shlex
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from harness.config.run_config import run_folders
 from harness.errors import UserError, readable
-from harness.files.text import aligned, csv_text, markdown, markdown_row, visible
+from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, visible
 from harness.runs.evaluations import USUAL, Kind, by_preference, cache_label, common_kind, kind_of
 from harness.runs.records import PLAIN_CACHE, Evaluation, RunSummary, read_evaluations, read_summary
 
+_Item = TypeVar("_Item")
+_Key = TypeVar("_Key", bound=Hashable)
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
     "dataset": "dataset {}",
@@ -47,6 +49,8 @@ _IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dt
 _SAME_TRAINING = ("dataset", "data_fingerprint", "tokenizer_fingerprint", "tokens")
 
 _CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
+_ONE_ROW = ("setup_hash", *_CACHE)
+_SEEDS = ("seed", "data_seed")  # of a run: one block of the comparison, whichever of the two differs
 _EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
 # What records lack that were written before evaluations through a cache.
 _FORMERLY = PLAIN_CACHE | {"cache_context": None, "cache_bytes_at_context": None}
@@ -195,26 +199,24 @@ def compare(
         raise UserError("evaluation=NAME says the split and the corpus already: leave out split=... and dataset=...")
     finished, notes = _finished_runs(_expanded(folders))
     runs, repeated = _without_repeats(finished)
-    chosen = _chosen_records(runs, split=split, dataset=dataset, evaluation=evaluation, every_cache=every_cache)
-    records = chosen.records
-    tables = _tables(records, every_cache)
+    chosen = _chosen_records(runs, _Request(split, dataset, evaluation, every_cache))
+    tables = _tables(chosen.records, every_cache)
     if strict and chosen.lacking:
         raise UserError(
             f"{len(chosen.lacking)} runs lack the evaluation that the others have ({_listed(chosen.lacking)}): evaluate them "
             f"(python eval_model.py run=NAME), name the others alone, or leave out strict=true"
         )
-    if strict and len(tables) > 1:
-        differing = _differing([table.conditions for table in tables])
-        raise UserError(
-            f"the runs cannot stand in one table, they differ in {', '.join(differing)} "
-            f"({'; '.join(table.heading for table in tables)}): name runs that agree, or leave out strict=true"
-        )
     if len(tables) > 1:
-        names = ", ".join(_differing([table.conditions for table in tables]))
-        notes.append(f"separate tables, because these runs differ in {names}")
+        differing = ", ".join(_differing([table.conditions for table in tables]))
+        if strict:
+            raise UserError(
+                f"the runs cannot stand in one table, they differ in {differing} "
+                f"({'; '.join(table.heading for table in tables)}): name runs that agree, or leave out strict=true"
+            )
+        notes.append(f"separate tables, because these runs differ in {differing}")
     if every_cache:
         notes.append("x MHA: cache bytes per token of context, over those of MHA with the model's heads in bfloat16")
-    notes = [*chosen.notes, *notes, *repeated, *_uneven_seeds(tables), *_circumstances(records)]
+    notes = [*chosen.notes, *notes, *repeated, *_uneven_seeds(tables), *_circumstances(chosen.records)]
     return Comparison(tables, notes, chosen.lacking)
 
 
@@ -278,132 +280,147 @@ def _completed(record: Evaluation | RunSummary, file: Path) -> Evaluation:
 
 
 @dataclass(frozen=True)
+class _Request:
+    """Which evaluation of each run to compare, as `compare` is asked for it."""
+
+    split: str | None
+    dataset: str | None
+    evaluation: str | None
+    every_cache: bool
+
+    @property
+    def wanted(self) -> str:
+        return self.split or "test"
+
+    def of(self, run: _Run) -> list[Evaluation]:
+        """The run's evaluations on a whole split of the named corpus or of its own; the one of that name; those on such a
+        split, whole or not, that were made with an option."""
+        key, equals, value = (self.evaluation or "").partition("=")
+        if self.evaluation is not None and not equals:
+            return [record for record in run.evaluations if record["record"] == self.evaluation]
+        corpus, which = ("dataset", self.dataset) if self.dataset else ("data_fingerprint", run.summary["data_fingerprint"])
+        return [
+            record
+            for record in run.evaluations
+            if record.get("split") == self.wanted
+            and (str(record.get(key)).lower() == value.lower() if equals else kind_of(record).max_tokens is None)
+            and record.get(corpus) == which
+        ]
+
+    def command(self, runs: Sequence[_Run], kind: Kind | None) -> str:
+        """What makes the evaluation that these runs lack, for a shell: a command for each folder of runs."""
+        options: dict[str, Any] = {"split": self.wanted, "dataset": self.dataset}
+        if kind is not None:
+            options |= {
+                "per_document": "true" if kind.per_document else None,
+                "stride_fraction": None if kind.has_usual_stride else kind.stride_fraction,
+                "cache.dtype": None if kind.cache_dtype == "bfloat16" else kind.cache_dtype,
+                "cache.window": kind.cache_window,
+                "cache.sinks": kind.cache_sinks or None,
+            }
+        shown = [f"{key}={value}" for key, value in options.items() if value is not None]
+        commands = []
+        for place, inside in sorted(_grouped(runs, lambda run: run.folder.parent).items()):
+            runs_dir = [f"runs_dir={place}"] if len(inside) > 1 and place != Path.cwd() / "runs" else []
+            which = f"run={inside[0].folder if len(inside) == 1 else 'all'}"
+            commands.append(shlex.join(["python", "eval_model.py", which, *shown, *runs_dir]))
+        return " && ".join(commands)
+
+    def nothing_found(self, runs: Sequence[_Run]) -> UserError:
+        others = _listed(_other_evaluations(runs, set()))
+        if self.evaluation is not None:
+            known = others or "none; make one with: python eval_model.py run=all"
+            return UserError(f"no run has an evaluation={self.evaluation}; there are: {known}")
+        on = f"split={self.wanted}" + (f" of dataset={self.dataset}" if self.dataset else "")
+        return UserError(
+            f"none of {len(runs)} runs has an evaluation on the whole of {on}, the first is {runs[0].folder.name}; make it "
+            f"with: {self.command(runs, None)}" + (f"; evaluation=NAME takes of {others}" if others else "")
+        )
+
+
+@dataclass(frozen=True)
 class _Chosen:
     records: list[Evaluation]  # one a run, all of one kind of evaluation in a group, or one a run and cache
     lacking: list[str]  # names of the runs that have no such evaluation
     notes: list[str]
 
 
-def _chosen_records(
-    runs: Sequence[_Run], *, split: str | None, dataset: str | None, evaluation: str | None, every_cache: bool
-) -> _Chosen:
+def _chosen_records(runs: Sequence[_Run], request: _Request) -> _Chosen:
     """Raises UserError when no run has the evaluation asked for, or, asked for by split or name, a group has none."""
-    groups: dict[tuple[Any, ...], list[_Run]] = {}
-    for run in runs:
-        groups.setdefault(_values(run.summary, _SAME_TRAINING), []).append(run)
-    wanted = split or "test"
     records: list[Evaluation] = []
-    scored: list[str] = []
+    scored: set[str] = set()
     validated: list[_Run] = []
     lacking: list[tuple[str, list[_Run]]] = []
-    for group in groups.values():
-        found = [_evaluations_on(run, wanted, dataset, evaluation) for run in group]
+    asks_for_none = request.evaluation is None and request.dataset is None and request.split in (None, "validation")
+    for group in _grouped(runs, lambda run: _values(run.summary, _SAME_TRAINING)).values():
+        found = [request.of(run) for run in group]
         kind = common_kind(found)
-        if kind is None and evaluation is None and dataset is None and split in (None, "validation"):
+        if kind is None and asks_for_none:
             validated += group
             records += [run.summary for run in group]
             continue
         absent = []
         for run, pool in zip(group, by_preference(found), strict=True):
-            chosen = pool[-1] if pool else None
-            if chosen is None or kind_of(chosen) != kind:
+            if not pool or kind_of(pool[-1]) != kind:
                 absent.append(run)
                 continue
-            scored.append(chosen["record"])
-            rows = [chosen]
-            if every_cache:
-                alike = [
-                    record
-                    for record in run.evaluations
-                    if all(record.get(key) == chosen.get(key) for key in ("split", "data_fingerprint", "precision"))
-                    and kind_of(record).protocol == kind_of(chosen).protocol
-                ]
-                rows = list({_values(record, _CACHE): record for record in alike}.values())  # the newest of each cache
-            kept = {key: run.summary.get(key) for key in (_NEEDED[0], *_OF_TRAINING)}
+            scored.add(pool[-1]["record"])
+            kept = {key: run.summary.get(key) for key in ("name", *_OF_TRAINING)}
+            rows = _on_every_cache(run, pool[-1]) if request.every_cache else pool[-1:]
             records += [cast(Evaluation, run.summary | record | kept) for record in rows]
         if absent:
-            lacking.append((_command(absent, kind, wanted, dataset), absent))
+            lacking.append((request.command(absent, kind), absent))
     if not records:
-        raise UserError(_nothing_found(runs, wanted, dataset, evaluation))
+        raise request.nothing_found(runs)
     notes = []
     if scored:
-        asked = f"evaluation={evaluation}" if evaluation else f"the {wanted} split"
+        asked = f"evaluation={request.evaluation}" if request.evaluation else f"the {request.wanted} split"
         notes.append(f"figures of eval_model.py on {asked}")
     if validated:
-        remedy = " (for the test split first run: python eval_model.py run=all)" if split is None else ""
+        remedy = " (for the test split first run: python eval_model.py run=all)" if request.split is None else ""
         which = "" if len(validated) == len(runs) else f", of {_listed([run.folder.name for run in validated])}"
         notes.append(f"final validation figures of each run{which}{remedy}")
     notes += [
         f"without this evaluation, so in no table: {_listed([run.folder.name for run in absent])}"
-        + (f"; make it with: {command}" if evaluation is None else "")
+        + (f"; make it with: {command}" if request.evaluation is None else "")
         for command, absent in lacking
     ]
-    if (others := _other_evaluations(runs, {record.get("record") for record in records})) and evaluation is None:
+    others = _other_evaluations(runs, {record.get("record") for record in records})
+    if others and request.evaluation is None:
         notes.append(f"other evaluations of these runs, shown with evaluation=NAME or =max_tokens=N: {_listed(others)}")
     return _Chosen(records, [run.folder.name for _, absent in lacking for run in absent], notes)
 
 
-def _evaluations_on(run: _Run, split: str, dataset: str | None, evaluation: str | None = None) -> list[Evaluation]:
-    """The run's evaluations on a whole split of the named corpus or of its own; the one of that name; those on such a
-    split, whole or not, that were made with an option."""
-    key, equals, value = (evaluation or "").partition("=")
-    if evaluation is not None and not equals:
-        return [record for record in run.evaluations if record["record"] == evaluation]
-    return [
-        record
+def _on_every_cache(run: _Run, chosen: Evaluation) -> list[Evaluation]:
+    """The newest evaluation of each cache that differs from the chosen one in nothing else."""
+    alike = ("split", "data_fingerprint", "precision")
+    newest = {
+        _values(record, _CACHE): record
         for record in run.evaluations
-        if record.get("split") == split
-        and (str(record.get(key)).lower() == value.lower() if equals else kind_of(record).max_tokens is None)
-        and (record.get("dataset") == dataset if dataset else record.get("data_fingerprint") == run.summary["data_fingerprint"])
-    ]
-
-
-def _command(runs: Sequence[_Run], kind: Kind | None, split: str, dataset: str | None) -> str:
-    """What makes the evaluation that these runs lack, for a shell: a command for each folder of runs."""
-    options: dict[str, Any] = {
-        "split": split,
-        "dataset": dataset,
-        "per_document": "true" if kind and kind.per_document else None,
-        "stride_fraction": kind.stride_fraction if kind and not kind.has_usual_stride else None,
-        "cache.dtype": kind.cache_dtype if kind and kind.cache_dtype not in (None, "bfloat16") else None,
-        "cache.window": kind.cache_window if kind else None,
-        "cache.sinks": kind.cache_sinks if kind and kind.cache_sinks else None,
+        if _values(record, alike) == _values(chosen, alike) and kind_of(record).protocol == kind_of(chosen).protocol
     }
-    shown = [f"{key}={value}" for key, value in options.items() if value is not None]
-    commands = []
-    for place in sorted({run.folder.parent for run in runs}):
-        inside = [run.folder for run in runs if run.folder.parent == place]
-        runs_dir = [f"runs_dir={place}"] if len(inside) > 1 and place != Path.cwd() / "runs" else []
-        which = f"run={inside[0] if len(inside) == 1 else 'all'}"
-        commands.append(shlex.join(["python", "eval_model.py", which, *shown, *runs_dir]))
-    return " && ".join(commands)
-
-
-def _nothing_found(runs: Sequence[_Run], split: str, dataset: str | None, evaluation: str | None) -> str:
-    if evaluation is not None:
-        known = _listed(_other_evaluations(runs, set())) or "none; make one with: python eval_model.py run=all"
-        return f"no run has an evaluation={evaluation}; there are: {known}"
-    on = f"split={split}" + (f" of dataset={dataset}" if dataset else "")
-    parts = _listed(_other_evaluations(runs, set()))
-    return (
-        f"none of {len(runs)} runs has an evaluation on the whole of {on}, the first is {runs[0].folder.name}; make it "
-        f"with: {_command(runs, None, split, dataset)}" + (f"; evaluation=NAME takes of {parts}" if parts else "")
-    )
+    return list(newest.values())
 
 
 def _other_evaluations(runs: Sequence[_Run], shown: set[Any]) -> list[str]:
     """Names of what else was evaluated, with the runs that have it and how many tokens it scored."""
-    found: dict[str, list[Evaluation]] = {}
-    for record in (record for run in runs for record in run.evaluations if record["record"] not in shown):
-        found.setdefault(record["record"], []).append(record)
+    records = [record for run in runs for record in run.evaluations if record["record"] not in shown]
     return [
-        f"{name} ({same[0].get('evaluated_tokens') or 0:,} tokens, {len(same)} run{'s' if len(same) > 1 else ''})"
-        for name, same in sorted(found.items())
+        f"{name} ({same[0].get('evaluated_tokens') or 0:,} tokens, {counted(len(same), 'run')})"
+        for name, same in sorted(_grouped(records, lambda record: record["record"]).items())
     ]
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:
+    """Items of one key together, in the order in which the keys come."""
+    groups: dict[_Key, list[_Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _values(record: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
@@ -415,7 +432,7 @@ def _without_repeats(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
     kept: dict[tuple[Any, ...], _Run] = {}
     notes = []
     for run in runs:
-        first = kept.setdefault(_values(run.summary, ("setup_hash", "seed", "data_seed")), run)
+        first = kept.setdefault(_values(run.summary, ("setup_hash", *_SEEDS)), run)
         if first is not run:
             name, other = run.summary["name"], first.summary["name"]
             notes.append(f"left out: {name} repeats {other}, setup and seed are the same")
@@ -428,9 +445,7 @@ def _without_repeats(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
 def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[Table]:
     """Records with equal conditions share a table; the largest table comes first."""
     keys = [key for key in CONDITIONS if not (every_cache and key in _CACHE)]
-    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for record in records:
-        grouped.setdefault(_values(record, keys), []).append(record)
+    grouped = _grouped(records, lambda record: _values(record, keys))
     all_conditions = [dict(zip(keys, values, strict=True)) for values in grouped]
     differing = _differing(all_conditions)
     # What is not the usual way of scoring is said even where all tables have it; older records do not know their stride.
@@ -462,14 +477,11 @@ def _heading(conditions: Mapping[str, Any], shown: Sequence[str]) -> str:
 
 def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str | None) -> list[Setup]:
     """Records of one setup on one cache folded into one row each."""
-    grouped: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for record in records:
-        grouped.setdefault(_values(record, ("setup_hash", *_CACHE)), []).append(record)
-    groups = list(grouped.values())
-    firsts = [group[0] for group in groups]
-    names = _names(firsts)
+    groups = list(_grouped(records, lambda record: _values(record, _ONE_ROW)).values())
+    names = _names([group[0] for group in groups])
     setups = []
-    for first, group in zip(firsts, groups, strict=True):
+    for group in groups:
+        first = group[0]
         name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
@@ -477,35 +489,23 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
         ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
         if every_cache:
             ratio = per_token / mha if mha else None
-        setups.append(
-            Setup(
-                variant=f"{name}, {cache}" if cache else name,
-                cache=cache,
-                attention=first["attention"],
-                model=first["model"],
-                n=len(group),
-                seeds=sorted(record["seed"] for record in group),
-                parameters=first["parameters"],
-                tokens=first["tokens"],
-                perplexity=perplexity,
-                perplexity_deviation=perplexity_deviation,
-                bits_per_byte=bits,
-                bits_per_byte_deviation=bits_deviation,
-                bits_per_byte_half_width=None,
-                cache_dtype=first["cache_dtype"],
-                through_cache=first["through_cache"],
-                cache_window=first["cache_window"],
-                cache_sinks=first["cache_sinks"],
-                cache_bytes_per_token=first["cache_bytes_per_token"],
-                cache_context=first["cache_context"],
-                cache_bytes_at_context=first["cache_bytes_at_context"],
-                cache_bytes_per_context_token=per_token,
-                cache_ratio_to_mha=ratio,
-                tokens_per_second=_mean_speed(group),
-                setup_hash=first["setup_hash"],
-                runs=[record["name"] for record in group],
-            )
-        )
+        taken_over = {field.name: first[field.name] for field in dataclasses.fields(Setup) if field.name in first}
+        worked_out = {
+            "variant": f"{name}, {cache}" if cache else name,
+            "cache": cache,
+            "n": len(group),
+            "seeds": sorted(record["seed"] for record in group),
+            "perplexity": perplexity,
+            "perplexity_deviation": perplexity_deviation,
+            "bits_per_byte": bits,
+            "bits_per_byte_deviation": bits_deviation,
+            "bits_per_byte_half_width": None,
+            "cache_bytes_per_context_token": per_token,
+            "cache_ratio_to_mha": ratio,
+            "tokens_per_second": _mean_speed(group),
+            "runs": [record["name"] for record in group],
+        }
+        setups.append(Setup(**taken_over | worked_out))
     return sorted(setups, key=lambda setup: setup.bits_per_byte)
 
 
@@ -523,16 +523,14 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         )
     from harness.study.statistics import contrasts, mean_interval, residual_deviation
 
-    pairs = sorted({_values(record, ("seed", "data_seed")) for record in records})
-    seeds = {pair: number for number, pair in enumerate(pairs)}  # two seeds of a run are one block
-    firsts = list({setup.setup_hash: setup for setup in sorted(setups, key=_plainness)}.values())
+    seeds = {pair: number for number, pair in enumerate(sorted({_values(record, _SEEDS) for record in records}))}
+    of_row = _grouped(records, lambda record: _values(record, _ONE_ROW))
+    plain = {setup.setup_hash: setup for setup in sorted(setups, key=_plainness)}.values()
     values = {
         setup.variant: {
-            seeds[_values(record, ("seed", "data_seed"))]: record["bits_per_byte"]
-            for record in records
-            if _values(record, ("setup_hash", *_CACHE)) == (setup.setup_hash, *(getattr(setup, key) for key in _CACHE))
+            seeds[_values(record, _SEEDS)]: record["bits_per_byte"] for record in of_row[_values(vars(setup), _ONE_ROW)]
         }
-        for setup in firsts
+        for setup in plain
     }
     deviation, freedom = residual_deviation(values)
     if not deviation:
@@ -544,14 +542,13 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         else setup
         for setup in setups
     ]
-    ordered = [setup for setup in setups if setup.variant in values]
-    best, *others = ordered
-    comparable = [(best.variant, other.variant) for other in others if values[best.variant].keys() & values[other.variant]]
+    best, *others = [setup.variant for setup in setups if setup.variant in values]
+    comparable = [(best, other) for other in others if values[best].keys() & values[other]]
     alike = [found for found in contrasts(values, primary=[], other=comparable) if not found.resolved]
     counts = sorted({setup.n for setup in setups})
     said = (
         f"n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))} seeds a row; ±: sample deviation; 95 %: of the mean, "
-        f"the scatter pooled over the rows ({deviation:.4f}, {freedom} degree{'s' if freedom > 1 else ''} of freedom)"
+        f"the scatter pooled over the rows ({deviation:.4f}, {counted(freedom, 'degree')} of freedom)"
     )
     if freedom < 4:
         said += ", few, so the intervals are themselves uncertain"
@@ -561,7 +558,7 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
             for found in alike
             if found.low is not None and found.high is not None
         )
-        said += f"; not told apart from {best.variant}: {shown}"
+        said += f"; not told apart from {best}: {shown}"
     return setups, said
 
 
@@ -618,13 +615,10 @@ def _uneven_seeds(tables: Sequence[Table]) -> list[str]:
     """A sentence for each configuration whose caches were not scored on the same seeds."""
     notes = []
     for table in tables:
-        seeds: dict[str, set[tuple[int, ...]]] = {}
-        for setup in table.setups:
-            seeds.setdefault(setup.configuration, set()).add(tuple(setup.seeds))
         notes += [
             f"the caches of {name} were scored on different seeds: what lies between them is not only the cache"
-            for name, sets in seeds.items()
-            if len(sets) > 1
+            for name, setups in _grouped(table.setups, lambda setup: setup.configuration).items()
+            if any(setup.seeds != setups[0].seeds for setup in setups)
         ]
     return notes
 

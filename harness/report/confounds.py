@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.config.identity import flat
 from harness.study.results import RunResult
 
 Runs = Mapping[str, Sequence[RunResult]]  # the finished ones, by arm
@@ -99,20 +100,14 @@ def _number(number: float) -> str:
 
 def differing_fields(runs: Runs) -> list[Fact]:
     """Fields of config.yaml in which the arms differ."""
-    flat = {arm: dict(_flattened(of_arm[0].config)) for arm, of_arm in runs.items()}
+    compared = {
+        arm: flat({key: value for key, value in of_arm[0].config.items() if key not in NOT_COMPARED})
+        for arm, of_arm in runs.items()
+    }
     found = []
-    for name in dict.fromkeys(name for fields in flat.values() for name in fields):
-        values = {arm: str(fields[name]) if name in fields else "–" for arm, fields in flat.items()}
+    for name in dict.fromkeys(name for fields in compared.values() for name in fields):
+        given = {arm: fields.get(name, {}) for arm, fields in compared.items()}  # an empty group has no fields
+        values = {arm: "–" if value == {} else "none" if value is None else str(value) for arm, value in given.items()}
         if len(set(values.values())) > 1:
             found.append(Fact(name, values, False))
     return found
-
-
-def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in config.items():
-        if not prefix and key in NOT_COMPARED:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", "none" if value is None else value

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.evaluation.metric import Metric
 from harness.report.pictures import Picture
-from harness.study.statistics import Contrast, Mean
+from harness.study.statistics import Contrast, Mean, decimals_for
 
 ABSENT = "–"
 
@@ -56,7 +55,7 @@ def with_error(mean: float, low: float | None, high: float | None, *, digits: in
     if low is None or high is None:
         return f"{mean:.{digits}f}"
     half = (high - low) / 2
-    decimals = max(0, 1 - math.floor(math.log10(half))) if half > 0 else digits
+    decimals = decimals_for(half, 2) if half > 0 else digits
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
 
 
@@ -72,19 +71,9 @@ def mean_text(mean: Mean | None, metric: Metric) -> str:
 
 def in_ms(milliseconds: float) -> str:
     """Three significant digits."""
-    if milliseconds < 0.01:
-        return f"{milliseconds:.4f}"
-    decimals = 2 - math.floor(math.log10(milliseconds)) if milliseconds < 100 else 0
-    return f"{milliseconds:,.{max(0, decimals)}f}"
+    decimals = 4 if milliseconds < 0.01 else decimals_for(milliseconds, 3)
+    return f"{milliseconds:,.{decimals}f}"
 
 
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def counted(count: int, noun: str) -> str:
-    return f"{count} {plural(count, noun)}"
-
-
-def plural(count: int, noun: str) -> str:
-    return noun if count == 1 else f"{noun}s"

@@ -6,6 +6,7 @@ named in the notes. Nothing is filled in.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,8 @@ import numpy as np
 from harness.errors import UserError
 from harness.evaluation.metric import Metric
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
-from harness.runs.records import DecodeRow
-from harness.study.results import ArmInfo, RunResult, StudyResults
+from harness.runs.records import ArmRecord, DecodeRow
+from harness.study.results import RunResult, StudyResults
 from harness.study.statistics import (
     ALPHA,
     Contrast,
@@ -41,13 +42,10 @@ CURVE_POINTS = 60  # of a curve, at most
 class Arm:
     """An arm and its finished, evaluated runs."""
 
-    info: ArmInfo
+    name: str
+    info: ArmRecord
     runs: list[RunResult]  # by seed, those whose test evaluation has the metric; none: nothing has finished
     mean: Mean | None  # of the study's metric on the test split
-
-    @property
-    def name(self) -> str:
-        return self.info.name
 
     def summary(self, key: str) -> Any:
         """A figure of the summary that all seeds share; None without a run."""
@@ -179,14 +177,14 @@ def find(results: StudyResults) -> Findings:
     if not values:
         raise UserError(
             f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "
-            f"{results.command or 'python scripts/run_study.py'} end"
+            f"{results.record['command'] or 'python scripts/run_study.py'} end"
         )
-    apart = [info.name for info in results.arms if info.converted]
+    apart = [name for name, info in results.record["arms"].items() if info.get("converted")]
     pooled = without(values, apart) or values
-    arms = [_arm(results, info, _mean(values, pooled, info.name)) for info in results.arms]
+    arms = [_arm(results, name, _mean(values, pooled, name)) for name in results.record["arms"]]
     done = [arm for arm in arms if arm.runs]
     runs = {arm.name: arm.runs for arm in done}
-    baseline = next((arm.name for arm in done if arm.info.reference), done[0].name) if len(done) > 1 else None
+    baseline = next((arm.name for arm in done if arm.info["reference"]), done[0].name) if len(done) > 1 else None
     declared, others, lacking = _pairs(results, values, baseline)
     found = contrasts(values, primary=declared, other=others, apart=apart)
     by_arm = {arm.name: arm for arm in arms}
@@ -223,9 +221,9 @@ def find(results: StudyResults) -> Findings:
     )
 
 
-def _arm(results: StudyResults, info: ArmInfo, mean: Mean | None) -> Arm:
-    runs = [run for run in results.runs if run.arm == info.name and results.value(run) is not None]
-    return Arm(info, sorted(runs, key=lambda run: run.seed), mean)
+def _arm(results: StudyResults, name: str, mean: Mean | None) -> Arm:
+    runs = [run for run in results.runs if run.arm == name and results.value(run) is not None]
+    return Arm(name, results.record["arms"][name], sorted(runs, key=lambda run: run.seed), mean)
 
 
 def _front(arms: Sequence[Arm], metric: Metric) -> list[str]:
@@ -290,14 +288,15 @@ def _pairs(
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
     """Declared pairs that can be compared, others worth a look, and notes on those that cannot be."""
     declared, notes = [], []
-    for a, b in results.contrasts:
+    for a, b in results.record["contrasts"]:
         if absent := [arm for arm in (a, b) if arm not in values]:
             notes.append(f"the declared comparison of {a} with {b} cannot be made yet: no run of {' and '.join(absent)}")
         elif not values[a].keys() & values[b].keys():
             notes.append(f"the declared comparison of {a} with {b} cannot be made yet: they have no seed in common")
         else:
             declared.append((a, b))
-    steps = list(zip((results.staircase or [])[1:], results.staircase or [], strict=False))
+    stairs = results.record["staircase"] or []
+    steps = [(arm, before) for before, arm in itertools.pairwise(stairs)]
     others = steps or ([(arm, baseline) for arm in values if baseline and not declared])
     taken = {frozenset(pair) for pair in declared}
     others = [
@@ -311,11 +310,11 @@ def _pairs(
 def _best(results: StudyResults, values: Values, arms: Mapping[str, Arm], apart: Sequence[str]) -> list[Best]:
     """At each level of several, and of all arms that are no references; none where there is nothing to choose from."""
     metric = results.metric
-    levels = dict.fromkeys(info.level for info in results.arms if info.level is not None)
+    infos = {name: info for name, info in results.record["arms"].items() if name in values}
+    levels = dict.fromkeys(info["level"] for info in results.record["arms"].values() if info["level"] is not None)
     groups: list[tuple[str | None, list[str]]] = []
     for level in [*levels, None] if len(levels) > 1 else [None]:
-        of_level = [a for a in results.arms if a.name in values and (level is None or a.level == level)]
-        names = [info.name for info in of_level if not info.reference]
+        names = [name for name, info in infos.items() if level in (None, info["level"]) and not info["reference"]]
         if len(names) > 1:
             means = {name: mean.mean for name in names if (mean := arms[name].mean) is not None}
             groups.append((level, sorted(means, key=lambda name: metric.cost(means[name]))))
@@ -376,8 +375,8 @@ def _staircase(results: StudyResults, verdicts: Sequence[Verdict], values: Value
     """The finished arms in the order of their changes. A step over an unfinished arm has no verdict."""
     by_pair = {(verdict.contrast.a, verdict.contrast.b): verdict for verdict in verdicts}
     steps: list[tuple[str, Verdict | None]] = []
-    for before, arm in zip([None, *(results.staircase or [])], results.staircase or [], strict=False):
-        if arm in values:
+    for before, arm in itertools.pairwise([None, *(results.record["staircase"] or [])]):
+        if arm is not None and arm in values:
             steps.append((arm, by_pair.get((arm, before)) if before is not None else None))
     return steps if len(steps) > 1 else []
 
@@ -465,9 +464,9 @@ def _sweeps(results: StudyResults) -> list[Sweep]:
     losses: dict[tuple[str, int], dict[float, float]] = {}
     for run in results.sweep:
         losses.setdefault((run.arm, run.summary["tokens"]), {})[run.lr] = run.summary["loss"]
-    order = [arm.name for arm in results.arms]
+    order = [*results.record["arms"]]
     return [
-        Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, results.chosen_lr.get(arm))
+        Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, results.record["chosen_lr"].get(arm))
         for (arm, tokens), found in sorted(losses.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
         if len(found) > 1
     ]
@@ -475,9 +474,10 @@ def _sweeps(results: StudyResults) -> list[Sweep]:
 
 def _shared(results: StudyResults, declared: Sequence[tuple[str, str]]) -> SharedRate | None:
     """Runs of the sweep and of the study at the shared rate, if they had the study's whole budget."""
-    if not results.chosen_lr or results.shared_lr is None:
+    shared_lr = results.record["shared_lr"]
+    if not results.record["chosen_lr"] or shared_lr is None:
         return None
-    lr = as_named(results.shared_lr)
+    lr = as_named(shared_lr)
     budget = {run.arm: run.summary["tokens"] for run in results.runs}
     values: dict[str, dict[int, float]] = {}
     for run in [*results.sweep, *results.runs]:
@@ -486,7 +486,7 @@ def _shared(results: StudyResults, declared: Sequence[tuple[str, str]]) -> Share
             values.setdefault(run.arm, {})[run.seed] = value
     if len(values) < 2:
         return None
-    ordered = {arm.name: values[arm.name] for arm in results.arms if arm.name in values}
+    ordered = {arm: values[arm] for arm in results.record["arms"] if arm in values}
     pairs = [(a, b) for a, b in declared if a in values and b in values and values[a].keys() & values[b].keys()]
     means = {arm: mean_interval(ordered, arm) for arm in ordered}
     return SharedRate(lr, ordered, means, contrasts(ordered, primary=(), other=pairs))

@@ -35,7 +35,7 @@ def page(findings: Findings, parts: Sequence[Section]) -> str:
     numbers = {arm.name: number for number, arm in enumerate(findings.arms)}
     pictures = [picture for section in parts for picture in section.pictures]
     return environment.get_template("page.html.j2").render(
-        results=findings.results,
+        study=findings.results.record,
         notes=findings.notes,
         sections=parts,
         numbers=numbers,

@@ -7,21 +7,10 @@ import shlex
 from collections.abc import Sequence
 
 from harness.evaluation.metric import PERPLEXITY
+from harness.files.text import counted, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
-from harness.report.document import (
-    ABSENT,
-    Section,
-    TableLine,
-    TextTable,
-    capital,
-    change,
-    counted,
-    in_ms,
-    mean_text,
-    plural,
-    with_error,
-)
+from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, with_error
 from harness.report.findings import Best, Findings, Sweep, Verdict
 from harness.runs.provenance import CHANGES_FILE
 from harness.runs.records import DecodeRow
@@ -115,15 +104,15 @@ def _best_words(findings: Findings, best: Best) -> str:
 
 
 def _main(findings: Findings) -> Section:
-    levels = any(arm.info.level for arm in findings.arms)
+    levels = any(arm.info["level"] for arm in findings.arms)
     decode = _decode_cells(findings)
     metric = findings.metric
     lines = []
     for arm in findings.arms:
         ratio, perplexity = arm.summary("cache_ratio_to_mha"), arm.test(PERPLEXITY)
         cells = {
-            "arm": arm.name + (" (reference)" if arm.info.reference else ""),
-            **({"level": arm.info.level or ABSENT} if levels else {}),
+            "arm": arm.name + (" (reference)" if arm.info["reference"] else ""),
+            **({"level": arm.info["level"] or ABSENT} if levels else {}),
             "parameters": _count(arm.summary("parameters")),
             "cache bytes per token": _count(arm.summary("cache_bytes_per_token")),
             "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
@@ -184,7 +173,7 @@ def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
 
 
 def _converted(findings: Findings) -> list[str]:
-    return [arm.name for arm in findings.arms if arm.info.converted]
+    return [arm.name for arm in findings.arms if arm.info.get("converted")]
 
 
 def _apart(findings: Findings) -> str:
@@ -306,11 +295,12 @@ def _staircase(findings: Findings) -> Section | None:
 
 
 def _rates(findings: Findings) -> Section:
-    results, shared = findings.results, findings.results.shared_lr
+    record = findings.results.record
+    shared = record["shared_lr"]
     title = "Learning rates"
     if not findings.sweeps:
         words = ["The sweep that the rates come from is not in this folder."]
-        if not results.chosen_lr and shared is not None:
+        if not record["chosen_lr"] and shared is not None:
             words = [f"Every arm ran at the rate {shared:g}: no rate was tuned, which favours the arms that it suits."]
         return Section("rates", title, words=words)
     columns = ["arm", "tokens a run", "rates", "range", "best rate", "loss there", "at the edge", "rate of the study"]
@@ -412,7 +402,7 @@ def _confounds(findings: Findings) -> Section:
             "difference between arms is that of all of these together."
         )
     tables = _fact_tables("What a fair comparison would have equal", findings.facts, done)
-    matches = [(arm.name, match) for arm in findings.arms for match in arm.info.match]
+    matches = [(arm.name, match) for arm in findings.arms for match in arm.info["match"]]
     if matches:
         lines = []
         for arm, match in matches:
@@ -460,7 +450,7 @@ def _provenance(findings: Findings) -> Section:
             f"{' that were trained' if _converted(findings) else ''}. A seed "
             f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
         )
-    return Section("provenance", "How this was made", words=words, code=whole_command(results.command), after=after)
+    return Section("provenance", "How this was made", words=words, code=whole_command(results.record["command"]), after=after)
 
 
 def whole_command(command: str) -> str:

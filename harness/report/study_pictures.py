@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from harness.evaluation.metric import BITS_PER_BYTE, Metric
+from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
-from harness.report.document import capital, change, counted, in_ms, mean_text
+from harness.report.document import capital, change, in_ms, mean_text
 from harness.report.findings import Arm, Curves, Findings, Sweep, Verdict
 from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
 
@@ -18,7 +19,7 @@ OCTAVES = [float(2**k) for k in range(0, 24, 2)]
 
 def arm_styles(findings: Findings) -> dict[str, Style]:
     """The same in every picture."""
-    return styles({arm.name: arm.info.family for arm in findings.arms})
+    return styles({arm.name: arm.info["family"] for arm in findings.arms})
 
 
 # --- quality against costs -------------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def pareto(findings: Findings) -> Picture:
     ticks = [s.marks[0].x for s in series]
     plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
     bars = "Bars: 95 % intervals for comparing arms." if findings.sigma else "No error bars: one seed."
-    hollow = " Hollow: references beside the comparison." if any(arm.info.reference for arm in done) else ""
+    hollow = " Hollow: references beside the comparison." if any(arm.info["reference"] for arm in done) else ""
     side = "Below" if metric.higher_is_better else "Above"
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
@@ -55,7 +56,7 @@ def _point(findings: Findings, arm: Arm, looks: Mapping[str, Style], cost: float
     assert arm.mean is not None
     words = f"{arm.name}: {mean_text(arm.mean, findings.metric)} {findings.metric.unit}, {hover}"
     mark = Mark(cost, arm.mean.mean, arm.mean.low, arm.mean.high, words)
-    return Series(arm.name, looks[arm.name], [mark], hollow=arm.info.reference)
+    return Series(arm.name, looks[arm.name], [mark], hollow=arm.info["reference"])
 
 
 def _far_out(means: Mapping[str, float], metric: Metric) -> dict[str, float]:

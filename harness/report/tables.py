@@ -17,9 +17,9 @@ from harness.study.results import RunResult, StudyResults
 
 def as_markdown(findings: Findings, parts: Sequence[Section]) -> str:
     """The same report for a repository or a terminal."""
-    results = findings.results
-    lines = [f"# {_md(results.question)}", "", f"Study {_md(results.name)}.", ""]
-    lines += [f"- **{_md(failure['run'])} failed:** {_md(failure['error'])}" for failure in results.failures]
+    record = findings.results.record
+    lines = [f"# {_md(record['question'])}", "", f"Study {_md(record['name'])}.", ""]
+    lines += [f"- **{_md(failure['run'])} failed:** {_md(failure['error'])}" for failure in record["failures"]]
     lines += [f"- **Note:** {_md(note)}." for note in findings.notes]
     for section in parts:
         lines += ["", f"## {_md(section.title)}", ""]
@@ -80,14 +80,14 @@ def as_csv(results: StudyResults) -> str:
 
 
 def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
-    info = next(arm for arm in results.arms if arm.name == run.arm)
+    info = results.record["arms"][run.arm]
     record, summary = run.evaluation() or {}, dict(run.summary)
     return {
         "run": run.folder.name,
         "kind": kind,
         "arm": run.arm,
-        "family": info.family,
-        "level": info.level,
+        "family": info["family"],
+        "level": info["level"],
         "seed": run.seed,
         "learning_rate": run.lr,
         **{key: summary[key] for key in _SIZES},

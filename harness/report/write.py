@@ -65,14 +65,14 @@ def as_dict(findings: Findings) -> dict[str, Any]:
     """The verdicts and the figures they rest on, for machines."""
     results = findings.results
     return {
-        "study": results.name,
-        "question": results.question,
-        "command": results.command,
+        "study": results.record["name"],
+        "question": results.record["question"],
+        "command": results.record["command"],
         "metric": results.metric.name,
         "higher_is_better": results.metric.higher_is_better,
         "split": "test",
         "missing": results.missing,
-        "failures": results.failures,
+        "failures": results.record["failures"],
         "notes": findings.notes,
         "sigma": findings.sigma,
         "degrees_of_freedom": findings.dof,
@@ -80,9 +80,9 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "best": [dataclasses.asdict(best) for best in findings.best],
         "arms": {
             arm.name: {
-                "family": arm.info.family,
-                "level": arm.info.level,
-                "reference": arm.info.reference,
+                "family": arm.info["family"],
+                "level": arm.info["level"],
+                "reference": arm.info["reference"],
                 "seeds": [run.seed for run in arm.runs],
                 "learning_rates": sorted({run.lr for run in arm.runs}),
                 "mean": None if arm.mean is None else dataclasses.asdict(arm.mean),
@@ -154,7 +154,7 @@ def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> No
     unit = results.metric.unit if results.metric.unit in columns else BITS_PER_BYTE.unit
     log_study(
         tracking,
-        study=results.name,
+        study=results.record["name"],
         folder=folder,
         columns=columns,
         rows=rows,

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from harness.files.text import counted
 from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
 
 # How a split is scored where nothing else is said.
@@ -60,7 +61,8 @@ def common_kind(pools: Sequence[Sequence[Mapping[str, Any]]]) -> Kind | None:
     It has no cache if any has none; of those it is the one that most runs have; of those the one of most tokens, then the
     one with the usual stride and no borders between documents, then the newest.
     """
-    holders = Counter(kind for pool in pools for kind in {kind_of(record) for record in pool})
+    # In the order of the records, so that of equals every process finds the same one.
+    holders = Counter(kind for pool in pools for kind in dict.fromkeys(map(kind_of, pool)))
     newest: dict[Kind, tuple[int, str]] = {}
     for record in (record for pool in pools for record in pool):
         kind, here = kind_of(record), (record.get("evaluated_tokens") or 0, when_made(record))
@@ -93,6 +95,6 @@ def cache_label(record: Mapping[str, Any], unsaid: str | None = None) -> str:
     parts = [
         dtype if dtype != unsaid else "",
         f"window {window}" if window is not None else "",
-        f"{sinks} sink{'s' if sinks > 1 else ''}" if sinks else "",
+        counted(sinks, "sink") if sinks else "",
     ]
     return ", ".join(filter(None, parts))

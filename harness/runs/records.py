@@ -140,7 +140,7 @@ class Segments(TypedDict):
 
 
 class MatchRecord(TypedDict):
-    """harness/study/matching.py: Matched."""
+    """A size that was made equal to another arm's, and how well (harness/study/matching.py)."""
 
     quantity: str
     to: str
@@ -148,7 +148,7 @@ class MatchRecord(TypedDict):
     value: Any
     target: Figure
     achieved: Figure
-    mismatch: float
+    mismatch: float  # achieved / target - 1
 
 
 class ArmRecord(TypedDict):
@@ -159,7 +159,7 @@ class ArmRecord(TypedDict):
     setup_hash: str
     quantities: NotRequired[dict[str, Any]]
     match: list[MatchRecord]
-    converted: NotRequired[bool]
+    converted: NotRequired[bool]  # from another arm's weights, without training
 
 
 class SpecRecord(TypedDict):
@@ -176,6 +176,8 @@ class SpecRecord(TypedDict):
 
 
 class FailureRecord(TypedDict):
+    """A run that ended with an error."""
+
     run: str
     error: str
 

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import bisect
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
@@ -35,23 +33,6 @@ class MatchConfig:
     vary: str = ""  # the free field; several, separated by commas, take one value
     tolerance: float = 0.01  # of the target
     multiple_of: int = 1
-
-
-@dataclass(frozen=True)
-class Matched:
-    """What was solved, and how well."""
-
-    quantity: str
-    to: str
-    vary: str
-    value: int
-    target: float
-    achieved: float
-    mismatch: float  # achieved / target - 1
-
-    def record(self) -> MatchRecord:
-        """As it stands in study.json."""
-        return cast(MatchRecord, dataclasses.asdict(self))
 
 
 # Fields that may be free -> all values that may be tried, in rising order, for a configuration.
@@ -83,13 +64,13 @@ def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
 
 def match_arm(
     arm: str, config: TrainConfig, matches: Sequence[MatchConfig], *, vocab_size: int, others: Mapping[str, Mapping[str, int]]
-) -> tuple[list[str], list[Matched]]:
+) -> tuple[list[str], list[MatchRecord]]:
     """The overrides that make this arm equal what its matches name, solved one after the other, and how well they do.
 
     others: quantities of the arms that may be named as a target. Raises UserError above a tolerance, naming the nearest.
     """
     overrides: list[str] = []
-    results: list[Matched] = []
+    results: list[MatchRecord] = []
     for match in matches:
         if match.quantity == "none" or match.to == arm:
             continue
@@ -105,7 +86,17 @@ def match_arm(
             )
         config = with_values(config, fields, value)
         overrides += [f"{field}={value}" for field in fields]
-        results.append(Matched(match.quantity, match.to, match.vary, value, target, achieved, mismatch))
+        results.append(
+            {
+                "quantity": match.quantity,
+                "to": match.to,
+                "vary": match.vary,
+                "value": value,
+                "target": target,
+                "achieved": achieved,
+                "mismatch": mismatch,
+            }
+        )
     return overrides, results
 
 

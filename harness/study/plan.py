@@ -29,8 +29,8 @@ from harness.evaluation.metric import METRICS
 from harness.files.atomic import write_json
 from harness.files.lock import locked
 from harness.runs.conversion import ConversionConfig, conversion_setup, converted_from
-from harness.runs.records import STUDY_FILE, FailureRecord, SpecRecord, StudyRecord, read_study
-from harness.study.matching import MatchConfig, Matched, match_arm, quantities
+from harness.runs.records import STUDY_FILE, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
+from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
 
@@ -78,20 +78,13 @@ class StudyConfig:
     decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
 
 
-@dataclass(frozen=True)
-class Arm:
-    """An arm whose sizes are solved, at the base's learning rate."""
+@dataclass(kw_only=True)
+class Arm(ArmConfig):
+    """An arm whose sizes are solved, the overrides that do it behind its own, at the base's learning rate."""
 
-    name: str
-    overrides: list[str]  # the solved ones at the end
-    family: str
-    level: str | None
-    reference: bool
     config: TrainConfig
     quantities: dict[str, int]  # params, train_flops, kv_bytes
-    matches: list[Matched]
-    starts_from: str | None
-    convert: dict[str, Any] | None
+    matches: list[MatchRecord]
 
     @property
     def described(self) -> list[str]:
@@ -294,8 +287,7 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     arms: dict[str, Arm] = {}
     for arm_name, arm in _in_order(config):
         source = None if arm.starts_from is None else arms[arm.starts_from].config
-        overrides, matches = list(arm.overrides), list[Matched]()
-
+        overrides, matches = list(arm.overrides), list[MatchRecord]()
         if arm.convert is not None:
             assert source is not None
             composed = converted_from(source, _conversion(arm_name, arm.convert))
@@ -313,18 +305,8 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
             overrides += solved
             if solved:
                 composed = load_train_config(merged([*config.base, *overrides, f"name={arm_name}"]))
-        arms[arm_name] = Arm(
-            arm_name,
-            overrides,
-            arm.family,
-            arm.level,
-            arm.reference,
-            composed,
-            quantities(composed, vocabulary),
-            matches,
-            arm.starts_from,
-            arm.convert,
-        )
+        stated = vars(arm) | {"overrides": overrides}
+        arms[arm_name] = Arm(**stated, config=composed, quantities=quantities(composed, vocabulary), matches=matches)
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
     rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
     if len(rates) > 1:
@@ -388,7 +370,7 @@ def record(
                 "setup_hash": setup_hash(arm.config),
                 "quantities": arm.quantities,
                 "converted": arm.convert is not None,
-                "match": [match.record() for match in arm.matches],
+                "match": arm.matches,
             }
             for name, arm in plan.arms.items()
         },

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.files.text import counted, duration
 from harness.runs.records import read_evaluations, read_summary
 from harness.study.plan import Plan, RunSpec
 
@@ -70,14 +71,6 @@ def _scoring_seconds(evaluation: Mapping[str, Any]) -> float:
     return float(evaluation.get("seconds") or 0.0) + float(evaluation.get("extras_seconds") or 0.0)
 
 
-def duration(seconds: float) -> str:
-    """For people: 40 s, 9 min, 2 h 10 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
 class Progress:
     """One display: a bar over all tokens that are to be trained, what runs now and what has ended."""
 
@@ -100,7 +93,7 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
-        self._say(f"{title}: {_runs(len(specs))} to do, {pace.places} at a time{self._time_left()}")
+        self._say(f"{title}: {counted(len(specs), 'run')} to do, {pace.places} at a time{self._time_left()}")
 
     def __enter__(self) -> Progress:
         return self
@@ -108,7 +101,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.close()
         if kind is not None:
-            self._say(f"{self._title}: stopped with {len(self._ended)} of {_runs(len(self._specs))} done")
+            self._say(f"{self._title}: stopped with {len(self._ended)} of {counted(len(self._specs), 'run')} done")
 
     def started(self, spec: RunSpec, log: Path) -> None:
         """A line that stays."""
@@ -152,10 +145,6 @@ class Progress:
     def _advance(self, spec: RunSpec, tokens: int) -> None:
         self._bar.update(max(0, tokens - self._seen[spec.name]))
         self._seen[spec.name] = max(tokens, self._seen[spec.name])
-
-
-def _runs(count: int) -> str:
-    return f"{count} run" if count == 1 else f"{count} runs"
 
 
 def trained_so_far(run: Path) -> int:

@@ -11,14 +11,12 @@ from harness.evaluation.metric import METRICS, Metric
 from harness.runs.evaluations import by_preference
 from harness.runs.folder import finished
 from harness.runs.records import (
-    ArmRecord,
     DecodeRow,
     Evaluation,
-    FailureRecord,
-    MatchRecord,
     RunSummary,
     Segments,
     SpecRecord,
+    StudyRecord,
     read_config,
     read_decode_times,
     read_evaluations,
@@ -91,37 +89,23 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class ArmInfo:
-    """An arm as it is reported."""
-
-    name: str
-    family: str
-    overrides: list[str]
-    level: str | None
-    reference: bool
-    match: list[MatchRecord]
-    converted: bool = False  # from another arm's weights, without training
-
-
-@dataclass(frozen=True)
 class StudyResults:
     """All that a report is made of."""
 
-    name: str
-    question: str
     folder: Path
-    command: str
-    metric: Metric
-    arms: list[ArmInfo]
-    contrasts: list[tuple[str, str]]  # declared beforehand
-    staircase: list[str] | None
+    record: StudyRecord
     runs: list[RunResult]  # finished main runs
     sweep: list[RunResult]  # finished runs of the learning-rate sweep
-    chosen_lr: dict[str, float]
-    shared_lr: float | None
-    failures: list[FailureRecord]
-    missing: int  # main runs that are not finished
     decode: list[DecodeRow] | None
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.record["metric"]]
+
+    @property
+    def missing(self) -> int:
+        """Main runs that are not finished."""
+        return len(self.record["runs"]) - len(self.runs)
 
     def value(self, run: RunResult) -> float | None:
         """The metric of a run's test evaluation; None where it was not evaluated, or its record lacks the figure."""
@@ -141,29 +125,8 @@ def load_results(folder: Path) -> StudyResults:
     """Read a study's folder. Raises UserError when it is none, or a file in it is damaged."""
     record = read_study(folder)
     runs = _scored_alike([_read_run(folder, spec) for spec in record["runs"] if finished(folder / spec["name"])])
-    return StudyResults(
-        name=record["name"],
-        question=record["question"],
-        folder=folder,
-        command=record["command"],
-        metric=METRICS[record["metric"]],
-        arms=[_arm(name, arm) for name, arm in record["arms"].items()],
-        contrasts=record["contrasts"],
-        staircase=record["staircase"] or None,
-        runs=runs,
-        sweep=[_read_run(folder, spec) for spec in record["sweep"] if finished(folder / spec["name"])],
-        chosen_lr=record["chosen_lr"],
-        shared_lr=record["shared_lr"],
-        failures=record["failures"],
-        missing=len(record["runs"]) - len(runs),
-        decode=read_decode_times(folder),
-    )
-
-
-def _arm(name: str, arm: ArmRecord) -> ArmInfo:
-    return ArmInfo(
-        name, arm["family"], arm["overrides"], arm["level"], arm["reference"], arm["match"], arm.get("converted", False)
-    )
+    sweep = [_read_run(folder, spec) for spec in record["sweep"] if finished(folder / spec["name"])]
+    return StudyResults(folder, record, runs, sweep, read_decode_times(folder))
 
 
 def _scored_alike(runs: list[RunResult]) -> list[RunResult]:

@@ -37,18 +37,6 @@ class Slot:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A run that ended with an error."""
-
-    run: str
-    error: str
-
-    def record(self) -> FailureRecord:
-        """As it stands in study.json."""
-        return {"run": self.run, "error": self.error}
-
-
 def slots(gpus: Sequence[str], *, jobs: int | None, cores: int) -> list[Slot]:
     """One a GPU, or `jobs` a GPU; without GPUs one, or `jobs` that share the cores.
 
@@ -112,7 +100,7 @@ def run_all(
     evaluate_overrides: Sequence[str],
     title: str,
     pace: Pace | None = None,
-) -> list[Failure]:
+) -> list[FailureRecord]:
     """Train and evaluate what is not done yet. Returns the failures; on an interruption every child is stopped first.
 
     evaluate_overrides: of the machine, for every run alike; the study's own come before them. pace: of a command with
@@ -126,7 +114,7 @@ def run_all(
     if not todo:
         return []
     (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
-    failures: list[Failure] = []
+    failures: list[FailureRecord] = []
     waiting, free = list(todo), list(places)
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
     with Progress(plan, todo, pace, title=title) as progress, _interruptible(running):
@@ -150,18 +138,18 @@ def run_all(
             if not running:  # what is left waits for runs that failed, or are not among these
                 for spec in waiting:
                     reason = f"the run whose weights it starts from, {spec.source}, is not finished"
-                    failures.append(Failure(spec.name, reason))
+                    failures.append({"run": spec.name, "error": reason})
                     progress.ended(spec, reason, 0.0)
                 break
             time.sleep(POLL_SECONDS)
             for process in [process for process in running if process.poll() is not None]:
                 spec, slot, started = running.pop(process)
                 free.append(slot)
-                failure = None
+                error = None
                 if process.returncode or not is_done(plan, spec):
-                    failure = Failure(spec.name, _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode))
-                    failures.append(failure)
-                progress.ended(spec, failure.error if failure else None, time.monotonic() - started)
+                    error = _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
+                    failures.append({"run": spec.name, "error": error})
+                progress.ended(spec, error, time.monotonic() - started)
             progress.update([spec for spec, _, _ in running.values()])
     return failures
 
@@ -217,8 +205,8 @@ def _last_words(log: Path, status: int) -> str:
 
 
 def tuned(
-    plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[Failure]]
-) -> tuple[dict[str, float], list[RunSpec], list[Failure], list[str]]:
+    plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[FailureRecord]]
+) -> tuple[dict[str, float], list[RunSpec], list[FailureRecord], list[str]]:
     """The sweep of tune=lr: the rate of each arm, the runs it took, what failed, and sentences for the reader.
 
     Every arm gets the same rates. The sweep's rates are judged by the validation loss at the end of each run; a run that
@@ -232,7 +220,7 @@ def tuned(
     grid, failures, notes = first_grid(plan.shared_lr, tune.factors), [], []  # type: ignore[var-annotated]
     for extension in range(tune.extensions + 1):
         specs = [plan.spec(arm, lr, tune.seed, tune.tokens) for lr in grid for arm in arms]
-        failed = {failure.run for failure in failures}
+        failed = {failure["run"] for failure in failures}
         failures += run([spec for spec in specs if spec.name not in failed])
         losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
         swept = {arm: of_arm for arm, of_arm in losses.items() if min(of_arm.values()) < float("inf")}

@@ -59,10 +59,10 @@ class Contrast:
         against = f"{self.a} against {self.b}"
         if self.low is None or self.high is None or self.p is None:
             reason = "one seed: no error bar" if self.n == 1 else "no error bar: every seed repeats it exactly"
-            return f"{against}: {self.difference:+z.{_decimals(self.difference, 3)}f} {metric.unit} ({reason})"
+            return f"{against}: {self.difference:+z.{decimals_for(self.difference, 3)}f} {metric.unit} ({reason})"
 
         half = (self.high - self.low) / 2
-        decimals = _decimals(half, 2)
+        decimals = decimals_for(half, 2)
         borrowed = "error bar from arms with more seeds"
         if self.resolved:
             verdict = "better" if metric.better(self.difference) else "worse"
@@ -358,7 +358,7 @@ def _seeds_needed(difference: float, model: _Model, *, n: int, alpha: float) -> 
     return candidates[first] if first < len(candidates) else None
 
 
-def _decimals(number: float, digits: int) -> int:
+def decimals_for(number: float, digits: int) -> int:
     """Decimals that show so many significant digits of a number."""
     return max(0, digits - 1 - math.floor(math.log10(abs(number)))) if number else 0
 

@@ -131,7 +131,9 @@ def test_the_csv_has_one_unrounded_row_a_run(full: Path) -> None:
 def test_verdicts_are_the_sentences_of_the_statistics_declared_ones_first(full: Path) -> None:
     results = load_results(full)
     steps = [("gqa", "mha"), ("mqa", "gqa"), ("mla_plain", "mqa")]  # mla against mla_plain is declared
-    expected = [c.sentence(BITS_PER_BYTE) for c in contrasts(results.values(), primary=results.contrasts, other=steps)]
+    expected = [
+        c.sentence(BITS_PER_BYTE) for c in contrasts(results.values(), primary=results.record["contrasts"], other=steps)
+    ]
     content = json.loads((full / "report.json").read_text())
     assert [verdict["sentence"] for verdict in content["verdicts"]] == expected
     assert [verdict["primary"] for verdict in content["verdicts"]] == [True] * 3 + [False] * 3

@@ -155,7 +155,7 @@ def studies(place: Workplace) -> None:
     (plan.folder / spec.name / "summary.json").unlink()
     if failures := run_study(place, plan, [spec]):
         (plan.folder / "failures.json").write_text(str(failures))
-        raise UserError(failures[0].error)
+        raise UserError(failures[0]["error"])
 
 
 # What each command makes of a run whose text is sound. One that needs more than a run is refused for another reason.

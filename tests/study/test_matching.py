@@ -52,9 +52,9 @@ def test_the_achieved_value_is_the_models_own_and_within_the_tolerance(
     overrides, (matched,) = match_arm("arm", start, [match], vocab_size=VOCABULARY, others=others)
     wanted = others["mha"][quantity] if target == "mha" else float(target)
     composed = config(f"attention={attention}", *overrides)
-    assert quantities(composed, VOCABULARY)[quantity] == matched.achieved
-    assert matched.mismatch == pytest.approx(matched.achieved / wanted - 1)
-    assert abs(matched.mismatch) <= 0.01
+    assert quantities(composed, VOCABULARY)[quantity] == matched["achieved"]
+    assert matched["mismatch"] == pytest.approx(matched["achieved"] / wanted - 1)
+    assert abs(matched["mismatch"]) <= 0.01
 
 
 def test_the_nearest_legal_value_is_taken() -> None:

@@ -74,7 +74,7 @@ def test_the_best_arm_the_order_and_the_front_are_the_same(pair: tuple[Findings,
     assert [c.difference for c in accuracy.shared.verdicts] == pytest.approx([-c.difference for c in bits.shared.verdicts])
     (best,) = accuracy.best
     mean = accuracy.arm(best.arms[0]).mean
-    assert mean is not None and mean.mean == max(a.mean.mean for a in accuracy.arms if a.mean and not a.info.reference)
+    assert mean is not None and mean.mean == max(a.mean.mean for a in accuracy.arms if a.mean and not a.info["reference"])
     assert f"Highest test answer accuracy: {best.arms[0]}, {mean.mean:.4f} ±" in sections(accuracy)[0].words[0]
 
 

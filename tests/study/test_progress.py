@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.files.text import duration
 from harness.study.plan import RunSpec
-from harness.study.progress import Pace, duration
+from harness.study.progress import Pace
 
 
 def spec(name: str, tokens: int) -> RunSpec:

@@ -61,8 +61,8 @@ def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_
     broken.mkdir(parents=True)
     (broken / "letter.txt").write_text("not a run")
     (failure,) = run(place, plan, specs)
-    assert failure.run == "mha-lr0.01-seed0"
-    assert "exists and is no run (it has no config.yaml)" in failure.error
+    assert failure["run"] == "mha-lr0.01-seed0"
+    assert "exists and is no run (it has no config.yaml)" in failure["error"]
     assert is_done(plan, specs[1])
     assert "[2/2]" in capfd.readouterr().out
 
@@ -109,8 +109,8 @@ def test_converted_arms_wait_for_their_source_and_fall_with_it(place: Workplace)
     broken.mkdir(parents=True)
     (broken / "letter.txt").write_text("not a run")
     failures = run(place, plan, specs)
-    assert [failure.run for failure in failures] == ["mha-lr0.01-seed0", "tuned-lr0.001-seed0", "made-lr0.01-seed0"]
-    assert "whose weights it starts from, mha-lr0.01-seed0, is not finished" in failures[2].error
+    assert [failure["run"] for failure in failures] == ["mha-lr0.01-seed0", "tuned-lr0.001-seed0", "made-lr0.01-seed0"]
+    assert "whose weights it starts from, mha-lr0.01-seed0, is not finished" in failures[2]["error"]
     (broken / "letter.txt").unlink()
     assert run(place, plan, specs) == []
     made, tuned_run = (summary_of(plan.folder / name) for name in ("made-lr0.01-seed0", "tuned-lr0.001-seed0"))
