@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from harness.config.build import build_layer, build_model
+from harness.config.conversion import ConversionConfig, check_conversion
 from harness.config.identity import origin_hash, setup_hash
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrainConfig
@@ -59,7 +60,6 @@ from modeling.conversion.stages import (
 from modeling.gpt import GPT
 
 _SHORT = {"gqa_mean": "mean"}  # in the names of variants
-METHODS = ("transmla", "mha2mla", "exact", "gqa_mean")
 # ||logits - logits before|| / ||logits before|| in float32, of stages that promise to change nothing.
 EXACT_WITHIN = 1e-5
 _WINDOW = 512  # tokens of a calibration or comparison window, at most
@@ -68,23 +68,6 @@ _HELD_OUT_TOKENS = 32_768
 
 # What a layer is given as: the options of its class and its state dict.
 LayerState = tuple[dict[str, int | str], dict[str, Tensor]]
-
-
-@dataclass
-class ConversionConfig:
-    """What to make of a run. Fields of other methods than the chosen one are left at their defaults."""
-
-    method: str
-    kv_lora_rank: int | None = None  # transmla, mha2mla
-    qk_rope_head_dim: int | None = None  # transmla: of the one rotated key; mha2mla: of all heads' together
-    n_kv_heads: int | None = None  # gqa_mean
-    rope_mode: str = "repeat"  # exact: repeat | extend | after_up
-    kv_latent: str = "joint"  # transmla, mha2mla: joint | split
-    latent_norm: str = "none"  # transmla, mha2mla: none | rms
-    fold: int | None = None  # transmla: frequencies that are turned as one; None: by validation loss
-    balance: bool | None = None  # keys scaled to the values' energy first; None: as the method's paper
-    basis: str | None = None  # of the low rank: activations | weights; None: as the method's paper
-    calibration_tokens: int = 65_536
 
 
 @dataclass(frozen=True)
@@ -120,41 +103,13 @@ class Calibration:
     held_out: list[Moments]
 
 
-def check(options: ConversionConfig) -> None:
-    """Raises UserError for options that do not go together, before anything is loaded."""
-    if options.method not in METHODS:
-        raise UserError(f"method={options.method} is unknown; choose {', '.join(METHODS[:-1])} or {METHODS[-1]}")
-    for name, choices in {
-        "rope_mode": ("repeat", "extend", "after_up"),
-        "kv_latent": ("joint", "split"),
-        "latent_norm": ("none", "rms"),
-        "basis": (None, "activations", "weights"),
-    }.items():
-        if (value := getattr(options, name)) not in choices:
-            raise UserError(f"{name}={value} is unknown; choose {' or '.join(str(choice) for choice in choices if choice)}")
-    needed = {"exact": (), "gqa_mean": ("n_kv_heads",)}.get(options.method, ("kv_lora_rank", "qk_rope_head_dim"))
-    for name in ("kv_lora_rank", "qk_rope_head_dim", "n_kv_heads"):
-        value = getattr(options, name)
-        if name in needed and (value is None or value < 1):
-            raise UserError(f"method={options.method} needs {name}, a whole number of at least 1: give {name}=N")
-        if name not in needed and value is not None:
-            raise UserError(f"{name}={value} says nothing to method={options.method}: leave it out")
-    own = {"rope_mode": ("exact",), "fold": ("transmla",)} | dict.fromkeys(
-        ("kv_latent", "latent_norm", "balance", "basis"), ("transmla", "mha2mla")
-    )
-    plain = ConversionConfig(options.method)
-    for name, methods in own.items():
-        if options.method not in methods and getattr(options, name) != getattr(plain, name):
-            raise UserError(f"{name}={getattr(options, name)} says nothing to method={options.method}: leave it out")
-
-
 def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig, *, device: torch.device) -> Converted:
     """The run's model with another attention, in float32, and what each stage on the way changed.
 
     Raises UserError where the run's attention does not convert so, where a size does not fit, and where a stage that
     promises to be exact changes the logits by more than EXACT_WITHIN.
     """
-    check(options)
+    check_conversion(options)
     config = trained.config
     _check_source(config)
     judge = Judge(trained, data, options, device=device)
@@ -165,7 +120,7 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
         if options.kv_lora_rank is not None:
             tokens = max(options.calibration_tokens, 4 * options.kv_lora_rank)
             calibration = _calibrate(trained.model, data, tokens, device)
-        stages, details = _PLANS[options.method](layers, calibration, options, judge)
+        stages, details = _PLANS[options.method](_Source(layers, calibration, options, judge))
     except ValueError as error:
         raise UserError(f"{config.name} does not convert so: {error}") from None
     reports, model = [before], trained.model
@@ -256,9 +211,18 @@ def with_attention(source: GPT, config: TrainConfig, states: Sequence[LayerState
 Planned = tuple[list[tuple[str, bool, list[LayerState]]], dict[str, Any]]
 
 
-def _transmla(
-    layers: Sequence[GroupedLayer], calibration: Calibration | None, options: ConversionConfig, judge: Judge | None
-) -> Planned:
+@dataclass(frozen=True)
+class _Source:
+    """What the stages of a conversion start from."""
+
+    layers: list[GroupedLayer]
+    calibration: Calibration | None  # None: nothing is fitted
+    options: ConversionConfig
+    judge: Judge | None  # None: nothing is chosen by validation
+
+
+def _transmla(source: _Source) -> Planned:
+    layers, calibration, options, judge = source.layers, source.calibration, source.options, source.judge
     assert calibration is not None and options.qk_rope_head_dim is not None
     width, merged = options.qk_rope_head_dim, [merge(layer) for layer in layers]
     folds = [options.fold] if options.fold is not None else possible_folds(layers[0].k_GKD.shape[1], width)
@@ -300,9 +264,8 @@ def possible_folds(head_dim: int, width: int) -> list[int]:
     return folds
 
 
-def _mha2mla(
-    layers: Sequence[GroupedLayer], calibration: Calibration | None, options: ConversionConfig, judge: Judge | None
-) -> Planned:
+def _mha2mla(source: _Source) -> Planned:
+    layers, calibration, options = source.layers, source.calibration, source.options
     assert calibration is not None and options.qk_rope_head_dim is not None
     heads, width = layers[0].k_GKD.shape[0], options.qk_rope_head_dim
     if width % (2 * heads):
@@ -320,23 +283,21 @@ def _mha2mla(
     ], details
 
 
-def _exact(
-    layers: Sequence[GroupedLayer], calibration: Calibration | None, options: ConversionConfig, judge: Judge | None
-) -> Planned:
-    if options.rope_mode == "after_up":
-        return [("latents rotated after their up-projection", True, [exact_state(layer) for layer in layers])], {}
-    merged = [merge(layer) for layer in layers]
+def _exact(source: _Source) -> Planned:
+    mode = source.options.rope_mode
+    if mode == "after_up":
+        return [("latents rotated after their up-projection", True, [exact_state(layer) for layer in source.layers])], {}
+    merged = [merge(layer) for layer in source.layers]
     stages = [("merge heads", True, _states(merged))]
-    if options.rope_mode == "extend":
+    if mode == "extend":
         stages.append(("one table of frequencies", False, _states([extend_rope(layer) for layer in merged])))
-    return stages, {"rope_mode": options.rope_mode}
+    return stages, {"rope_mode": mode}
 
 
-def _gqa_mean(
-    layers: Sequence[GroupedLayer], calibration: Calibration | None, options: ConversionConfig, judge: Judge | None
-) -> Planned:
-    assert options.n_kv_heads is not None
-    pooled = [gqa_mean(layer, options.n_kv_heads) for layer in layers]
+def _gqa_mean(source: _Source) -> Planned:
+    layers, left = source.layers, source.options.n_kv_heads
+    assert left is not None
+    pooled = [gqa_mean(layer, left) for layer in layers]
 
     def states(of: Sequence[GroupedLayer]) -> list[LayerState]:
         return [({"n_kv_heads": len(layer.k_GKD)}, grouped_state(layer)) for layer in of]
@@ -344,7 +305,7 @@ def _gqa_mean(
     # The weights' way out of the modules and back is exact whatever the heads are; their mean, where they are equal.
     return [
         ("all heads, rewritten", True, states(layers)),
-        (f"mean of heads ({options.n_kv_heads} left)", all(map(pools_equal_heads, layers, pooled)), states(pooled)),
+        (f"mean of heads ({left} left)", all(map(pools_equal_heads, layers, pooled)), states(pooled)),
     ], {}
 
 
@@ -440,7 +401,7 @@ def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfi
 
     One layer of random values goes through the stages.
     """
-    check(options)
+    check_conversion(options)
     _check_source(source)
     with torch.random.fork_rng(devices=[]):
         attention = build_layer(source)
@@ -452,7 +413,7 @@ def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfi
     white = [weight_moments(source.model.d_model)]
     try:
         layer = grouped_layer(attention.double())
-        stages, _ = _PLANS[options.method]([layer], Calibration(white, white), way, None)
+        stages, _ = _PLANS[options.method](_Source([layer], Calibration(white, white), way, None))
     except ValueError as error:
         raise UserError(f"{source.attention['name']} does not convert so: {error}") from None
     return converted_config(source, stages[-1][2][0][0], options)

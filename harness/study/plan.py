@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from harness.config.checks import RUN_NAME
 from harness.config.compose import load_train_config, options_of
+from harness.config.conversion import ConversionConfig
 from harness.config.identity import setup_hash
 from harness.config.places import CONFIGS
 from harness.config.schema import BudgetConfig, TrainConfig
@@ -28,7 +29,7 @@ from harness.errors import UserError
 from harness.evaluation.metric import METRICS
 from harness.files.atomic import write_json
 from harness.files.lock import locked
-from harness.runs.conversion import ConversionConfig, conversion_setup, converted_from
+from harness.runs.conversion import conversion_setup, converted_from
 from harness.runs.records import STUDY_FILE, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 
 import train_model
 from harness.config.compose import load_train_config
+from harness.config.conversion import ConversionConfig
 from harness.config.identity import setup_hash
 from harness.config.run_config import load_run_config
 from harness.errors import UserError
 from harness.report.comparison import compare
 from harness.runs import conversion
-from harness.runs.conversion import ConversionConfig, converted_from, possible_folds
+from harness.runs.conversion import converted_from, possible_folds
 from harness.runs.load import load_trained
 from harness.tracking import tracker
 from modeling.attention import EXECUTION
@@ -324,7 +325,7 @@ def test_a_run_is_not_converted_on_other_text_than_it_learned_from(tmp_path: Pat
         ("source", ["method=gqa_mean", "n_kv_heads=3"], "2 key/value heads do not pool into n_kv_heads=3"),
         ("source", ["method=exact", "kv_lora_rank=4"], "kv_lora_rank=4 says nothing to method=exact"),
         ("source", ["method=gqa_mean", "n_kv_heads=1", "fold=2"], "fold=2 says nothing to method=gqa_mean"),
-        ("source", ["method=svd"], "method=svd is unknown; choose transmla, mha2mla, exact or gqa_mean"),
+        ("source", ["method=svd"], "method=svd is unknown; choose from exact, gqa_mean, mha2mla, transmla"),
         ("source", [], "method= is missing"),
         ("mla", ["method=exact"], "attention=mla is no MHA, GQA or MQA"),
         ("learned", ["method=exact"], "positions=learned leaves no rotation to convert"),

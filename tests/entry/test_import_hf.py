@@ -19,13 +19,14 @@ import torch
 
 import eval_model
 import train_model
+from harness.config.conversion import ConversionConfig
 from harness.config.identity import identity
 from harness.config.places import ROOT
 from harness.config.run_config import load_run_config, save_run_config
 from harness.data import Tokenizer
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
-from harness.runs.conversion import ConversionConfig, converted_from, with_attention
+from harness.runs.conversion import converted_from, with_attention
 from harness.runs.load import TrainedModel, load_trained
 from modeling.attention import EXECUTION
 from modeling.attention.contract import relative_error
