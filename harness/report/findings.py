@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ from harness.study.statistics import (
     Contrast,
     Mean,
     Noise,
-    Values,
+    Pair,
     bootstrap,
     contrasts,
+    have_common_seed,
     mean_interval,
     pareto_front,
     residual_deviation,
@@ -97,6 +99,7 @@ class CurvePoint:
 
 
 Curves = dict[str, list[CurvePoint]]  # by arm
+CurvesOfSeeds = dict[str, list[dict[float, float]]]  # arm -> x -> y of each seed
 
 
 @dataclass(frozen=True)
@@ -134,221 +137,328 @@ class SharedRate:
     verdicts: list[Contrast]  # the declared pairs, not part of the declared family
 
 
-@dataclass(frozen=True)
 class Findings:
-    """All that is reported."""
+    """All that is reported of a study. What takes more than a look is worked out when it is first asked for."""
 
-    results: StudyResults
-    arms: list[Arm]
-    baseline: str | None  # whose curves the others' are subtracted from
-    declared: list[Verdict]
-    looked_at: list[Verdict]  # neither declared nor corrected
-    best: list[Best]  # by level where there are several, then of all
-    sigma: float | None  # pooled
-    dof: int
-    front: list[str]
-    decode: list[DecodeRow]  # the fastest path of each arm, context and batch
-    curves: Curves
-    curve_unit: str
-    curve_gaps: Curves  # minus the baseline's of the same seed
-    positions: Curves  # test loss in nats by context tokens
-    position_gaps: Curves
-    beyond: Curves  # loss on the same targets by context, from half the training length on
-    training_length: int | None
-    staircase: list[tuple[str, Verdict | None]]  # an arm and the step to it
-    sweeps: list[Sweep]
-    shared: SharedRate | None
-    extras: dict[str, dict[str, dict[str, Mean]]]  # extra -> arm -> figure -> mean over seeds
-    facts: list[Fact]
-    fields: list[Fact]  # of the configurations, those that differ
-    notes: list[str]  # what is missing or went wrong
+    def __init__(self, results: StudyResults) -> None:
+        """Raises UserError when no run has finished."""
+        self.results, self.metric, self.values = results, results.metric, results.values()
+        infos = results.record["arms"]
+        if not self.values:
+            raise UserError(
+                f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "
+                f"{results.record['command'] or 'python scripts/run_study.py'} end"
+            )
+        self.converted = [name for name, info in infos.items() if info.get("converted")]
+        self._pooled = without(self.values, self.converted) or self.values
+        self.sigma, self.dof = residual_deviation(self._pooled)
+        self.arms = [Arm(name, info, self._runs_of(name), self._mean_of(name)) for name, info in infos.items()]
+        self.done = [arm for arm in self.arms if arm.runs]
+        references = [arm.name for arm in self.done if arm.info["reference"]]
+        # Whose curves the others' are subtracted from.
+        self.baseline = [*references, self.done[0].name][0] if len(self.done) > 1 else None
 
-    @property
-    def metric(self) -> Metric:
-        return self.results.metric
+    def _runs_of(self, name: str) -> list[RunResult]:
+        runs = [run for run in self.results.runs if run.arm == name and self.results.value(run) is not None]
+        return sorted(runs, key=lambda run: run.seed)
+
+    def _mean_of(self, name: str) -> Mean | None:
+        """Of an arm that shares the others' variance with their error bar; of one that does not, the plain mean."""
+        if name not in self.values:
+            return None
+        return mean_interval(self._pooled if name in self._pooled else {name: self.values[name]}, name)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
 
+    # --- comparisons -------------------------------------------------------------------------------------------------
 
-def find(results: StudyResults) -> Findings:
-    """Work everything out. Raises UserError when no run has finished."""
-    values = results.values()
-    if not values:
-        raise UserError(
-            f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "
-            f"{results.record['command'] or 'python scripts/run_study.py'} end"
+    @cached_property
+    def _declared_pairs(self) -> tuple[list[Pair], list[str]]:
+        """Those that can be compared, and notes on those that cannot be."""
+        declared, notes = [], []
+        for a, b in self.results.record["contrasts"]:
+            if absent := [arm for arm in (a, b) if arm not in self.values]:
+                notes.append(f"the declared comparison of {a} with {b} cannot be made yet: no run of {' and '.join(absent)}")
+            elif not have_common_seed(self.values, a, b):
+                notes.append(f"the declared comparison of {a} with {b} cannot be made yet: they have no seed in common")
+            else:
+                declared.append((a, b))
+        return declared, notes
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Of the declared comparisons, then of others that are worth a look."""
+        declared, _ = self._declared_pairs
+        steps = [(arm, before) for before, arm in itertools.pairwise(self.results.record["staircase"] or [])]
+        others = steps or [(arm, self.baseline) for arm in self.values if self.baseline and not declared]
+        taken = [{*pair} for pair in declared]
+        others = [(a, b) for a, b in others if {a, b} not in taken and a != b and have_common_seed(self.values, a, b)]
+        found = contrasts(self.values, primary=declared, other=others, apart=self.converted)
+        return [
+            Verdict(contrast, contrast.sentence(self.metric), *_noise(self.arm(contrast.a), self.arm(contrast.b)))
+            for contrast in found
+        ]
+
+    @property
+    def declared(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.contrast.primary]
+
+    @property
+    def looked_at(self) -> list[Verdict]:
+        """Neither declared nor corrected."""
+        return [verdict for verdict in self.verdicts if not verdict.contrast.primary]
+
+    @cached_property
+    def best(self) -> list[Best]:
+        """At each level of several, then of all arms that are no references; none where there is nothing to choose from."""
+        levels = dict.fromkeys(arm.info["level"] for arm in self.arms if arm.info["level"] is not None)
+        groups: list[tuple[str | None, list[str]]] = []
+        for level in [*levels, None] if len(levels) > 1 else [None]:
+            of_level = [arm for arm in self.done if level in (None, arm.info["level"]) and not arm.info["reference"]]
+            costs = {arm.name: self.metric.cost(arm.mean.mean) for arm in of_level if arm.mean is not None}
+            if len(costs) > 1:
+                groups.append((level, sorted(costs, key=lambda name: costs[name])))
+        pairs = {
+            frozenset((best, name)): (best, name)
+            for _, (best, *others) in groups
+            for name in others
+            if have_common_seed(self.values, best, name)
+        }
+        found = {
+            frozenset((contrast.a, contrast.b)): contrast
+            for contrast in contrasts(self.values, primary=(), other=list(pairs.values()), apart=self.converted)
+        }
+        tested = sum(contrast.p is not None for contrast in found.values())
+
+        def is_worse(best: str, name: str) -> bool:
+            contrast = found.get(frozenset((best, name)))
+            if contrast is None or contrast.p is None:
+                return False
+            ahead = contrast.difference if contrast.a == best else -contrast.difference
+            return contrast.p * tested < ALPHA and self.metric.better(ahead)
+
+        ranked = []
+        for level, (best, *others) in groups:
+            worse = [name for name in others if is_worse(best, name)]
+            ranked.append(Best(level, [best, *others], [name for name in others if name not in worse], worse, tested))
+        return ranked
+
+    @cached_property
+    def staircase(self) -> list[tuple[str, Verdict | None]]:
+        """The finished arms in the order of their changes, with the step to each. One over an unfinished arm has no verdict."""
+        by_pair = {(verdict.contrast.a, verdict.contrast.b): verdict for verdict in self.verdicts}
+        stairs = self.results.record["staircase"] or []
+        steps = [(arm, by_pair.get((arm, before))) for before, arm in zip(["", *stairs], stairs, strict=False)]
+        finished = [(arm, verdict) for arm, verdict in steps if arm in self.values]
+        return finished if len(finished) > 1 else []
+
+    # --- costs -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def front(self) -> list[str]:
+        """The arms with the best mean up to their cache's size."""
+        return pareto_front(
+            [
+                (arm.name, float(arm.summary("cache_bytes_per_token")), self.metric.cost(arm.mean.mean))
+                for arm in self.done
+                if arm.mean
+            ]
         )
-    apart = [name for name, info in results.record["arms"].items() if info.get("converted")]
-    pooled = without(values, apart) or values
-    arms = [_arm(results, name, _mean(values, pooled, name)) for name in results.record["arms"]]
-    done = [arm for arm in arms if arm.runs]
-    runs = {arm.name: arm.runs for arm in done}
-    baseline = next((arm.name for arm in done if arm.info["reference"]), done[0].name) if len(done) > 1 else None
-    declared, others, lacking = _pairs(results, values, baseline)
-    found = contrasts(values, primary=declared, other=others, apart=apart)
-    by_arm = {arm.name: arm for arm in arms}
-    verdicts = [_verdict(contrast, by_arm, results.metric) for contrast in found]
-    sigma, dof = residual_deviation(pooled)
-    positions, beyond = _by_context(done)
-    curve_key = "val/loss" if len({arm.summary("tokenizer_fingerprint") for arm in done}) == 1 else "val/bits_per_byte"
-    curves = {arm.name: [_curve(run, curve_key) for run in arm.runs] for arm in done}
-    return Findings(
-        results=results,
-        arms=arms,
-        baseline=baseline,
-        declared=[verdict for verdict in verdicts if verdict.contrast.primary],
-        looked_at=[verdict for verdict in verdicts if not verdict.contrast.primary],
-        best=_best(results, values, by_arm, apart),
-        sigma=sigma,
-        dof=dof,
-        front=_front(done, results.metric),
-        decode=_fastest(results, {arm.name for arm in done}),
-        curves={name: _over_seeds(of_seeds) for name, of_seeds in curves.items()},
-        curve_unit="nats per token" if curve_key == "val/loss" else "bits per byte",
-        curve_gaps=_gaps(done, curves, baseline),
-        positions={name: _over_seeds(of_seeds) for name, of_seeds in positions.items()},
-        position_gaps=_gaps(done, positions, baseline),
-        beyond={name: _over_seeds(of_seeds) for name, of_seeds in beyond.items()},
-        training_length=_only(arm.runs[0].config["model"]["max_seq_len"] for arm in done),
-        staircase=_staircase(results, verdicts, values),
-        sweeps=_sweeps(results),
-        shared=_shared(results, declared),
-        extras=_extras(done),
-        facts=facts(runs),
-        fields=differing_fields(runs),
-        notes=_notes(results, arms) + lacking,
-    )
 
+    @cached_property
+    def decode(self) -> list[DecodeRow]:
+        """Of several paths that decode the same the fastest, as a user would choose, of each arm, context and batch."""
+        best: dict[tuple[str, int, int], DecodeRow] = {}
+        for row in self.results.decode or []:
+            key = (row["arm"], row["context"], row["batch"])
+            if row["arm"] in self.values and (key not in best or row["milliseconds"] < best[key]["milliseconds"]):
+                best[key] = row
+        return list(best.values())
 
-def _arm(results: StudyResults, name: str, mean: Mean | None) -> Arm:
-    runs = [run for run in results.runs if run.arm == name and results.value(run) is not None]
-    return Arm(name, results.record["arms"][name], sorted(runs, key=lambda run: run.seed), mean)
+    # --- series ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _curve_key(self) -> str:
+        tokenizers = {arm.summary("tokenizer_fingerprint") for arm in self.done}
+        return "val/loss" if len(tokenizers) == 1 else "val/bits_per_byte"
 
-def _front(arms: Sequence[Arm], metric: Metric) -> list[str]:
-    """The arms with the best mean up to their cache's size."""
-    sizes = {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in arms}
-    return pareto_front([(arm.name, sizes[arm.name], metric.cost(arm.mean.mean)) for arm in arms if arm.mean])
+    @property
+    def curve_unit(self) -> str:
+        return "nats per token" if self._curve_key == "val/loss" else "bits per byte"
 
+    @cached_property
+    def _curves(self) -> CurvesOfSeeds:
+        return {arm.name: [_curve(run, self._curve_key) for run in arm.runs] for arm in self.done}
 
-def _only(values: Iterable[Any]) -> Any:
-    """The one value that all share, else None."""
-    different = set(values)
-    return different.pop() if len(different) == 1 else None
+    @cached_property
+    def curves(self) -> Curves:
+        return _means(self._curves)
 
+    @cached_property
+    def curve_gaps(self) -> Curves:
+        return self._gaps(self._curves)
 
-# --- what is missing -------------------------------------------------------------------------------------------------
+    @cached_property
+    def _positions(self) -> CurvesOfSeeds:
+        """A bin of contexts stands at its geometric middle. Arms in which one seed lacks the figures are left out."""
+        found = {}
+        for arm in self.done:
+            records = [tested(run) for run in arm.runs]
+            if all(record.get("loss_by_position") for record in records):
+                found[arm.name] = [
+                    {math.sqrt(low * high): loss for low, high, loss in record["loss_by_position"] if loss is not None}
+                    for record in records
+                ]
+        return found
 
+    @cached_property
+    def positions(self) -> Curves:
+        """Test loss in nats by context tokens, within the training length."""
+        return _means(self._positions)
 
-def _notes(results: StudyResults, arms: Sequence[Arm]) -> list[str]:
-    notes = []
-    if results.missing:
-        total = len(results.runs) + results.missing
-        notes.append(f"{results.missing} of {total} runs are not finished: this is a report of the other {len(results.runs)}")
-    if unfinished := [arm.name for arm in arms if not arm.runs]:
-        notes.append(f"no finished run of {', '.join(unfinished)}")
-    if unscored := [run.folder.name for run in results.runs if run.evaluation() is None]:
-        notes.append(f"not evaluated on the test split, so left out: {', '.join(unscored)}")
-    if lacking := [run.folder.name for run in results.runs if run.evaluation() and results.value(run) is None]:
-        notes.append(f"the test evaluation has no {results.metric.unit}, so left out: {', '.join(lacking)}")
-    protocols: dict[str, list[str]] = {}
-    for run in (run for arm in arms for run in arm.runs):
-        protocols.setdefault(protocol(run), []).append(run.folder.name)
-    if len(protocols) > 1:
-        usual = max(protocols, key=lambda protocol: len(protocols[protocol]))
-        others = "; ".join(f"{', '.join(runs)} ({how})" for how, runs in protocols.items() if how != usual)
-        notes.append(
-            f"the test split was not scored alike in all runs, so the comparisons below do not hold: most with {usual}, "
-            f"but {others}; score these again with eval_model.py as the others were"
-        )
-    counts = {len(arm.runs) for arm in arms if arm.runs}
-    if len(counts) > 1:
-        notes.append(
-            "the arms have different numbers of seeds: " + ", ".join(f"{a.name} {len(a.runs)}" for a in arms if a.runs)
-        )
-    for sweep in _sweeps(results):
-        if sweep.best is not None and sweep.best.at_edge and sweep.decides:
+    @cached_property
+    def position_gaps(self) -> Curves:
+        return self._gaps(self._positions)
+
+    @cached_property
+    def beyond(self) -> Curves:
+        """Loss on the same targets by context, from half the training length on, binned and left out likewise."""
+        found: CurvesOfSeeds = {}
+        for arm in self.done:
+            extras = [(tested(run).get("extras") or {}).get("beyond") for run in arm.runs]
+            if all(extras):
+                found[arm.name] = [
+                    {math.sqrt(entry["low"] * entry["high"]): entry["loss"] for entry in extra["bins"]}
+                    for extra in extras
+                    if extra
+                ]
+        return _means(found)
+
+    @property
+    def training_length(self) -> int | None:
+        """That all arms share."""
+        lengths: set[int] = {arm.runs[0].config["model"]["max_seq_len"] for arm in self.done}
+        return lengths.pop() if len(lengths) == 1 else None
+
+    def _gaps(self, curves: CurvesOfSeeds) -> Curves:
+        """Differences from the baseline's curve of the same seed."""
+        if self.baseline is None or self.baseline not in curves:
+            return {}
+        by_seed = {
+            arm.name: dict(zip([run.seed for run in arm.runs], curves[arm.name], strict=True))
+            for arm in self.done
+            if arm.name in curves
+        }
+        reference = by_seed.pop(self.baseline)
+        gaps = {}
+        for arm, of_seeds in by_seed.items():
+            pairs = [(curve, reference[seed]) for seed, curve in of_seeds.items() if seed in reference]
+            if points := _over_seeds([{x: ours[x] - theirs[x] for x in ours if x in theirs} for ours, theirs in pairs]):
+                gaps[arm] = points
+        return gaps
+
+    # --- learning rates ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def sweeps(self) -> list[Sweep]:
+        """Every arm's at every budget that was swept, in the order of the arms."""
+        losses: dict[tuple[str, int], dict[float, float]] = {}
+        for run in self.results.sweep:
+            losses.setdefault((run.arm, run.summary["tokens"]), {})[run.lr] = run.summary["loss"]
+        order, chosen = [arm.name for arm in self.arms], self.results.record["chosen_lr"]
+        return [
+            Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, chosen.get(arm))
+            for (arm, tokens), found in sorted(losses.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+            if len(found) > 1
+        ]
+
+    @cached_property
+    def shared(self) -> SharedRate | None:
+        """Runs of the sweep and of the study at the shared rate, if they had the study's whole budget."""
+        shared_lr = self.results.record["shared_lr"]
+        if not self.results.record["chosen_lr"] or shared_lr is None:
+            return None
+        lr = as_named(shared_lr)
+        budget = {run.arm: run.summary["tokens"] for run in self.results.runs}
+        values: dict[str, dict[int, float]] = {arm.name: {} for arm in self.arms}
+        for run in [*self.results.sweep, *self.results.runs]:
+            value = self.results.value(run)
+            if value is not None and math.isclose(run.lr, lr) and run.summary["tokens"] == budget.get(run.arm):
+                values[run.arm][run.seed] = value
+        values = {arm: of_seeds for arm, of_seeds in values.items() if of_seeds}
+        if len(values) < 2:
+            return None
+        pairs = [pair for pair in self._declared_pairs[0] if have_common_seed(values, *pair)]
+        means = {arm: mean_interval(values, arm) for arm in values}
+        return SharedRate(lr, values, means, contrasts(values, primary=(), other=pairs))
+
+    # --- what else there is ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def extras(self) -> dict[str, dict[str, dict[str, Mean]]]:
+        """extra -> arm -> figure -> mean over the seeds that have it: the plain numbers of each extra."""
+        found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # extra -> figure -> arm -> seed -> value
+        for run in (run for arm in self.done for run in arm.runs):
+            for extra, figures in (tested(run).get("extras") or {}).items():
+                plain = figures if isinstance(figures, Mapping) else {}
+                for figure, value in (_recall(plain) if extra == "recall" else plain).items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                        by_arm = found.setdefault(extra, {}).setdefault(figure, {})
+                        by_arm.setdefault(run.arm, {})[run.seed] = float(value)
+        tables: dict[str, dict[str, dict[str, Mean]]] = {}
+        for extra, by_figure in found.items():
+            for figure, values in by_figure.items():
+                for name in values:
+                    tables.setdefault(extra, {}).setdefault(name, {})[figure] = mean_interval(values, name)
+        return tables
+
+    @cached_property
+    def facts(self) -> list[Fact]:
+        return facts({arm.name: arm.runs for arm in self.done})
+
+    @cached_property
+    def fields(self) -> list[Fact]:
+        """Of the configurations, those that differ."""
+        return differing_fields({arm.name: arm.runs for arm in self.done})
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What is missing or went wrong."""
+        results, there = self.results, len(self.results.runs)
+        notes = []
+        if lacking := results.missing:
+            notes.append(f"{lacking} of {there + lacking} runs are not finished: this is a report of the other {there}")
+        if unfinished := [arm.name for arm in self.arms if not arm.runs]:
+            notes.append(f"no finished run of {', '.join(unfinished)}")
+        if unscored := [run.folder.name for run in results.runs if run.evaluation() is None]:
+            notes.append(f"not evaluated on the test split, so left out: {', '.join(unscored)}")
+        if unlike := [run.folder.name for run in results.runs if run.evaluation() and results.value(run) is None]:
+            notes.append(f"the test evaluation has no {self.metric.unit}, so left out: {', '.join(unlike)}")
+        protocols: dict[str, list[str]] = {}
+        for run in (run for arm in self.done for run in arm.runs):
+            protocols.setdefault(protocol(run), []).append(run.folder.name)
+        if len(protocols) > 1:
+            usual = max(protocols, key=lambda protocol: len(protocols[protocol]))
+            others = "; ".join(f"{', '.join(runs)} ({how})" for how, runs in protocols.items() if how != usual)
             notes.append(
-                f"the rate of {sweep.arm}, {sweep.best.lr:g}, is at the edge of those that were tried "
-                f"({min(sweep.losses):g} to {max(sweep.losses):g}): a better one may lie beyond, and this arm be tuned worse "
-                f"than the others"
+                f"the test split was not scored alike in all runs, so the comparisons below do not hold: most with {usual}, "
+                f"but {others}; score these again with eval_model.py as the others were"
             )
-    for arm in arms:
-        if len({run.summary["setup_hash"] for run in arm.runs}) > 1:
-            notes.append(f"the runs of {arm.name} differ in more than their seed: they are no repetitions of one setup")
-    return notes
-
-
-# --- comparisons -----------------------------------------------------------------------------------------------------
-
-
-def _pairs(
-    results: StudyResults, values: Values, baseline: str | None
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
-    """Declared pairs that can be compared, others worth a look, and notes on those that cannot be."""
-    declared, notes = [], []
-    for a, b in results.record["contrasts"]:
-        if absent := [arm for arm in (a, b) if arm not in values]:
-            notes.append(f"the declared comparison of {a} with {b} cannot be made yet: no run of {' and '.join(absent)}")
-        elif not values[a].keys() & values[b].keys():
-            notes.append(f"the declared comparison of {a} with {b} cannot be made yet: they have no seed in common")
-        else:
-            declared.append((a, b))
-    stairs = results.record["staircase"] or []
-    steps = [(arm, before) for before, arm in itertools.pairwise(stairs)]
-    others = steps or ([(arm, baseline) for arm in values if baseline and not declared])
-    taken = {frozenset(pair) for pair in declared}
-    others = [
-        (a, b)
-        for a, b in others
-        if frozenset((a, b)) not in taken and a != b and a in values and b in values and values[a].keys() & values[b].keys()
-    ]
-    return declared, others, notes
-
-
-def _best(results: StudyResults, values: Values, arms: Mapping[str, Arm], apart: Sequence[str]) -> list[Best]:
-    """At each level of several, and of all arms that are no references; none where there is nothing to choose from."""
-    metric = results.metric
-    infos = {name: info for name, info in results.record["arms"].items() if name in values}
-    levels = dict.fromkeys(info["level"] for info in results.record["arms"].values() if info["level"] is not None)
-    groups: list[tuple[str | None, list[str]]] = []
-    for level in [*levels, None] if len(levels) > 1 else [None]:
-        names = [name for name, info in infos.items() if level in (None, info["level"]) and not info["reference"]]
-        if len(names) > 1:
-            means = {name: mean.mean for name in names if (mean := arms[name].mean) is not None}
-            groups.append((level, sorted(means, key=lambda name: metric.cost(means[name]))))
-    pairs = {
-        frozenset((names[0], name)): (names[0], name)
-        for _, names in groups
-        for name in names[1:]
-        if values[names[0]].keys() & values[name].keys()
-    }
-    found = {frozenset((c.a, c.b)): c for c in contrasts(values, primary=(), other=list(pairs.values()), apart=apart)}
-    tested = sum(contrast.p is not None for contrast in found.values())
-
-    def is_worse(best: str, name: str) -> bool:
-        contrast = found.get(frozenset((best, name)))
-        if contrast is None or contrast.p is None:
-            return False
-        ahead = contrast.difference if contrast.a == best else -contrast.difference
-        return contrast.p * tested < ALPHA and metric.better(ahead)
-
-    return [
-        Best(
-            level,
-            names,
-            [name for name in names[1:] if not is_worse(names[0], name)],
-            [name for name in names[1:] if is_worse(names[0], name)],
-            tested,
-        )
-        for level, names in groups
-    ]
-
-
-def _verdict(contrast: Contrast, arms: Mapping[str, Arm], metric: Metric) -> Verdict:
-    noise, seeds, why = _noise(arms[contrast.a], arms[contrast.b])
-    return Verdict(contrast, contrast.sentence(metric), noise, seeds, why)
+        if len({len(arm.runs) for arm in self.done}) > 1:
+            counts = ", ".join(f"{arm.name} {len(arm.runs)}" for arm in self.done)
+            notes.append(f"the arms have different numbers of seeds: {counts}")
+        for sweep in self.sweeps:
+            if sweep.best is not None and sweep.best.at_edge and sweep.decides:
+                notes.append(
+                    f"the rate of {sweep.arm}, {sweep.best.lr:g}, is at the edge of those that were tried "
+                    f"({min(sweep.losses):g} to {max(sweep.losses):g}): a better one may lie beyond, and this arm be tuned "
+                    f"worse than the others"
+                )
+        for arm in self.done:
+            if len({run.summary["setup_hash"] for run in arm.runs}) > 1:
+                notes.append(f"the runs of {arm.name} differ in more than their seed: they are no repetitions of one setup")
+        return notes + self._declared_pairs[1]
 
 
 def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str | None]:
@@ -371,26 +481,6 @@ def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str | None]:
         return None, [], str(error).partition(":")[0]
 
 
-def _staircase(results: StudyResults, verdicts: Sequence[Verdict], values: Values) -> list[tuple[str, Verdict | None]]:
-    """The finished arms in the order of their changes. A step over an unfinished arm has no verdict."""
-    by_pair = {(verdict.contrast.a, verdict.contrast.b): verdict for verdict in verdicts}
-    steps: list[tuple[str, Verdict | None]] = []
-    for before, arm in itertools.pairwise([None, *(results.record["staircase"] or [])]):
-        if arm is not None and arm in values:
-            steps.append((arm, by_pair.get((arm, before)) if before is not None else None))
-    return steps if len(steps) > 1 else []
-
-
-# --- series ----------------------------------------------------------------------------------------------------------
-
-
-def _mean(values: Values, pooled: Values, arm: str) -> Mean | None:
-    """Of an arm that shares the others' variance with their error bar; of one that does not, the plain mean."""
-    if arm not in values:
-        return None
-    return mean_interval(pooled, arm) if arm in pooled else mean_interval({arm: values[arm]}, arm)
-
-
 def _curve(run: RunResult, key: str) -> dict[float, float]:
     """tokens -> value; those that the weights had seen before count too."""
     before = run.summary.get("initial_tokens", 0)
@@ -409,110 +499,8 @@ def _over_seeds(curves: Sequence[Mapping[float, float]]) -> list[CurvePoint]:
     return points
 
 
-def _gaps(arms: Sequence[Arm], curves: Mapping[str, Sequence[Mapping[float, float]]], baseline: str | None) -> Curves:
-    """Differences from the baseline's curve of the same seed."""
-    if baseline is None or baseline not in curves:
-        return {}
-    seeds = {arm.name: [run.seed for run in arm.runs] for arm in arms}
-    reference = dict(zip(seeds[baseline], curves[baseline], strict=False))
-    gaps: Curves = {}
-    for arm, of_seeds in curves.items():
-        pairs = [(curve, reference[s]) for s, curve in zip(seeds[arm], of_seeds, strict=False) if s in reference]
-        points = _over_seeds([{x: c[x] - r[x] for x in c if x in r} for c, r in pairs])
-        if arm != baseline and points:
-            gaps[arm] = points
-    return gaps
-
-
-def _by_context(arms: Sequence[Arm]) -> tuple[dict[str, list[dict[float, float]]], dict[str, list[dict[float, float]]]]:
-    """Per arm and seed: loss by context tokens within the training length, and on the same targets beyond it.
-
-    A bin of contexts stands at its geometric middle. Arms in which one seed lacks the figures are left out.
-    """
-    within: dict[str, list[dict[float, float]]] = {}
-    beyond: dict[str, list[dict[float, float]]] = {}
-    for arm in arms:
-        records = [tested(run) for run in arm.runs]
-        if all(record.get("loss_by_position") for record in records):
-            within[arm.name] = [
-                {math.sqrt(low * high): loss for low, high, loss in record["loss_by_position"] if loss is not None}
-                for record in records
-            ]
-        extras = [(record.get("extras") or {}).get("beyond") for record in records]
-        if all(extras):
-            beyond[arm.name] = [
-                {math.sqrt(entry["low"] * entry["high"]): entry["loss"] for entry in extra["bins"]} for extra in extras if extra
-            ]
-    return within, beyond
-
-
-def _fastest(results: StudyResults, arms: set[str]) -> list[DecodeRow]:
-    """Of several paths that decode the same the fastest, as a user would choose."""
-    best: dict[tuple[str, int, int], DecodeRow] = {}
-    for row in results.decode or []:
-        key = (row["arm"], row["context"], row["batch"])
-        if row["arm"] in arms and (key not in best or row["milliseconds"] < best[key]["milliseconds"]):
-            best[key] = row
-    return list(best.values())
-
-
-# --- learning rates --------------------------------------------------------------------------------------------------
-
-
-def _sweeps(results: StudyResults) -> list[Sweep]:
-    """Every arm's at every budget that was swept, in the order of the arms."""
-    losses: dict[tuple[str, int], dict[float, float]] = {}
-    for run in results.sweep:
-        losses.setdefault((run.arm, run.summary["tokens"]), {})[run.lr] = run.summary["loss"]
-    order = [*results.record["arms"]]
-    return [
-        Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, results.record["chosen_lr"].get(arm))
-        for (arm, tokens), found in sorted(losses.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
-        if len(found) > 1
-    ]
-
-
-def _shared(results: StudyResults, declared: Sequence[tuple[str, str]]) -> SharedRate | None:
-    """Runs of the sweep and of the study at the shared rate, if they had the study's whole budget."""
-    shared_lr = results.record["shared_lr"]
-    if not results.record["chosen_lr"] or shared_lr is None:
-        return None
-    lr = as_named(shared_lr)
-    budget = {run.arm: run.summary["tokens"] for run in results.runs}
-    values: dict[str, dict[int, float]] = {}
-    for run in [*results.sweep, *results.runs]:
-        value = results.value(run)
-        if value is not None and math.isclose(run.lr, lr) and run.summary["tokens"] == budget.get(run.arm):
-            values.setdefault(run.arm, {})[run.seed] = value
-    if len(values) < 2:
-        return None
-    ordered = {arm: values[arm] for arm in results.record["arms"] if arm in values}
-    pairs = [(a, b) for a, b in declared if a in values and b in values and values[a].keys() & values[b].keys()]
-    means = {arm: mean_interval(ordered, arm) for arm in ordered}
-    return SharedRate(lr, ordered, means, contrasts(ordered, primary=(), other=pairs))
-
-
-# --- extras ----------------------------------------------------------------------------------------------------------
-
-
-def _extras(arms: Sequence[Arm]) -> dict[str, dict[str, dict[str, Mean]]]:
-    """The plain numbers of each extra, over the seeds that have them."""
-    found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # extra -> figure -> arm -> seed -> value
-    for arm in arms:
-        for run in arm.runs:
-            for extra, figures in (tested(run).get("extras") or {}).items():
-                plain = figures if isinstance(figures, Mapping) else {}
-                plain = _recall(plain) if extra == "recall" else plain
-                for figure, value in plain.items():
-                    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                        by_arm = found.setdefault(extra, {}).setdefault(figure, {})
-                        by_arm.setdefault(arm.name, {})[run.seed] = float(value)
-    tables: dict[str, dict[str, dict[str, Mean]]] = {}
-    for extra, by_figure in found.items():
-        for figure, values in by_figure.items():
-            for name in values:
-                tables.setdefault(extra, {}).setdefault(name, {})[figure] = mean_interval(values, name)
-    return tables
+def _means(curves: CurvesOfSeeds) -> Curves:
+    return {arm: _over_seeds(of_seeds) for arm, of_seeds in curves.items()}
 
 
 def _recall(figures: Mapping[str, Any]) -> dict[str, float]:

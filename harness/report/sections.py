@@ -127,7 +127,7 @@ def _main(findings: Findings) -> Section:
         lines.append(TableLine(list(cells.values()), arm.name))
     note = "Cache: all layers, measured on allocated buffers; MHA's: of an MHA with the model's heads."
     if findings.sigma:
-        whose = "that were trained" if _converted(findings) else "of them"
+        whose = "that were trained" if findings.converted else "of them"
         note = (
             f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all {whose} "
             f"({findings.sigma:.2g} {metric.unit}, {findings.dof} degrees of freedom); what a seed does to all arms "
@@ -172,18 +172,13 @@ def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
 # --- quality against costs -------------------------------------------------------------------------------------------
 
 
-def _converted(findings: Findings) -> list[str]:
-    return [arm.name for arm in findings.arms if arm.info.get("converted")]
-
-
 def _apart(findings: Findings) -> str:
     """What is to be known of arms that were converted, not trained."""
-    names = _converted(findings)
-    if not names:
+    if not findings.converted:
         return ""
     return (
-        f" Not pooled, for what is converted without training scatters on its own: {', '.join(names)}; comparisons with them "
-        f"have the variance of their two arms alone."
+        f" Not pooled, for what is converted without training scatters on its own: {', '.join(findings.converted)}; "
+        f"comparisons with them have the variance of their two arms alone."
     )
 
 
@@ -220,7 +215,7 @@ def _ms_with_quartiles(row: DecodeRow | None) -> str:
 
 
 def _contrasts(findings: Findings) -> Section | None:
-    verdicts = [*findings.declared, *findings.looked_at]
+    verdicts = findings.verdicts
     if not verdicts:
         return None
     lines = []
@@ -276,7 +271,7 @@ def _positions(findings: Findings) -> Section | None:
     picture = pictures.positions(findings)
     if picture is None:
         return None
-    absent = [arm.name for arm in findings.arms if arm.runs and arm.name not in findings.beyond]
+    absent = [arm.name for arm in findings.done if arm.name not in findings.beyond]
     words = []
     if not findings.beyond:
         words.append("Contexts beyond the training length were not measured.")
@@ -393,7 +388,7 @@ def _whole(number: float) -> int | None:
 
 
 def _confounds(findings: Findings) -> Section:
-    done = [arm.name for arm in findings.arms if arm.runs]
+    done = [arm.name for arm in findings.done]
     words = []
     unequal = [fact.name for fact in findings.facts if not fact.equal]
     if len(done) > 1:
@@ -447,7 +442,7 @@ def _provenance(findings: Findings) -> Section:
     if findings.sigma:
         after.append(
             f"Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms"
-            f"{' that were trained' if _converted(findings) else ''}. A seed "
+            f"{' that were trained' if findings.converted else ''}. A seed "
             f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
         )
     return Section("provenance", "How this was made", words=words, code=whole_command(results.record["command"]), after=after)

@@ -91,7 +91,7 @@ def decode(findings: Findings) -> Picture:
 
 def contrasts(findings: Findings) -> Picture:
     """Every difference between two arms, with its interval."""
-    verdicts, metric = [*findings.declared, *findings.looked_at], findings.metric
+    verdicts, metric = findings.verdicts, findings.metric
     in_bits = metric is BITS_PER_BYTE  # as the bootstrap is
     first, second = ("second", "first") if metric.higher_is_better else ("first", "second")
     sides = (f"← {first} arm better", f"{second} arm better →")

@@ -10,7 +10,7 @@ from harness.config.schema import TrackingConfig
 from harness.evaluation.metric import BITS_PER_BYTE, METRICS
 from harness.files.atomic import write_json, write_text, written_together
 from harness.files.folders import refuse_links
-from harness.report.findings import Findings, Verdict, find
+from harness.report.findings import Findings, Verdict
 from harness.report.page import page
 from harness.report.plots import save_png
 from harness.report.sections import sections
@@ -39,7 +39,7 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
     Raises UserError when no run has finished yet, or when the folder cannot be written.
     """
     refuse_links(folder, ["figures"])
-    findings = find(results)
+    findings = Findings(results)
     parts = sections(findings)
     pictures = {f"figures/{picture.name}.png": picture for section in parts for picture in section.pictures}
     texts = {"report.html": page(findings, parts), "report.md": as_markdown(findings, parts), "report.csv": as_csv(results)}
@@ -76,7 +76,7 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "notes": findings.notes,
         "sigma": findings.sigma,
         "degrees_of_freedom": findings.dof,
-        "verdicts": [_verdict(verdict) for verdict in [*findings.declared, *findings.looked_at]],
+        "verdicts": [_verdict(verdict) for verdict in findings.verdicts],
         "best": [dataclasses.asdict(best) for best in findings.best],
         "arms": {
             arm.name: {

@@ -168,6 +168,11 @@ def contrasts(
     return found
 
 
+def have_common_seed(values: Values, a: str, b: str) -> bool:
+    """Whether two arms have results, some of them of one seed, so that they can be compared."""
+    return not values.get(a, {}).keys().isdisjoint(values.get(b, {}))
+
+
 def without(values: Values, apart: Collection[str]) -> Values:
     """The results of the arms that share one variance."""
     return {arm: by_seed for arm, by_seed in values.items() if arm not in apart}
@@ -326,7 +331,7 @@ def _check_pairs(values: Values, pairs: Sequence[Pair]) -> None:
         if frozenset((a, b)) in seen:
             raise UserError(f"{a} and {b} are to be compared twice: declare every pair of arms once")
         seen.add(frozenset((a, b)))
-        if not values[a].keys() & values[b].keys():
+        if not have_common_seed(values, a, b):
             raise UserError(
                 f"{a} (seeds {', '.join(map(str, sorted(values[a])))}) and {b} (seeds "
                 f"{', '.join(map(str, sorted(values[b])))}) have no seed in common: train both with one"

@@ -11,7 +11,7 @@ import pytest
 
 from harness.report.canvas import Drawing
 from harness.report.colours import INK, PALE, Style
-from harness.report.findings import find
+from harness.report.findings import Findings
 from harness.report.names import MOST_ASIDE, spread
 from harness.report.page import NARROW, WIDE
 from harness.report.pictures import Mark, Picture, Plot, Series
@@ -49,7 +49,7 @@ Box = tuple[float, float, float, float]  # left, bottom, right, top
 
 
 def pictures_of(folder: Path, **content: Any) -> list[Picture]:
-    findings = find(load_results(write_study(folder, **content)))
+    findings = Findings(load_results(write_study(folder, **content)))
     return [picture for section in sections(findings) for picture in section.pictures]
 
 

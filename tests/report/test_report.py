@@ -18,7 +18,7 @@ from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
-from harness.report.findings import Findings, find
+from harness.report.findings import Findings
 from harness.report.pictures import short
 from harness.report.sections import sections
 from harness.report.tables import as_csv, as_markdown
@@ -52,7 +52,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def findings_of(folder: Path) -> Findings:
-    return find(load_results(folder))
+    return Findings(load_results(folder))
 
 
 def written(folder: Path) -> tuple[str, str, dict[str, Any]]:

@@ -12,7 +12,8 @@ import pytest
 
 import eval_model
 from harness.errors import UserError
-from harness.report.findings import find
+from harness.report.findings import Findings
+from harness.report.sections import sections
 from harness.runs.records import read_evaluations, read_metrics, read_study, read_summary
 from harness.study.results import load_results
 from scripts import compare_runs, export, report, run_study, show_runs, sync_wandb
@@ -140,7 +141,7 @@ def test_a_study_with_a_wrong_record_is_refused_by_its_files_name(
     try:
         spoil(file, place, value)
         with pytest.raises(UserError) as refused:
-            find(load_results(study))
+            sections(Findings(load_results(study)))
     finally:
         file.write_bytes(whole)
     assert sentence in str(refused.value)
@@ -190,7 +191,7 @@ def test_what_a_killed_process_left_of_a_line_is_no_line_and_a_loss_that_was_not
             metrics.write('{"step": 99, "tok')
         rows = read_metrics(study / RUN)
         assert rows[3]["val/loss"] is None and len(rows) == len(whole.splitlines())
-        assert len(find(load_results(study)).curves["mla"]) == len(rows) - 1
+        assert len(Findings(load_results(study)).curves["mla"]) == len(rows) - 1
     finally:
         file.write_text(whole)
 

@@ -63,9 +63,9 @@ def test_the_nearest_legal_value_is_taken() -> None:
         _, (matched,) = match_arm("arm", start, [match], vocab_size=VOCABULARY, others={})
         every = {
             value: quantities(with_values(start, ["model.mlp_hidden"], value), VOCABULARY)["params"]
-            for value in range(matched.value - 16, matched.value + 17, 8)
+            for value in range(matched["value"] - 16, matched["value"] + 17, 8)
         }
-        assert min(every, key=lambda value: abs(every[value] - target)) == matched.value
+        assert min(every, key=lambda value: abs(every[value] - target)) == matched["value"]
 
 
 def test_matches_are_solved_on_top_of_one_another() -> None:

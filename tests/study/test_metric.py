@@ -14,7 +14,7 @@ import pytest
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS
 from harness.report.colours import BETTER, WORSE
-from harness.report.findings import Findings, find
+from harness.report.findings import Findings
 from harness.report.page import page
 from harness.report.pictures import Plot, Rows
 from harness.report.sections import sections
@@ -38,7 +38,7 @@ LEVELS = {
 def both(folder: Path, **content: Any) -> tuple[Findings, Findings]:
     """The same runs compared by bits per byte and by the accuracy of answers."""
     return tuple(
-        find(load_results(write_study(folder / m, metric=m, **content)))  # type: ignore[return-value]
+        Findings(load_results(write_study(folder / m, metric=m, **content)))  # type: ignore[return-value]
         for m in ("bits_per_byte", "answer_accuracy")
     )
 
@@ -120,7 +120,7 @@ def test_an_arm_far_on_the_bad_side_leaves_the_picture_and_is_named(tmp_path: Pa
 
 def test_the_best_arm_is_named_at_every_level_and_references_do_not_compete(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "levels", LEVELS, contrasts=[["mla_512", "gqa_512"]], segments=0, extras=False)
-    found = find(load_results(folder))
+    found = Findings(load_results(folder))
     by_level = {best.level: best for best in found.best}
     assert list(by_level) == ["512 bytes", "1,024 bytes", None]
     assert by_level["512 bytes"].worse == ["mla_512"]
@@ -136,7 +136,7 @@ def test_the_best_arm_is_named_at_every_level_and_references_do_not_compete(tmp_
 
 
 def test_who_is_best_is_no_finding_without_error_bars(tmp_path: Path) -> None:
-    found = find(load_results(write_study(tmp_path / "one", seeds=(0,), segments=0, extras=False)))
+    found = Findings(load_results(write_study(tmp_path / "one", seeds=(0,), segments=0, extras=False)))
     (best,) = found.best
     assert (best.comparisons, best.worse) == (0, [])
     assert sections(found)[0].words[0].endswith("Without error bars that is no finding.")
@@ -148,14 +148,14 @@ def test_runs_whose_evaluation_lacks_the_metric_are_left_out_and_named(tmp_path:
         record = json.loads(path.read_text())
         record["extras"]["recall"] = None
         path.write_text(json.dumps(record))
-    found = find(load_results(folder))
+    found = Findings(load_results(folder))
     assert [run.seed for run in found.arm("gqa").runs] == [0, 2]
     assert any("has no answer accuracy, so left out: gqa-lr0.005-seed1" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_makes_a_whole_report(name: str, tmp_path: Path) -> None:
-    found = find(load_results(write_study(tmp_path / name, metric=name, segments=0)))
+    found = Findings(load_results(write_study(tmp_path / name, metric=name, segments=0)))
     text = as_markdown(found, sections(found))
     assert METRICS[name].axis.partition(",")[0] in text and f"{METRICS[name].unit} " in text
     assert set(found.results.values()) == set(ARMS)
