@@ -38,6 +38,7 @@ from harness.files.untrusted import Count, Positive
 if TYPE_CHECKING:
     import torch
 
+    from harness.decode.speed import Figure
     from harness.decode.subjects import Cell, Plan, Subject, Writer
 
 
@@ -105,9 +106,7 @@ def main(arguments: list[str]) -> int:
 
     from harness.decode.speed import machine_name, measure, swept_bytes
     from harness.decode.subjects import plan_cells
-    from harness.files.atomic import write_json, write_text, written_together
     from harness.report import decode as decode_report
-    from harness.report.plots import save_png
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
 
@@ -136,8 +135,6 @@ def main(arguments: list[str]) -> int:
         f"largest batch: within {plan.budget_bytes / 2**30:,.1f} GiB"
     )
 
-    out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "decode"
-    files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", *(["png"] if results.figures else []))]
     record = {
         "options": dataclasses.asdict(options),
         "overrides": overrides,
@@ -154,8 +151,22 @@ def main(arguments: list[str]) -> int:
         "skipped": [dataclasses.asdict(each) for each in results.skipped],
         "crossovers": [dataclasses.asdict(each) for each in crossovers],
         "notes": notes,
-        "files": files,
     }
+    out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "decode"
+    write(out, record, results.figures, heading)
+    said = {key: record[key] for key in ("device", "dtype", "cache_dtype", "step")}
+    counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
+    print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
+    return 0
+
+
+def write(out: Path, record: dict[str, Any], figures: list[Figure], heading: str) -> None:
+    """decode.json, decode.csv and, where anything was timed, decode.png."""
+    from harness.files.atomic import write_json, write_text, written_together
+    from harness.report import decode as decode_report
+    from harness.report.plots import save_png
+
+    files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", *(["png"] if figures else []))]
     with written_together(
         out,
         record="decode.json",
@@ -163,16 +174,12 @@ def main(arguments: list[str]) -> int:
         what=f"out={out}",
         remedy="make room or choose another folder with out=...; what lay there is as it was",
     ) as aside:
-        write_json(aside / "decode.json", record)
-        write_text(aside / "decode.csv", decode_report.as_csv(results.figures))
-        if results.figures:
-            picture = decode_report.picture(results.figures, title=heading)
+        write_json(aside / "decode.json", record | {"files": files})
+        write_text(aside / "decode.csv", decode_report.as_csv(figures))
+        if figures:
+            picture = decode_report.picture(figures, title=heading)
             save_png(picture, aside / "decode.png", columns=len(picture.panels) // 2)
     print(f"written: {', '.join(files)}", flush=True)
-    said = {key: record[key] for key in ("device", "dtype", "cache_dtype", "step")}
-    counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
-    print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
-    return 0
 
 
 def check(options: DecodeOptions, overrides: list[str]) -> None:

@@ -28,7 +28,7 @@ import math
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.config.compose import refuse_dashes
@@ -45,7 +45,9 @@ from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
     from harness.study.plan import Plan, RunSpec
+    from harness.study.runner import Rates
 
+SIZES = ("parameters", "MFLOP/token", "cache bytes/token")  # columns
 # Of the machine rather than of the run: what is said of them for training holds for evaluating too.
 _FOR_EVALUATION = ("device", "precision", "data_dir", "tracking", "tracking.project", "tracking.entity")
 
@@ -140,11 +142,9 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.report.write import report_study
     from harness.runs.training_data import load_data
-    from harness.study.plan import record_alone, write_record
     from harness.study.progress import Pace
     from harness.study.results import load_results
     from harness.study.runner import run_all, slots, visible_gpus
-    from harness.study.tuning import as_named
 
     first = plan.first
     places = slots(visible_gpus(first.device), jobs=options.jobs, cores=os.cpu_count() or 1)
@@ -159,37 +159,12 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
 
     if tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
         pace.later = plan.main_runs(plan.untuned_rates(arms), arms)
-    rates, sweep, failures, notes = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
-    specs = plan.main_runs(rates, [arm for arm in arms if arm in rates])
-
-    def keep() -> None:
-        with record_alone(plan):
-            before = _earlier(plan)
-            chosen = before["chosen_lr"] | rates
-            others = _specs_of(plan, before["runs"], without=arms)
-            # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
-            named = {spec.name for spec in specs}
-            others += [
-                spec
-                for spec in _specs_of(plan, before["runs"], without=[arm for arm in plan.arms if arm not in rates])
-                if spec.name not in named
-                and math.isclose(spec.lr, as_named(rates[spec.arm]))
-                and finished(plan.folder / spec.name)
-            ]
-            if tune == "none":
-                chosen = {arm: lr for arm, lr in before["chosen_lr"].items() if arm not in arms}
-            write_record(
-                plan,
-                chosen_lr=chosen,
-                specs=[*specs, *others],
-                sweep=[*sweep, *_specs_of(plan, before["sweep"], without=arms if tune == "lr" else ())],
-                failures=failures,
-            )
-
-    keep()
+    rates = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
+    specs = plan.main_runs(rates.chosen, [arm for arm in arms if arm in rates.chosen])
+    keep(plan, arms, tune, rates, specs, rates.failures)
     pace.later = ()
-    failures += train(specs, "runs")
-    keep()
+    failures = rates.failures + train(specs, "runs")
+    keep(plan, arms, tune, rates, specs, failures)
     report: str | None = None
     # Where nothing has finished the failures are what there is to say.
     if options.report and load_results(plan.folder).values():
@@ -197,31 +172,56 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
             measure_decoding(plan)
         _, files = report_study(plan.folder, first.tracking)
         report = str(files[0])
-    for note in notes:
+    for note in rates.notes:
         print(f"note: {visible(note)}")
     # The failures' sentences and every run are in the record, the report's files beside it.
     line = {"study": plan.name, "folder": str(plan.folder), "record": str(plan.folder / STUDY_FILE), "report": report}
-    print(json.dumps(line | {"runs": len(specs), "sweep": len(sweep), "failures": len(failures)}))
+    print(json.dumps(line | {"runs": len(specs), "sweep": len(rates.sweep), "failures": len(failures)}))
     if failures:
         lines = "; ".join(f"{failure['run']}: {failure['error']}" for failure in failures)
         raise UserError(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
     return 0
 
 
-def _rates(
-    plan: Plan, arms: Sequence[str], tune: str, train: Any
-) -> tuple[dict[str, float], list[RunSpec], list[Any], list[str]]:
-    """The learning rate of each arm."""
-    if tune == "lr":
-        from harness.study.runner import tuned
+def _rates(plan: Plan, arms: Sequence[str], tune: str, train: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
+    from harness.study.runner import Rates, tuned
 
+    if tune == "lr":
         return tuned(plan, arms, train)
     if tune == "none":
-        return plan.untuned_rates(arms), [], [], []
+        return Rates(plan.untuned_rates(arms))
     stored = _earlier(plan)["chosen_lr"]
     if lacking := [arm for arm in arms if arm not in stored]:
         raise UserError(f"{plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
-    return {arm: stored[arm] for arm in arms}, [], [], []
+    return Rates({arm: stored[arm] for arm in arms})
+
+
+def keep(
+    plan: Plan, arms: Sequence[str], tune: str, rates: Rates, specs: Sequence[RunSpec], failures: Sequence[FailureRecord]
+) -> None:
+    """Write study.json, beside what other commands have written there of other arms and other seeds."""
+    from harness.study.plan import record_alone, write_record
+    from harness.study.tuning import as_named
+
+    with record_alone(plan):
+        before = _earlier(plan)
+        named = {spec.name for spec in specs}
+        # Seeds that other commands finished at these very rates, such as the agents of a W&B sweep: one command a seed.
+        others = [
+            spec
+            for spec in _specs_of(plan, before["runs"])
+            if spec.arm not in arms
+            or (
+                spec.arm in rates.chosen
+                and spec.name not in named
+                and math.isclose(spec.lr, as_named(rates.chosen[spec.arm]))
+                and finished(plan.folder / spec.name)
+            )
+        ]
+        untuned = arms if tune == "none" else ()
+        chosen = {arm: lr for arm, lr in (before["chosen_lr"] | rates.chosen).items() if arm not in untuned}
+        sweep = [spec for spec in _specs_of(plan, before["sweep"]) if tune != "lr" or spec.arm not in arms]
+        write_record(plan, chosen_lr=chosen, specs=[*specs, *others], sweep=[*rates.sweep, *sweep], failures=failures)
 
 
 def _earlier(plan: Plan) -> Mapping[str, Any]:
@@ -230,13 +230,9 @@ def _earlier(plan: Plan) -> Mapping[str, Any]:
     return read_study(plan.folder) if is_there else {"chosen_lr": {}, "runs": [], "sweep": []}
 
 
-def _specs_of(plan: Plan, recorded: Sequence[SpecRecord], *, without: Sequence[str]) -> list[RunSpec]:
-    """The recorded runs of the study's other arms."""
-    return [
-        plan.spec(run["arm"], run["lr"], run["seed"], run["budget"])
-        for run in recorded
-        if run["arm"] in plan.arms and run["arm"] not in without
-    ]
+def _specs_of(plan: Plan, recorded: Sequence[SpecRecord]) -> list[RunSpec]:
+    """The recorded runs of arms that the study has."""
+    return [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in recorded if run["arm"] in plan.arms]
 
 
 def measure_decoding(plan: Plan) -> None:
@@ -267,15 +263,20 @@ def measure_decoding(plan: Plan) -> None:
 def print_arms(plan: Plan) -> None:
     """What is compared, and how well it is matched."""
     print(f"{plan.name}: {plan.config.question}")
-    rows = [["arm", "parameters", "MFLOP/token", "cache bytes/token", "matched"]]
+    rows = [["arm", *SIZES, "matched"]]
     for name, arm in plan.arms.items():
         matches = "; ".join(
             f"{match['quantity']} {match['mismatch']:+.2%} of {match['to']} by {match['vary']}={match['value']}"
             for match in arm.matches
         )
-        sizes = arm.quantities
-        rows.append([name, f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}", matches])
+        rows.append([name, *_sizes(plan, name), matches])
     print_table(rows)
+
+
+def _sizes(plan: Plan, arm: str) -> list[str]:
+    """The cells of an arm in the columns of SIZES."""
+    sizes = plan.arms[arm].quantities
+    return [f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}"]
 
 
 def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> int:
@@ -291,23 +292,13 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
         if settings.tokens is not None:
             sweep += [plan.spec(arm, lr, settings.seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
     main_runs = plan.main_runs(plan.untuned_rates(arms), arms)
-    rows = [["run", "parameters", "MFLOP/token", "cache bytes/token", "tokens", "state"]]
+    rows = [["run", *SIZES, "tokens", "state"]]
     todo = []
     for spec in [*sweep, *main_runs]:
-        sizes, folder = plan.arms[spec.arm].quantities, plan.folder / spec.name
-        done = is_done(plan, spec)
+        folder, done = plan.folder / spec.name, is_done(plan, spec)
         todo += [] if done else [spec]
         state = "finished" if done else "to evaluate" if finished(folder) else "begun" if folder.is_dir() else ""
-        rows.append(
-            [
-                spec.name,
-                f"{sizes['params']:,}",
-                f"{sizes['train_flops'] / 1e6:,.2f}",
-                f"{sizes['kv_bytes']:,}",
-                f"{spec.tokens:,}",
-                state,
-            ]
-        )
+        rows.append([spec.name, *_sizes(plan, spec.arm), f"{spec.tokens:,}", state])
     print_table(rows)
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")

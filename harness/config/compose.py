@@ -145,62 +145,23 @@ def compose(
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
+    parsed = _read_overrides(config_name, overrides)
     defaults = default_options(config_name)
-    kind = TrainConfig if config_name == "train" else EvalConfig
-    refuse_dashes(overrides, known=[*defaults, *(field.name for field in dataclasses.fields(kind))])
-    for argument in overrides:
-        if argument.find("=") < 1 and not argument.startswith("~"):
-            choices = {option: f"{group}={option}" for group in defaults for option in options_of(group)}
-            remedy = "name a field and its value" if "=" in argument else f"write {argument}=value"
-            remedy = f"did you mean {choices[argument]}?" if argument in choices else remedy
-            raise UserError(f"{argument} is not of the form key=value; {remedy}")
-    absent = [f"{group}=null" for group, option in defaults.items() if option is None]  # so anyway; Hydra refuses it
-    overrides = [quoted(argument) for argument in overrides if argument not in absent]
-    parsed = _parsed(OverridesParser.create(), overrides)
+    groups = [override.input_line for override in parsed if override.key_or_group in defaults]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        groups = [o.input_line or "" for o in parsed if o.key_or_group in defaults]
-        for override in parsed:
-            key = override.key_or_group
-            if key in defaults and not override.is_sweep_override():
-                _refuse_signs(override, "null" if defaults[key] is None else "none" if "none" in options_of(key) else "NAME")
-            if override.is_sweep_override():
-                raise UserError(f"{override.input_line} is a list of choices; add -m to run them all")
-            if key.startswith("hydra."):
-                raise UserError(f"{override.input_line}: Hydra's own settings are fixed here; leave it out")
-            chosen = shown(override.value())
-            if key in defaults and chosen not in options_of(key):
-                raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
         try:
             composed = hydra_compose(config_name, groups)
-            if "tokenizer" in defaults and _reads_bytes(OmegaConf.select(composed, "dataset.source"), overrides):
+            if "tokenizer" in defaults and _reads_bytes(OmegaConf.select(composed, "dataset.source"), groups):
                 composed = hydra_compose(config_name, [*groups, _BYTES])
             for group, fields in (inherited or {}).items():
                 OmegaConf.update(composed, group, _literal(fields), merge=False, force_add=True)
-            known: Any = OmegaConf.to_container(composed, resolve=False)
-            written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
-            if mechanism := (known.get("attention") or {}).get("mechanism"):
-                optional |= {f"attention.{name}" for name in variant_schema(mechanism)[1]}
-            for override in parsed:
-                key = override.key_or_group
-                if key in defaults:
-                    continue
-                if key in written and (CONFIGS / key).is_dir():
-                    raise UserError(
-                        f"{override.input_line}: {key} is the run's own here; only single fields such as "
-                        f"{key}.{next(iter(known[key]))} can be set"
-                    )
-                if key not in written and (key not in optional or key.split(".")[0] not in written):
-                    raise UserError(_unknown_field(key, written | optional | set(defaults), f"python {config_name}_model.py"))
-                _refuse_signs(override, "value")
-                # Added where the YAML leaves the field at the schema's default.
-                OmegaConf.update(composed, key, override.value(), merge=True, force_add=key not in written)
+            _set_fields(composed, config_name, [override for override in parsed if override.key_or_group not in defaults])
             container = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         except (HydraException, OmegaConfBaseException) as error:
             cause: BaseException | None = error
@@ -213,6 +174,57 @@ def compose(
             raise UserError(f"{field}: {reason}; write a value, or the path of a field" if field else reason) from None
     assert isinstance(container, dict)
     return typing.cast("dict[str, Any]", container)
+
+
+def _read_overrides(config_name: str, overrides: Sequence[str]) -> list[Any]:
+    """As Hydra parses them. Raises UserError for what is no override of a group or field here."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    defaults = default_options(config_name)
+    refuse_dashes(overrides, known=[*defaults, *(field.name for field in dataclasses.fields(SCHEMAS[config_name]))])
+    for argument in overrides:
+        if argument.find("=") < 1 and not argument.startswith("~"):
+            choices = {option: f"{group}={option}" for group in defaults for option in options_of(group)}
+            remedy = "name a field and its value" if "=" in argument else f"write {argument}=value"
+            remedy = f"did you mean {choices[argument]}?" if argument in choices else remedy
+            raise UserError(f"{argument} is not of the form key=value; {remedy}")
+    absent = [f"{group}=null" for group, option in defaults.items() if option is None]  # so anyway; Hydra refuses it
+    parsed = _parsed(OverridesParser.create(), [quoted(argument) for argument in overrides if argument not in absent])
+    for override in parsed:
+        key = override.key_or_group
+        if key in defaults and not override.is_sweep_override():
+            _refuse_signs(override, "null" if defaults[key] is None else "none" if "none" in options_of(key) else "NAME")
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line} is a list of choices; add -m to run them all")
+        if key.startswith("hydra."):
+            raise UserError(f"{override.input_line}: Hydra's own settings are fixed here; leave it out")
+        chosen = shown(override.value())
+        if key in defaults and chosen not in options_of(key):
+            raise UserError(f"{key}={chosen} does not exist; {did_you_mean(chosen, options_of(key))}")
+    return parsed
+
+
+def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> None:
+    """Single fields of what Hydra has composed. Raises UserError for one that does not exist."""
+    from omegaconf import OmegaConf
+
+    known: Any = OmegaConf.to_container(composed, resolve=False)
+    written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
+    if mechanism := (known.get("attention") or {}).get("mechanism"):
+        optional |= {f"attention.{name}" for name in variant_schema(mechanism)[1]}
+    for override in overrides:
+        key = override.key_or_group
+        if key in written and (CONFIGS / key).is_dir():
+            raise UserError(
+                f"{override.input_line}: {key} is the run's own here; only single fields such as "
+                f"{key}.{next(iter(known[key]))} can be set"
+            )
+        if key not in written and (key not in optional or key.split(".")[0] not in written):
+            fields = written | optional | set(default_options(config_name))
+            raise UserError(_unknown_field(key, fields, f"python {config_name}_model.py"))
+        _refuse_signs(override, "value")
+        # Added where the YAML leaves the field at the schema's default.
+        OmegaConf.update(composed, key, override.value(), merge=True, force_add=key not in written)
 
 
 def _literal(value: Any) -> Any:

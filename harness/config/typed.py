@@ -49,29 +49,20 @@ def typed(kind: Any, value: Any, path: str) -> Any:
     Also one of some words (Literal), a number with its least value (Annotated[int, 0]), a tuple, and of records a TypedDict,
     whose other keys are kept. An option's type may carry its help, too (Annotated[int, "what it means"]).
     """
-    origin = typing.get_origin(kind)
-    if origin is typing.Annotated:
-        of, *notes = typing.get_args(kind)
-        number = typed(of, value, path)
-        for least in (note for note in notes if not isinstance(note, str)):
-            if not least <= number < MOST_FIGURE:
-                below = " and below 1e100" if number > least else ""
-                raise UserError(f"{path}={shown(value)} must be {least:g} or more{below}")
-        return number
-    if origin is typing.Literal:
-        choices = typing.get_args(kind)
-        if (word := typed(str, value, path)) not in choices:
-            raise UserError(f"{path}={word} is unknown; {did_you_mean(word, choices)}")
-        return word
-    if typing.is_typeddict(kind):
-        return _typed_record(kind, value, path)
-    if origin in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
-        return typed(kind, value, path)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is typing.Annotated:
+        return _bounded(parts, value, path)
+    if origin is typing.Literal:
+        if (word := typed(str, value, path)) not in parts:
+            raise UserError(f"{path}={word} is unknown; {did_you_mean(word, parts)}")
+        return word
+    if origin in (types.UnionType, typing.Union):
+        (kind,) = (option for option in parts if option is not type(None))
+        return None if value is None else typed(kind, value, path)
+    if typing.is_typeddict(kind):
+        return _typed_record(kind, value, path)
     if dataclasses.is_dataclass(kind):
         required = {
             f.name
@@ -79,35 +70,46 @@ def typed(kind: Any, value: Any, path: str) -> Any:
             if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         }
         return kind(**typed_fields(_hints(kind), required, value, path))  # type: ignore[operator, arg-type]
-    if origin is list:
-        if isinstance(value, (list, tuple)):
-            return [typed(typing.get_args(kind)[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
-    elif origin is tuple:
-        parts = typing.get_args(kind)
-        if isinstance(value, (list, tuple)) and len(value) == len(parts):
-            return tuple(typed(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
-        raise UserError(f"{path}={shown(value)} must be a list of {len(parts)}")
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return {str(k): typed(typing.get_args(kind)[1], item, f"{path}.{k}") for k, item in value.items()}
-    elif kind is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and _fits(value):
-            return float(value)
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool) and _fits(value):
-            return value
-        if isinstance(value, float) and value.is_integer() and _fits(int(value)):  # budget.tokens=2e6
-            return int(value)
-    elif kind is str:
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) != len(parts):
+            raise UserError(f"{path}={shown(value)} must be a list of {len(parts)}")
+        return tuple(typed(part, item, f"{path}[{i}]") for i, (part, item) in enumerate(zip(parts, value, strict=True)))
+    if origin is list and isinstance(value, (list, tuple)):
+        return [typed(parts[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, Mapping):
+        return {str(k): typed(parts[1], item, f"{path}.{k}") for k, item in value.items()}
+    if origin is None:
+        return _plain(kind, value, path)
+    raise UserError(f"{path}={shown(value)} must be {_WORDS[origin]}")
+
+
+def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
+    """What an Annotated type allows: its notes are a number's least value, or help."""
+    of, *notes = parts
+    number = typed(of, value, path)
+    for least in (note for note in notes if not isinstance(note, str)):
+        if not least <= number < MOST_FIGURE:
+            raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
+    return number
+
+
+def _plain(kind: Any, value: Any, path: str) -> Any:
+    """A number, a word, true or false."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and _fits(value):
+        return float(value)
+    if kind is int and is_number and (isinstance(value, int) or value.is_integer()) and _fits(int(value)):
+        return int(value)  # budget.tokens=2e6
+    if kind is str:
         if isinstance(value, float) or (isinstance(value, int) and _fits(value)) or _is_text(value):
             return shown(value)
         if isinstance(value, str):
             raise UserError(f"{path} is not UTF-8 (byte {_first_bad_byte(value)}); give it in that encoding")
-    elif isinstance(value, kind):
+    if kind not in (int, float, str) and isinstance(value, kind):
         return value
-    if kind is int and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
+    if kind is int and is_number and isinstance(value, int) and value.bit_length() < 1000:
         raise UserError(f"{path}={value} is too large; choose a whole number below 2^63")
-    raise UserError(f"{path}={shown(value)} must be {_WORDS[origin or kind]}")
+    raise UserError(f"{path}={shown(value)} must be {_WORDS[kind]}")
 
 
 def _typed_record(kind: Any, value: Any, path: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
-from harness.decode.speed import machine_name, measure_cell
+from harness.decode.speed import Figure, machine_name, measure_cell
 from harness.decode.subjects import Cell, Plan, Skipped, Subject, footprint, plan_cells
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
@@ -77,25 +77,26 @@ def decode_times(
             cells[place], plan, seconds=left / (len(cells) - place), progress=lambda cell, subjects: None
         )
         skipped += missing
-        rows += [
-            {
-                "arm": figure.variant,
-                "context": figure.context,
-                "batch": figure.batch_size,
-                "milliseconds": figure.call.median * 1e3,
-                "low": figure.call.low * 1e3,
-                "high": figure.call.high * 1e3,
-                "n": figure.call.n,
-                "device": machine_name(device),
-                "path": figure.path,
-                "cache_bytes_per_token": figure.cache_bytes_per_token,
-                "step": plan.step_used,
-            }
-            for figure in figures
-        ]
+        rows += [_row(figure, plan) for figure in figures]
     for each in skipped:
         print(f"decode time of {each.row} at batch {each.batch_size}, context {each.context:,} left out: {each.reason}")
     return rows
+
+
+def _row(figure: Figure, plan: Plan) -> DecodeRow:
+    return {
+        "arm": figure.variant,
+        "context": figure.context,
+        "batch": figure.batch_size,
+        "milliseconds": figure.call.median * 1e3,
+        "low": figure.call.low * 1e3,
+        "high": figure.call.high * 1e3,
+        "n": figure.call.n,
+        "device": machine_name(plan.device),
+        "path": figure.path,
+        "cache_bytes_per_token": figure.cache_bytes_per_token,
+        "step": plan.step_used,
+    }
 
 
 def _subject(name: str, config: TrainConfig, vocab_size: int, plan: Plan) -> Subject:

@@ -204,10 +204,18 @@ def _last_words(log: Path, status: int) -> str:
     return f"{words} (status {status}; {log})"
 
 
-def tuned(
-    plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[FailureRecord]]
-) -> tuple[dict[str, float], list[RunSpec], list[FailureRecord], list[str]]:
-    """The sweep of tune=lr: the rate of each arm, the runs it took, what failed, and sentences for the reader.
+@dataclass(frozen=True)
+class Rates:
+    """The learning rate of each arm, and what it took to find them."""
+
+    chosen: dict[str, float]
+    sweep: list[RunSpec] = field(default_factory=list)
+    failures: list[FailureRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # sentences for the reader
+
+
+def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
+    """The sweep of tune=lr.
 
     Every arm gets the same rates. The sweep's rates are judged by the validation loss at the end of each run; a run that
     fails counts as infinitely bad. An arm without a finished run gets no rate and a sentence; the others go on. Raises
@@ -245,7 +253,7 @@ def tuned(
                 notes.append(
                     f"{arm}: best rate {chosen[arm].lr:g} at {tune.tokens:,} tokens, {optimum(full).lr:g} at the study's budget"
                 )
-    return {arm: best.lr for arm, best in chosen.items()}, specs, failures, notes
+    return Rates({arm: best.lr for arm, best in chosen.items()}, specs, failures, notes)
 
 
 def _final_loss(plan: Plan, spec: RunSpec) -> float:

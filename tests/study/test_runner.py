@@ -120,12 +120,12 @@ def test_converted_arms_wait_for_their_source_and_fall_with_it(place: Workplace)
 
 def test_a_sweep_gives_every_arm_the_same_rates_and_its_own_optimum(place: Workplace) -> None:
     plan = micro_plan(place, "swept")
-    rates, specs, failures, _ = tuned(plan, list(plan.arms), lambda wanted: run(place, plan, list(wanted)))
-    assert failures == []
-    assert {(spec.arm, spec.lr) for spec in specs} == {(arm, lr) for arm in plan.arms for lr in (0.005, 0.01, 0.02)}
-    assert all(spec.tokens == summary_of(plan.folder / spec.name)["tokens"] == 256 for spec in specs)
-    assert rates.keys() == plan.arms.keys()
-    assert all(0.005 <= rate <= 0.02 for rate in rates.values())
+    rates = tuned(plan, list(plan.arms), lambda wanted: run(place, plan, list(wanted)))
+    assert rates.failures == []
+    assert {(spec.arm, spec.lr) for spec in rates.sweep} == {(arm, lr) for arm in plan.arms for lr in (0.005, 0.01, 0.02)}
+    assert all(spec.tokens == summary_of(plan.folder / spec.name)["tokens"] == 256 for spec in rates.sweep)
+    assert rates.chosen.keys() == plan.arms.keys()
+    assert all(0.005 <= rate <= 0.02 for rate in rates.chosen.values())
 
 
 def test_a_command_for_some_arms_keeps_what_another_found_for_the_others(place: Workplace) -> None:
