@@ -24,6 +24,19 @@ from harness.config.places import user_path
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 
+SAID = (  # of the run's summary, in the line for machines
+    "name",
+    "attention",
+    "parameters",
+    "dataset",
+    "split",
+    "evaluated_tokens",
+    "loss",
+    "perplexity",
+    "bits_per_byte",
+    "cache_bytes_per_token",
+)
+
 
 @dataclass
 class DatasetOptions:
@@ -86,25 +99,7 @@ def main(arguments: list[str]) -> int:
             summary = from_weights.score(target, data, tokens=0, device=device, precision=precision)
         except UserError as error:
             raise UserError(f"{target} is imported but not scored, and the same command scores it later: {error}") from None
-        print(
-            json.dumps(
-                {
-                    key: summary[key]
-                    for key in (
-                        "name",
-                        "attention",
-                        "parameters",
-                        "dataset",
-                        "split",
-                        "evaluated_tokens",
-                        "loss",
-                        "perplexity",
-                        "bits_per_byte",
-                        "cache_bytes_per_token",
-                    )
-                }
-            )
-        )
+        print(json.dumps({key: dict(summary)[key] for key in SAID}))
     else:
         print("not scored: the same command with score=true does it, and eval_model.py then takes the run")
     return 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -57,45 +59,59 @@ def local_source(dataset: DatasetConfig, *, for_training: bool) -> Source:
         "split_seed": dataset.split_seed,
     }
 
-    @functools.cache
-    def carving() -> Carving | None:
+    documents = _Documents(dataset, files, training_files, validation, test).in_order
+    packed = any(file.compression for file in files)
+    return Source(identity, documents, None if packed else sum(file.state.size for file in files))
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """Those of some files, each with its split."""
+
+    dataset: DatasetConfig
+    files: list[CorpusFile]
+    training_files: list[CorpusFile]
+    validation: float  # share of the training documents
+    test: float
+
+    @functools.cached_property
+    def carving(self) -> Carving | None:
         """How the training documents are split; None: there is one, which has to be cut by position."""
-        if not validation and not test:
-            return Carving(dataset.split_seed, 0, 0)
-        contents = (content for file in training_files for content, _ in _documents(file, dataset))
-        hashes = np.fromiter((seeded_hash(dataset.split_seed, content) for content in contents), dtype=np.uint64)
+        seed = self.dataset.split_seed
+        if not self.validation and not self.test:
+            return Carving(seed, 0, 0)
+        contents = (content for file in self.training_files for content, _ in _documents(file, self.dataset))
+        hashes = np.fromiter((seeded_hash(seed, content) for content in contents), dtype=np.uint64)
         if not len(hashes):
-            return Carving(dataset.split_seed, 0, 0)
+            return Carving(seed, 0, 0)
         if len(hashes) == 1:
-            tell(f"{dataset.name}: a single document, cut by position into its splits")
+            tell(f"{self.dataset.name}: a single document, cut by position into its splits")
             return None
-        return carving_by_rank(dataset.split_seed, hashes, validation, test)
+        return carving_by_rank(seed, hashes, self.validation, self.test)
 
-    def training() -> Iterator[Document]:
-        split = carving()
-        for file in training_files:
-            for content, blocks in _documents(file, dataset):
-                if split is None:
-                    yield from _cut_by_position(file, content, validation, test)
+    def training(self) -> Iterator[Document]:
+        for file in self.training_files:
+            for content, blocks in _documents(file, self.dataset):
+                if self.carving is None:
+                    yield from _cut_by_position(file, content, self.validation, self.test)
                 else:
-                    yield Document(split.split(content), blocks)
+                    yield Document(self.carving.split(content), blocks)
 
-    def documents() -> Iterator[Document]:
-        for file in files:
-            if (split := split_of_name(file.name)) in ("validation", "test"):
-                yield from (Document(split, blocks) for _, blocks in _documents(file, dataset))
-        yield from evaluation_first(training) if validation or test else training()
-
-    def some_documents() -> Iterator[Document]:
-        found = documents()
+    def in_order(self) -> Iterator[Document]:
+        """What is evaluated comes first. Raises UserError where there is no text."""
+        named = (
+            Document(split, blocks)
+            for file in self.files
+            if (split := split_of_name(file.name)) in ("validation", "test")
+            for _, blocks in _documents(file, self.dataset)
+        )
+        carved = evaluation_first(self.training) if self.validation or self.test else self.training()
+        found = itertools.chain(named, carved)
         first = next(found, None)
         if first is None:
-            raise UserError(f"dataset.path={dataset.path} holds no text: name a file or a folder that does")
+            raise UserError(f"dataset.path={self.dataset.path} holds no text: name a file or a folder that does")
         yield first
         yield from found
-
-    packed = any(file.compression for file in files)
-    return Source(identity, some_documents, None if packed else sum(file.state.size for file in files))
 
 
 def _keep_only_named(found: Found, dataset: DatasetConfig, *, for_training: bool) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,48 +206,43 @@ def _build(
             shutil.rmtree(leftover)
         partial.mkdir()
     try:
-        tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
-        if (tokenizer_copy := tokenizer.save(partial)) is not None:
-            with tokenizer_copy.open("rb") as copy:
-                sync(copy)
-        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        writers = {
-            split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
-            for split in SPLITS
-        }
-        for piece, tokens in _encoded(source, tokenizer, dataset.name, progress):
-            writers[piece.split].add(tokens, piece)
-            if writers["train"].full:
-                break
-        splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
-        _check_splits(splits, dataset, for_training)
-        digests = {split: counts["sha256"] for split, counts in splits.items()}
-        meta = {
-            "format": FORMAT,
-            "dataset": dataset.name,
-            "identity": identity,
-            "tokenizer": {"sha256": tokenizer.sha256, **origin},
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-            "dtype": dtype.str,
-            "splits": splits,
-            "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
-            "files": {file.name: file.stat().st_size for file in sorted(partial.iterdir())},
-        }
-        with (partial / "meta.json").open("w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            sync(file)
-        _sync_names(partial)
-        if folder.exists():  # damaged, or it had been opened
-            os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
-        os.replace(partial, folder)
-        _sync_names(folder.parent)
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
-            raise UserError(
-                f"data_dir={folder.parent} cannot be written ({error.strerror}): make room, or choose another folder"
-            ) from error
-        raise
+        with _writing(folder.parent, "make room, or choose another folder", only=DISK_ERRORS):
+            tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
+            if (tokenizer_copy := tokenizer.save(partial)) is not None:
+                with tokenizer_copy.open("rb") as copy:
+                    sync(copy)
+            dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+            writers = {
+                split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
+                for split in SPLITS
+            }
+            for piece, tokens in _encoded(source, tokenizer, dataset.name, progress):
+                writers[piece.split].add(tokens, piece)
+                if writers["train"].full:
+                    break
+            splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
+            _check_splits(splits, dataset, for_training)
+            digests = {split: counts["sha256"] for split, counts in splits.items()}
+            meta = {
+                "format": FORMAT,
+                "dataset": dataset.name,
+                "identity": identity,
+                "tokenizer": {"sha256": tokenizer.sha256, **origin},
+                "vocab_size": tokenizer.vocab_size,
+                "end_of_text": tokenizer.end_of_text,
+                "dtype": dtype.str,
+                "splits": splits,
+                "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
+                "files": {file.name: file.stat().st_size for file in sorted(partial.iterdir())},
+            }
+            with (partial / "meta.json").open("w", encoding="utf-8") as file:
+                json.dump(meta, file, indent=1)
+                sync(file)
+            _sync_names(partial)
+            if folder.exists():  # damaged, or it had been opened
+                os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
+            os.replace(partial, folder)
+            _sync_names(folder.parent)
     finally:
         for leftover in folder.parent.glob(leftovers):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -375,12 +370,14 @@ def _utf8(text: str, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _writing(data_dir: Path) -> Iterator[None]:
-    """What data_dir refuses is said in one sentence."""
+def _writing(data_dir: Path, remedy: str = "choose another folder", *, only: Collection[int] = ()) -> Iterator[None]:
+    """What data_dir refuses is said in one sentence. only: the numbers of the errors that are its own; none: all are."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): choose another folder") from None
+        if only and error.errno not in only:
+            raise
+        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): {remedy}") from error
 
 
 @contextlib.contextmanager

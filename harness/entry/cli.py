@@ -200,34 +200,44 @@ def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *
                 raise UserError(f"the run failed: {failed[-1]}")
 
     with refusals_said():
-        known = get_args_parser()._option_string_actions
-        refuse_dashes(sys.argv[1:], {flag: action.nargs != 0 for flag, action in known.items()})
-        taken = ("-c", "--cfg", "-i", "--info", "-p", "--package")  # by the flag before it
-        words = [word for before, word in itertools.pairwise(sys.argv) if not word.startswith("-") and before not in taken]
-        overrides = [word for word in words if "=" in word or "-m" in flags or "--multirun" in flags]
-        asking = {"-c", "--cfg", "-i", "--info", "--shell-completion", "-sc", "-r", "--run"}.intersection(flags)
-        hydras = {"-m", "--multirun", "-c", "--cfg", "-i", "--info", "-sc", "--shell-completion", "--hydra-help", "--version"}
-        if hydras.isdisjoint(flag.partition("=")[0] for flag in flags) or not {"-r", "--run"}.isdisjoint(flags):
-            raise UserError(f"{' '.join(flags)} does nothing here; see python {Path(script).name} --help")
-        launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
-        _prepare_launcher(launcher, overwrites="overwrite=true" in words)
-        if os.environ.get("TORCHELASTIC_RUN_ID") and not {"-m", "--multirun"}.isdisjoint(flags):
-            raise UserError("-m starts a process for each run and cannot stand under torchrun; start torchrun for each run")
-        if asking and not {"-m", "--multirun"}.isdisjoint(flags):
-            raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
-        more: list[str] = []
-        if not {"-m", "--multirun", "-c", "--cfg"}.isdisjoint(flags):
-            ours = [override for override in overrides if not override.startswith("hydra")]
-            for choices in sweep_jobs(ours):
-                check_config(config_name, choices)
-            more = implied(config_name, ours) if asking else []
-        # Behind the flags: argparse takes the words before a flag or those behind it, not both.
-        behind = [forced(config_name, quoted(override)) for override in overrides]
-        sys.argv[1:] = [*(word for word in given if word not in overrides), *behind, *more]
+        refuse_dashes(given, {flag: action.nargs != 0 for flag, action in get_args_parser()._option_string_actions.items()})
+        sys.argv[1:] = _for_hydra(script, config_name, given, flags)
         job()
     if failed:
         print(f"error: {len(failed)} of the runs failed: {'; '.join(failed)}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+# Hydra's own flags.
+_MANY, _CONFIG, _INFO = {"-m", "--multirun"}, {"-c", "--cfg"}, {"-i", "--info"}
+_COMPLETION, _RUN = {"-sc", "--shell-completion"}, {"-r", "--run"}
+
+
+def _for_hydra(script: str, config_name: str, given: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """A command line with flags as Hydra takes it, all jobs of -m checked. Raises UserError for what does not go together."""
+    takes_word = (*_CONFIG, *_INFO, "-p", "--package")
+    words = [word for before, word in itertools.pairwise(["", *given]) if word[:1] != "-" and before not in takes_word]
+    many = not _MANY.isdisjoint(flags)
+    overrides = [word for word in words if "=" in word or many]
+    asking = (_CONFIG | _INFO | _COMPLETION | _RUN).intersection(flags)
+    hydras = _MANY | _CONFIG | _INFO | _COMPLETION | {"--hydra-help", "--version"}
+    if hydras.isdisjoint(flag.partition("=")[0] for flag in flags) or not _RUN.isdisjoint(flags):
+        raise UserError(f"{' '.join(flags)} does nothing here; see python {Path(script).name} --help")
+    launcher = next((word for word in words if word.startswith("hydra/launcher=")), None)
+    _prepare_launcher(launcher, overwrites="overwrite=true" in words)
+    if os.environ.get("TORCHELASTIC_RUN_ID") and many:
+        raise UserError("-m starts a process for each run and cannot stand under torchrun; start torchrun for each run")
+    if asking and many:
+        raise UserError(f"-m and {min(asking)} cannot stand together; leave one out")
+    more: list[str] = []
+    if many or not _CONFIG.isdisjoint(flags):
+        ours = [override for override in overrides if not override.startswith("hydra")]
+        for choices in sweep_jobs(ours):
+            check_config(config_name, choices)
+        more = implied(config_name, ours) if asking else []
+    # Behind the flags: argparse takes the words before a flag or those behind it, not both.
+    behind = [forced(config_name, quoted(override)) for override in overrides]
+    return [*(word for word in given if word not in overrides), *behind, *more]
 
 
 def pasteable(script: str, arguments: Sequence[str]) -> str:
