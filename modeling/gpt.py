@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import EXECUTION, build_attentions, set_execution, shares_latents
-from modeling.attention.cache import Cache, new_cache
+from modeling.attention import build_attentions, shares_latents
+from modeling.attention.cache import Cache
+from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
 from modeling.loss import mask_padding, mean_nats, token_nats
 
@@ -65,7 +66,7 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), tuple(shared)
 
 
-class GPT(nn.Module):
+class GPT(HasAttentions):
     """Token embedding, n_layers blocks, final norm, head (tied to the embedding or its own).
 
     Initial values (s = init_std; every norm gain 1, every bias 0; `outputs` are o_proj and the MLP's down_proj):
@@ -145,7 +146,6 @@ class GPT(nn.Module):
 
     @property
     def attentions(self) -> list[Any]:
-        """The attention module of each layer, in order."""
         return [block.attention for block in self.blocks]
 
     @torch.no_grad()
@@ -172,31 +172,6 @@ class GPT(nn.Module):
                     nn.init.normal_(module.weight, std=std * width * (depth if id(module) in outputs else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def set_execution(self, **changes: str) -> None:
-        """Choose how attention is computed in every layer: backend, decode, kernel; what is not named stays.
-
-        Raises ValueError for a path that the variant does not have.
-        """
-        for attention in self.attentions:
-            set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
-
-    def new_cache(
-        self,
-        batch_size: int,
-        max_seq_len: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        static: bool = False,
-        window: int | None = None,
-        sinks: int = 0,
-    ) -> list[Cache]:
-        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's latents is empty."""
-        return [
-            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
-            for attention in self.attentions
-        ]
 
     def hidden(
         self,

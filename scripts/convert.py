@@ -15,7 +15,6 @@ an ordinary run; go on with: python eval_model.py run=NEW, python train_model.py
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,19 +31,6 @@ from harness.config.places import user_path
 from harness.config.run_config import find_run
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
-
-SAID = (  # of the new run's summary, in the line for machines
-    "name",
-    "attention",
-    "parameters",
-    "tokens",
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "cache_bytes_per_token",
-    "cache_elements_per_token_per_layer",
-    "cache_ratio_to_mha",
-)
 
 
 @dataclass
@@ -86,6 +72,7 @@ def main(arguments: list[str]) -> int:
     from harness.hf.classes import export_line
     from harness.runs import conversion
     from harness.runs.corpus import data_of
+    from harness.runs.folder import short_line
     from harness.runs.from_weights import ORIGIN_FILE, check_name, score
     from harness.runs.load import load_trained
     from harness.training.device import select_device
@@ -111,7 +98,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(aligned(list(conversion.stage_rows(converted.stages)), left=(0, 1))))
         print("\n".join(conversion.detail_lines(converted.details)))
     summary = score(target, data, tokens=tokens, device=device, precision=torch.float32)
-    print(json.dumps({key: dict(summary)[key] for key in SAID}))
+    print(short_line(summary, target / "summary.json"))
     return 0
 
 

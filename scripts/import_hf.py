@@ -8,7 +8,6 @@ same command with score=true does it later. dataset=NAME is what the run is scor
 # ruff: noqa: E402
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,19 +22,6 @@ enter_environment()
 from harness.config.places import user_path
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
-
-SAID = (  # of the run's summary, in the line for machines
-    "name",
-    "attention",
-    "parameters",
-    "dataset",
-    "split",
-    "evaluated_tokens",
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "cache_bytes_per_token",
-)
 
 
 @dataclass
@@ -73,7 +59,7 @@ def main(arguments: list[str]) -> int:
     from harness.files.atomic import check_target
     from harness.hf import importing
     from harness.runs import from_weights
-    from harness.runs.folder import finished
+    from harness.runs.folder import finished, short_line
     from harness.training.device import select_device, select_precision
 
     device = select_device(options.device)
@@ -99,7 +85,7 @@ def main(arguments: list[str]) -> int:
             summary = from_weights.score(target, data, tokens=0, device=device, precision=precision)
         except UserError as error:
             raise UserError(f"{target} is imported but not scored, and the same command scores it later: {error}") from None
-        print(json.dumps({key: dict(summary)[key] for key in SAID}))
+        print(short_line(summary, target / "summary.json"))
     else:
         print("not scored: the same command with score=true does it, and eval_model.py then takes the run")
     return 0

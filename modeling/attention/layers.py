@@ -1,4 +1,4 @@
-"""The attention of some layers without the model around them: what the contract checks and a benchmark of attention runs.
+"""The attention of several layers: what they offer together, in a model or without one around them.
 
 Letters: B batch, T new tokens, D d_model.
 """
@@ -15,23 +15,19 @@ from modeling.attention import EXECUTION, set_execution, shares_latents
 from modeling.attention.cache import Cache, new_cache
 
 
-class AttentionLayers(nn.Module):
-    """No norms, MLPs or head: each layer reads x_BTD, the outputs are summed, and what layers share is handed on.
-
-    It offers what decoding asks of a GPT, with activations in place of tokens.
-    """
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+class HasAttentions(nn.Module):
+    """A module with an attention in each of its layers."""
 
     @property
     def attentions(self) -> list[Any]:
-        """The layers, in order."""
-        return list(self.layers)
+        """The attention module of each layer, in order."""
+        raise NotImplementedError
 
     def set_execution(self, **changes: str) -> None:
-        """As GPT's."""
+        """Choose how attention is computed in every layer: backend, decode, kernel; what is not named stays.
+
+        Raises ValueError for a path that the variant does not have.
+        """
         for attention in self.attentions:
             set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
 
@@ -46,11 +42,28 @@ class AttentionLayers(nn.Module):
         window: int | None = None,
         sinks: int = 0,
     ) -> list[Cache]:
-        """As GPT's."""
+        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's latents is empty."""
         return [
-            new_cache(layer, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
-            for layer in self.attentions
+            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
+            for attention in self.attentions
         ]
+
+
+class AttentionLayers(HasAttentions):
+    """What the contract checks and a benchmark of attention runs.
+
+    No norms, MLPs or head: each layer reads x_BTD, the outputs are summed, and what layers share is handed on.
+
+    It offers what decoding asks of a GPT, with activations in place of tokens.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    @property
+    def attentions(self) -> list[Any]:
+        return list(self.layers)
 
     def forward(
         self,
