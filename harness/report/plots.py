@@ -26,7 +26,7 @@ from harness.report.canvas import (
     wrapped,
 )
 from harness.report.colours import INK, PALE, QUIET, RULE
-from harness.report.names import legend_height, names_of, place_of_names, reserve_names, settle_names
+from harness.report.names import Names, legend_height, names_of, place_of_names
 from harness.report.pictures import Mark, Picture, Plot, Rows, Series
 from harness.report.rows import draw_rows, rows_height, settle_rows
 
@@ -71,23 +71,25 @@ def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = Fal
             figure.suptitle(title, x=0.01, ha="left", fontsize=LETTERS + 1, weight="bold", color=INK)
         drawing = Drawing(figure)
         cells = list(figure.subplots(len(tall), columns, squeeze=False, height_ratios=tall).flat)
+        names = []
         for axes, (heading, panel), place in zip(cells, picture.panels, places, strict=False):
             _draw_heading(axes, heading, panel, wide)
             if isinstance(panel, Rows):
                 draw_rows(drawing, axes, panel, wide)
             else:
                 _draw_plot(drawing, axes, panel, wide)
-                reserve_names(drawing, axes, panel, place, wide)
+                names.append(Names(drawing, axes, panel, place, wide))
+                names[-1].reserve()
         for spare in cells[len(picture.panels) :]:
             spare.remove()
         layout.execute(figure)  # so that names are placed where the points really are
         figure.set_layout_engine("none")
-        for axes, (_, panel), place in zip(cells, picture.panels, places, strict=False):
+        for axes, (_, panel) in zip(cells, picture.panels, strict=False):
             if isinstance(panel, Rows):
                 settle_rows(axes)
-            elif not settle_names(drawing, axes, panel, place, wide):
-                return draw(picture, width, columns=columns, titled=titled, crowded=True)
-        return drawing
+        if all(of_plot.settle() for of_plot in names):
+            return drawing
+        return draw(picture, width, columns=columns, titled=titled, crowded=True)
 
 
 def _height(heading: str, panel: Plot | Rows, place: str, width: float) -> float:
