@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
     else:
         converted = conversion.convert(trained, data, method, device=device)
         conversion.write_converted(converted, run, trained, target, method=method.method, data_dir=data_dir)
-        print("\n".join(aligned(list(conversion.stage_rows(converted.stages)), left=(0, 1))))
+        print("\n".join(aligned(conversion.stage_rows(converted.stages), left=(0, 1))))
         print("\n".join(conversion.detail_lines(converted.details)))
     summary = score(target, data, tokens=tokens, device=device, precision=torch.float32)
     print(short_line(summary, target / "summary.json"))

@@ -50,6 +50,11 @@ def markdown_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(map(markdown, cells))} |"
 
 
+def table_of(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The names of the columns, then the cells of each row, all of which have the same."""
+    return [list(rows[0]), *(list(row.values()) for row in rows)]
+
+
 def csv_text(rows: Sequence[Sequence[Any]]) -> str:
     """Comma-separated values. A text that a spreadsheet would compute is marked as text."""
     text = io.StringIO()

@@ -23,7 +23,7 @@ from typing import Any, TypeVar, cast
 
 from harness.config.run_config import run_folders
 from harness.errors import UserError, readable
-from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, visible
+from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.runs.evaluations import USUAL, Kind, by_preference, cache_label, common_kind, kind_of
 from harness.runs.records import PLAIN_CACHE, Evaluation, RunSummary, read_evaluations, read_summary
 
@@ -54,25 +54,9 @@ _SEEDS = ("seed", "data_seed")  # of a run: one block of the comparison, whichev
 _EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
 # What records lack that were written before evaluations through a cache.
 _FORMERLY = PLAIN_CACHE | {"cache_context": None, "cache_bytes_at_context": None}
-_NEEDED = (
-    "name",
-    "attention",
-    "model",
-    "dataset",
-    "split",
-    "seed",
-    "data_seed",
-    "setup_hash",
-    "data_fingerprint",
-    "tokenizer_fingerprint",
-    "parameters",
-    "tokens",
-    "perplexity",
-    "bits_per_byte",
-    "cache_bytes_per_token",
-    "cache_dtype",
-    "tokens_per_second",
-)
+_NAMES = ("name", "attention", "model", "seed", "data_seed", "setup_hash")
+_FIGURES = ("parameters", "perplexity", "bits_per_byte", "cache_bytes_per_token", "tokens_per_second")
+_NEEDED = (*_NAMES, *_SAME_TRAINING, "split", "cache_dtype", *_FIGURES)
 # They may differ within a table, which is then said below it. The first three are the training's.
 _OF_TRAINING = ("device", "torch", "commit")
 _CIRCUMSTANCES = {
@@ -141,7 +125,7 @@ class Table:
         contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
         at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
         has_intervals = any(setup.bits_per_byte_half_width is not None for setup in self.setups)
-        rows = []
+        rows: list[dict[str, str]] = []
         for setup in self.setups:
             row = {
                 "variant": setup.variant,
@@ -160,7 +144,7 @@ class Table:
             row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
             row["tokens/s"] = "" if setup.tokens_per_second is None else f"{setup.tokens_per_second:,.0f}"
             rows.append(row)
-        return [list(rows[0]), *(list(row.values()) for row in rows)]
+        return table_of(rows)
 
 
 @dataclass(frozen=True)

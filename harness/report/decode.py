@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.decode.speed import Figure, Results, Spread
-from harness.files.text import aligned, csv_text, visible
+from harness.files.text import aligned, csv_text, table_of, visible
 from harness.report.colours import Style, styles
 from harness.report.document import in_ms
 from harness.report.pictures import Mark, Picture, Plot, Series
@@ -91,27 +91,27 @@ def sentence(crossover: Crossover) -> str:
 
 # --- table and CSV ---------------------------------------------------------------------------------------------------
 
-COLUMNS = (
-    "batch",
-    "context",
-    "new",
-    "variant",
-    "first token ms",
-    "ms a step",
-    "quartiles",
-    "tokens/s",
-    "MB a step",
-    "of bandwidth",
-    "cache MiB",
-    "largest batch",
-)
-_LEFT = COLUMNS.index("variant")
+COLUMNS: dict[str, Callable[[Figure], str]] = {
+    "batch": lambda f: f"{f.batch_size:,}",
+    "context": lambda f: f"{f.context:,}",
+    "new": lambda f: f"{f.queries:,}",
+    "variant": lambda f: f.row,
+    "first token ms": lambda f: "-" if f.first_token is None else in_ms(1e3 * f.first_token.median),
+    "ms a step": lambda f: in_ms(1e3 * f.call.median),
+    "quartiles": lambda f: f"{in_ms(1e3 * f.call.low)}-{in_ms(1e3 * f.call.high)}",
+    "tokens/s": lambda f: f"{f.tokens_per_second:,.0f}",
+    "MB a step": lambda f: f"{f.step_bytes / 1e6:,.1f}",
+    "of bandwidth": lambda f: f"{f.of_bandwidth:.1%}",
+    "cache MiB": lambda f: f"{f.cache_bytes / 2**20:,.1f}",
+    "largest batch": lambda f: "-" if f.largest_batch is None or f.queries > 1 else f"{f.largest_batch:,}",
+}
+_LEFT = list(COLUMNS).index("variant")
 
 
 def table(results: Results) -> list[str]:
     """Aligned columns, a batch size, context and number of new tokens together; what was skipped has its line there."""
     rows = [((0, 0, 0), list(COLUMNS), "")]
-    rows += [((f.batch_size, f.context, f.queries), _cells(f), "") for f in results.figures]
+    rows += [((f.batch_size, f.context, f.queries), [of(f) for of in COLUMNS.values()], "") for f in results.figures]
     rows += [
         (
             (s.batch_size, s.context, s.queries),
@@ -125,28 +125,9 @@ def table(results: Results) -> list[str]:
     return [line + remark for line, (_, _, remark) in zip(lines, rows, strict=True)]
 
 
-def _cells(f: Figure) -> list[str]:
-    largest = "-" if f.largest_batch is None or f.queries > 1 else f"{f.largest_batch:,}"
-    return [
-        f"{f.batch_size:,}",
-        f"{f.context:,}",
-        f"{f.queries:,}",
-        f.row,
-        "-" if f.first_token is None else in_ms(1e3 * f.first_token.median),
-        in_ms(1e3 * f.call.median),
-        f"{in_ms(1e3 * f.call.low)}-{in_ms(1e3 * f.call.high)}",
-        f"{f.tokens_per_second:,.0f}",
-        f"{f.step_bytes / 1e6:,.1f}",
-        f"{f.of_bandwidth:.1%}",
-        f"{f.cache_bytes / 2**20:,.1f}",
-        largest,
-    ]
-
-
 def as_csv(figures: Sequence[Figure]) -> str:
     """One line a figure, unrounded, times in seconds."""
-    rows = [_flat(figure) for figure in figures]
-    return csv_text([list(rows[0]) if rows else ["row"], *(list(row.values()) for row in rows)])
+    return csv_text(table_of([_flat(figure) for figure in figures]) if figures else [["row"]])
 
 
 def _flat(figure: Figure) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from harness.evaluation.metric import METRICS
-from harness.files.text import csv_text, markdown, visible
+from harness.files.text import csv_text, markdown, table_of, visible
 from harness.report.document import Section, TextTable
 from harness.report.findings import Findings
-from harness.study.results import RunResult, StudyResults
+from harness.study.results import CIRCUMSTANCES, IDENTITY, SIZES, RunResult, StudyResults
 
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
@@ -66,17 +66,13 @@ def _fenced(code: str) -> list[str]:
 
 # --- CSV -------------------------------------------------------------------------------------------------------------
 
-_SIZES = ["parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens"]
-_CIRCUMSTANCES = ["tokens_per_second", "seconds", "kernel", "precision", "device", "torch", "commit"]
-_IDENTITY = ["setup_hash", "data_fingerprint"]
-
 
 def as_csv(results: StudyResults) -> str:
     """One row a run, unrounded, those that only the sweep has at the end."""
     counted = {run.folder for run in results.runs}
     rows = [_row(results, run, "study") for run in results.runs]
     rows += [_row(results, run, "sweep") for run in results.sweep if run.folder not in counted]
-    return csv_text([list(rows[0]), *(list(row.values()) for row in rows)])
+    return csv_text(table_of(rows))
 
 
 def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
@@ -90,10 +86,10 @@ def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
         "level": info["level"],
         "seed": run.seed,
         "learning_rate": run.lr,
-        **{key: summary[key] for key in _SIZES},
+        **{key: summary[key] for key in SIZES},
         "validation_loss": run.summary["loss"],
         "validation_bits_per_byte": run.summary["bits_per_byte"],
         **{f"test_{name}": metric.of(record) for name, metric in METRICS.items()},
         "test_tokens": record.get("evaluated_tokens"),
-        **{key: summary[key] for key in [*_CIRCUMSTANCES, *_IDENTITY]},
+        **{key: summary[key] for key in (*CIRCUMSTANCES, *IDENTITY)},
     }

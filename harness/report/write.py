@@ -125,32 +125,21 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
 # --- the tracker --------------------------------------------------------------------------------------------------------
 
 
-def table_of(results: StudyResults) -> tuple[list[str], list[list[Any]]]:
+def tracked_table(results: StudyResults) -> tuple[list[str], list[list[Any]]]:
     """The columns and a row for each evaluated run; of the metrics those that every one of them has."""
-    records = [record for run in results.runs if (record := run.evaluation()) is not None]
-    metrics = [metric for metric in METRICS.values() if all(metric.of(record) is not None for record in records)]
+    scored = [(run, record) for run in results.runs if (record := run.evaluation()) is not None]
+    metrics = [metric for metric in METRICS.values() if all(metric.of(record) is not None for _, record in scored)]
     rows: list[list[Any]] = []
-    for run in results.runs:
-        record = run.evaluation()
-        if record is not None:
-            rows.append(
-                [
-                    run.arm,
-                    run.seed,
-                    run.lr,
-                    run.summary["parameters"],
-                    run.summary["training_flops_per_token"],
-                    record["cache_bytes_per_token"],
-                    *(metric.of(record) for metric in metrics),
-                ]
-            )
+    for run, record in scored:
+        sizes = run.summary["parameters"], run.summary["training_flops_per_token"], record["cache_bytes_per_token"]
+        rows.append([run.arm, run.seed, run.lr, *sizes, *(metric.of(record) for metric in metrics)])
     return [*COLUMNS, *(metric.unit for metric in metrics)], rows
 
 
 def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> None:
     """Log what write_report has written to the folder. Does nothing for tracking=none."""
     page = folder / "report.html"
-    columns, rows = table_of(results)
+    columns, rows = tracked_table(results)
     unit = results.metric.unit if results.metric.unit in columns else BITS_PER_BYTE.unit
     log_study(
         tracking,

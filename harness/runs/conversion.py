@@ -33,6 +33,7 @@ from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import read_json
+from harness.files.text import table_of
 from harness.runs.folder import finished
 from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.initial import tokens_seen
@@ -517,29 +518,23 @@ def already_converted(target: Path, source: Path, trained: TrainedModel, options
     return True
 
 
-def stage_rows(stages: Sequence[Stage]) -> Iterator[list[str]]:
+def stage_rows(stages: Sequence[Stage]) -> list[list[str]]:
     """A table for people, its heading first."""
-    yield [
-        "stage",
-        "exact",
-        "cache bytes/token",
-        "largest logit error",
-        "mean",
-        "relative",
-        "KL, nats/token",
-        "validation perplexity",
-    ]
-    for stage in stages:
-        yield [
-            stage.stage,
-            "yes" if stage.exact else "",
-            f"{stage.cache_bytes_per_token:,}",
-            f"{stage.largest_logit_error:.2g}",
-            f"{stage.mean_logit_error:.2g}",
-            f"{stage.relative_logit_error:.1e}",
-            f"{stage.kl:.2e}",
-            f"{stage.perplexity:,.3f}",
+    return table_of(
+        [
+            {
+                "stage": stage.stage,
+                "exact": "yes" if stage.exact else "",
+                "cache bytes/token": f"{stage.cache_bytes_per_token:,}",
+                "largest logit error": f"{stage.largest_logit_error:.2g}",
+                "mean": f"{stage.mean_logit_error:.2g}",
+                "relative": f"{stage.relative_logit_error:.1e}",
+                "KL, nats/token": f"{stage.kl:.2e}",
+                "validation perplexity": f"{stage.perplexity:,.3f}",
+            }
+            for stage in stages
         ]
+    )
 
 
 def detail_lines(details: Mapping[str, Any]) -> Iterator[str]:

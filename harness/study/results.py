@@ -26,33 +26,12 @@ from harness.runs.records import (
     read_summary,
 )
 
-# What a report takes from the summary of every run.
-_NEEDED = (
-    "name",
-    "dataset",
-    "seed",
-    "data_seed",
-    "parameters",
-    "parameters_by_block",
-    "training_flops_per_token",
-    "cache_bytes_per_token",
-    "cache_dtype",
-    "cache_ratio_to_mha",
-    "tokens",
-    "loss",
-    "bits_per_byte",
-    "tokens_per_second",
-    "seconds",
-    "setup_hash",
-    "data_fingerprint",
-    "tokenizer_fingerprint",
-    "kernel",
-    "device",
-    "precision",
-    "compiled",
-    "torch",
-    "commit",
-)
+# What a report takes from the summary of every run, and as it stands into its CSV.
+SIZES = ("parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens")
+CIRCUMSTANCES = ("tokens_per_second", "seconds", "kernel", "precision", "device", "torch", "commit")
+IDENTITY = ("setup_hash", "data_fingerprint")
+_ORIGIN = ("name", "dataset", "seed", "data_seed", "tokenizer_fingerprint")
+_FIGURES = ("loss", "bits_per_byte", "parameters_by_block", "cache_dtype", "compiled")
 
 
 @dataclass(frozen=True)
@@ -68,23 +47,21 @@ class RunResult:
     evaluations: list[Evaluation]  # of a split and corpus last the one that stands for the run; "record": its file
     metrics: list[dict[str, Any]]  # lines of metrics.jsonl
 
-    def evaluation(self, split: str = "test", dataset: str | None = None) -> Evaluation | None:
-        """The one without a cache on that split, of the named corpus or of the run's own; None if there is none.
+    def evaluation(self) -> Evaluation | None:
+        """The one without a cache on the test split of the run's own corpus; None if there is none.
 
         Of several the one that harness/runs/evaluations.py chooses for the whole study.
         """
         found = [
             record
             for record in self.evaluations
-            if record["split"] == split
-            and not record.get("through_cache")
-            and record["dataset"] == (dataset or self.summary["dataset"])
+            if (record["split"], record["dataset"]) == ("test", self.summary["dataset"]) and not record.get("through_cache")
         ]
         return found[-1] if found else None
 
-    def segments(self, split: str = "test") -> Segments | None:
-        """tokens, nats and bytes of each segment of the split's plain evaluation, for the bootstrap."""
-        record = self.evaluation(split)
+    def segments(self) -> Segments | None:
+        """nats and bytes of each segment of that evaluation, for the bootstrap."""
+        record = self.evaluation()
         return None if record is None else read_segments(self.folder, record["record"])
 
 
@@ -141,7 +118,7 @@ def _scored_alike(runs: list[RunResult]) -> list[RunResult]:
 
 def _read_run(folder: Path, spec: SpecRecord) -> RunResult:
     run = folder / spec["name"]
-    summary = read_summary(run, *_NEEDED)
+    summary = read_summary(run, *_ORIGIN, *_FIGURES, *SIZES, *CIRCUMSTANCES, *IDENTITY)
     if summary["seed"] != spec["seed"]:
         raise UserError(
             f"{run} is a run of seed {summary['seed']}, in this study's record of seed {spec['seed']}: move it away, and run "
