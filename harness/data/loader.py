@@ -8,7 +8,8 @@ at once, so nothing is stored, shuffled or skipped when a run continues.
 from __future__ import annotations
 
 import collections
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +21,7 @@ from harness.errors import UserError
 
 _ROUNDS = 8
 _PREFETCH = 4  # batches
+_TOGETHER = 64  # batches whose windows are worked out at once: alone they cost as much as a small model's step on a GPU
 
 
 class WindowLoader:
@@ -49,10 +51,14 @@ class WindowLoader:
 
     def windows(self, step: int) -> NDArray[np.int64]:
         """The windows of this process in the batch of `step` (from 0): (batch_size // world_size,)."""
+        return self._windows(step, 1)[0]
+
+    def _windows(self, first: int, steps: int) -> NDArray[np.int64]:
+        """Those of `steps` batches from `first` on, a row each."""
         share = self.batch_size // self.world_size
-        first = step * self.batch_size + self.rank * share
-        epochs, positions = np.divmod(np.arange(first, first + share), self.windows_per_epoch)
-        windows = np.empty(share, dtype=np.int64)
+        begins = np.arange(first, first + steps)[:, None] * self.batch_size + self.rank * share
+        epochs, positions = np.divmod(begins + np.arange(share), self.windows_per_epoch)
+        windows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             windows[here] = permute(positions[here], self.windows_per_epoch, (self.data_seed, int(epoch)))
@@ -60,7 +66,10 @@ class WindowLoader:
 
     def batch(self, step: int) -> torch.Tensor:
         """int64 (batch_size // world_size, max_seq_len + 1): inputs are [:, :-1], targets [:, 1:]."""
-        starts = self.windows(step) * self.max_seq_len
+        return self._batch(self.windows(step))
+
+    def _batch(self, windows: NDArray[np.int64]) -> torch.Tensor:
+        starts = windows * self.max_seq_len
         return torch.from_numpy(self.tokens[starts[:, None] + np.arange(self.max_seq_len + 1)].astype(np.int64))
 
     def iterate(self, start_step: int, *, device: torch.device | str) -> Generator[torch.Tensor, None, None]:
@@ -70,18 +79,19 @@ class WindowLoader:
         """
         device = torch.device(device)
 
-        def read(step: int) -> torch.Tensor:
-            batch = self.batch(step)
-            return batch.pin_memory() if device.type == "cuda" else batch
+        def read() -> Iterator[torch.Tensor]:
+            for first in itertools.count(start_step, _TOGETHER):
+                for windows in self._windows(first, _TOGETHER):
+                    batch = self._batch(windows)
+                    yield batch.pin_memory() if device.type == "cuda" else batch
 
+        batches = read()
         reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="window-loader")
         try:
             ahead: collections.deque[Future[torch.Tensor]] = collections.deque()
-            step = start_step
             while True:
                 while len(ahead) < _PREFETCH:
-                    ahead.append(reader.submit(read, step))
-                    step += 1
+                    ahead.append(reader.submit(next, batches))
                 yield ahead.popleft().result().to(device, non_blocking=True)
         finally:
             reader.shutdown(wait=True, cancel_futures=True)

@@ -84,10 +84,12 @@ def test_the_order_never_changes_between_versions() -> None:
     assert loader().windows(10**9).tolist() == [240, 123, 35, 143, 212, 245, 175, 23]
 
 
-def test_reading_ahead_changes_nothing() -> None:
-    batches = loader().iterate(5, device="cpu")
-    for step in range(5, 15):
-        assert torch.equal(next(batches), loader().batch(step))
+@pytest.mark.parametrize("share", [{}, {"rank": 1, "world_size": 2}])
+def test_reading_ahead_changes_nothing(share: dict[str, int]) -> None:
+    """Nor does working out the windows of many steps at once, over the ends of epochs and of such blocks."""
+    batches = loader(**share).iterate(5, device="cpu")
+    for step in range(5, 150):
+        assert torch.equal(next(batches), loader(**share).batch(step))
     batches.close()
 
 
