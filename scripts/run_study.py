@@ -115,27 +115,19 @@ def main(arguments: list[str]) -> int:
 @contextlib.contextmanager
 def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
     """Stopped by a signal, the command leaves with the line that goes on with it, as it was typed."""
+    from harness.study.runner import leaving_on
 
-    def stop(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup asks for
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        with contextlib.suppress(OSError):  # of a terminal that was closed
-            print(
-                "stopped: what is finished is kept, what was under way goes on from its last checkpoint; continue with\n"
-                f"  {pasteable(__file__, arguments)}",
-                flush=True,
-            )
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with leaving_on(signal.SIGTERM, signal.SIGHUP):
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(
+                    "stopped: what is finished is kept, what was under way goes on from its last checkpoint; continue with\n"
+                    f"  {pasteable(__file__, arguments)}",
+                    flush=True,
+                )
+            raise
 
 
 def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overrides: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -287,9 +287,14 @@ class Findings:
     def curve_unit(self) -> str:
         return "nats per token" if self._curve_key == "val/loss" else "bits per byte"
 
+    def _of_seeds(self, curve: Callable[[RunResult], dict[float, float]]) -> CurvesOfSeeds:
+        """Of the arms all of whose seeds have it."""
+        found = {arm.name: [curve(run) for run in arm.runs] for arm in self.done}
+        return {arm: of_seeds for arm, of_seeds in found.items() if all(of_seeds)}
+
     @cached_property
     def _curves(self) -> CurvesOfSeeds:
-        return {arm.name: [_curve(run, self._curve_key) for run in arm.runs] for arm in self.done}
+        return self._of_seeds(lambda run: _curve(run, self._curve_key))
 
     @cached_property
     def curves(self) -> Curves:
@@ -301,16 +306,7 @@ class Findings:
 
     @cached_property
     def _positions(self) -> CurvesOfSeeds:
-        """A bin of contexts stands at its geometric middle. Arms in which one seed lacks the figures are left out."""
-        found = {}
-        for arm in self.done:
-            records = [tested(run) for run in arm.runs]
-            if all(record.get("loss_by_position") for record in records):
-                found[arm.name] = [
-                    {math.sqrt(low * high): loss for low, high, loss in record["loss_by_position"] if loss is not None}
-                    for record in records
-                ]
-        return found
+        return self._of_seeds(_loss_by_position)
 
     @cached_property
     def positions(self) -> Curves:
@@ -323,17 +319,8 @@ class Findings:
 
     @cached_property
     def beyond(self) -> Curves:
-        """Loss on the same targets by context, from half the training length on, binned and left out likewise."""
-        found: CurvesOfSeeds = {}
-        for arm in self.done:
-            extras = [(tested(run).get("extras") or {}).get("beyond") for run in arm.runs]
-            if all(extras):
-                found[arm.name] = [
-                    {math.sqrt(entry["low"] * entry["high"]): entry["loss"] for entry in extra["bins"]}
-                    for extra in extras
-                    if extra
-                ]
-        return _means(found)
+        """Loss on the same targets by context, from half the training length on."""
+        return _means(self._of_seeds(_loss_beyond))
 
     @property
     def training_length(self) -> int | None:
@@ -345,11 +332,8 @@ class Findings:
         """Differences from the baseline's curve of the same seed."""
         if self.baseline is None or self.baseline not in curves:
             return {}
-        by_seed = {
-            arm.name: dict(zip([run.seed for run in arm.runs], curves[arm.name], strict=True))
-            for arm in self.done
-            if arm.name in curves
-        }
+        seeds = {arm.name: [run.seed for run in arm.runs] for arm in self.done}
+        by_seed = {arm: dict(zip(seeds[arm], of_seeds, strict=True)) for arm, of_seeds in curves.items()}
         reference = by_seed.pop(self.baseline)
         gaps = {}
         for arm, of_seeds in by_seed.items():
@@ -485,6 +469,18 @@ def _curve(run: RunResult, key: str) -> dict[float, float]:
     """tokens -> value; those that the weights had seen before count too."""
     before = run.summary.get("initial_tokens", 0)
     return {float(line["tokens"] + before): float(line[key]) for line in run.metrics if line.get(key) is not None}
+
+
+def _loss_by_position(run: RunResult) -> dict[float, float]:
+    """Context tokens -> test loss; a bin of contexts stands at its geometric middle. Nothing where it was not measured."""
+    bins = tested(run).get("loss_by_position") or []
+    return {math.sqrt(low * high): loss for low, high, loss in bins if loss is not None}
+
+
+def _loss_beyond(run: RunResult) -> dict[float, float]:
+    """The same of contexts up to beyond the training length."""
+    bins = ((tested(run).get("extras") or {}).get("beyond") or {"bins": []})["bins"]
+    return {math.sqrt(entry["low"] * entry["high"]): entry["loss"] for entry in bins}
 
 
 def _over_seeds(curves: Sequence[Mapping[float, float]]) -> list[CurvePoint]:

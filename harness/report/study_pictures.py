@@ -166,6 +166,15 @@ def _lines(findings: Findings, curves: Curves, unit: str, place: str, *, dotted:
     return series
 
 
+def _minus_baseline(findings: Findings, plot: Plot, gaps: list[Series], unit: str) -> list[tuple[str, Plot]]:
+    """A panel like that plot, of differences from the baseline."""
+    if not gaps or findings.baseline is None:
+        return []
+    label, level = f"difference from {findings.baseline}, {unit}", (0.0, findings.baseline)
+    panel = replace(plot, y_label=label, series=gaps, level=level, above=None)
+    return [(f"minus {findings.baseline} of the same seed", panel)]
+
+
 def curves(findings: Findings) -> Picture | None:
     """Validation loss along the training, and its difference from the baseline's."""
     unit = findings.curve_unit
@@ -178,11 +187,7 @@ def curves(findings: Findings) -> Picture | None:
     above = max(late, default=None)
     plot = Plot("training tokens", f"validation loss, {unit}", series, lines=True, above=above)
     panels = [("validation loss", plot)]
-    gaps = _lines(findings, findings.curve_gaps, unit, "tokens", dotted=False)
-    if gaps:
-        level = (0.0, findings.baseline or "")
-        plot = Plot("training tokens", f"difference from {findings.baseline}, {unit}", gaps, lines=True, level=level)
-        panels.append((f"minus {findings.baseline} of the same seed", plot))
+    panels += _minus_baseline(findings, plot, _lines(findings, findings.curve_gaps, unit, "tokens", dotted=False), unit)
     cut = " What lies above the losses of the last nine tenths is cut off." if above is not None else ""
     several = any(point.n > 1 for points in findings.curves.values() for point in points)
     bands = "Lines: means over seeds; bands: from the lowest seed to the highest." if several else "One seed each."
@@ -198,9 +203,7 @@ def positions(findings: Findings) -> Picture | None:
     )
     base = Plot("context, tokens (log scale)", f"test loss, {unit}", within, x_log=True, x_ticks=OCTAVES, lines=True)
     panels = [("within the training length", base)] if within else []
-    if gaps:
-        label, level = f"difference from {findings.baseline}, {unit}", (0.0, findings.baseline or "")
-        panels.append((f"minus {findings.baseline} of the same seed", replace(base, y_label=label, series=gaps, level=level)))
+    panels += _minus_baseline(findings, base, gaps, unit)
     if beyond:
         length = findings.training_length
         rules = [(float(length), "training length")] if length else []

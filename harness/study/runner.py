@@ -173,17 +173,27 @@ def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[by
 
 
 @contextlib.contextmanager
-def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[None]:
-    """SIGTERM leaves as SIGINT does, by an exception; whatever ends the block, no child outlives it."""
+def leaving_on(*signals: signal.Signals) -> Iterator[None]:
+    """They leave as SIGINT does, by an exception. One that is ignored, as nohup asks for, stays so."""
 
-    def stop(number: int, _: object) -> None:
+    def leave(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, leave) for number in signals if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[None]:
+    """Whatever ends the block, no child outlives it."""
+    try:
+        with leaving_on(signal.SIGTERM):
+            yield
+    finally:
         for process in running:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
