@@ -38,7 +38,7 @@ from harness.files.untrusted import Count, Positive
 if TYPE_CHECKING:
     import torch
 
-    from harness.decode.speed import Figure
+    from harness.decode.speed import Figure, Results
     from harness.decode.subjects import Cell, Plan, Subject, Writer
 
 
@@ -102,10 +102,8 @@ def main(arguments: list[str]) -> int:
     configs, vocab_size = configurations(options, overrides, arguments)
 
     import torch
-    from tqdm import tqdm
 
-    from harness.decode.speed import machine_name, measure, swept_bytes
-    from harness.decode.subjects import plan_cells
+    from harness.decode.speed import machine_name, swept_bytes
     from harness.report import decode as decode_report
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
@@ -115,16 +113,7 @@ def main(arguments: list[str]) -> int:
     seed_everything(options.seed)
     notes: list[str] = []
     subjects = make_subjects(configs, vocab_size, options, plan, notes)
-    cells = plan_cells(subjects, plan)
-    turns = sum(len(group) for cell in cells for group in cell.groups) * plan.rounds
-    with tqdm(total=turns, unit="reading", disable=None) as bar:
-
-        def progress(cell: Cell, subjects: int) -> None:
-            bar.set_description(f"batch {cell.batch_size}, context {cell.context:,}", refresh=False)
-            bar.update(subjects)
-
-        results = measure(cells, plan, progress=progress)
-
+    results = timed(subjects, plan)
     machine = machine_name(plan.device)
     heading = title(options, overrides, configs, plan, machine)
     limits = {subject.name: subject.part.attentions[0].absorbs_up_to for subject in subjects if len(subject.paths) > 1}
@@ -158,6 +147,24 @@ def main(arguments: list[str]) -> int:
     counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
     print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
     return 0
+
+
+def timed(subjects: list[Subject], plan: Plan) -> Results:
+    """Every subject at every place of the plan, under a bar of readings."""
+    from tqdm import tqdm
+
+    from harness.decode.speed import measure
+    from harness.decode.subjects import plan_cells
+
+    cells = plan_cells(subjects, plan)
+    turns = sum(len(group) for cell in cells for group in cell.groups) * plan.rounds
+    with tqdm(total=turns, unit="reading", disable=None) as bar:
+
+        def progress(cell: Cell, subjects: int) -> None:
+            bar.set_description(f"batch {cell.batch_size}, context {cell.context:,}", refresh=False)
+            bar.update(subjects)
+
+        return measure(cells, plan, progress=progress)
 
 
 def write(out: Path, record: dict[str, Any], figures: list[Figure], heading: str) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.attend import attend
 
@@ -60,15 +61,9 @@ class GroupedQueryAttention(nn.Module):
         rope_scaling: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
-                f"{[g for g in range(1, n_heads + 1) if n_heads % g == 0]}"
-            )
-        if positions not in ("rope", "learned", "none", "decoupled"):
-            raise ValueError(f"positions={positions} is unknown here; choose rope, learned, none or decoupled")
-        if projection_bias not in ("model", "qkv", "all"):
-            raise ValueError(f"projection_bias={projection_bias} is unknown here; choose model, qkv or all")
+        check_heads(n_heads, n_kv_heads)
+        check_choice("positions", positions, ("rope", "learned", "none", "decoupled"))
+        check_choice("projection_bias", projection_bias, ("model", "qkv", "all"))
         if rope_scaling is not None and positions not in ("rope", "decoupled"):
             raise ValueError(f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out")
         if head_dim < 1 or v_head_dim < 1:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
+from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode
@@ -96,14 +97,14 @@ class MultiheadLatentAttention(nn.Module):
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
-        _check_choice("positions", positions, ("decoupled", "learned", "none", "rope_after_up"))
-        _check_choice("latent", latent, ("learned", "frozen", "slice"))
-        _check_choice("kv_latent", kv_latent, ("joint", "split"))
-        _check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
-        _check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
-        _check_choice("sharing", sharing, ("none", "weights", "latent"))
-        _check_choice("projection_bias", projection_bias, ("model", "all"))
-        _check_choice("rope_frequencies", rope_frequencies, ("computed", "stored"))
+        check_choice("positions", positions, ("decoupled", "learned", "none", "rope_after_up"))
+        check_choice("latent", latent, ("learned", "frozen", "slice"))
+        check_choice("kv_latent", kv_latent, ("joint", "split"))
+        check_choice("latent_norm", latent_norm, ("rms", "layer", "none"))
+        check_choice("latent_norm_place", latent_norm_place, ("latent", "up_projected"))
+        check_choice("sharing", sharing, ("none", "weights", "latent"))
+        check_choice("projection_bias", projection_bias, ("model", "all"))
+        check_choice("rope_frequencies", rope_frequencies, ("computed", "stored"))
         if rope_scaling is not None and (rope_frequencies == "stored" or positions in ("learned", "none")):
             raise ValueError(
                 f"rope_scaling changes computed frequencies, which rope_frequencies={rope_frequencies} with "
@@ -124,11 +125,7 @@ class MultiheadLatentAttention(nn.Module):
                 f"latent={latent} has no learned down-projection, which fused_down_projections=true and sharing=weights "
                 f"are about: set fused_down_projections=false and sharing=none"
             )
-        if n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(
-                f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of "
-                f"{[g for g in range(1, n_heads + 1) if n_heads % g == 0]}"
-            )
+        check_heads(n_heads, n_kv_heads)
         if (positions == "decoupled") != (P > 0) or P < 0:
             raise ValueError(
                 f"positions={positions} does not go with qk_rope_head_dim={P}: the rotated part is wider than 0 "
@@ -467,8 +464,3 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
         x = norm(x.to(norm.weight.dtype))
     return x
-
-
-def _check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{field}={value} is unknown here; choose {', '.join(choices[:-1])} or {choices[-1]}")

@@ -1,0 +1,15 @@
+"""What more than one mechanism refuses: ValueErrors with the number, or the word, and what to choose instead."""
+
+from __future__ import annotations
+
+
+def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field}={value} is unknown here; choose {', '.join(choices[:-1])} or {choices[-1]}")
+
+
+def check_heads(n_heads: int, n_kv_heads: int) -> None:
+    """Query heads share key/value heads in groups of one size."""
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        possible = [groups for groups in range(1, n_heads + 1) if n_heads % groups == 0]
+        raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of {possible}")
