@@ -27,7 +27,9 @@ class CudaGraphs:
         generator = torch.cuda.default_generators[index]
         before = generator.clone_state()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            # Of this thread alone: another one, which pins the next batches, may allocate meanwhile.
+            alone = "thread_local"
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool, capture_error_mode=alone):
                 launch()
         except RuntimeError:  # a capture that breaks off leaves the generator in its middle
             generator.graphsafe_set_state(before)
