@@ -147,7 +147,7 @@ def run_all(
                 free.append(slot)
                 error = None
                 if process.returncode or not is_done(plan, spec):
-                    error = _last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
+                    error = last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
                     failures.append({"run": spec.name, "error": error})
                 progress.ended(spec, error, time.monotonic() - started)
             progress.update([spec for spec, _, _ in running.values()])
@@ -206,11 +206,13 @@ def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[N
                 process.wait()
 
 
-def _last_words(log: Path, status: int) -> str:
-    """The error's sentence in a run's log, else its last line."""
+def last_words(log: Path, status: int) -> str:
+    """The error's sentence in a run's log, else the first line of what was raised last, else the last line."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    words = errors[-1] if errors else lines[-1] if lines else "it said nothing"
+    traces = [number for number, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    raised = [line for line in lines[traces[-1] + 1 :] if not line[0].isspace()] if traces else []
+    words = [*errors[-1:], *raised[:1], *lines[-1:], "it said nothing"][0]
     return f"{words} (status {status}; {log})"
 
 

@@ -21,7 +21,7 @@ from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
 from harness.study.results import load_results
-from harness.study.runner import Slot, is_done, run_all, slots, tuned
+from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
 from scripts import run_study
 from tests.support.micro import Workplace, summary_of
 
@@ -291,3 +291,24 @@ def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_fi
     assert {run.arm for run in results.runs} == {"mha", "gqa", "mqa", "mla"}
     assert results.missing == 0
     assert all(run.evaluation() is not None for run in results.runs)
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("started\nerror: no such text: give one\n", "no such text: give one"),
+        (
+            'Traceback (most recent call last):\n  File "a.py", line 1\nKeyError: 1\n\nDuring handling:\n'
+            'Traceback (most recent call last):\n  File "b.py", line 2\n    fail()\nRuntimeError: CUDA error: busy\nSearch for it\n\n'
+            "Compile with this option to learn more\n",
+            "RuntimeError: CUDA error: busy",
+        ),
+        ("Traceback (most recent call last):\n  File", "  File"),
+        ("step 3\nKilled\n\n", "Killed"),
+        ("\n", "it said nothing"),
+    ],
+)
+def test_of_a_failed_run_the_sentence_that_says_why_is_shown(tmp_path: Path, log: str, words: str) -> None:
+    file = tmp_path / "run.log"
+    file.write_text(log)
+    assert last_words(file, 1) == f"{words} (status 1; {file})"
