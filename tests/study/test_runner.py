@@ -299,8 +299,8 @@ def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_fi
         ("started\nerror: no such text: give one\n", "no such text: give one"),
         (
             'Traceback (most recent call last):\n  File "a.py", line 1\nKeyError: 1\n\nDuring handling:\n'
-            'Traceback (most recent call last):\n  File "b.py", line 2\n    fail()\nRuntimeError: CUDA error: busy\nSearch for it\n\n'
-            "Compile with this option to learn more\n",
+            'Traceback (most recent call last):\n  File "b.py", line 2\n    fail()\nRuntimeError: CUDA error: busy\n'
+            "Search for it\n\nCompile with this option to learn more\n",
             "RuntimeError: CUDA error: busy",
         ),
         ("Traceback (most recent call last):\n  File", "  File"),
