@@ -64,7 +64,9 @@ class DecodeOptions:
         Literal["auto", "expand", "absorbed", "both"],
         "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
     ] = "both"
-    kernel: Annotated[Literal["torch", "triton"], "torch or triton: what computes the absorbed path"] = "torch"
+    kernel: Annotated[
+        Literal["auto", "torch", "triton"], "what computes the absorbed path; auto: triton on CUDA, else torch"
+    ] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"

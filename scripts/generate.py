@@ -26,7 +26,7 @@ from harness.errors import UserError, tell
 class AttentionOptions:
     backend: Annotated[str, "the attention kernel"] = "auto"
     decode: Annotated[str, "auto, expand or absorbed: how latents are read back from a cache"] = "auto"
-    kernel: Annotated[str, "torch or triton: what computes the absorbed path"] = "torch"
+    kernel: Annotated[str, "auto, torch or triton: what computes the absorbed path"] = "auto"
 
 
 @dataclass
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
         first = list(itertools.islice(stream, 2))  # whatever cannot be done is found out by then
     except ValueError as error:
         raise UserError(str(error)) from None
-    tell(f"{run.name}: {decode_path(trained.model)}")
+    tell(f"{run.name}: {decode_path(trained.model, window=options.cache.window)}")
     print(options.prompt, end="", flush=True)
     shown = ""
     written: list[int] = []

@@ -140,7 +140,7 @@ class Subject:
     part: Part
     paths: tuple[str, ...]  # values of attention.decode, a row of the table each
     whole: Footprint
-    kernel: str = "torch"  # of the absorbed path
+    kernel: str = "auto"  # of the absorbed path
     prefills: bool = True  # False: a peer that differs in its steps alone
     writer: Writer | None = None
 

@@ -134,16 +134,18 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
     return backend
 
 
-def decode_path(model: GPT, new_tokens: int | None = None) -> str:
+def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None = None) -> str:
     """How calls through the cache are computed, in words; with new_tokens, a call of so many tokens a row."""
     first = model.attentions[0]
     if first.decode_paths == ("auto",):
         return "keys and values as they are cached"
+    with torch.no_grad():
+        kernel = first.kernel_for(torch.bfloat16, model.embedding.weight.device, window)
     if new_tokens is not None:  # other kernels than torch's compute one new token alone
-        kernel = first.kernel if new_tokens == 1 else "torch"
+        kernel = kernel if new_tokens == 1 else "torch"
         return f"absorbed ({kernel} kernel)" if first.absorbs(new_tokens) else "expanded"
-    for_more = "" if first.kernel == "torch" else " for one new token, torch for more"
-    absorbed = f"absorbed ({first.kernel} kernel{for_more})"
+    for_more = "" if kernel == "torch" else " for one new token, torch for more"
+    absorbed = f"absorbed ({kernel} kernel{for_more})"
     if first.decode == "auto" and first.absorbs(1) and first.absorbs_up_to < model.max_seq_len:
         return f"{absorbed} up to {first.absorbs_up_to:,} new tokens a call, expanded above"
     return absorbed if first.absorbs(1) else "expanded"

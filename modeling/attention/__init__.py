@@ -79,8 +79,8 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 # How attention is computed, not what it is: no constructor takes these, `set_execution` may change them at any time.
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
-#   kernel   torch | triton: what computes the absorbed path of one new token (modeling/kernels/latent_decode.py)
-EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "torch"}
+#   kernel   auto | torch | triton: what computes the absorbed path of one new token (modeling/kernels/latent_decode.py)
+EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
 def build_attentions(mechanism: str, options: Mapping[str, Any], n_layers: int, **owned: Any) -> list[Any]:
@@ -117,11 +117,11 @@ def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> 
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
             f"{' or '.join(paths)}"
         )
-    if kernel != "torch" and ("absorbed" not in paths or decode == "expand"):
+    if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
         raise ValueError(
             f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
         )
-    if kernel != "torch" and len(getattr(attention, "latent_widths", ())) > 1:
+    if kernel not in ("auto", "torch") and len(getattr(attention, "latent_widths", ())) > 1:
         raise ValueError(
             f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
         )

@@ -354,7 +354,7 @@ def sixteen_bits_of(attention: Attention) -> tuple[str, ...]:
 
 def check_window(kernel: str, window: int | None) -> None:
     """Raises ValueError for a window that the decode kernel cannot read."""
-    if window is not None and kernel != "torch":
+    if window is not None and kernel not in ("auto", "torch"):
         raise ValueError(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
 
 

@@ -76,7 +76,7 @@ class GroupedQueryAttention(nn.Module):
         self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
         self.positions, self.causal, self.dropout = positions, causal, dropout
-        self.backend, self.decode, self.kernel = "auto", "auto", "torch"
+        self.backend, self.decode, self.kernel = "auto", "auto", "auto"
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
         self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()

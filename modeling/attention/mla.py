@@ -38,7 +38,7 @@ from modeling.attention.cache import Cache, Placement, check_window, place_witho
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
-from modeling.kernels.latent_decode import latent_attend, latent_decode
+from modeling.kernels.latent_decode import latent_attend, latent_decode, select_kernel
 
 MANY = 2**31 - 1  # queries
 
@@ -157,7 +157,7 @@ class MultiheadLatentAttention(nn.Module):
         self.q_lora_rank, self.kv_lora_rank = R, L
         self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.qk_width = N, P, V, N + P
         self.positions, self.causal, self.dropout = positions, causal, dropout
-        self.backend, self.decode, self.kernel = "auto", "auto", "torch"
+        self.backend, self.decode, self.kernel = "auto", "auto", "auto"
         self.latent, self.sharing, self.follows = latent, sharing, False
         # Of the heads as they are compared, never of the latent.
         self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
@@ -332,6 +332,17 @@ class MultiheadLatentAttention(nn.Module):
             return plain and new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
         return self.decode == "absorbed"
 
+    def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
+        """What computes the absorbed path of one new token, from latents of this dtype as they are read."""
+        return select_kernel(
+            self.kernel,
+            device=device,
+            dtype=dtype,
+            latent_widths=self.latent_widths,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            window=window,
+        )
+
     def _attend_expanded(
         self,
         q_nope_BTHN: Tensor,
@@ -392,8 +403,9 @@ class MultiheadLatentAttention(nn.Module):
         G, share, dtype = self.n_kv_heads, self.latent_widths[0], q_nope_BTHN.dtype
         up_GNL = self.k_up_proj.weight.view(G, N, share)
         q_latent_BTHL = torch.einsum("btghn,gnl->btghl", q_nope_BTHN.view(B, T, G, H // G, N), up_GNL).flatten(2, 3)
-        if T == 1 and self.kernel != "torch" and not want_weights:
-            check_window(self.kernel, cache.window)
+        kernel = "torch" if T > 1 or want_weights else self.kernel_for(latent_BSL.dtype, latent_BSL.device, cache.window)
+        if kernel != "torch":
+            check_window(kernel, cache.window)
             lengths_B = cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1
             kept = latent_BSL.dtype
             out_BHL = latent_decode(
@@ -403,7 +415,7 @@ class MultiheadLatentAttention(nn.Module):
                 None if k_rope_BSP is None else k_rope_BSP.to(kept),
                 lengths_B,
                 scale=self.scale,
-                kernel=self.kernel,
+                kernel=kernel,
             )
             out_BTHL, weights_BHTS = out_BHL.unsqueeze(1), None
         else:

@@ -11,13 +11,17 @@ when chosen). Letters: B batch, T queries, S slots of the cache, H query heads, 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-KERNELS = ("torch", "triton")
+KERNELS = ("auto", "torch", "triton")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST_LATENT, WIDEST_ROTATED = 512, 64  # that the Triton kernel has a tile for
 
 
 def latent_decode(
@@ -104,7 +108,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def check_kernel(name: str, device: torch.device | str) -> None:
     """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
     if name not in KERNELS:
-        raise ValueError(f"attention.kernel={name} is unknown; choose {' or '.join(KERNELS)}")
+        raise ValueError(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
     if name != "triton":
         return
     if importlib.util.find_spec("triton") is None:
@@ -122,8 +126,42 @@ def check_kernel(name: str, device: torch.device | str) -> None:
 
 def check_widths(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
     """Raise ValueError if the Triton kernel has no tile for a latent and a rotated key of these widths."""
-    if not (1 <= kv_lora_rank <= 512 and 0 <= qk_rope_head_dim <= 64):
+    if not (1 <= kv_lora_rank <= WIDEST_LATENT and 0 <= qk_rope_head_dim <= WIDEST_ROTATED):
         raise ValueError(
-            f"attention.kernel=triton takes kv_lora_rank up to 512 and qk_rope_head_dim up to 64, not {kv_lora_rank} and "
-            f"{qk_rope_head_dim}; take attention.kernel=torch"
+            f"attention.kernel=triton takes kv_lora_rank up to {WIDEST_LATENT} and qk_rope_head_dim up to {WIDEST_ROTATED}, "
+            f"not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
         )
+
+
+def select_kernel(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    latent_widths: Sequence[int],
+    qk_rope_head_dim: int,
+    window: int | None = None,
+) -> str:
+    """auto is triton where that can compute a call of one new token, and torch elsewhere; another name stays.
+
+    dtype: of the cached latents as they are read. A gradient is possible in torch alone.
+    """
+    if name != "auto":
+        return name
+    fits = (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and _has_triton()
+        and dtype in TRITON_DTYPES
+        and window is None
+        and len(latent_widths) == 1
+        and latent_widths[0] <= WIDEST_LATENT
+        and qk_rope_head_dim <= WIDEST_ROTATED
+        and not torch.is_grad_enabled()
+    )
+    return "triton" if fits else "torch"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

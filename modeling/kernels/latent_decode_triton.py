@@ -25,9 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.kernels.latent_decode import check_widths
+from modeling.kernels.latent_decode import TRITON_DTYPES, check_widths
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SPLITS = 128  # the joining kernel reads them one after another
 SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
 
@@ -386,7 +385,7 @@ def latent_decode_triton(
     dtype = latent_BSL.dtype
     assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
     check_widths(latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
-    if dtype not in DTYPES:
+    if dtype not in TRITON_DTYPES:
         raise ValueError(
             f"attention.kernel=triton computes in bfloat16, float16 or float32, not in {dtype}; take attention.kernel=torch"
         )

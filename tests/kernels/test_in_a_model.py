@@ -132,5 +132,25 @@ def test_a_limit_that_no_call_reaches_is_not_said() -> None:
     assert decode_path(model) == "absorbed (torch kernel)"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@torch.inference_mode()
+def test_on_a_gpu_auto_decodes_with_triton_and_a_window_with_torch(cache_dtype: torch.dtype) -> None:
+    model = gpt_from(["attention=mla"], n_layers=2).eval().to("cuda")
+    tokens_BT = torch.randint(50, (2, 12), device="cuda")
+
+    def logits(kernel: str, window: int | None = None) -> Tensor:
+        model.set_execution(decode="absorbed", kernel=kernel)
+        cache = model.new_cache(2, 64, dtype=cache_dtype, device="cuda", window=window)
+        return torch.cat([model(tokens_BT[:, t : t + 1], cache) for t in range(12)], dim=1)
+
+    auto = logits("auto")
+    assert torch.equal(auto, logits("triton")) and not torch.equal(auto, logits("torch"))
+    torch.testing.assert_close(auto, logits("torch"), rtol=1e-2, atol=1e-2)
+    assert torch.equal(logits("auto", window=4), logits("torch", window=4))
+    model.set_execution(decode="auto", kernel="auto")
+    assert decode_path(model, 1) == "absorbed (triton kernel)" and decode_path(model, 1, window=4) == "absorbed (torch kernel)"
+
+
 if __name__ == "__main__":
     print(json.dumps(texts()))

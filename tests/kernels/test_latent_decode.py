@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling.kernels.latent_decode import KERNELS, check_kernel, check_widths, latent_decode
+from modeling.kernels.latent_decode import (
+    KERNELS,
+    WIDEST_LATENT,
+    WIDEST_ROTATED,
+    check_kernel,
+    check_widths,
+    latent_decode,
+    select_kernel,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -280,8 +288,48 @@ def test_the_torch_reference_copies_neither_cache() -> None:
 
 
 def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"attention\.kernel=cuda is unknown; choose torch or triton"):
+    with pytest.raises(ValueError, match=r"attention\.kernel=cuda is unknown; choose auto, torch or triton"):
         check_kernel("cuda", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "chosen"),
+    [
+        ({}, "triton"),
+        ({"dtype": torch.float32}, "triton"),
+        ({"name": "torch"}, "torch"),
+        ({"name": "triton", "device": torch.device("cpu")}, "triton"),  # which check_kernel refuses in a sentence
+        ({"device": torch.device("cpu")}, "torch"),
+        ({"device": torch.device("mps")}, "torch"),
+        ({"dtype": torch.float64}, "torch"),
+        ({"window": 16}, "torch"),
+        ({"latent_widths": (64, 64)}, "torch"),
+        ({"latent_widths": (WIDEST_LATENT + 1,)}, "torch"),
+        ({"qk_rope_head_dim": WIDEST_ROTATED + 2}, "torch"),
+    ],
+)
+def test_auto_takes_the_triton_kernel_where_that_can_compute_the_call(
+    change: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    call: dict[str, Any] = {
+        "name": "auto",
+        "device": torch.device("cuda"),
+        "dtype": torch.bfloat16,
+        "latent_widths": (512,),
+        "qk_rope_head_dim": 64,
+    }
+    with torch.no_grad():
+        assert select_kernel(**(call | change)) == chosen
+    assert select_kernel(**(call | {"name": "auto"} | change)) == (chosen if "name" in change else "torch")  # a gradient
+    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: False)
+    with torch.no_grad():
+        assert select_kernel(**call) == "torch"
+    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with torch.no_grad():
+        assert select_kernel(**call) == "torch"
 
 
 def test_torch_runs_everywhere() -> None:
