@@ -39,6 +39,7 @@ from harness.entry.cli import parse_options, pasteable, run_script
 from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.files.text import aligned, duration, visible
+from harness.files.untrusted import Positive
 from harness.runs.folder import finished, lock_run
 from harness.runs.records import DECODE_FILE, STUDY_FILE, FailureRecord, SpecRecord, read_decode_times, read_study
 from harness.tracking import check_tracking
@@ -63,11 +64,22 @@ class StudyOptions:
     ] = None
     arms: Annotated[str | None, "some of the arms, separated by commas"] = None
     seeds: Annotated[str | None, "other seeds than the study's, separated by commas"] = None
-    jobs: Annotated[int | None, "runs at a time: for each GPU, or on a CPU in all; null: one"] = None
+    jobs: Annotated[Positive | None, "runs at a time: for each GPU, or on a CPU in all; null: one"] = None
     name: Annotated[str | None, "of the study's folder below runs_dir; null: the study's"] = None
     runs_dir: Annotated[str, "the study's runs and its report lie in <runs_dir>/<name>"] = str(ROOT / "runs")
     report: Annotated[bool, "write the report at the end (python scripts/report.py study=NAME does it again)"] = True
     sweep_file: Annotated[str | None, "write the same runs as a W&B sweep to this file, and stop"] = None
+
+
+@dataclass(frozen=True)
+class Command:
+    """What of a study this command does."""
+
+    plan: Plan
+    arms: list[str]
+    tune: str  # lr, none or stored
+    options: StudyOptions
+    overrides: list[str]  # of every run
 
 
 def main(arguments: list[str]) -> int:
@@ -85,8 +97,6 @@ def main(arguments: list[str]) -> int:
     config = load_study(options.study)
     if options.tune == "lr" and config.tune is None:
         raise UserError(f"study={options.study} declares no sweep (tune: in its YAML), so tune=lr has no rates to try")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"jobs={options.jobs} runs nothing; choose 1 or more")
     if options.seeds is not None:
         config.seeds, config.primary_seeds = _whole_numbers("seeds", options.seeds), None
     config.base += overrides
@@ -96,20 +106,20 @@ def main(arguments: list[str]) -> int:
         command=shlex.join(["python", "scripts/run_study.py", *arguments]),
         runs_dir=user_path(options.runs_dir),
     )
-    arms = _chosen_arms(plan, options.arms)
+    tune = options.tune or ("none" if config.tune is None else "lr")
+    command = Command(plan, _chosen_arms(plan, options.arms), tune, options, overrides)
     print_arms(plan)
     check_same_study(plan)
     if options.sweep_file is not None:
-        return write_sweep_file(plan, options, overrides, arms)
-    tune = options.tune or ("none" if config.tune is None else "lr")
+        return write_sweep_file(command)
     check_tracking(plan.first.tracking)
     if options.dry_run:
-        return print_runs(plan, arms, tune, options.jobs)
+        return print_runs(command)
     with contextlib.ExitStack() as held:
         if options.arms is None:
             held.enter_context(lock_run(plan.folder))
         held.enter_context(telling_how_to_continue(arguments))
-        return run(plan, arms, tune, options, overrides)
+        return run(command)
 
 
 @contextlib.contextmanager
@@ -130,7 +140,7 @@ def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
             raise
 
 
-def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overrides: Sequence[str]) -> int:
+def run(command: Command) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.report.write import report_study
     from harness.runs.training_data import load_data
@@ -138,10 +148,10 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     from harness.study.results import load_results
     from harness.study.runner import run_all, slots, visible_gpus
 
-    first = plan.first
-    places = slots(visible_gpus(first.device), jobs=options.jobs, cores=os.cpu_count() or 1)
+    plan, arms, first = command.plan, command.arms, command.plan.first
+    places = slots(visible_gpus(first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1)
     load_data(first)  # once, before many processes ask for it
-    evaluate = [a for a in overrides if a.partition("=")[0] in _FOR_EVALUATION]
+    evaluate = [a for a in command.overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
 
     pace = Pace(len(places), plan.folder)
@@ -149,17 +159,17 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     def train(specs: Sequence[RunSpec], title: str) -> list[FailureRecord]:
         return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title, pace=pace)
 
-    if tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
+    if command.tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
         pace.later = plan.main_runs(plan.untuned_rates(arms), arms)
-    rates = _rates(plan, arms, tune, lambda specs: train(specs, "sweep"))
+    rates = _rates(command, lambda specs: train(specs, "sweep"))
     specs = plan.main_runs(rates.chosen, [arm for arm in arms if arm in rates.chosen])
-    keep(plan, arms, tune, rates, specs, rates.failures)
+    keep(command, rates, specs, rates.failures)
     pace.later = ()
     failures = rates.failures + train(specs, "runs")
-    keep(plan, arms, tune, rates, specs, failures)
+    keep(command, rates, specs, failures)
     report: str | None = None
     # Where nothing has finished the failures are what there is to say.
-    if options.report and load_results(plan.folder).values():
+    if command.options.report and load_results(plan.folder).values():
         if plan.config.decode_contexts:
             measure_decoding(plan)
         _, files = report_study(plan.folder, first.tracking)
@@ -175,12 +185,13 @@ def run(plan: Plan, arms: Sequence[str], tune: str, options: StudyOptions, overr
     return 0
 
 
-def _rates(plan: Plan, arms: Sequence[str], tune: str, train: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
+def _rates(command: Command, train: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
     from harness.study.runner import Rates, tuned
 
-    if tune == "lr":
+    plan, arms = command.plan, command.arms
+    if command.tune == "lr":
         return tuned(plan, arms, train)
-    if tune == "none":
+    if command.tune == "none":
         return Rates(plan.untuned_rates(arms))
     stored = _earlier(plan)["chosen_lr"]
     if lacking := [arm for arm in arms if arm not in stored]:
@@ -188,13 +199,12 @@ def _rates(plan: Plan, arms: Sequence[str], tune: str, train: Callable[[Sequence
     return Rates({arm: stored[arm] for arm in arms})
 
 
-def keep(
-    plan: Plan, arms: Sequence[str], tune: str, rates: Rates, specs: Sequence[RunSpec], failures: Sequence[FailureRecord]
-) -> None:
+def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Sequence[FailureRecord]) -> None:
     """Write study.json, beside what other commands have written there of other arms and other seeds."""
     from harness.study.plan import record_alone, write_record
     from harness.study.tuning import as_named
 
+    plan, arms, tune = command.plan, command.arms, command.tune
     with record_alone(plan):
         before = _earlier(plan)
         named = {spec.name for spec in specs}
@@ -271,13 +281,14 @@ def _sizes(plan: Plan, arm: str) -> list[str]:
     return [f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}"]
 
 
-def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> int:
+def print_runs(command: Command) -> int:
     """dry_run: every run and the time they will take together."""
     from harness.study.runner import is_done, slots, visible_gpus
     from harness.study.tuning import first_grid
 
+    plan, arms = command.plan, command.arms
     sweep: list[RunSpec] = []
-    if tune == "lr" and plan.config.tune is not None:
+    if command.tune == "lr" and plan.config.tune is not None:
         settings = plan.config.tune
         grid = first_grid(plan.shared_lr, settings.factors)
         sweep = [plan.spec(arm, lr, settings.seed, settings.tokens) for lr in grid for arm in arms]
@@ -295,7 +306,7 @@ def print_runs(plan: Plan, arms: Sequence[str], tune: str, jobs: int | None) -> 
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
     first = plan.first
-    at_a_time = len(slots(visible_gpus(first.device), jobs=jobs, cores=os.cpu_count() or 1))
+    at_a_time = len(slots(visible_gpus(first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1))
     seconds = seconds_left(plan, todo, at_a_time)
     how_long = "how long is known once a run has ended" if seconds is None else f"about {duration(seconds)} by those finished"
     print(
@@ -314,10 +325,11 @@ def seconds_left(plan: Plan, specs: Sequence[RunSpec], at_a_time: int) -> float 
     return Pace(at_a_time, plan.folder).left(specs, trained, {})
 
 
-def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str], arms: Sequence[str]) -> int:
+def write_sweep_file(command: Command) -> int:
     """The study's main runs as a W&B sweep: wandb sweep FILE, then wandb agent ID on as many machines as there are."""
     import yaml
 
+    plan, arms, options = command.plan, command.arms, command.options
     stored = set(arms) <= set(_earlier(plan)["chosen_lr"])
     assert options.sweep_file is not None
     file = user_path(options.sweep_file)
@@ -328,7 +340,7 @@ def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str]
         "name": plan.name,
         "method": "grid",
         "metric": {"name": "val/bits_per_byte", "goal": "minimize"},
-        "parameters": {"arms": {"values": list(arms)}, "seeds": {"values": seeds}},
+        "parameters": {"arms": {"values": arms}, "seeds": {"values": seeds}},
         "command": [
             "${env}",
             "${interpreter}",
@@ -338,7 +350,7 @@ def write_sweep_file(plan: Plan, options: StudyOptions, overrides: Sequence[str]
             f"runs_dir={user_path(options.runs_dir)}",
             f"tune={'stored' if stored else 'none'}",
             "report=false",
-            *overrides,
+            *command.overrides,
             "${args_no_hyphens}",
         ],
     }

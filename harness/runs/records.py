@@ -183,7 +183,7 @@ class FailureRecord(TypedDict):
 
 
 class StudyRecord(TypedDict):
-    """study.json (harness/study/plan.py: record)."""
+    """study.json (harness/study/plan.py: write_record)."""
 
     name: str
     question: str

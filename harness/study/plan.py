@@ -344,17 +344,25 @@ def vocabulary_of(config: TrainConfig) -> int:
 # --- the record in the study's folder --------------------------------------------------------------------------------
 
 
-def record(
+@contextlib.contextmanager
+def record_alone(plan: Plan) -> Iterator[None]:
+    """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with locked(plan.folder / ".record.lock"):
+        yield
+
+
+def write_record(
     plan: Plan,
     *,
     chosen_lr: Mapping[str, float],
     specs: Sequence[RunSpec],
     sweep: Sequence[RunSpec],
     failures: Sequence[FailureRecord],
-) -> StudyRecord:
-    """study.json: all that the report needs beside the runs."""
+) -> None:
+    """study.json, all that the report needs beside the runs: whole or not at all."""
     config = plan.config
-    return {
+    record: StudyRecord = {
         "name": plan.name,
         "question": config.question,
         "command": plan.command,
@@ -381,19 +389,7 @@ def record(
         "sweep": [spec.record() for spec in sweep],
         "failures": [*failures],
     }
-
-
-@contextlib.contextmanager
-def record_alone(plan: Plan) -> Iterator[None]:
-    """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with locked(plan.folder / ".record.lock"):
-        yield
-
-
-def write_record(plan: Plan, **content: Any) -> None:
-    """Whole or not at all."""
-    write_json(plan.folder / STUDY_FILE, record(plan, **content))
+    write_json(plan.folder / STUDY_FILE, record)
 
 
 def check_same_study(plan: Plan) -> None:

@@ -164,7 +164,7 @@ def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
         ("seeds=0,x", "seeds=0,x must be whole numbers separated by commas"),
         ("seeds=0,0", "seeds=0,0 must be different whole numbers from 0 on"),
         ("seeds=-1", "seeds=-1 must be different whole numbers from 0 on"),
-        ("jobs=0", "jobs=0 runs nothing"),
+        ("jobs=0", "jobs=0 must be 1 or more"),
         ("name=../outside", "name=../outside must be one plain folder name"),
         ("tune=stored", "holds no tuned rate of mha, gqa, mqa, mla; sweep them with tune=lr"),
         ("modle=tiny", r"modle is not a field of the configuration; did you mean model\?"),
