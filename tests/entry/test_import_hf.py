@@ -342,7 +342,9 @@ def test_an_imported_run_is_generated_with_evaluated_and_exported(
     assert f"KV cache    {2 * 2 * 2 * 2 * 12} bytes per token in bfloat16" in said  # layers, bytes, k and v, heads of 12
     assert "documents end with token 0 here, writing with eos_token_id=2" in said
     summary = summary_of(run)
-    assert set(summary) >= PROMISED and json_lines(said)[0].items() <= summary.items()
+    line = json_lines(said)[0]
+    assert Path(line.pop("record")) == run / "summary.json"
+    assert set(summary) >= PROMISED and line.items() <= summary.items()
     assert (summary["parameters"], summary["steps"], summary["attention"]) == (parameters, 0, "gqa")
     assert summary["origin"]["kind"] == "import" and summary["cache_bytes_per_token"] == 2 * 2 * 2 * 2 * 12
     assert zoo.evaluate(f"run={run.name}", "split=validation", "max_tokens=65536") == 0
