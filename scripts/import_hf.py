@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
 
     from harness.files.atomic import check_target
     from harness.hf import importing
+    from harness.hf.source import find_source
     from harness.runs import from_weights
     from harness.runs.folder import finished, short_line
     from harness.training.device import select_device, select_precision
@@ -68,9 +69,7 @@ def main(arguments: list[str]) -> int:
     from_weights.check_name(target)
     if not (target / from_weights.ORIGIN_FILE).is_file():  # an earlier import is looked at below
         check_target(target)
-    plan = importing.plan_import(
-        importing.find_source(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len
-    )
+    plan = importing.plan_import(find_source(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len)
     there = importing.already_imported(plan, target)
     if not there:
         importing.import_model(plan, target)

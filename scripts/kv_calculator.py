@@ -34,11 +34,11 @@ from harness.config.checks import typed_attention
 from harness.config.compose import load_train_config
 from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
-from harness.config.schema import ModelConfig, TrainConfig
-from harness.config.typed import typed
+from harness.config.schema import TrainConfig
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.files.text import visible
+from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
 
 if TYPE_CHECKING:
     from harness.decode.kv_calculator import CacheDescription, LatentShape
@@ -61,8 +61,6 @@ class CalculatorOptions:
 
 OPTIONS = [option.name for option in fields(CalculatorOptions)]
 HF_CONTEXT = 4096
-LARGEST_FILE = 16 * 1024**2  # bytes of a config.json
-OWN_TYPE = "attention_ablation"  # what scripts/export.py writes where no class of transformers fits
 
 
 def main(arguments: list[str]) -> int:
@@ -71,8 +69,8 @@ def main(arguments: list[str]) -> int:
     overrides = [word for word in given if word.partition("=")[0] not in OPTIONS]
     check(options, overrides)
 
-    from harness.decode.kv_calculator import FORMATS, report, table
-    from harness.hf.cache_table import describe_apart
+    from harness.decode.kv_calculator import report, table
+    from harness.hf.cache import describe_apart
 
     asked = tokens(options.context)
     measured: dict[str, Any] = {}
@@ -91,7 +89,7 @@ def main(arguments: list[str]) -> int:
             config = load_train_config(["name=calculator", *overrides])
             more = [word for word in overrides if word.partition("=")[0] not in ("attention", "model")]
             name = " ".join([f"attention={config.attention['name']} model={config.model.name}", *more])
-        dtype = options.dtype or (config.cache.dtype if config.cache.dtype in FORMATS else "bfloat16")
+        dtype = options.dtype or config.cache.dtype
         context = asked or config.model.max_seq_len
         description, measured = describe_ours(config, name=name, dtype=dtype)
     figures = report(
@@ -162,19 +160,9 @@ def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir() and (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         raise UserError(f"config={text} is a run of ours; write run={text}")
     file = path / "config.json" if path.is_dir() else path
-    try:
-        if file.stat().st_size > LARGEST_FILE:
-            raise UserError(f"config={text}: {file} has more than {LARGEST_FILE:,} bytes; name a Hugging Face config.json")
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"config={text}: {file} does not exist; download the model's config.json and name it, or its folder"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"config={text}: {file} cannot be read as JSON ({error}); name a Hugging Face config.json") from None
-    if not isinstance(config, dict):
-        raise UserError(f"config={text}: {file} holds no JSON object; name a Hugging Face config.json")
-    return (file.resolve().parent.name if file.name == "config.json" else file.stem), config
+    if not file.is_file():
+        raise UserError(f"config={text}: {file} does not exist; download the model's config.json and name it, or its folder")
+    return (file.resolve().parent.name if file.name == "config.json" else file.stem), their_json(file)
 
 
 def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheDescription, dict[str, Any]]:
@@ -184,6 +172,7 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     from harness.config.build import build_model
     from harness.decode.kv_calculator import describe_model, format_named
     from harness.evaluation.cache_size import measure_cache
+    from modeling.attention.cache import DTYPES
     from modeling.shapes import shapes_only
 
     with shapes_only():
@@ -195,14 +184,7 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
         latent=latent_shape(config),
         mha_elements=2 * config.model.n_heads * config.model.head_dim,
     )
-    dtypes = {
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-        "int8": torch.int8,
-        "fp8": torch.float8_e4m3fn,
-    }
-    ours = dtypes.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
+    ours = DTYPES.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
     size = measure_cache(model, dtype=ours or torch.bfloat16)
     elements = list(size.elements_per_token_by_layer)
     measured = {
@@ -215,15 +197,10 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
 
 def exported(config_json: dict[str, Any]) -> TrainConfig:
     """A configuration of ours with the model and attention of a folder that scripts/export.py wrote."""
-    shape = {key: config_json.get(key) for key in ("model", "attention")}
-    for key, value in shape.items():
-        if not isinstance(value, dict):
-            raise UserError(f"the config.json has no {key}: it is not what scripts/export.py wrote; export the run again")
-    return dataclasses.replace(
-        load_train_config(["name=calculator"]),
-        model=typed(ModelConfig, shape["model"], "model"),
-        attention=typed_attention(shape["attention"]),
-    )
+    shape = {name: config_json.get(name) for name in ("model", "attention")}
+    refuse_absent(shape)
+    base = load_train_config(["name=calculator"])
+    return dataclasses.replace(base, model=own_model(shape["model"]), attention=typed_attention(shape["attention"]))
 
 
 def latent_shape(config: TrainConfig) -> LatentShape | None:

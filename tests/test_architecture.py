@@ -95,7 +95,7 @@ ONLY_IN: dict[str, set[str]] = {
     "matplotlib": {"harness/report"},
     "jinja2": {"harness/report"},
     "markupsafe": {"harness/report"},
-    "safetensors": {"harness/training"},
+    "safetensors": {"harness/training", "harness/hf"},
     "scipy": {"harness/study", "harness/report"},
     "statsmodels": {"harness/study"},
     "triton": {"modeling/kernels", "benchmarks"},

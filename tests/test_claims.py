@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.hf import cache_table
+from harness.hf import cache
 from scripts import kv_calculator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ CONFIGS = sorted((ROOT / "docs/hf_configs").glob("*.json"))
 @pytest.fixture(autouse=True)
 def measured_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The calculator measures here, where the libraries are loaded once, in place of a process for each command."""
-    monkeypatch.setattr(cache_table, "describe_apart", cache_table.describe_config)
+    monkeypatch.setattr(cache, "describe_apart", cache.describe_config)
 
 
 def commands(section: str) -> list[tuple[str, list[str]]]:

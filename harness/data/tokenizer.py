@@ -179,6 +179,26 @@ class Tokenizer:
         return _pieces(blocks, self._piece)
 
 
+def bytes_specification() -> dict[str, Any]:
+    """Plain bytes as a tokenizer.json: a byte-level BPE with no merges, in which each byte's stand-in has the byte as id.
+
+    The stand-ins are GPT-2's: printable characters of Latin-1 stand for themselves, the other bytes, in order, for the
+    characters from 256 on.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(_BYTES) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(_BYTES + n): byte for n, byte in enumerate(others)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])  # the id behind the bytes
+    specification: dict[str, Any] = json.loads(backend.to_str())
+    return specification
+
+
 def _check_vocabulary(specification: dict[str, Any]) -> None:
     """Raises ValueError for what the library would not refuse: it takes memory for all ids up to the largest, and breaks
     down, with words of its own on stderr, where the second part of a merge lacks the prefix that it is to lose."""

@@ -8,7 +8,7 @@ G key/value heads, d their width, and MLA's n = qk_nope_head_dim, r = qk_rope_he
     MLA cached expanded             H (n + r + v)
     MHA of MLA's shape              H (n + v)
 
-harness/hf/cache_table.py describes the cache of a Hugging Face model, measured or by these formulas, and
+harness/hf/cache.py describes the cache of a Hugging Face model, measured or by these formulas, and
 `describe_model` that of one built here.
 """
 
@@ -71,23 +71,17 @@ FORMATS: dict[str, Format] = {
     **{f"{bits}bit": Format(8 * bits + 4, 64, _MLX) for bits in (2, 3, 4, 5, 6, 8)},
 }
 _ALSO = {
-    "fp32": "float32",
-    "float": "float32",
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "f16": "float16",
-    "half": "float16",
-    "fp8_e4m3": "fp8",
-    "fp8_e5m2": "fp8",
-    "float8": "fp8",
-    "float8_e4m3": "fp8",
-    "float8_e4m3fn": "fp8",
-    "float8_e5m2": "fp8",
-    "e4m3": "fp8",
-    "uint8": "int8",
-    "uint4": "int4",
-    "float4": "fp4",
+    also: name
+    for name, others in {
+        "float32": "fp32 float f32",
+        "bfloat16": "bf16",
+        "float16": "fp16 f16 half",
+        "fp8": "fp8_e4m3 fp8_e5m2 float8 float8_e4m3 float8_e4m3fn float8_e5m2 e4m3",
+        "int8": "uint8",
+        "int4": "uint4",
+        "fp4": "float4",
+    }.items()
+    for also in others.split()
 }
 
 
@@ -185,6 +179,14 @@ class LayerCache:
     def elements(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.states.values())
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.parts or self.states or self.at_context)
+
     def held(self, context: int) -> int:
         """Tokens of which `parts` are kept."""
         return min(context, self.window or context)
@@ -222,10 +224,6 @@ class CacheDescription:
     notes: tuple[str, ...] = ()
     made_for: int | None = None  # tokens of the longest sequence that the model is said to take
 
-    def elements(self, elements_of: Callable[[LayerCache], int], context: int) -> int:
-        """Elements of one sequence: a layer with a window stops growing at it."""
-        return sum(elements_of(layer) * layer.held(context) for layer in self.layers)
-
 
 # What is cached -> what a layer would take: as it is, MLA expanded, MHA of the same shape.
 _WAYS: dict[str, Callable[[LayerCache], int | None]] = {
@@ -239,11 +237,11 @@ def describe_model(model: GPT, *, name: str, variant: str, mha_elements: int, la
     """The cache of one of our models by its layers' formulas. mha_elements: of MHA with the same heads, a layer."""
     layers = []
     for attention in model.attentions:
-        formula = attention.cache_formula
-        expanded = formula
-        if formula and getattr(attention, "kv_lora_rank", None) is not None:
-            expanded = attention.n_kv_heads * (attention.qk_width + attention.v_head_dim)
-        heads = 1 if getattr(attention, "kv_lora_rank", None) is not None else attention.n_kv_heads
+        formula = expanded = attention.cache_formula
+        heads = attention.n_kv_heads
+        if getattr(attention, "kv_lora_rank", None) is not None:
+            expanded = heads * (attention.qk_width + attention.v_head_dim) if formula else formula
+            heads = 1
         kind = ("full attention" if heads > 1 or expanded == formula else "latent") if formula else "no cache of its own"
         layers.append(LayerCache({"cached": formula} if formula else {}, expanded, mha_elements, kind=kind, heads=heads))
     return CacheDescription(name, variant, tuple(layers), latent)
@@ -259,7 +257,7 @@ def report(
     dtype, stored = format_named(dtype)
     layers, latent = [layer.on_each_of(tp) for layer in description.layers], description.latent
     description = replace(description, layers=tuple(layers))
-    if not any(layer.parts or layer.states or layer.at_context for layer in layers):
+    if all(layer.is_empty for layer in layers):
         raise UserError(f"{description.name} has no layer that caches anything: there is nothing to count")
     figures: dict[str, Any] = {
         "name": description.name,
@@ -275,25 +273,12 @@ def report(
         "cached": _one_or_all([dict(layer.parts) for layer in layers]),
     }
     for prefix, elements_of in _WAYS.items():
-        known = [elements_of(layer) for layer in layers]
-        by_layer = [elements for elements in known if elements is not None]
-        if len(by_layer) < len(known) or (prefix and not sum(by_layer)):
-            continue
-        figures |= {
-            f"{prefix}elements_per_token_per_layer": _one_or_all(by_layer),
-            f"{prefix}bytes_per_token_per_layer": _one_or_all([stored.of(elements) for elements in by_layer]),
-            f"{prefix}elements_per_token": sum(by_layer),
-            f"{prefix}bytes_per_token": stored.of(sum(by_layer)),
-            f"{prefix}total_bytes": stored.of(
-                sum(elements * layer.held(context) for elements, layer in zip(by_layer, layers, strict=True))
-            )
-            * batch,
-        }
+        figures |= _of_one_way(prefix, [elements_of(layer) for layer in layers], layers, stored, context, batch)
     kinds = [
         _kind(kind, [layer for layer in layers if layer.kind == kind], stored, context, batch)
         for kind in dict.fromkeys(layer.kind for layer in layers)
     ]
-    states = sum(sum(layer.states.values()) for layer in layers) * batch
+    states = sum(layer.state_bytes for layer in layers) * batch
     figures |= {
         "kinds": kinds,
         "state_bytes": states,
@@ -306,18 +291,36 @@ def report(
         "mha_ratio": ratio,
         "memory_gb": memory_gb,
         "largest_batch": None if memory_gb is None else int(memory_gb * 1e9 // sequence),
-        "parameters_per_layer": latent.parameters if latent is not None else None,
-        "parameters_per_layer_premerged": latent.parameters_premerged if latent is not None else None,
-        "parameters_per_layer_mha": latent.parameters_mha if latent is not None else None,
-        "macs_per_cached_token": latent.macs_per_cached_token if latent is not None else None,
+        "parameters_per_layer": latent and latent.parameters,
+        "parameters_per_layer_premerged": latent and latent.parameters_premerged,
+        "parameters_per_layer_mha": latent and latent.parameters_mha,
+        "macs_per_cached_token": latent and latent.macs_per_cached_token,
         "notes": [*description.notes, *_notes(description, stored, context, batch, tp)],
     }
+
+
+def _of_one_way(
+    prefix: str, known: Sequence[int | None], layers: Sequence[LayerCache], stored: Format, context: int, batch: int
+) -> dict[str, Any]:
+    """Elements and bytes of layers that take so many elements of a token each; nothing where that is not known of all."""
+    by_layer = [elements for elements in known if elements is not None]
+    if len(by_layer) < len(known) or (prefix and not sum(by_layer)):
+        return {}
+    held = sum(elements * layer.held(context) for elements, layer in zip(by_layer, layers, strict=True))
+    figures = {
+        "elements_per_token_per_layer": _one_or_all(by_layer),
+        "bytes_per_token_per_layer": _one_or_all([stored.of(elements) for elements in by_layer]),
+        "elements_per_token": sum(by_layer),
+        "bytes_per_token": stored.of(sum(by_layer)),
+        "total_bytes": stored.of(held) * batch,
+    }
+    return {f"{prefix}{name}": figure for name, figure in figures.items()}
 
 
 def _kind(kind: str, layers: Sequence[LayerCache], stored: Format, context: int, batch: int) -> dict[str, Any]:
     """What the layers of one kind take together."""
     elements = sum(layer.elements * layer.held(context) + layer.at_context for layer in layers)
-    states = sum(sum(layer.states.values()) for layer in layers)
+    states = sum(layer.state_bytes for layer in layers)
     return {
         "kind": kind,
         "layers": len(layers),
@@ -333,7 +336,7 @@ def _notes(description: CacheDescription, stored: Format, context: int, batch: i
         notes.append(f"context={context:,} passes the {description.made_for:,} tokens that the model was made for")
     if any(layer.held(context) < context for layer in layers):
         full = stored.of(sum(layer.elements * context + layer.at_context for layer in layers)) * batch
-        full += sum(sum(layer.states.values()) for layer in layers) * batch
+        full += sum(layer.state_bytes for layer in layers) * batch
         notes.append(f"an engine that reserves pages for all tokens in layers with a window too takes {_in_bytes(full)}")
     if any(layer.states for layer in layers):
         notes.append(

@@ -19,26 +19,28 @@ Rate = Annotated[float, 1e-30]
 MOST_BYTES = 1 << 28  # no JSON file of this project comes near it; parsing takes ten times as much memory
 
 
-def read_object(path: Path, *, record: bool = False) -> dict[str, Any]:
+def read_object(path: Path, *, record: bool = False, infinite: bool = False) -> dict[str, Any]:
     """A JSON object from a regular file.
 
-    record: one of this project's own, in which no name stands twice and whole numbers have 64 bits. Raises OSError, or
-    ValueError (half a sentence, one line) for what is too large, no JSON in UTF-8, no object, nested too deeply, or holds
-    a number that is no finite one.
+    record: one of this project's own, in which no name stands twice and whole numbers have 64 bits. infinite: numbers need
+    not be finite, as in a config.json that Python wrote. Raises OSError, or ValueError (half a sentence, one line) for what
+    is too large, no JSON in UTF-8, no object, nested too deeply, or holds a number that is no finite one.
     """
     size = path.stat().st_size
     if not path.is_file():
         raise ValueError("it is no regular file")
     if size > MOST_BYTES:
         raise ValueError(f"{size:,} bytes are more than any such file has")
-    return parse_object(path.read_bytes(), record=record)
+    return parse_object(path.read_bytes(), record=record, infinite=infinite)
 
 
-def parse_object(data: bytes, *, record: bool = False) -> dict[str, Any]:
+def parse_object(data: bytes, *, record: bool = False, infinite: bool = False) -> dict[str, Any]:
     """The same from bytes."""
     strict: dict[str, Any] = {"object_pairs_hook": _once_each, "parse_int": _whole} if record else {}
+    if not infinite:
+        strict |= {"parse_float": _finite, "parse_constant": _refuse}
     try:
-        value = json.loads(data.decode("utf-8"), parse_float=_finite, parse_constant=_refuse, **strict)
+        value = json.loads(data.decode("utf-8"), **strict)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):

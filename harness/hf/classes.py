@@ -21,6 +21,7 @@ from torch import Tensor
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.files.atomic import read_json, write_json
+from harness.hf.config_json import LATENT_SIZES, OWN_TYPE, SIZES
 from harness.hf.weights import their_weights
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
@@ -39,6 +40,7 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "rope_frequencies": ("computed",),
     },
 }
+_MODEL_TYPES = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "DeepSeek-V3": "deepseek_v3"}
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
 
 
@@ -53,9 +55,9 @@ def register() -> None:
     """Let transformers' AutoConfig and AutoModelForCausalLM load folders of our own class. Again and again if you like."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from harness.hf.own_class import MODEL_TYPE, AttentionAblationConfig, AttentionAblationForCausalLM
+    from harness.hf.own_class import AttentionAblationConfig, AttentionAblationForCausalLM
 
-    AutoConfig.register(MODEL_TYPE, AttentionAblationConfig, exist_ok=True)
+    AutoConfig.register(OWN_TYPE, AttentionAblationConfig, exist_ok=True)
     AutoModelForCausalLM.register(AttentionAblationConfig, AttentionAblationForCausalLM, exist_ok=True)
 
 
@@ -79,25 +81,36 @@ def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) 
             f"attention={config.attention['name']} is no model of transformers: {f'its {nearest[0]}' if nearest else 'it'} "
             f"has no {' and no '.join(differing)}"
         )
-    from transformers import (
-        DeepseekV3Config,
-        DeepseekV3ForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-    )
+    from transformers import AutoModelForCausalLM
 
-    sizes, attention, family = config.model, config.attention, family or families(config)[0]
+    embedding = model.embedding.weight
+    theirs: Any
+    with shapes_only():  # all values are replaced
+        theirs = AutoModelForCausalLM.from_config(_their_config(model, config, family or families(config)[0]))
+    theirs.to(embedding.dtype).to_empty(device=embedding.device)
+    weights = dict(their_weights(model, config))
+    for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none
+        if name.endswith(".o_proj.bias") and name not in weights:
+            weights[name] = torch.zeros_like(parameter)
+    if config.model.tie_embeddings:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    theirs.load_state_dict(weights)
+    rotary = type(theirs.model.rotary_emb)
+    theirs.model.rotary_emb = rotary(theirs.config).to(embedding.device)  # float32, in no state dict
+    theirs.tie_weights()
+    return theirs.eval()
+
+
+def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
+    """The configuration of the class of `family` that computes the same."""
+    from transformers import AutoConfig
+
+    sizes, attention = config.model, config.attention
     scaling = attention["rope_scaling"] or {"rope_type": "default"}
-    shared: dict[str, Any] = {
+    fields: dict[str, Any] = {
+        **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
         "vocab_size": model.vocab_size,
-        "hidden_size": sizes.d_model,
-        "intermediate_size": sizes.mlp_hidden,
-        "num_hidden_layers": len(model.blocks),
-        "num_attention_heads": sizes.n_heads,
+        "num_key_value_heads": attention["n_kv_heads"],
         "max_position_embeddings": model.max_seq_len,
         "rms_norm_eps": sizes.norm_eps,
         "tie_word_embeddings": sizes.tie_embeddings,
@@ -105,43 +118,23 @@ def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) 
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if family != "Qwen2":  # which has its biases without being told
-        shared["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
-    theirs: Any
-    with shapes_only():  # all values are replaced
-        if attention["mechanism"] == "gqa":
-            heads: dict[str, Any] = {"num_key_value_heads": attention["n_kv_heads"], "head_dim": attention["head_dim"]}
-            if family == "Qwen3":
-                theirs = Qwen3ForCausalLM(Qwen3Config(**shared, **heads))
-            elif family == "Qwen2":
-                theirs = Qwen2ForCausalLM(Qwen2Config(**shared, **heads, use_sliding_window=False))
-            else:
-                theirs = LlamaForCausalLM(LlamaConfig(**shared, **heads, mlp_bias=sizes.bias))
-        else:
-            ranks = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            theirs = DeepseekV3ForCausalLM(
-                DeepseekV3Config(
-                    **shared,
-                    **{rank: attention[rank] for rank in ranks},
-                    num_key_value_heads=sizes.n_heads,
-                    # Their checkpoints' layout: implementations that know no other read ours too.
-                    rope_interleave=True,
-                    num_mtp_layers=0,
-                    first_k_dense_replace=len(model.blocks),  # no experts
-                )
-            )
-    theirs.to(model.embedding.weight.dtype).to_empty(device=model.embedding.weight.device)
-    weights = dict(their_weights(model, config))
-    for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none
-        if name.endswith(".o_proj.bias") and name not in weights:
-            weights[name] = torch.zeros_like(parameter)
-    if sizes.tie_embeddings:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    theirs.load_state_dict(weights)
-    rotary = type(theirs.model.rotary_emb)
-    theirs.model.rotary_emb = rotary(theirs.config).to(model.embedding.weight.device)  # float32, in no state dict
-    theirs.tie_weights()
-    return theirs.eval()
+    if family == "Qwen2":  # which has its biases without being told
+        fields["use_sliding_window"] = False
+    else:
+        fields["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
+    if family == "Llama":
+        fields["mlp_bias"] = sizes.bias
+    if family == "DeepSeek-V3":
+        fields |= {size: attention[size] for size in LATENT_SIZES}
+        fields |= {
+            "num_key_value_heads": sizes.n_heads,
+            "rope_interleave": True,  # their checkpoints' layout: implementations that know no other read ours too
+            "num_mtp_layers": 0,
+            "first_k_dense_replace": len(model.blocks),  # no experts
+        }
+    else:
+        fields["head_dim"] = attention["head_dim"]
+    return AutoConfig.for_model(_MODEL_TYPES[family], **fields)
 
 
 def families(config: TrainConfig) -> list[str]:

@@ -1,9 +1,7 @@
-"""What a config.json of transformers says, as the sizes and options of our classes: kept exactly, or refused by name.
+"""A config.json of transformers, read in one place for all that asks it: the import and the calculator of caches.
 
-    llama  mistral  qwen2  qwen3         MHA, GQA or MQA
-    deepseek_v2  deepseek_v3             MLA; every layer dense
-
-config.json is plain JSON here: transformers is not needed. Fields that are left out have their class's default.
+What stands in the file is data: it is bounded before anything is made of it, each field is checked as it is read, and a
+refusal names the field. `FAMILIES` says of each model_type how it is read; transformers is not needed for that.
 """
 
 from __future__ import annotations
@@ -11,118 +9,158 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from harness.config.checks import MOST, WIDEST
+from harness.config.schema import ModelConfig
+from harness.config.typed import typed
 from harness.errors import UserError
-from modeling.attention.rope import SCALINGS
+from harness.files.untrusted import read_object
 
-# What each kind of rotation takes from config.json beside rope_theta; the rest means nothing to it.
-_ROTATIONS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    **{kind: (*needed, *optional) for kind, (needed, optional) in SCALINGS.items()},
-}
-
-
+LARGEST_FILE = 16 * 1024**2  # bytes
+MOST_ENTRIES, DEEPEST = 200_000, 24
 # What a run's configuration may say at most, by their names; any other count is a width.
 _MOST = {
-    "num_hidden_layers": MOST["model.n_layers"],
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "decoder_layers", "depth"),
+        MOST["model.n_layers"],
+    ),
     "max_position_embeddings": MOST["model.max_seq_len"],
     "vocab_size": MOST["model.vocab_size"],
 }
+# Where a wrapper keeps its language model, the outermost first.
+INNER = ("thinker_config", "text_config", "llm_config", "language_config", "language_model_config", "lm_config")
+OWN_TYPE = "attention_ablation"  # of an export where no class of transformers fits (harness/hf/own_class.py)
+# Ours -> theirs, in both directions.
+SIZES = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "mlp_hidden": "intermediate_size",
+}
+LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
 @dataclass(frozen=True)
 class Family:
-    """How the class of one model_type reads config.json. defaults: of fields that are often left out."""
+    """How config.json is read for one model_type, by the import, or by the calculator's formula, or by both.
 
-    architecture: str
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: of fields that are often left out, as its class in transformers has them.
+    """
+
     latent: bool = False
+    layers: str = "num_hidden_layers"
+    groups: str = "num_key_value_heads"  # empty: MHA
+    width: str = "head_dim"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    # The import: the class whose function a run keeps, None where there is no import; and what that class has.
+    architecture: str | None = None
     qk_norm: bool = False
     bias: str = "none"  # on projections: none, qkv, or where attention_bias says so
     mlp_bias: bool = False  # whether the field is read
     window: str = "none"  # none, always, or in some layers
+    # The calculator: transformers has no class to measure, and every layer sees everything.
+    by_formula: bool = False
 
 
 _LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_QWEN = {"num_key_value_heads": 32, "max_window_layers": 28}
+# Every other type is measured by its class in transformers, and not imported.
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", bias="attention_bias", mlp_bias=True),
-    "mistral": Family("MistralForCausalLM", {"num_key_value_heads": 8, "sliding_window": 4096}, window="always"),
-    "qwen2": Family("Qwen2ForCausalLM", {"num_key_value_heads": 32}, bias="qkv", window="layers"),
-    "qwen3": Family(
-        "Qwen3ForCausalLM", {"num_key_value_heads": 32, "head_dim": 128}, qk_norm=True, bias="attention_bias", window="layers"
+    "llama": Family(architecture="LlamaForCausalLM", bias="attention_bias", mlp_bias=True),
+    "mistral": Family(
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096}, architecture="MistralForCausalLM", window="always"
     ),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _LATENT, latent=True, bias="attention_bias", mlp_bias=True),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", _LATENT, latent=True, bias="attention_bias"),
+    "qwen2": Family(defaults=_QWEN, architecture="Qwen2ForCausalLM", bias="qkv", window="layers"),
+    "qwen3": Family(
+        defaults=_QWEN | {"head_dim": 128},
+        architecture="Qwen3ForCausalLM",
+        qk_norm=True,
+        bias="attention_bias",
+        window="layers",
+    ),
+    "deepseek_v2": Family(
+        latent=True, defaults=_LATENT, architecture="DeepseekV2ForCausalLM", bias="attention_bias", mlp_bias=True
+    ),
+    "deepseek_v3": Family(latent=True, defaults=_LATENT, architecture="DeepseekV3ForCausalLM", bias="attention_bias"),
+    # Their code is published beside their weights and is no part of transformers 5.23.
+    "kimi_k2": Family(latent=True, by_formula=True),  # moonshotai/Kimi-K2: DeepSeek-V3's attention
+    # deepseek-ai/deepseek-moe-16b: Llama's attention; also DeepSeek-V2's code with use_mla=false
+    "deepseek": Family(by_formula=True),
+    "internlm2": Family(by_formula=True),  # internlm/internlm2-7b
+    "mimo": Family(by_formula=True),  # XiaomiMiMo/MiMo-7B: Qwen2's attention
+    "baichuan": Family(groups="", by_formula=True),  # baichuan-inc/Baichuan2-7B: MHA
+    "qwen": Family(groups="", by_formula=True),  # Qwen/Qwen-7B, the first: MHA
+    "xverse": Family(groups="", by_formula=True),  # xverse/XVERSE-13B: MHA
+    "exaone": Family(layers="num_layers", by_formula=True),  # LGAI-EXAONE/EXAONE-3.0-7.8B
+    "chatglm": Family(layers="num_layers", groups="multi_query_group_num", width="kv_channels", by_formula=True),
 }
+IMPORTED = {name: family for name, family in FAMILIES.items() if family.architecture is not None}
+BY_FORMULA = {name: family for name, family in FAMILIES.items() if family.by_formula}
 
 
-@dataclass(frozen=True)
-class Description:
-    """One model. attention: the options of its class but for dropout and EXECUTION. notes: what a user must know."""
-
-    model_type: str
-    sizes: dict[str, Any]  # fields of ModelConfig
-    attention: dict[str, Any]
-    vocab_size: int  # rows of the embedding
-    tied: bool  # whether the head is the embedding
-    interleaved: bool  # whether rotated pairs stand side by side, as (2i, 2i + 1)
-    end_of_text: tuple[int, ...]
-    notes: tuple[str, ...]
+def their_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file that somebody else wrote. Raises UserError where there is none, or no small one."""
+    try:
+        if (size := file.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"{size:,} bytes are more than {LARGEST_FILE:,}")
+        return read_object(file, infinite=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): fetch it again") from None
 
 
-def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Description:
-    """Raises UserError, naming the field, for what our classes do not compute. max_seq_len: a shorter context."""
-    theirs, notes = _Fields(config), list[str]()
-    model_type, family = _family(theirs)
-    attention = (_latent_attention if family.latent else _grouped_attention)(theirs, family)
-    attention["rope_theta"], attention["rope_scaling"] = _rotation(theirs, family, notes)
-    biased = family.mlp_bias and theirs.flag("mlp_bias")
-    if biased and attention["projection_bias"] != "all":
-        raise theirs.refusal("mlp_bias", "is covered beside attention_bias=true only")
-    if biased:  # then all matrices have them
-        attention["projection_bias"] = "model"
-    sizes = {
-        "d_model": theirs.count("hidden_size"),
-        "n_layers": theirs.count("num_hidden_layers"),
-        "n_heads": theirs.count("num_attention_heads"),
-        "head_dim": attention["qk_nope_head_dim" if family.latent else "head_dim"],
-        "max_seq_len": _context(theirs, family, max_seq_len, notes),
-        "mlp": "swiglu",
-        "mlp_hidden": theirs.count("intermediate_size"),
-        "bias": biased,
-        "dropout": 0.0,
-        "norm_eps": theirs.number("rms_norm_eps", 1e-6),
-        "causal": True,
-    }
-    ends = theirs.get("eos_token_id")
-    return Description(
-        model_type,
-        sizes,
-        attention,
-        theirs.count("vocab_size"),
-        theirs.flag("tie_word_embeddings"),
-        model_type == "deepseek_v2" or (model_type == "deepseek_v3" and theirs.flag("rope_interleave", True)),
-        tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
-        tuple(notes),
-    )
+def refuse_impossible(config: Any, path: str = "", depth: int = 0) -> int:
+    """How many values a config.json holds. Raises UserError for what no file means, before anything is built from it."""
+    if depth > DEEPEST:
+        raise UserError(f"the config.json nests deeper than {DEEPEST} levels at {path[:60]}: that is no model's")
+    entries = 0
+    for key, value in config.items() if isinstance(config, Mapping) else enumerate(config):
+        here = f"{path}.{key}" if path else str(key)
+        names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        if key in INNER and not (value is None or isinstance(value, Mapping)):
+            raise refusal(here, value, "must be an object: correct it")
+        if key == "layer_types" and value is not None and not names:
+            raise refusal(here, value, "must list one name for each layer: correct it")
+        if isinstance(value, str) and value.lower() in ("true", "false", "null", "none") and key != "topk_method":
+            raise refusal(here, value, f"is text: write {value.lower()} without quotes")
+        if is_whole and abs(value) >= 2**63:
+            raise UserError(f"{here} of the config.json has {len(str(value))} digits: correct it")
+        if key in _MOST and isinstance(value, (int, float)) and value > _MOST[key]:
+            raise refusal(here, value, f"is more than any model has ({_MOST[key]:,}): correct it")
+        entries += 1
+        if isinstance(value, (Mapping, list)):
+            entries += refuse_impossible(value, here, depth + 1)
+        if entries > MOST_ENTRIES:
+            raise UserError(f"the config.json holds more than {MOST_ENTRIES:,} values at {here[:60]}: that is no model's")
+    return entries
 
 
-class _Fields:
-    """The fields of one config.json."""
+def refusal(name: str, value: Any, reason: str) -> UserError:
+    """Of a field: its value as it stands there, and the reason with the remedy."""
+    shown = json.dumps(value)
+    return UserError(f"{name}={shown if len(shown) < 60 else f'{shown[:56]} ...'} of the config.json {reason}")
 
-    def __init__(self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
-        self.config, self.defaults = config, defaults or {}
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.config.get(name, self.defaults.get(name, default))
+class Fields:
+    """The fields of one config.json, read as its family is."""
+
+    def __init__(self, config: Mapping[str, Any], family: Family) -> None:
+        self.config, self.family = config, family
+
+    def get(self, name: str) -> Any:
+        """As it stands there; None where it is absent and has no default."""
+        return self.config.get(name, self.family.defaults.get(name))
 
     def refusal(self, name: str, reason: str) -> UserError:
-        return UserError(f"{name}={json.dumps(self.get(name))} of the config.json {reason}")
+        return refusal(name, self.get(name), reason)
 
-    def count(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value = self.get(name, default)
+    def count(self, name: str, least: int = 1) -> int:
+        """A whole number. Raises UserError for anything else, and where it is absent."""
+        if name not in self.config and name not in self.family.defaults:
+            raise UserError(f"the config.json has no {name}, which nothing else says: add the field")
+        value = self.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise self.refusal(name, f"must be a whole number of at least {least}: correct it")
         if value > (most := _MOST.get(name, WIDEST)):
@@ -133,170 +171,49 @@ class _Fields:
         return None if self.get(name) is None else self.count(name)
 
     def number(self, name: str, default: float) -> float:
-        value = self.get(name, default)
+        value = self.config.get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.refusal(name, "must be a number above 0: correct it")
         return float(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
-        value = self.get(name, default)
+        value = self.config.get(name, default)
         if value is not None and not isinstance(value, bool):
             raise self.refusal(name, "must be true or false: correct it")
         return bool(value)
 
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, key/value heads, the width of one) of attention without a latent."""
+        heads, family = self.count("num_attention_heads"), self.family
+        groups = (self.optional(family.groups) if family.groups else None) or heads
+        if heads % groups:
+            raise self.refusal(family.groups, f"does not divide num_attention_heads={heads}: correct one of them")
+        width = self.optional(family.width)
+        if width is None:
+            d_model = self.count("hidden_size")
+            if d_model % heads:
+                raise self.refusal("hidden_size", f"is no multiple of num_attention_heads={heads}: add {family.width}")
+            width = d_model // heads
+        return heads, groups, width
 
-def _family(theirs: _Fields) -> tuple[str, Family]:
-    """model_type and its family; its defaults then stand in. Raises UserError for what no class of ours computes."""
-    covered = f"covered are {', '.join(FAMILIES)}"
-    architectures = theirs.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise theirs.refusal("architectures", "must be a list of names: correct it")
-    model_type = theirs.get("model_type")
-    if model_type is None:
-        model_type = next((name for name, known in FAMILIES.items() if known.architecture in architectures), None)
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"model_type={model_type or 'null'} is not covered by the import; {covered}")
-    family = FAMILIES[model_type]
-    if architectures and family.architecture not in architectures:
-        raise UserError(
-            f"architectures={architectures[0]} is not covered by the import, which reads {family.architecture} of "
-            f"model_type={model_type}; {covered}"
-        )
-    theirs.defaults = family.defaults
-    for name in ("quantization_config", "compression_config"):
-        if theirs.get(name):
-            raise UserError(f"{name} of the config.json means quantised weights: import the checkpoint they were made from")
-    if theirs.get("per_layer_config"):
-        raise UserError("per_layer_config of the config.json gives layers shapes of their own, which a GPT here cannot have")
-    if theirs.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise theirs.refusal("hidden_act", "is not covered: the MLP here is SwiGLU, with silu")
-    if theirs.flag("use_bidirectional_attention"):
-        raise theirs.refusal("use_bidirectional_attention", "is not covered: a GPT here sees no later token")
-    dense = 0 if theirs.get("first_k_dense_replace") is None else theirs.count("first_k_dense_replace", least=0)
-    if family.latent and theirs.get("n_routed_experts") and dense < theirs.count("num_hidden_layers"):
-        raise theirs.refusal(
-            "n_routed_experts", f"with first_k_dense_replace={dense} makes layers of experts, which a GPT here does not have"
-        )
-    return model_type, family
+    def latent_sizes(self) -> dict[str, Any]:
+        """LATENT_SIZES by name; a q_lora_rank of None has no latent of queries."""
+        return {name: self.optional(name) if name == "q_lora_rank" else self.count(name) for name in LATENT_SIZES}
 
 
-def _grouped_attention(theirs: _Fields, family: Family) -> dict[str, Any]:
-    heads = theirs.count("num_attention_heads")
-    groups = theirs.optional("num_key_value_heads") or heads
-    if heads % groups:
-        raise theirs.refusal("num_key_value_heads", f"does not divide num_attention_heads={heads}: correct one of them")
-    width = theirs.optional("head_dim")
-    if width is None:
-        if theirs.count("hidden_size") % heads:
-            raise theirs.refusal("hidden_size", f"is no multiple of num_attention_heads={heads}: add head_dim")
-        width = theirs.count("hidden_size") // heads
-    bias = family.bias
-    if bias == "attention_bias":
-        bias = "all" if theirs.flag("attention_bias") else "none"
-    return {
-        "name": "mha" if groups == heads else "mqa" if groups == 1 else "gqa",
-        "mechanism": "gqa",
-        "n_kv_heads": groups,
-        "head_dim": width,
-        "v_head_dim": width,
-        "qk_rope_head_dim": 0,
-        "positions": "rope",
-        "qk_norm": family.qk_norm,
-        "projection_bias": "model" if bias == "none" else bias,
-    }
+# --- an export of our own class --------------------------------------------------------------------------------------
 
 
-def _latent_attention(theirs: _Fields, family: Family) -> dict[str, Any]:
-    heads = theirs.count("num_attention_heads")
-    return {
-        "name": "mla",
-        "mechanism": "mla",
-        "n_kv_heads": heads,
-        "q_lora_rank": theirs.optional("q_lora_rank"),
-        "kv_lora_rank": theirs.count("kv_lora_rank"),
-        "qk_nope_head_dim": theirs.count("qk_nope_head_dim"),
-        "qk_rope_head_dim": theirs.count("qk_rope_head_dim"),
-        "v_head_dim": theirs.count("v_head_dim"),
-        "latent": "learned",
-        "kv_latent": "joint",
-        "latent_norm": "rms",
-        "latent_norm_place": "latent",
-        "latent_scale": False,
-        "positions": "decoupled",
-        "fused_down_projections": False,
-        "sharing": "none",
-        "sharing_layers": 1,
-        "projection_bias": "all" if theirs.flag("attention_bias") else "model",
-    }
+def refuse_absent(config: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the first field of those given that is null."""
+    for name, value in config.items():
+        if value is None:
+            raise UserError(f"the config.json has no {name}: it is not what scripts/export.py wrote; export the run again")
 
 
-def _rotation(theirs: _Fields, family: Family, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, from rope_parameters or from the older rope_theta and rope_scaling."""
-    name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
-    given = theirs.get(name) or {}
-    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
-        raise theirs.refusal(name, "must be one group of fields for all layers: a GPT here rotates all of them alike")
-    kind = str(given.get("rope_type") or given.get("type") or "default")
-    if kind not in _ROTATIONS:
-        raise UserError(f"{name}.rope_type={kind} of the config.json is not covered; covered are {', '.join(_ROTATIONS)}")
-    for place, value in ((name, given.get("partial_rotary_factor")), ("", theirs.get("partial_rotary_factor"))):
-        if value not in (None, 1, 1.0):
-            raise UserError(
-                f"{place}{'.' if place else ''}partial_rotary_factor={value} of the config.json is not covered: "
-                f"heads here are rotated whole"
-            )
-    theta = given.get("rope_theta") or theirs.get("rope_theta", 10_000.0)
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
-        raise UserError(f"rope_theta={theta} of the config.json must be a number above 0: correct it")
-    known = _ROTATIONS[kind]
-    if family.latent and kind != "yarn" and given.get("mscale_all_dim"):
-        raise UserError(f"{name}.mscale_all_dim={given['mscale_all_dim']} of the config.json is covered with yarn only")
-    usual = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *known}
-    if idle := sorted(key for key, value in given.items() if key not in usual and value is not None):
-        notes.append(
-            f"{name}.{idle[0]} means nothing to rope_type={kind} and is left out"
-            + (f" (likewise {', '.join(idle[1:])})" if idle[1:] else "")
-        )
-    if kind == "default":
-        return float(theta), None
-    scaling = {key: given[key] for key in known if given.get(key) is not None}
-    if "original_max_position_embeddings" in known:
-        longest = theirs.count("max_position_embeddings")
-        trained = theirs.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
-        scaling["original_max_position_embeddings"] = trained or longest
-        if kind == "yarn" and "factor" not in scaling and isinstance(trained, (int, float)) and trained > 0:
-            scaling["factor"] = longest / trained
-    return float(theta), {"rope_type": kind, **scaling}
-
-
-def _context(theirs: _Fields, family: Family, asked: int | None, notes: list[str]) -> int:
-    """max_seq_len: what is asked for, at most the config's context and its sliding window."""
-    longest = theirs.count("max_position_embeddings")
-    if asked is not None and not 1 <= asked <= longest:
-        raise UserError(f"max_seq_len={asked} must be between 1 and the model's max_position_embeddings={longest}")
-    window = _window(theirs, family)
-    if window is not None and window < (asked or longest):
-        if asked is not None:
-            raise UserError(
-                f"max_seq_len={asked} is longer than the model's sliding_window={window}, beyond which a GPT "
-                f"here computes something else: choose at most {window}"
-            )
-        notes.append(f"max_seq_len={window} of {longest}: within its sliding_window the model is the same, beyond it is not")
-        return window
-    return asked or longest
-
-
-def _window(theirs: _Fields, family: Family) -> int | None:
-    """The sliding window of any layer."""
-    if family.window == "none" or theirs.get("sliding_window") is None:
-        return None
-    if family.window == "layers":
-        if not theirs.flag("use_sliding_window"):
-            return None
-        layers, first = theirs.count("num_hidden_layers"), theirs.count("max_window_layers", 28, least=0)
-        kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        if set(kinds) - {"sliding_attention", "full_attention"}:
-            raise theirs.refusal("layer_types", "names layers that are not covered")
-        if "sliding_attention" not in kinds:
-            return None
-    return theirs.count("sliding_window")
+def own_model(model: Any) -> ModelConfig:
+    """Its `model`, checked as a run's own is. Raises UserError, naming the field."""
+    shape: ModelConfig = typed(ModelConfig, model, "model")
+    if not shape.causal:
+        raise UserError("model.causal=false cannot write text: it is no causal language model")
+    return shape

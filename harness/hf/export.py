@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from harness.data.tokenizer import END_OF_TEXT, Tokenizer
+from harness.data.tokenizer import END_OF_TEXT, Tokenizer, bytes_specification
 from harness.errors import UserError
 from harness.files.atomic import check_target, new_folder, read_json, write_json
 from harness.files.text import markdown, markdown_row
@@ -179,16 +179,15 @@ def _twice(ours: Tokenizer, tokenizer: Any, text: str) -> list[int]:
 
 def _write_tokenizer(trained: TrainedModel, folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json, set to encode as the run did: nothing added, special tokens as text."""
-    if trained.tokenizer_file is None:
-        specification = bytes_tokenizer(trained.tokenizer.end_of_text)
-    else:
-        specification = read_json(trained.tokenizer_file)
+    file, tokenizer = trained.tokenizer_file, trained.tokenizer
+    specification = bytes_specification() if file is None else read_json(file)
     if trained.text is None and (specification["post_processor"] or {}).get("type") != "ByteLevel":  # others may add tokens
         specification["post_processor"] = None
     # Not write_json: its names of characters would make the file six times as long.
     text = json.dumps(specification, ensure_ascii=False, indent=2)
     (folder / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    end_of_text = _token(specification, trained.tokenizer.end_of_text)
+    names = {number: name for name, number in tokenizer.vocabulary.items()}
+    end_of_text = names.get(tokenizer.end_of_text, END_OF_TEXT)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": end_of_text,
@@ -213,77 +212,71 @@ def _take_their_dtype(trained: TrainedModel, theirs: Any) -> None:
         theirs.to(dtype)
 
 
-def bytes_tokenizer(end_of_text: int) -> dict[str, Any]:
-    """Plain bytes as a tokenizer.json: a byte-level BPE with no merges, in which each byte's stand-in has the byte as id.
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
 
-    The stand-ins are GPT-2's: printable characters of Latin-1 stand for themselves, the other bytes, in order, for the
-    characters from 256 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "normalizer": None,
-        "pre_tokenizer": level,
-        "added_tokens": [
-            {
-                "id": end_of_text,
-                "content": END_OF_TEXT,
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": True,
-            }
-        ],
-        "post_processor": None,
-        "decoder": level,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": dict(sorted(vocabulary.items(), key=lambda item: item[1])),
-            "merges": [],
-        },
-    }
+# {name}
 
+| | |
+| --- | --- |
+{rows}
 
-def _token(specification: dict[str, Any], number: int) -> str:
-    """The text of a token of a tokenizer.json."""
-    added = {token["id"]: token["content"] for token in specification["added_tokens"]}
-    if number in added:
-        return str(added[number])
-    vocabulary = specification["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        return next(str(text) for text, index in vocabulary.items() if index == number)
-    return str(vocabulary[number][0])  # a unigram model lists [text, score]
+{figures}
+## Use
+
+{before}```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+{register}
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+inputs = tokenizer("The sea", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+{text}
+"""
 
 
 def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
     """README.md: what the model is, how to load it, and the figures in summary.json and evaluations/."""
-    config = trained.config
-    attention = config.attention
+    before = register = ""
+    if exported.own:
+        before = (
+            f"The class is our own, {exported.why_own}. This folder holds no code: transformers knows the class once the "
+            "project that trained the model can be imported (start Python in its folder, or add that to PYTHONPATH) and "
+            "`register()` has been called. No trust_remote_code is needed.\n\n"
+        )
+        register = "\nfrom harness.hf.classes import register\n\nregister()"
+    text = (
+        "The tokenizer adds no token of its own and takes special tokens in a text for the characters that they are. "
+        "Training documents were separated by the end-of-text token: a prompt of that token alone begins a new one."
+    )
+    if trained.text is not None:
+        text = "The tokenizer begins a text and takes special tokens in it as that of the checkpoint it comes from."
+    return _CARD.format(
+        name=markdown(trained.config.name),
+        rows="\n".join(f"| {name} | {value} |" for name, value in _card_rows(run, trained, exported)),
+        figures="\n".join(_figures(run)),
+        before=before,
+        register=register,
+        folder=exported.folder.name,
+        text=text,
+    )
+
+
+def _card_rows(run: Path, trained: TrainedModel, exported: Exported) -> list[tuple[str, str]]:
+    """What the model is."""
+    config, model = trained.config, trained.config.model
+    reader = "" if exported.own else "; config.json has the fields that 4.57 reads too"
     rows = [
         ("class", f"`{exported.architecture}`, {exported.dtype}"),
-        (
-            "loads with",
-            f"transformers {classes.version()}, which wrote it"
-            f"{'' if exported.own else '; config.json has the fields that 4.57 reads too'}",
-        ),
-        ("attention", markdown(attention["name"])),
+        ("loads with", f"transformers {classes.version()}, which wrote it{reader}"),
+        ("attention", markdown(config.attention["name"])),
         (
             "shape",
-            f"{config.model.n_layers} layers, d_model {config.model.d_model}, {config.model.n_heads} heads, "
-            f"context {config.model.max_seq_len:,} tokens",
+            f"{model.n_layers} layers, d_model {model.d_model}, {model.n_heads} heads, context {model.max_seq_len:,} tokens",
         ),
         ("cached per token and layer", _cached(trained.model)),
         ("parameters", f"{exported.parameters:,}"),
@@ -294,46 +287,9 @@ def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
     ]
     if finished(run):
         summary = read_summary(run, "tokens", "cache_bytes_per_token", "cache_dtype")
-        rows.append(("training tokens", f"{summary['tokens']:,}"))
-        rows.append(
-            ("cache per token, all layers", f"{summary['cache_bytes_per_token']:,} bytes ({markdown(summary['cache_dtype'])})")
-        )
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", "", f"# {markdown(config.name)}", ""]
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows), ""]
-    lines += _figures(run)
-    use = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if exported.own:
-        use = [
-            f"The class is our own, {exported.why_own}. This folder holds no code: transformers knows the class once the "
-            "project that trained the model can be imported (start Python in its folder, or add that to PYTHONPATH) and "
-            "`register()` has been called. No trust_remote_code is needed.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            "from harness.hf.classes import register",
-            "",
-            "register()",
-        ]
-    how = (
-        "The tokenizer adds no token of its own and takes special tokens in a text for the characters that they are. "
-        "Training documents were separated by the end-of-text token: a prompt of that token alone begins a new one."
-    )
-    if trained.text is not None:
-        how = "The tokenizer begins a text and takes special tokens in it as that of the checkpoint it comes from."
-    lines += [
-        "## Use",
-        "",
-        *use,
-        f'model = AutoModelForCausalLM.from_pretrained("{exported.folder.name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{exported.folder.name}")',
-        'inputs = tokenizer("The sea", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
-        "```",
-        "",
-        how,
-    ]
-    return "\n".join(lines) + "\n"
+        cached = f"{summary['cache_bytes_per_token']:,} bytes ({markdown(summary['cache_dtype'])})"
+        rows += [("training tokens", f"{summary['tokens']:,}"), ("cache per token, all layers", cached)]
+    return rows
 
 
 def _cached(model: GPT) -> str:

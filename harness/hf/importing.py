@@ -8,9 +8,8 @@ where norm_eps is not that of DeepSeek's latent norms, one factor), see harness/
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,13 @@ from harness.config.compose import load_train_config
 from harness.config.identity import differences, origin_hash
 from harness.config.run_config import load_run_config
 from harness.config.schema import TokenizerConfig, TrainConfig
-from harness.data import PreparedData, Tokenizer, check, hub_client, prepare
+from harness.data import PreparedData, Tokenizer, check, prepare
 from harness.errors import UserError
 from harness.files.atomic import check_target, read_json
-from harness.hf.config_json import FAMILIES, Description, describe
+from harness.hf.config_json import FAMILIES, their_json
+from harness.hf.options import Description, describe
 from harness.hf.shards import DTYPES, ShardWriter, Slot, Stored, open_shards
+from harness.hf.source import TOKENIZER, Source
 from harness.hf.weights import Recipe, recipes
 from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.text_parts import TheirText, read_text
@@ -38,30 +39,10 @@ from modeling.attention.cache import DTYPES as CACHE_DTYPES
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
-CONFIG, INDEX, WEIGHTS, TOKENIZER = "config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json"
-_TEXT_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _SCORED_TOKENS = 16_384  # in one forward pass of an evaluation, where the window is no longer
 _LEARNING_RATE = 2e-5  # of whoever trains on: a usual one for weights that have been trained
 # Buffers that older checkpoints carry; what they hold follows from config.json.
 _COMPUTED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
-
-
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint's files on this machine. revision: the hub's commit, None for a local folder."""
-
-    name: str
-    revision: str | None
-    config: Path
-    tokenizer: Path
-    shards: tuple[Path, ...]
-    index: Path | None
-    text: Mapping[str, Path]  # what says how texts are taken, by name
-
-    @property
-    def files(self) -> list[Path]:
-        return [self.config, self.tokenizer, *([self.index] if self.index else []), *self.shards]
 
 
 @dataclass(frozen=True)
@@ -106,7 +87,7 @@ def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_s
     overrides: dataset and data_dir as train_model.py takes them. max_seq_len: a shorter context than config.json's.
     Raises UserError, naming the field or tensor, for what our classes do not compute or the files do not hold.
     """
-    theirs = describe(_their_json(source.config), max_seq_len)
+    theirs = describe(their_json(source.config), max_seq_len)
     tensors = open_shards(source.shards)
     notes = list(theirs.notes)
     tokenizer = Tokenizer.load(source.tokenizer)
@@ -116,7 +97,7 @@ def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_s
             f"{source.tokenizer} has {tokenizer.vocab_size:,} tokens and the embedding vocab_size={rows:,} rows: bring the "
             f"tokenizer.json that the model was trained with"
         )
-    text = read_text(source.text, _their_json(source.config), tokenizer.vocabulary)
+    text = read_text(source.text, their_json(source.config), tokenizer.vocabulary)
     notes += _tokenizer_notes(tokenizer, text)
     base = load_train_config(
         [f"name={target.name}", f"runs_dir={target.parent}", f"model.default_lr={_LEARNING_RATE}", *overrides]
@@ -176,7 +157,7 @@ def import_model(plan: Plan, target: Path) -> None:
             for name, tensor in unique_tensors(plan.model).items()
         }
     )
-    hashes = file_hashes(plan.source)
+    hashes = plan.source.hashes()
 
     def write(path: Path) -> None:
         from tqdm import tqdm
@@ -224,7 +205,7 @@ def already_imported(plan: Plan, target: Path) -> bool:
     there = read_json(target / ORIGIN_FILE)
     if there.get("kind") != "import":
         return False
-    hashes = file_hashes(plan.source)
+    hashes = plan.source.hashes()
     # Older imports name their tokenizer's place, which says nothing of what they are: the file is among the hashes.
     differing = differences(_with_origin(plan.config, hashes), load_run_config(target), apart_from=("tokenizer.path",))
     if there.get("sha256") != hashes:
@@ -243,124 +224,6 @@ def score_data(plan: Plan, target: Path) -> PreparedData:
         tokenizer_file=target / TOKENIZER,
         for_training=False,
     )
-
-
-def file_hashes(source: Source) -> dict[str, str]:
-    """SHA-256 of each file, by name."""
-    hashes = {}
-    for path in source.files:
-        try:
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
-    return hashes
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def find_source(text: str) -> Source:
-    """The files of a local folder, or of NAME or NAME@REVISION on the hub, downloaded into the hub's cache.
-
-    A path that exists wins. Raises UserError (HubUnreachable where the hub is out of reach), in one sentence, for files
-    that are missing and for weights that are pickled: those are never loaded.
-    """
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        return _local_source(folder.absolute())
-    if folder.exists():
-        raise UserError(f"source={text} is a file: name the folder that holds its config.json")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", text) or text.startswith("."):
-        raise UserError(f"source={text} does not exist: name a folder with a config.json, or a model on the hub")
-    repository, _, revision = text.partition("@")
-    if hub_client.offline():
-        return _cached_source(text, repository, revision or None)
-    commit, hashes = hub_client.model_files(repository, revision or None)
-
-    def fetch(name: str) -> Path | None:
-        if name not in hashes:
-            return None
-        path = hub_client.model_file(repository, name, commit)
-        if not hub_client.is_whole(path, hashes[name]):
-            raise UserError(f"{path} is not what the hub states of {name}: delete it and run this again")
-        return path
-
-    return _source(repository, commit, fetch, sorted(hashes), f"{repository} on the hub")
-
-
-def _local_source(folder: Path) -> Source:
-    def fetch(name: str) -> Path | None:
-        return folder / name if (folder / name).is_file() else None
-
-    return _source(str(folder), None, fetch, sorted(path.name for path in folder.iterdir()), str(folder))
-
-
-def _cached_source(text: str, repository: str, revision: str | None) -> Source:
-    """As it lies in the hub's cache, the network forbidden."""
-    config = hub_client.cached_file(repository, CONFIG, revision, "model")
-    if config is None:
-        hub_client.connect(repository, f"source={text}", "weights")  # says that HF_HUB_OFFLINE is set
-        raise AssertionError("offline() is true")
-    folder = config.parent
-
-    def fetch(name: str) -> Path | None:
-        return hub_client.cached_file(repository, name, folder.name, "model")
-
-    names = sorted(path.name for path in folder.iterdir())
-    return _source(repository, folder.name, fetch, names, f"{folder} (HF_HUB_OFFLINE is set)")
-
-
-def _source(name: str, revision: str | None, fetch: Callable[[str], Path | None], names: Sequence[str], place: str) -> Source:
-    """names: of all files, to say what is there instead."""
-    config = fetch(CONFIG)
-    if config is None:
-        raise UserError(f"{place} has no {CONFIG}: name the folder of a transformers model")
-    describe(_their_json(config))  # before gigabytes are fetched
-    index = fetch(INDEX)
-    if index is not None:
-        shard_names = _shards_of(index)
-    elif WEIGHTS in names:
-        shard_names = [WEIGHTS]
-    elif pickled := [other for other in names if other.endswith(_PICKLED)]:
-        raise UserError(
-            f"{place} has pickled weights only ({pickled[0]}), which can run code when loaded and are not read: convert "
-            f"them to safetensors (save_pretrained of transformers writes it)"
-        )
-    else:
-        raise UserError(f"{place} has neither {WEIGHTS} nor {INDEX}: nothing holds the weights")
-    tokenizer = fetch(TOKENIZER)
-    if tokenizer is None:
-        raise UserError(
-            f"{place} has no {TOKENIZER}, which the run's text is encoded with: save the fast tokenizer beside the weights"
-        )
-    shards = []
-    for shard in shard_names:
-        path = fetch(shard)
-        if path is None:
-            raise UserError(f"{shard}, a shard that {INDEX} names, is not in {place}: fetch it too")
-        shards.append(path)
-    text = {each: path for each in _TEXT_FILES if each in names and (path := fetch(each)) is not None}
-    return Source(name, revision, config, tokenizer, tuple(shards), index, text)
-
-
-def _shards_of(index: Path) -> list[str]:
-    placed = _their_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not placed:
-        raise UserError(f"{index} has no weight_map, which names the shards: fetch it again")
-    names = sorted({str(name) for name in placed.values()})
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*\.safetensors", name):
-            raise UserError(f"{index} names {name} as a shard, which is no plain name of a safetensors file: correct it")
-    return names
-
-
-def _their_json(path: Path) -> dict[str, Any]:
-    """As read_json, with a remedy for a file of somebody else's."""
-    try:
-        return read_json(path)
-    except UserError:
-        raise UserError(f"{path} holds no JSON object: fetch it again") from None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -18,12 +18,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from harness.data import Tokenizer
 from harness.errors import UserError
 from harness.evaluation.perplexity import cut_windows
 from modeling.generation import generate
@@ -36,20 +37,6 @@ _DEFAULT_NEW_TOKENS = 256  # the harness's, where a task does not say
 _UNSAFE = "the task {} runs the programs that a model writes, which is not done here: take another one"
 # How a task may call the number of new tokens, in the harness's order of preference.
 _NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-class TextTokenizer(Protocol):
-    """What is asked of a tokenizer (harness/data)."""
-
-    end_of_text: int
-    opening: int  # before a text whose beginning is scored
-    stops: tuple[int, ...]
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def encode_prompt(self, text: str) -> list[int]: ...
-
-    def decode(self, tokens: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ class Answers:
     """
 
     model: GPT
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     precision: torch.dtype
     device: torch.device
     batch_size: int
@@ -186,7 +173,7 @@ class Answers:
         return iter(tqdm(batches, desc=what, unit="batch", leave=False))
 
 
-def encode_pair(tokenizer: TextTokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
     """Tokens of context and continuation as the harness's own models cut them.
 
     Spaces at the end of the context belong to the continuation. Both are encoded together, and the continuation is what

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,19 +20,25 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from harness.config.build import build_model
 from harness.config.checks import typed_attention
 from harness.config.schema import ModelConfig, TrainConfig
 from harness.config.typed import typed
 from harness.errors import UserError
+from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent
 from modeling.attention.cache import Cache
 from modeling.attention.rope import RotaryEmbedding
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
-MODEL_TYPE = "attention_ablation"
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+
+
+def _of_model(field: str) -> Any:
+    """A field of `model`, as a property; None where there is no model."""
+    return property(lambda config: None if config.model is None else config.model[field])
 
 
 class AttentionAblationConfig(PreTrainedConfig):
@@ -40,7 +47,7 @@ class AttentionAblationConfig(PreTrainedConfig):
     Raises UserError, naming the field, for what a run's configuration may not say either.
     """
 
-    model_type = MODEL_TYPE
+    model_type = OWN_TYPE
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     # Absent only where transformers asks what the defaults are.
@@ -53,63 +60,27 @@ class AttentionAblationConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.model is not None:
-            shape: ModelConfig = typed(ModelConfig, self.model, "model")
-            for field, value in dataclasses.asdict(shape).items():
-                if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                    raise UserError(f"model.{field}={value} is too small; choose 1 or more")
-            if not shape.causal:
-                raise UserError("model.causal=false cannot write text: it is no causal language model")
-            self.model = dataclasses.asdict(shape)
+            self.model = dataclasses.asdict(own_model(self.model))
         if self.attention is not None:
             self.attention = typed_attention(self.attention)
         if self.vocab_size is not None and typed(int, self.vocab_size, "vocab_size") < 1:
             raise UserError(f"vocab_size={self.vocab_size} is too small; choose 1 or more")
         super().__post_init__(**kwargs)
 
-    def of_model(self, field: str) -> Any:
-        """A field of `model`; None where there is none."""
-        return None if self.model is None else self.model[field]
-
     # What transformers and what is built on it ask of a configuration, in their words.
-    @property
-    def hidden_size(self) -> Any:
-        return self.of_model("d_model")
-
-    @property
-    def num_hidden_layers(self) -> Any:
-        return self.of_model("n_layers")
-
-    @property
-    def num_attention_heads(self) -> Any:
-        return self.of_model("n_heads")
-
-    @property
-    def max_position_embeddings(self) -> Any:
-        return self.of_model("max_seq_len")
-
-    @property
-    def tie_word_embeddings(self) -> Any:
-        return self.of_model("tie_embeddings")
-
-    @property
-    def initializer_range(self) -> Any:
-        return self.of_model("init_std")
-
-
-@dataclasses.dataclass
-class _Shape:
-    """What `build_model` reads of a run's configuration."""
-
-    model: ModelConfig
-    attention: dict[str, Any]
+    hidden_size = _of_model("d_model")
+    num_hidden_layers = _of_model("n_layers")
+    num_attention_heads = _of_model("n_heads")
+    max_position_embeddings = _of_model("max_seq_len")
+    tie_word_embeddings = _of_model("tie_embeddings")
+    initializer_range = _of_model("init_std")
 
 
 def _build(config: AttentionAblationConfig) -> GPT:
-    for field in ("model", "attention", "vocab_size"):
-        if getattr(config, field) is None:
-            raise UserError(f"config.json has no {field}: it is not what scripts/export.py wrote")
-    shape = _Shape(typed(ModelConfig, config.model, "model"), dict(config.attention or {}))
-    return build_model(cast(TrainConfig, shape), cast(int, config.vocab_size))
+    fields = {field: getattr(config, field) for field in ("model", "attention", "vocab_size")}
+    refuse_absent(fields)
+    shape = SimpleNamespace(model=own_model(fields["model"]), attention=fields["attention"])  # all that is read of a run's
+    return build_model(cast(TrainConfig, shape), fields["vocab_size"])
 
 
 class GenerationCache:
@@ -158,6 +129,7 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = AttentionAblationConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    _input_embed_layer = "embedding"
     _supports_sdpa = True
     accepts_loss_kwargs = True  # the Trainer's num_items_in_batch
 
@@ -187,12 +159,6 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             for name in getattr(module, "frozen", ()):
                 module.get_parameter(name).requires_grad_(False)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embedding = cast(nn.Embedding, value)
-
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
@@ -206,6 +172,7 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             return self.model.embedding
         raise UserError("the vocabulary of this class stays as it was trained: train a run with the other tokenizer")
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -217,12 +184,11 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         tokenizer: object = None,  # which `generate` hands on when it is given stop_strings
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+    ) -> CausalLMOutputWithPast:
         """input_ids (B, T) -> logits_BTC in float32, the loss where there are labels (-100: not scored), shifted here.
 
         attention_mask (B, S): 0 at pads, on either side; S counts what past_key_values hold. position_ids (B, T) or
@@ -232,28 +198,16 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         last norm. output_attentions: weights_BHTS of each layer, as the reference backend computes them. Raises UserError
         for more tokens than the model has positions.
         """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if output_attentions is None:
-            output_attentions = self.config.output_attentions
-        if return_dict is None:
-            return_dict = self.config.return_dict
+        asked = self.config
+        output_hidden_states = asked.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = asked.output_attentions if output_attentions is None else output_attentions
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
         x_BTD = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         B, T = x_BTD.shape[:2]
         if past_key_values is None and use_cache:
             past_key_values = GenerationCache(self.model.max_seq_len)
-        if past_key_values is not None and not isinstance(past_key_values, GenerationCache):
-            raise UserError(
-                f"past_key_values is a {type(past_key_values).__name__}: this class has caches of its own, which "
-                f"use_cache=True returns"
-            )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if past + T > self.model.max_seq_len:
-            raise UserError(f"{past + T} tokens are more than the model's {self.model.max_seq_len} positions")
-        if cache_position is not None and cache_position.tolist() != list(range(past, past + T)):
-            raise UserError(f"cache_position must be {past} to {past + T - 1}: new tokens go behind those that are cached")
+        past = self._tokens_before(past_key_values, cache_position, T)
         valid_BT = _valid(attention_mask, B, past, T)
         positions_BT = _positions(position_ids, attention_mask, B, past, T)
         layers = None if past_key_values is None else past_key_values.before(self.model, B)
@@ -273,7 +227,7 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits_BTC, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
-        output = CausalLMOutputWithPast(
+        return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTC,
             past_key_values=cast(Any, past_key_values),
@@ -282,7 +236,20 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
                 Any, wanted.columns(None if layers is None else attention_mask, past + T) if output_attentions else None
             ),
         )
-        return output if return_dict else output.to_tuple()
+
+    def _tokens_before(self, past_key_values: object, cache_position: Tensor | None, T: int) -> int:
+        """How many tokens a cache holds. Raises UserError for one that is none of ours, or where T more do not fit behind."""
+        if past_key_values is not None and not isinstance(past_key_values, GenerationCache):
+            raise UserError(
+                f"past_key_values is a {type(past_key_values).__name__}: this class has caches of its own, which "
+                f"use_cache=True returns"
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if past + T > self.model.max_seq_len:
+            raise UserError(f"{past + T} tokens are more than the model's {self.model.max_seq_len} positions")
+        if cache_position is not None and cache_position.tolist() != list(range(past, past + T)):
+            raise UserError(f"cache_position must be {past} to {past + T - 1}: new tokens go behind those that are cached")
+        return past
 
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Activations inside the blocks are computed again in the backward pass, as activation_checkpointing does."""

@@ -1,54 +1,44 @@
 """safetensors files read and written one tensor at a time, so that no more than that is ever in memory.
 
-A file is eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and the
-tensors' bytes. The header is held against the size of the file before anything else is read.
+The library reads them. It writes a file only from all of its tensors at once, so that is done here: a file is eight bytes
+(the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and the tensors' bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.files.untrusted import parse_object
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100_000_000  # bytes, as in the library
 _ZEROS = bytes(2**20)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file. start: in the file, of its nbytes bytes. dtype: as the header calls it."""
+    """One tensor of a file. dtype: as the header calls it."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    nbytes: int
 
     def read(self) -> Tensor:
-        """The tensor. Raises UserError for a dtype other than DTYPES, or when the file cannot be read."""
-        if self.dtype not in DTYPES:
-            raise UserError(f"{self.file} holds tensors of {self.dtype}: convert them to {', '.join(DTYPES)} first")
-        content = bytearray(self.nbytes)
-        try:
-            with self.file.open("rb") as file:
-                file.seek(self.start)
-                read = file.readinto(content)
-        except OSError as error:
-            raise UserError(f"{self.file} cannot be read ({error.strerror}): fetch it again") from None
-        if read != self.nbytes:
-            raise UserError(f"{self.file} ends in the middle of a tensor: fetch it again")
-        return torch.frombuffer(content, dtype=DTYPES[self.dtype]).view(self.shape)
+        """The tensor. Raises UserError when the file cannot be read."""
+        with _opened(self.file) as file:
+            tensor: Tensor = file.get_tensor(self.name)
+            return tensor
 
 
 def open_shards(files: Sequence[Path]) -> dict[str, Stored]:
@@ -57,47 +47,26 @@ def open_shards(files: Sequence[Path]) -> dict[str, Stored]:
     Raises UserError for a file that is not whole or not safetensors, and for a name that stands in two of them.
     """
     tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in _header(file).items():
-            if name in tensors:
-                raise UserError(f"{name} stands in {tensors[name].file} and in {file}: remove the shard that is not needed")
-            tensors[name] = stored
+    for path in files:
+        with _opened(path) as file:
+            for name in file.offset_keys():
+                if name in tensors:
+                    raise UserError(f"{name} stands in {tensors[name].file} and in {path}: remove the shard that is not needed")
+                entry = file.get_slice(name)
+                tensors[name] = Stored(path, name, entry.get_dtype(), tuple(entry.get_shape()))
     return tensors
 
 
-def _header(path: Path) -> dict[str, Stored]:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise UserError(f"{path} is no whole safetensors file ({size:,} bytes): fetch it again")
-            header = parse_object(file.read(length))
+        with safetensors.safe_open(path, framework="pt") as file:
+            yield file
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no safetensors file (its header: {error}): fetch it again") from None
-    header.pop("__metadata__", None)
-    tensors = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = 8 + length
-    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.nbytes)):
-        if stored.start != end:
-            raise UserError(f"{path} has tensors that overlap or leave holes: fetch it again")
-        end += stored.nbytes
-    if end != size:
-        raise UserError(f"{path} has {size:,} bytes and its header speaks of {end:,}: fetch it again")
-    return tensors
-
-
-def _stored(path: Path, name: str, entry: Any, base: int) -> Stored:
-    try:
-        dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(number) is int and number >= 0 for number in (*shape, start, end)) and start <= end
-    except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound or (dtype in DTYPES and end - start != math.prod(shape) * DTYPES[dtype].itemsize):
-        raise UserError(f"{path}: the header's entry of {name} makes no sense: fetch the file again")
-    return Stored(path, dtype, shape, base + start, end - start)
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): fetch it again") from None
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise UserError(f"{path} is no safetensors file (its header: {reason}): fetch it again") from None
 
 
 @dataclass(frozen=True)

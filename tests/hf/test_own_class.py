@@ -10,10 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.data.tokenizer import END_OF_TEXT
+from harness.data.tokenizer import END_OF_TEXT, bytes_specification
 from harness.errors import UserError
 from harness.hf.classes import as_own, misfits, register, save
-from harness.hf.export import bytes_tokenizer
 from modeling.attention.cache import formula_bytes
 from modeling.attention.contract import randomise, relative_error
 from modeling.generation import generate
@@ -346,7 +345,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of our class with a tokenizer of plain bytes, as an export."""
     folder, overrides = tmp_path_factory.mktemp("text"), ["attention=mla_plain", "model.vocab_size=257"]
     save(as_own(randomise(gpt_from(overrides)).eval(), config_at(*overrides)), folder, stops=[256])
-    (folder / "tokenizer.json").write_text(json.dumps(bytes_tokenizer(256)))
+    (folder / "tokenizer.json").write_text(json.dumps(bytes_specification()))
     (folder / "tokenizer_config.json").write_text(json.dumps(BYTES))
     register()
     return folder

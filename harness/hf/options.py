@@ -1,0 +1,219 @@
+"""What a config.json of transformers says, as the sizes and options of our classes: kept exactly, or refused by name.
+
+    llama  mistral  qwen2  qwen3         MHA, GQA or MQA
+    deepseek_v2  deepseek_v3             MLA; every layer dense
+
+Fields that are left out have their class's default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from harness.errors import UserError
+from harness.hf.config_json import IMPORTED, SIZES, Family, Fields, refusal, refuse_impossible
+from modeling.attention.rope import SCALINGS
+
+# What each kind of rotation takes from config.json beside rope_theta; the rest means nothing to it.
+_ROTATIONS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    **{kind: (*needed, *optional) for kind, (needed, optional) in SCALINGS.items()},
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """One model. attention: the options of its class but for dropout and EXECUTION. notes: what a user must know."""
+
+    model_type: str
+    sizes: dict[str, Any]  # fields of ModelConfig
+    attention: dict[str, Any]
+    vocab_size: int  # rows of the embedding
+    tied: bool  # whether the head is the embedding
+    interleaved: bool  # whether rotated pairs stand side by side, as (2i, 2i + 1)
+    notes: tuple[str, ...]
+
+
+def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Description:
+    """Raises UserError, naming the field, for what our classes do not compute. max_seq_len: a shorter context."""
+    refuse_impossible(config)
+    notes: list[str] = []
+    model_type, family = _family(config)
+    theirs = Fields(config, family)
+    _refuse_another_function(theirs)
+    attention = (_latent_attention if family.latent else _grouped_attention)(theirs)
+    attention["rope_theta"], attention["rope_scaling"] = _rotation(theirs, notes)
+    biased = family.mlp_bias and theirs.flag("mlp_bias")
+    if biased and attention["projection_bias"] != "all":
+        raise theirs.refusal("mlp_bias", "is covered beside attention_bias=true only")
+    if biased:  # then all matrices have them
+        attention["projection_bias"] = "model"
+    sizes = {
+        **{ours: theirs.count(name) for ours, name in SIZES.items()},
+        "head_dim": attention["qk_nope_head_dim" if family.latent else "head_dim"],
+        "max_seq_len": _context(theirs, max_seq_len, notes),
+        "mlp": "swiglu",
+        "bias": biased,
+        "dropout": 0.0,
+        "norm_eps": theirs.number("rms_norm_eps", 1e-6),
+        "causal": True,
+    }
+    return Description(
+        model_type,
+        sizes,
+        attention,
+        theirs.count("vocab_size"),
+        theirs.flag("tie_word_embeddings"),
+        model_type == "deepseek_v2" or (model_type == "deepseek_v3" and theirs.flag("rope_interleave", True)),
+        tuple(notes),
+    )
+
+
+def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
+    """model_type, by the architecture where it is absent, and its family. Raises UserError for what is not imported."""
+    covered = f"covered are {', '.join(IMPORTED)}"
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise refusal("architectures", architectures, "must be a list of names: correct it")
+    model_type = config.get("model_type")
+    if model_type is None:
+        model_type = next((name for name, known in IMPORTED.items() if known.architecture in architectures), None)
+    if not isinstance(model_type, str) or model_type not in IMPORTED:
+        raise UserError(f"model_type={model_type or 'null'} is not covered by the import; {covered}")
+    family = IMPORTED[model_type]
+    if architectures and family.architecture not in architectures:
+        raise UserError(
+            f"architectures={architectures[0]} is not covered by the import, which reads {family.architecture} of "
+            f"model_type={model_type}; {covered}"
+        )
+    return model_type, family
+
+
+def _refuse_another_function(theirs: Fields) -> None:
+    """Raises UserError for a field by which the class computes what no GPT here does."""
+    for name in ("quantization_config", "compression_config"):
+        if theirs.get(name):
+            raise UserError(f"{name} of the config.json means quantised weights: import the checkpoint they were made from")
+    if theirs.get("per_layer_config"):
+        raise UserError("per_layer_config of the config.json gives layers shapes of their own, which a GPT here cannot have")
+    if theirs.config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise theirs.refusal("hidden_act", "is not covered: the MLP here is SwiGLU, with silu")
+    if theirs.flag("use_bidirectional_attention"):
+        raise theirs.refusal("use_bidirectional_attention", "is not covered: a GPT here sees no later token")
+    dense = 0 if theirs.get("first_k_dense_replace") is None else theirs.count("first_k_dense_replace", least=0)
+    if theirs.family.latent and theirs.get("n_routed_experts") and dense < theirs.count("num_hidden_layers"):
+        raise theirs.refusal(
+            "n_routed_experts", f"with first_k_dense_replace={dense} makes layers of experts, which a GPT here does not have"
+        )
+
+
+def _grouped_attention(theirs: Fields) -> dict[str, Any]:
+    heads, groups, width = theirs.heads()
+    bias = theirs.family.bias
+    if bias == "attention_bias":
+        bias = "all" if theirs.flag("attention_bias") else "none"
+    return {
+        "name": "mha" if groups == heads else "mqa" if groups == 1 else "gqa",
+        "mechanism": "gqa",
+        "n_kv_heads": groups,
+        "head_dim": width,
+        "v_head_dim": width,
+        "qk_rope_head_dim": 0,
+        "positions": "rope",
+        "qk_norm": theirs.family.qk_norm,
+        "projection_bias": "model" if bias == "none" else bias,
+    }
+
+
+def _latent_attention(theirs: Fields) -> dict[str, Any]:
+    return {
+        "name": "mla",
+        "mechanism": "mla",
+        "n_kv_heads": theirs.count("num_attention_heads"),
+        **theirs.latent_sizes(),
+        "latent": "learned",
+        "kv_latent": "joint",
+        "latent_norm": "rms",
+        "latent_norm_place": "latent",
+        "latent_scale": False,
+        "positions": "decoupled",
+        "fused_down_projections": False,
+        "sharing": "none",
+        "sharing_layers": 1,
+        "projection_bias": "all" if theirs.flag("attention_bias") else "model",
+    }
+
+
+def _rotation(theirs: Fields, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
+    """rope_theta and rope_scaling, from rope_parameters or from the older rope_theta and rope_scaling."""
+    name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
+    given = theirs.get(name) or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise theirs.refusal(name, "must be one group of fields for all layers: a GPT here rotates all of them alike")
+    kind = str(given.get("rope_type") or given.get("type") or "default")
+    if kind not in _ROTATIONS:
+        raise UserError(f"{name}.rope_type={kind} of the config.json is not covered; covered are {', '.join(_ROTATIONS)}")
+    for place, value in ((name, given.get("partial_rotary_factor")), ("", theirs.get("partial_rotary_factor"))):
+        if value not in (None, 1, 1.0):
+            raise UserError(
+                f"{place}{'.' if place else ''}partial_rotary_factor={value} of the config.json is not covered: "
+                f"heads here are rotated whole"
+            )
+    theta = given.get("rope_theta") or theirs.config.get("rope_theta", 10_000.0)
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
+        raise UserError(f"rope_theta={theta} of the config.json must be a number above 0: correct it")
+    known = _ROTATIONS[kind]
+    if theirs.family.latent and kind != "yarn" and given.get("mscale_all_dim"):
+        raise UserError(f"{name}.mscale_all_dim={given['mscale_all_dim']} of the config.json is covered with yarn only")
+    usual = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *known}
+    if idle := sorted(key for key, value in given.items() if key not in usual and value is not None):
+        notes.append(
+            f"{name}.{idle[0]} means nothing to rope_type={kind} and is left out"
+            + (f" (likewise {', '.join(idle[1:])})" if idle[1:] else "")
+        )
+    if kind == "default":
+        return float(theta), None
+    scaling = {key: given[key] for key in known if given.get(key) is not None}
+    if "original_max_position_embeddings" in known:
+        longest = theirs.count("max_position_embeddings")
+        trained = theirs.get("original_max_position_embeddings") or scaling.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = trained or longest
+        if kind == "yarn" and "factor" not in scaling and isinstance(trained, (int, float)) and trained > 0:
+            scaling["factor"] = longest / trained
+    return float(theta), {"rope_type": kind, **scaling}
+
+
+def _context(theirs: Fields, asked: int | None, notes: list[str]) -> int:
+    """max_seq_len: what is asked for, at most the config's context and its sliding window."""
+    longest = theirs.count("max_position_embeddings")
+    if asked is not None and not 1 <= asked <= longest:
+        raise UserError(f"max_seq_len={asked} must be between 1 and the model's max_position_embeddings={longest}")
+    window = _window(theirs)
+    if window is not None and window < (asked or longest):
+        if asked is not None:
+            raise UserError(
+                f"max_seq_len={asked} is longer than the model's sliding_window={window}, beyond which a GPT "
+                f"here computes something else: choose at most {window}"
+            )
+        notes.append(f"max_seq_len={window} of {longest}: within its sliding_window the model is the same, beyond it is not")
+        return window
+    return asked or longest
+
+
+def _window(theirs: Fields) -> int | None:
+    """The sliding window of any layer."""
+    family = theirs.family
+    if family.window == "none" or theirs.get("sliding_window") is None:
+        return None
+    if family.window == "layers":
+        if not theirs.flag("use_sliding_window"):
+            return None
+        layers, first = theirs.count("num_hidden_layers"), theirs.count("max_window_layers", least=0)
+        kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+        if set(kinds) - {"sliding_attention", "full_attention"}:
+            raise theirs.refusal("layer_types", "names layers that are not covered")
+        if "sliding_attention" not in kinds:
+            return None
+    return theirs.count("sliding_window")
