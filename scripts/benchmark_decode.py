@@ -317,10 +317,15 @@ def make_subjects(
         if options.level == "model" and options.peers:
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
-        if "absorbed" in first.decode_paths and paths != ("expand",):
+        absorbs = "absorbed" in first.decode_paths and paths != ("expand",)
+        if absorbs:
             subject.kernel = options.kernel
         execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
         pin_execution(part, execution, device=plan.device, precision=plan.dtype)
+        if absorbs:
+            read = plan.dtype if plan.cache_dtype.itemsize == 1 else plan.cache_dtype
+            with torch.no_grad():
+                notes.append(f"{name}: one new token absorbed is computed by {first.kernel_for(read, plan.device)}")
         subjects.append(subject)
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
             padded = first.backend == "sdpa_flash" and plan.device.type == "cpu"
