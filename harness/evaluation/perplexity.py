@@ -133,9 +133,7 @@ def evaluate_split(
         bounds = np.append(split.document_starts[split.document_starts < n_tokens], n_tokens)
     windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=stride)
 
-    nats, scored = 0.0, 0
-    nats_N = None if segment_tokens is None else np.zeros(n_tokens)
-    nats_by_position, count_by_position = np.zeros(max_seq_len), np.zeros(max_seq_len, dtype=np.int64)
+    tally = _Tally(n_tokens, max_seq_len, keeps_all=segment_tokens is not None)
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     rounds = -(-len(batches) // share.of)
@@ -144,23 +142,10 @@ def evaluate_split(
         batch = batches[number % len(batches)]
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=end_of_text)
         losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
-        if number >= len(batches):  # to keep the others company
-            continue
-        nats_BT = losses.cpu().double().numpy()  # on the CPU, since not every device knows float64
-        position_T = np.arange(nats_BT.shape[1])
-        real_BT = position_T < windows.length[batch, None]
-        scored_BT = real_BT & (position_T >= windows.skip[batch, None])
-        nats += nats_BT.sum(where=scored_BT)
-        scored += int(scored_BT.sum())
-        if nats_N is not None:
-            nats_N[(windows.start[batch, None] + position_T)[scored_BT]] = nats_BT[scored_BT]
-        nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
-        count_by_position[: len(position_T)] += real_BT.sum(axis=0)
-    totals = share.total(np.concatenate(([nats, scored], nats_by_position, count_by_position)))  # counts below 2^53
-    nats, scored = float(totals[0]), int(totals[1])
-    nats_by_position, count_by_position = totals[2 : 2 + max_seq_len], totals[2 + max_seq_len :].astype(np.int64)
-    if nats_N is not None:
-        nats_N = share.total(nats_N)
+        if number < len(batches):  # the others' company is not counted
+            tally.add(windows, batch, losses.cpu().double().numpy())  # on the CPU, since not every device knows float64
+    tally.sum_over(share)
+    nats, scored, nats_N = tally.nats, tally.scored, tally.nats_N
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
     loss = nats / scored
     if not loss < _MOST_NATS:  # not a number is not below either
@@ -180,9 +165,42 @@ def evaluate_split(
         bytes=text_bytes,
         words=words,
         nats=nats,
-        loss_by_position=_by_octave(nats_by_position, count_by_position),
+        loss_by_position=_by_octave(tally.nats_by_position, tally.count_by_position),
         segments=segments,
     )
+
+
+class _Tally:
+    """What the windows that were scored add up to; of every prediction that was made, by its number of context tokens.
+
+    keeps_all: the nats of each of the n_tokens targets as well, nats_N.
+    """
+
+    def __init__(self, n_tokens: int, max_seq_len: int, *, keeps_all: bool) -> None:
+        self.nats, self.scored = 0.0, 0
+        self.nats_N = np.zeros(n_tokens) if keeps_all else None
+        self.nats_by_position, self.count_by_position = np.zeros(max_seq_len), np.zeros(max_seq_len, dtype=np.int64)
+
+    def add(self, windows: Windows, batch: Integers, nats_BT: NDArray[np.float64]) -> None:
+        position_T = np.arange(nats_BT.shape[1])
+        real_BT = position_T < windows.length[batch, None]
+        scored_BT = real_BT & (position_T >= windows.skip[batch, None])
+        self.nats += nats_BT.sum(where=scored_BT)
+        self.scored += int(scored_BT.sum())
+        if self.nats_N is not None:
+            self.nats_N[(windows.start[batch, None] + position_T)[scored_BT]] = nats_BT[scored_BT]
+        self.nats_by_position[: len(position_T)] += nats_BT.sum(axis=0, where=real_BT)
+        self.count_by_position[: len(position_T)] += real_BT.sum(axis=0)
+
+    def sum_over(self, share: Share) -> None:
+        """From one process's share to the whole."""
+        here = ([self.nats, self.scored], self.nats_by_position, self.count_by_position)
+        (nats, scored), self.nats_by_position, counts = np.split(
+            share.total(np.concatenate(here)), np.cumsum([2, len(self.nats_by_position)])
+        )
+        self.nats, self.scored, self.count_by_position = float(nats), int(scored), counts.astype(np.int64)  # below 2^53
+        if self.nats_N is not None:
+            self.nats_N = share.total(self.nats_N)
 
 
 def cut_windows(bounds: Integers, *, max_seq_len: int, stride: int) -> Windows:
