@@ -32,12 +32,12 @@ def test_how_long_the_rest_takes_is_said_once_by_steps_that_neither_compile_nor_
     ((number, line),) = said([*slow, *[fast] * 6000], first_step=first_step)
     assert number == first_step - 1 + len(slow) + enough
     left = 6000 - enough
-    assert line == f"time        about {round(left * fast / 60)} minutes for the {1000 * left:,} tokens left, evaluation apart"
+    assert line == f"time        about {round(left * fast / 60)} min for the {1000 * left:,} tokens left, evaluation apart"
 
 
 def test_steps_of_minutes_are_foretold_after_the_first_that_tells() -> None:
     ((number, line),) = said([300.0, *[120.0] * 63])
-    assert (number, line) == (WARM_UP + 2, "time        about 2.0 hours for the 59,000 tokens left, evaluation apart")
+    assert (number, line) == (WARM_UP + 2, "time        about 118 min for the 59,000 tokens left, evaluation apart")
 
 
 def test_nothing_is_said_of_a_run_that_ends_before_it_tells() -> None:
