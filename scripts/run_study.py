@@ -56,7 +56,9 @@ _FOR_EVALUATION = ("device", "precision", "data_dir", "tracking", "tracking.proj
 @dataclass
 class StudyOptions:
     study: Annotated[str, "a YAML of configs/study"] = "demo"
-    dry_run: Annotated[bool, "print every run with its parameters, FLOPs, cache bytes and the time, and stop"] = False
+    dry_run: Annotated[
+        bool, "print every run with its parameters, FLOPs, cache bytes, the time by those finished, and stop"
+    ] = False
     tune: Annotated[
         Literal["lr", "none", "stored"] | None,
         "lr: sweep the learning rate of each arm first; none: one rate for all; stored: the rates of an earlier sweep of "
@@ -282,7 +284,7 @@ def _sizes(plan: Plan, arm: str) -> list[str]:
 
 
 def print_runs(command: Command) -> int:
-    """dry_run: every run and the time they will take together."""
+    """dry_run: every run, and by the finished ones how long the rest takes."""
     from harness.study.runner import is_done, slots, visible_gpus
     from harness.study.tuning import first_grid
 

@@ -186,16 +186,16 @@ def bytes_specification() -> dict[str, Any]:
     characters from 256 on.
     """
     import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
+    from tokenizers import models, pre_tokenizers
 
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(_BYTES) if byte not in printable]
     vocabulary = {chr(byte): byte for byte in printable} | {chr(_BYTES + n): byte for n, byte in enumerate(others)}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TEXT])  # the id behind the bytes
     specification: dict[str, Any] = json.loads(backend.to_str())
+    specification["decoder"] = specification["pre_tokenizer"]  # undone as it is done
     return specification
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
+from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
 from modeling.attention.cache import DTYPES, formula_bytes
 from modeling.flops import parameters_by_block, training_flops_per_token
@@ -31,8 +32,8 @@ class MatchConfig:
     quantity: str  # none | params | train_flops | kv_bytes
     to: str = ""  # an arm, or a number (kv_bytes: bytes per token of all layers in cache.dtype)
     vary: str = ""  # the free field; several, separated by commas, take one value
-    tolerance: float = 0.01  # of the target
-    multiple_of: int = 1
+    tolerance: Figure = 0.01  # of the target
+    multiple_of: Positive = 1
 
 
 # Fields that may be free -> all values that may be tried, in rising order, for a configuration.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from harness.config.checks import RUN_NAME
-from harness.config.compose import load_train_config, options_of
+from harness.config.compose import load_eval_config, load_train_config, options_of
 from harness.config.conversion import ConversionConfig
 from harness.config.identity import setup_hash
 from harness.config.places import CONFIGS
@@ -29,6 +29,7 @@ from harness.errors import UserError
 from harness.evaluation.metric import METRICS
 from harness.files.atomic import write_json
 from harness.files.lock import locked
+from harness.files.untrusted import Count, Positive
 from harness.runs.conversion import conversion_setup, converted_from
 from harness.runs.records import STUDY_FILE, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
 from harness.study.matching import MatchConfig, match_arm, quantities
@@ -55,8 +56,8 @@ class TuneConfig:
 
     factors: list[float]  # of the base's rate
     seed: int = 0
-    extensions: int = 2  # how often the grid grows, for all arms, while one arm's optimum is at its edge
-    tokens: int | None = None  # of a sweep's run; None: the study's own budget
+    extensions: Count = 2  # how often the grid grows, for all arms, while one arm's optimum is at its edge
+    tokens: Positive | None = None  # of a sweep's run; None: the study's own budget
     transfer_arms: list[str] = field(default_factory=list)  # swept at the full budget too, where the sweep's is shorter
 
 
@@ -75,8 +76,8 @@ class StudyConfig:
     tune: TuneConfig | None = None
     metric: str = "bits_per_byte"  # of METRICS (metric.py), of the test split
     evaluate: list[str] = field(default_factory=list)  # overrides of eval_model.py
-    decode_contexts: list[int] = field(default_factory=list)  # tokens; decode time per token is measured there
-    decode_batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    decode_contexts: list[Positive] = field(default_factory=list)  # tokens; decode time per token is measured there
+    decode_batch_sizes: list[Positive] = field(default_factory=lambda: [1, 8])
 
 
 @dataclass(kw_only=True)
@@ -281,10 +282,11 @@ def _check(config: StudyConfig, study: str) -> None:
 def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) -> Plan:
     """Compose every arm and solve what is matched. Writes nothing.
 
-    Raises UserError when an arm does not compose, or its achieved mismatch is above the tolerance.
+    Raises UserError when an arm or the evaluation does not compose, or a mismatch achieved is above its tolerance.
     """
     if not re.fullmatch(RUN_NAME, name):
         raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
+    load_eval_config(merged(config.evaluate))  # refused before hours of training, not after
     arms: dict[str, Arm] = {}
     for arm_name, arm in _in_order(config):
         source = None if arm.starts_from is None else arms[arm.starts_from].config

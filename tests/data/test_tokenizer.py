@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.data.tokenizer import END_OF_TEXT, Tokenizer
+from harness.data.tokenizer import END_OF_TEXT, Tokenizer, bytes_specification
 from harness.errors import UserError
 from tests.support.corpora import text
 
@@ -148,3 +149,9 @@ def test_what_a_tokenizer_would_leave_to_chance_is_switched_off(tmp_path: Path) 
     found = Tokenizer.load(file)
     assert all(found.encode(text(seed)) == whole.encode(text(seed)) for seed in range(30))
     assert found.sha256 == whole.sha256
+
+
+def test_plain_bytes_are_the_same_tokenizer_in_every_version() -> None:
+    """It is in the fingerprint of data read with an exported byte run: another one would make an import another corpus."""
+    digest = hashlib.sha256(json.dumps(bytes_specification(), sort_keys=True).encode()).hexdigest()
+    assert digest == "553bc02aea85fbfdc36b107cb9282679a18b0879d4b0aee273652dcb0732008d"

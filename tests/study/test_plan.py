@@ -58,6 +58,17 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
         ("question: which?", "questoin: which?", "questoin is not a field of the configuration; did you mean question?"),
         ("attention=gqa", "attention=gqqa", "attention=gqqa does not exist; did you mean gqa?"),
         ("[attention=gqa]", "[attention=gqa, optimizer.lr=0.1]", "start from different learning rates [0.004, 0.1]"),
+        ("question: which?", "question: which?\nevaluate: [foo=1]", "foo is not a field of the configuration"),
+        ("question: which?", "question: which?\nevaluate: [max_tokens=0]", "max_tokens=0 must be 1 or more"),
+        ("question: which?", "question: which?\ndecode_contexts: [64, 0]", "decode_contexts[1]=0 must be 1 or more"),
+        ("question: which?", "question: which?\ndecode_batch_sizes: [-1]", "decode_batch_sizes[0]=-1 must be 1 or more"),
+        (
+            "question: which?",
+            "question: which?\nmatch: [{quantity: params, multiple_of: 0}]",
+            "multiple_of=0 must be 1 or more",
+        ),
+        ("question: which?", "question: which?\nmatch: [{quantity: params, tolerance: -1}]", "tolerance=-1 must be 0 or more"),
+        ("factors: [0.5, 1, 2]", "factors: [0.5, 1, 2], extensions: -1", "tune.extensions=-1 must be 0 or more"),
     ],
 )
 def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, before: str, after: str, sentence: str) -> None:
