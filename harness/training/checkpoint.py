@@ -108,6 +108,8 @@ def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool 
 
 def tidy(folder: Path, *, newest: Path, keep: int) -> None:
     """Delete what killed saves have left behind and the oldest checkpoints beyond `keep`, counted from `newest`."""
+    if not newest.is_dir():  # the run's folder went away meanwhile, and another one may be in its place
+        return
     mark(folder)
     _remove_leftovers(folder)
     # Later steps than this one are not counted: only a damaged checkpoint, or one of a longer past, can stand there.

@@ -383,3 +383,13 @@ def test_a_folder_that_goes_away_while_a_checkpoint_is_written_is_an_error_that_
     assert str(told.value.filename).startswith(str(tmp_path))
     tidy(tmp_path, newest=tmp_path / "step-00000002", keep=1)
     assert not tmp_path.exists()
+
+
+def test_a_folder_in_whose_place_another_one_is_by_now_is_not_said_to_have_had_checkpoints(tmp_path: Path) -> None:
+    written = tmp_path / "run" / "checkpoints"
+    written.mkdir(parents=True)
+    saved = _save(written, 1)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    written.mkdir(parents=True)
+    tidy(written, newest=saved, keep=1)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
