@@ -48,8 +48,13 @@ def keep_changes(folder: Path) -> None:
 def commit() -> str | None:
     """The project's git commit, with '+changes' if files differ from it; None outside a checkout."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+        head, dirty = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+    return head + ("+changes" if dirty else "")
+
+
+def _git(*words: str) -> str:
+    """What git prints. A signal to this process's group, which asks a run to stop, does not reach it."""
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True, start_new_session=True)
+    return done.stdout.strip()

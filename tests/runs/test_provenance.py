@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,21 @@ def test_without_git_there_is_nothing_to_keep(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", str(tmp_path))
     provenance.keep_changes(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_to_the_runs_group_leaves_the_commit_known(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study passes on what asks it to stop, perhaps just when a run writes its summary."""
+    known, real = provenance.commit(), shutil.which("git")
+    assert known is not None
+    fake = tmp_path / "bin" / "git"
+    fake.parent.mkdir()
+    fake.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys\n"
+        f"if os.getpgid(0) == {os.getpgid(0)}:\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"os.execv({real!r}, [{real!r}, *sys.argv[1:]])\n"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}{os.pathsep}{os.environ['PATH']}")
+    assert provenance.commit() == known
