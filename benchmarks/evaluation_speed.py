@@ -75,8 +75,8 @@ def compare(name: str, attention: str, options: EvaluationSpeedOptions, device: 
     compiled.token_losses = torch.compile(compiled.token_losses, dynamic=False)  # type: ignore[method-assign]
     forms = {"eager": TokenLosses(model, **computed), "compiled": TokenLosses(compiled, **computed)}
     if device.type == "cuda":
-        forms["captured"] = CapturedLosses(model, batch_size=options.batch_size, **computed)
-        forms["compiled and captured"] = CapturedLosses(compiled, batch_size=options.batch_size, **computed)
+        forms["captured"] = CapturedLosses(model, **computed)
+        forms["compiled and captured"] = CapturedLosses(compiled, **computed)
 
     length = (options.windows + 1) * model.max_seq_len // 2
     tokens = np.random.default_rng(0).integers(0, options.vocab_size - 1, length).astype(np.uint16)

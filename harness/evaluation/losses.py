@@ -26,7 +26,7 @@ class TokenLosses:
 
 
 class CapturedLosses(TokenLosses):
-    """Windows of the model's max_seq_len, up to batch_size a call, replayed; whatever else is asked for runs eagerly.
+    """Windows of the model's max_seq_len, up to as many as the first call had, replayed; all else runs eagerly.
 
     Scoring with a small model is launches, not arithmetic. The kernels are the eager ones, so that nothing has to be
     compiled and the figures are those of whole batches, bit for bit; a batch of fewer rows is filled up.
@@ -37,7 +37,6 @@ class CapturedLosses(TokenLosses):
         self,
         model: GPT,
         *,
-        batch_size: int,
         precision: torch.dtype,
         device: torch.device,
         capture: Callable[[Callable[[], None]], Graph] | None = None,
@@ -45,33 +44,34 @@ class CapturedLosses(TokenLosses):
         super().__init__(model, precision=precision, device=device)
         self._failed = False
         self._capture = capture or CudaGraphs(device).capture
-        self._tokens_2BT = torch.zeros(2, batch_size, model.max_seq_len, dtype=torch.long, device=device)
+        self._tokens_2BT: Tensor | None = None
         self._nats_BT: Tensor | None = None
         self._graph: Graph | None = None
 
     def __call__(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache] | None = None) -> Tensor:
         rows, length = inputs_BT.shape
-        _, most, window = self._tokens_2BT.shape
-        if cache is not None or length != window or rows > most or self.model.training or self._failed:
+        if cache is not None or length != self.model.max_seq_len or self.model.training or self._failed:
             return super().__call__(inputs_BT, targets_BT, cache)
-        self._tokens_2BT[0, :rows], self._tokens_2BT[1, :rows] = inputs_BT, targets_BT
         if self._graph is None:
-            nats_BT = super().__call__(*self._tokens_2BT)  # warms up, and is this batch's answer
-            self._try()
-        else:
-            self._graph.replay()
-            assert self._nats_BT is not None
-            nats_BT = self._nats_BT.clone()
-        return nats_BT[:rows]
+            nats_BT = super().__call__(inputs_BT, targets_BT)  # warms up, and is this batch's answer
+            self._try(torch.stack((inputs_BT, targets_BT)))
+            return nats_BT
+        assert self._tokens_2BT is not None
+        if rows > self._tokens_2BT.shape[1]:
+            return super().__call__(inputs_BT, targets_BT)
+        self._tokens_2BT[0, :rows], self._tokens_2BT[1, :rows] = inputs_BT, targets_BT
+        self._graph.replay()
+        assert self._nats_BT is not None
+        return self._nats_BT[:rows].clone()
 
-    def _try(self) -> None:
+    def _try(self, tokens_2BT: Tensor) -> None:
         """Record a call; nothing is computed by that."""
 
         def score() -> None:
-            self._nats_BT = TokenLosses.__call__(self, *self._tokens_2BT)
+            self._nats_BT = TokenLosses.__call__(self, *tokens_2BT)
 
         try:
-            self._graph = self._capture(score)
+            self._graph, self._tokens_2BT = self._capture(score), tokens_2BT
         except RuntimeError as error:
             self._nats_BT = None
             self._failed = True

@@ -99,12 +99,10 @@ def check_finite(model: GPT, checkpoint: Path) -> None:
             )
 
 
-def token_losses(
-    model: GPT, *, capture: str, batch_size: int, precision: torch.dtype, device: torch.device, processes: int = 1
-) -> TokenLosses:
+def token_losses(model: GPT, *, capture: str, precision: torch.dtype, device: torch.device, processes: int = 1) -> TokenLosses:
     """Replayed where `capture` (auto | on | off) and the device allow it. Raises UserError for capture=on where they do not."""
     if select_capture(capture, device, processes=processes):
-        return CapturedLosses(model, batch_size=batch_size, precision=precision, device=device)
+        return CapturedLosses(model, precision=precision, device=device)
     return TokenLosses(model, precision=precision, device=device)
 
 

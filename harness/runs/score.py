@@ -65,9 +65,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     trained = load_trained(run, device=device, precision=precision, execution=config.attention)
     dataset = config.dataset or trained.config.dataset
     data = _text(run, config, trained)
-    losses = token_losses(
-        trained.model, capture=config.capture, batch_size=config.batch_size, precision=precision, device=device
-    )
+    losses = token_losses(trained.model, capture=config.capture, precision=precision, device=device)
     choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
     cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
     through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1

@@ -388,7 +388,6 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
         losses=token_losses(
             model,
             capture="off" if config.capture == "off" else "auto",
-            batch_size=config.evaluation.batch_size,
             precision=precision,
             device=device,
             processes=workers.world_size,

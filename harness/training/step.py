@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -143,23 +143,11 @@ class CapturedStep(EagerStep):
         engine: Engine,
         optimizer: Optimizer,
         *,
-        micro_batch_size: int,
-        grad_clip: float,
-        precision: torch.dtype,
-        compile: bool,
-        device: torch.device,
         capture: Callable[[Callable[[], None]], Graph] | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            engine,
-            optimizer,
-            micro_batch_size=micro_batch_size,
-            grad_clip=grad_clip,
-            precision=precision,
-            compile=compile,
-            device=device,
-        )
-        self._capture = capture or CudaGraphs(device).capture
+        super().__init__(engine, optimizer, **options)
+        self._capture = capture or CudaGraphs(self._device).capture
         self._warm = 0
         self._batch: Tensor | None = None
         self._graphs: tuple[Graph, Graph] | None = None

@@ -42,7 +42,7 @@ def test_whole_and_short_batches_are_replayed_and_each_gets_its_own_nats() -> No
 
     model = small()
     eager = TokenLosses(model, precision=torch.float32, device=CPU)
-    captured = CapturedLosses(model, batch_size=ROWS, precision=torch.float32, device=CPU, capture=capture)
+    captured = CapturedLosses(model, precision=torch.float32, device=CPU, capture=capture)
     kept = [captured(*batch(seed)) for seed in range(3)]
     assert all(torch.equal(nats_BT, eager(*batch(seed))) for seed, nats_BT in enumerate(kept))  # none overwrites another
     assert [graph.replays for graph in graphs] == [2]
@@ -66,7 +66,7 @@ def test_a_model_that_cannot_be_captured_is_scored_eagerly_and_that_is_said_once
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     model = small()
-    captured = CapturedLosses(model, batch_size=ROWS, precision=torch.float32, device=CPU, capture=refuse)
+    captured = CapturedLosses(model, precision=torch.float32, device=CPU, capture=refuse)
     for seed in range(3):
         assert torch.equal(captured(*batch(seed)), model.token_losses(*batch(seed)))
     said = "evaluation is not captured, it runs eagerly: operation not permitted when stream is capturing\n"
@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_captured_is_scored_eagerly_and_that_is_said_once
 
 def test_what_is_captured_is_chosen_by_device_and_processes() -> None:
     def chosen(capture: str, device: str = "cpu", processes: int = 1) -> type:
-        options = {"capture": capture, "batch_size": ROWS, "precision": torch.float32, "processes": processes}
+        options = {"capture": capture, "precision": torch.float32, "processes": processes}
         return type(token_losses(small(), device=torch.device(device), **options))
 
     assert chosen("auto") is chosen("off") is chosen("off", "cuda") is chosen("auto", "cuda", processes=2) is TokenLosses
@@ -90,7 +90,7 @@ def test_replayed_and_eager_nats_are_the_same_bit_for_bit_on_a_gpu(attention: st
     device = torch.device("cuda")
     model = small(attention, device)
     options = {"precision": torch.bfloat16, "device": device}
-    eager, captured = TokenLosses(model, **options), token_losses(model, capture="on", batch_size=ROWS, **options)
+    eager, captured = TokenLosses(model, **options), token_losses(model, capture="on", **options)
     assert isinstance(captured, CapturedLosses)
     for round_ in range(2):
         for seed in range(3):
