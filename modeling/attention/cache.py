@@ -53,6 +53,14 @@ class Placement:
             return rope.tables(0, new_tokens, positions_BT)
         return rope.tables(self.start, new_tokens, self.positions_BT, self.end)
 
+    def key_tables(self, rope: RotaryEmbedding, slots: int) -> tuple[Tensor, Tensor]:
+        """cos, sin of the visible keys of a cache that holds them un-rotated: a slot is its position, but in a window."""
+        last, positions_BS = rope.max_seq_len - 1, self.key_positions_BS
+        if positions_BS is None and slots > last + 1:
+            # A static cache may have more slots than the model has positions: no query sees those.
+            positions_BS = torch.arange(slots, device=rope.cos_SF.device).clamp(max=last)[None]
+        return rope.tables(0, slots, positions_BS, last + 1)  # no key stands behind the queries, which were checked
+
 
 class Cache:
     """Buffers of shape (B, M, *shape) by name; `lengths_B` counts the tokens that each row has taken in.

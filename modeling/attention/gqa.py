@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.output import attend_as
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
-from modeling.kernels.attend import attend
 
 
 class GroupedQueryAttention(nn.Module):
@@ -143,17 +143,5 @@ class GroupedQueryAttention(nn.Module):
         if "k_rope" in seen:
             k_rope_BSGP = seen["k_rope"].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
             k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
-        out_BTHV, weights_BHTS = attend(
-            q_BTHK,
-            k_BSGK.to(q_BTHK.dtype),
-            seen["v"].to(q_BTHK.dtype),
-            scale=self.scale,
-            causal=place.causal,
-            mask_BTS=place.mask_BTS,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            return_weights=weights_out is not None,
-        )
-        if weights_out is not None and weights_BHTS is not None:
-            weights_out.append(weights_BHTS)
+        out_BTHV = attend_as(self, q_BTHK, k_BSGK, seen["v"], place, weights_out)
         return self.o_proj(out_BTHV.reshape(B, T, -1))

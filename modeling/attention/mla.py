@@ -360,7 +360,7 @@ class MultiheadLatentAttention(nn.Module):
         if self.positions == "rope_after_up":
             assert self.rope is not None and tables is not None
             q_nope_BTHN = rotate(q_nope_BTHN, tables)
-            k_BSGN = rotate(k_BSGN, self._key_tables(k_BSGN.shape[1], place) if cached else tables)
+            k_BSGN = rotate(k_BSGN, place.key_tables(self.rope, k_BSGN.shape[1]) if cached else tables)
         q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
         if k_rope_BSP is not None:
             q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
@@ -377,15 +377,6 @@ class MultiheadLatentAttention(nn.Module):
             backend=self.backend,
             return_weights=want_weights,
         )
-
-    def _key_tables(self, slots: int, place: Placement) -> tuple[Tensor, Tensor]:
-        """Angles of cached latents, which carry none: a slot is its position, unless the cache has a window."""
-        assert self.rope is not None
-        last, positions_BS = self.rope.max_seq_len - 1, place.key_positions_BS
-        if positions_BS is None and slots > last + 1:
-            # A static cache may have more slots than the model has positions: no query sees those.
-            positions_BS = torch.arange(slots, device=self.rope.cos_SF.device).clamp(max=last)[None]
-        return self.rope.tables(0, slots, positions_BS, last + 1)  # no key stands behind the queries, which were checked
 
     def _attend_absorbed(
         self,
