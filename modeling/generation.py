@@ -151,8 +151,9 @@ def _counted(
 
 def _check_fits(model: GPT, cache: Sequence[Cache]) -> None:
     """Raises ValueError unless the cache, whose layers grow together, and the model have a place for one more token a row."""
-    cache[0].check_room(1)
-    if isinstance(model, GPT) and model.attentions[0].positions != "none":
+    for layer in cache:  # those with a window always have
+        layer.check_room(1)
+    if isinstance(model, GPT) and any(attention.positions != "none" for attention in model.attentions):
         longest = cache[0].longest(model.max_seq_len - 1)
         if longest >= model.max_seq_len:
             raise beyond(longest, model.max_seq_len)

@@ -135,7 +135,7 @@ class GPT(HasAttentions):
                 norm_eps=norm_eps,
             )
         )
-        learned = self.attentions[0].positions == "learned"
+        learned = any(attention.positions == "learned" for attention in self.attentions)
         self.position_embedding = nn.Embedding(max_seq_len, d_model) if learned else None
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(d_model, eps=norm_eps)

@@ -109,6 +109,7 @@ def main(arguments: list[str]) -> int:
     from harness.report import decode as decode_report
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
+    from modeling.attention import with_most_paths
 
     plan = make_plan(options)
     keep_freed_memory(plan.device)  # or a step's temporaries are mapped and zeroed anew each time
@@ -118,7 +119,9 @@ def main(arguments: list[str]) -> int:
     results = timed(subjects, plan)
     machine = machine_name(plan.device)
     heading = title(options, overrides, configs, plan, machine)
-    limits = {subject.name: subject.part.attentions[0].absorbs_up_to for subject in subjects if len(subject.paths) > 1}
+    limits = {
+        subject.name: with_most_paths(subject.part.attentions).absorbs_up_to for subject in subjects if len(subject.paths) > 1
+    }
     crossovers = decode_report.crossovers(results.figures, limits)
     print("\n".join([heading, *decode_report.table(results), *map(decode_report.sentence, crossovers), *notes]))
     print(
@@ -283,8 +286,10 @@ def make_subjects(
     """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
     import torch
 
+    from harness.config.build import layers_that_differ
     from harness.decode.subjects import ExpandedAttention, Subject, footprint, paths_of
     from harness.runs.load import pin_execution
+    from modeling.attention import with_most_paths
     from modeling.attention.layers import AttentionLayers
     from modeling.shapes import shapes_only
 
@@ -308,8 +313,12 @@ def make_subjects(
         name = config.attention["name"]
         with torch.device(plan.device):
             part = build_part(config, vocab_size, options.level, count, longest).eval()
-        first = part.attentions[0]
-        paths = paths_of(first, options.decode)
+        if count < (kinds := layers_that_differ(config)) and "layers" in config.attention:
+            notes.append(
+                f"{name}: of its first {kinds} layers, which differ, {count} are timed; layers={kinds} times all kinds"
+            )
+        choosing = with_most_paths(part.attentions)
+        paths = paths_of(choosing, options.decode)
         if not paths:
             raise UserError(f"decode={options.decode} is not a path of attention={name}; take decode=auto")
         sizes = functools.partial(footprint, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
@@ -317,7 +326,7 @@ def make_subjects(
         if options.level == "model" and options.peers:
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
-        absorbs = "absorbed" in first.decode_paths and paths != ("expand",)
+        absorbs = "absorbed" in choosing.decode_paths and paths != ("expand",)
         if absorbs:
             subject.kernel = options.kernel
         execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
@@ -325,10 +334,10 @@ def make_subjects(
         if absorbs:
             read = plan.dtype if plan.cache_dtype.itemsize == 1 else plan.cache_dtype
             with torch.no_grad():
-                notes.append(f"{name}: one new token absorbed is computed by {first.kernel_for(read, plan.device)}")
+                notes.append(f"{name}: one new token absorbed is computed by {choosing.kernel_for(read, plan.device)}")
         subjects.append(subject)
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
-            padded = first.backend == "sdpa_flash" and plan.device.type == "cpu"
+            padded = choosing.backend == "sdpa_flash" and plan.device.type == "cpu"
             peer, whole_peer = (
                 AttentionLayers([ExpandedAttention(layer, pad_values=padded) for layer in each.attentions])
                 for each in (part, whole)
@@ -340,20 +349,12 @@ def make_subjects(
 
 def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, longest: int) -> Any:
     """The model or its attention, with so many layers and positions. Raises UserError for sizes that do not fit."""
-    from harness.config.build import build_model
-    from harness.config.checks import attention_options
-    from modeling.attention import MODEL_OWNED, build_attentions
+    from harness.config.build import attentions_of, build_model
     from modeling.attention.layers import AttentionLayers
 
     if level == "model":
         return build_model(config, vocab_size, n_layers=n_layers, max_seq_len=longest)
-    owned = {name: getattr(config.model, name) for name in MODEL_OWNED} | {"max_seq_len": longest}
-    try:
-        return AttentionLayers(
-            build_attentions(config.attention["mechanism"], attention_options(config.attention), n_layers, **owned)
-        )
-    except ValueError as error:
-        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
+    return AttentionLayers(attentions_of(config, n_layers, max_seq_len=longest))
 
 
 def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, notes: list[str]) -> Writer | None:

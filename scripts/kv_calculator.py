@@ -216,7 +216,7 @@ def latent_shape(config: TrainConfig) -> LatentShape | None:
         "latent_norm_place": "latent",
         "sharing": "none",
     }
-    if any(attention.get(key) != value for key, value in paper.items()) or config.model.bias:
+    if any(attention.get(key) != value for key, value in paper.items()) or config.model.bias or "layers" in attention:
         return None
     if attention["positions"] == "rope_after_up":
         return None

@@ -68,7 +68,8 @@ def _may_be_huge(arguments: dict[str, Any]) -> bool:
     """Whether it is worth a second or two to count the bytes before they are allocated: a rough bound from above."""
     if torch.get_default_device().type != "cpu" or _free_memory() is None:
         return False
-    attention = [value for value in arguments["attention"].values() if type(value) is int]
+    options = (arguments["attention"], *arguments["attention"].get("kinds", {}).values())
+    attention = [value for each in options for value in each.values() if type(value) is int]
     heads = arguments["n_heads"] * max([1, *attention])
     widest = max(arguments["d_model"], heads)
     rows = arguments["n_layers"] * (4 * arguments["mlp_hidden"] + 8 * heads) + 2 * arguments["vocab_size"]
@@ -102,21 +103,21 @@ def _free_memory() -> int | None:
 
 
 def build_layer(config: TrainConfig) -> nn.Module:
-    """One attention layer of a configuration, alone."""
-    (layer,) = _attentions(config, 1)
+    """The first attention layer of a configuration, alone."""
+    (layer,) = attentions_of(config, 1)
     assert isinstance(layer, nn.Module)
     return layer
 
 
-def build_layers(config: TrainConfig, n_layers: int) -> AttentionLayers:
+def build_layers(config: TrainConfig, first: int) -> AttentionLayers:
     """The attention of a configuration's first layers."""
-    return AttentionLayers(_attentions(config, n_layers))
+    return AttentionLayers(attentions_of(config, first))
 
 
 def layers_that_differ(config: TrainConfig) -> int:
     """How many layers from the first one on hold all kinds that a configuration has: behind them nothing is new."""
     with shapes_only():
-        layers = _attentions(config, config.model.n_layers)
+        layers = attentions_of(config, config.model.n_layers)
     seen: set[str] = set()
     earlier: set[int] = set()
     needed = 1
@@ -129,9 +130,19 @@ def layers_that_differ(config: TrainConfig) -> int:
     return needed
 
 
-def _attentions(config: TrainConfig, n_layers: int) -> list[Any]:
-    owned = {name: getattr(config.model, name) for name in MODEL_OWNED}
-    return build_attentions(config.attention["mechanism"], attention_options(config.attention), n_layers, **owned)
+def attentions_of(config: TrainConfig, first: int, **changes: Any) -> list[Any]:
+    """The attention of the first layers of a model, or of more like them; `changes` replace numbers that the model owns.
+
+    Raises UserError for sizes that do not fit together.
+    """
+    owned = {name: getattr(config.model, name) for name in MODEL_OWNED} | changes
+    n_layers = max(first, config.model.n_layers)
+    try:
+        return build_attentions(
+            config.attention["mechanism"], attention_options(config.attention), n_layers, first=first, **owned
+        )
+    except ValueError as error:
+        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
 
 
 def _described(layer: Any, earlier: set[int]) -> str:

@@ -32,13 +32,13 @@ MOST = {
 }
 
 
-def variant_schema(mechanism: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def variant_schema(mechanism: Any, path: str = "attention.mechanism") -> tuple[dict[str, Any], dict[str, Any]]:
     """(types, defaults) of a class's own options. Defaults stand in for options that older runs and YAMLs do not name."""
     from modeling.attention import MECHANISMS, MODEL_OWNED
 
     if not isinstance(mechanism, str) or mechanism not in MECHANISMS:
         named = shown(mechanism)
-        raise UserError(f"attention.mechanism={named} is unknown; {did_you_mean(named, list(MECHANISMS))}")
+        raise UserError(f"{path}={named} is unknown; {did_you_mean(named, list(MECHANISMS))}")
     constructor = MECHANISMS[mechanism].__init__
     where = f"modeling.attention.MECHANISMS[{mechanism!r}], {constructor.__qualname__}"
     signature = dict(inspect.signature(constructor).parameters)
@@ -81,20 +81,51 @@ def _can_be_checked(kind: Any) -> bool:
 
 
 def typed_attention(attention: Any) -> dict[str, Any]:
-    """A variant's options checked against the constructor of its class: the class is the schema."""
+    """A variant's options checked against the constructor of its class: the class is the schema.
+
+    Those of each kind of layer against that of its own class, where layers differ.
+    """
     from modeling.attention import EXECUTION
     from modeling.kernels.attend import BACKENDS
     from modeling.kernels.latent_decode import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
     hints, defaults = variant_schema(mechanism)
-    hints |= {"name": str, "mechanism": str}
-    required = set(hints) - set(defaults)
-    options = defaults | EXECUTION | typed_fields(hints | dict.fromkeys(EXECUTION, str), required, attention, "attention")
+    # Absent where all layers are alike, so that such a variant is what it was before layers could differ.
+    pattern = {"layers": list[str], "kinds": dict[str, dict[str, Any]]}
+    hints |= {"name": str, "mechanism": str} | dict.fromkeys(EXECUTION, str)
+    required = set(hints) - set(defaults) - set(EXECUTION)
+    options = defaults | EXECUTION | typed_fields(hints | pattern, required, attention, "attention")
     for field, choices in (("backend", BACKENDS), ("kernel", KERNELS)):
         if options[field] not in choices:
             raise UserError(f"attention.{field}={options[field]} is unknown; {did_you_mean(options[field], choices)}")
+    for kind, own in options.get("kinds", {}).items():
+        options["kinds"][kind] = _typed_kind(options, own, f"attention.kinds.{kind}")
     return options
+
+
+def _typed_kind(options: Mapping[str, Any], own: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """What a kind of layer says of itself. Raises UserError where its class lacks an option that is said, or needs another."""
+    mechanism = own.get("mechanism", options["mechanism"])
+    hints, defaults = variant_schema(mechanism, f"{path}.mechanism")
+    said = typed_fields(hints | {"mechanism": str}, set(), own, path)
+    for lacking in sorted(set(hints) - set(defaults) - set(options) - set(said)):
+        raise UserError(f"{path}.{lacking} is missing, which mechanism={mechanism} needs; give it a value")
+    return said
+
+
+def layer_kinds(attention: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """All options of the layers of each kind, name and mechanism included; of a variant whose layers are alike, its own."""
+    from modeling.attention import kind_options
+
+    if "layers" not in attention:
+        return {attention["name"]: dict(attention)}
+    kinds = {}
+    for kind in dict.fromkeys(attention["layers"]):
+        if kind in attention.get("kinds", {}):  # where it is not, building says so
+            mechanism, options = kind_options(attention["mechanism"], attention_options(attention), kind)
+            kinds[kind] = options | {"name": f"{attention['name']}.{kind}", "mechanism": mechanism}
+    return kinds
 
 
 def check_scale(attention: Mapping[str, Any]) -> None:
@@ -102,16 +133,17 @@ def check_scale(attention: Mapping[str, Any]) -> None:
 
     Where all of a head is rotated and keys are as wide as values it is a stock model's, which means the same by the field.
     """
-    scaling = attention.get("rope_scaling") or {}
-    is_control = attention["mechanism"] == "gqa" and (
-        attention["positions"] == "decoupled" or attention["head_dim"] != attention["v_head_dim"]
-    )
-    if is_control and scaling.get("mscale_all_dim"):
-        raise UserError(
-            f"attention={attention['name']}: rope_scaling.mscale_all_dim={scaling['mscale_all_dim']} is DeepSeek's and scales "
-            f"all logits of latent attention alone, so that this control of it would have another softmax scale: leave mscale "
-            f"and mscale_all_dim out, in all variants that you compare"
+    for layer in layer_kinds(attention).values():
+        scaling = layer.get("rope_scaling") or {}
+        is_control = layer["mechanism"] == "gqa" and (
+            layer["positions"] == "decoupled" or layer["head_dim"] != layer["v_head_dim"]
         )
+        if is_control and scaling.get("mscale_all_dim"):
+            raise UserError(
+                f"attention={layer['name']}: rope_scaling.mscale_all_dim={scaling['mscale_all_dim']} is DeepSeek's and scales "
+                f"all logits of latent attention alone, so that this control of it would have another softmax scale: leave "
+                f"mscale and mscale_all_dim out, in all variants that you compare"
+            )
 
 
 def attention_options(attention: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +168,11 @@ def _check_values(config: TrainConfig) -> None:
 
     for path, most in MOST.items():
         at_most(path, operator.attrgetter(path)(config), most)
-    for key, value in config.attention.items():
-        if type(value) is int:
-            at_most(f"attention.{key}", value, WIDEST)
+    kinds = layer_kinds(config.attention)
+    for options in kinds.values():
+        for key, value in options.items():
+            if type(value) is int:
+                at_most(f"attention.{key}", value, WIDEST)
     if config.spikes.sigma is not None and config.spikes.sigma <= 0:
         raise UserError(f"spikes.sigma={config.spikes.sigma} must be above 0, such as 6, or null to skip no spike")
     for path in SEED_FIELDS:
@@ -153,9 +187,8 @@ def _check_values(config: TrainConfig) -> None:
             f"budget.tokens={config.budget.tokens} and budget.steps={config.budget.steps} both set the length of the "
             f"run; give one"
         )
-    for path in ("model.dropout", "attention.dropout"):
-        group, key = path.split(".")
-        rate = config.attention.get(key, 0.0) if group == "attention" else config.model.dropout
+    rates = [("attention.dropout", options.get("dropout", 0.0)) for options in kinds.values()]
+    for path, rate in (("model.dropout", config.model.dropout), *rates):
         if not 0 <= rate < 1:
             raise UserError(f"{path}={rate} must be at least 0 and below 1")
     if not 0 < config.evaluation.stride_fraction <= 1:

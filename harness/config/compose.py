@@ -45,7 +45,7 @@ _OPERATORS: dict[type[ast.AST], Callable[[int, int], int]] = {
 
 
 def derive(expression: str, sizes: Mapping[str, int]) -> int:
-    """An integer from the model's sizes: + - * // min max over d_model, n_layers, n_heads, head_dim. Nothing else."""
+    """An integer from the model's sizes: + - * // min max over d_model, n_layers, n_heads, head_dim and max_seq_len."""
 
     def value(node: ast.AST) -> int:
         if isinstance(node, ast.Expression):
@@ -69,7 +69,8 @@ def derive(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 def _derive_resolver(expression: str, *, _root_: Any) -> int:
-    sizes = {key: typed(int, _root_.model[key], f"model.{key}") for key in ("d_model", "n_layers", "n_heads", "head_dim")}
+    known = ("d_model", "n_layers", "n_heads", "head_dim", "max_seq_len")
+    sizes = {key: typed(int, _root_.model[key], f"model.{key}") for key in known}
     return derive(str(expression), sizes)
 
 
@@ -220,8 +221,11 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
 
     known: Any = OmegaConf.to_container(composed, resolve=False)
     written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
-    if mechanism := (known.get("attention") or {}).get("mechanism"):
-        optional |= {f"attention.{name}" for name in variant_schema(mechanism)[1]}
+    if mechanism := (attention := known.get("attention") or {}).get("mechanism"):
+        optional |= {f"attention.{name}" for name in (*variant_schema(mechanism)[1], "layers", "kinds")}
+        for kind, own in (attention.get("kinds") or {}).items():
+            types_of, _ = variant_schema((own or {}).get("mechanism", mechanism))
+            optional |= {f"attention.kinds.{kind}.{name}" for name in (*types_of, "mechanism")}
     for override in overrides:
         key = override.key_or_group
         if key in written and (CONFIGS / key).is_dir():

@@ -104,7 +104,7 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
 def cache_remark(facts: ModelFacts, config: TrainConfig) -> str | None:
     """A sentence when a latent cache is no smaller than that of the shipped GQA: the saving would be an illusion."""
     rank, groups = config.attention.get("kv_lora_rank"), max(2, config.model.n_heads // 4)
-    if rank is None or facts.gqa_groups < groups:
+    if rank is None or "layers" in config.attention or facts.gqa_groups < groups:
         return None
     room = 2 * groups * config.model.head_dim - config.attention.get("qk_rope_head_dim", 0)
     return (

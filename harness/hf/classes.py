@@ -144,7 +144,7 @@ def families(config: TrainConfig) -> list[str]:
     mechanism that they do not have at all.
     """
     attention = config.attention
-    if attention["mechanism"] not in _FITTING:
+    if attention["mechanism"] not in _FITTING or "layers" in attention:
         return []
     if attention["mechanism"] == "mla":
         return ["DeepSeek-V3"]
@@ -165,6 +165,8 @@ def misfits(config: TrainConfig) -> list[str]:
     model, attention = config.model, config.attention
     if attention["mechanism"] not in _FITTING:
         return [f"attention.mechanism={attention['mechanism']}"]
+    if "layers" in attention:
+        return [f"attention.layers=[{','.join(attention['layers'])}]"]
     grouped = attention["mechanism"] == "gqa"
     differing = [
         f"attention.{key}={attention[key]}"

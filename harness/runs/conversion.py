@@ -135,6 +135,8 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
 def _check_source(config: TrainConfig) -> None:
     if config.attention["mechanism"] != "gqa":
         raise UserError(f"attention={config.attention['name']} is no MHA, GQA or MQA, which is what conversions start from")
+    if "layers" in config.attention:
+        raise UserError(f"attention={config.attention['name']} has layers that differ, and conversions make all of them alike")
 
 
 class Judge:

@@ -109,41 +109,50 @@ def token_losses(model: GPT, *, capture: str, precision: torch.dtype, device: to
 def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:
     """Choose backend, decode path and decode kernel once, set them in every layer and return the backend's name.
 
-    Raises UserError if one of them cannot run.
+    Where layers differ, each has the backend that fits it, and the name is all of theirs. Raises UserError if one of them
+    cannot run.
     """
-    first = model.attentions[0]
+    chosen: dict[tuple[Any, ...], str] = {}
     try:
         check_kernel(execution["kernel"], device)
-        backend = choose_backend(
-            execution["backend"],
-            n_heads=first.n_heads,
-            n_kv_heads=first.n_kv_heads,
-            qk_width=first.qk_width,
-            v_width=first.v_head_dim,
-            dropout=first.dropout,
-            device=device,
-            dtype=precision,
-        )
-        model.set_execution(backend=backend, decode=execution["decode"], kernel=execution["kernel"])
-        if execution["kernel"] == "triton":
-            check_widths(first.kv_lora_rank, first.qk_rope_head_dim)
+        model.set_execution(**{key: execution[key] for key in EXECUTION})
+        for layer in model.attentions:
+            shape = (layer.n_heads, layer.n_kv_heads, layer.qk_width, layer.v_head_dim, layer.dropout)
+            if shape not in chosen:
+                chosen[shape] = choose_backend(
+                    execution["backend"],
+                    n_heads=layer.n_heads,
+                    n_kv_heads=layer.n_kv_heads,
+                    qk_width=layer.qk_width,
+                    v_width=layer.v_head_dim,
+                    dropout=layer.dropout,
+                    device=device,
+                    dtype=precision,
+                )
+            layer.backend = chosen[shape]
+            if layer.kernel == "triton":
+                check_widths(layer.kv_lora_rank, layer.qk_rope_head_dim)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return backend
+    return ", ".join(dict.fromkeys(chosen.values()))
 
 
 def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None = None) -> str:
     """How calls through the cache are computed, in words; with new_tokens, a call of so many tokens a row."""
-    first = model.attentions[0]
-    if first.decode_paths == ("auto",):
+    paths = [_path_of(layer, model, new_tokens, window) for layer in model.attentions]
+    return "; ".join(dict.fromkeys(paths))
+
+
+def _path_of(layer: Any, model: GPT, new_tokens: int | None, window: int | None) -> str:
+    if layer.decode_paths == ("auto",):
         return "keys and values as they are cached"
     with torch.no_grad():
-        kernel = first.kernel_for(torch.bfloat16, model.embedding.weight.device, window)
+        kernel = layer.kernel_for(torch.bfloat16, model.embedding.weight.device, window)
     if new_tokens is not None:  # other kernels than torch's compute one new token alone
         kernel = kernel if new_tokens == 1 else "torch"
-        return f"absorbed ({kernel} kernel)" if first.absorbs(new_tokens) else "expanded"
+        return f"absorbed ({kernel} kernel)" if layer.absorbs(new_tokens) else "expanded"
     for_more = "" if kernel == "torch" else " for one new token, torch for more"
     absorbed = f"absorbed ({kernel} kernel{for_more})"
-    if first.decode == "auto" and first.absorbs(1) and first.absorbs_up_to < model.max_seq_len:
-        return f"{absorbed} up to {first.absorbs_up_to:,} new tokens a call, expanded above"
-    return absorbed if first.absorbs(1) else "expanded"
+    if layer.decode == "auto" and layer.absorbs(1) and layer.absorbs_up_to < model.max_seq_len:
+        return f"{absorbed} up to {layer.absorbs_up_to:,} new tokens a call, expanded above"
+    return absorbed if layer.absorbs(1) else "expanded"

@@ -30,7 +30,7 @@ from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, read_summary
 from harness.runs.summary import Computation, open_run_tracker
 from harness.training.device import select_device, select_precision
-from modeling.attention import EXECUTION
+from modeling.attention import EXECUTION, set_execution
 from modeling.attention.cache import DTYPES
 from modeling.gpt import GPT
 
@@ -172,11 +172,11 @@ def lengthened(trained: TrainedModel, max_seq_len: int) -> GPT | None:
     """A run's weights in a model of another max_seq_len, computed likewise; None where a table of positions ends."""
     if trained.model.position_embedding is not None:
         return None
-    first = trained.model.attentions[0]
     plain = dataclasses.replace(trained.config, attention=trained.config.attention | EXECUTION)
     model = build_model(plain, trained.model.vocab_size, max_seq_len=max_seq_len)
     model.to(trained.model.embedding.weight.device).load_state_dict(trained.model.state_dict())
-    model.set_execution(**{key: getattr(first, key) for key in EXECUTION})
+    for layer, trained_layer in zip(model.attentions, trained.model.attentions, strict=True):
+        set_execution(layer, **{key: getattr(trained_layer, key) for key in EXECUTION})
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from harness.decode.subjects import Cell, Plan, Skipped, Subject, footprint, pla
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
+from modeling.attention import with_most_paths
 
 STEPS, ROUNDS = 16, 5  # of a reading at most, and readings: as scripts/benchmark_decode.py
 MULTIPLES = (1, 4, 16)  # of the longest sequence trained on, where no contexts are given
@@ -103,13 +104,13 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: Plan) -> Sub
     """A model of the arm's shape, with positions for the longest context, on the path that one token takes."""
     with torch.device(plan.device):
         model = build_model(config, vocab_size, max_seq_len=plan.contexts[-1] + plan.room).to(plan.dtype).eval()
-    first = model.attentions[0]
-    kernel = config.attention["kernel"] if "absorbed" in first.decode_paths else "torch"
+    choosing = with_most_paths(model.attentions)
+    kernel = config.attention["kernel"] if "absorbed" in choosing.decode_paths else "torch"
     execution = {"backend": config.attention["backend"], "decode": config.attention["decode"], "kernel": kernel}
     pin_execution(model, execution, device=plan.device, precision=plan.dtype)
     path = "auto"
-    if first.decode_paths != ("auto",):
-        path = "absorbed" if first.absorbs(1) else "expand"
+    if choosing.decode_paths != ("auto",):
+        path = "absorbed" if choosing.absorbs(1) else "expand"
     sizes = footprint(model, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
     return Subject(name, model, (path,), sizes, kernel=kernel)
 

@@ -39,7 +39,8 @@ class MatchConfig:
 # Fields that may be free -> all values that may be tried, in rising order, for a configuration.
 FREE: dict[str, Callable[[TrainConfig], Sequence[int]]] = {
     "model.mlp_hidden": lambda config: range(8, 64 * config.model.d_model),
-    "model.n_layers": lambda config: range(1, 8 * config.model.n_layers + 1),
+    # A pattern of layers stands in a model at least once.
+    "model.n_layers": lambda config: range(len(config.attention.get("layers", "1")), 8 * config.model.n_layers + 1),
     "attention.kv_lora_rank": lambda config: range(1, 4 * config.model.d_model + 1),
     "attention.q_lora_rank": lambda config: range(1, config.model.d_model + 1),
     "attention.qk_rope_head_dim": lambda config: range(2, config.model.d_model + 1, 2),

@@ -8,7 +8,9 @@ R q_lora_rank. Weights and modules carry none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -83,18 +85,67 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
-def build_attentions(mechanism: str, options: Mapping[str, Any], n_layers: int, **owned: Any) -> list[Any]:
+# What each layer is, of a variant whose layers differ; no constructor takes these.
+#   layers  a kind for each layer; fewer than there are layers are a pattern, which is repeated and cut where it does not divide
+#   kinds   by name, in which options a kind differs from the variant's own; `mechanism` may be among them
+PATTERN = ("layers", "kinds")
+
+
+def kind_options(mechanism: str, options: Mapping[str, Any], kind: str | None) -> tuple[str, dict[str, Any]]:
+    """(mechanism, options) of the layers of one kind; None: of a variant whose layers are all alike.
+
+    A kind of another mechanism keeps those of the variant's options that this mechanism takes too.
+    """
+    own = {} if kind is None else dict((options.get("kinds") or {})[kind])
+    common = {key: value for key, value in options.items() if key not in PATTERN}
+    another = own.pop("mechanism", mechanism)
+    if another != mechanism:
+        taken = (*EXECUTION, *inspect.signature(MECHANISMS[another].__init__).parameters)
+        common = {key: value for key, value in common.items() if key in taken}
+    return another, common | own
+
+
+def kinds_of_layers(options: Mapping[str, Any], n_layers: int) -> list[str | None]:
+    """The kind of each layer. Raises ValueError for kinds that are unknown, and for more of them than there are layers."""
+    pattern, kinds = options.get("layers"), options.get("kinds") or {}
+    if pattern is None:
+        if kinds:
+            raise ValueError(f"kinds={list(kinds)} are of no use without layers, which says where they stand: add layers")
+        return [None] * n_layers
+    if not pattern:
+        raise ValueError("layers=[] names no kind: name one for each layer, or a pattern of them, or leave layers out")
+    if unknown := [kind for kind in pattern if kind not in kinds]:
+        known = ", ".join(kinds) or "nothing"
+        raise ValueError(f"layers names {unknown[0]}, which is not in kinds ({known}): define it there, or correct the name")
+    if len(pattern) > n_layers:
+        raise ValueError(
+            f"layers names {len(pattern)} layers and the model has {n_layers}: shorten the pattern, or raise model.n_layers"
+        )
+    return list(itertools.islice(itertools.cycle(pattern), n_layers))
+
+
+def build_attentions(
+    mechanism: str, options: Mapping[str, Any], n_layers: int, *, first: int | None = None, **owned: Any
+) -> list[Any]:
     """The attention of every layer, from its YAML's options and the model's own numbers. A name, never code, selects it.
 
-    options may hold the keys of EXECUTION. Layers that share (options["sharing"]) are joined to their group's first.
+    options may hold the keys of EXECUTION and of PATTERN. Layers that share (options["sharing"]) are joined to their group's
+    first. first: build only so many of the n_layers, from the first one on.
     """
-    shape = {key: value for key, value in options.items() if key not in EXECUTION}
-    layers: list[Any] = [MECHANISMS[mechanism](**owned, **shape) for _ in range(n_layers)]
-    group = options.get("sharing_layers", 1)
-    for index, layer in enumerate(layers):
-        set_execution(layer, **{key: options.get(key, default) for key, default in EXECUTION.items()})
+    layers: list[Any] = []
+    for index, kind in enumerate(kinds_of_layers(options, n_layers)[:first]):
+        name, chosen = kind_options(mechanism, options, kind)
+        layer: Any = MECHANISMS[name](**owned, **{key: value for key, value in chosen.items() if key not in EXECUTION})
+        group = chosen.get("sharing_layers", 1)
+        if group > 1 and kind is not None:
+            raise ValueError(
+                f"sharing_layers={group} groups neighbours that are all alike, and layers={options['layers']} makes them "
+                f"differ: leave one of the two out"
+            )
         if index % group:
             layer.follow(layers[index - index % group])
+        layers.append(layer)
+    execute(layers, **{key: options.get(key, default) for key, default in EXECUTION.items()})
     return layers
 
 
@@ -103,8 +154,34 @@ def shares_latents(attention: Any) -> bool:
     return getattr(attention, "sharing", "none") == "latent"
 
 
+def with_most_paths(attentions: Sequence[Any]) -> Any:
+    """Of layers that may differ, the first of those with the most to choose from: `decode` and `kernel` are about these."""
+    return max(attentions, key=lambda attention: len(attention.decode_paths))
+
+
+def execute(attentions: Sequence[Any], **changes: str) -> None:
+    """Choose how layers are computed: backend, decode, kernel; what is not named stays.
+
+    A path or kernel that some of the layers lack is for the others, and these stay as they choose themselves. Raises
+    ValueError, and changes nothing, where no layer has it.
+    """
+    wanted = [{key: getattr(each, key, default) for key, default in EXECUTION.items()} | changes for each in attentions]
+    refusals = [_refusal(attention, **choice) for attention, choice in zip(attentions, wanted, strict=True)]
+    if refusals and all(refusals):
+        raise ValueError(refusals[0])
+    for attention, choice, refusal in zip(attentions, wanted, refusals, strict=True):
+        if refusal is not None:
+            choice |= {"decode": "auto", "kernel": "auto"}
+        attention.backend, attention.decode, attention.kernel = choice["backend"], choice["decode"], choice["kernel"]
+
+
 def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> None:
-    """Choose how a variant is computed. Raises ValueError for a path that it does not have."""
+    """Choose how a layer is computed. Raises ValueError for a path that it does not have."""
+    execute([attention], backend=backend, decode=decode, kernel=kernel)
+
+
+def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str | None:
+    """Why a layer cannot be computed so."""
     paths = attention.decode_paths
     if decode not in paths:
         reason = (
@@ -113,16 +190,12 @@ def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> 
             else "a norm or a rotation stands between W_Q and W_UK"
         )
         known = decode in ("expand", "absorbed")
-        raise ValueError(
+        return (
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
             f"{' or '.join(paths)}"
         )
     if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
-        raise ValueError(
-            f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-        )
+        return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
     if kernel not in ("auto", "torch") and len(getattr(attention, "latent_widths", ())) > 1:
-        raise ValueError(
-            f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
-        )
-    attention.backend, attention.decode, attention.kernel = backend, decode, kernel
+        return f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
+    return None

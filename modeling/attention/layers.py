@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.attention import EXECUTION, set_execution, shares_latents
+from modeling.attention import execute, shares_latents
 from modeling.attention.cache import Cache, new_cache
 
 
@@ -26,10 +26,10 @@ class HasAttentions(nn.Module):
     def set_execution(self, **changes: str) -> None:
         """Choose how attention is computed in every layer: backend, decode, kernel; what is not named stays.
 
-        Raises ValueError for a path that the variant does not have.
+        Where layers differ, a path is for those that have it (modeling/attention/__init__.py, execute). Raises ValueError
+        for one that none has.
         """
-        for attention in self.attentions:
-            set_execution(attention, **({key: getattr(attention, key) for key in EXECUTION} | changes))
+        execute(self.attentions, **changes)
 
     def new_cache(
         self,

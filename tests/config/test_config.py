@@ -158,7 +158,7 @@ REFUSED = {
     "attention=mla attention.kv_rank=8": "attention.kv_rank is not a field of the configuration; "
     "did you mean attention.kv_lora_rank?",
     "attention=mla attention.mechanism=gqa": "attention.q_lora_rank is not a field of the configuration; choose from "
-    "backend, decode, dropout, head_dim, kernel, mechanism, n_kv_heads, name, positions, "
+    "backend, decode, dropout, head_dim, kernel, kinds, layers, mechanism, n_kv_heads, name, positions, "
     "projection_bias, qk_norm, qk_rope_head_dim, rope_scaling, rope_theta, v_head_dim",
     "mla": "mla is not of the form key=value; did you mean attention=mla?",
     "=3": "=3 is not of the form key=value; name a field and its value",
@@ -216,7 +216,7 @@ REFUSED = {
     "name=.hidden": "name=.hidden must be one plain folder name: letters, digits and . _ = , + - only",
     "model.d_model=${nowhere}": "model.d_model: Interpolation key 'nowhere' not found; write a value, or the path of a field",
     "attention.n_kv_heads=${derive:'n_heads/2'}": "derive:'n_heads/2' may use d_model, n_layers, n_heads, head_dim, "
-    "integers, + - * // min max, nothing else",
+    "max_seq_len, integers, + - * // min max, nothing else",
 }
 
 

@@ -31,6 +31,8 @@ _QUERIES = 64  # of a window, evenly spaced
 def measure_latents(subject: Subject) -> dict[str, Any] | None:
     """Spectra of latents and weights and the shares of the scores, layer by layer; None for a model without latents.
 
+    Where layers differ, those that have a latent are measured.
+
     The sample: windows of max_seq_len spread evenly over the split, SAMPLE_TOKENS in all, in float32 whatever the
     precision of the evaluation. For each of `layers`:
 
@@ -50,27 +52,27 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
     Above them the means over the layers; effective_rank is that of the distinct latents.
     """
     model, split = subject.model, subject.split
-    if "latent" not in model.attentions[0].cache_shapes:
+    attentions = latent_layers(model)
+    if not attentions:
         return None
     windows = cut_windows(np.array([0, len(split.tokens)]), max_seq_len=model.max_seq_len, stride=model.max_seq_len)
     length = int(windows.length.max())
     chosen = evenly(len(windows.start), max(1, min(subject.max_tokens, SAMPLE_TOKENS) // length))
-    moments = [[_Moments(width) for width in attention.latent_widths] for attention in model.attentions]
+    moments = {layer: [_Moments(width) for width in attention.latent_widths] for layer, attention in attentions.items()}
     variances = torch.zeros(len(model.attentions), 3, dtype=torch.float64)
     per_pass = max(1, _TOGETHER // length)
     for begin in range(0, len(chosen), per_pass):
         batch = chosen[begin : begin + per_pass]
         inputs_BT, _ = gather(split.tokens, windows, batch, end_of_text=subject.end_of_text)
         inputs = attention_inputs(model, torch.from_numpy(inputs_BT).to(subject.device))
-        for layer, (q_BTX, latent_BSL, k_rope_BSP) in enumerate(inputs):
-            attention = model.attentions[layer]
+        for (layer, attention), (q_BTX, latent_BSL, k_rope_BSP) in zip(attentions.items(), inputs, strict=True):
             for moment, part in zip(moments[layer], latent_BSL.split(attention.latent_widths, dim=-1), strict=True):
                 moment.add(part)
             if k_rope_BSP is not None:
                 variances[layer] += score_variances(attention, q_BTX, latent_BSL, k_rope_BSP)
 
     layers: list[dict[str, Any]] = []
-    for index, attention in enumerate(model.attentions):
+    for index, attention in attentions.items():
         leader = _leader(model, index)
         names = ("joint",) if len(attention.latent_widths) == 1 else ("keys", "values")
         down_parts = _down_weights(model.attentions[leader])
@@ -97,7 +99,7 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
     rotated_shares = [entry["rotated_share"] for entry in layers if entry["rotated_share"] is not None]
     return {
         "sampled_tokens": len(chosen) * length,
-        "width": model.attentions[0].latent_widths[0],
+        "width": next(iter(attentions.values())).latent_widths[0],
         "effective_rank": _mean([part["effective_rank"] for part in own]),
         "key_effective_rank": _mean([entry["keys"]["effective_rank"] for entry in layers]),
         "value_effective_rank": _mean([entry["values"]["effective_rank"] for entry in layers]),
@@ -119,8 +121,13 @@ def latents_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def latent_layers(model: GPT) -> dict[int, Any]:
+    """The layers that have latents, by number; an MLA that reads another one's is among them."""
+    return {layer: attention for layer, attention in enumerate(model.attentions) if hasattr(attention, "latent_widths")}
+
+
 def attention_inputs(model: GPT, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Per layer: what its query heads are cut from, (B, T, H K), and what its cache holds of these tokens.
+    """Per layer with latents: what its query heads are cut from, (B, T, H K), and what its cache holds of these tokens.
 
     latent_BSL and k_rope_BSP (rotated; None without a rotated part) are read off a float32 cache that the model fills,
     its leader's where a layer reads another one's.
@@ -131,22 +138,23 @@ def attention_inputs(model: GPT, tokens_BT: Tensor) -> Iterator[tuple[Tensor, Te
         queries[layer] = output
 
     hooks = []
-    for layer, attention in enumerate(model.attentions):
+    for layer, attention in latent_layers(model).items():
         if attention.q_up_proj is not None:
             module = attention.q_up_proj
         else:
             module = attention.in_proj if attention.in_proj is not None else attention.q_proj
         hooks.append(module.register_forward_hook(functools.partial(keep, layer)))
     caches = model.new_cache(*tokens_BT.shape, dtype=torch.float32, device=tokens_BT.device)
-    pinned = model.attentions[0].backend
+    pinned = [attention.backend for attention in model.attentions]
     model.set_execution(backend="sdpa")  # the evaluation's own may be a kernel for 16 bits alone
     try:
         model.hidden(tokens_BT, caches)
     finally:
-        model.set_execution(backend=pinned)
+        for attention, backend in zip(model.attentions, pinned, strict=True):
+            attention.backend = backend
         for hook in hooks:
             hook.remove()
-    for layer, attention in enumerate(model.attentions):
+    for layer, attention in latent_layers(model).items():
         buffers = caches[_leader(model, layer)].buffers
         # A fused projection's first columns are the queries.
         yield queries[layer][..., : attention.n_heads * attention.qk_width], buffers["latent"], buffers.get("k_rope")
@@ -261,7 +269,7 @@ def _down_weights(attention: Any) -> list[Tensor]:
 
 def _leader(model: GPT, layer: int) -> int:
     """The layer whose latents a layer reads: its own, or the nearest one before it that caches any."""
-    return max(index for index in range(layer + 1) if not model.attentions[index].reads_latents)
+    return max(index for index, attention in latent_layers(model).items() if index <= layer and not attention.reads_latents)
 
 
 def _mean(values: list[float]) -> float:
