@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modeling.attention.cache import Cache
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.mla import MultiheadLatentAttention
+from modeling.attention.tied import TiedKeyValueAttention
 
 
 class Attention(Protocol):
@@ -74,6 +75,7 @@ class Attention(Protocol):
 MECHANISMS: dict[str, type[nn.Module]] = {
     "gqa": GroupedQueryAttention,  # MHA and MQA are its ends
     "mla": MultiheadLatentAttention,  # and what differs from it by options
+    "tied": TiedKeyValueAttention,  # GTA, and keys and values as Gemma 4 and DeepSeek-V4 tie them
 }
 
 MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")

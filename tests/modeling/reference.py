@@ -154,6 +154,39 @@ def grouped(
     return out_BTD
 
 
+def tied(
+    options: Mapping[str, Any], sizes: Mapping[str, Any], state: Mapping[str, Tensor], x_BTD: Tensor, seen_TS: Tensor
+) -> Tensor:
+    """Keys made of what is also the value."""
+    weights, o, eps = Weights(state), options, sizes["norm_eps"]
+    H, G, K, P = sizes["n_heads"], o["n_kv_heads"], o["head_dim"], o["qk_rope_head_dim"]
+    phis = frequencies(P, o["rope_theta"], None)
+
+    def turned(x: Tensor, sign: float = 1.0) -> Tensor:
+        return torch.cat([x[..., : K - P], rotate(x[..., K - P :], [sign * phi for phi in phis], 1.0)], dim=-1)
+
+    def unit(x: Tensor) -> Tensor:
+        return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+
+    q_BTHK = weights.linear("q_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (H, K))
+    t_BSGK = weights.linear("kv_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (G, K))
+    if o["keys"] == "joined":
+        k_rope_BS1P = rotate(weights.linear("k_rope_proj", x_BTD, bias=sizes["bias"]).unsqueeze(2), phis, 1.0)
+        k_BSGK = torch.cat([t_BSGK[..., : K - P], k_rope_BS1P.repeat(1, 1, G, 1)], dim=-1)
+        heads = softmax_attention(turned(q_BTHK), k_BSGK, t_BSGK, 1 / math.sqrt(K), seen_TS)
+    elif o["keys"] == "turned":
+        q_BTHK, v_BSGK = unit(q_BTHK) * weights.take("q_norm.weight"), unit(t_BSGK)
+        k_BSGK = turned(v_BSGK * weights.take("k_gain"))
+        heads = softmax_attention(turned(q_BTHK), k_BSGK, v_BSGK, 1.0, seen_TS)
+    else:
+        kv_BSGK = turned(unit(t_BSGK) * weights.take("kv_norm.weight"))
+        heads = softmax_attention(turned(unit(q_BTHK)), kv_BSGK, kv_BSGK, 1 / math.sqrt(K), seen_TS)
+        heads = turned(heads.unflatten(-1, (H, K)), -1.0).flatten(2)
+    out_BTD = weights.linear("o_proj", heads, bias=sizes["bias"])
+    weights.all_taken()
+    return out_BTD
+
+
 def latent(
     options: Mapping[str, Any],
     sizes: Mapping[str, Any],

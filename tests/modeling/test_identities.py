@@ -232,6 +232,96 @@ def test_mha_is_hugging_faces_llama_attention(x: Tensor) -> None:
     assert relative_error(ours(x), wanted) < 1e-6  # their rotation tables are float32
 
 
+def test_tied_keys_and_values_are_gemma_4s_full_layers(x: Tensor) -> None:
+    """One cached tensor in place of their two."""
+    modeling = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
+    from transformers import Gemma4TextConfig
+
+    config = Gemma4TextConfig(
+        hidden_size=D,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        num_key_value_heads=4,
+        num_global_key_value_heads=2,
+        global_head_dim=d,
+        layer_types=["full_attention"],
+        rope_parameters={"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+        attention_k_eq_v=True,
+    )
+    config._attn_implementation = "eager"
+    theirs = modeling.Gemma4TextAttention(config, 0).double().eval()
+    ours = double(["attention=tied_kv"])
+    assert (ours.scale, theirs.scaling) == (1.0, 1.0) and theirs.v_proj is None
+    copy_weights(
+        theirs,
+        {
+            "q_proj.weight": ours.q_proj.weight,
+            "k_proj.weight": ours.kv_proj.weight,
+            "o_proj.weight": ours.o_proj.weight,
+            "q_norm.weight": 3 * ours.q_norm.weight,
+            "k_norm.weight": ours.k_gain,
+        },
+    )
+    copy_weights(ours, {"q_norm.weight": theirs.q_norm.weight})  # logits of several tens
+    T = x.shape[1]
+    cos_ST, sin_ST = (torch.cat((table, table), dim=-1)[None, :T] for table in (ours.rope.cos_SF, ours.rope.sin_SF))
+    mask = torch.full((1, 1, T, T), float("-inf"), dtype=torch.float64).triu(1)
+    wanted = theirs(x, (cos_ST, sin_ST), mask, {})[0]
+    for split in ([T], [9, 4, 1, 1, 1]):
+        cache = new_cache(ours, 2, T, dtype=torch.float64, device="cpu")
+        pieces = torch.cat([ours(piece, cache) for piece in x.split(split, dim=1)], dim=1)
+        assert relative_error(pieces, wanted) < 1e-5  # their norms are float32
+
+
+def test_the_shared_vector_is_deepseek_v4s_without_pools_and_sinks(x: Tensor) -> None:
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    from transformers import DeepseekV4Config
+
+    K, P, T = 24, 6, x.shape[1]
+    config = DeepseekV4Config(
+        hidden_size=D,
+        num_hidden_layers=1,
+        num_attention_heads=H,
+        head_dim=K,
+        partial_rotary_factor=P / K,
+        q_lora_rank=D,
+        o_groups=1,
+        o_lora_rank=D,
+        layer_types=["sliding_attention"],
+        sliding_window=2 * T,
+    )
+    config._attn_implementation = "eager"
+    theirs = modeling.DeepseekV4Attention(config, 0).double().eval()
+    ours = double(["attention=shared_kv"])
+    assert ours.scale == theirs.scaling == K**-0.5
+    # Their rotated pairs stand side by side; dimensions of values are in the same order.
+    order_K = torch.cat((torch.arange(K - P), K - P + torch.arange(P).view(2, -1).T.flatten()))
+    heads = ours.q_proj.weight.view(H, K, D)[:, order_K].flatten(0, 1)
+    outputs = ours.o_proj.weight.view(D, H, K)[..., order_K].flatten(1)
+    x = x / x.square().mean(dim=-1, keepdim=True).sqrt()  # which their norm of the queries' latent keeps as it is
+    copy_weights(
+        theirs,
+        {
+            "q_a_proj.weight": torch.eye(D),
+            "q_a_norm.weight": torch.ones(D),
+            "q_b_proj.weight": heads,
+            "kv_proj.weight": ours.kv_proj.weight[order_K],
+            "kv_norm.weight": ours.kv_norm.weight[order_K],
+            "o_a_proj.weight": outputs,
+            "o_b_proj.weight": torch.eye(D),
+            "sinks": torch.full((H,), -1e9),
+        },
+    )
+    cos_ST, sin_ST = ours.rope.cos_SF[None, :T], ours.rope.sin_SF[None, :T]
+    mask = torch.full((1, 1, T, T), float("-inf"), dtype=torch.float64).triu(1)
+    positions = torch.arange(T)[None]
+    wanted = theirs(x, {"main": (cos_ST, sin_ST)}, positions, mask)[0]
+    for split in ([T], [9, 4, 1, 1, 1]):
+        cache = new_cache(ours, 2, T, dtype=torch.float64, device="cpu")
+        pieces = torch.cat([ours(piece, cache) for piece in x.split(split, dim=1)], dim=1)
+        assert relative_error(pieces, wanted) < 1e-5  # their norms and rotation are float32
+
+
 def test_the_softmax_scale_counts_both_parts_of_a_key() -> None:
     assert attention_from(["attention=mla"]).scale == (12 + 6) ** -0.5
     assert attention_from(["attention=mha_decoupled"]).scale == (12 + 6) ** -0.5

@@ -1,4 +1,4 @@
-"""Both classes equal what docs/ATTENTION.md writes (reference.py), in float64, over random values of every knob."""
+"""Every class equals what docs/ATTENTION.md writes (reference.py), in float64, over random values of every knob."""
 
 from __future__ import annotations
 
@@ -68,6 +68,17 @@ def _grouped(draw: random.Random) -> dict[str, Any]:
         "dropout": 0.0,
         "projection_bias": draw.choice(["model", "qkv", "all"]),
         "rope_scaling": _scaling(draw) if positions in ("rope", "decoupled") else None,
+    }
+
+
+def _tied(draw: random.Random) -> dict[str, Any]:
+    return {
+        "n_kv_heads": draw.choice([1, 2, 4]),
+        "head_dim": draw.choice([4, 6, 10]),
+        "qk_rope_head_dim": draw.choice([2, 4, 6]),
+        "keys": draw.choice(["joined", "turned", "stored"]),
+        "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
+        "dropout": 0.0,
     }
 
 
@@ -150,13 +161,16 @@ def _wanted(mechanism: str, case: dict[str, Any], inputs: list[Tensor], **window
         if mechanism == "gqa":
             outputs.append(reference.grouped(options, sizes, state, x_BTD, seen_TS))
             continue
+        if mechanism == "tied":
+            outputs.append(reference.tied(options, sizes, state, x_BTD, seen_TS))
+            continue
         out_BTD, cached = reference.latent(options, sizes, state, x_BTD, seen_TS, leader)
         outputs.append(out_BTD)
         leader = cached if options["sharing"] == "latent" else None
     return outputs
 
 
-FAMILIES = {"gqa": _grouped, "mla": _latent}
+FAMILIES = {"gqa": _grouped, "mla": _latent, "tied": _tied}
 
 
 @pytest.mark.parametrize("mechanism", FAMILIES)

@@ -41,6 +41,15 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mha, narrow values": (["attention=mha", "attention.v_head_dim=7"], 4 * (12 + 7)),
     "mha, wide values": (["attention=mha", "attention.v_head_dim=16"], 4 * (12 + 16)),
     "mha, biases": (["attention=mha", "model.bias=true"], 2 * 4 * 12),
+    "gta, one group, a narrow rotated part, biases": (
+        ["attention=gta", "attention.n_kv_heads=1", "attention.qk_rope_head_dim=4", "model.bias=true"],
+        12 + 4,
+    ),
+    "tied_kv, partly rotated, biases": (["attention=tied_kv", "attention.qk_rope_head_dim=4", "model.bias=true"], 2 * 12),
+    "shared_kv, two vectors, all rotated": (
+        ["attention=shared_kv", "attention.n_kv_heads=2", "attention.head_dim=12", "attention.qk_rope_head_dim=12"],
+        2 * 12,
+    ),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
     "mla, rank 10": (["attention=mla", "attention.kv_lora_rank=10"], 10 + 6),
     "mla, head widths": (
