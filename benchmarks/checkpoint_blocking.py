@@ -36,7 +36,7 @@ from harness.config.compose import load_train_config
 from harness.entry.cli import parse_options, run_script
 from harness.runs.load import pin_execution
 from harness.training.checkpoint import snapshot
-from harness.training.device import choose_loss_chunk, keep_freed_memory, select_device, select_precision
+from harness.training.device import keep_freed_memory, loss_chunk_tokens, select_device, select_precision
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.writer import CheckpointWriter
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory(device)
     model = build_model(config, options.vocab_size).to(device)
     pin_execution(model, config.attention, device=device, precision=precision)
-    choose_loss_chunk(model, micro_batch_size=options.batch_size, device=device)
+    model.loss_chunk_tokens = loss_chunk_tokens(device)
     optimizer = build_optimizer(model, config.optimizer)
 
     def batches() -> Iterator[Tensor]:

@@ -48,7 +48,7 @@ from harness.errors import UserError
 from harness.runs.load import pin_execution
 from harness.runs.provenance import commit
 from harness.training import device as hardware
-from harness.training.device import choose_loss_chunk
+from harness.training.device import loss_chunk_tokens
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import Workers, open_workers, share_model
@@ -108,7 +108,7 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
         device=device,
     )
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
-    choose_loss_chunk(model, micro_batch_size=micro, device=device)
+    model.loss_chunk_tokens = loss_chunk_tokens(device)
     engine = share_model(model, workers, ENGINES[options.engines])
     generator = torch.Generator().manual_seed(0)
     globally = [torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)]

@@ -5,6 +5,7 @@
   vocab_size  4096       batch_size  16 (sequences per optimizer step)     micro_batch_size  null (automatic)
   steps       10         timed steps a round        rounds   5 (plain and ours take turns)
   device, precision, compile, capture   auto        backend  auto (attention kernel; several, separated by commas)
+  peer        null       nanoGPT's model.py, which you bring: one more baseline of the model's shape, in the same turns
   out         null       a JSON file for the figures
 
 The plain GPT (class PlainGPT) is the same block with the same parameter count, written with torch's own modules and
@@ -25,6 +26,7 @@ from harness.entry.bootstrap import enter_environment
 enter_environment()
 
 import gc
+import importlib.util
 import itertools
 import json
 import statistics
@@ -41,10 +43,11 @@ from harness.config.build import build_model
 from harness.config.compose import load_train_config, options_of
 from harness.config.schema import TrainConfig
 from harness.entry.cli import parse_options, run_script
+from harness.errors import UserError
 from harness.runs.load import pin_execution
 from harness.runs.provenance import commit
 from harness.training import device as hardware
-from harness.training.device import choose_loss_chunk
+from harness.training.device import loss_chunk_tokens
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.step import select_capture
@@ -66,6 +69,7 @@ class SpeedOptions:
     compile: str = "auto"
     capture: str = "auto"  # ours only: the plain GPT stays as one writes it
     backend: str = "auto"
+    peer: str | None = None
     out: str | None = None
 
 
@@ -79,7 +83,8 @@ class Figure:
     median: float
     low: float
     high: float
-    of_plain: float  # median over the rounds of ours / plain in the same round
+    of_plain: float  # median over the rounds of this one / plain in the same round
+    of_peer: float | None
     mfu: float | None
     peak_memory_bytes: int
     seconds_to_first_step: float
@@ -137,17 +142,38 @@ class PlainGPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def plain_steps(
-    config: TrainConfig,
-    batches: Iterator[Tensor],
-    micro: int,
-    precision: torch.dtype,
-    compiled: bool,
-    device: torch.device,
-    vocab_size: int,
-) -> tuple[nn.Module, Callable[[], None]]:
-    """The baseline and a function that makes one optimizer step."""
-    model = PlainGPT(config, vocab_size).to(device)
+class Peer(nn.Module):
+    """nanoGPT's model in a config's shape, from its model.py."""
+
+    def __init__(self, path: Path, config: TrainConfig, vocab_size: int) -> None:
+        super().__init__()
+        spec = importlib.util.spec_from_file_location("peer", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise UserError(f"peer={path} is no Python file: give the path of nanoGPT's model.py")
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        model = config.model
+        shape = theirs.GPTConfig(
+            block_size=model.max_seq_len,
+            vocab_size=-(-vocab_size // 64) * 64,
+            n_layer=model.n_layers,
+            n_head=model.n_heads,
+            n_embd=model.d_model,
+            dropout=0.0,
+            bias=False,
+        )
+        self.theirs = theirs.GPT(shape)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        _, loss = self.theirs(inputs, targets.contiguous())
+        assert isinstance(loss, Tensor)
+        return loss
+
+
+def baseline_steps(
+    model: PlainGPT | Peer, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool, device: torch.device
+) -> Callable[[], None]:
+    """A function that makes one optimizer step in the shortest way."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
 
@@ -161,7 +187,7 @@ def plain_steps(
         optimizer.step()
         optimizer.zero_grad()
 
-    return model, step
+    return step
 
 
 def our_steps(
@@ -178,7 +204,7 @@ def our_steps(
     """The harness's model and loop as train_model.py runs them, and a function that makes one optimizer step."""
     model = build_model(config, vocab_size).to(device)
     kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=precision)
-    choose_loss_chunk(model, micro_batch_size=micro, device=device)
+    model.loss_chunk_tokens = loss_chunk_tokens(device)
     optimizer = build_optimizer(model, config.optimizer, capturable=device.type == "cuda")
     steps = train(
         model,
@@ -226,39 +252,46 @@ def main(arguments: list[str]) -> int:
     shape = (options.batch_size, base.model.max_seq_len + 1)
     fixed = [torch.randint(options.vocab_size, shape, generator=generator, device=device) for _ in range(4)]
 
+    baselines: dict[str, PlainGPT | Peer] = {"plain": PlainGPT(base, options.vocab_size).to(device)}
+    if options.peer is not None:
+        baselines["peer"] = Peer(Path(options.peer), base, options.vocab_size).to(device)
+    steps = {
+        name: baseline_steps(model, itertools.cycle(fixed), micro, precision, compiled, device)
+        for name, model in baselines.items()
+    }
+    plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
+    peak = hardware.peak_flops(device, precision)
+    rates: dict[str, list[float]] = {name: [] for name in baselines}
     figures: list[Figure] = []
     bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
-    plain, plain_step = plain_steps(base, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size)
-    plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
-    plain_rates: list[float] = []
-    peak = hardware.peak_flops(device, precision)
     for name, backend in pairs:
         config = load_train_config([f"model={options.model}", f"attention={name}"])
         hardware.reset_peak_memory(device)
-        ours, kernel, our_step = our_steps(
+        ours, kernel, steps["ours"] = our_steps(
             config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend, options.capture
         )
         started = time.perf_counter()
-        for step in (plain_step, our_step):
+        for step in steps.values():
             timed(step, 5, device)  # compilation, capture, allocator, caches
         first = time.perf_counter() - started
         bar.update()
-        rates, ratios = [], []
-        for _ in range(options.rounds):  # in turns: what slows the machine down for a while slows both
-            before = options.steps * tokens / timed(plain_step, options.steps, device)
-            rates.append(options.steps * tokens / timed(our_step, options.steps, device))
-            ratios.append(rates[-1] / before)
-            plain_rates.append(before)
+        rounds = []
+        for _ in range(options.rounds):  # in turns: what slows the machine down for a while slows all of them
+            rounds.append({who: options.steps * tokens / timed(step, options.steps, device) for who, step in steps.items()})
             bar.update()
+        for who in baselines:
+            rates[who] += [each[who] for each in rounds]
         flops = training_flops_per_token(ours, base.model.max_seq_len)
-        figures.append(figure(name, kernel, ours, rates, ratios, flops, peak, device, first))
+        figures.append(figure(name, kernel, ours, [each["ours"] for each in rounds], rounds, flops, peak, device, first))
         bar.write(row(figures[-1]))
-        del ours, our_step
+        del ours, steps["ours"]
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    ones = [1.0] * len(plain_rates)
-    figures.insert(0, figure("plain", "torch's choice", plain, plain_rates, ones, plain_flops, peak, device, 0.0))
+    both = [dict(zip(rates, values, strict=True)) for values in zip(*rates.values(), strict=True)]
+    for who, model in reversed(baselines.items()):
+        mine = [each | {"ours": each[who]} for each in both]
+        figures.insert(0, figure(who, "torch's choice", model, rates[who], mine, plain_flops, peak, device, 0.0))
     bar.close()
     report(figures, options, device, precision, compiled, micro)
     return 0
@@ -268,7 +301,8 @@ def row(f: Figure) -> str:
     """One line of the table."""
     return (
         f"{f.name:<16}{f.kernel:<16}{f.parameters:>12,}{f.median:>12,.0f}{f'{f.low:,.0f}-{f.high:,.0f}':>22}"
-        f"{f.of_plain:>10.3f}{f'{f.mfu:.1%}' if f.mfu else '-':>8}{f.peak_memory_bytes / 2**30:>7.1f}"
+        f"{f.of_plain:>10.3f}"
+        f"{f'{f.of_peer:.3f}' if f.of_peer else '-':>9}{f'{f.mfu:.1%}' if f.mfu else '-':>8}{f.peak_memory_bytes / 2**30:>7.1f}"
     )
 
 
@@ -287,7 +321,7 @@ def figure(
     kernel: str,
     model: nn.Module,
     rates: list[float],
-    ratios: list[float],
+    rounds: list[dict[str, float]],
     flops: int,
     peak: float | None,
     device: torch.device,
@@ -302,7 +336,8 @@ def figure(
         median=rate,
         low=min(rates),
         high=max(rates),
-        of_plain=statistics.median(ratios),
+        of_plain=statistics.median(each["ours"] / each["plain"] for each in rounds),
+        of_peer=statistics.median(each["ours"] / each["peer"] for each in rounds) if "peer" in rounds[0] else None,
         mfu=rate * flops / peak if peak else None,
         peak_memory_bytes=hardware.peak_memory_bytes(device),
         seconds_to_first_step=first,
@@ -318,7 +353,10 @@ def report(
         f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
         f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}"
     )
-    print(f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}{'of plain':>10}{'MFU':>8}{'GiB':>7}")
+    print(
+        f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}"
+        f"{'of plain':>10}{'of peer':>9}{'MFU':>8}{'GiB':>7}"
+    )
     for each in figures:
         print(row(each))
     record = {

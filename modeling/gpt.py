@@ -17,7 +17,8 @@ from modeling.attention import build_attentions, shares_latents
 from modeling.attention.cache import Cache
 from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
-from modeling.loss import mask_padding, mean_nats, token_nats
+from modeling.kernels.cross_entropy import mask_padding
+from modeling.loss import mean_nats, token_nats
 
 VOCAB_MULTIPLE = 64  # a head of aligned width keeps matrix products on the fast path
 

@@ -12,22 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from modeling.kernels.cross_entropy import mask_padding, nats_and_gradient, nats_of
+
 IGNORED = -100  # torch's own: a target that is not scored
-
-
-def mask_padding(logits_NC: Tensor, vocab_size: int) -> Tensor:
-    """Logits of the columns that pad the vocabulary become -inf: they can be neither predicted nor sampled."""
-    if logits_NC.shape[-1] == vocab_size:
-        return logits_NC
-    padding_C = torch.arange(logits_NC.shape[-1], device=logits_NC.device) >= vocab_size
-    return logits_NC.masked_fill(padding_C, float("-inf"))
 
 
 def token_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int) -> Tensor:
     """Each token's cross-entropy in nats, float32 of shape (N,); logits of chunk_tokens tokens at a time. No gradient."""
     with torch.no_grad():
         nats = [
-            F.cross_entropy(mask_padding(F.linear(x, weight_CD).float(), vocab_size), targets, reduction="none")
+            nats_of(F.linear(x, weight_CD), targets, vocab_size=vocab_size)
             for x, targets in zip(x_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
         ]
     return torch.cat(nats)
@@ -60,15 +54,11 @@ class _ChunkedMeanNats(torch.autograd.Function):
         N = x_ND.shape[0]
         for start in range(0, N, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            counts_n1 = counts_N[rows].unsqueeze(1)
-            x, target_n1 = x_ND[rows], targets_N[rows].unsqueeze(1).where(counts_n1, 0)
-            logits = mask_padding((x @ weight_CD.T).float(), vocab_size)
-            picked = logits.gather(1, target_n1)
-            log_total = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_total - picked).where(counts_n1, 0.0).sum()
-            grad = logits.sub_(log_total).exp_()  # the softmax, in the logits' own memory
-            grad.scatter_add_(1, target_n1, torch.full_like(picked, -1.0))
-            grad = grad.mul_(counts_n1 / scored).to(x.dtype)
+            x, counts_n = x_ND[rows], counts_N[rows]
+            nats_n, grad = nats_and_gradient(
+                x @ weight_CD.T, targets_N[rows].where(counts_n, 0), counts_n / scored, vocab_size=vocab_size
+            )
+            total += nats_n.where(counts_n, 0.0).sum()
             torch.matmul(grad, weight_CD, out=grad_x_ND[rows])
             grad_weight_CD += grad.T @ x
         ctx.save_for_backward(grad_x_ND, grad_weight_CD.to(weight_CD.dtype))

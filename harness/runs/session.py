@@ -35,8 +35,8 @@ from harness.tracking import SilentTracker, Tracker
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (
     auto_micro_batch_size,
-    choose_loss_chunk,
     keep_freed_memory,
+    loss_chunk_tokens,
     peak_flops,
     peak_memory_bytes,
     reset_peak_memory,
@@ -372,7 +372,7 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
         precision=precision,
         device=device,
     )
-    choose_loss_chunk(model, micro_batch_size=micro_batch_size, device=device)
+    model.loss_chunk_tokens = loss_chunk_tokens(device)
 
     engine = share_model(model, workers, config.parallel)
     alone_on_cuda = device.type == "cuda" and workers.world_size == 1
