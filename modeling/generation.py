@@ -101,13 +101,19 @@ def generate(
 
 
 def decode_step(
-    model: GPT, cache: Sequence[Cache], step: str, token_B: Tensor, running_B: Tensor | None
+    model: GPT,
+    cache: Sequence[Cache],
+    step: str,
+    token_B: Tensor,
+    running_B: Tensor | None,
+    *,
+    forward: Callable[..., Tensor] | None = None,
 ) -> Callable[[Tensor, Tensor | None], Tensor]:
     """A function (token_B, running_B) -> logits_BC that appends one token a row to a filled cache.
 
     Rows that are not running take in nothing. `compile` and `graph` make the cache static. token_B and running_B are
-    examples of what the function will be given. Raises ValueError where `step` cannot run; the function raises it for a
-    token beyond the cache or the model.
+    examples of what the function will be given. forward: (tokens_BT, cache, valid_BT=) -> logits_BTC, of the model's own unless
+    given. Raises ValueError where `step` cannot run; the function raises it for a token beyond the cache or the model.
     """
     device = token_B.device
     if step == "auto":
@@ -119,16 +125,15 @@ def decode_step(
 
     def eager(token_B: Tensor, running_B: Tensor | None) -> Tensor:
         valid_BT = None if running_B is None else running_B[:, None]
-        logits_BTC: Tensor = forward(token_B[:, None], cache, valid_BT=valid_BT)
-        return logits_BTC[:, -1]
+        return compute(token_B[:, None], cache, valid_BT=valid_BT)[:, -1]
 
-    forward: Callable[..., Tensor] = model
+    compute: Callable[..., Tensor] = forward or model
     if step == "eager":
         return eager
     for layer in cache:
         layer.make_static()
     if step == "compile":
-        forward = torch.compile(model, fullgraph=True, dynamic=False)
+        compute = torch.compile(compute, fullgraph=True, dynamic=False)
         return _counted(eager, model, cache)
     _check_fits(model, cache)
     return _counted(_captured(eager, cache, token_B, running_B), model, cache)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from harness.config.build import build_model
 from harness.config.checks import typed_attention
@@ -30,8 +31,11 @@ from harness.errors import UserError
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent
 from modeling.attention.cache import Cache
 from modeling.attention.rope import RotaryEmbedding
+from modeling.generation import decode_step
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
+
+logger = logging.get_logger(__name__)
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
 
@@ -96,6 +100,7 @@ class GenerationCache:
         self.max_seq_len = max_seq_len
         self.layers: list[Cache] = []
         self._seen = 0
+        self._decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns taken in so far, pads included: what the attention mask is wide."""
@@ -113,6 +118,17 @@ class GenerationCache:
     def after(self, new_tokens: int) -> None:
         self._seen += new_tokens
 
+    def decode(self, model: GPT, forward: Callable[..., Tensor], token_B: Tensor) -> Tensor:
+        """logits_BC of one more token a row; on CUDA replayed from a graph, where what `forward` does can be captured."""
+        if self._decode is None:
+            try:
+                self._decode = decode_step(model, self.layers, "auto", token_B, None, forward=forward)
+            except RuntimeError as error:  # an adapter or a hook that asks the device for a number
+                reason = str(error).strip().splitlines()[0]
+                logger.warning(f"decoding is not captured in a CUDA graph, it runs eagerly: {reason}")
+                self._decode = decode_step(model, self.layers, "eager", token_B, None, forward=forward)
+        return self._decode(token_B, None)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row b becomes what row beam_idx[b] was: beam search drops rows and doubles others."""
         for layer in self.layers:
@@ -123,7 +139,8 @@ class GenerationCache:
 class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
     """`model` is a GPT of modeling/; logits are cut to the vocabulary, without the rows that only pad it.
 
-    `generate` writes greedily, by sampling or with beams, through the variant's own cache: an MLA keeps its latents.
+    `generate` writes greedily, by sampling or with beams, through the variant's own cache: an MLA keeps its latents. On CUDA
+    its steps are replayed from a graph, as those of modeling/generation.py are.
     """
 
     config_class = AttentionAblationConfig
@@ -212,6 +229,13 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         positions_BT = _positions(position_ids, attention_mask, B, past, T)
         layers = None if past_key_values is None else past_key_values.before(self.model, B)
         wanted = _Wanted(self.model, bool(output_hidden_states), bool(output_attentions))
+        plain = input_ids is not None and labels is None and not (output_hidden_states or output_attentions)
+        decodes = past_key_values is not None and past > 0 and T == 1 and valid_BT is None and positions_BT is None
+        if plain and decodes and not torch.is_grad_enabled():
+            assert input_ids is not None and past_key_values is not None
+            logits_BC = past_key_values.decode(self.model, self._logits, input_ids[:, 0])
+            past_key_values.after(1)
+            return CausalLMOutputWithPast(logits=logits_BC[:, None], past_key_values=cast(Any, past_key_values))
         try:
             with wanted:
                 x_BTD = self.model.hidden_of(x_BTD, layers, positions_BT, valid_BT)
@@ -221,7 +245,7 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values.after(T)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         vocab_size = self.model.vocab_size
-        logits_BTC = self.model.head(x_BTD[:, kept]).float()[..., :vocab_size]  # by the module, which may be an adapter
+        logits_BTC = self._head(x_BTD[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -236,6 +260,13 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
                 Any, wanted.columns(None if layers is None else attention_mask, past + T) if output_attentions else None
             ),
         )
+
+    def _logits(self, tokens_BT: Tensor, cache: Sequence[Cache], valid_BT: Tensor | None = None) -> Tensor:
+        return self._head(self.model.hidden_of(self.model.embedding(tokens_BT), cache, None, valid_BT))
+
+    def _head(self, x_BTD: Tensor) -> Tensor:
+        logits_BTC: Tensor = self.model.head(x_BTD)  # by the module, which may be an adapter
+        return logits_BTC.float()[..., : self.model.vocab_size]
 
     def _tokens_before(self, past_key_values: object, cache_position: Tensor | None, T: int) -> int:
         """How many tokens a cache holds. Raises UserError for one that is none of ours, or where T more do not fit behind."""

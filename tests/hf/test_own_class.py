@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from harness.errors import UserError
 from harness.hf.classes import as_own, misfits, register, save
 from modeling.attention.cache import formula_bytes
 from modeling.attention.contract import randomise, relative_error
-from modeling.generation import generate
+from modeling.generation import decode_step, generate
 from modeling.gpt import GPT
 from tests.support.variants import SHIPPED, config_at, gpt_from
 
@@ -463,3 +464,43 @@ def test_some_shipped_variants_have_no_stock_class_and_are_tested_here() -> None
     without = {name for name in VARIANTS if misfits(config_at(*VARIANTS[name]))}
     assert {"mha_learned", "mla_plain", "mla_shared_latent", "stored frequencies", "no latent norm"} <= without
     assert not without & {"gqa", "mla", "mla_frozen"}
+
+
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_runs_eagerly_and_is_said_once(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, theirs = loaded(folders, "mla")
+    asked = []
+
+    def reluctant(*arguments: Any, **options: Any) -> Any:
+        asked.append(arguments[2])
+        if arguments[2] == "auto":
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return decode_step(*arguments, **options)
+
+    monkeypatch.setattr("harness.hf.own_class.decode_step", reluctant)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("harness"), "propagate", True)
+    prompts = tokens(2, 6)
+    with caplog.at_level("WARNING"):
+        written = theirs.generate(prompts, max_new_tokens=9, **WRITE)
+    assert torch.equal(written[:, 6:], greedy(model, prompts.tolist(), 9)) and asked == ["auto", "eager"]
+    (said,) = [record.message for record in caplog.records if "captured" in record.message]
+    assert said.endswith("it runs eagerly: operation not permitted when stream is capturing")
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("name", FEW)
+def test_captured_steps_write_what_is_written_without_a_cache(folders: Folders, name: str) -> None:
+    theirs = loaded(folders, name)[1].cuda()
+    prompts = tokens(3, 9).cuda()
+    mask = torch.ones_like(prompts)
+    mask[1, :4] = 0
+    for settings in (WRITE, {"num_beams": 3, **WRITE}):
+        written = theirs.generate(
+            prompts, attention_mask=mask, max_new_tokens=20, return_dict_in_generate=True, use_cache=True, **settings
+        )
+        plain = theirs.generate(prompts, attention_mask=mask, max_new_tokens=20, use_cache=False, **settings)
+        assert torch.equal(written.sequences, plain) and all(layer.static for layer in written.past_key_values.layers)
