@@ -70,7 +70,8 @@ class Block(nn.Module):
 class GPT(HasAttentions):
     """Token embedding, n_layers blocks, final norm, head (tied to the embedding or its own).
 
-    Initial values (s = init_std; every norm gain 1, every bias 0; `outputs` are o_proj and the MLP's down_proj):
+    Initial values (s = init_std; every bias 0, every norm gain 1 but where its class says otherwise; `outputs` are o_proj and
+    the MLP's down_proj):
 
         parameters                      normal     fan_in                    xavier
         token and position embedding    N(0, s)    N(0, s)                   N(0, s)

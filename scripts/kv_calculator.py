@@ -212,6 +212,7 @@ def latent_shape(config: TrainConfig) -> LatentShape | None:
         "mechanism": "mla",
         "n_kv_heads": config.model.n_heads,
         "kv_latent": "joint",
+        "latent_groups": 1,
         "latent_norm": "rms",
         "latent_norm_place": "latent",
         "sharing": "none",

@@ -15,6 +15,7 @@ harness/hf/cache.py describes the cache of a Hugging Face model, measured or by 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -238,12 +239,16 @@ def describe_model(model: GPT, *, name: str, variant: str, mha_elements: int, la
     layers = []
     for attention in model.attentions:
         formula = expanded = attention.cache_formula
-        heads = attention.n_kv_heads
-        if getattr(attention, "kv_lora_rank", None) is not None:
+        heads, is_latent = attention.n_kv_heads, getattr(attention, "kv_lora_rank", None) is not None
+        if is_latent:
             expanded = heads * (attention.qk_width + attention.v_head_dim) if formula else formula
-            heads = 1
-        kind = ("full attention" if heads > 1 or expanded == formula else "latent") if formula else "no cache of its own"
-        layers.append(LayerCache({"cached": formula} if formula else {}, expanded, mha_elements, kind=kind, heads=heads))
+            heads = attention.latent_groups
+        kind = ("latent" if is_latent and expanded != formula else "full attention") if formula else "no cache of its own"
+        shared = math.prod(attention.cache_shapes.get("k_rope", (0,))) if heads > 1 else 0  # with one, all is on each device
+        parts = {"cached": formula - shared, "one rotated key": shared}
+        layers.append(
+            LayerCache({name: size for name, size in parts.items() if size}, expanded, mha_elements, kind=kind, heads=heads)
+        )
     return CacheDescription(name, variant, tuple(layers), latent)
 
 

@@ -36,6 +36,7 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "kv_latent": ("joint",),
         "latent_norm": ("rms",),
         "latent_norm_place": ("latent",),
+        "latent_groups": (1,),
         "sharing": ("none", "weights"),
         "rope_frequencies": ("computed",),
     },

@@ -198,6 +198,6 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
         )
     if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-    if kernel not in ("auto", "torch") and len(getattr(attention, "latent_widths", ())) > 1:
+    if kernel not in ("auto", "torch") and getattr(attention, "kv_latent", "joint") == "split":
         return f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
     return None

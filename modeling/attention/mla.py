@@ -23,6 +23,9 @@ Position schemes: `decoupled` (the paper's), `learned` and `none` (plain low-ran
 up-projected keys are rotated; every cached latent must then be expanded and rotated at each step, because a rotation
 between W_Q and W_UK depends on both positions and cannot be absorbed).
 
+Grouped latent attention, GLA (Zadouri et al. 2025, arXiv 2505.21487), is this with latent_groups latents of L / latent_groups
+each, with a norm of its own, each up-projected for its share of the heads, and one rotated key for all of them.
+
 Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K = N + P query/key
 width, V value width, N un-rotated part, P rotated part, L kv_lora_rank, R q_lora_rank.
 """
@@ -51,6 +54,7 @@ class MultiheadLatentAttention(nn.Module):
         trained (N(0, 1/D), so that latents have x's variance), and `slice`, the first L dimensions of x itself.
     kv_latent: `joint` (keys and values read one latent) or `split` (each reads its own half of the L dimensions: the
         same cache as joint).
+    latent_groups: so many latents of equal width, each for as many consecutive heads (1: MLA; above: GLA).
     latent_norm: rms | layer | none; latent_norm_place: `latent` (before caching, as in the paper) or `up_projected`
         (over each head's un-rotated keys, values and, with q_lora_rank, un-rotated queries; blocks absorption).
     latent_scale: latents times sqrt(D / rank) (MLRA, arXiv 2603.02188), which undoes the narrowing's loss of variance.
@@ -94,6 +98,7 @@ class MultiheadLatentAttention(nn.Module):
         projection_bias: str = "model",
         rope_scaling: dict[str, Any] | None = None,
         rope_frequencies: str = "computed",
+        latent_groups: int = 1,
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -133,13 +138,25 @@ class MultiheadLatentAttention(nn.Module):
             )
         if min(N, V, L) < 1:
             raise ValueError(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
-        share = L // 2 if kv_latent == "split" else L
-        widest = min(d_model, n_kv_heads * (N + V) if kv_latent == "joint" else n_kv_heads * min(N, V))
+        if kv_latent == "split" and latent_groups != 1:
+            raise ValueError(
+                f"kv_latent=split does not go with latent_groups={latent_groups}: either keys and values or groups of heads "
+                f"have a latent each; set kv_latent=joint or latent_groups=1"
+            )
+        if latent_groups < 1 or n_kv_heads % latent_groups or L % latent_groups:
+            raise ValueError(
+                f"latent_groups={latent_groups} does not divide n_kv_heads={n_kv_heads} and kv_lora_rank={L}; choose one of "
+                f"{[groups for groups in range(1, n_kv_heads + 1) if n_kv_heads % groups == 0 and L % groups == 0]}"
+            )
+        parts = 2 if kv_latent == "split" else latent_groups
+        share = L // parts
+        heads_joined = n_kv_heads // latent_groups
+        widest = min(d_model, heads_joined * (N + V) if kv_latent == "joint" else heads_joined * min(N, V))
         if share > widest:
-            recommended = min(4 * N, d_model // 2, widest) * (2 if kv_latent == "split" else 1)
+            recommended = min(4 * N, d_model // 2, widest) * parts
             raise ValueError(
                 f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
-                f"{n_kv_heads} heads of {N}+{V}) is {widest} wide; {recommended} would"
+                f"{heads_joined} heads of {N}+{V}) is {widest} wide; {recommended} would"
             )
         if kv_latent == "split" and L % 2:
             raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
@@ -163,7 +180,7 @@ class MultiheadLatentAttention(nn.Module):
         self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.sixteen_bits: tuple[str, ...] = ("k_rope",) if P else ()
-        self.latent_widths = (share, share) if kv_latent == "split" else (L,)
+        self.kv_latent, self.latent_groups, self.latent_widths = kv_latent, latent_groups, (share,) * parts
         self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
 
@@ -185,8 +202,8 @@ class MultiheadLatentAttention(nn.Module):
                 nn.init.normal_(self.kv_down_proj.weight, std=d_model**-0.5)
             self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
         self.q_up_proj = nn.Linear(R, n_heads * self.qk_width, bias=False) if R is not None else None
-        self.k_up_proj = nn.Linear(share, n_kv_heads * N, bias=False)
-        self.v_up_proj = nn.Linear(share, n_kv_heads * V, bias=False)
+        self.k_up_proj = _up_projection(share, n_kv_heads * N, latent_groups)
+        self.v_up_proj = _up_projection(share, n_kv_heads * V, latent_groups)
         self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
 
         on_latent = latent_norm_place == "latent"
@@ -338,7 +355,7 @@ class MultiheadLatentAttention(nn.Module):
             self.kernel,
             device=device,
             dtype=dtype,
-            latent_widths=self.latent_widths,
+            latent_widths=self.latent_widths if self.kv_latent == "split" else self.latent_widths[:1],
             qk_rope_head_dim=self.qk_rope_head_dim,
             window=window,
         )
@@ -391,39 +408,62 @@ class MultiheadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over the latents themselves: W_UK goes to the queries, W_UV to what comes out."""
         B, T, H, N = q_nope_BTHN.shape
-        G, share, dtype = self.n_kv_heads, self.latent_widths[0], q_nope_BTHN.dtype
+        G, share = self.n_kv_heads, self.latent_widths[0]
         up_GNL = self.k_up_proj.weight.view(G, N, share)
         q_latent_BTHL = torch.einsum("btghn,gnl->btghl", q_nope_BTHN.view(B, T, G, H // G, N), up_GNL).flatten(2, 3)
-        kernel = "torch" if T > 1 or want_weights else self.kernel_for(latent_BSL.dtype, latent_BSL.device, cache.window)
-        if kernel != "torch":
-            check_window(kernel, cache.window)
-            lengths_B = cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1
-            kept = latent_BSL.dtype
-            out_BHL = latent_decode(
-                q_latent_BTHL[:, 0].to(kept),
-                q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None,
-                latent_BSL,
-                None if k_rope_BSP is None else k_rope_BSP.to(kept),
-                lengths_B,
-                scale=self.scale,
-                kernel=kernel,
+        latents = latent_BSL.split(self.latent_widths, dim=-1)
+        # Each group of heads has its own latent as key and value; split ones are the key and the value of all heads.
+        key_values = [(latents[0], latents[-1])] if self.kv_latent == "split" else [(latent, latent) for latent in latents]
+        per_latent = H // self.latent_groups
+        attended = [
+            self._attend_one(q_BTHL, q_BTHP, key, k_rope_BSP, value, place, cache, want_weights=want_weights)
+            for q_BTHL, q_BTHP, (key, value) in zip(
+                q_latent_BTHL.split(per_latent, dim=2), q_rope_BTHP.split(per_latent, dim=2), key_values, strict=True
             )
-            out_BTHL, weights_BHTS = out_BHL.unsqueeze(1), None
-        else:
-            parts = latent_BSL.to(dtype).split(self.latent_widths, dim=-1)
-            out_BTHL, weights_BHTS = latent_attend(
+        ]
+        out_BTHL = torch.cat([out for out, _ in attended], dim=2)
+        weights = [each for _, each in attended if each is not None] if want_weights else []
+        up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)
+        out_BTGHV = torch.einsum("btghl,gvl->btghv", out_BTHL.unflatten(2, (G, H // G)).to(up_GVL.dtype), up_GVL)
+        return out_BTGHV.flatten(2, 3), torch.cat(weights, dim=1) if weights else None
+
+    def _attend_one(
+        self,
+        q_latent_BTHL: Tensor,
+        q_rope_BTHP: Tensor,
+        key_BSL: Tensor,
+        k_rope_BSP: Tensor | None,
+        value_BSL: Tensor,
+        place: Placement,
+        cache: Cache,
+        *,
+        want_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads of one latent (or of a split one's halves): (out_BTHL, weights_BHTS or None)."""
+        T, kept, dtype = q_latent_BTHL.shape[1], key_BSL.dtype, q_rope_BTHP.dtype
+        kernel = "torch" if T > 1 or want_weights else self.kernel_for(kept, key_BSL.device, cache.window)
+        if kernel == "torch":
+            return latent_attend(
                 q_latent_BTHL.to(dtype),
                 q_rope_BTHP,
-                parts[0],
+                key_BSL.to(dtype),
                 None if k_rope_BSP is None else k_rope_BSP.to(dtype),
-                parts[-1],
+                value_BSL.to(dtype),
                 scale=self.scale,
                 causal=place.causal,
                 mask_BTS=place.mask_BTS,
             )
-        up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)
-        out_BTGHV = torch.einsum("btghl,gvl->btghv", out_BTHL.unflatten(2, (G, H // G)).to(up_GVL.dtype), up_GVL)
-        return out_BTGHV.flatten(2, 3), weights_BHTS
+        check_window(kernel, cache.window)
+        out_BHL = latent_decode(
+            q_latent_BTHL[:, 0].to(kept),
+            q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None,
+            key_BSL,
+            None if k_rope_BSP is None else k_rope_BSP.to(kept),
+            cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1,
+            scale=self.scale,
+            kernel=kernel,
+        )
+        return out_BHL.unsqueeze(1), None
 
     def _project_down(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(queries or their latent, the normed and scaled key/value latent, the un-rotated shared key)."""
@@ -452,10 +492,27 @@ class MultiheadLatentAttention(nn.Module):
 
     def _expand(self, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (un-rotated part) and values of every head from cached latents: O(S) work."""
-        parts = latent_BSL.split(self.latent_widths, dim=-1)
+        parts = latent_BSL.split(self.latent_widths, dim=-1) if self.kv_latent == "split" else (latent_BSL,)
         k_BSGN = self.k_up_proj(parts[0]).unflatten(-1, (self.n_kv_heads, self.qk_nope_head_dim))
         v_BSGV = self.v_up_proj(parts[-1]).unflatten(-1, (self.n_kv_heads, self.v_head_dim))
         return _normed(self.k_up_norm, k_BSGN).to(v_BSGV.dtype), _normed(self.v_up_norm, v_BSGV).to(v_BSGV.dtype)
+
+
+class GroupedLinear(nn.Linear):
+    """Rows in `groups` blocks, each of which reads its own `in_features` of the input: a block-diagonal matrix's blocks."""
+
+    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., groups in_features) -> (..., out_features)."""
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        return torch.einsum("...gl,gnl->...gn", x.unflatten(-1, (self.groups, self.in_features)), weight).flatten(-2)
+
+
+def _up_projection(rank: int, width: int, groups: int) -> nn.Linear:
+    return nn.Linear(rank, width, bias=False) if groups == 1 else GroupedLinear(rank, width, groups)
 
 
 def _norm(kind: str, width: int, eps: float) -> nn.Module:

@@ -8,7 +8,7 @@ With t = W_KV x in G heads of K dimensions, of which the last P are rotated, `ke
     turned   Gemma 4's full layers (transformers' Gemma4TextAttention with attention_k_eq_v): v = t / rms(t),
              k = rotate(g_k v), queries g_q q / rms(q). That class caches keys and values; as k follows from v and its
              position, v alone is cached here and keys are rotated when they are read. G K elements; logits times 1, their
-             size is the gains'.
+             size is the gains': g_k begins at 1 and g_q at 1/sqrt(K) (docs/LOG.md).
     stored   the one shared vector of DeepSeek-V4 (transformers' DeepseekV4Attention, without its pools and sinks):
              k = v = rotate(g t / rms(t)), queries q / rms(q). Values were rotated with the keys, so outputs are turned back by
              their query's angle: what a token contributes depends on its distance alone. G K elements; 1/sqrt(K).
@@ -78,6 +78,9 @@ class TiedKeyValueAttention(nn.Module):
         self.q_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "turned")
         self.kv_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "stored")
         self.k_gain = nn.Parameter(torch.ones(K)) if keys == "turned" else None
+        if keys == "turned":
+            assert self.q_norm is not None
+            nn.init.constant_(self.q_norm.weight, K**-0.5)
         self.rope = RotaryEmbedding(width=P, max_seq_len=max_seq_len, theta=rope_theta)
 
     @property

@@ -32,6 +32,7 @@ MLA = {
     "plain": ["attention=mla_plain"],
     "rope after up": ["attention=mla_plain", "attention.positions=rope_after_up"],
     "split": ["attention=mla", "attention.kv_latent=split"],
+    "grouped latents": ["attention=gla"],
     "split, fused, query rank": [
         "attention=mla",
         "attention.kv_latent=split",
@@ -115,6 +116,19 @@ def test_weights_of_a_known_rank_have_that_effective_rank(name: str, rank: int) 
     assert layer["keys"]["effective_rank"] == pytest.approx(rank, rel=1e-5)
     assert layer["values"]["effective_rank"] == pytest.approx(rank, rel=1e-5)
     assert sum(value > 1e-4 for value in layer["keys"]["singular_values"]) == rank
+
+
+@torch.no_grad()
+def test_with_a_latent_for_each_group_the_weights_are_those_of_all_heads_from_x() -> None:
+    model = model_of("grouped latents")
+    attention, found = model.attentions[1], measured(model)["layers"][1]
+    gains_L = torch.cat([norm.weight for norm in attention.latent_norms])
+    down_LD = (gains_L[:, None] * attention.kv_down_proj.weight).double()
+    for part, up in (("keys", attention.k_up_proj), ("values", attention.v_up_proj)):
+        halves = [w.double() @ down for w, down in zip(up.weight.chunk(2), down_LD.chunk(2), strict=True)]
+        values = torch.linalg.svdvals(torch.cat(halves))[:24]
+        assert found[part]["effective_rank"] == pytest.approx(effective_rank(values), rel=1e-6)
+        assert found[part]["width"] == 24 and list(found["latents"]) == ["group 0", "group 1"]
 
 
 @torch.no_grad()

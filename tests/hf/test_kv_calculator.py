@@ -1095,6 +1095,9 @@ def test_devices_go_with_our_own_configurations_too(capsys: pytest.CaptureFixtur
     whole = json.loads(printed(capsys, "attention=gqa", "model=gpt2", "--json"))
     third = json.loads(printed(capsys, "attention=gqa", "model=gpt2", "--tp", "3", "--json"))
     assert third["elements_per_token"] * 3 == whole["elements_per_token"] and "measured" not in third
+    for variant, each in (("gla", 256 // 2 + 32), ("mha_decoupled", 12 * 2 * 64 // 2 + 32)):  # the rotated key is on all
+        halved = json.loads(printed(capsys, f"attention={variant}", "model=gpt2", "--tp", "2", "--json"))
+        assert halved["elements_per_token"] == 12 * each
     latent = json.loads(printed(capsys, "attention=mla", "model=gpt2", "--tp", "2", "--json"))
     assert latent["elements_per_token"] == 288 * 12
 

@@ -220,7 +220,8 @@ def latent(
         if leader is None and P:
             k_rope_BTP = weights.linear("k_rope_proj", x_BTD, bias=bias)
 
-    widths = [L // 2, L // 2] if o["kv_latent"] == "split" else [L]
+    groups = o["latent_groups"]
+    widths = [L // 2, L // 2] if o["kv_latent"] == "split" else [L // groups] * groups
     if leader is None:
         parts = [
             weights.norm(on_latent, f"latent_norms.{number}", part, eps)
@@ -231,7 +232,7 @@ def latent(
     else:
         cached = leader
     c_BTL, k_rope_BT1P = cached
-    c_keys, c_values = c_BTL[..., : widths[0]], c_BTL[..., -widths[0] :]
+    c_keys, c_values = (c_BTL[..., : L // 2], c_BTL[..., L // 2 :]) if o["kv_latent"] == "split" else (c_BTL, c_BTL)
 
     if R is not None:
         q_in = weights.norm(on_latent, "q_latent_norm", q_in, eps) * (math.sqrt(D / R) if o["latent_scale"] else 1.0)
@@ -240,8 +241,14 @@ def latent(
     q_own, q_rope = q_BTHK[..., :N], q_BTHK[..., N:]
     if R is not None:
         q_own = weights.norm(on_heads, "q_up_norm", q_own, eps)
-    k_BSGK = weights.linear("k_up_proj", c_keys, bias=False).unflatten(-1, (G, N))
-    v_BSGV = weights.linear("v_up_proj", c_values, bias=False).unflatten(-1, (G, V))
+
+    def raised(name: str, c_BSL: Tensor) -> Tensor:
+        """Latent j through the j-th block of rows, for the j-th share of the heads."""
+        blocks = weights.take(f"{name}.weight").chunk(groups)
+        return torch.cat([c @ block.T for c, block in zip(c_BSL.chunk(groups, dim=-1), blocks, strict=True)], dim=-1)
+
+    k_BSGK = raised("k_up_proj", c_keys).unflatten(-1, (G, N))
+    v_BSGV = raised("v_up_proj", c_values).unflatten(-1, (G, V))
     k_BSGK = weights.norm(on_heads, "k_up_norm", k_BSGK, eps)
     v_BSGV = weights.norm(on_heads, "v_up_norm", v_BSGV, eps)
     if o["positions"] == "rope_after_up":

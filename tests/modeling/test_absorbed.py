@@ -13,10 +13,14 @@ from modeling.generation import generate
 from modeling.gpt import GPT
 from tests.support.variants import KNOBS, SHIPPED, gpt_from
 
-MLA = {name: [f"attention={name}"] for name in SHIPPED if name.startswith("mla")} | {
-    name: overrides for name, (overrides, _) in KNOBS.items() if name.startswith("mla")
+MLA = {name: [f"attention={name}"] for name in SHIPPED if name.startswith(("mla", "gla"))} | {
+    name: overrides for name, (overrides, _) in KNOBS.items() if name.startswith(("mla", "gla"))
 }
-BLOCKED = ("mla, norm after up-projection", "mla, rotation after up-projection")
+BLOCKED = (
+    "mla, norm after up-projection",
+    "mla, rotation after up-projection",
+    "gla, two heads out of two latents, rotation after up-projection",
+)
 
 
 def model_of(name: str) -> GPT:

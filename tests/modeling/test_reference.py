@@ -96,6 +96,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "v_head_dim": draw.choice([3, 5, 8]),
         "latent": draw.choice(["learned", "learned", "frozen", "slice"]),
         "kv_latent": draw.choice(["joint", "split"]),
+        "latent_groups": draw.choice([1, 1, 2, 4]),
         "latent_norm": draw.choice(["rms", "layer", "none"]),
         "latent_norm_place": draw.choice(["latent", "up_projected"]),
         "latent_scale": draw.random() < 0.5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harness.errors import UserError
 from tests.support.variants import attention_from
 
 
@@ -26,6 +27,16 @@ from tests.support.variants import attention_from
         (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),
         (["attention=mla", "attention.kv_lora_rank=49"], r"kv_lora_rank=49 compresses nothing.* is 48 wide; 24 would"),
         (["attention=mla", "attention.kv_lora_rank=25", "attention.kv_latent=split"], r"halves kv_lora_rank=25; .*24"),
+        (
+            ["attention=gla", "attention.kv_lora_rank=25"],
+            r"latent_groups=2 does not divide n_kv_heads=4 and kv_lora_rank=25; .*\[1\]",
+        ),
+        (
+            ["attention=gla", "attention.latent_groups=3"],
+            r"latent_groups=3 does not divide n_kv_heads=4 .*; choose one of \[1, 2, 4\]",
+        ),
+        (["attention=gla", "attention.kv_latent=split"], r"kv_latent=split does not go with latent_groups=2"),
+        (["attention=gla", "attention.kv_lora_rank=98"], r"kv_lora_rank=98 compresses nothing.* 2 heads of 12\+12\) is 48"),
         (["attention=mla", "attention.q_lora_rank=50"], r"q_lora_rank=50 compresses nothing.*at most 48"),
         (["attention=mla", "attention.latent_norm=batch"], r"latent_norm=batch is unknown here; choose rms, layer or none"),
         (["attention=mla", "attention.latent_norm_place=output"], r"latent_norm_place=output is unknown here"),
@@ -41,7 +52,7 @@ from tests.support.variants import attention_from
     ],
 )
 def test_refused_with_both_numbers_and_the_remedy(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         attention_from(overrides)
 
 

@@ -58,6 +58,20 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     ),
     "mla, grouped up-projection": (["attention=mla", "attention.n_kv_heads=2"], 24 + 6),
     "mla, split latent": (["attention=mla", "attention.kv_latent=split"], 24 + 6),
+    "gla, four latents, a query rank, fused": (
+        [
+            "attention=gla",
+            "attention.latent_groups=4",
+            "attention.kv_lora_rank=20",
+            "attention.q_lora_rank=20",
+            "attention.fused_down_projections=true",
+        ],
+        20 + 6,
+    ),
+    "gla, two heads out of two latents, rotation after up-projection": (
+        ["attention=gla", "attention.n_kv_heads=2", "attention.positions=rope_after_up", "attention.qk_rope_head_dim=0"],
+        24,
+    ),
     "mla, frozen latent, split, no norm": (
         ["attention=mla_frozen", "attention.kv_latent=split", "attention.latent_norm=none"],
         24 + 6,

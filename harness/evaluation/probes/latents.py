@@ -36,9 +36,9 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
     The sample: windows of max_seq_len spread evenly over the split, SAMPLE_TOKENS in all, in float32 whatever the
     precision of the evaluation. For each of `layers`:
 
-    latents      one `joint`, or `keys` and `values` where they read a half each: what the cache holds (after norm and
-                 scale, before any rotation), centred, over the sample's tokens; latents_of names the layer that cached
-                 it. mean_share: what centring took away, as a share of the latents' mean square
+    latents      one `joint`, `keys` and `values` where they read a half each, or one for each group of heads: what the cache
+                 holds (after norm and scale, before any rotation), centred, over the sample's tokens; latents_of names the
+                 layer that cached it. mean_share: what centring took away, as a share of the latents' mean square
     keys         W_UK W_DKV, (G N, D), with the gain of the norm between them (and LayerNorm's centring, which is as
                  linear); the norm's division by each token's own size and biases are left out
     values       W_UV W_DKV, likewise
@@ -74,8 +74,12 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
     layers: list[dict[str, Any]] = []
     for index, attention in attentions.items():
         leader = _leader(model, index)
-        names = ("joint",) if len(attention.latent_widths) == 1 else ("keys", "values")
+        names: tuple[str, ...] = ("joint",)
         down_parts = _down_weights(model.attentions[leader])
+        if attention.kv_latent == "split":
+            names = ("keys", "values")
+        elif attention.latent_groups > 1:
+            names, down_parts = tuple(f"group {n}" for n in range(attention.latent_groups)), [torch.cat(down_parts)]
         shares: dict[str, float | None] = dict.fromkeys(("rotated_share", "unrotated_share", "covariance_share"))
         if attention.qk_rope_head_dim:
             unrotated, rotated, covariance = variances[index].tolist()
@@ -90,8 +94,8 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
                 "layer": index,
                 "latents_of": leader,
                 "latents": {name: moment.spectrum() for name, moment in zip(names, moments[index], strict=True)},
-                "keys": spectrum(product_singular_values(attention.k_up_proj.weight, down_parts[0])),
-                "values": spectrum(product_singular_values(attention.v_up_proj.weight, down_parts[-1])),
+                "keys": spectrum(product_singular_values(_up_weight(attention.k_up_proj, attention), down_parts[0])),
+                "values": spectrum(product_singular_values(_up_weight(attention.v_up_proj, attention), down_parts[-1])),
                 **shares,
             }
         )
@@ -171,7 +175,8 @@ def score_parts(
     q_BQHK = q_BTX[:, queries_Q].unflatten(-1, (attention.n_heads, N + P))
     q_nope_BQHN, q_rope_BQHP = q_BQHK.split((N, P), dim=-1)
     q_rope_BQHP = rotate(q_rope_BQHP, attention.rope.tables(0, len(queries_Q), queries_Q[None]))
-    k_BSGN = attention.k_up_proj(latent_BSL[..., : attention.latent_widths[0]]).unflatten(-1, (-1, N))
+    of_keys = attention.latent_widths[0] if attention.kv_latent == "split" else attention.kv_lora_rank
+    k_BSGN = attention.k_up_proj(latent_BSL[..., :of_keys]).unflatten(-1, (-1, N))
     q_nope_BQHN, k_BSGN = attention.q_up_norm(q_nope_BQHN), attention.k_up_norm(k_BSGN)
     k_BSHN = k_BSGN.repeat_interleave(attention.n_heads // attention.n_kv_heads, dim=2)
     unrotated_BHQS = torch.einsum("bqhn,bshn->bhqs", q_nope_BQHN, k_BSHN)
@@ -248,6 +253,11 @@ def product_singular_values(up: Tensor, down: Tensor) -> Tensor:
     triangles = (torch.linalg.qr(factor.detach().cpu().double(), mode="r").R for factor in (up, down.T))
     left, right = triangles
     return torch.linalg.svdvals(left @ right.T)
+
+
+def _up_weight(up_proj: nn.Linear, attention: Any) -> Tensor:
+    """W_UK or W_UV as (M, L): with groups, each one's rows have zeros at the latents of the others."""
+    return torch.block_diag(*up_proj.weight.unflatten(0, (attention.latent_groups, -1)))
 
 
 def _down_weights(attention: Any) -> list[Tensor]:
