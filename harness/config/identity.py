@@ -44,6 +44,7 @@ LATER_FIELDS = {
     "spikes.window": 100,
     "init_setup": None,
     "model.vocab_size": None,
+    "optimizer.width_base": None,
     "attention.projection_bias": "model",
     "attention.rope_scaling": None,
     "attention.rope_frequencies": "computed",

@@ -91,6 +91,7 @@ class OptimizerConfig:
     grad_clip: float  # 0 switches clipping off
     muon_lr: float | None = None  # muon only: the matrices' rate (lr is then the rate of everything else)
     muon_momentum: float | None = None
+    width_base: Annotated[int, 1] | None = None  # d_model at which the rates were found: see training/optimizer.py
 
 
 @dataclass

@@ -1,5 +1,9 @@
 """AdamW (arXiv 1711.05101), or Muon (arXiv 2502.16982) for the blocks' matrices beside AdamW for everything else.
 
+With optimizer.width_base the blocks' matrices of a model of width D take width_base / D of their rate, and everything else the
+rate as it stands: a rate found at one width then serves others (Yang et al. 2022, arXiv 2203.03466, table 3, for Adam). The
+initial values that go with it are model.init=fan_in and model.init_std in proportion to 1 / sqrt(D).
+
 Whichever it is, the loop sees one Optimizer whose state is keyed by parameter names, so that a checkpoint can be loaded
 on any device and one of other settings is refused.
 """
@@ -125,6 +129,11 @@ class Weights:
     vectors: list[Tensor]  # norms, biases and embedding tables (a tied head is one): no weight decay
     matrices: list[Tensor]  # all others
     hidden: list[Tensor]  # those matrices that lie in the blocks
+    width: int  # d_model
+
+    def hidden_share(self, config: OptimizerConfig) -> float:
+        """What the blocks' matrices take of their rate."""
+        return 1.0 if config.width_base is None else config.width_base / self.width
 
 
 @dataclass(frozen=True)
@@ -143,13 +152,15 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: bo
     """
     check_optimizer(config)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = {id(module.weight) for module in embeddings}
     matrices = [p for p in names if p.ndim >= 2 and id(p) not in tables]
     decayed = set(matrices)
     weights = Weights(
         vectors=[p for p in names if p not in decayed],
         matrices=matrices,
         hidden=[p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")],
+        width=embeddings[0].embedding_dim,
     )
     return Optimizer(OPTIMIZERS[config.name].build(weights, config, capturable), names)
 
@@ -170,8 +181,16 @@ def check_optimizer(config: OptimizerConfig) -> None:
     OPTIMIZERS[config.name].check(config)
 
 
-def _adamw(vectors: list[Tensor], matrices: list[Tensor], config: OptimizerConfig, capturable: bool) -> torch.optim.AdamW:
-    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices, "weight_decay": config.weight_decay}]
+def _adamw(
+    weights: Weights, matrices: list[Tensor], config: OptimizerConfig, capturable: bool, *, share: float = 1.0
+) -> torch.optim.AdamW:
+    """AdamW over the vectors and some matrices, those of the blocks at `share` of the rate."""
+    narrowed = set(weights.hidden) if share != 1.0 else set()
+    groups = [
+        {"params": weights.vectors, "weight_decay": 0.0},
+        {"params": [p for p in matrices if p not in narrowed], "weight_decay": config.weight_decay},
+        {"params": [p for p in matrices if p in narrowed], "weight_decay": config.weight_decay, "lr": share * config.lr},
+    ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.lr,
@@ -183,7 +202,7 @@ def _adamw(vectors: list[Tensor], matrices: list[Tensor], config: OptimizerConfi
 
 
 def _build_adamw(weights: Weights, config: OptimizerConfig, capturable: bool) -> list[torch.optim.Optimizer]:
-    return [_adamw(weights.vectors, weights.matrices, config, capturable)]
+    return [_adamw(weights, weights.matrices, config, capturable, share=weights.hidden_share(config))]
 
 
 def _check_adamw(config: OptimizerConfig) -> None:
@@ -197,12 +216,12 @@ def _build_muon(weights: Weights, config: OptimizerConfig, capturable: bool) -> 
     hidden = set(weights.hidden)
     muon = torch.optim.Muon(
         weights.hidden,
-        lr=config.muon_lr,
+        lr=config.muon_lr * weights.hidden_share(config),
         weight_decay=config.weight_decay,
         momentum=config.muon_momentum,
         adjust_lr_fn="match_rms_adamw",  # updates of AdamW's size, whatever the matrix's shape
     )
-    return [_adamw(weights.vectors, [p for p in weights.matrices if p not in hidden], config, capturable), muon]
+    return [_adamw(weights, [p for p in weights.matrices if p not in hidden], config, capturable), muon]
 
 
 def _check_muon(config: OptimizerConfig) -> None:

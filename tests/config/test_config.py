@@ -39,6 +39,7 @@ from harness.config.typed import typed
 from harness.entry.cli import parse_options
 from harness.errors import UserError
 from harness.evaluation.probes import probe
+from modeling.attention import MECHANISMS
 from tests.support.projects import copy_project
 
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
@@ -135,15 +136,12 @@ def test_the_model_owns_the_sizes_and_the_variants_follow() -> None:
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
+VARIANTS = ", ".join(sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml")))
 # command line -> the sentence. Every refusal names the field, the value and the remedy.
 REFUSED = {
     "attention=mlaa": "attention=mlaa does not exist; did you mean mla?",
-    "attention=flash": "attention=flash does not exist; choose from "
-    "gqa, mha, mha_decoupled, mha_learned, "
-    "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
-    "attention=null": "attention=null does not exist; choose from "
-    "gqa, mha, mha_decoupled, mha_learned, "
-    "mha_wide, mla, mla_frozen, mla_plain, mla_shared_latent, mla_shared_weights, mla_slice, mqa",
+    "attention=flash": f"attention=flash does not exist; choose from {VARIANTS}",
+    "attention=null": f"attention=null does not exist; choose from {VARIANTS}",
     "model=tyny": "model=tyny does not exist; did you mean tiny?",
     "model={a:1}": "model={'a': 1} does not exist; choose from deepseek_v2_lite, deepseek_v3, gpt2, medium, mini, small, tiny",
     "tracking=tensorboard": "tracking=tensorboard does not exist; choose from none, trackio, wandb",
@@ -198,7 +196,7 @@ REFUSED = {
     "parallel.name=fsdp2": "parallel.name=fsdp2 is unknown; did you mean fsdp?",
     "tracking.name=mlflow": "tracking.name=mlflow is unknown; choose from none, trackio, wandb",
     "tokenizer.name=word": "tokenizer.name=word is unknown; choose from bpe, bytes, pretrained",
-    "attention.mechanism=linear": "attention.mechanism=linear is unknown; choose from gqa, mla",
+    "attention.mechanism=linear": f"attention.mechanism=linear is unknown; choose from {', '.join(sorted(MECHANISMS))}",
     "attention.backend=flash": "attention.backend=flash is unknown; did you mean sdpa_flash?",
     "budget.tokens=10 budget.steps=5": "budget.tokens=10 and budget.steps=5 both set the length of the run; give one",
     "batch_size=4 micro_batch_size=3": "micro_batch_size=3 does not divide batch_size=4; choose a divisor",
@@ -431,6 +429,7 @@ ANOTHER: dict[str, Any] = {
     "attention.backend": "reference",
     "attention.kernel": "triton",
     "optimizer.name": "muon",
+    "optimizer.width_base": 64,
     "schedule.name": "wsd",
     "tokenizer.name": "bytes",
     "tracking.name": "none",

@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 
+from harness.config.identity import setup_hash
 from harness.config.schema import OptimizerConfig
 from harness.errors import UserError
 from harness.training.optimizer import build_optimizer
 from tests.support.tiny_model import optimizer_config, tiny_model
-from tests.support.variants import gpt_from
+from tests.support.variants import config_at, gpt_from
 
 
 def _decays(model: torch.nn.Module, config: OptimizerConfig) -> dict[str, float]:
@@ -56,6 +57,30 @@ def test_all_rates_follow_the_factor_from_their_own_peaks(name: str) -> None:
     for full, half in zip(*moved, strict=True):
         assert full.abs().max() > 1e-4
         torch.testing.assert_close(half, full / 2, rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_with_width_base_the_blocks_matrices_take_their_share_of_the_rate(name: str, tie: bool) -> None:
+    model = gpt_from(["attention=mla", f"model.tie_embeddings={str(tie).lower()}"])
+    width = model.embedding.embedding_dim
+
+    def rates(width_base: int | None) -> dict[str, tuple[str, float]]:
+        groups = build_optimizer(model, dataclasses.replace(optimizer_config(name), width_base=width_base)).settings()
+        return {path: (group["optimizer"], group["peak_lr"]) for group in groups for path in group["parameters"]}
+
+    plain, narrow = rates(None), rates(width // 2)
+    assert plain == rates(width) and plain.keys() == narrow.keys()
+    for path, parameter in model.named_parameters():
+        share = 0.5 if path.startswith("blocks.") and parameter.ndim == 2 else 1.0
+        assert narrow[path] == (plain[path][0], pytest.approx(share * plain[path][1])), path
+
+
+def test_width_base_is_part_of_what_a_run_is_but_its_absence_is_as_before() -> None:
+    setups = [setup_hash(config_at(*more)) for more in ([], ["optimizer.width_base=null"], ["optimizer.width_base=64"])]
+    assert setups[0] == setups[1] != setups[2]
+    with pytest.raises(UserError, match=r"optimizer\.width_base=0 must be 1 or more"):
+        config_at("optimizer.width_base=0")
 
 
 def test_muons_updates_have_adamws_size_whatever_the_matrixs_shape() -> None:
