@@ -213,6 +213,7 @@ def latent_shape(config: TrainConfig) -> LatentShape | None:
         "n_kv_heads": config.model.n_heads,
         "kv_latent": "joint",
         "latent_groups": 1,
+        "gate": "none",
         "latent_norm": "rms",
         "latent_norm_place": "latent",
         "sharing": "none",

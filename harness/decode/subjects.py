@@ -72,6 +72,7 @@ class ExpandedAttention(nn.Module):
             and len(layer.latent_widths) == 1
             and layer.sharing == "none"
             and layer.latent == "learned"
+            and layer.gate_proj is None
         )
 
     def forward(self, x_BTD: Tensor, cache: Cache, *, valid_BT: Tensor | None = None) -> Tensor:

@@ -30,13 +30,14 @@ from modeling.shapes import shapes_only
 # By mechanism, what a variant must have to be one of their classes, and the choices that fit. A mechanism that is not
 # here is known to this project alone.
 _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gqa": {"positions": ("rope",)},
+    "gqa": {"positions": ("rope",), "gate": ("none",)},
     "mla": {
         "positions": ("decoupled",),
         "kv_latent": ("joint",),
         "latent_norm": ("rms",),
         "latent_norm_place": ("latent",),
         "latent_groups": (1,),
+        "gate": ("none",),
         "sharing": ("none", "weights"),
         "rope_frequencies": ("computed",),
     },

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
-from modeling.attention.output import attend_as
+from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
 
@@ -35,6 +35,7 @@ class GroupedQueryAttention(nn.Module):
     each head's K dimensions to queries and keys before rotation (Henry et al. 2020, arXiv 2010.04245; as in Qwen3).
     projection_bias: which projections have biases: as the model's other matrices (`model`), besides on queries, keys and
     values (`qkv`, as in Qwen2) or on all four (`all`). rope_scaling: modeling/attention/rope.py, scaled_frequencies.
+    gate: on what the heads give, modeling/attention/output.py.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -59,6 +60,7 @@ class GroupedQueryAttention(nn.Module):
         dropout: float,
         projection_bias: str = "model",
         rope_scaling: dict[str, Any] | None = None,
+        gate: str = "none",
     ) -> None:
         super().__init__()
         check_heads(n_heads, n_kv_heads)
@@ -86,6 +88,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=on_inputs)
         self.v_proj = nn.Linear(d_model, n_kv_heads * v_head_dim, bias=on_inputs)
         self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=on_output)
+        self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=v_head_dim, bias=on_output)
         self.k_rope_proj = nn.Linear(d_model, qk_rope_head_dim, bias=on_inputs) if qk_rope_head_dim else None
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
@@ -144,4 +147,4 @@ class GroupedQueryAttention(nn.Module):
             k_rope_BSGP = seen["k_rope"].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
             k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
         out_BTHV = attend_as(self, q_BTHK, k_BSGK, seen["v"], place, weights_out)
-        return self.o_proj(out_BTHV.reshape(B, T, -1))
+        return project_out(self, out_BTHV, x_BTD)

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
+from modeling.attention.output import gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
@@ -66,6 +67,7 @@ class MultiheadLatentAttention(nn.Module):
         leaves out a q_proj that reads x). projection_bias: `model` (where the model's other matrices have them) or `all`.
     rope_scaling: modeling/attention/rope.py, scaled_frequencies. rope_frequencies: `computed` from rope_theta, or `stored`
         with the weights (converted layers, modeling/conversion/).
+    gate: on what the heads give, modeling/attention/output.py.
     Raises ValueError for sizes and choices that do not fit together.
     """
 
@@ -99,6 +101,7 @@ class MultiheadLatentAttention(nn.Module):
         rope_scaling: dict[str, Any] | None = None,
         rope_frequencies: str = "computed",
         latent_groups: int = 1,
+        gate: str = "none",
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -205,6 +208,7 @@ class MultiheadLatentAttention(nn.Module):
         self.k_up_proj = _up_projection(share, n_kv_heads * N, latent_groups)
         self.v_up_proj = _up_projection(share, n_kv_heads * V, latent_groups)
         self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
+        self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=V, bias=bias)
 
         on_latent = latent_norm_place == "latent"
         self.latent_norms = nn.ModuleList(
@@ -293,7 +297,7 @@ class MultiheadLatentAttention(nn.Module):
         shared: with sharing=latent, what a group's first layer fills with its visible latents (and rotated keys) and the
         others read.
         """
-        B, T, _ = x_BTD.shape
+        T = x_BTD.shape[1]
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
             raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
@@ -339,7 +343,7 @@ class MultiheadLatentAttention(nn.Module):
             )
         if weights_out is not None and weights_BHTS is not None:
             weights_out.append(weights_BHTS)
-        return self.o_proj(out_BTHV.reshape(B, T, -1))
+        return project_out(self, out_BTHV, x_BTD)
 
     def absorbs(self, new_tokens: int) -> bool:
         """Whether a call of so many tokens a row through a cache takes the absorbed path."""

@@ -1,4 +1,8 @@
-"""What every mechanism of softmax attention ends with: heads over keys and values, and their way out.
+"""What every mechanism of softmax attention ends with: heads over keys and values, a gate if any, and their way out.
+
+The gate (Qiu et al. 2025, arXiv 2505.06708, position G1; Qwen3-Next's attention) multiplies what the heads give, before o_proj,
+by sigmoid(x W_G): with gate=element each of its H V numbers by one of its own, with gate=head each head by one. Nothing is
+cached. W_G is drawn as the other matrices are, so that gates begin near 1/2, as published (there its rows are part of W_Q).
 
 Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K query/key width, V value
 width.
@@ -8,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from modeling.attention.refusals import check_choice
 from modeling.kernels.attend import attend
 
 if TYPE_CHECKING:
@@ -34,3 +39,18 @@ def attend_as(
     if weights_out is not None and weights_BHTS is not None:
         weights_out.append(weights_BHTS)
     return out_BTHV
+
+
+def gate_projection(gate: str, *, d_model: int, n_heads: int, v_head_dim: int, bias: bool) -> nn.Linear | None:
+    """W_G; None for gate=none. Raises ValueError for a gate that is none of the three."""
+    check_choice("gate", gate, ("none", "element", "head"))
+    if gate == "none":
+        return None
+    return nn.Linear(d_model, n_heads * (v_head_dim if gate == "element" else 1), bias=bias)
+
+
+def project_out(attention: Any, out_BTHV: Tensor, x_BTD: Tensor) -> Tensor:
+    """x_BTD of the layer's own input -> x_BTD of its output: the heads gated, where there is a gate_proj, and joined."""
+    if attention.gate_proj is not None:
+        out_BTHV = out_BTHV * attention.gate_proj(x_BTD).unflatten(-1, (out_BTHV.shape[2], -1)).sigmoid()
+    return attention.o_proj(out_BTHV.flatten(2))

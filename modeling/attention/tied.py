@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
-from modeling.attention.output import attend_as
+from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
 
 
 class TiedKeyValueAttention(nn.Module):
     """One projection for keys and values, kv_proj; what `keys` makes of it is in the module's docstring.
+
+    gate: on what the heads give, modeling/attention/output.py.
 
     Names elsewhere: kv_proj and k_rope_proj are GTA's kv_proj and W_rope_k; kv_proj, q_norm and k_gain Gemma 4's k_proj,
     q_norm and k_norm; kv_proj and kv_norm DeepSeek-V4's kv_proj and kv_norm.
@@ -53,6 +55,7 @@ class TiedKeyValueAttention(nn.Module):
         keys: str,
         rope_theta: float,
         dropout: float,
+        gate: str = "none",
     ) -> None:
         super().__init__()
         check_heads(n_heads, n_kv_heads)
@@ -75,6 +78,7 @@ class TiedKeyValueAttention(nn.Module):
         self.kv_proj = nn.Linear(d_model, n_kv_heads * K, bias=bias)
         self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if joined else None
         self.o_proj = nn.Linear(n_heads * K, d_model, bias=bias)
+        self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=K, bias=bias)
         self.q_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "turned")
         self.kv_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "stored")
         self.k_gain = nn.Parameter(torch.ones(K)) if keys == "turned" else None
@@ -127,7 +131,7 @@ class TiedKeyValueAttention(nn.Module):
         out_BTHK = attend_as(self, self._turn(q_BTHK, tables), k_BSGK, kv_BSGK, place, weights_out)
         if self.keys == "stored":
             out_BTHK = self._turn(out_BTHK, (cos, -sin))
-        return self.o_proj(out_BTHK.reshape(B, T, -1))
+        return project_out(self, out_BTHK, x_BTD)
 
     def _turn(self, x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         """The last P dimensions of every head rotated."""

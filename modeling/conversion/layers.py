@@ -82,13 +82,15 @@ class LatentLayer:
 def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
     """The weights of a module.
 
-    Raises ValueError where no stage is exact: QK-norm, keys that are not rotated throughout.
+    Raises ValueError where no stage is exact: QK-norm, a gate, keys that are not rotated throughout.
     """
     if attention.q_norm is not None:
         raise ValueError(
             "qk_norm=true normalises keys after their projection, so that projections cannot be joined, pooled or compressed "
             "in their place: convert a model with qk_norm=false"
         )
+    if attention.gate_proj is not None:
+        raise ValueError("a gate between heads and o_proj has no place in a converted layer: convert a model with gate=none")
     if attention.positions != "rope" or attention.rope is None:
         raise ValueError(f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts")
     H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim

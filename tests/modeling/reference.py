@@ -125,6 +125,14 @@ def softmax_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: flo
     return torch.cat(heads, dim=-1)
 
 
+def gated(weights: Weights, options: Mapping[str, Any], heads: Tensor, x_BTD: Tensor, H: int, *, bias: bool) -> Tensor:
+    """[o_1 ... o_H] times sigmoid(x W_G): a factor for each number, or for each head."""
+    if options["gate"] == "none":
+        return heads
+    factors = 1 / (1 + (-weights.linear("gate_proj", x_BTD, bias=bias)).exp())
+    return heads * (factors if options["gate"] == "element" else factors.repeat_interleave(heads.shape[-1] // H, dim=-1))
+
+
 def grouped(
     options: Mapping[str, Any], sizes: Mapping[str, Any], state: Mapping[str, Tensor], x_BTD: Tensor, seen_TS: Tensor
 ) -> Tensor:
@@ -149,7 +157,8 @@ def grouped(
         q_own = torch.cat([q_own, rotate(q_rope, *turned)], dim=-1)
         k_BTGK = torch.cat([k_BTGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
     heads = softmax_attention(q_own, k_BTGK, v_BTGV, 1 / math.sqrt(K + P), seen_TS)
-    out_BTD = weights.linear("o_proj", heads, bias=sizes["bias"] or o["projection_bias"] == "all")
+    on_output = sizes["bias"] or o["projection_bias"] == "all"
+    out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=on_output), bias=on_output)
     weights.all_taken()
     return out_BTD
 
@@ -182,6 +191,7 @@ def tied(
         kv_BSGK = turned(unit(t_BSGK) * weights.take("kv_norm.weight"))
         heads = softmax_attention(turned(unit(q_BTHK)), kv_BSGK, kv_BSGK, 1 / math.sqrt(K), seen_TS)
         heads = turned(heads.unflatten(-1, (H, K)), -1.0).flatten(2)
+    heads = gated(weights, o, heads, x_BTD, H, bias=sizes["bias"])
     out_BTD = weights.linear("o_proj", heads, bias=sizes["bias"])
     weights.all_taken()
     return out_BTD
@@ -258,6 +268,6 @@ def latent(
         k_BSGK = torch.cat([k_BSGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
     scale = deepseek_factor(o["rope_scaling"]) / math.sqrt(N + P)
     heads = softmax_attention(q_own, k_BSGK, v_BSGV, scale, seen_TS)
-    out_BTD = weights.linear("o_proj", heads, bias=bias)
+    out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=bias), bias=bias)
     weights.all_taken()
     return out_BTD, cached

@@ -26,6 +26,7 @@ SHIPPED_ELEMENTS = {
     "mha": 2 * 4 * 12,
     "gqa": 2 * 2 * 12,
     "mqa": 2 * 12,
+    "gqa_gated": 2 * 2 * 12,
     "gta": 2 * 12 + 6,
     "tied_kv": 2 * 12,
     "shared_kv": 24,

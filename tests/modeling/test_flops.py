@@ -79,6 +79,7 @@ ATTENTION = {
     "mha": D * H * d + 2 * D * H * d + H * d * D,
     "gqa": D * H * d + 2 * D * G * d + H * d * D,
     "mqa": D * H * d + 2 * D * d + H * d * D,
+    "gqa_gated": D * H * d + 2 * D * G * d + 2 * H * d * D,
     "gta": D * H * d + D * G * d + D * P + H * d * D,
     "tied_kv": D * H * d + D * G * d + H * d * D + 2 * d,
     "shared_kv": 2 * D * H * 2 * d + D * 2 * d + 2 * d,
@@ -97,6 +98,7 @@ ATTENTION = {
     "mla, no norm": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D,
     "mla, head widths": D * H * (10 + 4) + D * (L + 4) + L * H * (10 + 14) + H * 14 * D + L,
     "mla, biases": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L + H * (d + P) + L + P + D,
+    "gqa, a gate for each head, biases": D * H * d + 2 * D * G * d + H * d * D + D * H + H * d + 2 * G * d + D + H,
     "gqa, QK-norm": D * H * d + 2 * D * G * d + H * d * D + 2 * d,
 }
 

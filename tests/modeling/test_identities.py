@@ -322,6 +322,30 @@ def test_the_shared_vector_is_deepseek_v4s_without_pools_and_sinks(x: Tensor) ->
         assert relative_error(pieces, wanted) < 1e-5  # their norms and rotation are float32
 
 
+def test_gated_heads_are_hugging_faces_qwen3_next_attention(x: Tensor) -> None:
+    """Its query projection holds each head's gate behind the head's query; its norms' gains are stored less 1."""
+    modeling = pytest.importorskip("transformers.models.qwen3_next.modeling_qwen3_next")
+    from transformers import Qwen3NextConfig
+
+    config = Qwen3NextConfig(hidden_size=D, num_attention_heads=H, num_key_value_heads=2, head_dim=d)
+    config._attn_implementation = "sdpa"
+    theirs = modeling.Qwen3NextAttention(config, 0).double().eval()
+    ours = double(["attention=gqa_gated", "attention.qk_norm=true"])
+    heads = torch.cat([weight.view(H, d, D) for weight in (ours.q_proj.weight, ours.gate_proj.weight)], dim=1)
+    copy_weights(
+        theirs,
+        {
+            "q_proj.weight": heads.flatten(0, 1),
+            "q_norm.weight": ours.q_norm.weight - 1,
+            "k_norm.weight": ours.k_norm.weight - 1,
+            **{f"{name}.weight": ours.get_parameter(f"{name}.weight") for name in ("k_proj", "v_proj", "o_proj")},
+        },
+    )
+    tables = ours.rope.cos_SF, ours.rope.sin_SF
+    wanted = theirs(x, tuple(torch.cat((table, table), dim=-1)[None, : x.shape[1]] for table in tables), None)[0]
+    assert relative_error(ours(x), wanted) < 1e-6  # their norms are float32
+
+
 def test_the_softmax_scale_counts_both_parts_of_a_key() -> None:
     assert attention_from(["attention=mla"]).scale == (12 + 6) ** -0.5
     assert attention_from(["attention=mha_decoupled"]).scale == (12 + 6) ** -0.5

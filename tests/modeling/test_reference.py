@@ -66,6 +66,7 @@ def _grouped(draw: random.Random) -> dict[str, Any]:
         "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
         "qk_norm": draw.random() < 0.5,
         "dropout": 0.0,
+        "gate": draw.choice(["none", "element", "head"]),
         "projection_bias": draw.choice(["model", "qkv", "all"]),
         "rope_scaling": _scaling(draw) if positions in ("rope", "decoupled") else None,
     }
@@ -79,6 +80,7 @@ def _tied(draw: random.Random) -> dict[str, Any]:
         "keys": draw.choice(["joined", "turned", "stored"]),
         "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
         "dropout": 0.0,
+        "gate": draw.choice(["none", "element", "head"]),
     }
 
 
@@ -96,7 +98,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "v_head_dim": draw.choice([3, 5, 8]),
         "latent": draw.choice(["learned", "learned", "frozen", "slice"]),
         "kv_latent": draw.choice(["joint", "split"]),
-        "latent_groups": draw.choice([1, 1, 2, 4]),
+        "latent_groups": draw.choice([1, 2, 4]),
         "latent_norm": draw.choice(["rms", "layer", "none"]),
         "latent_norm_place": draw.choice(["latent", "up_projected"]),
         "latent_scale": draw.random() < 0.5,
@@ -106,6 +108,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "sharing": sharing,
         "sharing_layers": 1 if sharing == "none" else draw.choice([2, 3]),
         "dropout": 0.0,
+        "gate": draw.choice(["none", "element", "head"]),
         "projection_bias": draw.choice(["model", "all"]),
         "rope_scaling": _scaling(draw) if rotates and not stored else None,
         "rope_frequencies": "stored" if stored else "computed",

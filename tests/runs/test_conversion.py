@@ -422,6 +422,8 @@ def test_a_latent_layer_exists_that_no_gqa_of_the_same_cache_can_express() -> No
 def test_what_cannot_be_converted_is_refused_with_its_reason() -> None:
     with pytest.raises(ValueError, match="qk_norm=true normalises"):
         grouped_layer(gqa(2, qk_norm=True))
+    with pytest.raises(ValueError, match="a gate between heads and o_proj has no place in a converted layer"):
+        grouped_layer(gqa(2, gate="head"))
     with pytest.raises(ValueError, match="positions=learned leaves no rotation"):
         grouped_layer(gqa(2, positions="learned"))
     with pytest.raises(ValueError, match="56 biased key and value dimensions do not fit a latent of d_model=48"):

@@ -50,6 +50,9 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ["attention=shared_kv", "attention.n_kv_heads=2", "attention.head_dim=12", "attention.qk_rope_head_dim=12"],
         2 * 12,
     ),
+    "gqa, a gate for each head, biases": (["attention=gqa", "attention.gate=head", "model.bias=true"], 2 * 2 * 12),
+    "mla, gated, unlike widths": (["attention=mla", "attention.gate=element", "attention.v_head_dim=14"], 24 + 6),
+    "tied_kv, a gate for each head": (["attention=tied_kv", "attention.gate=head"], 2 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
     "mla, rank 10": (["attention=mla", "attention.kv_lora_rank=10"], 10 + 6),
     "mla, head widths": (
