@@ -46,7 +46,7 @@ from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
     from harness.study.plan import Plan, RunSpec
-    from harness.study.runner import Rates
+    from harness.study.runner import Rates, Slot
 
 SIZES = ("parameters", "MFLOP/token", "cache bytes/token")  # columns
 # Of the machine rather than of the run: what is said of them for training holds for evaluating too.
@@ -144,14 +144,22 @@ def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
 
 def run(command: Command) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
+    from harness.study.gpu_service import multi_process_service
+    from harness.study.runner import slots, visible_gpus
+
+    places = slots(visible_gpus(command.plan.first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1)
+    with multi_process_service(places) as served:
+        return _run(command, served)
+
+
+def _run(command: Command, places: Sequence[Slot]) -> int:
     from harness.report.write import report_study
     from harness.runs.training_data import load_data
     from harness.study.progress import Pace
     from harness.study.results import load_results
-    from harness.study.runner import run_all, slots, visible_gpus
+    from harness.study.runner import run_all
 
     plan, arms, first = command.plan, command.arms, command.plan.first
-    places = slots(visible_gpus(first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1)
     load_data(first)  # once, before many processes ask for it
     evaluate = [a for a in command.overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
