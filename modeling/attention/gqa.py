@@ -9,10 +9,14 @@ ablation can take one step at a time:
     decoupled  MLA's split on uncompressed heads: K un-rotated dimensions a head    cache per token: G * (K + V) + P
                plus P rotated ones, whose key is shared by all heads
 
+q_lora_rank gives queries a low rank, with a norm between the two factors: q = W_UQ norm(W_DQ x). With one key/value head and
+wide heads it is multi-matrix factorisation attention, MFA (Hu et al. 2024, arXiv 2412.19255; the norm is that of Step-3's
+code, where q_down_proj, q_latent_norm and q_up_proj are q_proj, inter_norm and wq). The cache does not change.
+
 Logits are scaled by 1/sqrt(K), with decoupled positions by 1/sqrt(K + P).
 
 Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K query/key width,
-V value width, P width of the shared rotated part.
+V value width, R q_lora_rank, P width of the shared rotated part.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
-from modeling.attention.refusals import check_choice, check_heads
+from modeling.attention.refusals import check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, rotate
 
 
@@ -61,6 +66,7 @@ class GroupedQueryAttention(nn.Module):
         projection_bias: str = "model",
         rope_scaling: dict[str, Any] | None = None,
         gate: str = "none",
+        q_lora_rank: int | None = None,
     ) -> None:
         super().__init__()
         check_heads(n_heads, n_kv_heads)
@@ -75,6 +81,7 @@ class GroupedQueryAttention(nn.Module):
                 f"positions={positions} does not go with qk_rope_head_dim={qk_rope_head_dim}: the shared rotated key "
                 f"is wider than 0 exactly when positions=decoupled"
             )
+        check_query_rank(q_lora_rank, d_model, n_heads * (head_dim + qk_rope_head_dim))
         self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
         self.positions, self.causal, self.dropout = positions, causal, dropout
@@ -84,7 +91,13 @@ class GroupedQueryAttention(nn.Module):
         self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()
 
         on_inputs, on_output = bias or projection_bias != "model", bias or projection_bias == "all"
-        self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=on_inputs)
+        self.q_lora_rank = q_lora_rank
+        if q_lora_rank is None:
+            self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=on_inputs)
+        else:
+            self.q_down_proj = nn.Linear(d_model, q_lora_rank, bias=on_inputs)
+            self.q_latent_norm = nn.RMSNorm(q_lora_rank, eps=norm_eps)
+            self.q_up_proj = nn.Linear(q_lora_rank, n_heads * self.qk_width, bias=False)
         self.k_proj = nn.Linear(d_model, n_kv_heads * head_dim, bias=on_inputs)
         self.v_proj = nn.Linear(d_model, n_kv_heads * v_head_dim, bias=on_inputs)
         self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=on_output)
@@ -124,14 +137,12 @@ class GroupedQueryAttention(nn.Module):
         """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
         B, T, _ = x_BTD.shape
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
-        q_BTHK = self.q_proj(x_BTD).view(B, T, self.n_heads, self.qk_width)
+        q_BTHK = self._queries(x_BTD).view(B, T, self.n_heads, self.qk_width)
         k_BTGK = self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
         v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
+        if self.q_norm is not None:
             q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
-            dtype = self.q_norm.weight.dtype  # float32 under autocast, where projections give bfloat16
-            q_BTHK = torch.cat((self.q_norm(q_BTHN.to(dtype)), q_BTHP), dim=-1).to(v_BTGV.dtype)
-            k_BTGK = self.k_norm(k_BTGK.to(dtype)).to(v_BTGV.dtype)
+            q_BTHK, k_BTGK = torch.cat((normed(self.q_norm, q_BTHN), q_BTHP), dim=-1), normed(self.k_norm, k_BTGK)
         new = {"k": k_BTGK, "v": v_BTGV}
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)
@@ -148,3 +159,9 @@ class GroupedQueryAttention(nn.Module):
             k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
         out_BTHV = attend_as(self, q_BTHK, k_BSGK, seen["v"], place, weights_out)
         return project_out(self, out_BTHV, x_BTD)
+
+    def _queries(self, x_BTD: Tensor) -> Tensor:
+        """Of all heads, at once or through their latent."""
+        if self.q_lora_rank is None:
+            return self.q_proj(x_BTD)
+        return self.q_up_proj(normed(self.q_latent_norm, self.q_down_proj(x_BTD)))

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
 from modeling.attention.output import gate_projection, project_out
-from modeling.attention.refusals import check_choice, check_heads
+from modeling.attention.refusals import check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode, select_kernel
@@ -167,11 +167,7 @@ class MultiheadLatentAttention(nn.Module):
             raise ValueError(
                 f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
             )
-        if R is not None and not 1 <= R <= min(d_model, n_heads * (N + P)):
-            raise ValueError(
-                f"q_lora_rank={R} compresses nothing: queries go from {d_model} to {n_heads * (N + P)} dimensions; "
-                f"choose at most {min(d_model, n_heads * (N + P))}, or null for none"
-            )
+        check_query_rank(R, d_model, n_heads * (N + P))
 
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.q_lora_rank, self.kv_lora_rank = R, L

@@ -13,3 +13,12 @@ def check_heads(n_heads: int, n_kv_heads: int) -> None:
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         possible = [groups for groups in range(1, n_heads + 1) if n_heads % groups == 0]
         raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of {possible}")
+
+
+def check_query_rank(q_lora_rank: int | None, d_model: int, width: int) -> None:
+    """A latent of queries is no wider than what it joins: d_model and the queries of all heads."""
+    if q_lora_rank is not None and not 1 <= q_lora_rank <= min(d_model, width):
+        raise ValueError(
+            f"q_lora_rank={q_lora_rank} compresses nothing: queries go from {d_model} to {width} dimensions; "
+            f"choose at most {min(d_model, width)}, or null for none"
+        )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
+from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
@@ -115,8 +116,8 @@ class TiedKeyValueAttention(nn.Module):
         if positions_BT is not None and cache is not None and self.keys == "turned":
             raise ValueError("keys=turned rotates cached keys by their slots: leave positions_BT out")
         cos, sin = tables = place.tables(self.rope, T, positions_BT)
-        q_BTHK = _normed(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
-        kv_BTGK = _normed(self.kv_norm, self.kv_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim))
+        q_BTHK = normed(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
+        kv_BTGK = normed(self.kv_norm, self.kv_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim))
         new = {"kv": self._turn(kv_BTGK, tables) if self.keys == "stored" else kv_BTGK}
         if self.k_rope_proj is not None:
             new["k_rope"] = rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)
@@ -137,11 +138,3 @@ class TiedKeyValueAttention(nn.Module):
         """The last P dimensions of every head rotated."""
         kept, turned = x_BTHK.split((self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim), dim=-1)
         return torch.cat((kept, rotate(turned, tables)), dim=-1)
-
-
-def _normed(norm: nn.RMSNorm | None, x: Tensor) -> Tensor:
-    """In the gain's dtype where there is one: under autocast that is float32, where a projection's output is bfloat16."""
-    if norm is None:
-        return x
-    gain: Tensor | None = norm.weight
-    return norm(x if gain is None else x.to(gain.dtype)).to(x.dtype)

@@ -82,12 +82,17 @@ class LatentLayer:
 def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
     """The weights of a module.
 
-    Raises ValueError where no stage is exact: QK-norm, a gate, keys that are not rotated throughout.
+    Raises ValueError where no stage is exact: QK-norm, a gate, a query rank, keys that are not rotated throughout.
     """
     if attention.q_norm is not None:
         raise ValueError(
             "qk_norm=true normalises keys after their projection, so that projections cannot be joined, pooled or compressed "
             "in their place: convert a model with qk_norm=false"
+        )
+    if attention.q_lora_rank is not None:
+        raise ValueError(
+            f"q_lora_rank={attention.q_lora_rank} puts a norm between the two factors of the queries, so that heads "
+            f"cannot be turned in their projection: convert a model with q_lora_rank=null"
         )
     if attention.gate_proj is not None:
         raise ValueError("a gate between heads and o_proj has no place in a converted layer: convert a model with gate=none")

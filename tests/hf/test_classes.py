@@ -174,6 +174,10 @@ def test_their_cache_is_measured(attention: str, elements: int) -> None:
     [
         (["attention=mha_learned"], r"attention.positions=learned"),
         (["attention=gqa", "attention.positions=none"], r"its Llama has no attention.positions=none"),
+        (["attention=gqa_gated"], r"its Llama has no attention.gate=element"),
+        (["attention=mfa"], r"its Llama has no attention.q_lora_rank=24"),
+        (["attention=gla"], r"its DeepSeek-V3 has no attention.latent_groups=2"),
+        (["attention=shared_kv"], r"it has no attention.mechanism=tied"),
         (["attention=gqa", "attention.qk_norm=true", "model.bias=true"], r"its Qwen3 has no model.bias=true"),
         (["attention=mha", "attention.v_head_dim=7"], r"attention.v_head_dim=7"),
         (["attention=mha", "model.mlp=relu2"], r"model.mlp=relu2"),

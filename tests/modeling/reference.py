@@ -140,7 +140,12 @@ def grouped(
     weights, o, eps = Weights(state), options, sizes["norm_eps"]
     H, G, K, V, P = sizes["n_heads"], o["n_kv_heads"], o["head_dim"], o["v_head_dim"], o["qk_rope_head_dim"]
     on_inputs = sizes["bias"] or o["projection_bias"] in ("qkv", "all")
-    q_BTHK = weights.linear("q_proj", x_BTD, bias=on_inputs).unflatten(-1, (H, K + P))
+    if o["q_lora_rank"] is None:
+        q_in = weights.linear("q_proj", x_BTD, bias=on_inputs)
+    else:
+        q_in = weights.norm("rms", "q_latent_norm", weights.linear("q_down_proj", x_BTD, bias=on_inputs), eps)
+        q_in = weights.linear("q_up_proj", q_in, bias=False)
+    q_BTHK = q_in.unflatten(-1, (H, K + P))
     k_BTGK = weights.linear("k_proj", x_BTD, bias=on_inputs).unflatten(-1, (G, K))
     v_BTGV = weights.linear("v_proj", x_BTD, bias=on_inputs).unflatten(-1, (G, V))
     q_own, q_rope = q_BTHK[..., :K], q_BTHK[..., K:]

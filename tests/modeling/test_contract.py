@@ -27,6 +27,7 @@ SHIPPED_ELEMENTS = {
     "gqa": 2 * 2 * 12,
     "mqa": 2 * 12,
     "gqa_gated": 2 * 2 * 12,
+    "mfa": 2 * 24,
     "gta": 2 * 12 + 6,
     "tied_kv": 2 * 12,
     "shared_kv": 24,

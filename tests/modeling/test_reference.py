@@ -65,6 +65,7 @@ def _grouped(draw: random.Random) -> dict[str, Any]:
         "positions": positions,
         "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
         "qk_norm": draw.random() < 0.5,
+        "q_lora_rank": draw.choice([None, 5, 8]),
         "dropout": 0.0,
         "gate": draw.choice(["none", "element", "head"]),
         "projection_bias": draw.choice(["model", "qkv", "all"]),

@@ -23,6 +23,7 @@ from tests.support.variants import attention_from
         (["attention=gta", "attention.qk_rope_head_dim=5"], r"rotated width of 5 cannot be paired"),
         (["attention=tied_kv", "attention.qk_rope_head_dim=14"], r"qk_rope_head_dim=14 does not fit head_dim=12.*at most the"),
         (["attention=shared_kv", "attention.qk_rope_head_dim=0"], r"qk_rope_head_dim=0 does not fit head_dim=24.*wider than 0"),
+        (["attention=mfa", "attention.q_lora_rank=49"], r"q_lora_rank=49 compresses nothing.* from 48 to 96 .*at most 48"),
         (["attention=gqa", "attention.gate=row"], r"gate=row is unknown here; choose none, element or head"),
         (["attention=gta", "attention.keys=own"], r"keys=own is unknown here; choose joined, turned or stored"),
         (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),

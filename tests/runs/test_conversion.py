@@ -422,6 +422,8 @@ def test_a_latent_layer_exists_that_no_gqa_of_the_same_cache_can_express() -> No
 def test_what_cannot_be_converted_is_refused_with_its_reason() -> None:
     with pytest.raises(ValueError, match="qk_norm=true normalises"):
         grouped_layer(gqa(2, qk_norm=True))
+    with pytest.raises(ValueError, match="q_lora_rank=8 puts a norm between the two factors of the queries"):
+        grouped_layer(gqa(2, q_lora_rank=8))
     with pytest.raises(ValueError, match="a gate between heads and o_proj has no place in a converted layer"):
         grouped_layer(gqa(2, gate="head"))
     with pytest.raises(ValueError, match="positions=learned leaves no rotation"):

@@ -51,6 +51,18 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         2 * 12,
     ),
     "gqa, a gate for each head, biases": (["attention=gqa", "attention.gate=head", "model.bias=true"], 2 * 2 * 12),
+    "mfa, two groups, decoupled, QK-norm, biases": (
+        [
+            "attention=mfa",
+            "attention.n_kv_heads=2",
+            "attention.q_lora_rank=20",
+            "attention.positions=decoupled",
+            "attention.qk_rope_head_dim=6",
+            "attention.qk_norm=true",
+            "model.bias=true",
+        ],
+        2 * 2 * 24 + 6,
+    ),
     "mla, gated, unlike widths": (["attention=mla", "attention.gate=element", "attention.v_head_dim=14"], 24 + 6),
     "tied_kv, a gate for each head": (["attention=tied_kv", "attention.gate=head"], 2 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
