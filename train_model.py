@@ -133,8 +133,8 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
             if isinstance(error, Interrupted):
                 kept = [each for each in overrides if each.partition("=")[0] != "overwrite"]
                 return say_interrupted(session, kept if session.saved else overrides)
-            if isinstance(error, NonFiniteError) and not workers.is_first:  # the first says why
-                return 2
+            if isinstance(error, NonFiniteError) and not workers.is_first:
+                workers.leave()
             raise
         if workers.is_first:
             write_json(run / "summary.json", summary)

@@ -1,4 +1,4 @@
-"""What all tests share: the flag that rewrites golden files, few threads, and no dashboard of the user's own."""
+"""What all tests share: flags, few threads, processes that start others, and no dashboard of the user's own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support.attempts import Killer
+from tests.support.forks import Forks
+from tests.support.micro import Workplace
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,6 +28,22 @@ def few_threads() -> None:
     torch.set_num_threads(threads)
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts commands as processes, see tests/support/forks.py."""
+    forks = Forks(tmp_path_factory.mktemp("forks"))
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="session")
+def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+    """Starts runs that are killed, see tests/support/attempts.py; each test gives its runs names of their own."""
+    killer = Killer(Workplace(tmp_path_factory.mktemp("killed")))
+    yield killer
+    killer.close()
 
 
 @pytest.fixture(autouse=True, scope="session")

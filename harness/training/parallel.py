@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -80,12 +80,18 @@ class Workers:
         else:
             dist.broadcast_object_list(told, src=0, group=self.control)
             if not told[0]:
-                # torchrun ends all processes when the first of them leaves: that must be the one that says why.
-                with contextlib.suppress(RuntimeError):
-                    dist.barrier(group=self.control)
-                raise SystemExit(2)
+                self.leave()
         outcome: Outcome = told[1]
         return outcome
+
+    def leave(self) -> NoReturn:
+        """End this process, which is not the first, with status 2, and after the first: it says why.
+
+        torchrun ends all processes when one of them leaves.
+        """
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(group=self.control)
+        raise SystemExit(2)
 
     def any(self, flag: bool) -> bool:
         """Is it true in any process? Asked by all at the same place, answered alike in all."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
@@ -30,6 +28,7 @@ from scripts import (
     show_runs,
     sync_wandb,
 )
+from tests.support.forks import Ended, Forks
 
 # Every script, and the definition of its options; None: it has none of its own.
 OPTIONS: dict[str, type | None] = {
@@ -53,11 +52,15 @@ OPTIONS: dict[str, type | None] = {
 }
 
 
-def command(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "110"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / arguments[0]), *arguments[1:]], cwd=folder, env=environ, capture_output=True, text=True
-    )
+class Command(Protocol):
+    def __call__(self, script: str, *arguments: str) -> Ended: ...
+
+
+@pytest.fixture
+def command(forks: Forks, tmp_path: Path) -> Iterator[Command]:
+    """A command of the project's in a folder of its own, which it has left empty."""
+    yield lambda script, *arguments: forks.run(ROOT / script, *arguments, folder=tmp_path, environment={"COLUMNS": "110"})
+    assert list(tmp_path.iterdir()) == []
 
 
 def names(kind: Any, prefix: str = "") -> set[str]:
@@ -86,42 +89,36 @@ def test_every_script_is_among_these() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_help_names_every_option_and_runs_nothing(name: str, tmp_path: Path) -> None:
-    shown = command(name, "--help", folder=tmp_path)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert f"python {name}" in shown.stdout
+def test_help_names_every_option_and_runs_nothing(name: str, command: Command) -> None:
+    shown = command(name, "--help")
+    assert (shown.status, shown.errors) == (0, "")
+    assert f"python {name}" in shown.output
     kind = OPTIONS[name]
-    assert kind is None or names(kind) <= named(shown.stdout)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["run_study", "report"])
-def test_help_names_every_study(name: str, tmp_path: Path) -> None:
-    shown = command(f"scripts/{name}.py", "--help", folder=tmp_path).stdout
-    assert all(re.search(rf"\b{study}\b", shown) for study in options_of("study"))
+    assert kind is None or names(kind) <= named(shown.output)
+    studies = options_of("study") if name in ("scripts/run_study.py", "scripts/report.py") else []
+    assert all(re.search(rf"\b{study}\b", shown.output) for study in studies)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("train", TrainConfig), ("eval", EvalConfig)])
-def test_help_of_the_entrances_names_every_field_and_their_own_groups(name: str, kind: Any, tmp_path: Path) -> None:
-    shown = command(f"{name}_model.py", "--help", folder=tmp_path)
-    assert (shown.returncode, shown.stderr) == (0, "")
-    choices, _, fields = shown.stdout.partition("Fields (key=value)")
+def test_help_of_the_entrances_names_every_field_and_their_own_groups(name: str, kind: Any, command: Command) -> None:
+    shown = command(f"{name}_model.py", "--help")
+    assert (shown.status, shown.errors) == (0, "") and f"python {name}_model.py" in shown.output
+    choices, _, fields = shown.output.partition("Fields (key=value)")
     assert named(choices) == set(default_options(name))
     assert all(option in choices for group in default_options(name) for option in options_of(group))
     found = named(fields)
     for field in dataclasses.fields(kind):
         assert field.name in found or any(path.startswith(f"{field.name}.") for path in found), field.name
     assert {"attention.backend", "cache.dtype", "tracking.tags"} <= found
-    assert list(tmp_path.iterdir()) == []
 
 
-def test_help_shows_the_fields_of_what_was_chosen_beside_it(tmp_path: Path) -> None:
-    shown = command("train_model.py", "--help", "attention=mla", "model=gpt2", folder=tmp_path).stdout
+def test_help_shows_the_fields_of_what_was_chosen_beside_it(command: Command) -> None:
+    shown = command("train_model.py", "--help", "attention=mla", "model=gpt2").output
     assert re.search(r"^attention.kv_lora_rank=256$", shown, re.MULTILINE)
     assert re.search(r"^seed=0 +initial values and dropout$", shown, re.MULTILINE)  # the comment of its YAML
     assert re.search(r"^model.mlp=\w+ +swiglu \| relu2$", shown, re.MULTILINE)  # the comment of the schema
-    refused = command("train_model.py", "attention=mlaa", "--help", folder=tmp_path)
-    assert refused.returncode == 2 and refused.stderr == "error: attention=mlaa does not exist; did you mean mla?\n"
+    refused = command("train_model.py", "attention=mlaa", "--help")
+    assert refused.status == 2 and refused.errors == "error: attention=mlaa does not exist; did you mean mla?\n"
 
 
 @pytest.mark.parametrize(
@@ -144,6 +141,5 @@ def test_help_shows_the_fields_of_what_was_chosen_beside_it(tmp_path: Path) -> N
         (["scripts/check_code.py", "--fast"], "--fast: nothing can be chosen here; leave it out"),
     ],
 )
-def test_an_option_with_dashes_or_a_sign_gets_the_one_without(arguments: list[str], sentence: str, tmp_path: Path) -> None:
-    refused = command(*arguments, folder=tmp_path)
-    assert (refused.returncode, refused.stdout, refused.stderr) == (2, "", f"error: {sentence}\n")
+def test_an_option_with_dashes_or_a_sign_gets_the_one_without(arguments: list[str], sentence: str, command: Command) -> None:
+    assert command(*arguments) == ([2], "", f"error: {sentence}\n")

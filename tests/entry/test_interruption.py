@@ -25,13 +25,6 @@ from tests.support.wandb_server import WandbServer
 TERM, INT = int(signal.SIGTERM), int(signal.SIGINT)
 
 
-@pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    killer = Killer(Workplace(tmp_path_factory.mktemp("interrupted")))
-    yield killer
-    killer.close()
-
-
 def continuation(output: str) -> str:
     """The command line that an interrupted run or sweep names last, as it is pasted into a shell."""
     lines = output.splitlines()

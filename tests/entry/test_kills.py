@@ -7,27 +7,32 @@ one before every change of a file, in place of the few that the ordinary run of 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import re
+import signal
+from pathlib import Path
 
 import pytest
 
 from tests.support.attempts import Killer, assert_equal_checkpoints, assert_equal_runs
-from tests.support.micro import Workplace
 
 FEW = 6
 pytestmark = pytest.mark.timeout(0)
 
 
-@pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    killer = Killer(Workplace(tmp_path_factory.mktemp("kills")))
-    yield killer
-    killer.close()
-
-
 def assert_never_interrupted(killer: Killer, name: str) -> None:
     assert_equal_runs(killer.place.runs / name, killer.whole)
     assert_equal_checkpoints(killer.place.runs / name, killer.whole)
+
+
+@pytest.mark.parametrize(("step", "goes_on"), [(1, None), (3, 3), (6, 5)])
+def test_killed_within_a_step_a_run_goes_on_from_its_newest_checkpoint(
+    killer: Killer, step: int, goes_on: int | None, tmp_path: Path
+) -> None:
+    name, how, output = f"step-{step}", "checkpoints.background=false", tmp_path / "out"
+    assert killer.attempt(name, how, signals=["step", step, [signal.SIGKILL]])["status"] == -9
+    assert killer.attempt(name, how, after=60, output=str(output))["status"] == 0
+    assert re.findall(r", from step (\d+)$", output.read_text(), re.MULTILINE) == ([str(goes_on)] if goes_on else [])
+    assert_never_interrupted(killer, name)
 
 
 @pytest.mark.parametrize("background", ["true", "false"])

@@ -12,7 +12,6 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,13 @@ CLOCKS = {"seconds", "extras_seconds", "finished_at", "peak_memory_bytes"}
 
 
 @pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+def killer(killer: Killer) -> Killer:
+    """Where there is a run, `source`, and its export."""
     pytest.importorskip("transformers")
-    place = Workplace(tmp_path_factory.mktemp("kills"))
-    killer = Killer(place)
+    place = killer.place
     place.train("source", "attention=gqa", "attention.n_kv_heads=1", "tokenizer=bpe", "tokenizer.vocab_size=300")
     assert export.main([f"runs_dir={place.runs}", "run=source", f"to={place.folder / 'exported'}"]) == 0
-    yield killer
-    killer.close()
+    return killer
 
 
 def command(place: Workplace, kind: str, name: str) -> tuple[str, list[str], Path]:

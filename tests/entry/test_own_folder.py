@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -204,13 +204,6 @@ def test_a_run_whose_folder_goes_away_while_it_is_trained_ends_in_a_sentence(
 
 
 # --- overwriting -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    killer = Killer(Workplace(tmp_path_factory.mktemp("kills")))
-    yield killer
-    killer.close()
 
 
 @pytest.mark.timeout(0)

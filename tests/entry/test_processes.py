@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 
 from harness.training.parallel import open_workers
+from tests.support.forks import Forks
 from tests.support.micro import Workplace, json_lines, metrics_of, records, summary_of
 from tests.support.processes import ROOT, torchrun, train_in, train_until
 
@@ -46,7 +48,7 @@ class Runs(Workplace):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Runs:
     """`one` by one process; `two_ddp`, ... by more; `swapped` and `grown` by one after the other."""
     place = Runs(tmp_path_factory.mktemp("processes"))
     place.alone("one")
@@ -75,6 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             place.asked("swapped", *FSDP, until=4),
             place.asked("grown", *DDP),
         ],
+        forks,
     )
     place.alone("swapped")
     return place
@@ -199,17 +202,17 @@ run_script(train_model.main, description=None)
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("method", "call", "step"), [("loss", 10, 3), ("token_losses", 3, 2)])
 def test_one_process_that_is_asked_to_stop_stops_all_and_the_run_goes_on(
-    runs: Runs, engine: str, method: str, call: int, step: int
+    runs: Runs, forks: Forks, engine: str, method: str, call: int, step: int
 ) -> None:
     """Four micro-batches a step, two batches an evaluation, at steps 0, 2 and so on."""
     name = f"stopped-{method}-{engine}"
     script = runs.folder / f"{name}.py"
     script.write_text(TROUBLE.format(root=str(ROOT), method=method, call=call, trouble="signal"))
     overrides = runs.asked(name, f"parallel={engine}")["overrides"]
-    done = torchrun(2, script, *overrides)
-    assert done.returncode != 0
-    (said,) = json_lines(done.stdout)
-    assert (said["status"], said["step"]) == ("interrupted", step), done.stderr
+    statuses, output, errors = forks.run(script, *overrides, processes=2)
+    assert statuses == [143, 143]
+    (said,) = json_lines(output)
+    assert (said["status"], said["step"]) == ("interrupted", step), errors
     assert (runs.runs / name / "checkpoints" / f"step-{step:08}").is_dir()
     runs.alone(name)
     one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / name)
@@ -219,13 +222,20 @@ def test_one_process_that_is_asked_to_stop_stops_all_and_the_run_goes_on(
         assert [line[key] for line in other if key in line] == pytest.approx(expected, abs=1e-5)
 
 
+def refused(forks: Forks, script: Path, *overrides: str) -> list[str]:
+    """The mistakes that two processes said, of which the first left with status 2 and the other was ended or left too."""
+    statuses, _, errors = forks.run(script, *overrides, processes=2)
+    assert statuses[0] == 2 and statuses[1] in (2, -signal.SIGTERM), errors
+    return [line for line in errors.splitlines() if line.startswith("error:")]
+
+
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_a_bad_number_of_one_process_stops_all_is_said_once_and_leaves_the_step_before(runs: Runs, engine: str) -> None:
+def test_a_bad_number_of_one_process_stops_all_is_said_once_and_leaves_the_step_before(
+    runs: Runs, forks: Forks, engine: str
+) -> None:
     script = runs.folder / f"nan-{engine}.py"
     script.write_text(TROUBLE.format(root=str(ROOT), method="loss", call=10, trouble="nan"))
-    done = torchrun(2, script, *runs.asked(f"nan-{engine}", f"parallel={engine}")["overrides"])
-    assert done.returncode != 0
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    (said,) = refused(forks, script, *runs.asked(f"nan-{engine}", f"parallel={engine}")["overrides"])
     assert said.startswith("error: step 3: the loss is nan") and "The checkpoint of step 2 is kept." in said
     assert "documents" in said or "document " in said
 
@@ -247,10 +257,10 @@ run_script(train_model.main, description=None)
 """
 
 
-def apart(runs: Runs, name: str, *arguments: str, data: bool = False) -> subprocess.CompletedProcess[str]:
+def apart(runs: Runs, name: str, *arguments: str, data: bool = False) -> tuple[Path, list[str]]:
     script = runs.folder / f"{name}.py"
     script.write_text(APART.format(root=str(ROOT), arguments=list(arguments), data=data))
-    return torchrun(2, script, *runs.asked(name)["overrides"])
+    return script, runs.asked(name)["overrides"]
 
 
 @pytest.mark.parametrize(
@@ -262,27 +272,28 @@ def apart(runs: Runs, name: str, *arguments: str, data: bool = False) -> subproc
         ("intervals.checkpoint=3", "intervals.checkpoint is 3 there and 2 here"),
     ],
 )
-def test_processes_that_were_started_apart_all_end_before_anything_is_written(runs: Runs, argument: str, said: str) -> None:
+def test_processes_that_were_started_apart_all_end_before_anything_is_written(
+    runs: Runs, forks: Forks, argument: str, said: str
+) -> None:
     before = {path.name for path in runs.runs.iterdir()}
-    done = apart(runs, "apart", argument)
-    assert done.returncode != 0 and "exitcode: 0 " not in done.stderr
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    script, overrides = apart(runs, "apart", argument)
+    (sentence,) = refused(forks, script, *overrides)
     assert sentence.startswith(f"error: process 1 was started with another configuration than process 0 ({said}")
     assert {path.name for path in runs.runs.iterdir()} == before
 
 
-def test_processes_may_have_places_of_their_own(runs: Runs) -> None:
-    done = apart(runs, "places", f"data_dir={runs.folder / 'data of another machine'}", f"runs_dir={runs.folder}")
-    assert done.returncode == 0, done.stderr
+def test_processes_may_have_places_of_their_own(runs: Runs, forks: Forks) -> None:
+    script, overrides = apart(runs, "places", f"data_dir={runs.folder / 'data of another machine'}", f"runs_dir={runs.folder}")
+    statuses, _, errors = forks.run(script, *overrides, processes=2)
+    assert statuses == [0, 0], errors
     one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / "places")
     assert [line["step"] for line in other] == [line["step"] for line in one]
 
 
-def test_processes_that_find_other_data_all_end_before_anything_is_written(runs: Runs) -> None:
+def test_processes_that_find_other_data_all_end_before_anything_is_written(runs: Runs, forks: Forks) -> None:
     before = {path.name for path in runs.runs.iterdir()}
-    done = apart(runs, "data", data=True)
-    assert done.returncode != 0
-    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    script, overrides = apart(runs, "data", data=True)
+    (sentence,) = refused(forks, script, *overrides)
     assert sentence.startswith("error: the data of dataset=local in ") and "not the same for all processes" in sentence
     assert {path.name for path in runs.runs.iterdir()} == before
 

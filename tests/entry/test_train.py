@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from harness.config.run_config import load_run_config
 from harness.entry.cli import run_hydra
 from harness.errors import UserError
 from harness.runs.session import Session
+from tests.support.forks import Forks
 from tests.support.micro import (
     PROMISED,
     SIZE,
@@ -51,16 +51,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place = Workplace(tmp_path_factory.mktemp("shared"))
     place.train("done", *EVERY_STEP)
     return place
-
-
-def environ(**more: str) -> dict[str, str]:
-    """Child processes compute with as many threads as this one, so that sums are taken in the same order."""
-    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
-
-
-def command(*arguments: str, folder: Path, script: str = "train_model.py") -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / script), *arguments]
-    return subprocess.run(line, cwd=folder, env=environ(), capture_output=True, text=True)
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
@@ -377,71 +367,6 @@ def test_all_variants_see_the_same_batches_in_the_same_order(place: Workplace, s
 
 # --- continuing ------------------------------------------------------------------------------------------------------
 
-# A run that is killed, without any chance to clean up, as soon as it asks for the step after `last`.
-KILLED = """
-import os, signal, sys
-from harness.runs import session
-import train_model
-
-last, loop = int(sys.argv[1]), session.train
-
-def train(*arguments, **options):
-    for step in loop(*arguments, **options):
-        yield step
-        if step.number == last:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-session.train = train
-train_model.main(sys.argv[2:])
-"""
-LONG = [
-    "budget.steps=8",
-    "intervals.log=1",
-    "intervals.evaluate=3",
-    "intervals.checkpoint=3",
-    "model.dropout=0.1",
-    "attention=mla",
-    "checkpoints.background=false",
-]  # what a kill leaves is known
-KILLS = {"before the first checkpoint": 2, "between two checkpoints": 5, "after the last checkpoint": 8}
-
-
-@pytest.fixture(scope="module")
-def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """Runs that were killed after 2, 5 and 8 of 8 steps, and one that was not."""
-    place = Workplace(tmp_path_factory.mktemp("interrupted"))
-    place.train("whole", *LONG)
-    killed = [
-        subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(last), *place.overrides(f"name=killed{last}", *LONG)],
-            cwd=ROOT,
-            env=environ(),
-            stdout=subprocess.DEVNULL,
-        )
-        for last in KILLS.values()
-    ]
-    assert [process.wait() for process in killed] == [-9, -9, -9]
-    return place
-
-
-@pytest.mark.parametrize("when", KILLS)
-def test_a_killed_run_is_continued_as_if_nothing_had_happened(
-    interrupted: Workplace, when: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name, whole = f"killed{KILLS[when]}", interrupted.runs / "whole"
-    run = interrupted.runs / name
-    assert not (run / "summary.json").exists()
-    assert max(line["step"] for line in metrics_of(run)) == KILLS[when]
-    from_step = {2: 1, 5: 4, 8: 9}[KILLS[when]]
-
-    interrupted.train(name, *LONG)
-    assert (f"from step {from_step}" in capsys.readouterr().out) == (from_step > 1)
-    assert [without_clocks(line) for line in metrics_of(run)] == [without_clocks(line) for line in metrics_of(whole)]
-    weights = "checkpoints/step-00000008/model.safetensors"
-    assert (run / weights).read_bytes() == (whole / weights).read_bytes()
-    summaries = [without_clocks(summary_of(folder)) for folder in (run, whole)]
-    assert summaries[0] | {"name": "whole"} == summaries[1]
-
 
 def test_a_run_that_lacks_only_its_summary_gets_it_without_training(place: Workplace) -> None:
     run = place.train("run")
@@ -477,32 +402,35 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_keeps_them(place: W
 # --- as a command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_command_works_from_another_folder_with_paths_relative_to_it(tmp_path: Path) -> None:
+def test_the_command_works_from_another_folder_with_paths_relative_to_it(tmp_path: Path, forks: Forks) -> None:
     elsewhere = tmp_path / "else where"
     write_corpus(elsewhere / "my text, (old)=1.txt")
     options = [*SIZE, "budget.steps=2", "tokenizer=bytes", "tracking=none", "device=cpu"]
     places = ["runs_dir=my runs", "data_dir=my data"]
-    result = command("dataset=local", "dataset.path=my text, (old)=1.txt", *options, *places, folder=elsewhere)
-    assert result.returncode == 0, result.stderr
-    (summary,) = records(result.stdout)
+    corpus = ["dataset=local", "dataset.path=my text, (old)=1.txt"]
+    result = forks.run(ROOT / "train_model.py", *corpus, *options, *places, folder=elsewhere)
+    assert result.status == 0, result.errors
+    (summary,) = records(result.output)
     assert summary == summary_of(elsewhere / "my runs" / summary["name"])
     assert {path.name for path in elsewhere.iterdir()} == {"my runs", "my data", "my text, (old)=1.txt"}
 
     runs = [f"runs_dir={elsewhere / 'my runs'}", f"data_dir={elsewhere / 'my data'}", "tracking=none"]
-    result = command("split=validation", *runs, folder=tmp_path, script="eval_model.py")
-    assert result.returncode == 0, result.stderr
-    assert records(result.stdout)[0]["loss"] == summary["loss"]
+    result = forks.run(ROOT / "eval_model.py", "split=validation", *runs, folder=tmp_path)
+    assert result.status == 0, result.errors
+    assert records(result.output)[0]["loss"] == summary["loss"]
 
 
 @pytest.mark.parametrize("script", ["train_model.py", "eval_model.py"])
-def test_a_mistake_is_one_line_on_stderr_and_status_2(script: str, tmp_path: Path) -> None:
-    result = command("device=gpu", f"runs_dir={tmp_path / 'runs'}", folder=tmp_path, script=script)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: device=gpu is unknown") and len(result.stderr.splitlines()) == 1
+def test_a_mistake_is_one_line_on_stderr_and_status_2(script: str, tmp_path: Path, forks: Forks) -> None:
+    result = forks.run(ROOT / script, "device=gpu", f"runs_dir={tmp_path / 'runs'}", folder=tmp_path)
+    assert (result.status, result.output) == (2, "")
+    assert result.errors.startswith("error: device=gpu is unknown") and len(result.errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_stop_the_rest(place: Workplace) -> None:
+def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_stop_the_rest(
+    place: Workplace, forks: Forks
+) -> None:
     corpus = place.folder / "a, b (c)=d" / "e f.txt"  # text with commas is no list of choices
     corpus.parent.mkdir()
     shutil.copy(place.corpus, corpus)
@@ -512,13 +440,13 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
     (place.runs / failing / "notes.txt").write_text("this name is taken")
 
     overrides = place.overrides("attention=mha,mla", *options)
-    result = command(*overrides[:1], "-m", *overrides[1:], folder=place.folder)
-    assert result.returncode == 1
-    assert "is no run" in result.stderr
-    assert re.search(r"^error: 1 of the runs failed: .*attention=mha .*\(status 2\)$", result.stderr, re.MULTILINE)
-    (summary,) = records(result.stdout)
+    result = forks.run(ROOT / "train_model.py", *overrides[:1], "-m", *overrides[1:], folder=place.folder)
+    assert result.status == 1
+    assert "is no run" in result.errors
+    assert re.search(r"^error: 1 of the runs failed: .*attention=mha .*\(status 2\)$", result.errors, re.MULTILINE)
+    (summary,) = records(result.output)
     assert summary["attention"] == "mla"
-    assert len(re.findall(r"^\$ .*train_model.py .*attention=m", result.stdout, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\$ .*train_model.py .*attention=m", result.output, re.MULTILINE)) == 2
     (meta,) = place.folder.glob("data/*/meta.json")
     assert '"max_tokens": 5000' in meta.read_text()
 
@@ -546,12 +474,15 @@ def test_a_mistake_in_one_of_several_jobs_starts_none(
     assert not place.runs.exists()
 
 
-def test_help_and_cfg_explain_themselves(tmp_path: Path) -> None:
-    shown = command("--help", folder=tmp_path)
-    assert shown.returncode == 0 and "attention=   gqa, mha" in shown.stdout and "python train_model.py" in shown.stdout
-    shown = command("--cfg", "job", "attention=mla", "dataset=local", "dataset.max_tokens=7", folder=tmp_path)
-    assert shown.returncode == 0 and "kv_lora_rank" in shown.stdout and "max_tokens: 7" in shown.stdout
-    for line in (("--cfg", "job", "dataset=mqar"), ("dataset=mqar", "seed=3", "--cfg", "job")):
-        shown = command(*line, folder=tmp_path)
-        assert shown.returncode == 0 and "tokenizer:\n  name: bytes\n" in shown.stdout
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("--cfg job attention=mla dataset=local dataset.max_tokens=7", ["kv_lora_rank: ", "max_tokens: 7\n"]),
+        ("--cfg job dataset=mqar", ["tokenizer:\n  name: bytes\n"]),
+        ("dataset=mqar seed=3 --cfg job", ["tokenizer:\n  name: bytes\n", "seed: 3\n"]),
+    ],
+)
+def test_cfg_shows_the_configuration_and_trains_nothing(line: str, shown: list[str], tmp_path: Path, forks: Forks) -> None:
+    said = forks.run(ROOT / "train_model.py", *line.split(), folder=tmp_path)
+    assert said.status == 0 and all(text in said.output for text in shown)
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,6 @@ import shlex
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import yaml
 
 from tests.entry.test_kills_of_commands import left
 from tests.support.attempts import Killer
-from tests.support.micro import Workplace, without_clocks
+from tests.support.micro import without_clocks
 
 FEW = 4
 pytestmark = [
@@ -50,13 +49,12 @@ WAYS: list[tuple[str | None, signal.Signals]] = [
 
 
 @pytest.fixture(scope="module")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
-    place = Workplace(tmp_path_factory.mktemp("studies"))
-    (place.folder / "configs" / "study").mkdir(parents=True)
-    (place.folder / "configs" / "study" / "small.yaml").write_text(yaml.safe_dump(STUDY))
-    killer = Killer(place)
-    yield killer
-    killer.close()
+def killer(killer: Killer) -> Killer:
+    """Where there is a study, `small`."""
+    configs = killer.place.folder / "configs" / "study"
+    configs.mkdir(parents=True)
+    (configs / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    return killer
 
 
 class Study:

@@ -1,8 +1,8 @@
 """Runs of several processes: `torchrun` starts this file, which trains one run after another in the same processes.
 
-python -m torch.distributed.run ... tests/support/processes.py REQUEST.json; the request is a list of {"overrides": [...],
-"until": step or null}: a run with `until` is interrupted after that step. An "engine" in place of overrides asks for what
-the engine of that name does with the gradients of a micro-batch.
+python -m torch.distributed.run ... tests/support/processes.py REQUEST.json ANSWERS.json; the request is a list of
+{"overrides": [...], "until": step or null}: a run with `until` is interrupted after that step. An "engine" in place of
+overrides asks for what the engine of that name does with the gradients of a micro-batch.
 """
 
 # ruff: noqa: E402
@@ -29,6 +29,7 @@ from harness.config.compose import load_train_config
 from harness.config.schema import ParallelConfig
 from harness.runs import session
 from harness.training.parallel import Workers, is_sharded, open_workers, share_model
+from tests.support.forks import Forks
 
 
 class Interrupted(BaseException):
@@ -50,12 +51,16 @@ def torchrun(
     )
 
 
-def train_in(processes: int, folder: Path, requests: list[dict[str, Any]]) -> list[Any]:
-    """Fulfil the requests in so many processes; one answer each."""
+def train_in(processes: int, folder: Path, requests: list[dict[str, Any]], forks: Forks | None = None) -> list[Any]:
+    """Fulfil the requests in so many processes, by torchrun itself or by forks; one answer each."""
     request, answers = folder / f"request-{processes}.json", folder / f"answers-{processes}.json"
     request.write_text(json.dumps(requests))
-    done = torchrun(processes, __file__, str(request), str(answers))
-    assert done.returncode == 0, done.stderr
+    if forks is None:
+        done = torchrun(processes, __file__, str(request), str(answers))
+        assert done.returncode == 0, done.stderr
+    else:
+        ended = forks.run(Path(__file__), str(request), str(answers), processes=processes)
+        assert not any(ended.statuses), ended.errors
     result: list[Any] = json.loads(answers.read_text())
     return result
 
