@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,11 @@ from harness.config.compose import load_train_config
 from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.evaluation.facts import model_facts
+from modeling.attention import MECHANISMS, gqa
 from modeling.attention.contract import CHECKS
 from modeling.attention.mla import MultiheadLatentAttention
 from scripts import check_attention, compare_runs, generate, prepare_data
 from tests.support.micro import SIZE, Workplace, contents, records, summary_of
-from tests.support.projects import copy_project
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +33,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place.train("mha", "budget.steps=30")
     place.train("mla", "budget.steps=30", "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300")
     return place
-
-
-def script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True)
 
 
 # --- what the system refuses -----------------------------------------------------------------------------------------
@@ -179,12 +175,14 @@ def test_runs_are_the_projects_wherever_a_script_is_started() -> None:
 
 # --- check_attention -------------------------------------------------------------------------------------------------
 
+CHECKED = [check.__name__.replace("_", " ") for check in CHECKS]
+ROW = re.compile(r"^  (pass|FAIL)  (.+?) +\d+\.\d s(?:  (.+))?$", re.MULTILINE)
+
 
 @pytest.mark.parametrize("variant", ["gqa", "mla"])
 def test_check_attention_passes_a_sound_variant(variant: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check_attention.main([f"attention={variant}", *SIZE]) == 0
-    rows = re.findall(r"^  (pass|FAIL)  (.+?) +\d+\.\d s", capsys.readouterr().out, re.MULTILINE)
-    assert rows == [("pass", check.__name__.replace("_", " ")) for check in CHECKS]
+    assert ROW.findall(capsys.readouterr().out) == [("pass", name, "") for name in CHECKED]
 
 
 def test_check_attention_says_the_summarys_bytes_and_checks_every_kind_of_layer(
@@ -212,72 +210,69 @@ def test_check_attention_refuses_sizes_that_do_not_fit() -> None:
         check_attention.main(["attention=gqa", *SIZE, "attention.n_kv_heads=3"])
 
 
-def test_check_attention_finds_planted_bugs_and_ends_with_status_1(tmp_path: Path) -> None:
-    project = copy_project(tmp_path / "project")
-    file = project / "modeling" / "attention" / "gqa.py"
+def rows_with(
+    changes: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> dict[str, tuple[str, str]]:
+    """What check_attention says of gqa.py with these changes: the verdict and the remark of each row, of which some fail."""
+    file = Path(gqa.__file__)
     source = file.read_text()
-    for right, wrong in (
-        ("causal=place.causal,", "causal=False,"),
-        ("return self.n_kv_heads * (self.head_dim", "return 1 + self.n_kv_heads * (self.head_dim"),
-    ):
+    for right, wrong in changes.items():
         assert source.count(right) == 1, right
         source = source.replace(right, wrong)
-    file.write_text(source)
-    result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
-    assert result.returncode == 1 and result.stderr == ""
-    rows = re.findall(r"^  (pass|FAIL)  (.+?) +\d+\.\d s(?:  (.+))?$", result.stdout, re.MULTILINE)
-    assert [name for _, name, _ in rows] == [check.__name__.replace("_", " ") for check in CHECKS]
-    failed = {name: remark for verdict, name, remark in rows if verdict == "FAIL"}
+    changed: dict[str, Any] = {"__name__": gqa.__name__}
+    exec(compile(source, str(file), "exec"), changed)
+    monkeypatch.setitem(MECHANISMS, "gqa", changed["GroupedQueryAttention"])
+    assert check_attention.main(["attention=mha", *SIZE]) == 1
+    said = capsys.readouterr()
+    found = {name: (verdict, remark) for verdict, name, remark in ROW.findall(said.out)}
+    passed = [name for name, (verdict, _) in found.items() if verdict == "pass"]
+    assert said.err == "" and f"{len(passed)} of {len(found)} hold" in said.out
+    assert [name for name in found if name in CHECKED] == CHECKED
+    return found
+
+
+def test_check_attention_finds_planted_bugs_and_ends_with_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "causal=self.causal)": "causal=False)",
+        "return self.n_kv_heads * (self.head_dim": "return 1 + self.n_kv_heads * (self.head_dim",
+    }
+    rows = rows_with(changes, monkeypatch, capsys)
+    assert list(rows) == CHECKED
+    failed = {name: remark for name, (verdict, remark) in rows.items() if verdict == "FAIL"}
     assert "outputs before token 1 changed with it" in failed["no token sees the future"]
     assert re.search(r"256 bytes measured, 260 by formula", failed["measured cache bytes equal the formula"])
-    assert len(failed) < len(CHECKS) and f"{len(CHECKS) - len(failed)} of {len(CHECKS)} hold" in result.stdout
-
-
-ROW = re.compile(r"^  (pass|FAIL)  (.+?) +\d+\.\d s(?:  (.+))?$", re.MULTILINE)
+    assert len(failed) < len(CHECKS)
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "remark"),
+    ("wrong", "remark"),
     [
-        ("self.o_proj(", "self.o_projection(", r"AttributeError: .* object has no attribute 'o_projection'"),
-        ("self.o_proj(", "self.n_heads(", r"TypeError: 'int' object is not callable"),
-        ("self.o_proj(", "{}['o_proj'](", r"KeyError: 'o_proj'"),
-        ("self.o_proj(", "self.o_proj(torch.ones(5) + ", r"RuntimeError: The size of tensor a \(5\) must match"),
+        ("self.o_projection(", r"AttributeError: .* object has no attribute 'o_projection'"),
+        ("self.n_heads(", r"TypeError: 'int' object is not callable"),
+        ("{}['o_proj'](", r"KeyError: 'o_proj'"),
+        ("self.o_proj(torch.ones(5) + ", r"RuntimeError: The size of tensor a \(5\) must match"),
     ],
     ids=["AttributeError", "TypeError", "KeyError", "RuntimeError"],
 )
 def test_check_attention_reports_a_mistake_in_forward_as_rows_and_goes_on(
-    tmp_path: Path, right: str, wrong: str, remark: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, remark: str
 ) -> None:
-    project = copy_project(tmp_path / "project")
-    file = project / "modeling" / "attention" / "gqa.py"
-    source = file.read_text()
-    assert source.count(right) == 1
-    file.write_text(source.replace(right, wrong))
-    result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "")
-    rows = ROW.findall(result.stdout)
-    assert [name for _, name, _ in rows] == [check.__name__.replace("_", " ") for check in CHECKS]
-    remarks = {name: found for verdict, name, found in rows if verdict == "FAIL"}
-    line = source[: source.index(right)].count("\n") + 1
-    assert re.fullmatch(rf"{remark}.* \(modeling/attention/gqa\.py:{line}\)", remarks["no token sees the future"])
-    passed = [name for verdict, name, _ in rows if verdict == "pass"]
-    assert "measured cache bytes equal the formula" in passed  # which calls no forward
-    assert f"{len(passed)} of {len(CHECKS)} hold" in result.stdout
+    rows = rows_with({"self.o_proj(": wrong}, monkeypatch, capsys)
+    assert list(rows) == CHECKED
+    line = Path(gqa.__file__).read_text().partition("self.o_proj(")[0].count("\n") + 1
+    assert re.fullmatch(rf"{remark}.* \(modeling/attention/gqa\.py:{line}\)", rows["no token sees the future"][1])
+    assert rows["measured cache bytes equal the formula"][0] == "pass"  # which calls no forward
 
 
-def test_check_attention_reports_a_variant_that_no_model_can_be_built_with(tmp_path: Path) -> None:
-    project = copy_project(tmp_path / "project")
-    file = project / "modeling" / "attention" / "gqa.py"
-    source = file.read_text()
-    assert source.count("self.positions, ") == 1
-    file.write_text(source.replace("self.positions, ", "self.position, "))
-    result = script(str(project / "scripts" / "check_attention.py"), "attention=mha", *SIZE, folder=tmp_path)
-    assert (result.returncode, result.stderr) == (1, "")
-    rows = ROW.findall(result.stdout)
-    assert rows[0][1] == "it builds into a model"
-    assert len(rows) == len(CHECKS) + 1
-    assert "AttributeError" in rows[0][2] and "'positions'" in rows[0][2]
+def test_check_attention_reports_a_variant_that_no_model_can_be_built_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = rows_with({"self.positions, ": "self.position, "}, monkeypatch, capsys)
+    assert list(rows) == ["it builds into a model", *CHECKED]
+    verdict, remark = rows["it builds into a model"]
+    assert verdict == "FAIL" and "AttributeError" in remark and "'positions'" in remark
 
 
 # --- compare_runs ----------------------------------------------------------------------------------------------------

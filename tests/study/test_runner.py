@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -24,8 +23,17 @@ from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
 from scripts import run_study
 from tests.support.micro import Workplace, summary_of
+from tests.support.small_study import forked_runs
 
 ONE_THREAD = Slot({"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Of studies in this process; those of a command are started as ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with forked_runs():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -210,12 +218,13 @@ def test_places_are_one_a_gpu_or_several_and_on_a_cpu_share_the_cores() -> None:
 
 
 def command(place: Workplace, *more: str) -> list[str]:
-    """A study of four micro runs through the real command."""
+    """A study of three micro runs through the real command."""
     machine = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
     return [
         sys.executable,
         str(ROOT / "scripts" / "run_study.py"),
         "study=demo",
+        "arms=mha,mqa,mla",
         "tune=none",
         "seeds=0",
         "report=false",
@@ -248,47 +257,55 @@ def study(tmp_path: Path) -> Iterator[Path]:
         os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_in_the_middle_and_started_again_it_finishes_without_repeating_finished_runs(
-    tmp_path: Path, number: signal.Signals, study: Path
-) -> None:
-    place = Workplace(tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    said = tmp_path / "said.txt"
+def ended_in_its_second_run(place: Workplace, study: Path, number: signal.Signals) -> tuple[int, str]:
+    """The status of a study's command that got this signal, and what it said; none of its runs has outlived it."""
+    said = place.folder / "said.txt"
     with said.open("w") as output:
-        process = subprocess.Popen(command(place), env=environment, stdout=output, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command(place), env=os.environ, stdout=output, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
-    while len(list(study.glob("*/metrics.jsonl"))) < 2:  # the second run is under way
+    while len(list(study.glob("*/metrics.jsonl"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     assert workers(study)
     process.send_signal(number)
-    assert process.wait(60) == (-9 if number == signal.SIGKILL else 143)
+    status = process.wait(60)
     deadline = time.monotonic() + 30
     while workers(study):
         assert time.monotonic() < deadline, "a run outlived its study"
         time.sleep(0.05)
+    return status, said.read_text()
 
+
+needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+
+
+@needs_proc
+def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path, study: Path) -> None:
+    """That it goes on from there: tests/study/test_kills.py."""
+    assert ended_in_its_second_run(Workplace(tmp_path), study, signal.SIGKILL)[0] == -9
+
+
+@needs_proc
+def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs(tmp_path: Path, study: Path) -> None:
+    status, said = ended_in_its_second_run(Workplace(tmp_path), study, signal.SIGTERM)
+    assert status == 143
     done = {path: path.stat().st_mtime_ns for path in study.glob("*/summary.json")}
     assert len(done) == 1
-    assert len(re.findall(r"^started \S+; its log: ", said.read_text(), flags=re.M)) == 2
-    pasted = shlex.join(command(place))
-    if number == signal.SIGTERM:
-        *_, stopped, hint, pasted = said.read_text().splitlines()
-        assert stopped == "runs: stopped with 1 of 4 runs done" and hint.endswith("; continue with")
-        environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
+    assert len(re.findall(r"^started \S+; its log: ", said, flags=re.M)) == 2
+    *_, stopped, hint, pasted = said.splitlines()
+    assert stopped == "runs: stopped with 1 of 3 runs done" and hint.endswith("; continue with")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     again = subprocess.run(pasted, shell=True, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert re.search(r"^runs: 3 runs to do, 1 at a time; about \d+ s left$", again.stdout, flags=re.M)
-    assert re.search(r"^\[2/3\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.stdout, flags=re.M)
-    assert re.search(r"^\[3/3\] \S+: validation .* per token \(\d+ s\)$", again.stdout, flags=re.M)
+    assert re.search(r"^runs: 2 runs to do, 1 at a time; about \d+ s left$", again.stdout, flags=re.M)
+    assert re.search(r"^\[1/2\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.stdout, flags=re.M)
+    assert re.search(r"^\[2/2\] \S+: validation .* per token \(\d+ s\)$", again.stdout, flags=re.M)
     line = again.stdout.splitlines()[-1]
     assert len(line) <= 1024 and Path(json.loads(line)["record"]) == study / "study.json"
-    assert "1 of 4 runs are finished already" in again.stdout
+    assert "1 of 3 runs are finished already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in done} == done
     results = load_results(study)
-    assert {run.arm for run in results.runs} == {"mha", "gqa", "mqa", "mla"}
+    assert {run.arm for run in results.runs} == {"mha", "mqa", "mla"}
     assert results.missing == 0
     assert all(run.evaluation() is not None for run in results.runs)
 

@@ -1,11 +1,12 @@
-"""A study whose runs cost no seconds of imports: a program for tests/support/killed.py.
+"""A study whose runs cost no seconds of imports: forked_runs(), and a program for tests/support/killed.py.
 
-The first argument is the folder above study/NAME.yaml, the others are those of scripts/run_study.py. Its runs are processes
-of their own here too, forked from the one that runs the study and not started anew.
+The program's first argument is the folder above study/NAME.yaml, the others are those of scripts/run_study.py. Runs are
+processes of their own here too, forked from the one that runs the study and not started anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,12 +14,17 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
-import eval_model  # noqa: F401  as a run does
+import pytest
+import torch
+import torch._dynamo
+
+import harness.runs.score
+import harness.runs.session
 import harness.study.plan
 import harness.study.runner
 from harness.errors import UserError
@@ -38,7 +44,9 @@ class Forked:
             os.dup2(reading, 0)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
+            sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # else others' pipes and locks live as long as this run
+            torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # more would wait for threads of the process it comes from
             _run(command[2:])
         os.close(reading)
 
@@ -79,14 +87,23 @@ def _run(arguments: Sequence[str]) -> None:
         os._exit(status)
 
 
-def main(arguments: list[str]) -> int:
-    harness.study.plan.CONFIGS = Path(arguments[0])
-    harness.study.runner.subprocess = SimpleNamespace(  # type: ignore[assignment]
+@contextlib.contextmanager
+def forked_runs() -> Iterator[None]:
+    """The runs of all studies inside are forked from this process. OMP_NUM_THREADS has to be set for them."""
+    forking = SimpleNamespace(
         Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired
     )
-    harness.study.runner.POLL_SECONDS = 0.05
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(harness.study.runner, "subprocess", forking)
+        patched.setattr(harness.study.runner, "POLL_SECONDS", 0.05)
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    harness.study.plan.CONFIGS = Path(arguments[0])
     try:
-        return run_study.main(arguments[1:])
+        with forked_runs():
+            return run_study.main(arguments[1:])
     except UserError as error:
         print(f"error: {error}", flush=True)
         return 2
