@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,15 @@ from harness.config.checks import typed_attention
 from harness.config.compose import load_train_config
 from harness.errors import UserError
 from modeling.attention import MECHANISMS
+from tests.support.forks import Ended, Forks
 from tests.support.projects import block, copy_project
-from tests.support.projects import run_in as run
 
 DOCUMENT = "docs/ADD_A_VARIANT.md"
 
 
-def last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    assert done.returncode == 0, done.stdout + done.stderr
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy in which its three steps were taken, with a trained run of the variant, and the text beside it."""
+    """A copy in which its three steps were taken, and a text beside it."""
     project = tmp_path_factory.mktemp("added") / "project"
     copy_project(project)
     for path in ("modeling/attention/shared.py", "configs/attention/shared.yaml"):
@@ -47,22 +41,35 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return project
 
 
+@pytest.fixture(scope="module")
+def forks(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts the commands of that copy."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), project)
+    yield forks
+    forks.close()
+
+
+def run(forks: Forks, script: str, *arguments: str) -> Ended:
+    """A command that does what it was asked for."""
+    done = forks.run(script, *arguments)
+    assert done.status == 0, done.output + done.errors
+    return done
+
+
+def last_line(done: Ended) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(done.output.splitlines()[-1])
+    return record
+
+
 def setup(project: Path) -> list[str]:
     return ["dataset=local", f"dataset.path={project.parent / 'text.txt'}", "tokenizer=bytes", "tracking=none", "device=cpu"]
 
 
 @pytest.fixture(scope="module")
-def trained(project: Path) -> str:
+def trained(project: Path, forks: Forks) -> str:
     """The name of the run."""
-    done = run(
-        project,
-        "train_model.py",
-        "attention=shared",
-        "name=own",
-        "budget.steps=2",
-        "evaluation.max_tokens=512",
-        *setup(project),
-    )
+    few = ["attention=shared", "name=own", "budget.steps=2", "evaluation.max_tokens=512"]
+    done = run(forks, "train_model.py", *few, *setup(project))
     assert last_line(done)["attention"] == "shared"
     return "own"
 
@@ -70,57 +77,54 @@ def trained(project: Path) -> str:
 BYTES = 4 * 32 * 2  # layers, head_dim, bfloat16
 
 
-def test_the_steps_that_add_a_variant_add_one_that_keeps_the_contract(project: Path) -> None:
-    checked = run(project, "scripts/check_attention.py", "attention=shared")
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "16 of 16 hold" in checked.stdout and f"KV cache    {BYTES} bytes per token in bfloat16" in checked.stdout
-    found = run(project, "-m", "pytest", "-q", "tests/modeling/test_contract.py", "-k", "shared", "--co")
-    assert "test_contract[output_has_the_inputs_shape_and_dtype-shared]" in found.stdout, found.stdout + found.stderr
+def test_the_steps_that_add_a_variant_add_one_that_keeps_the_contract(forks: Forks) -> None:
+    checked = run(forks, "scripts/check_attention.py", "attention=shared")
+    assert "16 of 16 hold" in checked.output and f"KV cache    {BYTES} bytes per token in bfloat16" in checked.output
+    found = run(forks, "scripts/run_tests.py", "-n", "0", "-q", "tests/modeling/test_contract.py", "-k", "shared", "--co")
+    assert "test_contract[output_has_the_inputs_shape_and_dtype-shared]" in found.output, found.output + found.errors
 
 
-def test_the_variant_is_trained_evaluated_compared_and_written_with(project: Path, trained: str) -> None:
+def test_the_variant_is_trained_evaluated_compared_and_written_with(project: Path, forks: Forks, trained: str) -> None:
     summary = json.loads((project / "runs" / trained / "summary.json").read_text())
     assert summary["cache_bytes_per_token"] == BYTES and summary["cache_elements_per_token_per_layer"] == 32
-    last_line(run(project, "eval_model.py", f"run={trained}", "max_tokens=512", "tracking=none", "device=cpu"))
+    last_line(run(forks, "eval_model.py", f"run={trained}", "max_tokens=512", "tracking=none", "device=cpu"))
     (evaluation,) = (project / "runs" / trained / "evaluations").glob("*.json")
     assert json.loads(evaluation.read_text())["extras"]["latents"] is None
-    written = run(project, "scripts/generate.py", f"run={trained}", "prompt=line 1", "max_new_tokens=8", "device=cpu")
-    assert written.returncode == 0 and "keys and values as they are cached" in written.stderr, written.stderr
-    compared = run(project, "scripts/compare_runs.py", "tracking=none")
-    assert compared.returncode == 0 and re.search(rf"^shared .* {BYTES} ", compared.stdout, re.M), compared.stdout
+    written = run(forks, "scripts/generate.py", f"run={trained}", "prompt=line 1", "max_new_tokens=8", "device=cpu")
+    assert "keys and values as they are cached" in written.errors, written.errors
+    compared = run(forks, "scripts/compare_runs.py", "tracking=none")
+    assert re.search(rf"^shared .* {BYTES} ", compared.output, re.M), compared.output
 
 
-def test_the_variant_is_exported_as_our_own_class_with_the_same_logits(project: Path, trained: str) -> None:
+def test_the_variant_is_exported_as_our_own_class_with_the_same_logits(project: Path, forks: Forks, trained: str) -> None:
     pytest.importorskip("transformers")
-    exported = run(project, "scripts/export.py", f"run={trained}", "to=exported")
-    assert exported.returncode == 0, exported.stdout + exported.stderr
-    assert "our own, because no stock one has attention.mechanism=shared" in exported.stdout
-    program = (
+    exported = run(forks, "scripts/export.py", f"run={trained}", "to=exported")
+    assert "our own, because no stock one has attention.mechanism=shared" in exported.output
+    program = project / "difference.py"
+    program.write_text(
         "import torch; from pathlib import Path; from harness.hf import classes; "
         "from harness.runs.load import load_trained; "
         "from modeling.attention import EXECUTION; classes.register(); theirs, _ = classes.load(Path('exported')); "
         f"ours = load_trained(Path('runs/{trained}'), device=torch.device('cpu'), precision=torch.float32, "
         "execution=EXECUTION).model; print(classes.difference(ours, theirs))"
     )
-    loaded = run(project, "-c", program)
-    assert loaded.returncode == 0 and float(loaded.stdout.splitlines()[-1]) < 1e-6, loaded.stdout + loaded.stderr
-    refused = run(project, "scripts/export.py", f"run={trained}", "to=stock", "kind=stock")
-    assert refused.returncode != 0 and "is no model of transformers" in refused.stderr
+    assert float(run(forks, str(program)).output.splitlines()[-1]) < 1e-6
+    refused = forks.run("scripts/export.py", f"run={trained}", "to=stock", "kind=stock")
+    assert refused.status == 2 and "is no model of transformers" in refused.errors
 
 
-def test_the_variant_is_timed_without_a_peer_and_its_cache_is_calculated(project: Path, trained: str) -> None:
+def test_the_variant_is_timed_without_a_peer_and_its_cache_is_calculated(forks: Forks, trained: str) -> None:
     tiny = ["contexts=16", "batch_sizes=1", "steps=2", "rounds=1", "device=cpu"]
     for chosen in (["attention=shared"], [f"run={trained}"], ["attention=shared", "level=attention"]):
-        timed = run(project, "scripts/benchmark_decode.py", *chosen, *tiny)
-        assert timed.returncode == 0, timed.stdout + timed.stderr
-        peer = "no transformers beside shared: " in timed.stdout
+        timed = run(forks, "scripts/benchmark_decode.py", *chosen, *tiny)
+        peer = "no transformers beside shared: " in timed.output
         assert peer is ("level=attention" not in chosen)
     for chosen in (["attention=shared"], [f"run={trained}"]):
-        counted = json.loads(run(project, "scripts/kv_calculator.py", *chosen, "json=true").stdout)
+        counted = json.loads(run(forks, "scripts/kv_calculator.py", *chosen, "json=true").output)
         assert counted["bytes_per_token"] == counted["measured"]["bytes_per_token"] == BYTES
 
 
-def test_the_variant_is_an_arm_of_a_study(project: Path) -> None:
+def test_the_variant_is_an_arm_of_a_study(project: Path, forks: Forks) -> None:
     (project / "configs" / "study" / "own.yaml").write_text(
         "question: Does a variant of one's own take part?\n"
         f"base: [{', '.join(setup(project)[:3])}, model.n_layers=1, budget.steps=2, evaluation.max_tokens=512]\n"
@@ -134,14 +138,12 @@ def test_the_variant_is_an_arm_of_a_study(project: Path) -> None:
         "decode_contexts: [16]\n"
         "decode_batch_sizes: [1]\n"
     )
-    done = run(project, "scripts/run_study.py", "study=own", "tracking=none", "device=cpu")
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(forks, "scripts/run_study.py", "study=own", "tracking=none", "device=cpu")
     assert list((project / "runs" / "own").glob("**/report.html")), sorted((project / "runs" / "own").rglob("*"))[:40]
 
 
-def test_a_variant_of_ones_own_turns_no_test_of_the_documents_red(project: Path) -> None:
-    tested = run(project, "-m", "pytest", "-q", "tests/test_docs.py", "-k", "variant or sizes or option")
-    assert tested.returncode == 0, tested.stdout + tested.stderr
+def test_a_variant_of_ones_own_turns_no_test_of_the_documents_red(forks: Forks) -> None:
+    run(forks, "scripts/run_tests.py", "-n", "0", "-q", "tests/test_docs.py", "-k", "variant or sizes or option")
 
 
 @pytest.mark.parametrize(

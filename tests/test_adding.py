@@ -1,14 +1,16 @@
-"""What is added in one place is known to every command, each in a copy of the project."""
+"""What is added in one place is known to every command, in a copy of the project."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.projects import copy_project, run_in
+from tests.support.forks import Forks
+from tests.support.projects import copy_project
 
 PROBE = """
 from harness.evaluation.probes.probe import Probe, Subject
@@ -80,52 +82,63 @@ PLACE = ("dataset=local", "dataset.path=text.txt", "tokenizer=bytes", "evaluatio
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy with a probe, an optimizer, a source and a metric more, and a text."""
     project = copy_project(tmp_path_factory.mktemp("adding") / "project")
     (project / "text.txt").write_text("\n".join(f"line {i} of a small corpus" for i in range(400)), encoding="utf-8")
-    return project
-
-
-def run(project: Path, *command: str, status: int = 0) -> str:
-    """What it prints."""
-    done = run_in(project, *command, "tracking=none", "device=cpu")
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_a_probe_that_is_one_file_and_one_name_is_measured_and_shown(project: Path) -> None:
     (project / "harness/evaluation/probes/ends.py").write_text(PROBE)
     schema = project / "harness/config/schema.py"
     before = schema.read_text()
     schema.write_text(before.replace('"latents")', '"latents", "ends")'))
     assert schema.read_text() != before
-    run(project, "train_model.py", "name=probed", "budget.steps=2", *PLACE)
-    said = run(project, "eval_model.py", "run=probed", "max_tokens=512")
+    adamw = (project / "configs/optimizer/adamw.yaml").read_text()
+    (project / "configs/optimizer/nadam.yaml").write_text(adamw.replace("name: adamw", "name: nadam"))
+    (project / "harness/data/counting.py").write_text(SOURCE)
+    for module, added in (
+        ("harness/training/optimizer.py", RECIPE),
+        ("harness/data/sources.py", ITS_LINE),
+        ("harness/evaluation/metric.py", METRIC),
+    ):
+        (project / module).write_text((project / module).read_text() + added)
+    (project / "configs/dataset/counted.yaml").write_text("name: counted\nsource: counting\n")
+    (project / "configs/study/patience.yaml").write_text(STUDY)
+    (project / "stopped.py").write_text(STOPPED)
+    return project
+
+
+@pytest.fixture(scope="module")
+def forks(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("forks"), project)
+    yield forks
+    forks.close()
+
+
+def run(forks: Forks, script: str, *arguments: str, status: int = 0) -> str:
+    """What it prints."""
+    done = forks.run(script, *arguments, "tracking=none", "device=cpu")
+    assert done.status == status, done.output + done.errors
+    return done.output
+
+
+def test_a_probe_that_is_one_file_and_one_name_is_measured_and_shown(project: Path, forks: Forks) -> None:
+    run(forks, "train_model.py", "name=probed", "budget.steps=2", *PLACE)
+    said = run(forks, "eval_model.py", "run=probed", "max_tokens=512")
     assert "ends of text" in said and "% of the tokens" in said
     (record,) = (project / "runs/probed/evaluations").glob("*.json")
     assert json.loads(record.read_text())["extras"]["ends"]["share"] >= 0
 
 
-def test_an_optimizer_that_is_one_recipe_and_one_yaml_trains_and_is_resumed(project: Path) -> None:
-    module = project / "harness/training/optimizer.py"
-    module.write_text(module.read_text() + RECIPE)
-    adamw = (project / "configs/optimizer/adamw.yaml").read_text()
-    (project / "configs/optimizer/nadam.yaml").write_text(adamw.replace("name: adamw", "name: nadam"))
-
+def test_an_optimizer_that_is_one_recipe_and_one_yaml_trains_and_is_resumed(project: Path, forks: Forks) -> None:
     few = ("name=run", "optimizer=nadam", "optimizer.lr=0.001", "budget.steps=4", "intervals.log=1", *PLACE)
-    run(project, "-c", STOPPED, *few, status=143)
+    run(forks, "stopped.py", *few, status=143)
     assert [int(path.name.removeprefix("step-")) for path in (project / "runs/run/checkpoints").glob("step-*")] == [2]
-    run(project, "train_model.py", *few)
+    run(forks, "train_model.py", *few)
     assert json.loads((project / "runs/run/summary.json").read_text())["steps"] == 4
 
 
-def test_a_source_that_is_one_function_and_one_line_and_a_metric_with_its_direction_make_a_study(project: Path) -> None:
-    (project / "harness/data/counting.py").write_text(SOURCE)
-    for module, added in (("harness/data/sources.py", ITS_LINE), ("harness/evaluation/metric.py", METRIC)):
-        (project / module).write_text((project / module).read_text() + added)
-    (project / "configs/dataset/counted.yaml").write_text("name: counted\nsource: counting\n")
-    (project / "configs/study/patience.yaml").write_text(STUDY)
-
-    run(project, "scripts/run_study.py", "study=patience")
+def test_a_source_that_is_one_function_and_one_line_and_a_metric_with_its_direction_make_a_study(
+    project: Path, forks: Forks
+) -> None:
+    run(forks, "scripts/run_study.py", "study=patience")
     studied = next((project / "runs").glob("**/study.json")).parent
     rows = list(csv.DictReader((studied / "report.csv").open()))
     records = [json.loads(file.read_text()) for file in studied.glob("*/evaluations/*.json")]

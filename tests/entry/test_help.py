@@ -59,7 +59,7 @@ class Command(Protocol):
 @pytest.fixture
 def command(forks: Forks, tmp_path: Path) -> Iterator[Command]:
     """A command of the project's in a folder of its own, which it has left empty."""
-    yield lambda script, *arguments: forks.run(ROOT / script, *arguments, folder=tmp_path, environment={"COLUMNS": "110"})
+    yield lambda script, *arguments: forks.run(script, *arguments, folder=tmp_path, environment={"COLUMNS": "110"})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,6 @@ from torch import nn
 
 import train_model
 from harness.config.compose import load_train_config, options_of
-from harness.config.places import ROOT
 from harness.config.run_config import load_run_config
 from harness.entry.cli import run_hydra
 from harness.errors import UserError
@@ -408,21 +407,21 @@ def test_the_command_works_from_another_folder_with_paths_relative_to_it(tmp_pat
     options = [*SIZE, "budget.steps=2", "tokenizer=bytes", "tracking=none", "device=cpu"]
     places = ["runs_dir=my runs", "data_dir=my data"]
     corpus = ["dataset=local", "dataset.path=my text, (old)=1.txt"]
-    result = forks.run(ROOT / "train_model.py", *corpus, *options, *places, folder=elsewhere)
+    result = forks.run("train_model.py", *corpus, *options, *places, folder=elsewhere)
     assert result.status == 0, result.errors
     (summary,) = records(result.output)
     assert summary == summary_of(elsewhere / "my runs" / summary["name"])
     assert {path.name for path in elsewhere.iterdir()} == {"my runs", "my data", "my text, (old)=1.txt"}
 
     runs = [f"runs_dir={elsewhere / 'my runs'}", f"data_dir={elsewhere / 'my data'}", "tracking=none"]
-    result = forks.run(ROOT / "eval_model.py", "split=validation", *runs, folder=tmp_path)
+    result = forks.run("eval_model.py", "split=validation", *runs, folder=tmp_path)
     assert result.status == 0, result.errors
     assert records(result.output)[0]["loss"] == summary["loss"]
 
 
 @pytest.mark.parametrize("script", ["train_model.py", "eval_model.py"])
 def test_a_mistake_is_one_line_on_stderr_and_status_2(script: str, tmp_path: Path, forks: Forks) -> None:
-    result = forks.run(ROOT / script, "device=gpu", f"runs_dir={tmp_path / 'runs'}", folder=tmp_path)
+    result = forks.run(script, "device=gpu", f"runs_dir={tmp_path / 'runs'}", folder=tmp_path)
     assert (result.status, result.output) == (2, "")
     assert result.errors.startswith("error: device=gpu is unknown") and len(result.errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
@@ -440,7 +439,7 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
     (place.runs / failing / "notes.txt").write_text("this name is taken")
 
     overrides = place.overrides("attention=mha,mla", *options)
-    result = forks.run(ROOT / "train_model.py", *overrides[:1], "-m", *overrides[1:], folder=place.folder)
+    result = forks.run("train_model.py", *overrides[:1], "-m", *overrides[1:], folder=place.folder)
     assert result.status == 1
     assert "is no run" in result.errors
     assert re.search(r"^error: 1 of the runs failed: .*attention=mha .*\(status 2\)$", result.errors, re.MULTILINE)
@@ -483,6 +482,6 @@ def test_a_mistake_in_one_of_several_jobs_starts_none(
     ],
 )
 def test_cfg_shows_the_configuration_and_trains_nothing(line: str, shown: list[str], tmp_path: Path, forks: Forks) -> None:
-    said = forks.run(ROOT / "train_model.py", *line.split(), folder=tmp_path)
+    said = forks.run("train_model.py", *line.split(), folder=tmp_path)
     assert said.status == 0 and all(text in said.output for text in shown)
     assert list(tmp_path.iterdir()) == []

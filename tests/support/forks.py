@@ -49,12 +49,13 @@ class Ended(NamedTuple):
 
 
 class Forks:
-    """The process that forks; `folder` is for what commands write to their streams."""
+    """The process that forks, with the code of a project; `streams` is the folder for what commands write to theirs."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = [folder / name for name in ("output", "errors")]
+    def __init__(self, streams: Path, project: Path = ROOT) -> None:
+        self.project = project
+        self._files = [streams / name for name in ("output", "errors")]
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, str(project / "tests" / "support" / "forks.py")],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -63,9 +64,9 @@ class Forks:
 
     def run(
         self,
-        script: Path,
+        script: str | Path,
         *arguments: str,
-        folder: Path = ROOT,
+        folder: Path | None = None,
         processes: int = 1,
         environment: Mapping[str, str] | None = None,
     ) -> Ended:
@@ -74,9 +75,9 @@ class Forks:
         for file in self._files:
             file.write_text("")
         request = {
-            "script": str(script),
+            "script": str(self.project / script),
             "arguments": arguments,
-            "folder": str(folder),
+            "folder": str(folder or self.project),
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
             "processes": processes,
             "streams": list(map(str, self._files)),

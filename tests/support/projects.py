@@ -31,11 +31,6 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-def run_in(project: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """A command of the project's, by this Python."""
-    return subprocess.run([sys.executable, *command], cwd=project, capture_output=True, text=True)
-
-
 def block(document: str, marker: str) -> str:
     """The fenced block of a document behind <!-- marker -->."""
     text = (ROOT / document).read_text(encoding="utf-8")
