@@ -44,7 +44,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def forks(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     """Starts the commands of that copy."""
-    forks = Forks(tmp_path_factory.mktemp("forks"), project)
+    forks = Forks(tmp_path_factory.mktemp("forks"), project, imported=["transformers.modeling_utils", "matplotlib.pyplot"])
     yield forks
     forks.close()
 

@@ -1,4 +1,4 @@
-"""Commands as processes that need not import torch first: python tests/support/forks.py, requests on standard input.
+"""Commands as processes that need not import torch first: python tests/support/forks.py MODULES, requests on standard input.
 
 This process imports once what commands import, three seconds of work, and forks a child for each of them. What a command is
 to other processes (arguments, environment, folder, streams, status) is as ever; whatever is about the start of Python itself
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,13 +49,16 @@ class Ended(NamedTuple):
 
 
 class Forks:
-    """The process that forks, with the code of a project; `streams` is the folder for what commands write to theirs."""
+    """The process that forks, with the code of a project; `streams` is the folder for what commands write to theirs.
 
-    def __init__(self, streams: Path, project: Path = ROOT) -> None:
+    imported: more that these commands import, by the names of modules.
+    """
+
+    def __init__(self, streams: Path, project: Path = ROOT, *, imported: Sequence[str] = ()) -> None:
         self.project = project
         self._files = [streams / name for name in ("output", "errors")]
         self._server = subprocess.Popen(
-            [sys.executable, str(project / "tests" / "support" / "forks.py")],
+            [sys.executable, str(project / "tests" / "support" / "forks.py"), *imported],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -148,7 +151,7 @@ def run(request: dict[str, Any], meeting: dict[str, str]) -> int:
 
 def main() -> None:
     sys.path[0] = str(ROOT)
-    for module in IMPORTED:
+    for module in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(module)
     for line in sys.stdin:
         print(json.dumps(together(json.loads(line))), flush=True)
