@@ -42,5 +42,6 @@ def training_flops_per_token(model: GPT, seq_len: int) -> int:
     linear = [m for part in (*model.blocks, model.head) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(m.weight.numel() for m in linear)
     attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * seq_len for a in model.attentions)
+    attention += sum(getattr(a, "products_per_token", 0) for a in model.attentions)
     frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)  # no gradient of their own
     return 3 * 2 * (matrices + attention) - 2 * frozen

@@ -19,6 +19,7 @@ from modeling.attention.cache import Cache
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.tied import TiedKeyValueAttention
+from modeling.attention.tpa import TensorProductAttention
 
 
 class Attention(Protocol):
@@ -76,6 +77,7 @@ MECHANISMS: dict[str, type[nn.Module]] = {
     "gqa": GroupedQueryAttention,  # MHA and MQA are its ends
     "mla": MultiheadLatentAttention,  # and what differs from it by options
     "tied": TiedKeyValueAttention,  # GTA, and keys and values as Gemma 4 and DeepSeek-V4 tie them
+    "tpa": TensorProductAttention,
 }
 
 MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")
@@ -198,6 +200,8 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
         )
     if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-    if kernel not in ("auto", "torch") and getattr(attention, "kv_latent", "joint") == "split":
-        return f"attention.kernel={kernel} reads one latent as key and value; with kv_latent=split use attention.kernel=torch"
+    cached = getattr(attention, "kv_latent", "tensor products")
+    if kernel not in ("auto", "torch") and cached != "joint":
+        where = "with kv_latent=split" if cached == "split" else f"for {cached}"
+        return f"attention.kernel={kernel} reads one latent as key and value; {where} use attention.kernel=torch"
     return None

@@ -81,9 +81,9 @@ def latent_attend(
     """
     B, T, H, L = q_latent_BTHL.shape
     S = key_BSL.shape[1]
-    logits_BMS = _product(q_latent_BTHL.reshape(B, T * H, L), key_BSL.transpose(1, 2))  # M = T * H
+    logits_BMS = wide_product(q_latent_BTHL.reshape(B, T * H, L), key_BSL.transpose(1, 2))  # M = T * H
     if q_rope_BTHP is not None and k_rope_BSP is not None:
-        logits_BMS = logits_BMS + _product(q_rope_BTHP.reshape(B, T * H, -1), k_rope_BSP.transpose(1, 2))
+        logits_BMS = logits_BMS + wide_product(q_rope_BTHP.reshape(B, T * H, -1), k_rope_BSP.transpose(1, 2))
     logits_BTHS = scale * logits_BMS.view(B, T, H, S)
     if causal:
         mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=logits_BTHS.device).tril()
@@ -94,7 +94,7 @@ def latent_attend(
     return out_BML.view(B, T, H, -1), weights_BTHS.transpose(1, 2)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """A batched matrix product whose result is float32 at least.
 
     Logits around 30 that are rounded to bfloat16 are off by up to 0.06, so a weight is off by 6 %: where torch's product

@@ -202,6 +202,25 @@ def tied(
     return out_BTD
 
 
+def tensor_product(
+    options: Mapping[str, Any], sizes: Mapping[str, Any], state: Mapping[str, Tensor], x_BTD: Tensor, seen_TS: Tensor
+) -> Tensor:
+    """Queries, keys and values of a token as means of outer products."""
+    weights, o, H, K = Weights(state), options, sizes["n_heads"], options["head_dim"]
+    phis = frequencies(K, o["rope_theta"], None)
+    made = {}
+    for name in ("q", "k", "v"):
+        R = o[f"{name}_rank"]
+        a_BTRH = weights.linear(f"{name}_a_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (R, H))
+        b_BTRK = weights.linear(f"{name}_b_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (R, K))
+        made[name] = sum(a_BTRH[..., r, :, None] * b_BTRK[..., r, None, :] for r in range(R)) / R
+    q_BTHK, k_BSHK = (rotate(made[name], phis, 1.0) for name in ("q", "k"))  # the products, where the class turns b
+    heads = softmax_attention(q_BTHK, k_BSHK, made["v"], 1 / math.sqrt(K), seen_TS)
+    out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=sizes["bias"]), bias=sizes["bias"])
+    weights.all_taken()
+    return out_BTD
+
+
 def latent(
     options: Mapping[str, Any],
     sizes: Mapping[str, Any],

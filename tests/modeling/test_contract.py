@@ -28,6 +28,7 @@ SHIPPED_ELEMENTS = {
     "mqa": 2 * 12,
     "gqa_gated": 2 * 2 * 12,
     "mfa": 2 * 24,
+    "tpa": (2 + 2) * (4 + 12),
     "gta": 2 * 12 + 6,
     "tied_kv": 2 * 12,
     "shared_kv": 24,

@@ -81,6 +81,7 @@ ATTENTION = {
     "mqa": D * H * d + 2 * D * d + H * d * D,
     "gqa_gated": D * H * d + 2 * D * G * d + 2 * H * d * D,
     "mfa": D * 2 * d + 2 * d * H * 2 * d + 2 * D * 2 * d + H * 2 * d * D + 2 * d,
+    "tpa": (4 + 2 + 2) * D * (H + d) + H * d * D,
     "gta": D * H * d + D * G * d + D * P + H * d * D,
     "tied_kv": D * H * d + D * G * d + H * d * D + 2 * d,
     "shared_kv": 2 * D * H * 2 * d + D * 2 * d + 2 * d,

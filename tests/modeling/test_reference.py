@@ -85,6 +85,18 @@ def _tied(draw: random.Random) -> dict[str, Any]:
     }
 
 
+def _tensor_product(draw: random.Random) -> dict[str, Any]:
+    return {
+        "head_dim": draw.choice([2, 4, 6]),
+        "q_rank": draw.choice([1, 2, 3, 4]),
+        "k_rank": draw.choice([1, 2, 3]),
+        "v_rank": draw.choice([1, 2, 4]),
+        "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
+        "dropout": 0.0,
+        "gate": draw.choice(["none", "element", "head"]),
+    }
+
+
 def _latent(draw: random.Random) -> dict[str, Any]:
     positions = draw.choice(["decoupled", "decoupled", "learned", "none", "rope_after_up"])
     rotates = positions in ("decoupled", "rope_after_up")
@@ -163,11 +175,8 @@ def _wanted(mechanism: str, case: dict[str, Any], inputs: list[Tensor], **window
     outputs, leader = [], None
     for layer, x_BTD in zip(case["layers"], inputs, strict=True):
         state = layer.state_dict()
-        if mechanism == "gqa":
-            outputs.append(reference.grouped(options, sizes, state, x_BTD, seen_TS))
-            continue
-        if mechanism == "tied":
-            outputs.append(reference.tied(options, sizes, state, x_BTD, seen_TS))
+        if mechanism in ALONE:
+            outputs.append(ALONE[mechanism](options, sizes, state, x_BTD, seen_TS))
             continue
         out_BTD, cached = reference.latent(options, sizes, state, x_BTD, seen_TS, leader)
         outputs.append(out_BTD)
@@ -175,7 +184,8 @@ def _wanted(mechanism: str, case: dict[str, Any], inputs: list[Tensor], **window
     return outputs
 
 
-FAMILIES = {"gqa": _grouped, "mla": _latent, "tied": _tied}
+FAMILIES = {"gqa": _grouped, "mla": _latent, "tied": _tied, "tpa": _tensor_product}
+ALONE = {"gqa": reference.grouped, "tied": reference.tied, "tpa": reference.tensor_product}  # a layer needs no other
 
 
 @pytest.mark.parametrize("mechanism", FAMILIES)

@@ -24,6 +24,14 @@ from tests.support.variants import attention_from
         (["attention=tied_kv", "attention.qk_rope_head_dim=14"], r"qk_rope_head_dim=14 does not fit head_dim=12.*at most the"),
         (["attention=shared_kv", "attention.qk_rope_head_dim=0"], r"qk_rope_head_dim=0 does not fit head_dim=24.*wider than 0"),
         (["attention=mfa", "attention.q_lora_rank=49"], r"q_lora_rank=49 compresses nothing.* from 48 to 96 .*at most 48"),
+        (
+            ["attention=tpa", "attention.k_rank=5"],
+            r"k_rank=5 is no low rank: 4 heads of 12 are a matrix of rank 4 .*; choose 1 to 4",
+        ),
+        (
+            ["attention=tpa", "attention.kernel=triton"],
+            r"kernel=triton reads one latent .*; for tensor products use attention.ker",
+        ),
         (["attention=gqa", "attention.gate=row"], r"gate=row is unknown here; choose none, element or head"),
         (["attention=gta", "attention.keys=own"], r"keys=own is unknown here; choose joined, turned or stored"),
         (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),

@@ -63,6 +63,17 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ],
         2 * 2 * 24 + 6,
     ),
+    "tpa, other ranks, gated, biases": (
+        [
+            "attention=tpa",
+            "attention.q_rank=3",
+            "attention.k_rank=1",
+            "attention.v_rank=3",
+            "attention.gate=head",
+            "model.bias=true",
+        ],
+        (1 + 3) * (4 + 12),
+    ),
     "mla, gated, unlike widths": (["attention=mla", "attention.gate=element", "attention.v_head_dim=14"], 24 + 6),
     "tied_kv, a gate for each head": (["attention=tied_kv", "attention.gate=head"], 2 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
