@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,15 +13,33 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from tests.support.forks import Ended, Forks
 from tests.support.projects import copy_project
 
 FAST = "tokenizer=bytes"  # no tokenizer to train
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts the commands of a copy of the project."""
+    forks = Forks(tmp_path_factory.mktemp("forks"), copy_project(tmp_path_factory.mktemp("copy") / "project"))
+    yield forks
+    forks.close()
+
+
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    return copy_project(tmp_path / "project")
+def project(forks: Forks) -> Iterator[Path]:
+    """That copy, without data and with the configuration that is shipped."""
+    project = forks.project
+    shipped = project.parent / "shipped"
+    if not shipped.exists():
+        shutil.copytree(project / "configs", shipped)
+    yield project
+    for name in ("data", "texts", "hub cache", "configs"):
+        shutil.rmtree(project / name, ignore_errors=True)
+    shutil.copytree(shipped, project / "configs")
 
 
 @pytest.fixture
@@ -41,17 +60,17 @@ def closed_hub() -> str:
         return address(server)
 
 
-def prepare(project: Path, *arguments: str, hub: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(project / "scripts" / "prepare_data.py"), f"data_dir={project / 'data'}", *arguments]
-    environ = {**os.environ, "HF_ENDPOINT": hub or closed_hub(), "HF_HOME": str(project / "hub cache")}
-    return subprocess.run(command, env=environ, capture_output=True, text=True)
+def prepare(forks: Forks, *arguments: str) -> Ended:
+    environment = {"HF_ENDPOINT": closed_hub(), "HF_HOME": str(forks.project / "hub cache")}
+    return forks.run("scripts/prepare_data.py", f"data_dir={forks.project / 'data'}", *arguments, environment=environment)
 
 
-def dataset_of_runs(project: Path, *overrides: str) -> str:
+def dataset_of_runs(forks: Forks, *overrides: str) -> str:
     """The dataset that the project's train_model.py uses with these overrides."""
-    code = "import sys; from harness.config.compose import compose; print(compose('train', sys.argv[1:])['dataset']['name'])"
-    command = [sys.executable, "-c", code, *overrides]
-    return subprocess.run(command, cwd=project, check=True, capture_output=True, text=True).stdout.strip()
+    shown = forks.run("train_model.py", "--cfg", "job", *overrides)
+    assert shown.status == 0, shown.errors
+    name: str = yaml.safe_load(shown.output)["dataset"]["name"]
+    return name
 
 
 def let_wikitext2_arrive(project: Path) -> None:
@@ -68,20 +87,20 @@ def local_config(project: Path) -> Path:
     return project / "configs" / "local" / "default.yaml"
 
 
-def test_without_the_hub_stdlib_is_prepared_loudly_and_selected_until_wikitext2_arrives(project: Path) -> None:
-    result = prepare(project, FAST)
-    assert result.returncode == 0, result.stderr
-    assert "!! stdlib is prepared instead of wikitext2" in result.stderr
-    assert "out of reach" in result.stderr
+def test_without_the_hub_stdlib_is_prepared_loudly_and_selected_until_wikitext2_arrives(project: Path, forks: Forks) -> None:
+    result = prepare(forks, FAST)
+    assert result.status == 0, result.errors
+    assert "!! stdlib is prepared instead of wikitext2" in result.errors
+    assert "out of reach" in result.errors
     assert list(project.glob("data/stdlib-*/meta.json"))
-    assert dataset_of_runs(project) == "stdlib"
-    assert dataset_of_runs(project, "dataset=wikitext2") == "wikitext2"
+    assert dataset_of_runs(forks) == "stdlib"
+    assert dataset_of_runs(forks, "dataset=wikitext2") == "wikitext2"
 
     let_wikitext2_arrive(project)
-    result = prepare(project, FAST)
-    assert result.returncode == 0, result.stderr
+    result = prepare(forks, FAST)
+    assert result.status == 0, result.errors
     assert not local_config(project).exists()
-    assert dataset_of_runs(project) == "wikitext2"
+    assert dataset_of_runs(forks) == "wikitext2"
 
 
 def test_a_hub_that_never_answers_is_given_up_within_five_seconds(project: Path, silent_hub: socket.socket) -> None:
@@ -96,57 +115,59 @@ def test_a_hub_that_never_answers_is_given_up_within_five_seconds(project: Path,
     assert told[0] < 5
 
 
-def test_a_named_dataset_is_prepared_and_selects_nothing(project: Path) -> None:
-    result = prepare(project, "stdlib", FAST)
-    assert result.returncode == 0, result.stderr
+def test_a_named_dataset_is_prepared_and_selects_nothing(project: Path, forks: Forks) -> None:
+    result = prepare(forks, "stdlib", FAST)
+    assert result.status == 0, result.errors
     assert list(project.glob("data/stdlib-*/meta.json"))
     assert not local_config(project).exists()
 
 
-def test_several_names_are_all_prepared_with_the_same_overrides(project: Path) -> None:
+def test_several_names_are_all_prepared_with_the_same_overrides(project: Path, forks: Forks) -> None:
     let_wikitext2_arrive(project)
     (project / "configs" / "dataset" / "mine.yaml").write_text(
         (project / "configs" / "dataset" / "wikitext2.yaml").read_text().replace("wikitext2", "mine")
     )
-    result = prepare(project, "wikitext2", FAST, "mine")
-    assert result.returncode == 0, result.stderr
+    result = prepare(forks, "wikitext2", FAST, "mine")
+    assert result.status == 0, result.errors
     folders = list(project.glob("data/*/meta.json"))
     assert {folder.parent.name.rsplit("-", 1)[0] for folder in folders} == {"wikitext2", "mine"}
     assert all(json.loads(folder.read_text())["vocab_size"] < 300 for folder in folders)
 
 
 @pytest.mark.parametrize("argument", ["wikitext103", "dataset=wikitext103"])
-def test_a_named_dataset_out_of_reach_is_an_error_and_no_other_takes_its_place(project: Path, argument: str) -> None:
-    result = prepare(project, argument, FAST)
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in result.stderr
+def test_a_named_dataset_out_of_reach_is_an_error_and_no_other_takes_its_place(
+    project: Path, forks: Forks, argument: str
+) -> None:
+    result = prepare(forks, argument, FAST)
+    assert result.status == 2
+    assert result.errors.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.errors
     assert not list(project.glob("data/*/meta.json"))
     assert not local_config(project).exists()
 
 
-def test_a_misspelt_name_is_one_sentence_with_the_right_one(project: Path) -> None:
-    result = prepare(project, "wikitxt2")
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == [result.stderr.strip()]
-    assert "wikitext2" in result.stderr
+def test_a_misspelt_name_is_one_sentence_with_the_right_one(project: Path, forks: Forks) -> None:
+    result = prepare(forks, "wikitxt2")
+    assert result.status == 2
+    assert result.errors.splitlines() == [result.errors.strip()]
+    assert "wikitext2" in result.errors
 
 
-def test_a_name_like_none_is_one_sentence_with_every_choice(project: Path) -> None:
-    result = prepare(project, "shakespeare", FAST)
-    assert result.returncode == 2
-    assert len(result.stderr.splitlines()) == 1
+def test_a_name_like_none_is_one_sentence_with_every_choice(project: Path, forks: Forks) -> None:
+    result = prepare(forks, "shakespeare", FAST)
+    assert result.status == 2
+    assert len(result.errors.splitlines()) == 1
     for file in (project / "configs" / "dataset").glob("*.yaml"):
-        assert file.stem in result.stderr
+        assert file.stem in result.errors
 
 
-def test_a_local_file_of_the_users_own_is_neither_overwritten_nor_removed(project: Path) -> None:
+def test_a_local_file_of_the_users_own_is_neither_overwritten_nor_removed(project: Path, forks: Forks) -> None:
     local_config(project).parent.mkdir()
     own = "# @package _global_\ndefaults:\n  - override /dataset: tinystories\n"
     local_config(project).write_text(own)
-    result = prepare(project, FAST)
-    assert result.returncode == 0, result.stderr
-    assert "your own" in result.stderr
+    result = prepare(forks, FAST)
+    assert result.status == 0, result.errors
+    assert "your own" in result.errors
     let_wikitext2_arrive(project)
-    assert prepare(project, FAST).returncode == 0
+    assert prepare(forks, FAST).status == 0
     assert local_config(project).read_text() == own
