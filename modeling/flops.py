@@ -2,7 +2,8 @@
 
 A product of (m, k) and (k, n) counts 2 m k n. The backward pass counts twice the forward. Attention is counted over the
 full T x T square, without a discount for the causal half (the convention of PaLM, arXiv 2204.02311, appendix B, and of
-torch's own counter, against which tests compare). Recomputation (activation checkpointing) is not counted.
+torch's own counter, against which tests compare); over T x w where a layer has a window of w < T. Recomputation (activation
+checkpointing) is not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def training_flops_per_token(model: GPT, seq_len: int) -> int:
     # Layer by layer, since a matrix that layers share multiplies in each of them.
     linear = [m for part in (*model.blocks, model.head) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(m.weight.numel() for m in linear)
-    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * seq_len for a in model.attentions)
+    seen = [min(seq_len, getattr(a, "window", None) or seq_len) for a in model.attentions]
+    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * keys for a, keys in zip(model.attentions, seen, strict=True))
     attention += sum(getattr(a, "products_per_token", 0) for a in model.attentions)
     frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)  # no gradient of their own
     return 3 * 2 * (matrices + attention) - 2 * frozen

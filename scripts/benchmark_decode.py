@@ -23,6 +23,7 @@ enter_environment()
 import dataclasses
 import functools
 import json
+import operator
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -376,7 +377,7 @@ def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, not
     return Writer(
         "transformers",
         functools.partial(classes.write, theirs),
-        classes.cache_bytes_per_token(theirs),
+        functools.partial(operator.mul, classes.cache_bytes_per_token(theirs)),
         sum(parameter.nbytes for parameter in theirs.parameters()),
     )
 

@@ -190,7 +190,7 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     measured = {
         "elements_per_token_per_layer": elements[0] if len(set(elements)) == 1 else elements,
         "elements_per_token": sum(elements),
-        "bytes_per_token": size.bytes_per_token if ours is not None else None,
+        "bytes_per_token": size.held_bytes_per_token if ours is not None else None,
     }
     return description, {"measured": measured}
 

@@ -173,6 +173,11 @@ def _check_values(config: TrainConfig) -> None:
         for key, value in options.items():
             if type(value) is int:
                 at_most(f"attention.{key}", value, WIDEST)
+        if (window := options.get("window") or 0) > config.model.max_seq_len:
+            raise UserError(
+                f"attention={options['name']}: window={window} is longer than the context, model.max_seq_len="
+                f"{config.model.max_seq_len}: choose a shorter one, or null to see everything"
+            )
     if config.spikes.sigma is not None and config.spikes.sigma <= 0:
         raise UserError(f"spikes.sigma={config.spikes.sigma} must be above 0, such as 6, or null to skip no spike")
     for path in SEED_FIELDS:

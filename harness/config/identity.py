@@ -48,6 +48,9 @@ LATER_FIELDS = {
     "attention.projection_bias": "model",
     "attention.rope_scaling": None,
     "attention.rope_frequencies": "computed",
+    "attention.window": None,
+    "attention.sink_logits": False,
+    "attention.rotary_fraction": 1.0,
 }
 
 

@@ -243,12 +243,13 @@ def describe_model(model: GPT, *, name: str, variant: str, mha_elements: int, la
         if is_latent:
             expanded = heads * (attention.qk_width + attention.v_head_dim) if formula else formula
             heads = attention.latent_groups
-        kind = ("latent" if is_latent and expanded != formula else "full attention") if formula else "no cache of its own"
+        window = getattr(attention, "window", None)
+        usual = "full attention" if window is None else "sliding window"
+        kind = ("latent" if is_latent and expanded != formula else usual) if formula else "no cache of its own"
         shared = math.prod(attention.cache_shapes.get("k_rope", (0,))) if heads > 1 else 0  # with one, all is on each device
         parts = {"cached": formula - shared, "one rotated key": shared}
-        layers.append(
-            LayerCache({name: size for name, size in parts.items() if size}, expanded, mha_elements, kind=kind, heads=heads)
-        )
+        parts = {name: size for name, size in parts.items() if size}
+        layers.append(LayerCache(parts, expanded, mha_elements, window=window, kind=kind, heads=heads))
     return CacheDescription(name, variant, tuple(layers), latent)
 
 

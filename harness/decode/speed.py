@@ -15,6 +15,7 @@ Letters: B batch, T new tokens in this call, S cached tokens (the context).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -36,7 +37,7 @@ from harness.decode.subjects import (
     Skipped,
     Subject,
     Writer,
-    cache_bytes_per_token,
+    cache_bytes,
     caches_in_rotation,
     draw,
     filled_cache,
@@ -84,7 +85,7 @@ class Figure:
     bytes_per_second: float
     of_bandwidth: float  # that was measured in the same run
     cache_bytes: int  # allocated for the context, all rows, of what is timed
-    cache_bytes_per_token: int
+    cache_bytes_per_token: int  # of the context
     largest_batch: int | None  # of the whole model within the budget; None where that is not ours to say
 
 
@@ -102,7 +103,7 @@ class Job:
     rows: tuple[str, ...]
     read: Callable[[], Mapping[str, list[float]]]
     path: str = ""  # "" speaks for rows of other jobs
-    cache_bytes_per_token: int = 0
+    cache_bytes: Callable[[int], int] = field(default=lambda context: 0)  # of a sequence of so many tokens
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"first": [], "call": []})
 
 
@@ -186,7 +187,7 @@ def _in_turns(
 def _figure(subject: Subject, job: Job, cell: Cell, firsts: list[float], plan: Plan) -> Figure:
     B, S, T = cell.batch_size, cell.context, cell.queries
     call = Spread.of(job.seconds["call"])
-    step_bytes = weight_bytes(subject.part) + B * (S + T) * job.cache_bytes_per_token
+    step_bytes = weight_bytes(subject.part) + B * job.cache_bytes(S + T)
     ours = subject.writer is None or job.path != subject.writer.name
     return Figure(
         row=job.rows[0],
@@ -201,8 +202,8 @@ def _figure(subject: Subject, job: Job, cell: Cell, firsts: list[float], plan: P
         step_bytes=step_bytes,
         bytes_per_second=step_bytes / call.median,
         of_bandwidth=math.nan,
-        cache_bytes=B * S * job.cache_bytes_per_token,
-        cache_bytes_per_token=job.cache_bytes_per_token,
+        cache_bytes=B * job.cache_bytes(S),
+        cache_bytes_per_token=round(job.cache_bytes(S) / S),
         largest_batch=subject.whole.largest_batch(S, plan.budget_bytes) if ours else None,
     )
 
@@ -210,9 +211,9 @@ def _figure(subject: Subject, job: Job, cell: Cell, firsts: list[float], plan: P
 def _jobs(subject: Subject, cell: Cell, plan: Plan, generator: torch.Generator) -> Iterator[Job]:
     """All that is timed of a subject in a cell, warmed up."""
     part, B, S, T = subject.part, cell.batch_size, cell.context, cell.queries
-    per_token = cache_bytes_per_token(part, plan.cache_dtype)
+    sizes = functools.partial(cache_bytes, part, plan.cache_dtype)
     inputs = [draw(part, B, T, plan, generator) for _ in range(INPUTS)]
-    count = caches_in_rotation(part, B * S * per_token, plan) if T == 1 else 1
+    count = caches_in_rotation(part, B * sizes(S), plan) if T == 1 else 1
     caches = [filled_cache(part, B, S, plan, generator) for _ in range(count)]
     for path in subject.paths:
         subject.select(path)
@@ -222,7 +223,7 @@ def _jobs(subject: Subject, cell: Cell, plan: Plan, generator: torch.Generator) 
         else:
             timed = _Steps(subject, path, [_call(part, caches[0])], inputs, caches, T, plan.device)
         calls = timed.warm_up(plan.steps)
-        yield Job((subject.row(path),), timed.reader(calls), path, per_token)
+        yield Job((subject.row(path),), timed.reader(calls), path, sizes)
 
     if T > 1 or plan.prefill_tokens < B * S:
         return
@@ -232,11 +233,11 @@ def _jobs(subject: Subject, cell: Cell, plan: Plan, generator: torch.Generator) 
         yield Job(tuple(map(subject.row, subject.paths)), read)
     if isinstance(part, GPT) and plan.generate:
         prompts_BT = draw(part, B, S, plan, generator)
-        writers = [Writer("generate", _our_writing(subject, part, plan), per_token, 0)]
+        writers = [Writer("generate", _our_writing(subject, part, plan), sizes, 0)]
         for writer in writers if subject.writer is None else [*writers, subject.writer]:
             read = _writing(writer, prompts_BT, plan)
             read()
-            yield Job((f"{subject.name}, {writer.name}",), read, writer.name, writer.cache_bytes_per_token)
+            yield Job((f"{subject.name}, {writer.name}",), read, writer.name, writer.cache_bytes)
 
 
 def _call(part: Part, cache: Sequence[Cache]) -> Callable[[Tensor, Tensor | None], Tensor]:

@@ -10,6 +10,7 @@ K = N + P query/key width, V value width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -116,11 +117,11 @@ class Footprint:
     """What a model takes in memory."""
 
     parameter_bytes: int
-    cache_bytes_per_token: int  # all layers
+    cache_bytes: Callable[[int], int]  # of a sequence of so many tokens, all layers
 
     def largest_batch(self, context: int, budget_bytes: int) -> int:
         """Sequences of this length whose caches fit beside the weights; 0 where the weights alone do not."""
-        return max(0, (budget_bytes - self.parameter_bytes) // (self.cache_bytes_per_token * context))
+        return max(0, (budget_bytes - self.parameter_bytes) // self.cache_bytes(context))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Writer:
 
     name: str
     write: Callable[[Tensor, int, Callable[[], None]], None]
-    cache_bytes_per_token: int
+    cache_bytes: Callable[[int], int]  # of a sequence of so many tokens
     parameter_bytes: int  # of a copy of the weights
 
 
@@ -164,7 +165,7 @@ def paths_of(attention: Any, decode: str) -> tuple[str, ...]:
 def footprint(part: Part, *, dtype: torch.dtype, cache_dtype: torch.dtype) -> Footprint:
     """Of a part in that dtype, which may stand on the meta device: nothing is allocated."""
     numbers = sum(parameter.numel() for parameter in part.parameters())
-    return Footprint(numbers * dtype.itemsize, cache_bytes_per_token(part, cache_dtype))
+    return Footprint(numbers * dtype.itemsize, functools.partial(cache_bytes, part, cache_dtype))
 
 
 def weight_bytes(part: Part) -> int:
@@ -279,14 +280,14 @@ def in_groups(needs: Sequence[tuple[Subject, int]], room: int) -> tuple[tuple[Su
 def needed_bytes(subject: Subject, path: str, B: int, S: int, T: int, plan: Plan) -> int:
     """Bytes beside the weights: caches, and by estimate what the largest layer makes of them meanwhile."""
     part = subject.part
-    per_token = cache_bytes_per_token(part, plan.cache_dtype)
-    caches = caches_in_rotation(part, B * S * per_token, plan) if T == 1 else 1
+    per_token = -(-cache_bytes(part, plan.cache_dtype, S) // S)
+    caches = caches_in_rotation(part, B * cache_bytes(part, plan.cache_dtype, S), plan) if T == 1 else 1
     meanwhile = B * S * max(_bytes_in_a_step(attention, path, T, plan) for attention in part.attentions)
     if T == 1 and plan.prefill_tokens >= B * S:
         whole = part.vocab_size * 8 if isinstance(part, GPT) else 0  # logits of all the prompt, and their copy
         widest = max(each.n_kv_heads * (each.qk_width + each.v_head_dim) for each in part.attentions)
         meanwhile = max(meanwhile, B * S * (whole + 4 * widest * plan.dtype.itemsize + per_token))
-    return caches * B * (S + plan.room) * per_token + meanwhile
+    return caches * B * cache_bytes(part, plan.cache_dtype, S + plan.room) + meanwhile
 
 
 def _bytes_in_a_step(attention: Any, path: str, T: int, plan: Plan) -> int:
@@ -305,9 +306,9 @@ def _bytes_in_a_step(attention: Any, path: str, T: int, plan: Plan) -> int:
     return elements * plan.dtype.itemsize + 4 * logits
 
 
-def cache_bytes_per_token(part: Part, dtype: torch.dtype) -> int:
-    """Read off the buffers of a cache that is not allocated."""
-    return sum(cache.bytes_per_token for cache in part.new_cache(1, 1, dtype=dtype, device="meta"))
+def cache_bytes(part: Part, dtype: torch.dtype, context: int) -> int:
+    """Of one sequence of so many tokens, read off the buffers of a cache that is not allocated."""
+    return sum(cache.nbytes for cache in part.new_cache(1, context, dtype=dtype, device="meta"))
 
 
 def caches_in_rotation(part: Part, nbytes: int, plan: Plan) -> int:

@@ -1,4 +1,8 @@
-"""The size of the key/value cache, measured on the buffers of one that is allocated."""
+"""The size of the key/value cache, measured on the buffers of one that is allocated.
+
+A layer with a window holds no more than its tokens: the cache is a curve over the context, and bytes per token are those of
+the model's own context.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,42 @@ import torch
 
 from modeling.gpt import GPT
 
+CONTEXTS = (1024, 8192, 32768, 131072)  # at which every run and evaluation says its cache's size
+
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What one token of one sequence takes."""
+    """What one sequence takes, in all layers, scales of 8-bit entries included."""
 
     dtype: torch.dtype
-    bytes_per_token: int  # all layers, scales of 8-bit entries included
-    elements_per_token_by_layer: tuple[int, ...]
-    context: int  # tokens
-    bytes_at_context: int  # allocated for one sequence of that length, all layers: fewer tokens' worth with a window
-
-    @property
-    def elements_per_token_per_layer(self) -> float:
-        """The mean over the layers; an int where it is whole, as it is when all layers are alike."""
-        mean = sum(self.elements_per_token_by_layer) / len(self.elements_per_token_by_layer)
-        return int(mean) if mean.is_integer() else mean
+    context: int  # tokens: the model's longest
+    bytes_per_token: int  # at the context without a window of the evaluation's, rounded to whole bytes
+    held_bytes_per_token: int  # of a token that every layer holds: more than the above where layers have windows of their own
+    elements_per_token_by_layer: tuple[int, ...]  # of a token that the layer holds
+    elements_per_token_per_layer: float  # at the context, the mean over the layers; an int where it is whole
+    bytes_at_context: int  # allocated for one sequence of that length: fewer tokens' worth with a window
+    bytes_by_context: dict[int, int]  # the same at each of CONTEXTS, whatever the model was trained for
 
 
 def measure_cache(model: GPT, *, dtype: torch.dtype, window: int | None = None, sinks: int = 0) -> CacheSize:
-    """Allocate a cache for one sequence of the model's longest through the model, and read the sizes off its buffers."""
+    """Allocate a cache for one sequence of the model's longest through the model, and read the sizes off its buffers.
+
+    Those of CONTEXTS are read off buffers that have shapes and no memory.
+    """
     context = model.max_seq_len
+    plain = model.new_cache(1, context, dtype=dtype, device="meta")
     caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
+    mean = sum(cache.elements_per_token * cache.slots for cache in plain) / context / len(plain)
+    by_context = {
+        longer: model.new_cache(1, longer, dtype=dtype, device="meta", window=window, sinks=sinks) for longer in CONTEXTS
+    }
     return CacheSize(
         dtype=dtype,
-        bytes_per_token=sum(cache.bytes_per_token for cache in caches),
-        elements_per_token_by_layer=tuple(cache.elements_per_token for cache in caches),
         context=context,
+        bytes_per_token=round(sum(cache.nbytes for cache in plain) / context),
+        held_bytes_per_token=sum(cache.bytes_per_token for cache in plain),
+        elements_per_token_by_layer=tuple(cache.elements_per_token for cache in plain),
+        elements_per_token_per_layer=int(mean) if mean.is_integer() else mean,
         bytes_at_context=sum(cache.nbytes for cache in caches),
+        bytes_by_context={longer: sum(cache.nbytes for cache in each) for longer, each in by_context.items()},
     )

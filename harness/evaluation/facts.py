@@ -9,7 +9,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.files.untrusted import Count, Figure, Positive
-from modeling.attention.cache import DTYPES, formula_bytes
+from modeling.attention.cache import DTYPES, formula_bytes_at
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
 
@@ -23,6 +23,7 @@ class Facts(TypedDict, total=False):
     cache_bytes_per_token: Count
     cache_dtype: str
     cache_bytes_at_context: Count | None
+    cache_bytes_by_context: dict[str, Count]
     cache_elements_per_token_per_layer: Figure | None
     cache_ratio_to_mha: Figure | None
     mha_cache_bytes_per_token: Figure | None
@@ -35,11 +36,13 @@ class ModelFacts:
     parameters: dict[str, int]  # by block, and "total"
     flops_per_token: int  # training, forward and backward
     cache_dtype: str
-    cache_bytes_per_token: int  # all layers, batch 1, measured on allocated buffers
+    cache_bytes_per_token: int  # all layers, batch 1, measured on allocated buffers, at max_seq_len
     cache_formula_bytes_per_token: int
     cache_bytes_at_context: int  # allocated for max_seq_len tokens
+    cache_bytes_by_context: dict[str, int]  # likewise at other contexts, whose tokens stand there as text
     cache_elements_per_token_per_layer: float
     cache_ratio_to_mha: float  # MHA of the same heads: 2 * n_heads * head_dim elements
+    context: int  # max_seq_len
     mha_cache_bytes_per_token: int  # MHA of the same heads, all layers, in bfloat16
     gqa_groups: float  # GQA of the same head width with this many groups would cache as much
 
@@ -51,6 +54,7 @@ class ModelFacts:
             "cache_bytes_per_token": self.cache_bytes_per_token,
             "cache_dtype": self.cache_dtype,
             "cache_bytes_at_context": self.cache_bytes_at_context,
+            "cache_bytes_by_context": self.cache_bytes_by_context,
             "cache_elements_per_token_per_layer": self.cache_elements_per_token_per_layer,
             "cache_ratio_to_mha": self.cache_ratio_to_mha,
             "mha_cache_bytes_per_token": self.mha_cache_bytes_per_token,
@@ -59,11 +63,16 @@ class ModelFacts:
     @property
     def cache_line(self) -> str:
         """What a token takes in the cache: the figure of summary.json."""
-        return (
+        line = (
             f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.cache_dtype}, measured and by formula "
             f"({self.cache_elements_per_token_per_layer:g} elements per layer, {self.cache_ratio_to_mha:.3f} of MHA's, "
             f"as GQA with {self.gqa_groups:.3g} groups)"
         )
+        sizes = {self.cache_bytes_at_context / self.context, *(b / int(c) for c, b in self.cache_bytes_by_context.items())}
+        if len(sizes) == 1:
+            return line
+        curve = ", ".join(f"{b / 2**20:.3g} at {int(c) // 1024}k" for c, b in self.cache_bytes_by_context.items())
+        return f"{line}\nat context  the above is at {self.context:,} tokens; MiB: {curve}"
 
     def lines(self) -> list[str]:
         """For the person who started the run."""
@@ -79,12 +88,17 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
     """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
     dtype = DTYPES[config.cache.dtype]
     size = measure_cache(model, dtype=dtype)
-    formula = sum(formula_bytes(attention, dtype) for attention in model.attentions)
-    if size.bytes_per_token != formula:
-        raise UserError(
-            f"attention={config.attention['name']} allocates {size.bytes_per_token} bytes of cache per token, its "
-            f"cache_formula says {formula}: correct the class, since no number of such a run could be believed"
-        )
+    measured = {1: size.held_bytes_per_token, size.context: size.bytes_at_context} | size.bytes_by_context
+    formula = {
+        context: sum(formula_bytes_at(attention, dtype, context) for attention in model.attentions) for context in measured
+    }
+    for context, allocated in measured.items():
+        if allocated != formula[context]:
+            of = "per token" if context == 1 else f"for {context:,} tokens"
+            raise UserError(
+                f"attention={config.attention['name']} allocates {allocated} bytes of cache {of}, its cache_formula says "
+                f"{formula[context]}: correct the class, since no number of such a run could be believed"
+            )
     elements = size.elements_per_token_per_layer
     one_group = 2 * config.model.head_dim
     return ModelFacts(
@@ -92,10 +106,12 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
         flops_per_token=training_flops_per_token(model, config.model.max_seq_len),
         cache_dtype=config.cache.dtype,
         cache_bytes_per_token=size.bytes_per_token,
-        cache_formula_bytes_per_token=formula,
+        cache_formula_bytes_per_token=round(formula[size.context] / size.context),
         cache_bytes_at_context=size.bytes_at_context,
+        cache_bytes_by_context={str(context): size for context, size in size.bytes_by_context.items()},
         cache_elements_per_token_per_layer=elements,
         cache_ratio_to_mha=elements / (one_group * config.model.n_heads),
+        context=size.context,
         mha_cache_bytes_per_token=2 * one_group * config.model.n_heads * config.model.n_layers,
         gqa_groups=elements / one_group,
     )

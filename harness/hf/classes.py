@@ -30,7 +30,14 @@ from modeling.shapes import shapes_only
 # By mechanism, what a variant must have to be one of their classes, and the choices that fit. A mechanism that is not
 # here is known to this project alone.
 _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gqa": {"positions": ("rope",), "gate": ("none",), "q_lora_rank": (None,)},
+    "gqa": {
+        "positions": ("rope",),
+        "gate": ("none",),
+        "q_lora_rank": (None,),
+        "window": (None,),
+        "sink_logits": (False,),
+        "rotary_fraction": (1.0,),
+    },
     "mla": {
         "positions": ("decoupled",),
         "kv_latent": ("joint",),

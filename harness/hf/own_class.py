@@ -228,6 +228,10 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         valid_BT = _valid(attention_mask, B, past, T)
         positions_BT = _positions(position_ids, attention_mask, B, past, T)
         layers = None if past_key_values is None else past_key_values.before(self.model, B)
+        if output_attentions and layers is not None and any(layer.window is not None for layer in layers):
+            raise UserError(
+                "output_attentions=True through a cache with a window, which holds no key for each token: take use_cache=False"
+            )
         wanted = _Wanted(self.model, bool(output_hidden_states), bool(output_attentions))
         plain = input_ids is not None and labels is None and not (output_hidden_states or output_attentions)
         decodes = past_key_values is not None and past > 0 and T == 1 and valid_BT is None and positions_BT is None

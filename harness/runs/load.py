@@ -24,7 +24,7 @@ from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load
 from harness.training.step import select_capture
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
-from modeling.kernels.attend import choose_backend
+from modeling.kernels.attend import SINK_WIDTH, choose_backend
 from modeling.kernels.latent_decode import check_kernel, check_widths
 
 CHECKPOINTS = ("last", "best")
@@ -117,13 +117,14 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
         for layer in model.attentions:
-            shape = (layer.n_heads, layer.n_kv_heads, layer.qk_width, layer.v_head_dim, layer.dropout)
+            qk_width = layer.qk_width + (0 if getattr(layer, "sink_logits", None) is None else SINK_WIDTH)
+            shape = (layer.n_heads, layer.n_kv_heads, qk_width, layer.v_head_dim, layer.dropout)
             if shape not in chosen:
                 chosen[shape] = choose_backend(
                     execution["backend"],
                     n_heads=layer.n_heads,
                     n_kv_heads=layer.n_kv_heads,
-                    qk_width=layer.qk_width,
+                    qk_width=qk_width,
                     v_width=layer.v_head_dim,
                     dropout=layer.dropout,
                     device=device,

@@ -122,6 +122,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "cache_sinks": choice.sinks,
             "cache_context": cache.context,
             "cache_bytes_at_context": cache.bytes_at_context,
+            "cache_bytes_by_context": {str(context): size for context, size in cache.bytes_by_context.items()},
             "cache_elements_per_token_per_layer": cache.elements_per_token_per_layer,
             "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
             "seconds": time.perf_counter() - started,

@@ -18,7 +18,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
-from modeling.attention.cache import DTYPES, formula_bytes
+from modeling.attention.cache import DTYPES, formula_bytes_at
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.shapes import shapes_only
 
@@ -53,14 +53,17 @@ FREE: dict[str, Callable[[TrainConfig], Sequence[int]]] = {
 def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
     """params, train_flops (per token) and kv_bytes (per token, all layers, in cache.dtype) of a configuration.
 
+    Where layers have windows, kv_bytes are those of max_seq_len tokens, per token.
+
     Raises UserError for sizes that do not fit together.
     """
     with shapes_only():
         model = build_model(config, vocab_size)
+    dtype, context = DTYPES[config.cache.dtype], config.model.max_seq_len
     return {
         "params": parameters_by_block(model)["total"],
-        "train_flops": training_flops_per_token(model, config.model.max_seq_len),
-        "kv_bytes": sum(formula_bytes(attention, DTYPES[config.cache.dtype]) for attention in model.attentions),
+        "train_flops": training_flops_per_token(model, context),
+        "kv_bytes": round(sum(formula_bytes_at(layer, dtype, context) for layer in model.attentions) / context),
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modeling.attention.positions import in_graph
 from modeling.attention.quantisation import LARGEST, SCALE, dequantise, quantise
+from modeling.kernels.attend import band
 
 if TYPE_CHECKING:
     from modeling.attention import Attention
@@ -38,6 +39,7 @@ class Placement:
     causal: query t sees keys 0..t, and there are no others. mask_BTS: True where a query may see a key (None: all).
     key_positions_BS: position of each visible key, where it is not its slot (caches with a window).
     end: one above the largest position or more, where it is known without asking the device (positions.py).
+    window: with causal, how many of the newest keys a query sees, for layers with a window of their own (None: all).
     """
 
     start: int
@@ -46,6 +48,7 @@ class Placement:
     mask_BTS: Tensor | None
     key_positions_BS: Tensor | None = None
     end: int | None = None
+    window: int | None = None
 
     def tables(self, rope: RotaryEmbedding, new_tokens: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """cos, sin of the new tokens, or of other positions where they are given. Raises ValueError beyond the model's."""
@@ -75,7 +78,11 @@ class Cache:
 
     window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
     (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
-    rotated at). M is then sinks + window at most, whatever the context.
+    rotated at). M is then sinks + window at most, whatever the context, and tokens may come without end.
+
+    reach (None: everything): how many of the newest positions, its own included, a query of this layer sees at all: the
+    window that it was trained with. Where it is the smaller one it takes the place of window and sinks; sinks further back
+    are never seen. With reach alone a row still takes max_seq_len tokens, as in layers that see everything.
     """
 
     def __init__(
@@ -90,11 +97,15 @@ class Cache:
         static: bool = False,
         window: int | None = None,
         sinks: int = 0,
+        reach: int | None = None,
     ) -> None:
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
             raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
         self.batch_size, self.max_seq_len, self.static = batch_size, max_seq_len, static
-        self.window, self.sinks = window, sinks
+        self._endless = window is not None and sinks + window <= max_seq_len
+        if reach is not None and (window is None or reach <= window):
+            window, sinks = reach, 0
+        self.window, self.sinks, self.reach = window, sinks, reach
         self.slots = max_seq_len if window is None else min(max_seq_len, sinks + window)
         # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
         self.buffers: dict[str, Tensor] = {}
@@ -142,16 +153,19 @@ class Cache:
         Raises ValueError when they do not fit.
         """
         self.check_room(new_tokens)
+        alike = not (self.static or self._ragged or valid_BT is not None)
+        if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
+            return Placement(0, None, True, None, window=self.window)
         if self.window is not None:
             return self._place_in_window(new_tokens, valid_BT)
         device = self.lengths_B.device
-        if not (self.static or self._ragged or valid_BT is not None):
+        if alike:
             start, visible = self._extent, self._extent + new_tokens
             mask_BTS = None
             if start > 0 and new_tokens > 1:  # aligned to the bottom right: query t sees slots 0..start+t
                 slots_T = torch.arange(start, visible, device=device)
                 mask_BTS = (torch.arange(visible, device=device) <= slots_T[:, None])[None]
-            return Placement(start, None, start == 0 and new_tokens > 1, mask_BTS)
+            return Placement(start, None, False, mask_BTS)
 
         slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
         visible = self.max_seq_len if self.static else self._extent + new_tokens
@@ -186,7 +200,8 @@ class Cache:
     def advance(self, new_tokens: int, valid_BT: Tensor | None = None) -> None:
         """Count tokens as taken in. `append` does; a layer that reads another one's latents has nothing to append.
 
-        A negative number takes the last ones back, where there is no window: a benchmark decodes one token again.
+        A negative number takes the last ones back: a benchmark decodes one token again. A window has by then forgotten those
+        in whose slots they came, and holds them in their place.
         """
         self._ragged = self._ragged or valid_BT is not None
         self.lengths_B += new_tokens if valid_BT is None else valid_BT.sum(dim=1)
@@ -210,8 +225,7 @@ class Cache:
 
     def check_room(self, new_tokens: int) -> None:
         """Raises ValueError unless so many more tokens a row fit. Inside a step that is compiled or captured: nothing."""
-        wraps = self.window is not None and self.slots == self.sinks + self.window
-        if wraps or (self.static and in_graph(self.lengths_B.device)):
+        if self._endless or (self.static and in_graph(self.lengths_B.device)):
             return
         taken = self.longest(self.max_seq_len - new_tokens) if self.static else self._extent
         if taken + new_tokens > self.max_seq_len:
@@ -292,6 +306,8 @@ class Cache:
         keys_BS = torch.cat((self._held(self.lengths_B)[:, :used], new_BT), dim=1)
         query, key = positions_BT[:, :, None], keys_BS[:, None, :]
         mask_BTS = (key >= 0) & (key <= query) & ((key < self.sinks) | (query - key < self.window))
+        if self.sinks and self.reach is not None:
+            mask_BTS = mask_BTS & (query - key < self.reach)
         if valid_BT is not None:  # a pad sees itself, so that its softmax is defined
             itself = torch.arange(used + new_tokens, device=keys_BS.device) - used
             mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
@@ -338,7 +354,7 @@ def new_cache(
     window: int | None = None,
     sinks: int = 0,
 ) -> Cache:
-    """An empty cache for one layer, of the shapes that the variant states."""
+    """An empty cache for one layer, of the shapes that the variant states, and no longer than the layer sees."""
     if not attention.causal:
         raise ValueError("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
     check_window(attention.kernel, window)
@@ -352,6 +368,7 @@ def new_cache(
         static=static,
         window=window,
         sinks=sinks,
+        reach=getattr(attention, "window", None),
     )
 
 
@@ -380,13 +397,18 @@ def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
     return attention.cache_formula + exempt + SCALE.itemsize * scales
 
 
-def place_without_cache(new_tokens: int, valid_BT: Tensor | None, *, causal: bool) -> Placement:
+def formula_bytes_at(attention: Attention, dtype: torch.dtype, context: int) -> int:
+    """The same for a sequence of so many tokens, of which a layer with a window keeps the newest."""
+    return formula_bytes(attention, dtype) * min(context, getattr(attention, "window", None) or context)
+
+
+def place_without_cache(new_tokens: int, valid_BT: Tensor | None, *, causal: bool, window: int | None = None) -> Placement:
     """Placement of a whole sequence: training, scoring, or a padded batch (valid_BT True at real tokens)."""
     if valid_BT is None:
-        return Placement(0, None, causal, None)
+        return Placement(0, None, causal, None, window=window)
     T, device = new_tokens, valid_BT.device
     eye_TT = torch.eye(T, dtype=torch.bool, device=device)
     mask_BTS = valid_BT[:, None, :] | eye_TT  # a pad sees itself, so that its softmax is defined
-    if causal:
-        mask_BTS = mask_BTS & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    if causal:  # real tokens of a row stand side by side: places are as far apart as positions
+        mask_BTS = mask_BTS & band(T, T if window is None else window, device)
     return Placement(0, (valid_BT.long().cumsum(dim=1) - 1).clamp(min=0), False, mask_BTS, end=T)

@@ -3,7 +3,7 @@
 One mechanism: H query heads share G key/value heads. G = H is MHA, G = 1 is MQA. Positions are a choice, so that an
 ablation can take one step at a time:
 
-    rope       all K dimensions of queries and keys are rotated                     cache per token: G * (K + V)
+    rope       all K dimensions of queries and keys are rotated, or the first ones  cache per token: G * (K + V)
     learned    nothing is rotated; the GPT adds a learned position table            cache per token: G * (K + V)
     none       no position information but the causal mask's                        cache per token: G * (K + V)
     decoupled  MLA's split on uncompressed heads: K un-rotated dimensions a head    cache per token: G * (K + V) + P
@@ -13,7 +13,12 @@ q_lora_rank gives queries a low rank, with a norm between the two factors: q = W
 wide heads it is multi-matrix factorisation attention, MFA (Hu et al. 2024, arXiv 2412.19255; the norm is that of Step-3's
 code, where q_down_proj, q_latent_norm and q_up_proj are q_proj, inter_norm and wq). The cache does not change.
 
-Logits are scaled by 1/sqrt(K), with decoupled positions by 1/sqrt(K + P).
+Logits are scaled by 1/sqrt(K), with decoupled positions by 1/sqrt(K + P). Two more choices change what is seen:
+
+    window       query t sees keys t-w+1..t (Beltagy et al. 2020, arXiv 2004.05150; Gemma 2, arXiv 2408.00118): of S tokens
+                 min(S, w) are cached
+    sink_logits  a learned logit a head joins the softmax and brings no value (gpt-oss, arXiv 2508.10925):
+                 p_s = exp(l_s) / (exp(sink) + sum exp(l_s'))
 
 Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, G key/value heads, K query/key width,
 V value width, R q_lora_rank, P width of the shared rotated part.
@@ -30,7 +35,7 @@ from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads, check_query_rank
-from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
 
 
 class GroupedQueryAttention(nn.Module):
@@ -38,6 +43,10 @@ class GroupedQueryAttention(nn.Module):
 
     head_dim is the width K of queries and per-head keys, v_head_dim that of values; qk_norm applies an RMSNorm over
     each head's K dimensions to queries and keys before rotation (Henry et al. 2020, arXiv 2010.04245; as in Qwen3).
+    rotary_fraction: the share of the K dimensions, from the first one on, that positions=rope turns (GPT-NeoX, Black et al.
+    2022, arXiv 2204.06745); frequencies are computed over the part that is turned.
+    window: how many of the newest tokens, its own included, a query sees; None for all. sink_logits: a learned sink a head,
+    0 at first.
     projection_bias: which projections have biases: as the model's other matrices (`model`), besides on queries, keys and
     values (`qkv`, as in Qwen2) or on all four (`all`). rope_scaling: modeling/attention/rope.py, scaled_frequencies.
     gate: on what the heads give, modeling/attention/output.py.
@@ -67,6 +76,9 @@ class GroupedQueryAttention(nn.Module):
         rope_scaling: dict[str, Any] | None = None,
         gate: str = "none",
         q_lora_rank: int | None = None,
+        window: int | None = None,
+        sink_logits: bool = False,
+        rotary_fraction: float = 1.0,
     ) -> None:
         super().__init__()
         check_heads(n_heads, n_kv_heads)
@@ -82,10 +94,13 @@ class GroupedQueryAttention(nn.Module):
                 f"is wider than 0 exactly when positions=decoupled"
             )
         check_query_rank(q_lora_rank, d_model, n_heads * (head_dim + qk_rope_head_dim))
+        if window is not None and (window < 1 or not causal):
+            raise ValueError(f"window={window} with causal={causal}: a window holds 1 token or more, and looks back alone")
         self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
         self.positions, self.causal, self.dropout = positions, causal, dropout
         self.backend, self.decode, self.kernel = "auto", "auto", "auto"
+        self.window = window
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
         self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()
@@ -103,9 +118,12 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * v_head_dim, d_model, bias=on_output)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=v_head_dim, bias=on_output)
         self.k_rope_proj = nn.Linear(d_model, qk_rope_head_dim, bias=on_inputs) if qk_rope_head_dim else None
+        self.sink_logits = nn.Parameter(torch.zeros(n_heads)) if sink_logits else None
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
-        rotated_width = {"rope": head_dim, "decoupled": qk_rope_head_dim}.get(positions, 0)
+        self.rotary_fraction = rotary_fraction
+        turned = head_dim if rotary_fraction == 1 else _turned(head_dim, rotary_fraction, positions)
+        rotated_width = {"rope": turned, "decoupled": qk_rope_head_dim}.get(positions, 0)
         self.rope = (
             RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling)
             if rotated_width
@@ -136,7 +154,10 @@ class GroupedQueryAttention(nn.Module):
     ) -> Tensor:
         """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
         B, T, _ = x_BTD.shape
-        place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
+        if cache is None:
+            place = place_without_cache(T, valid_BT, causal=self.causal, window=self.window)
+        else:
+            place = cache.place(T, valid_BT)
         q_BTHK = self._queries(x_BTD).view(B, T, self.n_heads, self.qk_width)
         k_BTGK = self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
         v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)
@@ -146,7 +167,9 @@ class GroupedQueryAttention(nn.Module):
         new = {"k": k_BTGK, "v": v_BTGV}
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)
-            if self.k_rope_proj is None:
+            if self.rotary_fraction != 1:
+                q_BTHK, new["k"] = rotate_first(q_BTHK, tables), rotate_first(k_BTGK, tables)
+            elif self.k_rope_proj is None:
                 q_BTHK, new["k"] = rotate(q_BTHK, tables), rotate(k_BTGK, tables)
             else:
                 q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
@@ -165,3 +188,17 @@ class GroupedQueryAttention(nn.Module):
         if self.q_lora_rank is None:
             return self.q_proj(x_BTD)
         return self.q_up_proj(normed(self.q_latent_norm, self.q_down_proj(x_BTD)))
+
+
+def _turned(head_dim: int, fraction: float, positions: str) -> int:
+    """Dimensions of a head that are rotated where not all are."""
+    if positions != "rope":
+        raise ValueError(f"rotary_fraction={fraction} does not go with positions={positions}, another scheme: leave it out")
+    width = round(head_dim * fraction)
+    if not 0 < fraction < 1 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
+        possible = [f"{even / head_dim:g}" for even in range(2, head_dim + 1, 2)]
+        raise ValueError(
+            f"rotary_fraction={fraction} of head_dim={head_dim} is {head_dim * fraction:g} dimensions, which are turned in "
+            f"pairs: choose one of {', '.join(possible[:16])}{' and so on' if len(possible) > 16 else ''}"
+        )
+    return width

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def attend_as(
     attention: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, place: Placement, weights_out: list[Tensor] | None
 ) -> Tensor:
-    """out_BTHV by the scale, dropout and backend of `attention`; keys and values in the dtype of the queries."""
+    """out_BTHV by the scale, sinks, dropout and backend of `attention`; keys and values in the dtype of the queries."""
     out_BTHV, weights_BHTS = attend(
         q_BTHK,
         k_BSGK.to(q_BTHK.dtype),
@@ -32,6 +32,8 @@ def attend_as(
         scale=attention.scale,
         causal=place.causal,
         mask_BTS=place.mask_BTS,
+        window=place.window,
+        sink_logits_H=getattr(attention, "sink_logits", None),
         dropout=attention.dropout if attention.training else 0.0,
         backend=attention.backend,
         return_weights=weights_out is not None,

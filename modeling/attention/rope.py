@@ -185,6 +185,13 @@ class StoredRotaryEmbedding(RotaryEmbedding):
         self._rebuild()
 
 
+def rotate_first(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first P of every head's K dimensions, as many as the tables have angles for; the others stay."""
+    width = 2 * tables[0].shape[-1]
+    turned_BTHP, still_BTHN = x_BTHK.split((width, x_BTHK.shape[-1] - width), dim=-1)
+    return torch.cat((rotate(turned_BTHP, tables), still_BTHN), dim=-1)
+
+
 def rotate(x_BTHP: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn every head's P dimensions by its token's angle, in float32 at least; dtype and shape are kept."""
     cos, sin = tables

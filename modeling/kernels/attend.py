@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ BACKENDS = ("auto", "reference", "sdpa", *PINNED)
 # On two CPU cores (T 256, widths 48/32) padded flash takes 0.82 of the time of the unfused kernel.
 _ONE_WIDTH = ("sdpa_flash",)
 
+SINK_WIDTH = 8  # by which sinks widen queries and keys: kernels like multiples of it
+
 
 def attend(
     q_BTHK: Tensor,
@@ -37,22 +40,41 @@ def attend(
     scale: float,
     causal: bool = False,
     mask_BTS: Tensor | None = None,
+    window: int | None = None,
+    sink_logits_H: Tensor | None = None,
     dropout: float = 0.0,
     backend: str = "sdpa",
     return_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(scale * q k^T) v.
 
-    causal: query t sees keys 0..t (needs T == S and no mask). mask_BTS: True where query t may see key s; its first
-    dimension may be 1. Returns (out_BTHV, weights_BHTS or None); weights only from the reference backend.
+    causal: query t sees keys 0..t (needs T == S and no mask), with a window those of t-window+1..t. mask_BTS: True where
+    query t may see key s; its first dimension may be 1. sink_logits_H: a logit of each head that takes its share of the
+    softmax and brings no value (gpt-oss): p_s = exp(l_s) / (exp(sink) + sum exp(l_s')). Returns (out_BTHV, weights_BHTS or
+    None); weights only from the reference backend, those of a sink left out.
     """
     if causal and (mask_BTS is not None or q_BTHK.shape[1] != k_BSGK.shape[1]):
         raise ValueError("causal=True is for T == S without a mask; pass the mask alone")
+    T = q_BTHK.shape[1]
+    if window is not None and not causal:
+        raise ValueError(f"window={window} is for causal=True; a mask says itself what is seen")
+    if window is not None and window < T and (backend == "reference" or 2 * window >= T):
+        causal, mask_BTS = False, band(T, window, q_BTHK.device)[None]
     if backend == "reference":
-        out_BTHV, weights_BHTS = _reference(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, dropout)
+        out_BTHV, weights_BHTS = _reference(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, sink_logits_H, dropout)
         return out_BTHV, weights_BHTS if return_weights else None
     if return_weights:
         raise ValueError(f"attention weights come from backend='reference' only, not from '{backend}'")
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout, "backend": backend}
+    if window is not None and 2 * window < T:
+        return _in_blocks(q_BTHK, k_BSGK, v_BSGV, window, sink_logits_H, **options), None
+    if sink_logits_H is not None:
+        if T == 1 and not dropout:
+            out_BTHV, _ = attend(q_BTHK, k_BSGK, v_BSGV, mask_BTS=mask_BTS, **options)
+            return _less_the_sinks(out_BTHV, q_BTHK, k_BSGK, scale, mask_BTS, sink_logits_H), None
+        q_BTHK, k_BSGK, v_BSGV, mask_BTS = _with_sink_key(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, sink_logits_H)
+        out_BTHV, _ = attend(q_BTHK, k_BSGK, v_BSGV, causal=causal, mask_BTS=mask_BTS, **options)
+        return out_BTHV[:, -T:], None
 
     v_width = v_BSGV.shape[-1]
     if backend in _ONE_WIDTH and mask_BTS is None and v_width != q_BTHK.shape[-1]:
@@ -73,8 +95,81 @@ def attend(
     return out_BHTV.transpose(1, 2)[..., :v_width], None
 
 
+def band(T: int, window: int, device: torch.device) -> Tensor:
+    """(T, T), True where query t sees key s: the newest `window` up to its own place."""
+    seen_TT = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+    return seen_TT.triu(1 - window)
+
+
+def _in_blocks(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, window: int, sink_logits_H: Tensor | None, **options: Any
+) -> Tensor:
+    """A window through kernels that know none: blocks of `window` queries, each with its own keys and the block's before.
+
+    2 w keys a query in place of T, and one mask of (w, 2 w) for all blocks. The first block is plain causal attention.
+    """
+    B, T = q_BTHK.shape[:2]
+    count = -(-T // window)
+    if count * window > T:  # keys behind the last query are hidden from all that are kept
+        q_BTHK, k_BTGK, v_BTGV = (F.pad(x, (0, 0, 0, 0, 0, count * window - T)) for x in (q_BTHK, k_BTGK, v_BTGV))
+    first_BwHV, _ = attend(
+        *(x[:, :window] for x in (q_BTHK, k_BTGK, v_BTGV)), causal=True, sink_logits_H=sink_logits_H, **options
+    )
+    queries = q_BTHK[:, window:].unflatten(0, (B, 1)).unflatten(2, (count - 1, window)).flatten(0, 2)
+    keys, values = (
+        torch.cat([x.unflatten(1, (count, window))[:, part] for part in (slice(None, -1), slice(1, None))], dim=2).flatten(0, 1)
+        for x in (k_BTGK, v_BTGV)
+    )
+    seen_wS = band(2 * window, window, q_BTHK.device)[window:]
+    others, _ = attend(queries, keys, values, mask_BTS=seen_wS[None], sink_logits_H=sink_logits_H, **options)
+    return torch.cat((first_BwHV, others.unflatten(0, (B, count - 1)).flatten(1, 2)), dim=1)[:, :T]
+
+
+def _with_sink_key(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, causal: bool, mask_BTS: Tensor | None, sink_logits_H: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Sinks through kernels that know none: a key before all others, of value 0, that every query meets with its sink's logit.
+
+    Queries and keys are wider by SINK_WIDTH, of which the first is sink / scale times 1 at that key
+    and times 0 at the others. Causal attention stays square: a query of zeros stands before the others, to be cut off.
+    """
+    B, T, H, _ = q_BTHK.shape
+    own_BTH1 = (sink_logits_H / scale).to(q_BTHK.dtype)[:, None].expand(B, T, H, 1)
+    q_BTHK = torch.cat((q_BTHK, F.pad(own_BTH1, (0, SINK_WIDTH - 1))), dim=-1)
+    k_BSGK = F.pad(k_BSGK, (0, SINK_WIDTH, 0, 0, 1, 0))
+    at_sink = torch.zeros(k_BSGK.shape[-1], dtype=k_BSGK.dtype, device=k_BSGK.device)
+    at_sink[-SINK_WIDTH] = 1
+    k_BSGK = torch.cat((at_sink.expand_as(k_BSGK[:, :1]), k_BSGK[:, 1:]), dim=1)
+    if causal:
+        q_BTHK = F.pad(q_BTHK, (0, 0, 0, 0, 1, 0))
+    return q_BTHK, k_BSGK, F.pad(v_BSGV, (0, 0, 0, 0, 1, 0)), None if mask_BTS is None else F.pad(mask_BTS, (1, 0), value=True)
+
+
+def _less_the_sinks(
+    out_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, scale: float, mask_BTS: Tensor | None, sink_logits_H: Tensor
+) -> Tensor:
+    """Outputs of attention without sinks, each times what its sink leaves: sum exp(l_s) / (exp(sink) + sum exp(l_s)).
+
+    For the one query of a decoding step: reading all keys once more costs less than a copy of the cache with one key added.
+    """
+    q_BTGHK = q_BTHK.unflatten(2, (k_BSGK.shape[2], -1))
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    logits_BGHTS = scale * torch.einsum("btghk,bsgk->bghts", q_BTGHK, k_BSGK).to(dtype)
+    if mask_BTS is not None:
+        logits_BGHTS = logits_BGHTS.masked_fill(~mask_BTS[:, None, None], float("-inf"))
+    sums_BTH = logits_BGHTS.logsumexp(dim=-1).flatten(1, 2).transpose(1, 2)
+    return out_BTHV * (sums_BTH - sink_logits_H).sigmoid().unsqueeze(-1).to(out_BTHV.dtype)
+
+
 def _reference(
-    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, causal: bool, mask_BTS: Tensor | None, dropout: float
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    scale: float,
+    causal: bool,
+    mask_BTS: Tensor | None,
+    sink_logits_H: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """The equation as it stands, in float32 at least, rounded once: the output."""
     heads_per_group = q_BTHK.shape[2] // k_BSGK.shape[2]
@@ -90,7 +185,12 @@ def _reference(
             mask_BTS = torch.ones(1, T, T, dtype=torch.bool, device=logits_BHTS.device).tril()
         if mask_BTS is not None:
             logits_BHTS = logits_BHTS.masked_fill(~mask_BTS.unsqueeze(1), float("-inf"))
-        weights_BHTS = F.dropout(logits_BHTS.softmax(dim=-1), dropout)
+        if sink_logits_H is None:
+            weights_BHTS = logits_BHTS.softmax(dim=-1)
+        else:
+            sinks_BHT1 = sink_logits_H.to(dtype)[:, None, None].expand(*logits_BHTS.shape[:3], 1)
+            weights_BHTS = torch.cat((logits_BHTS, sinks_BHT1), dim=-1).softmax(dim=-1)[..., :-1]
+        weights_BHTS = F.dropout(weights_BHTS, dropout)
         out_BHTV = weights_BHTS @ v_BHSV
     return out_BHTV.transpose(1, 2).to(v_BSGV.dtype), weights_BHTS
 

@@ -155,9 +155,8 @@ REFUSED = {
     "quantum=3": "quantum is not a field of the configuration; python train_model.py --help shows all that there are",
     "attention=mla attention.kv_rank=8": "attention.kv_rank is not a field of the configuration; "
     "did you mean attention.kv_lora_rank?",
-    "attention=mla attention.mechanism=gqa": "attention.q_lora_rank is not a field of the configuration; choose from "
-    "backend, decode, dropout, head_dim, kernel, kinds, layers, mechanism, n_kv_heads, name, positions, "
-    "projection_bias, qk_norm, qk_rope_head_dim, rope_scaling, rope_theta, v_head_dim",
+    "attention=mla attention.mechanism=gqa": "attention.kv_lora_rank is not a field of the configuration; did you mean "
+    "q_lora_rank?",
     "mla": "mla is not of the form key=value; did you mean attention=mla?",
     "=3": "=3 is not of the form key=value; name a field and its value",
     "+new=1": "new is not a field of the configuration; python train_model.py --help shows all that there are",

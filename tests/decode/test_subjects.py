@@ -22,9 +22,9 @@ from tests.support.variants import SHIPPED, attention_from, gpt_from
 
 
 def test_the_largest_batch_is_what_fits_beside_the_weights() -> None:
-    assert Footprint(1000, 10).largest_batch(8, 1000 + 3 * 80) == 3
-    assert Footprint(1000, 10).largest_batch(8, 1000 + 3 * 80 - 1) == 2
-    assert Footprint(1000, 10).largest_batch(8, 999) == 0
+    assert Footprint(1000, lambda context: 10 * context).largest_batch(8, 1000 + 3 * 80) == 3
+    assert Footprint(1000, lambda context: 10 * context).largest_batch(8, 1000 + 3 * 80 - 1) == 2
+    assert Footprint(1000, lambda context: 10 * context).largest_batch(8, 999) == 0
 
 
 @pytest.mark.parametrize(("attention", "elements"), [("mha", 2 * 4 * 12), ("gqa", 2 * 2 * 12), ("mla", 24 + 6)])
@@ -32,7 +32,15 @@ def test_a_footprint_is_counted_on_the_meta_device(attention: str, elements: int
     with torch.device("meta"):
         model = gpt_from([f"attention={attention}"])
     sizes = footprint(model, dtype=torch.bfloat16, cache_dtype=torch.float32)
-    assert sizes == Footprint(2 * sum(p.numel() for p in model.parameters()), 4 * 2 * elements)
+    assert sizes.parameter_bytes == 2 * sum(p.numel() for p in model.parameters())
+    assert [sizes.cache_bytes(context) for context in (1, 50)] == [4 * 2 * elements, 50 * 4 * 2 * elements]
+
+
+def test_a_footprint_holds_no_more_of_a_window_than_its_tokens() -> None:
+    sizes = footprint(gpt_from(["attention=swa_1_1"]), dtype=torch.float32, cache_dtype=torch.bfloat16)
+    assert [sizes.cache_bytes(context) for context in (8, 64, 4096)] == [
+        2 * 48 * (min(context, 16) + context) for context in (8, 64, 4096)
+    ]
 
 
 def test_a_step_reads_every_weight_but_the_tables_that_give_it_rows() -> None:

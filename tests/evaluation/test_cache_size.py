@@ -24,14 +24,21 @@ def _decode(model: GPT, context: int) -> tuple[Any, list[torch.Tensor]]:
     return cache, logits[-1:]
 
 
+def _allocated(model: GPT, context: int) -> int:
+    """By hand: what each layer keeps of a token, times the tokens that its window holds."""
+    return sum(4 * layer.cache_formula * min(context, getattr(layer, "window", None) or context) for layer in model.attentions)
+
+
 @pytest.mark.parametrize("attention", SHIPPED)
 def test_live_memory_grows_by_exactly_the_measured_bytes_per_token(attention: str) -> None:
     model = gpt_from([f"attention={attention}"]).eval()
     with torch.no_grad():
         slope = live_bytes_slope(lambda context: _decode(model, context), CONTEXTS)
+    allocated = [_allocated(model, context) for context in CONTEXTS]
+    assert slope == pytest.approx((allocated[1] - allocated[0]) / (CONTEXTS[1] - CONTEXTS[0]), rel=0.01)
     measured = measure_cache(model, dtype=torch.float32)
-    assert slope == pytest.approx(measured.bytes_per_token, rel=0.01)
-    assert measured.bytes_per_token > 0
+    assert measured.bytes_per_token == _allocated(model, model.max_seq_len) / model.max_seq_len > 0
+    assert measured.bytes_by_context == {context: _allocated(model, context) for context in (1024, 8192, 32768, 131072)}
 
 
 def test_a_decoder_that_keeps_expanded_keys_and_values_is_found_out() -> None:
@@ -66,7 +73,9 @@ def test_the_buffers_hold_what_the_formula_says_in_the_dtype_asked_for(attention
     for dtype, width in ((torch.bfloat16, 2), (torch.float32, 4)):
         size = measure_cache(model, dtype=dtype)
         assert size.dtype == dtype
-        assert size.bytes_per_token == width * sum(formula)
+        assert size.held_bytes_per_token == width * sum(formula)
         assert list(size.elements_per_token_by_layer) == formula
-        assert size.elements_per_token_per_layer == sum(formula) / len(formula)
+        elements = _allocated(model, 64) / 4 / 64
+        assert size.bytes_per_token == width * elements and size.bytes_at_context == 64 * size.bytes_per_token
+        assert size.elements_per_token_per_layer == elements / len(formula)
         assert isinstance(size.elements_per_token_per_layer, int)

@@ -114,14 +114,18 @@ def visible(T: int, *, causal: bool, window: int | None, sinks: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def softmax_attention(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, seen_TS: Tensor) -> Tensor:
-    """[o_1 ... o_H], (B, T, H V): query head h reads key/value head h // (H / G)."""
+def softmax_attention(
+    q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, seen_TS: Tensor, sinks_H: Tensor | None = None
+) -> Tensor:
+    """[o_1 ... o_H], (B, T, H V): query head h reads key/value head h // (H / G). sinks_H: logits beside those of the keys."""
     H, G = q_BTHK.shape[2], k_BSGK.shape[2]
     heads = []
     for h in range(H):
         g = h // (H // G)
         logits_BTS = scale * q_BTHK[:, :, h] @ k_BSGK[:, :, g].transpose(1, 2)
-        heads.append(logits_BTS.masked_fill(~seen_TS, -math.inf).softmax(dim=-1) @ v_BSGV[:, :, g])
+        exps_BTS = (logits_BTS.masked_fill(~seen_TS, -math.inf) - logits_BTS.max()).exp()
+        sink = 0.0 if sinks_H is None else (sinks_H[h] - logits_BTS.max()).exp()
+        heads.append(exps_BTS / (exps_BTS.sum(dim=-1, keepdim=True) + sink) @ v_BSGV[:, :, g])
     return torch.cat(heads, dim=-1)
 
 
@@ -154,14 +158,19 @@ def grouped(
         k_BTGK = weights.norm("rms", "k_norm", k_BTGK, eps)
     scaling, theta = o["rope_scaling"], o["rope_theta"]
     if o["positions"] == "rope":
-        turned = frequencies(K, theta, scaling), amplitude(scaling)
-        q_own, k_BTGK = rotate(q_own, *turned), rotate(k_BTGK, *turned)
+        p = round(K * o["rotary_fraction"])
+        turned = frequencies(p, theta, scaling), amplitude(scaling)
+        q_own, k_BTGK = (torch.cat([rotate(x[..., :p], *turned), x[..., p:]], dim=-1) for x in (q_own, k_BTGK))
     if o["positions"] == "decoupled":
         turned = frequencies(P, theta, scaling), amplitude(scaling)
         k_rope_BT1P = rotate(weights.linear("k_rope_proj", x_BTD, bias=on_inputs).unsqueeze(2), *turned)
         q_own = torch.cat([q_own, rotate(q_rope, *turned)], dim=-1)
         k_BTGK = torch.cat([k_BTGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
-    heads = softmax_attention(q_own, k_BTGK, v_BTGV, 1 / math.sqrt(K + P), seen_TS)
+    sinks_H = weights.take("sink_logits") if o["sink_logits"] else None
+    if o["window"] is not None:
+        T = x_BTD.shape[1]
+        seen_TS = seen_TS & torch.tensor([[t - s < o["window"] for s in range(T)] for t in range(T)])
+    heads = softmax_attention(q_own, k_BTGK, v_BTGV, 1 / math.sqrt(K + P), seen_TS, sinks_H)
     on_output = sizes["bias"] or o["projection_bias"] == "all"
     out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=on_output), bias=on_output)
     weights.all_taken()

@@ -256,7 +256,7 @@ def test_a_static_cache_always_shows_whole_buffers_and_a_mask() -> None:
 @pytest.mark.parametrize("variant", SHIPPED)
 @torch.no_grad()
 def test_a_compiled_decode_step_is_compiled_once_however_long_the_context_grows(variant: str) -> None:
-    model: GPT = randomise(gpt_from([f"attention={variant}"], n_layers=1)).eval()
+    model: GPT = randomise(gpt_from([f"attention={variant}"])).eval()
     tokens = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0))
     full = model(tokens)[..., :100]
     cache = model.new_cache(2, 20, dtype=torch.float32, device="cpu", static=True)

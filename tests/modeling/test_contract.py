@@ -19,7 +19,7 @@ from modeling.attention.contract import (
     no_token_sees_the_future,
     output_has_the_inputs_shape_and_dtype,
 )
-from tests.support.variants import KNOBS, SHIPPED, attention_from
+from tests.support.variants import KNOBS, SHIPPED, attention_from, attentions_from
 
 # Cached elements per token of the shipped variants at SIZES (4 heads of 12, d_model 48), by hand.
 SHIPPED_ELEMENTS = {
@@ -40,6 +40,11 @@ SHIPPED_ELEMENTS = {
     "gla": 24 + 6,
     "mla_frozen": 24 + 6,
     "mla_slice": 24 + 6,
+    "swa_3_1": 2 * 2 * 12,
+    "swa_1_1": 2 * 2 * 12,
+    "swa_sinks": 2 * 2 * 12,
+    "gqa_partial": 2 * 2 * 12,
+    "mqa_wide": 2 * 24,
 }
 VARIANTS = {name: [f"attention={name}"] for name in SHIPPED} | {name: knob[0] for name, knob in KNOBS.items()}
 ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}
@@ -47,7 +52,7 @@ ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}
 
 @functools.cache
 def _prototype(variant: str) -> Variant:
-    return attention_from(VARIANTS[variant])
+    return attentions_from(VARIANTS[variant])
 
 
 def builder(variant: str) -> Build:
@@ -62,7 +67,7 @@ def test_contract(check: Callable[[Build], None], variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ELEMENTS)
 def test_cached_elements_are_the_ones_written_down(variant: str) -> None:
-    cache = new_cache(builder(variant)(), 1, 4, dtype=torch.bfloat16, device="cpu")
+    cache = new_cache(attention_from(VARIANTS[variant]), 1, 4, dtype=torch.bfloat16, device="cpu")
     assert cache.elements_per_token == ELEMENTS[variant]
 
 

@@ -35,7 +35,20 @@ def counted(model: GPT) -> int:
 )
 def test_training_flops_are_torchs_count(overrides: list[str]) -> None:
     model = gpt_from(overrides)
-    assert training_flops_per_token(model, TOKENS) * ROWS * TOKENS == counted(model)
+    # The counter sees products over the whole square, of which a mask hides what is beyond a window.
+    hidden = [max(0, TOKENS - (getattr(layer, "window", None) or TOKENS)) for layer in model.attentions]
+    beyond = sum(
+        3 * 2 * layer.n_heads * (layer.qk_width + layer.v_head_dim) * keys
+        for layer, keys in zip(model.attentions, hidden, strict=True)
+    )
+    assert (training_flops_per_token(model, TOKENS) + beyond) * ROWS * TOKENS == counted(model)
+
+
+def test_a_window_takes_the_flops_of_its_keys_alone() -> None:
+    full, windowed = gpt_from(["attention=gqa"]), gpt_from(["attention=gqa", "attention.window=6"])
+    saved = training_flops_per_token(full, TOKENS) - training_flops_per_token(windowed, TOKENS)
+    assert saved == 12 * LAYERS * H * d * (TOKENS - 6)
+    assert training_flops_per_token(windowed, 5) == training_flops_per_token(full, 5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
-from tests.support.variants import SHIPPED
+from tests.support.variants import SHIPPED, deep_enough
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS, BATCH, TOKENS, VOCAB, LR = 20, 4, 64, 512, 4e-3
@@ -53,7 +53,8 @@ def batches() -> Iterator[Tensor]:
 
 
 def losses_of(variant: str) -> list[float]:
-    config = load_train_config([*SIZES, f"attention={variant}", "name=golden"])
+    chosen = f"attention={variant}"
+    config = load_train_config([*SIZES, *deep_enough([chosen]), chosen, "name=golden"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build_model(config, VOCAB)

@@ -18,7 +18,7 @@ from modeling.attention.contract import randomise, relative_error
 from modeling.gpt import GPT, MLP
 from tests.support.variants import KNOBS, SHIPPED, gpt_from
 
-VOCAB, PADDED, LAYERS, D = 100, 128, 2, 48
+VOCAB, PADDED, D = 100, 128, 48
 LEARNED = [["attention=mha_learned"], ["attention=mla_plain"], KNOBS["gqa, learned positions"][0]]
 
 
@@ -97,7 +97,7 @@ def test_both_backends_give_the_same_logits(variant: str) -> None:
     model.set_execution(backend="reference")
     reference = model(tokens)[..., :VOCAB]
     model.set_execution(backend="sdpa")
-    assert [attention.backend for attention in model.attentions] == ["sdpa"] * LAYERS
+    assert [attention.backend for attention in model.attentions] == ["sdpa"] * len(model.blocks)
     assert relative_error(model(tokens)[..., :VOCAB], reference) < 1e-5
 
 
@@ -414,7 +414,7 @@ def test_cached_decoding_equals_the_full_forward(overrides: list[str]) -> None:
     for static in (False, True):
         for split in ([20], [9] + [1] * 11, [3, 1, 7, 2, 7]):
             cache = model.new_cache(2, 20, dtype=torch.float32, device="cpu", static=static)
-            assert len(cache) == LAYERS
+            assert len(cache) == len(model.blocks)
             pieces = torch.cat([model(piece, cache) for piece in tokens.split(split, dim=1)], dim=1)
             assert relative_error(pieces[..., :VOCAB], full) <= 1e-5, (static, split)
 
@@ -479,4 +479,4 @@ def test_a_full_cache_refuses_a_token_and_says_how_many_it_holds(variant: str) -
     with pytest.raises(ValueError, match="the cache holds 10 tokens a row and 8 are taken: 3 more do not fit"):
         model(random_tokens(2, 3), cache)
     assert model(random_tokens(2, 2), cache).shape == (2, 2, PADDED)
-    assert [layer.lengths_B.tolist() for layer in cache] == [[10, 10]] * LAYERS
+    assert [layer.lengths_B.tolist() for layer in cache] == [[10, 10]] * len(cache)

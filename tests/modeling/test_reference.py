@@ -70,6 +70,9 @@ def _grouped(draw: random.Random) -> dict[str, Any]:
         "gate": draw.choice(["none", "element", "head"]),
         "projection_bias": draw.choice(["model", "qkv", "all"]),
         "rope_scaling": _scaling(draw) if positions in ("rope", "decoupled") else None,
+        "window": draw.choice([None, None, 1, 2, 4, 5, 20]),
+        "sink_logits": draw.random() < 0.4,
+        "rotary_fraction": draw.choice([1.0, 0.5]) if positions == "rope" else 1.0,
     }
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from harness.config.build import build_layer, build_model
+import yaml
+
+from harness.config.build import build_layer, build_layers, build_model, layers_that_differ
 from harness.config.compose import load_train_config, options_of
+from harness.config.places import CONFIGS
 from harness.config.schema import TrainConfig
 from modeling.attention.contract import Variant
 from modeling.gpt import GPT
@@ -128,6 +132,21 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mha decoupled, YaRN": (["attention=mha_decoupled", YARN], 2 * 4 * 12 + 6),
     "mla, biases on all projections": (["attention=mla", "attention.projection_bias=all"], 24 + 6),
     "mla, YaRN with mscale_all_dim": (["attention=mla", DEEPSEEK_YARN], 24 + 6),
+    "gqa, a window in blocks": (["attention=gqa", "attention.window=6"], 2 * 2 * 12),
+    "gqa, a window in uneven blocks": (["attention=gqa", "attention.window=7"], 2 * 2 * 12),
+    "gqa, a window by a mask": (["attention=gqa", "attention.window=16"], 2 * 2 * 12),
+    "mha decoupled, a window of 3": (["attention=mha_decoupled", "attention.window=3"], 2 * 4 * 12 + 6),
+    "gqa, sinks": (["attention=gqa", "attention.sink_logits=true"], 2 * 2 * 12),
+    "mha, sinks, a window, narrow values, QK-norm": (
+        [
+            "attention=mha",
+            "attention.sink_logits=true",
+            "attention.window=7",
+            "attention.v_head_dim=7",
+            "attention.qk_norm=true",
+        ],
+        4 * (12 + 7),
+    ),
     "mla, stored frequencies": (["attention=mla", "attention.rope_frequencies=stored"], 24 + 6),
 }
 
@@ -135,12 +154,26 @@ KNOBS: dict[str, tuple[list[str], int]] = {
 @functools.cache
 def config_at(*overrides: str) -> TrainConfig:
     """SIZES and these overrides, composed once (it takes half a second); not to be changed."""
-    return load_train_config([*SIZES, *overrides, "name=tested"])
+    return load_train_config([*SIZES, *deep_enough(overrides), *overrides, "name=tested"])
+
+
+def deep_enough(overrides: Sequence[str]) -> list[str]:
+    """As many layers as a shipped pattern has, where that is more than SIZES'."""
+    names = [override.partition("=")[2] for override in overrides if override.startswith("attention=")]
+    layers = [yaml.safe_load((CONFIGS / "attention" / f"{name}.yaml").read_text()).get("layers", []) for name in names]
+    return [f"model.n_layers={len(pattern)}" for pattern in layers if len(pattern) > 2]
 
 
 def attention_from(overrides: list[str]) -> Variant:
     """The attention module alone, at SIZES unless the overrides say otherwise."""
     return build_layer(config_at(*overrides))
+
+
+def attentions_from(overrides: list[str]) -> Variant:
+    """The attention module alone, or where layers differ so many as hold all kinds."""
+    config = config_at(*overrides)
+    count = layers_that_differ(config)
+    return build_layers(config, count) if count > 1 else build_layer(config)
 
 
 def gpt_from(overrides: list[str], vocab_size: int = 100, **changes: Any) -> GPT:
