@@ -94,6 +94,8 @@ FAMILIES = {
     "qwen": Family(groups="", by_formula=True),  # Qwen/Qwen-7B, the first: MHA
     "xverse": Family(groups="", by_formula=True),  # xverse/XVERSE-13B: MHA
     "exaone": Family(layers="num_layers", by_formula=True),  # LGAI-EXAONE/EXAONE-3.0-7.8B
+    # stepfun-ai/step3: multi-matrix factorisation, one key and one value head; in step3_vl's text_config
+    "step3_text": Family(groups="num_attention_groups", defaults={"num_attention_groups": 1, "head_dim": 256}, by_formula=True),
     "chatglm": Family(layers="num_layers", groups="multi_query_group_num", width="kv_channels", by_formula=True),
 }
 IMPORTED = {name: family for name, family in FAMILIES.items() if family.architecture is not None}

@@ -179,6 +179,23 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "DeepSeek-V3.2": (DEEPSEEK_V3 | {"model_type": "deepseek_v32", "index_head_dim": 128}, 576 + 128, 61, 32768),
     "Kimi-K2": (KIMI_K2, 576, 61, 16384),
     "Kimi-K2.5": ({"model_type": "kimi_k25", "text_config": KIMI_K2}, 576, 61, 16384),
+    "Step-3": (
+        {
+            "model_type": "step3_vl",
+            "text_config": {
+                "model_type": "step3_text",
+                "hidden_size": 7168,
+                "num_hidden_layers": 61,
+                "num_attention_heads": 64,
+                "num_attention_groups": 1,
+                "head_dim": 256,
+                "share_q_dim": 2048,
+            },
+        },
+        2 * 256,
+        61,
+        2 * 64 * 256,
+    ),
     "MiniCPM3-4B": (
         {
             "model_type": "minicpm3",
