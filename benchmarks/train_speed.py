@@ -150,7 +150,7 @@ class Peer(nn.Module):
         spec = importlib.util.spec_from_file_location("peer", path)
         if spec is None or spec.loader is None or not path.is_file():
             raise UserError(f"peer={path} is no Python file: give the path of nanoGPT's model.py")
-        theirs = importlib.util.module_from_spec(spec)
+        theirs = sys.modules["peer"] = importlib.util.module_from_spec(spec)  # torch.compile looks it up by its name
         spec.loader.exec_module(theirs)
         model = config.model
         shape = theirs.GPTConfig(
