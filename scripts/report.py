@@ -1,6 +1,7 @@
 """The report of a study, made again from its folder: python scripts/report.py study=NAME [key=value ...].
 
 A study that is not finished is reported as far as it is; what is missing stands at the top. Nothing is trained or evaluated.
+With csv=FILE the verdicts are printed from a report.csv alone, such as those of docs/studies, whose runs are elsewhere.
 """
 
 # ruff: noqa: E402
@@ -22,6 +23,7 @@ import json
 from harness.config.places import user_path
 from harness.config.schema import Tracker, TrackingConfig
 from harness.entry.cli import parse_options, run_script
+from harness.errors import UserError
 
 
 @dataclass
@@ -34,11 +36,21 @@ class ReportOptions:
     tracking: Annotated[
         Tracker, "wandb or trackio: also one run of that dashboard with the table, the figures and the page"
     ] = "none"
+    csv: Annotated[str | None, "the report.csv of this study: print what its runs say, and write nothing"] = None
+    pairs: Annotated[str | None, "with csv: arms to compare besides, a:b,c:d for a minus b and c minus d"] = None
 
 
 def main(arguments: list[str]) -> int:
     options = parse_options(ReportOptions, arguments)
     folder = user_path(options.runs_dir) / (options.name or options.study)
+
+    if options.csv is not None:
+        from harness.report.restated import restated
+
+        print(restated(user_path(options.csv), options.study, _pairs(options.pairs)))
+        return 0
+    if options.pairs is not None:
+        raise UserError("pairs=... is for csv=FILE: a study's own comparisons stand in its YAML")
 
     from harness.report.write import report_study
     from harness.tracking import check_tracking
@@ -54,6 +66,13 @@ def main(arguments: list[str]) -> int:
     }
     print(json.dumps(line | {"runs": len(results.runs), "missing": results.missing}))
     return 0
+
+
+def _pairs(text: str | None) -> list[tuple[str, str]]:
+    pairs = [tuple(pair.split(":")) for pair in text.split(",")] if text else []
+    if any(len(pair) != 2 for pair in pairs):
+        raise UserError(f"pairs={text} must name two arms each, as in pairs=mla:gqa,mla:mqa")
+    return [(a, b) for a, b in pairs]
 
 
 if __name__ == "__main__":

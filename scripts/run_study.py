@@ -10,7 +10,7 @@ finished elsewhere count when their folders are copied into the study's. A faile
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -82,6 +82,7 @@ class Command:
     tune: str  # lr, none or stored
     options: StudyOptions
     overrides: list[str]  # of every run
+    declared: dict[str, list[int]] = field(default_factory=dict)  # seeds of the study's YAML, of each arm
 
 
 def main(arguments: list[str]) -> int:
@@ -94,11 +95,12 @@ def main(arguments: list[str]) -> int:
         if key not in of_runs and difflib.get_close_matches(key, fields, n=1, cutoff=0.85):
             raise UserError(f"{key} is not an option here; {did_you_mean(key, list(fields))}")
 
-    from harness.study.plan import build_plan, check_same_study, load_study
+    from harness.study.plan import build_plan, check_same_study, load_study, settle_tuning_seed
 
     config = load_study(options.study)
     if options.tune == "lr" and config.tune is None:
         raise UserError(f"study={options.study} declares no sweep (tune: in its YAML), so tune=lr has no rates to try")
+    declared = {arm: config.seeds_of(arm) for arm in config.arms}
     if options.seeds is not None:
         config.seeds, config.primary_seeds = _whole_numbers("seeds", options.seeds), None
     config.base += overrides
@@ -109,9 +111,11 @@ def main(arguments: list[str]) -> int:
         runs_dir=user_path(options.runs_dir),
     )
     tune = options.tune or ("none" if config.tune is None else "lr")
-    command = Command(plan, _chosen_arms(plan, options.arms), tune, options, overrides)
+    command = Command(plan, _chosen_arms(plan, options.arms), tune, options, overrides, declared)
     print_arms(plan)
     check_same_study(plan)
+    if tune == "lr":
+        settle_tuning_seed(plan)
     if options.sweep_file is not None:
         return write_sweep_file(command)
     check_tracking(plan.first.tracking)
@@ -211,6 +215,7 @@ def _rates(command: Command, train: Callable[[Sequence[RunSpec]], list[FailureRe
 
 def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Sequence[FailureRecord]) -> None:
     """Write study.json, beside what other commands have written there of other arms and other seeds."""
+    from harness.study.history import extended
     from harness.study.plan import record_alone, write_record
     from harness.study.tuning import as_named
 
@@ -233,7 +238,15 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
         untuned = arms if tune == "none" else ()
         chosen = {arm: lr for arm, lr in (before["chosen_lr"] | rates.chosen).items() if arm not in untuned}
         sweep = [spec for spec in _specs_of(plan, before["sweep"]) if tune != "lr" or spec.arm not in arms]
-        write_record(plan, chosen_lr=chosen, specs=[*specs, *others], sweep=[*rates.sweep, *sweep], failures=failures)
+        runs = [*specs, *others]
+        history = extended(
+            read_study(plan.folder) if (plan.folder / STUDY_FILE).is_file() else None,
+            arms={arm: sorted({*command.declared.get(arm, ()), *plan.seeds_of(arm)}) for arm in plan.arms},
+            contrasts=[(a, b) for a, b in plan.config.contrasts],
+            margin=plan.config.margin,
+            results=sum(finished(plan.folder / spec.name) for spec in runs),
+        )
+        write_record(plan, chosen_lr=chosen, specs=runs, sweep=[*rates.sweep, *sweep], failures=failures, history=history)
 
 
 def _earlier(plan: Plan) -> Mapping[str, Any]:
@@ -299,11 +312,11 @@ def print_runs(command: Command) -> int:
     plan, arms = command.plan, command.arms
     sweep: list[RunSpec] = []
     if command.tune == "lr" and plan.config.tune is not None:
-        settings = plan.config.tune
+        settings, seed = plan.config.tune, plan.tuning_seed
         grid = first_grid(plan.shared_lr, settings.factors)
-        sweep = [plan.spec(arm, lr, settings.seed, settings.tokens) for lr in grid for arm in arms]
+        sweep = [plan.spec(arm, lr, seed, settings.tokens) for lr in grid for arm in arms]
         if settings.tokens is not None:
-            sweep += [plan.spec(arm, lr, settings.seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
+            sweep += [plan.spec(arm, lr, seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
     main_runs = plan.main_runs(plan.untuned_rates(arms), arms)
     rows = [["run", *SIZES, "tokens", "state"]]
     todo = []

@@ -66,4 +66,4 @@ METRICS: dict[str, Metric] = {
         Metric("answer_accuracy", "answer accuracy", True, 4, ("extras", "recall", "answers", "accuracy")),
     )
 }
-BITS_PER_BYTE, PERPLEXITY = METRICS["bits_per_byte"], METRICS["perplexity"]
+LOSS, BITS_PER_BYTE, PERPLEXITY = METRICS["loss"], METRICS["bits_per_byte"], METRICS["perplexity"]

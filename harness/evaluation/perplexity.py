@@ -47,7 +47,7 @@ class TokenSplit(Protocol):
 
 @dataclass(frozen=True)
 class Segments:
-    """A split cut into pieces of text, in order: the units that a bootstrap draws from. All three sum to the split's.
+    """A split cut into pieces of text, in order: what a bootstrap draws from. Tokens, nats and bytes sum to the split's.
 
     No segment crosses from one document into the next; nats and tokens count end-of-text targets, bytes do not.
     """
@@ -55,6 +55,7 @@ class Segments:
     tokens: list[int]
     nats: list[float]
     bytes: list[int]  # UTF-8; a character cut in two belongs where it ends
+    documents: list[int]  # which each one is cut from, by its place in the split
 
 
 @dataclass(frozen=True)
@@ -263,6 +264,7 @@ def cut_segments(
     starts = split.document_starts
     begins: list[int] = []
     sizes: list[int] = []
+    documents: list[int] = []
     left = text_bytes
     for document in range(int(np.searchsorted(starts[:-1], n_tokens))):
         begin, end = int(starts[document]), min(int(starts[document + 1]), n_tokens)
@@ -277,7 +279,9 @@ def cut_segments(
             shared += [own_bytes * size // decoded if decoded else 0 for size in upto]
         sizes += np.diff([*shared, own_bytes]).tolist()
         begins += cuts
-    return Segments(tokens=np.diff([*begins, n_tokens]).tolist(), nats=np.add.reduceat(nats_N, begins).tolist(), bytes=sizes)
+        documents += [document] * len(cuts)
+    tokens, nats = np.diff([*begins, n_tokens]).tolist(), np.add.reduceat(nats_N, begins).tolist()
+    return Segments(tokens=tokens, nats=nats, bytes=sizes, documents=documents)
 
 
 def _text_added(document_N: NDArray[np.unsignedinteger], begin: int, end: int, decode: Callable[[Sequence[int]], str]) -> int:

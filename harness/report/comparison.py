@@ -66,6 +66,8 @@ class Setup:
     tokens: int
     perplexity: float
     perplexity_deviation: float | None
+    loss: float  # nats per token
+    loss_deviation: float | None
     bits_per_byte: float
     bits_per_byte_deviation: float | None
     bits_per_byte_half_width: float | None  # of the mean's 95 % interval, the scatter pooled over the table's setups
@@ -118,6 +120,7 @@ class Table:
                 "parameters": f"{setup.parameters:,}",
                 "tokens": f"{setup.tokens:,}",
                 "perplexity": _with_deviation(setup.perplexity, setup.perplexity_deviation, 3),
+                "nats per token": _with_deviation(setup.loss, setup.loss_deviation, 4),
                 "bits per byte": _with_deviation(setup.bits_per_byte, setup.bits_per_byte_deviation, 4),
                 **({"95 %": _half_width(setup)} if has_intervals else {}),
                 "cache bytes/token": f"{setup.cache_bytes_per_token:,}",
@@ -232,6 +235,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
     for group in groups:
         first = group[0]
         name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
+        loss, loss_deviation = _mean_and_deviation([record["loss"] for record in group])
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
         per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
@@ -246,6 +250,8 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
             "seeds": sorted(record["seed"] for record in group),
             "perplexity": perplexity,
             "perplexity_deviation": perplexity_deviation,
+            "loss": loss,
+            "loss_deviation": loss_deviation,
             "bits_per_byte": bits,
             "bits_per_byte_deviation": bits_deviation,
             "bits_per_byte_half_width": None,
@@ -270,7 +276,7 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
             if len(setups) > 1
             else ""
         )
-    from harness.study.statistics import contrasts, mean_interval, residual_deviation
+    from harness.study.statistics import can_be_compared, contrasts, mean_interval, residual_deviation
 
     seeds = {pair: number for number, pair in enumerate(sorted({values_of(record, SEEDS) for record in records}))}
     of_row = grouped(records, lambda record: values_of(record, _ONE_ROW))
@@ -281,10 +287,11 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         }
         for setup in plain
     }
-    deviation, freedom = residual_deviation(values)
+    lineages = _lineages(records, {setup.setup_hash: setup.variant for setup in plain})
+    deviation, freedom = residual_deviation(values, lineages=lineages)
     if not deviation:
         return setups, "no interval: the seeds leave nothing that could be told from chance"
-    means = {name: mean_interval(values, name) for name in values}
+    means = {name: mean_interval(values, name, lineages=lineages) for name in values}
     setups = [
         dataclasses.replace(setup, bits_per_byte_half_width=(found.high - found.low) / 2)
         if (found := means.get(setup.variant)) and found.low is not None and found.high is not None
@@ -292,12 +299,13 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         for setup in setups
     ]
     best, *others = [setup.variant for setup in setups if setup.variant in values]
-    comparable = [(best, other) for other in others if values[best].keys() & values[other]]
-    alike = [found for found in contrasts(values, primary=[], other=comparable) if not found.resolved]
+    comparable = [(best, other) for other in others if can_be_compared(values, best, other, lineages)]
+    alike = [found for found in contrasts(values, primary=[], other=comparable, lineages=lineages) if not found.resolved]
     counts = sorted({setup.n for setup in setups})
     said = (
         f"n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))} seeds a row; ±: sample deviation; 95 %: of the mean, "
-        f"the scatter pooled over the rows ({deviation:.4f}, {counted(freedom, 'degree')} of freedom)"
+        f"the wider of one with the row's own scatter and one with that pooled over the rows ({deviation:.4f}, "
+        f"{counted(freedom, 'degree')} of freedom)"
     )
     if freedom < 4:
         said += ", few, so the intervals are themselves uncertain"
@@ -309,6 +317,27 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         )
         said += f"; not told apart from {best}: {shown}"
     return setups, said
+
+
+def _lineages(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+    """For statistics.contrasts: which setups descend from runs of the same one, trained on or converted."""
+    by_name = {record["name"]: record for record in records}
+    found: dict[str, str] = {}
+    for record in records:
+        origin, source = record, _source(record)
+        for _ in by_name:
+            if source not in by_name:
+                break
+            origin, source = by_name[source], _source(by_name[source])
+        if origin is not record or source is not None:
+            found.setdefault(names[record["setup_hash"]], names[origin["setup_hash"]] if source is None else source)
+    return found
+
+
+def _source(record: Mapping[str, Any]) -> str | None:
+    """The name of the run whose weights a run began with."""
+    place = record.get("init_from") or (record.get("origin") or {}).get("source")
+    return None if place is None else Path(str(place)).name
 
 
 def _plainness(setup: Setup) -> tuple[bool, float]:

@@ -17,25 +17,28 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
-from harness.evaluation.metric import Metric
+from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS, PERPLEXITY, Metric
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
 from harness.runs.records import ArmRecord, DecodeRow
+from harness.study.history import additions
 from harness.study.results import RunResult, StudyResults
 from harness.study.statistics import (
     ALPHA,
+    FEWEST_CLUSTERS,
     Contrast,
     Mean,
     Noise,
     Pair,
+    Values,
     bootstrap,
+    can_be_compared,
     contrasts,
-    have_common_seed,
+    equal_variances,
     mean_interval,
     pareto_front,
     residual_deviation,
-    without,
 )
-from harness.study.tuning import Optimum, as_named, optimum, parabola
+from harness.study.tuning import Doubt, Optimum, as_named, doubt, optimum, parabola
 
 CURVE_POINTS = 60  # of a curve, at most
 
@@ -48,6 +51,7 @@ class Arm:
     info: ArmRecord
     runs: list[RunResult]  # by seed, those whose test evaluation has the metric; none: nothing has finished
     mean: Mean | None  # of the study's metric on the test split
+    also: dict[str, Mean]  # in nats per token and bits per byte, by the metric's name, where they are not the study's own
 
     def summary(self, key: str) -> Any:
         """A figure of the summary that all seeds share; None without a run."""
@@ -62,12 +66,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A comparison, and what another sample of test text would have done to it."""
+    """A comparison, and what another draw of the test text would have done to it."""
 
     contrast: Contrast
     sentence: str
+    also: dict[str, Contrast]  # the same difference in the other units, by their names
+    exploratory: str | None  # why it is, though it stands among the declared ones
     noise: Noise | None  # bits per byte, of the losses averaged over `noise_seeds`
     noise_seeds: list[int]
+    noise_units: str  # what was drawn: documents, or segments of the same ones
     no_noise: str | None  # why there is none
 
 
@@ -111,6 +118,7 @@ class Sweep:
     losses: dict[float, float]  # rate -> validation loss
     best: Optimum | None  # None: fewer than three rates
     chosen: float | None  # what the main runs took
+    doubt: Doubt | None  # of the best one, by the deviation of the main runs' validation losses
 
     @property
     def decides(self) -> bool:
@@ -134,6 +142,7 @@ class SharedRate:
     lr: float
     values: dict[str, dict[int, float]]  # arm -> seed -> the metric on the test split
     means: dict[str, Mean]
+    also: dict[str, dict[str, Mean]]  # in the other units, by their names
     verdicts: list[Contrast]  # the declared pairs, not part of the declared family
 
 
@@ -150,9 +159,22 @@ class Findings:
                 f"{results.record['command'] or 'python scripts/run_study.py'} end"
             )
         self.converted = [name for name, info in infos.items() if info.get("converted")]
-        self._pooled = without(self.values, self.converted) or self.values
-        self.sigma, self.dof = residual_deviation(self._pooled)
-        self.arms = [Arm(name, info, self._runs_of(name), self._mean_of(name)) for name, info in infos.items()]
+        self.lineages = results.lineages()
+        self.added = additions(results.record)
+        self._kinds: dict[str, Any] = {"apart": self.converted, "lineages": self.lineages}
+        self.sigma, self.dof = residual_deviation(self.values, **self._kinds)
+        self.unequal = equal_variances(self.values, **self._kinds)
+        self.also = self._also()
+        self.arms = [
+            Arm(
+                name,
+                info,
+                self._runs_of(name),
+                self._mean_of(name, self.values),
+                {metric: mean for metric, values in self.also.items() if (mean := self._mean_of(name, values)) is not None},
+            )
+            for name, info in infos.items()
+        ]
         self.done = [arm for arm in self.arms if arm.runs]
         references = [arm.name for arm in self.done if arm.info["reference"]]
         # Whose curves the others' are subtracted from.
@@ -162,11 +184,24 @@ class Findings:
         runs = [run for run in self.results.runs if run.arm == name and self.results.value(run) is not None]
         return sorted(runs, key=lambda run: run.seed)
 
-    def _mean_of(self, name: str) -> Mean | None:
-        """Of an arm that shares the others' variance with their error bar; of one that does not, the plain mean."""
-        if name not in self.values:
-            return None
-        return mean_interval(self._pooled if name in self._pooled else {name: self.values[name]}, name)
+    def _also(self) -> dict[str, Values]:
+        """Of a study of losses what the literature speaks besides: nats per token, for one tokenizer, and bits per byte."""
+        if self.metric not in (LOSS, BITS_PER_BYTE, PERPLEXITY):
+            return {}
+        tokenizers = {run.summary["tokenizer_fingerprint"] for run in self.results.runs}
+        found: dict[str, Values] = {}
+        for metric in (LOSS, BITS_PER_BYTE):
+            values = self.results.values(metric)
+            whole = {arm: of_arm.keys() for arm, of_arm in values.items()} == {a: v.keys() for a, v in self.values.items()}
+            if metric is not self.metric and whole and (metric is BITS_PER_BYTE or len(tokenizers) == 1):
+                found[metric.name] = values
+        return found
+
+    def _mean_of(self, name: str, values: Values) -> Mean | None:
+        return mean_interval(values, name, **self._kinds) if name in values else None
+
+    def _comparable(self, pair: Pair) -> bool:
+        return can_be_compared(self.values, *pair, self.lineages)
 
     def arm(self, name: str) -> Arm:
         return next(arm for arm in self.arms if arm.name == name)
@@ -180,25 +215,57 @@ class Findings:
         for a, b in self.results.record["contrasts"]:
             if absent := [arm for arm in (a, b) if arm not in self.values]:
                 notes.append(f"the declared comparison of {a} with {b} cannot be made yet: no run of {' and '.join(absent)}")
-            elif not have_common_seed(self.values, a, b):
-                notes.append(f"the declared comparison of {a} with {b} cannot be made yet: they have no seed in common")
+            elif not self._comparable((a, b)):
+                notes.append(
+                    f"the declared comparison of {a} with {b} cannot be made yet: both descend from runs of "
+                    f"{self.lineages.get(a, a)}, and they have no seed in common"
+                )
             else:
                 declared.append((a, b))
         return declared, notes
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        """Of the declared comparisons, then of others that are worth a look."""
-        declared, _ = self._declared_pairs
+        """Of the declared comparisons, then of those added after a look and of others that are worth one."""
+        named, _ = self._declared_pairs
+        late = {pair: reason for pair in named if (reason := self.added.reason(*pair)) is not None}
+        declared = [pair for pair in named if pair not in late]
         steps = [(arm, before) for before, arm in itertools.pairwise(self.results.record["staircase"] or [])]
-        others = steps or [(arm, self.baseline) for arm in self.values if self.baseline and not declared]
-        taken = [{*pair} for pair in declared]
-        others = [(a, b) for a, b in others if {a, b} not in taken and a != b and have_common_seed(self.values, a, b)]
-        found = contrasts(self.values, primary=declared, other=others, apart=self.converted)
-        return [
-            Verdict(contrast, contrast.sentence(self.metric), *_noise(self.arm(contrast.a), self.arm(contrast.b)))
-            for contrast in found
-        ]
+        others = steps or [(arm, self.baseline) for arm in self.values if self.baseline and not named]
+        taken = [{*pair} for pair in named]
+        others = [*late, *((a, b) for a, b in others if {a, b} not in taken and a != b and self._comparable((a, b)))]
+        margin = self.results.record.get("margin")
+        found = contrasts(self.values, primary=declared, other=others, margin=margin, **self._kinds)
+        in_others = {
+            name: contrasts(values, primary=declared, other=others, **self._kinds) for name, values in self.also.items()
+        }
+        verdicts = []
+        for place, contrast in enumerate(found):
+            also = {name: of_unit[place] for name, of_unit in in_others.items()}
+            noise = _noise(self.arm(contrast.a), self.arm(contrast.b))
+            reason = late.get((contrast.a, contrast.b))
+            sentence = contrast.sentence(self.metric, also) + (f"; exploratory: {reason}" if reason else "")
+            verdicts.append(Verdict(contrast, sentence, also, reason, *noise))
+        return verdicts
+
+    def _late(self) -> list[str]:
+        """Sentences on what was not declared before the first result."""
+        added, notes = self.added, []
+        if not added.known:
+            notes.append(
+                "when arms, seeds and comparisons were declared, before the first result or after, is not known: study.json is "
+                "of a version that kept no history"
+            )
+        late = [f"arm {arm}" for arm in added.arms]
+        late += [f"seeds {', '.join(map(str, seeds))} of {arm}" for arm, seeds in added.seeds.items()]
+        late += [f"the comparison of {a} with {b}" for a, b in added.contrasts]
+        late += ["the margin, and with it what is called the same"] if added.margin else []
+        if late:
+            notes.append(f"added after the first result, so exploratory: {'; '.join(late)}")
+        if added.dropped:
+            pairs = ", ".join(f"{a} with {b}" for a, b in added.dropped)
+            notes.append(f"declared, and no longer asked for: the comparison of {pairs}")
+        return notes
 
     @property
     def declared(self) -> list[Verdict]:
@@ -223,11 +290,11 @@ class Findings:
             frozenset((best, name)): (best, name)
             for _, (best, *others) in groups
             for name in others
-            if have_common_seed(self.values, best, name)
+            if self._comparable((best, name))
         }
         found = {
             frozenset((contrast.a, contrast.b)): contrast
-            for contrast in contrasts(self.values, primary=(), other=list(pairs.values()), apart=self.converted)
+            for contrast in contrasts(self.values, primary=(), other=list(pairs.values()), **self._kinds)
         }
         tested = sum(contrast.p is not None for contrast in found.values())
 
@@ -350,9 +417,13 @@ class Findings:
         losses: dict[tuple[str, int], dict[float, float]] = {}
         for run in self.results.sweep:
             losses.setdefault((run.arm, run.summary["tokens"]), {})[run.lr] = run.summary["loss"]
+        validation: dict[str, dict[int, float]] = {}
+        for run in self.results.runs:
+            validation.setdefault(run.arm, {})[run.seed] = run.summary["loss"]
+        sigma, _ = residual_deviation(validation, **self._kinds) if validation else (None, 0)
         order, chosen = [arm.name for arm in self.arms], self.results.record["chosen_lr"]
         return [
-            Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, chosen.get(arm))
+            Sweep(arm, tokens, found, optimum(found) if len(found) > 2 else None, chosen.get(arm), doubt(found, sigma))
             for (arm, tokens), found in sorted(losses.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
             if len(found) > 1
         ]
@@ -365,17 +436,24 @@ class Findings:
             return None
         lr = as_named(shared_lr)
         budget = {run.arm: run.summary["tokens"] for run in self.results.runs}
-        values: dict[str, dict[int, float]] = {arm.name: {} for arm in self.arms}
-        for run in [*self.results.sweep, *self.results.runs]:
-            value = self.results.value(run)
-            if value is not None and math.isclose(run.lr, lr) and run.summary["tokens"] == budget.get(run.arm):
-                values[run.arm][run.seed] = value
-        values = {arm: of_seeds for arm, of_seeds in values.items() if of_seeds}
+
+        def at_rate(metric: Metric) -> dict[str, dict[int, float]]:
+            values: dict[str, dict[int, float]] = {arm.name: {} for arm in self.arms}
+            for run in [*self.results.sweep, *self.results.runs]:
+                value = metric.of(run.evaluation())
+                if value is not None and math.isclose(run.lr, lr) and run.summary["tokens"] == budget.get(run.arm):
+                    values[run.arm][run.seed] = value
+            return {arm: of_seeds for arm, of_seeds in values.items() if of_seeds}
+
+        def means(values: Values) -> dict[str, Mean]:
+            return {arm: mean_interval(values, arm, **self._kinds) for arm in values}
+
+        values = at_rate(self.metric)
         if len(values) < 2:
             return None
-        pairs = [pair for pair in self._declared_pairs[0] if have_common_seed(values, *pair)]
-        means = {arm: mean_interval(values, arm) for arm in values}
-        return SharedRate(lr, values, means, contrasts(values, primary=(), other=pairs))
+        pairs = [pair for pair in self._declared_pairs[0] if can_be_compared(values, *pair, self.lineages)]
+        also = {name: means(at_rate(METRICS[name])) for name in self.also}
+        return SharedRate(lr, values, means(values), also, contrasts(values, primary=(), other=pairs, **self._kinds))
 
     # --- what else there is ------------------------------------------------------------------------------------------
 
@@ -394,7 +472,7 @@ class Findings:
         for extra, by_figure in found.items():
             for figure, values in by_figure.items():
                 for name in values:
-                    tables.setdefault(extra, {}).setdefault(name, {})[figure] = mean_interval(values, name)
+                    tables.setdefault(extra, {}).setdefault(name, {})[figure] = mean_interval(values, name, **self._kinds)
         return tables
 
     @cached_property
@@ -429,6 +507,7 @@ class Findings:
                 f"the test split was not scored alike in all runs, so the comparisons below do not hold: most with {usual}, "
                 f"but {others}; score these again with eval_model.py as the others were"
             )
+        notes += self._late()
         if len({len(arm.runs) for arm in self.done}) > 1:
             counts = ", ".join(f"{arm.name} {len(arm.runs)}" for arm in self.done)
             notes.append(f"the arms have different numbers of seeds: {counts}")
@@ -445,24 +524,32 @@ class Findings:
         return notes + self._declared_pairs[1]
 
 
-def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str | None]:
-    """The bootstrap of two arms over segments of the test split, of losses averaged over the seeds both have."""
+def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str, str | None]:
+    """The bootstrap of two arms over the test split, of losses averaged over the seeds both have.
+
+    Its clusters are the documents, where there are enough of them to draw from; else segments, which are other places in the
+    same documents and no other text.
+    """
     of_a, of_b = ({run.seed: run.segments() for run in arm.runs} for arm in (a, b))
-    seeds = [seed for seed in of_a if of_a[seed] is not None and of_b.get(seed) is not None]
-    if not seeds:
-        return None, [], "no segment losses are stored for a common seed"
-    found = [(of_a[seed], of_b[seed]) for seed in seeds]
-    sizes = [segments["bytes"] for pair in found for segments in pair if segments is not None]
-    if any(size != sizes[0] for size in sizes):
-        return None, [], "their segments are cut differently"
-    nats_a, nats_b = (
-        np.mean([pair[which]["nats"] for pair in found], axis=0)  # type: ignore[index]
-        for which in (0, 1)
-    )
+    pairs = {seed: (mine, theirs) for seed, mine in of_a.items() if mine and (theirs := of_b.get(seed))}
+    if not pairs:
+        return None, [], "", "no segment losses are stored for a common seed"
+    found = [segments for pair in pairs.values() for segments in pair]
+    if any(segments["bytes"] != found[0]["bytes"] for segments in found):
+        return None, [], "", "their segments are cut differently"
+    sizes, documents = np.array(found[0]["bytes"]), next((s["documents"] for s in found if "documents" in s), None)
+    nats_a, nats_b = (np.mean([pair[which]["nats"] for pair in pairs.values()], axis=0) for which in (0, 1))
+    units = "segments of the same documents"
+    if documents is not None:
+        count = len({document for document, size in zip(documents, sizes, strict=True) if size})
+        units = f"segments of the same {count:,} documents"
+        if count >= FEWEST_CLUSTERS:
+            units = f"{count:,} documents"
+            nats_a, nats_b, sizes = (np.bincount(documents, weights=each) for each in (nats_a, nats_b, sizes))
     try:
-        return bootstrap(nats_a, nats_b, sizes[0]), seeds, None
+        return bootstrap(nats_a, nats_b, sizes), [*pairs], units, None
     except UserError as error:
-        return None, [], str(error).partition(":")[0]
+        return None, [], "", str(error).partition(":")[0]
 
 
 def _curve(run: RunResult, key: str) -> dict[float, float]:

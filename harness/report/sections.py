@@ -6,7 +6,7 @@ import math
 import shlex
 from collections.abc import Sequence
 
-from harness.evaluation.metric import PERPLEXITY
+from harness.evaluation.metric import METRICS, PERPLEXITY
 from harness.files.text import counted, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
@@ -15,7 +15,7 @@ from harness.report.findings import Best, Findings, Sweep, Verdict
 from harness.runs.provenance import CHANGES_FILE
 from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
-from harness.study.statistics import ALPHA, Mean
+from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for
 
 # What a figure of an extra is called in a table.
 FIGURE_NAMES = {
@@ -82,7 +82,7 @@ def _verdict(findings: Findings) -> Section:
     else:
         words.append("No declared comparison can be made, so there is no verdict.")
     points = [f"{verdict.sentence}." for verdict in declared]
-    after = ["Looked at besides, neither declared beforehand nor corrected:"] if findings.looked_at else []
+    after = ["Exploratory, neither declared beforehand nor corrected:"] if findings.looked_at else []
     more = [f"{verdict.sentence}." for verdict in findings.looked_at]
     return Section("verdict", "Verdict", words=words, points=points, after=after, more=more)
 
@@ -92,7 +92,9 @@ def _best_words(findings: Findings, best: Best) -> str:
     metric = findings.metric
     mean = findings.arm(best.arms[0]).mean
     where = f" at {best.level}" if best.level is not None else " of all" if len(findings.best) > 1 else ""
-    found = f"{capital(metric.extreme)} {metric.label}{where}: {best.arms[0]}, {mean_text(mean, metric)}."
+    also = [f"{mean_text(m, METRICS[name])} {METRICS[name].unit}" for name, m in findings.arm(best.arms[0]).also.items()]
+    in_others = f" ({', '.join(also)})" if also else ""
+    found = f"{capital(metric.extreme)} {metric.label}{where}: {best.arms[0]}, {mean_text(mean, metric)}{in_others}."
     if not best.comparisons:
         return f"{found} Without error bars that is no finding."
     even = [f"Not told apart from it: {', '.join(best.even)}."] if best.even else []
@@ -111,12 +113,14 @@ def _main(findings: Findings) -> Section:
     for arm in findings.arms:
         ratio, perplexity = arm.summary("cache_ratio_to_mha"), arm.test(PERPLEXITY)
         cells = {
-            "arm": arm.name + (" (reference)" if arm.info["reference"] else ""),
+            "arm": arm.name + " (reference)" * arm.info["reference"] + " (exploratory)" * (arm.name in findings.added.arms),
             **({"level": arm.info["level"] or ABSENT} if levels else {}),
             "parameters": _count(arm.summary("parameters")),
             "cache bytes per token": _count(arm.summary("cache_bytes_per_token")),
             "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
             metric.label: mean_text(arm.mean, metric),
+            **{METRICS[name].label: mean_text(arm.also.get(name), METRICS[name]) for name in findings.also},
+            "deviation": _deviation(arm.mean),
             "seeds": str(len(arm.runs)),
             "learning rate": " / ".join(dict.fromkeys(f"{run.lr:g}" for run in arm.runs)) or ABSENT,
         }
@@ -126,15 +130,7 @@ def _main(findings: Findings) -> Section:
             cells["decode, ms a token"] = decode[1].get(arm.name, ABSENT)
         lines.append(TableLine(list(cells.values()), arm.name))
     note = "Cache: all layers, measured on allocated buffers; MHA's: of an MHA with the model's heads."
-    if findings.sigma:
-        whose = "that were trained" if findings.converted else "of them"
-        note = (
-            f"± is half of the 95 % interval for comparing arms, from a standard deviation pooled over all {whose} "
-            f"({findings.sigma:.2g} {metric.unit}, {findings.dof} degrees of freedom); what a seed does to all arms "
-            f"alike is not in it.{_apart(findings)} {note}"
-        )
-    else:
-        note = f"No error bars: no arm has seeds that disagree. {note}"
+    note = f"{_error_bars(findings) if findings.sigma else 'No error bars: no arm has seeds that disagree.'} {note}"
     if decode:
         note += f" Decode: {decode[0]}."
     table = TextTable("", list(cells), lines, note, frozenset({0, 1} if levels else {0}))
@@ -142,20 +138,17 @@ def _main(findings: Findings) -> Section:
 
 
 def _every_run(findings: Findings) -> list[TextTable]:
-    """The metric of each run, where there are several seeds: what the means are made of."""
-    values = findings.results.values()
-    seeds = sorted({seed for of_arm in values.values() for seed in of_arm})
-    if len(seeds) < 2:
-        return []
-    lines = [
-        TableLine(
-            [arm.name, *(findings.metric.text(values[arm.name][s]) if s in values[arm.name] else ABSENT for s in seeds)],
-            arm.name,
-        )
-        for arm in findings.arms
-        if arm.name in values
-    ]
-    return [TextTable(f"{capital(findings.metric.label)} of every run", ["arm", *(f"seed {seed}" for seed in seeds)], lines)]
+    """The figures of each run, where there are several seeds: what the means are made of."""
+    tables = []
+    for metric, values in [(findings.metric, findings.values), *((METRICS[name], v) for name, v in findings.also.items())]:
+        seeds = sorted({seed for of_arm in values.values() for seed in of_arm})
+        lines = [
+            TableLine([arm, *(metric.text(of_arm[seed]) if seed in of_arm else ABSENT for seed in seeds)], arm)
+            for arm, of_arm in ((arm.name, values[arm.name]) for arm in findings.done)
+        ]
+        columns = ["arm", *(f"seed {seed}" for seed in seeds)]
+        tables += [TextTable(f"{capital(metric.label)} of every run", columns, lines)] if len(seeds) > 1 else []
+    return tables
 
 
 def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
@@ -172,14 +165,41 @@ def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
 # --- quality against costs -------------------------------------------------------------------------------------------
 
 
-def _apart(findings: Findings) -> str:
-    """What is to be known of arms that were converted, not trained."""
-    if not findings.converted:
-        return ""
-    return (
-        f" Not pooled, for what is converted without training scatters on its own: {', '.join(findings.converted)}; "
-        f"comparisons with them have the variance of their two arms alone."
+def _error_bars(findings: Findings) -> str:
+    """What the ± of a mean is, and what is known of how widely runs scatter."""
+    words = (
+        f"deviation: of single runs, from the arm's own seeds; pooled over the arms it is {findings.sigma:.2g} "
+        f"{findings.metric.unit} ({findings.dof} degrees of freedom). ± is half of the wider of two 95 % intervals, with the "
+        f"pooled deviation and with the arm's own."
     )
+    if findings.unequal is not None:
+        said = "the deviations differ" if findings.unequal < ALPHA else "no difference between the deviations is found"
+        words += f" Bartlett's test of equal variances: p {_equals(findings.unequal)}, {said}."
+    if findings.lineages:
+        families: dict[str, list[str]] = {}
+        for arm, root in findings.lineages.items():
+            families.setdefault(root, []).append(arm)
+        told = "; ".join(f"{', '.join(arms)} from runs of {root}" for root, arms in families.items())
+        words += (
+            f" Arms that descend from the same runs ({told}) are compared seed by seed with one another and with them, and "
+            f"count once in the pooled deviation."
+        )
+    if findings.converted:
+        words += (
+            f" Not pooled, for what is converted without training scatters on its own: {', '.join(findings.converted)}; "
+            f"comparisons with them have the deviations of their two arms alone."
+        )
+    return words
+
+
+def _equals(p: float) -> str:
+    return _p(p) if p < 0.001 else f"= {_p(p)}"
+
+
+def _deviation(mean: Mean | None) -> str:
+    if mean is None or mean.deviation is None:
+        return ABSENT
+    return f"{mean.deviation:.{decimals_for(mean.deviation, 2)}f}"
 
 
 def _pareto(findings: Findings) -> Section:
@@ -223,28 +243,55 @@ def _contrasts(findings: Findings) -> Section | None:
         contrast = verdict.contrast
         cells = {
             "a − b": f"{contrast.a} − {contrast.b}",
-            "declared": "yes" if contrast.primary else "no",
+            "declared": "yes" if contrast.primary else "exploratory" if verdict.exploratory else "no",
             f"difference, {findings.metric.unit}": change(contrast, findings.metric),
-            "common seeds": str(contrast.n),
+            **{f"in {METRICS[name].unit}": change(other, METRICS[name]) for name, other in verdict.also.items()},
+            "± pooled": _half(contrast.pooled_half),
+            "± own": _half(contrast.own_half),
+            "seeds": " and ".join(dict.fromkeys(map(str, (contrast.n_a, contrast.n_b)))) + (", paired" * contrast.paired),
             "p": _p(contrast.p),
             "p after Holm": _p(contrast.p_holm),
-            "resolved": {True: "yes", False: "no", None: ABSENT}[contrast.resolved],
+            "resolved": _yes_or_no(contrast.resolved),
+            "detects": _half(contrast.detectable),
+            **({} if contrast.margin is None else {f"same within {contrast.margin:g}": _same_cell(contrast)}),
             "evaluation noise, no verdict": _noise_cell(verdict),
         }
         lines.append(TableLine(list(cells.values())))
-    note = "± is half of the 95 % interval over seeds, of each difference alone; p after Holm is over the declared comparisons."
+    note = (
+        "± is half of the 95 % interval over seeds, of each difference alone: the wider of one with the pooled deviation and "
+        "one with the two arms' own (Welch's; within a lineage that of the paired differences), which decides. p after Holm is "
+        "over the declared comparisons. Detects: the smallest true difference that so many seeds resolve with 80 % power."
+    )
     if noises := [verdict for verdict in verdicts if verdict.noise is not None]:
         seeds = sorted({seed for verdict in noises for seed in verdict.noise_seeds})
+        units = " or ".join(dict.fromkeys(verdict.noise_units for verdict in noises))
         note += (
-            f" Evaluation noise: the 95 % bootstrap interval of the difference in bits per byte over "
-            f"segments of the test text, of losses averaged over the {plural(len(seeds), 'seed')} that both arms have "
-            f"({', '.join(map(str, seeds))}). It says what other test text would have changed for these very "
-            f"weights, nothing about other seeds, so it decides nothing."
+            f" Evaluation noise: the 95 % bootstrap interval of the difference in bits per byte over {units} of the test "
+            f"split, of losses averaged over the {plural(len(seeds), 'seed')} that both arms have "
+            f"({', '.join(map(str, seeds))}). It says what {_other(units)} would have changed for these very weights, nothing "
+            f"about other seeds, so it decides nothing."
         )
     if reasons := list(dict.fromkeys(verdict.no_noise for verdict in verdicts if verdict.no_noise)):
         note += f" No evaluation noise where {'; '.join(reasons)}."
-    table = TextTable("", list(cells), lines, note, frozenset({0, 1, 6}))
+    words_in = frozenset({0, 1, list(cells).index("resolved")})
+    table = TextTable("", list(cells), lines, note, words_in)
     return Section("contrasts", "Comparisons", pictures=[pictures.contrasts(findings)], tables=[table])
+
+
+def _half(width: float | None) -> str:
+    return ABSENT if width is None else f"{width:.{decimals_for(width, 2)}f}"
+
+
+def _yes_or_no(answer: bool | None) -> str:
+    return {True: "yes", False: "no", None: ABSENT}[answer]
+
+
+def _other(units: str) -> str:
+    return "other places in the same documents" if "segments" in units else "other documents of the same kind"
+
+
+def _same_cell(contrast: Contrast) -> str:
+    return ABSENT if contrast.p_same is None else f"{_yes_or_no(contrast.same)} (p {_equals(contrast.p_same)})"
 
 
 def _noise_cell(verdict: Verdict) -> str:
@@ -299,8 +346,13 @@ def _rates(findings: Findings) -> Section:
             words = [f"Every arm ran at the rate {shared:g}: no rate was tuned, which favours the arms that it suits."]
         return Section("rates", title, words=words)
     columns = ["arm", "tokens a run", "rates", "range", "best rate", "loss there", "at the edge", "rate of the study"]
+    columns += ["95 % of it", "nats that costs", "by a cubic", "nats apart"]
     lines = [_sweep_line(sweep) for sweep in sorted(findings.sweeps, key=lambda sweep: sweep.tokens)]
-    note = "An optimum at the edge of the rates may lie beyond them."
+    note = (
+        "An optimum at the edge of the rates may lie beyond them. 95 % of it: where the vertex of the parabola may lie, by the "
+        "deviation of the main runs' validation losses; the next column is the loss, in nats per token, that this error costs "
+        "on average. By a cubic: the best of a cubic through four rates, and how much higher it lies at the parabola's rate."
+    )
     tables = [TextTable("Sweeps", columns, lines, note, frozenset({0, 3, 6}))]
     words = []
     if findings.shared is not None:
@@ -316,8 +368,19 @@ def _sweep_line(sweep: Sweep) -> TableLine:
     best, rates = sweep.best, f"{min(sweep.losses):g} to {max(sweep.losses):g}"
     found = [ABSENT] * 3 if best is None else [f"{best.lr:g}", f"{best.loss:.4f}", "yes" if best.at_edge else "no"]
     chosen = ABSENT if sweep.chosen is None else f"{sweep.chosen:g}"
-    cells = [sweep.arm, f"{sweep.tokens:,}", str(len(sweep.losses)), rates, *found, chosen]
+    cells = [sweep.arm, f"{sweep.tokens:,}", str(len(sweep.losses)), rates, *found, chosen, *_doubt_cells(sweep)]
     return TableLine(cells, sweep.arm, marked=best is not None and best.at_edge)
+
+
+def _doubt_cells(sweep: Sweep) -> list[str]:
+    """How exactly the best rate is known."""
+    doubt, cells = sweep.doubt, [ABSENT] * 4
+    if doubt is not None and sweep.best is not None:
+        if doubt.factor is not None and doubt.noise is not None:
+            cells[:2] = [f"{sweep.best.lr / doubt.factor:.2g} to {sweep.best.lr * doubt.factor:.2g}", f"{doubt.noise:.4f}"]
+        if doubt.cubic_lr is not None and doubt.shape is not None:
+            cells[2:] = [f"{doubt.cubic_lr:g}", f"{doubt.shape:.4f}"]
+    return cells
 
 
 def _shared_table(findings: Findings) -> TextTable:
@@ -327,13 +390,12 @@ def _shared_table(findings: Findings) -> TextTable:
     for arm, mean in shared.means.items():
         tuned = findings.arm(arm)
         rate = " / ".join(dict.fromkeys(f"{run.lr:g}" for run in tuned.runs))
-        lines.append(
-            TableLine(
-                [arm, mean_text(mean, metric), str(mean.n), mean_text(tuned.mean, metric), str(len(tuned.runs)), rate], arm
-            )
-        )
+        others = [mean_text(of_unit.get(arm), METRICS[name]) for name, of_unit in shared.also.items()]
+        cells = [arm, mean_text(mean, metric), *others, str(mean.n), mean_text(tuned.mean, metric), str(len(tuned.runs)), rate]
+        lines.append(TableLine(cells, arm))
     note = " ".join(f"{contrast.sentence(findings.metric)}." for contrast in shared.verdicts)
-    columns = ["arm", f"{findings.metric.label} at {shared.lr:g}", "seeds", "at its own rate", "seeds", "own rate"]
+    others = [METRICS[name].label for name in shared.also]
+    columns = ["arm", f"{metric.label} at {shared.lr:g}", *others, "seeds", "at its own rate", "seeds", "own rate"]
     return TextTable(f"All arms at one learning rate, {shared.lr:g}", columns, lines, note)
 
 
@@ -441,9 +503,8 @@ def _provenance(findings: Findings) -> Section:
     after = [_changes(results)] if _changes(results) else []
     if findings.sigma:
         after.append(
-            f"Error bars come from ordinary least squares over arms and seeds, with one residual variance for all arms"
-            f"{' that were trained' if findings.converted else ''}. A seed "
-            f"sets initialisation and order of the data alike for every arm, so differences are within seeds.{_apart(findings)}"
+            "Error bars come from seeds, which set initialisation and order of the data. Two intervals are made for each "
+            "difference, one with a deviation pooled over all arms and one with those of its two arms; the wider one decides."
         )
     return Section("provenance", "How this was made", words=words, code=whole_command(results.record["command"]), after=after)
 

@@ -83,6 +83,7 @@ def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
         "kind": kind,
         "arm": run.arm,
         "family": info["family"],
+        "lineage": results.lineages().get(run.arm, run.arm),
         "level": info["level"],
         "seed": run.seed,
         "learning_rate": run.lr,

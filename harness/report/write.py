@@ -76,6 +76,9 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "notes": findings.notes,
         "sigma": findings.sigma,
         "degrees_of_freedom": findings.dof,
+        "equal_variances_p": findings.unequal,
+        "lineages": findings.lineages,
+        "added": dataclasses.asdict(findings.added),
         "verdicts": [_verdict(verdict) for verdict in findings.verdicts],
         "best": [dataclasses.asdict(best) for best in findings.best],
         "arms": {
@@ -103,6 +106,7 @@ def as_dict(findings: Findings) -> dict[str, Any]:
                 "losses": {f"{lr:g}": loss for lr, loss in sweep.losses.items()},
                 "best": None if sweep.best is None else dataclasses.asdict(sweep.best),
                 "chosen": sweep.chosen,
+                "doubt": None if sweep.doubt is None else dataclasses.asdict(sweep.doubt),
             }
             for sweep in findings.sweeps
         ],
@@ -118,8 +122,14 @@ def as_dict(findings: Findings) -> dict[str, Any]:
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    noise = None if verdict.noise is None else dataclasses.asdict(verdict.noise) | {"seeds": verdict.noise_seeds}
-    return dataclasses.asdict(verdict.contrast) | {"sentence": verdict.sentence, "evaluation_noise": noise}
+    noise = (
+        None
+        if verdict.noise is None
+        else dataclasses.asdict(verdict.noise) | {"seeds": verdict.noise_seeds, "over": verdict.noise_units}
+    )
+    also = {name: dataclasses.asdict(contrast) for name, contrast in verdict.also.items()}
+    more = {"sentence": verdict.sentence, "exploratory": verdict.exploratory, "also": also, "evaluation_noise": noise}
+    return dataclasses.asdict(verdict.contrast) | more
 
 
 # --- the tracker --------------------------------------------------------------------------------------------------------

@@ -137,6 +137,7 @@ class Segments(TypedDict):
 
     nats: list[Figure]
     bytes: list[Count]
+    documents: NotRequired[list[Count]]  # that each is cut from; absent from older records
 
 
 class MatchRecord(TypedDict):
@@ -182,6 +183,16 @@ class FailureRecord(TypedDict):
     error: str
 
 
+class DeclarationRecord(TypedDict):
+    """What a command declared of a study, where it differed from what was declared before (harness/study/history.py)."""
+
+    at: str | None  # ISO 8601; None: of a record that kept no history
+    results: Count | None  # runs that had finished by then; None: not known
+    arms: dict[str, list[Count]]  # their seeds
+    contrasts: list[tuple[str, str]]
+    margin: Rate | None
+
+
 class StudyRecord(TypedDict):
     """study.json (harness/study/plan.py: write_record)."""
 
@@ -191,6 +202,7 @@ class StudyRecord(TypedDict):
     metric: str
     base: NotRequired[list[str]]
     contrasts: list[tuple[str, str]]
+    margin: NotRequired[Rate | None]  # of equivalence, in the metric's unit
     staircase: list[str] | None
     arms: dict[str, ArmRecord]
     shared_lr: Rate | None
@@ -198,6 +210,7 @@ class StudyRecord(TypedDict):
     runs: list[SpecRecord]
     sweep: list[SpecRecord]
     failures: list[FailureRecord]
+    history: NotRequired[list[DeclarationRecord]]  # absent from older records
 
 
 class ModelConfig(TypedDict):
@@ -279,6 +292,8 @@ def read_segments(run: Path, evaluation: str) -> Segments | None:
     segments = cast(Segments, _read(path, Segments))
     if len(segments["nats"]) != len(segments["bytes"]):
         raise _refused(path, f"{len(segments['nats'])} losses and {len(segments['bytes'])} sizes")
+    if len(segments.get("documents", segments["nats"])) != len(segments["nats"]):
+        raise _refused(path, f"{len(segments['nats'])} losses and {len(segments['documents'])} documents")
     return segments
 
 

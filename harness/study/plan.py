@@ -29,9 +29,9 @@ from harness.errors import UserError
 from harness.evaluation.metric import METRICS
 from harness.files.atomic import write_json
 from harness.files.lock import locked
-from harness.files.untrusted import Count, Positive
+from harness.files.untrusted import Count, Positive, Rate
 from harness.runs.conversion import conversion_setup, converted_from
-from harness.runs.records import STUDY_FILE, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
+from harness.runs.records import STUDY_FILE, DeclarationRecord, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
@@ -50,12 +50,15 @@ class ArmConfig:
     convert: dict[str, Any] | None = None  # what is made of them without training (ConversionConfig); None: trained on
 
 
+TUNING_SEED = 1000  # a rate chosen on a seed that is scored would be chosen on what it is judged by
+
+
 @dataclass
 class TuneConfig:
     """tune=lr: validation loss at several rates for every arm, the same number of them."""
 
     factors: list[float]  # of the base's rate
-    seed: int = 0
+    seed: Count | None = None  # of the sweep, none of those that are scored; None: TUNING_SEED
     extensions: Count = 2  # how often the grid grows, for all arms, while one arm's optimum is at its edge
     tokens: Positive | None = None  # of a sweep's run; None: the study's own budget
     transfer_arms: list[str] = field(default_factory=list)  # swept at the full budget too, where the sweep's is shorter
@@ -70,6 +73,7 @@ class StudyConfig:
     arms: dict[str, ArmConfig]
     seeds: list[int]
     contrasts: list[list[str]] = field(default_factory=list)  # [a, b]: a minus b, declared beforehand
+    margin: Rate | None = None  # arms that differ by less are the same, in the metric's unit; None: not tested
     primary_seeds: list[int] | None = None  # of the arms in contrasts; None: as the others
     match: list[MatchConfig] = field(default_factory=list)  # solved in this order, each on top of the ones before
     staircase: list[str] = field(default_factory=list)  # arms in the order of their changes
@@ -78,6 +82,11 @@ class StudyConfig:
     evaluate: list[str] = field(default_factory=list)  # overrides of eval_model.py
     decode_contexts: list[Positive] = field(default_factory=list)  # tokens; decode time per token is measured there
     decode_batch_sizes: list[Positive] = field(default_factory=lambda: [1, 8])
+
+    def seeds_of(self, arm: str) -> list[int]:
+        """More of them for arms that a declared contrast is about."""
+        primary = {name for pair in self.contrasts for name in pair}
+        return (self.primary_seeds if arm in primary else None) or self.seeds
 
 
 @dataclass(kw_only=True)
@@ -134,10 +143,15 @@ class Plan:
         """The first arm's configuration, for what the base sets for all of them."""
         return next(iter(self.arms.values())).config
 
+    @property
+    def tuning_seed(self) -> int:
+        """Of the sweep's runs."""
+        given = None if self.config.tune is None else self.config.tune.seed
+        return TUNING_SEED if given is None else given
+
     def seeds_of(self, arm: str) -> list[int]:
         """More of them for arms that a declared contrast is about."""
-        primary = {name for pair in self.config.contrasts for name in pair}
-        return (self.config.primary_seeds if arm in primary else None) or self.config.seeds
+        return self.config.seeds_of(arm)
 
     def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
         """The shared rate, of arms that go on from another one's weights their own."""
@@ -361,6 +375,7 @@ def write_record(
     specs: Sequence[RunSpec],
     sweep: Sequence[RunSpec],
     failures: Sequence[FailureRecord],
+    history: Sequence[DeclarationRecord] = (),
 ) -> None:
     """study.json, all that the report needs beside the runs: whole or not at all."""
     config = plan.config
@@ -371,6 +386,7 @@ def write_record(
         "metric": config.metric,
         "base": config.base,
         "contrasts": [(a, b) for a, b in config.contrasts],
+        "margin": config.margin,
         "staircase": config.staircase,
         "arms": {
             name: {
@@ -390,8 +406,28 @@ def write_record(
         "runs": [spec.record() for spec in specs],
         "sweep": [spec.record() for spec in sweep],
         "failures": [*failures],
+        "history": [*history],
     }
     write_json(plan.folder / STUDY_FILE, record)
+
+
+def settle_tuning_seed(plan: Plan) -> None:
+    """The seed of the sweep: of one that the folder holds already that one's, whichever it is.
+
+    Raises UserError for a new sweep on a seed that is scored.
+    """
+    tune = plan.config.tune
+    if tune is None:
+        return
+    swept = read_study(plan.folder)["sweep"] if (plan.folder / STUDY_FILE).is_file() else []
+    if swept:
+        tune.seed = swept[0]["seed"]
+        return
+    if plan.tuning_seed in {seed for arm in plan.arms for seed in plan.seeds_of(arm)}:
+        raise UserError(
+            f"tune.seed={plan.tuning_seed} of {plan.name} is one of the seeds that are scored, and a rate must not be chosen "
+            f"on what it is judged by: leave tune.seed out ({TUNING_SEED} is taken), or choose other seeds"
+        )
 
 
 def check_same_study(plan: Plan) -> None:

@@ -88,14 +88,27 @@ class StudyResults:
         """The metric of a run's test evaluation; None where it was not evaluated, or its record lacks the figure."""
         return self.metric.of(run.evaluation())
 
-    def values(self) -> dict[str, dict[int, float]]:
-        """arm -> seed -> the metric, of the arms and seeds that have one."""
+    def values(self, metric: Metric | None = None) -> dict[str, dict[int, float]]:
+        """arm -> seed -> the study's metric, or another one, of the arms and seeds that have it."""
         values: dict[str, dict[int, float]] = {}
         for run in self.runs:
-            value = self.value(run)
+            value = (metric or self.metric).of(run.evaluation())
             if value is not None:
                 values.setdefault(run.arm, {})[run.seed] = value
         return values
+
+    def lineages(self) -> dict[str, str]:
+        """arm -> the arm whose runs its own descend from, converted or trained on; of arms that descend from others."""
+        specs = {spec["name"]: spec for spec in self.record["runs"]}
+        found: dict[str, str] = {}
+        for spec in specs.values():
+            origin = spec
+            for _ in specs:  # no longer than a record that names its runs in a circle
+                origin = specs.get(origin.get("source") or "", origin)
+            source = origin.get("source")
+            if origin is not spec or source is not None:
+                found.setdefault(spec["arm"], origin["arm"] if source is None else source)
+        return found
 
 
 def load_results(folder: Path) -> StudyResults:

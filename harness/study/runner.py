@@ -239,7 +239,7 @@ def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], li
     assert tune is not None
     grid, failures, notes = first_grid(plan.shared_lr, tune.factors), [], []  # type: ignore[var-annotated]
     for extension in range(tune.extensions + 1):
-        specs = [plan.spec(arm, lr, tune.seed, tune.tokens) for lr in grid for arm in arms]
+        specs = [plan.spec(arm, lr, plan.tuning_seed, tune.tokens) for lr in grid for arm in arms]
         failed = {failure["run"] for failure in failures}
         failures += run([spec for spec in specs if spec.name not in failed])
         losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
@@ -256,7 +256,7 @@ def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], li
         if best.at_edge:
             notes.append(f"{arm}: the lowest loss of the sweep is at its edge, {best.lr:g}; the optimum may lie beyond")
     if tune.tokens is not None and tune.transfer_arms:
-        transfer = [plan.spec(arm, lr, tune.seed) for arm in tune.transfer_arms if arm in chosen for lr in grid]
+        transfer = [plan.spec(arm, lr, plan.tuning_seed) for arm in tune.transfer_arms if arm in chosen for lr in grid]
         failures += run(transfer)
         specs += transfer
         for arm in tune.transfer_arms:

@@ -1,33 +1,41 @@
 """Verdicts of an ablation: differences between arms with error bars that come from seeds.
 
-The model is y[arm, seed] = arm + seed + residual. A seed sets the initialisation and the order of the data together, the
-same pair for every arm, so it is a block of a randomised block design: what it does to all arms alike leaves every
-difference (paired comparison; Montgomery, Design and Analysis of Experiments, chapter 4.1). It is fitted by ordinary
-least squares over the arms of the whole study, so that the residual variance is pooled, which is what makes three seeds
-usable at all: six arms of three seeds give ten degrees of freedom, two of them alone would give two. The price is the
-assumption that the residuals of all arms have one variance. Arms may have different seeds; an arm with one seed adds
-nothing to the variance.
+A run of an arm is its mean and a residual of its own: what a seed sets (initial values and the order of the data) leaves so
+little in common between arms (correlation 0.05, docs/RESULTS.md) that arms are compared as independent samples. Two
+intervals stand beside each other, and the more cautious one decides:
 
-The family of declared comparisons is corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979). Whatever
-else is looked at is marked as such and uncorrected. Noise of the evaluation, given the weights, is another thing and has
-its own function: bootstrap.
+- pooled: Student's, with one residual variance for all arms of the study. Few seeds become usable that way (six arms of three
+  seeds give twelve degrees of freedom), at the price of an assumption: the variances are equal.
+- own: Welch's (Biometrika 34, 1947), from the variances of the two arms alone. Its degrees of freedom are Satterthwaite's as
+  if both arms had the smaller of their numbers of seeds: with the true numbers, an arm of two seeds beside one of five that
+  scatters three times as widely covers 0.90 where 0.95 is promised.
+
+Arms that descend from the same runs (converted from them, or trained on) are no independent samples: those runs' luck is in
+all of them. Within such a lineage differences are taken seed by seed (the paired t test), and a lineage counts once in the
+pooled variance and in the test of equal variances.
+
+The declared comparisons are one family, corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979), and so are
+their tests of equivalence: two one-sided tests at a declared margin (Schuirmann, Journal of Pharmacokinetics and
+Biopharmaceutics 15, 1987). Whatever else is looked at is marked as such and uncorrected. Noise of the evaluation, given the
+weights, is another thing and has its own function: bootstrap.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from harness.errors import UserError
-from harness.evaluation.metric import Metric
+from harness.evaluation.metric import METRICS, Metric
 
 Values = Mapping[str, Mapping[int, float]]  # arm -> seed -> its result
+Lineages = Mapping[str, str]  # arm -> the arm whose runs its own come from; one that is not named stands for itself
 Pair = tuple[str, str]
 Interval = tuple[float, float]
 
@@ -40,64 +48,99 @@ _BLOCK = 1_000_000  # resampled clusters that the bootstrap holds at a time
 
 @dataclass(frozen=True)
 class Contrast:
-    """One difference between two arms. The error bar is None where no arm has seeds that disagree."""
+    """One difference between two arms. All that rests on an error bar is None without one: where an arm has one seed."""
 
     a: str
     b: str
     primary: bool  # declared before the results were seen
-    n: int  # seeds that both arms have
-    difference: float  # a - b, from the model
-    low: float | None  # 95 % interval of this difference alone, not corrected for the others
-    high: float | None
-    p: float | None  # two-sided, uncorrected
-    p_holm: float | None  # over the declared contrasts; None for others
-    resolved: bool | None  # primary: p_holm < 0.05; other: the interval excludes 0
-    seeds_needed: int | None  # None: resolved, unknown, or more than MOST_SEEDS; see contrasts
+    n_a: int  # seeds; within a lineage those that both arms have
+    n_b: int
+    paired: bool  # within a lineage, seed by seed
+    difference: float  # a - b
+    low: float | None = None  # 95 % interval of this difference alone, not corrected for the others: the wider of the two
+    high: float | None = None
+    own_half: float | None = None  # half of the interval from the two arms' own deviations
+    pooled_half: float | None = None  # half of that from the pooled deviation; None within a lineage, and for arms apart
+    p: float | None = None  # two-sided, uncorrected, the larger of the two
+    p_holm: float | None = None  # over the declared contrasts; None for others
+    resolved: bool | None = None  # primary: p_holm < 0.05; other: the interval excludes 0
+    detectable: float | None = None  # the smallest true difference that so many seeds resolve with 80 % power
+    margin: float | None = None  # declared: arms that differ by less are the same
+    p_same: float | None = None  # of the two one-sided tests, the larger of the two; over the declared contrasts by Holm
+    same: bool | None = None  # p_same < 0.05
+    seeds_for_margin: int | None = None  # of each arm, to detect the margin with 80 % power; None: above MOST_SEEDS
 
-    def sentence(self, metric: Metric) -> str:
-        """The verdict in words, ± half the 95 % interval."""
-        against = f"{self.a} against {self.b}"
-        if self.low is None or self.high is None or self.p is None:
-            reason = "one seed: no error bar" if self.n == 1 else "no error bar: every seed repeats it exactly"
-            return f"{against}: {self.difference:+z.{decimals_for(self.difference, 3)}f} {metric.unit} ({reason})"
+    @property
+    def n(self) -> int:
+        """Seeds of the arm that has fewer."""
+        return min(self.n_a, self.n_b)
 
+    def size(self, unit: str, *, signed: bool = True) -> str:
+        """The difference in words, ± half the 95 % interval."""
+        difference = self.difference if signed else abs(self.difference)
+        sign = "+" if signed else ""
+        if self.low is None or self.high is None:
+            return f"{difference:{sign}z.{decimals_for(difference, 3)}f} {unit}"
         half = (self.high - self.low) / 2
         decimals = decimals_for(half, 2)
-        borrowed = "error bar from arms with more seeds"
+        return f"{difference:{sign}z.{decimals}f} ± {half:.{decimals}f} {unit}"
+
+    def sentence(self, metric: Metric, also: Mapping[str, Contrast] | None = None) -> str:
+        """The verdict in words. also: the same difference by other metrics, which are named by METRICS' names."""
+
+        def size(*, signed: bool = True) -> str:
+            others = [other.size(METRICS[name].unit, signed=signed) for name, other in (also or {}).items()]
+            return self.size(metric.unit, signed=signed) + (f" ({', '.join(others)})" if others else "")
+
+        against = f"{self.a} against {self.b}"
+        if self.p is None:
+            reason = "one seed: no error bar" if self.n == 1 else "no error bar: every seed repeats it exactly"
+            if self.n == 1 < max(self.n_a, self.n_b):
+                reason = f"one seed of {self.a if self.n_a == 1 else self.b}: no error bar"
+            return f"{against}: {size()} ({reason})"
+
+        n = f"{self.n_a}" if self.n_a == self.n_b else f"{self.n_a} and {self.n_b}"
+        seeds = f"{n} seeds, paired within a lineage" if self.paired else f"{n} seeds"
+        within = "" if self.margin is None else f"the same within {self.margin:g}"
+        how = ", not a declared comparison" if self.p_holm is None else " after Holm"
         if self.resolved:
             verdict = "better" if metric.better(self.difference) else "worse"
-            seeds = f"{self.n} seeds" if self.n > 1 else f"1 seed, {borrowed}"
-            p = f"{_p(self.p)}, not a declared comparison" if self.p_holm is None else f"{_p(self.p_holm)} after Holm"
-            size = f"{abs(self.difference):.{decimals}f} ± {half:.{decimals}f} {metric.unit}"
-            return f"{self.a} is {size} {verdict} than {self.b} ({seeds}, {p})"
+            p = f"{_p(self.p if self.p_holm is None else self.p_holm)}{how}"
+            and_yet = f", and yet {within} ({_p(self.p_same)})" if self.same and self.p_same is not None else ""
+            return f"{self.a} is {size(signed=False)} {verdict} than {self.b} ({seeds}, {p}){and_yet}"
+        if self.same and self.p_same is not None:
+            return f"{self.a} and {self.b} are {within} {metric.unit}: {size()} ({seeds}, {_p(self.p_same)}{how})"
 
-        notes = [borrowed] if self.n == 1 else []
+        notes = ["paired within a lineage"] if self.paired else []
         # The bar excludes 0 and yet nothing is resolved: without the reason the sentence would contradict itself.
         if self.p_holm is not None and self.p < ALPHA:
             notes.append(f"{_p(self.p_holm)} after Holm")
         note = f" ({', '.join(notes)})" if notes else ""
-        remedy = (
-            f"more than {MOST_SEEDS:,} seeds would be needed"
-            if self.seeds_needed is None
-            else f"about {self.seeds_needed} seeds would resolve it"
-        )
-        size = f"{self.difference:+z.{decimals}f} ± {half:.{decimals}f} {metric.unit}"
-        return f"{against}: {size}, not resolved at n = {self.n}{note}; {remedy}"
+        found = f"{against}: {size()}, not resolved at n = {n}{note}"
+        if within:
+            found += f", nor {within}"
+        if self.detectable is not None:
+            found += f"; so many seeds detect {self.detectable:.{decimals_for(self.detectable, 2)}f} with 80 % power"
+        if within:
+            many = f"more than {MOST_SEEDS:,}" if self.seeds_for_margin is None else f"about {self.seeds_for_margin}"
+            found += f", {self.margin:g} takes {many}"
+        return found
 
 
 @dataclass(frozen=True)
 class Mean:
-    """One arm's mean over the seeds of the study, as the model has it, with the 95 % interval that suits comparison."""
+    """One arm's mean over its seeds, and how they scatter."""
 
     mean: float
-    low: float | None  # None where no arm has seeds that disagree
+    low: float | None  # 95 % interval, the wider of the pooled and the arm's own; None with one seed
     high: float | None
-    n: int  # seeds of this arm
+    n: int  # seeds
+    deviation: float | None  # of single runs, estimated from this arm alone; None with one seed
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What another sample of documents would have done to the difference of two given sets of weights; no seeds."""
+    """What another sample of clusters of text would have done to the difference of two given sets of weights; no seeds."""
 
     difference: float  # a - b, bits per byte
     low: float  # 95 % interval
@@ -106,124 +149,191 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class _Model:
-    arms: list[str]
-    seeds: list[int]  # but for the first of each group of arms that common seeds link: its effect is set to 0
-    fitted: Any  # of statsmodels; the parameters are the arms, then the seeds
-    sigma: float | None  # None without a degree of freedom
-    dof: int
+class _Estimate:
+    """A figure, its standard error and the degrees of freedom of its t distribution."""
 
-    def estimates(self, weights_CP: NDArray[np.float64]) -> tuple[list[float], list[float], list[Interval]]:
-        """Estimate, p against 0 and 95 % interval of each weighted sum of parameters; the last two empty without σ."""
-        if not self.sigma:
-            return (weights_CP @ self.fitted.params).tolist(), [], []
-        test = self.fitted.t_test(weights_CP)
-        intervals = [(float(low), float(high)) for low, high in test.conf_int(alpha=ALPHA)]
-        return np.ravel(test.effect).tolist(), np.ravel(test.pvalue).tolist(), intervals
+    figure: float
+    error: float
+    dof: float
+
+    @property
+    def half(self) -> float:
+        """Half of the 95 % interval."""
+        return -_quantile(ALPHA / 2, self.dof) * self.error
+
+    @property
+    def p(self) -> float:
+        """Against 0, two-sided."""
+        return 2 * _below(-abs(self.figure) / self.error, self.dof)
+
+    def p_same(self, margin: float) -> float:
+        """Of two one-sided tests: that the figure lies at -margin or below, and at margin or above; the larger one."""
+        return _below((abs(self.figure) - margin) / self.error, self.dof)
+
+    def detectable(self, alpha: float) -> float:
+        """The true figure that a two-sided test at this level finds with 80 % power, this error taken for the true one."""
+        from scipy import special
+
+        return float(special.nctdtrinc(self.dof, 1 - POWER, -_quantile(alpha / 2, self.dof))) * self.error
+
+
+def _quantile(p: float, dof: float) -> float:
+    """Of the t distribution; scipy.stats does the same with forty times the overhead."""
+    from scipy import special
+
+    return float(special.stdtrit(dof, p))
+
+
+def _below(t: float, dof: float) -> float:
+    from scipy import special
+
+    return float(special.stdtr(dof, t))
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Two arms, before anything is corrected or decided."""
+
+    seeds: tuple[int, int]
+    paired: bool
+    difference: float
+    deviation: float  # of a run, the root mean square of the two arms'; of a pair, of its differences
+    estimates: list[_Estimate]  # from the arms' own deviations, then the pooled one; none without an error bar
 
 
 def contrasts(
-    values: Values, *, primary: Sequence[Pair], other: Sequence[Pair] = (), apart: Collection[str] = ()
+    values: Values,
+    *,
+    primary: Sequence[Pair],
+    other: Sequence[Pair] = (),
+    apart: Collection[str] = (),
+    lineages: Lineages | None = None,
+    margin: float | None = None,
 ) -> list[Contrast]:
     """The differences a - b of pairs of arms (a, b): the declared ones first, each in the order given.
 
     values: arm -> seed -> result, of every arm of the study, those without a pair too: they add to the pooled variance.
     primary: the comparisons that were declared before the results, one family for Holm's correction; other: the rest.
     apart: arms that scatter unlike the others, such as models converted without training: they add nothing to the pooled
-    variance, and a pair with one of them has the variance of its own two arms alone.
+    variance, and a pair with one of them has its own variances alone. lineages: which arms come from the same runs.
+    margin: differences below it do not matter; each pair is tested for equivalence too.
 
-    seeds_needed takes the difference and the σ that were seen for the true ones, so it is a guide and no promise: the
-    fewest seeds of both arms, above n, at which the two-sided t test has 80 % power. Every seed more is one degree of
-    freedom more, as if the other arms kept theirs. A declared contrast is tested at the level where Holm's method
-    stopped: 0.05 over the number of declared contrasts that are not resolved.
+    What so many seeds detect takes the deviations that were seen for the true ones, never the difference. A declared
+    contrast is tested at the level where Holm's method stopped: 0.05 over the number of declared contrasts that are not
+    resolved.
 
     Raises UserError for results that are missing or not finite, and for pairs that cannot be compared: an arm that is
-    not there, an arm with itself, two arms without a common seed, one pair twice.
+    not there, an arm with itself, two arms of a lineage without a common seed, one pair twice.
     """
-    from statsmodels.stats.multitest import multipletests
-
-    pairs = [*primary, *other]
-    pooled = _fit(without(values, apart) or values)
-    _check_pairs(values, pairs)
-    models = {(a, b): _fit({a: values[a], b: values[b]}) if a in apart or b in apart else pooled for a, b in pairs}
-    estimates = [_difference(models[pair], *pair) for pair in pairs]
-    common = [len(values[a].keys() & values[b].keys()) for a, b in pairs]
-    declared = [p for _, p, _ in estimates[: len(primary)] if p is not None]
-    corrected = iter(multipletests(declared, alpha=ALPHA, method="holm")[1].tolist() if declared else [])
-    holm = [None if p is None else next(corrected) for _, p, _ in estimates[: len(primary)]]
-    unresolved = sum(p is None or p >= ALPHA for p in holm)
-    found = []
-    for i, ((a, b), (difference, p, interval)) in enumerate(zip(pairs, estimates, strict=True)):
-        is_declared = i < len(primary)
-        if p is None or interval is None:
-            found.append(Contrast(a, b, is_declared, common[i], difference, None, None, None, None, None, None))
-            continue
-        p_holm = holm[i] if is_declared else None
-        resolved = (p if p_holm is None else p_holm) < ALPHA
-        needed = None
-        if not resolved:
-            alpha = ALPHA if p_holm is None else ALPHA / unresolved
-            needed = _seeds_needed(difference, models[a, b], n=common[i], alpha=alpha)
-        found.append(Contrast(a, b, is_declared, common[i], difference, *interval, p, p_holm, resolved, needed))
-    return found
-
-
-def have_common_seed(values: Values, a: str, b: str) -> bool:
-    """Whether two arms have results, some of them of one seed, so that they can be compared."""
-    return not values.get(a, {}).keys().isdisjoint(values.get(b, {}))
-
-
-def without(values: Values, apart: Collection[str]) -> Values:
-    """The results of the arms that share one variance."""
-    return {arm: by_seed for arm, by_seed in values.items() if arm not in apart}
-
-
-def _difference(model: _Model, a: str, b: str) -> tuple[float, float | None, Interval | None]:
-    """a - b, its p and its 95 % interval."""
-    weights_P = np.zeros(len(model.fitted.params))
-    weights_P[model.arms.index(a)], weights_P[model.arms.index(b)] = 1, -1
-    (difference,), p_values, intervals = model.estimates(weights_P[None])
-    return (difference, p_values[0], intervals[0]) if p_values else (difference, None, None)
+    _check_values(values)
+    lineages, pairs = lineages or {}, [*primary, *other]
+    _check_pairs(values, pairs, lineages)
+    pooled = residual_deviation(values, apart=apart, lineages=lineages)
+    found = [_compare(values, pair, None if {*pair} & {*apart} else pooled, lineages) for pair in pairs]
+    declared = len(primary)
+    p = [max((each.p for each in of_pair.estimates), default=None) for of_pair in found]
+    p_holm = [*_holm(p[:declared]), *[None] * len(other)]
+    p_same = [
+        None if margin is None else max((each.p_same(margin) for each in of_pair.estimates), default=None) for of_pair in found
+    ]
+    p_same[:declared] = _holm(p_same[:declared])
+    unresolved = sum(each is None or each >= ALPHA for each in p_holm[:declared])
+    verdicts = []
+    for i, ((a, b), of_pair) in enumerate(zip(pairs, found, strict=True)):
+        contrast = Contrast(a, b, i < declared, *of_pair.seeds, of_pair.paired, of_pair.difference, margin=margin)
+        same = p_same[i]
+        if of_pair.estimates:
+            own, wider = of_pair.estimates[0], max(of_pair.estimates, key=lambda each: each.half)
+            deciding = p[i] if p_holm[i] is None else p_holm[i]
+            assert deciding is not None
+            alpha = ALPHA / unresolved if i < declared and deciding >= ALPHA else ALPHA
+            contrast = replace(
+                contrast,
+                low=contrast.difference - wider.half,
+                high=contrast.difference + wider.half,
+                own_half=own.half,
+                pooled_half=of_pair.estimates[1].half if len(of_pair.estimates) > 1 else None,
+                p=p[i],
+                p_holm=p_holm[i],
+                resolved=deciding < ALPHA,
+                detectable=wider.detectable(alpha),
+                p_same=same,
+                same=None if same is None else same < ALPHA,
+                seeds_for_margin=None if margin is None else _seeds_for(margin, of_pair, alpha),
+            )
+        verdicts.append(contrast)
+    return verdicts
 
 
-def residual_deviation(values: Values) -> tuple[float | None, int]:
-    """(σ, degrees of freedom): the standard deviation of what neither arm nor seed explains, pooled over all arms.
+def residual_deviation(
+    values: Values, *, apart: Collection[str] = (), lineages: Lineages | None = None
+) -> tuple[float | None, int]:
+    """(σ, degrees of freedom): how single runs of an arm deviate from its mean, pooled over all arms but those apart.
 
-    σ is None without a degree of freedom, as with one seed. A difference of two arms over n common seeds has the
-    standard error σ √(2/n). Raises UserError for results that are missing or not finite.
+    Arms of one lineage count as one, with the mean of their variances. σ is None without a degree of freedom, as with one
+    seed an arm. Raises UserError for results that are missing or not finite.
     """
-    model = _fit(values)
-    return model.sigma, model.dof
+    _check_values(values)
+    squares, dof = 0.0, 0
+    for arms in _of_lineages(values, lineages or {}):
+        if several := [[*values[arm].values()] for arm in arms if len(values[arm]) > 1 and arm not in apart]:
+            freedom = max(map(len, several)) - 1
+            squares, dof = squares + freedom * float(np.mean([np.var(runs, ddof=1) for runs in several])), dof + freedom
+    return (_above_rounding(math.sqrt(squares / dof), values) if dof else None), dof
 
 
-def mean_interval(values: Values, arm: str) -> Mean:
-    """An arm's mean with an error bar of the pooled σ: t σ/√n where the arm has every seed.
+def equal_variances(values: Values, *, apart: Collection[str] = (), lineages: Lineages | None = None) -> float | None:
+    """p of Bartlett's test that all arms but those apart scatter alike; of a lineage its first arm with seeds that differ.
+    None with fewer than two of them.
 
-    The mean is over all seeds of the study that common arms link to this one; a seed that the arm lacks counts as the
-    model expects it, so that an arm of three seeds can stand beside one of five, and differences of such means are those
-    of contrasts. What a seed does to all arms alike is not in the error bar: single runs scatter more widely.
-
-    Raises UserError for an arm that is not there, and for results that are missing or not finite.
+    Bartlett's, although it takes outliers for unequal variances: tests that do not, such as Brown and Forsythe's, look at
+    distances from the median, of which two seeds give equal ones and three give a zero, so that they find nothing at all
+    there (docs/STUDIES.md). A false alarm costs nothing: the wider interval decides in any case.
     """
-    model = _fit(values)
+    from scipy import stats
+
+    _check_values(values)
+    groups = []
+    for arms in _of_lineages(values, lineages or {}):
+        groups += [[*values[arm].values()] for arm in arms if arm not in apart and len({*values[arm].values()}) > 1][:1]
+    return float(stats.bartlett(*groups).pvalue) if len(groups) > 1 else None
+
+
+def mean_interval(values: Values, arm: str, *, apart: Collection[str] = (), lineages: Lineages | None = None) -> Mean:
+    """An arm's mean and the wider of two 95 % intervals: from its own deviation and from that pooled over all arms.
+
+    apart, lineages: see `contrasts`. Raises UserError for an arm that is not there, and for results that are missing or
+    not finite.
+    """
+    _check_values(values)
     _check_arm(values, arm)
-    linked = _linked_seeds(values, arm)
-    weights_P = np.zeros(len(model.fitted.params))
-    weights_P[model.arms.index(arm)] = 1
-    for column, seed in enumerate(model.seeds, start=len(model.arms)):
-        weights_P[column] = (seed in linked) / len(linked)
-    (mean,), _, intervals = model.estimates(weights_P[None])
-    low, high = intervals[0] if intervals else (None, None)
-    return Mean(mean, low, high, len(values[arm]))
+    numbers = [*values[arm].values()]
+    mean, n = statistics.fmean(numbers), len(numbers)
+    if n == 1:
+        return Mean(mean, None, None, n, None)
+    deviation = float(np.std(numbers, ddof=1))
+    pooled = (None, 0) if arm in apart else residual_deviation(values, apart=apart, lineages=lineages)
+    estimates = (_above_rounding(deviation, values), n - 1), pooled
+    halves = [_Estimate(mean, sigma / math.sqrt(n), dof).half for sigma, dof in estimates if sigma]
+    half = max(halves, default=None)
+    return Mean(mean, None if half is None else mean - half, None if half is None else mean + half, n, deviation)
+
+
+def can_be_compared(values: Values, a: str, b: str, lineages: Lineages) -> bool:
+    """Whether two arms have results, and within a lineage some of one seed."""
+    if a not in values or b not in values:
+        return False
+    return _root(a, lineages) != _root(b, lineages) or not values[a].keys().isdisjoint(values[b])
 
 
 def bootstrap(nats_a: ArrayLike, nats_b: ArrayLike, bytes_: ArrayLike, *, draws: int = 10_000, seed: int = 0) -> Noise:
     """Noise of the evaluation, given these weights: a paired bootstrap over clusters of text.
 
-    nats_a, nats_b, bytes_: (clusters,), the summed loss of each model and the UTF-8 bytes of each document, or of fixed
-    segments where documents are long. Clusters are drawn with replacement, the same for both models, and each draw is a
-    ratio of totals in bits per byte; the interval lies between the percentiles 2.5 and 97.5 (Efron and Tibshirani, An
-    Introduction to the Bootstrap, chapter 13). It says nothing about other seeds, so it is never a verdict on an arm.
+    nats_a, nats_b, bytes_: (clusters,), the summed loss of each model and the UTF-8 bytes of each document; or of segments
+    of documents, and then it is of other places in the same documents, no other text. Clusters are drawn with replacement,
+    the same for both models, and each draw is a ratio of totals in bits per byte; the interval lies between the percentiles
+    2.5 and 97.5 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). It says nothing about other seeds, so
+    it is never a verdict on an arm.
 
     Raises UserError for fewer than 100 clusters with text, and for figures that do not belong together.
     """
@@ -285,9 +395,71 @@ def pareto_front(points: Sequence[tuple[str, float, float]]) -> list[str]:
     return [name for name, _, _ in front]
 
 
-def _fit(values: Values) -> _Model:
-    from statsmodels.regression.linear_model import OLS
+def _compare(values: Values, pair: Pair, pooled: tuple[float | None, int] | None, lineages: Lineages) -> _Compared:
+    """pooled: σ and its degrees of freedom; None where the arms' own deviations are all there is."""
+    a, b = (values[arm] for arm in pair)
+    if _root(pair[0], lineages) == _root(pair[1], lineages):
+        differences = [a[seed] - b[seed] for seed in a if seed in b]
+        n, mean = len(differences), statistics.fmean(differences)
+        sigma = _above_rounding(float(np.std(differences, ddof=1)), values) if n > 1 else 0.0
+        estimates = [_Estimate(mean, sigma / math.sqrt(n), n - 1)] if sigma else []
+        return _Compared((n, n), True, mean, sigma, estimates)
 
+    numbers = [[*of_arm.values()] for of_arm in (a, b)]
+    n_a, n_b = map(len, numbers)
+    difference = statistics.fmean(numbers[0]) - statistics.fmean(numbers[1])
+    if min(n_a, n_b) == 1:
+        return _Compared((n_a, n_b), False, difference, 0.0, [])
+    variances = [float(np.var(of_arm, ddof=1)) for of_arm in numbers]
+    shares = [variance / n for variance, n in zip(variances, (n_a, n_b), strict=True)]
+    sigma, error = math.sqrt(statistics.fmean(variances)), _above_rounding(math.sqrt(sum(shares)), values)
+    estimates = []
+    if error:
+        dof = (min(n_a, n_b) - 1) * sum(shares) ** 2 / sum(share**2 for share in shares)
+        estimates.append(_Estimate(difference, error, dof))
+        if pooled is not None and pooled[0]:
+            estimates.append(_Estimate(difference, pooled[0] * math.sqrt(1 / n_a + 1 / n_b), pooled[1]))
+    return _Compared((n_a, n_b), False, difference, sigma, estimates)
+
+
+def _holm(p: Sequence[float | None]) -> list[float | None]:
+    """The corrected ones, in the places of those that are there."""
+    from statsmodels.stats.multitest import multipletests
+
+    known = [each for each in p if each is not None]
+    corrected = iter(multipletests(known, alpha=ALPHA, method="holm")[1].tolist() if known else [])
+    return [None if each is None else next(corrected) for each in p]
+
+
+def _seeds_for(difference: float, of_pair: _Compared, alpha: float) -> int | None:
+    """The fewest seeds of each arm with which a t test of these deviations finds such a difference in 80 % of studies."""
+    from statsmodels.stats.power import TTestIndPower, TTestPower
+
+    test, size = TTestPower() if of_pair.paired else TTestIndPower(), difference / of_pair.deviation
+    candidates = range(2, MOST_SEEDS + 1)
+    first = bisect.bisect_left(candidates, POWER, key=lambda n: float(test.power(size, n, alpha)))
+    return candidates[first] if first < len(candidates) else None
+
+
+def _root(arm: str, lineages: Lineages) -> str:
+    return lineages.get(arm, arm)
+
+
+def _of_lineages(values: Values, lineages: Lineages) -> list[list[str]]:
+    """The arms, those of a lineage together."""
+    found: dict[str, list[str]] = {}
+    for arm in values:
+        found.setdefault(_root(arm, lineages), []).append(arm)
+    return [*found.values()]
+
+
+def _above_rounding(deviation: float, values: Values) -> float:
+    """0 for what is below the rounding of float64: there is no noise to divide by."""
+    largest = max(abs(result) for results in values.values() for result in results.values())
+    return deviation if deviation > 1e-12 * largest else 0.0
+
+
+def _check_values(values: Values) -> None:
     if not values:
         raise UserError("a study of 0 arms has nothing to compare: give results of at least one arm")
     for arm, results in values.items():
@@ -297,31 +469,13 @@ def _fit(values: Values) -> _Model:
             if not math.isfinite(result):
                 raise UserError(f"arm {arm}, seed {seed} has the result {result}: train it again or leave the arm out")
 
-    arms = list(values)
-    references = {min(_linked_seeds(values, arm)) for arm in arms}
-    seeds = sorted({seed for results in values.values() for seed in results} - references)
-    cells = [(arm, seed) for arm in arms for seed in values[arm]]
-    y_N = np.array([values[arm][seed] for arm, seed in cells], dtype=np.float64)
-    x_NP = np.array(
-        [[*(arm == other for other in arms), *(seed == other for other in seeds)] for arm, seed in cells], dtype=np.float64
-    )
-    model = OLS(y_N, x_NP)
-    dof = int(model.df_resid)
-    with np.errstate(invalid="ignore", divide="ignore"):  # a variance over 0 degrees of freedom, which is not used
-        fitted = model.fit()
-    if not dof:
-        return _Model(arms, seeds, fitted, None, 0)
-    sigma = math.sqrt(fitted.ssr / dof)
-    # Below the rounding of float64 there is no noise to divide by.
-    return _Model(arms, seeds, fitted, sigma if sigma > 1e-12 * np.abs(y_N).max() else 0.0, dof)
-
 
 def _check_arm(values: Values, arm: str) -> None:
     if arm not in values:
         raise UserError(f"there is no arm {arm} among the {len(values)} of the study: choose of {', '.join(values)}")
 
 
-def _check_pairs(values: Values, pairs: Sequence[Pair]) -> None:
+def _check_pairs(values: Values, pairs: Sequence[Pair], lineages: Lineages) -> None:
     seen: set[frozenset[str]] = set()
     for a, b in pairs:
         _check_arm(values, a)
@@ -331,36 +485,12 @@ def _check_pairs(values: Values, pairs: Sequence[Pair]) -> None:
         if frozenset((a, b)) in seen:
             raise UserError(f"{a} and {b} are to be compared twice: declare every pair of arms once")
         seen.add(frozenset((a, b)))
-        if not have_common_seed(values, a, b):
+        if not can_be_compared(values, a, b, lineages):
             raise UserError(
                 f"{a} (seeds {', '.join(map(str, sorted(values[a])))}) and {b} (seeds "
-                f"{', '.join(map(str, sorted(values[b])))}) have no seed in common: train both with one"
+                f"{', '.join(map(str, sorted(values[b])))}) descend from the same runs and have no seed in common: train both "
+                f"with one"
             )
-
-
-def _linked_seeds(values: Values, arm: str) -> set[int]:
-    """The seeds of an arm, of all arms that share a seed with it, and so on: what its mean can be carried over to."""
-    linked, size = set(values[arm]), 0
-    while len(linked) > size:
-        size = len(linked)
-        linked.update(*(results for results in values.values() if not linked.isdisjoint(results)))
-    return linked
-
-
-def _seeds_needed(difference: float, model: _Model, *, n: int, alpha: float) -> int | None:
-    from scipy import stats
-
-    assert model.sigma
-    effect = abs(difference) / (model.sigma * math.sqrt(2))
-
-    def power(seeds: int) -> float:
-        dof = model.dof + seeds - n
-        # The other tail, a verdict for the wrong side, is not counted as success.
-        return float(stats.nct.sf(stats.t.isf(alpha / 2, dof), dof, effect * math.sqrt(seeds)))
-
-    candidates = range(n + 1, MOST_SEEDS + 1)
-    first = bisect.bisect_left(candidates, POWER, key=power)
-    return candidates[first] if first < len(candidates) else None
 
 
 def decimals_for(number: float, digits: int) -> int:

@@ -64,7 +64,7 @@ def test_the_segments_sum_to_the_splits_totals(kind: str, max_tokens: int | None
     assert sum(segments.tokens) == result.tokens
     assert sum(segments.bytes) == result.bytes
     assert math.fsum(segments.nats) == pytest.approx(result.nats, rel=1e-12)
-    assert len(segments.tokens) == len(segments.bytes) == len(segments.nats)
+    assert len(segments.tokens) == len(segments.bytes) == len(segments.nats) == len(segments.documents)
     assert min(segments.tokens) >= 1 and min(segments.bytes) >= 0
 
 
@@ -75,6 +75,7 @@ def test_a_segment_holds_the_losses_and_the_bytes_of_its_own_tokens() -> None:
     split = split_of(tokenizer, texts)
     _, segments = scored(split, tokenizer, segment_tokens=8)
     assert segments.tokens == [8, 6, 6, 8, 8]
+    assert segments.documents == [0, 0, 1, 2, 2]
     assert segments.bytes == [8, 5, 5, 7, 8]  # the snowman is cut behind its first byte
     stream = [tokenizer.end_of_text, *split.tokens.tolist()]
     pairs = [(left * 512 + right) / 2**18 for left, right in itertools.pairwise(stream)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 import shlex
 import statistics
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy import stats
 
 from harness.errors import UserError
 from harness.report.colours import COLOURS, MARKERS, PAPER
@@ -138,23 +138,36 @@ def test_seeds_of_one_setup_become_mean_and_sample_deviation(tmp_path: Path) -> 
     assert (mha.n, mha.bits_per_byte_deviation) == (1, None)
 
 
-def test_means_over_few_seeds_carry_their_count_a_pooled_interval_and_a_caution(tmp_path: Path) -> None:
-    """By hand: σ² = sum of squares within / 2 with 2 degrees of freedom, t(0.975, 2) = 4.3027, half = t σ / √3."""
+def test_means_over_few_seeds_carry_their_count_an_interval_and_a_caution(tmp_path: Path) -> None:
+    """By hand: t(0.975, 2) = 4.3027; each row's own interval is wider than the pooled one of 4 degrees of freedom."""
     bits = {"mha": [1.50, 1.52, 1.54], "mla": [1.51, 1.52, 1.56]}
     for attention, values in bits.items():
         for seed, value in enumerate(values):
             make_run(tmp_path, attention, seed, bits_per_byte=value)
     comparison = compare([tmp_path])
     (table,) = comparison.tables
-    # Seeds are blocks: residuals of the differences 0.01, 0.00, 0.02 about their mean 0.01, halved between two arms.
-    sigma = math.sqrt(2 * (0.005**2) * 2 / 2)
+    halves = {name: 4.302653 * statistics.stdev(values) / 3**0.5 for name, values in bits.items()}
     rows = only_table(comparison)
-    assert [setup.bits_per_byte_half_width for setup in rows.values()] == pytest.approx([4.302653 * sigma / 3**0.5] * 2)
-    half = 4.302653 * sigma * (2 / 3) ** 0.5
-    assert table.caution.startswith("n = 3 seeds a row") and "2 degrees of freedom" in table.caution
-    assert table.caution.endswith(f"not told apart from mha: mla (+0.0100 ± {half:.4f})")
+    assert {name: setup.bits_per_byte_half_width for name, setup in rows.items()} == pytest.approx(halves)
+    low, high = stats.ttest_ind(bits["mla"], bits["mha"], equal_var=False).confidence_interval()
+    assert table.caution.startswith("n = 3 seeds a row") and "(0.0235, 4 degrees of freedom)" in table.caution
+    assert table.caution.endswith(f"not told apart from mha: mla (+0.0100 ± {(high - low) / 2:.4f})")
     for text in (as_text(comparison), as_markdown(comparison)):
-        assert table.caution in text and f"± {4.302653 * sigma / 3**0.5:.4f}" in text
+        assert table.caution in text and f"± {halves['mha']:.4f}" in text
+
+
+def test_what_was_trained_on_from_the_same_runs_is_compared_seed_by_seed(tmp_path: Path) -> None:
+    before, after = [1.50, 1.52, 1.55], [1.52, 1.541, 1.571]
+    for seed in range(3):
+        make_run(tmp_path / "alone", "mha", seed, bits_per_byte=before[seed])
+        make_run(tmp_path / "alone", "mla", seed, bits_per_byte=after[seed])
+    told = compare([tmp_path / "alone"]).tables[0].caution
+    assert "not told apart from mha: mla" in told and "(0.0254, 4 degrees of freedom)" in told
+    for seed in range(3):
+        make_run(tmp_path / "begun", "mha", seed, bits_per_byte=before[seed])
+        make_run(tmp_path / "begun", "mla", seed, bits_per_byte=after[seed], init_from=f"/elsewhere/books-tiny-mha-seed{seed}")
+    told = compare([tmp_path / "begun"]).tables[0].caution
+    assert "not told apart" not in told and "2 degrees of freedom" in told, "a deviation of 0.0006 against 0.025"
 
 
 def test_the_command_that_makes_what_is_lacking_names_each_folder_as_a_shell_reads_it(tmp_path: Path) -> None:

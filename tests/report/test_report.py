@@ -16,8 +16,9 @@ import pytest
 
 from harness.config.places import ROOT
 from harness.errors import UserError
-from harness.evaluation.metric import BITS_PER_BYTE
+from harness.evaluation.metric import BITS_PER_BYTE, LOSS
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
+from harness.report.document import with_error
 from harness.report.findings import Findings
 from harness.report.pictures import short
 from harness.report.sections import sections
@@ -131,9 +132,10 @@ def test_the_csv_has_one_unrounded_row_a_run(full: Path) -> None:
 def test_verdicts_are_the_sentences_of_the_statistics_declared_ones_first(full: Path) -> None:
     results = load_results(full)
     steps = [("gqa", "mha"), ("mqa", "gqa"), ("mla_plain", "mqa")]  # mla against mla_plain is declared
-    expected = [
-        c.sentence(BITS_PER_BYTE) for c in contrasts(results.values(), primary=results.record["contrasts"], other=steps)
-    ]
+    pairs: dict[str, Any] = {"primary": results.record["contrasts"], "other": steps}
+    in_nats = contrasts(results.values(LOSS), **pairs)
+    expected = [c.sentence(BITS_PER_BYTE, {"loss": in_nats[i]}) for i, c in enumerate(contrasts(results.values(), **pairs))]
+    assert all(" nats per token)" in sentence for sentence in expected)
     content = json.loads((full / "report.json").read_text())
     assert [verdict["sentence"] for verdict in content["verdicts"]] == expected
     assert [verdict["primary"] for verdict in content["verdicts"]] == [True] * 3 + [False] * 3
@@ -155,7 +157,10 @@ def test_the_noise_of_the_evaluation_is_of_losses_averaged_over_common_seeds_and
     expected = bootstrap(nats("mla"), nats("gqa"), segments["mla", 0]["bytes"])  # type: ignore[index]
     noise = json.loads((full / "report.json").read_text())["verdicts"][0]["evaluation_noise"]
     assert (noise["low"], noise["high"], noise["seeds"]) == (expected.low, expected.high, [0, 1, 2])
-    assert "evaluation noise, no verdict" in (full / "report.md").read_text()
+    markdown = (full / "report.md").read_text()
+    assert "evaluation noise, no verdict" in markdown
+    assert "over segments of the same 8 documents of the test split" in markdown
+    assert "It says what other places in the same documents would have changed for these very weights" in markdown
 
 
 def test_segments_that_were_cut_differently_or_are_too_few_give_no_noise_and_the_reason(tmp_path: Path) -> None:
@@ -177,6 +182,102 @@ def test_one_seed_gives_no_error_bar_and_no_verdict(tmp_path: Path) -> None:
     assert "every run" not in table
 
 
+def test_arms_from_the_same_runs_are_one_lineage_in_verdicts_and_words(tmp_path: Path) -> None:
+    sources = {"mla": "gqa", "mla_plain": "mla"}
+    folder = write_study(tmp_path / "lineages", sources=sources, segments=0, extras=False)
+    found = findings_of(folder)
+    assert found.lineages == {"mla": "gqa", "mla_plain": "gqa"} and found.dof == 6
+    paired = {(v.contrast.a, v.contrast.b): v.contrast.paired for v in found.declared}
+    assert paired == {("mla", "gqa"): True, ("mla", "mqa"): False, ("mla", "mla_plain"): True}
+    markdown, _, content = written(folder)
+    assert "Arms that descend from the same runs (mla, mla\\_plain from runs of gqa) are compared seed by seed" in markdown
+    assert content["lineages"] == found.lineages and "3, paired" in markdown
+    rows = csv.DictReader((folder / "report.csv").open())
+    assert {(row["arm"], row["lineage"]) for row in rows if row["arm"] in ("mla_plain", "mha")} == {
+        ("mla_plain", "gqa"),
+        ("mha", "mha"),
+    }
+
+
+def test_a_record_that_names_its_runs_in_a_circle_has_a_report(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "circle", sources={"mla": "gqa", "gqa": "mla"}, segments=0, extras=False)
+    assert findings_of(folder).lineages.keys() == {"mla", "gqa"}
+
+
+def test_a_declared_margin_is_tested_and_stands_in_the_table(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "margin", margin=0.03, segments=0, extras=False)
+    markdown, _, content = written(folder)
+    (mla, mqa, plain) = content["verdicts"][:3]
+    assert mla["same"] and not plain["same"] and plain["resolved"]
+    assert "mla and gqa are the same within 0.03 bits per byte:" in mla["sentence"]
+    assert "same within 0.03" in markdown and "| yes (p " in markdown
+    assert mqa["margin"] == 0.03
+
+
+def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "late", segments=0, extras=False)
+    assert not any("declared" in note or "exploratory" in note for note in findings_of(folder).notes)
+    record = json.loads((folder / "study.json").read_text())
+    (first,) = record["history"]
+    early = first | {"arms": {arm: [0, 1] if arm == "mqa" else [0, 1, 2] for arm in first["arms"] if arm != "mla_plain"}}
+    early |= {"contrasts": [["mla", "gqa"], ["mla", "mqa"], ["gqa", "mha"]]}
+    record["history"] = [early, first | {"results": 4}]
+    (folder / "study.json").write_text(json.dumps(record))
+    markdown, _, content = written(folder)
+    found = {verdict["b"]: verdict for verdict in content["verdicts"] if verdict["a"] == "mla"}
+    assert found["gqa"]["primary"] and found["gqa"]["exploratory"] is None
+    assert found["mqa"]["sentence"].endswith("; exploratory: seeds 2 of mqa were added after the first result")
+    assert found["mla_plain"]["sentence"].endswith("; exploratory: the comparison was added after the first result")
+    assert not found["mqa"]["primary"] and found["mqa"]["p_holm"] is None
+    assert (
+        "added after the first result, so exploratory: arm mla_plain; seeds 2 of mqa; the comparison of mla with mla_plain"
+        in content["notes"]
+    )
+    assert "declared, and no longer asked for: the comparison of gqa with mha" in content["notes"]
+    assert "| mla\\_plain (exploratory) |" in markdown and "| mla − mqa | exploratory |" in markdown
+
+
+def test_of_an_older_record_it_is_said_that_the_declaration_is_not_known(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "old", segments=0, extras=False)
+    record = json.loads((folder / "study.json").read_text())
+    del record["history"], record["margin"]
+    (folder / "study.json").write_text(json.dumps(record))
+    _, _, content = written(folder)
+    assert any("is not known: study.json is of a version that kept no history" in note for note in content["notes"])
+    assert [verdict["primary"] for verdict in content["verdicts"]] == [True] * 3
+
+
+def test_the_noise_is_drawn_from_whole_documents_where_there_are_enough(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "documents", segments=300, contrasts=[["mla", "gqa"]])
+    change(folder, "*/segments/*.json", documents=[i // 2 for i in range(300)])
+    results = load_results(folder)
+    segments = {(run.arm, run.seed): run.segments() for run in results.runs}
+
+    def nats(arm: str) -> Any:
+        return np.mean([segments[arm, seed]["nats"] for seed in (0, 1, 2)], axis=0).reshape(150, 2).sum(1)  # type: ignore[index]
+
+    sizes = np.reshape(segments["mla", 0]["bytes"], (150, 2)).sum(1)  # type: ignore[index]
+    expected = bootstrap(nats("mla"), nats("gqa"), sizes)
+    markdown, _, content = written(folder)
+    noise = content["verdicts"][0]["evaluation_noise"]
+    assert (noise["low"], noise["high"], noise["clusters"]) == (pytest.approx(expected.low), pytest.approx(expected.high), 150)
+    assert noise["over"] == "150 documents" and "what other documents of the same kind would have changed" in markdown
+
+
+def test_a_published_csv_is_restated_with_its_lineages(capsys: pytest.CaptureFixture[str]) -> None:
+    file = "docs/studies/convert/report.csv"
+    assert report.main(["study=convert", f"csv={ROOT / file}", "pairs=mha2mla_64_tuned:transmla_64_tuned"]) == 0
+    printed = capsys.readouterr().out
+    assert "mha2mla_64_tuned is 0.0031 ± 0.0011 bits per byte (0.0075 ± 0.0027 nats per token) better than" in printed
+    assert "pooled: 0.0062 bits per byte, 24 degrees of freedom" in printed
+    with pytest.raises(UserError, match=r"has an arm gqa, and study=kv_budget has none of that name"):
+        report.main(["study=kv_budget", f"csv={ROOT / file}"])
+    with pytest.raises(UserError, match="cannot be read as a study"):
+        report.main(["study=convert", f"csv={ROOT / 'README.md'}"])
+    with pytest.raises(UserError, match="pairs=gqa must name two arms each"):
+        report.main(["study=convert", f"csv={ROOT / file}", "pairs=gqa"])
+
+
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +294,7 @@ def test_what_is_missing_or_failed_stands_at_the_top_and_nothing_is_put_in_its_p
     assert "no finished run of mqa" in top
     assert "the declared comparison of mla with mqa cannot be made yet" in top
     assert "out of memory" in page.partition("<main>")[0]
-    assert re.search(r"^\| mqa \| – \| – \| – \| – \| 0 \| – \| – \|$", markdown, flags=re.M)
+    assert re.search(r"^\| mqa \| – \| – \| – \| – \| – \| – \| 0 \| – \| – \|$", markdown, flags=re.M)
     assert [verdict["b"] for verdict in content["verdicts"]] == ["gqa", "mla_plain"]
     assert content["arms"]["mqa"]["mean"] is None
     assert content["missing"] == 4
@@ -234,11 +335,14 @@ def test_a_run_that_was_not_evaluated_is_left_out_and_named(tmp_path: Path) -> N
 
 def test_the_main_table_has_means_with_half_widths_sizes_and_decode_times(full: Path) -> None:
     results = load_results(full)
-    mean = mean_interval(results.values(), "mla")
-    assert mean.low is not None and mean.high is not None
-    cells = f"{mean.mean:.4f} ± {(mean.high - mean.low) / 2:.4f}"
+    mean, nats = mean_interval(results.values(), "mla"), mean_interval(results.values(LOSS), "mla")
+    assert mean.low is not None and mean.high is not None and mean.deviation is not None
+    cells = f"{mean.mean:.4f} ± {(mean.high - mean.low) / 2:.4f} | {with_error(nats.mean, nats.low, nats.high)}"
+    deviations = [run.evaluation()["bits_per_byte"] for run in results.runs if run.arm == "mla"]  # type: ignore[index]
+    assert mean.deviation == pytest.approx(np.std(deviations, ddof=1))
     table = (full / "report.md").read_text().partition("## Arms")[2].partition("##")[0]
-    assert f"| mla | 1,324,416 | 640 | 0.312 | {cells} | 3 | 0.007 |" in table
+    assert f"| mla | 1,324,416 | 640 | 0.312 | {cells} | {mean.deviation:.4f} | 3 | 0.007 |" in table
+    assert "Bartlett's test of equal variances: p " in table
     assert "mha (reference)" in table
     assert "decode, ms a token" in table and "one step at context 1,024, batch 1" in table
 
@@ -435,6 +539,8 @@ def test_the_sweep_shows_every_point_and_the_rate_that_was_chosen(full: Path) ->
     for sweep in found.sweeps:
         assert sorted(sweep.losses) == [0.0025, 0.005, 0.01]
         assert sweep.chosen == ARMS[sweep.arm].best_lr
+        assert sweep.doubt is not None and sweep.doubt.factor is not None and 1 < sweep.doubt.factor < 3
+        assert sweep.doubt.cubic_lr is None, "three rates"
         curve = sweep.parabola()
         assert curve[0] == pytest.approx((0.0025, sweep.losses[0.0025]))
         assert curve[-1] == pytest.approx((0.01, sweep.losses[0.01]))
@@ -480,8 +586,8 @@ def test_curves_are_means_over_seeds_with_bands_and_differences_within_a_seed(fu
 def test_another_metric_has_its_own_unit_everywhere(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "loss", metric="loss", segments=0)
     markdown = written(folder)[0]
-    assert "± " in markdown and "nats per token better than" in markdown
-    assert "bits per byte better" not in markdown
+    assert re.search(r"is [\d.]+ ± [\d.]+ nats per token \([\d.]+ ± [\d.]+ bits per byte\) better than", markdown)
+    assert "| difference, nats per token | in bits per byte |" in markdown
 
 
 # --- words and figures -----------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ def test_verdicts_have_the_other_sign_and_the_same_words(pair: tuple[Findings, F
         assert high.contrast.difference == pytest.approx(-low.contrast.difference)
         assert high.contrast.resolved == low.contrast.resolved
         if low.contrast.resolved:
-            assert high.sentence == low.sentence.replace("bits per byte", "answer accuracy")
+            said = low.contrast.sentence(METRICS["bits_per_byte"])
+            assert high.sentence == said.replace("bits per byte", "answer accuracy")
+            assert low.sentence == said.replace("byte", f"byte ({low.also['loss'].size('nats per token', signed=False)})", 1)
     assert any(verdict.contrast.resolved for verdict in bits.declared)
     mla = next(verdict for verdict in accuracy.declared if verdict.contrast.b == "mla_plain")
     assert mla.contrast.difference > 0 and " answer accuracy better than mla_plain (3 seeds" in mla.sentence
@@ -130,7 +132,7 @@ def test_the_best_arm_is_named_at_every_level_and_references_do_not_compete(tmp_
     # Two at 512 bytes, one at 1,024, and of the four of all the one that was counted at 1,024 already.
     assert {best.comparisons for best in found.best} == {6}
     words = sections(found)[0].words
-    assert words[1].startswith("Lowest test bits per byte at 1,024 bytes: mla_1024, 1.7959 ±")
+    assert words[1].startswith("Lowest test bits per byte at 1,024 bytes: mla_1024, 1.7984 ±")
     assert words[1].endswith("Worse: gqa_1024.")
     assert "corrected for all 6 differences from the best" in words[2]
 

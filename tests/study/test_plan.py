@@ -12,7 +12,20 @@ import pytest
 from harness.config.compose import load_train_config, options_of
 from harness.config.identity import setup_hash
 from harness.errors import UserError
-from harness.study.plan import Plan, StudyConfig, build_plan, check_same_study, load_study, merged, record_alone, write_record
+from harness.runs.records import DeclarationRecord, read_study
+from harness.study.history import additions
+from harness.study.plan import (
+    Plan,
+    StudyConfig,
+    build_plan,
+    check_same_study,
+    load_study,
+    merged,
+    record_alone,
+    settle_tuning_seed,
+    write_record,
+)
+from harness.study.runner import Rates
 from scripts import run_study
 
 GOOD = """
@@ -68,6 +81,7 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
             "multiple_of=0 must be 1 or more",
         ),
         ("question: which?", "question: which?\nmatch: [{quantity: params, tolerance: -1}]", "tolerance=-1 must be 0 or more"),
+        ("question: which?", "question: which?\nmargin: 0", "margin=0 must be 1e-30 or more"),
         ("factors: [0.5, 1, 2]", "factors: [0.5, 1, 2], extensions: -1", "tune.extensions=-1 must be 0 or more"),
     ],
 )
@@ -122,6 +136,49 @@ def test_a_folder_takes_more_seeds_and_arms_but_no_other_setup(tmp_path: Path) -
         check_same_study(plan(tmp_path, GOOD.replace("model=tiny", "model=mini")))
 
 
+def test_rates_are_tuned_on_a_seed_that_is_not_scored(tmp_path: Path) -> None:
+    planned = plan(tmp_path)
+    settle_tuning_seed(planned)
+    assert planned.tuning_seed == 1000
+    with pytest.raises(UserError, match=r"tune\.seed=2 of given is one of the seeds that are scored"):
+        settle_tuning_seed(plan(tmp_path, GOOD.replace("[0.5, 1, 2]", "[0.5, 1, 2], seed: 2")))
+    settle_tuning_seed(other := plan(tmp_path, GOOD.replace("[0.5, 1, 2]", "[0.5, 1, 2], seed: 3")))
+    assert other.tuning_seed == 3
+    with pytest.raises(UserError, match=r"tune\.seed=1000 of given is one"):
+        settle_tuning_seed(plan(tmp_path, GOOD.replace("seeds: [0, 1]", "seeds: [0, 1000]", 1)))
+
+
+def test_a_sweep_that_was_begun_on_a_scored_seed_goes_on_with_it(tmp_path: Path) -> None:
+    planned = plan(tmp_path)
+    write_record(planned, chosen_lr={}, specs=[], sweep=[planned.spec("mla", 0.004, 0, 100_000)], failures=[])
+    settle_tuning_seed(planned)
+    assert planned.tuning_seed == 0
+
+
+def keep(planned: Plan) -> list[DeclarationRecord]:
+    """What a command writes down before it trains, and the history that it leaves."""
+    arms = [*planned.arms]
+    rates = Rates(planned.untuned_rates(arms))
+    command = run_study.Command(planned, arms, "none", run_study.StudyOptions(), [], {"mha": [0, 1]})
+    run_study.keep(command, rates, planned.main_runs(rates.chosen, arms), [])
+    return read_study(planned.folder)["history"]
+
+
+def test_the_record_keeps_what_was_declared_and_how_many_runs_had_ended(tmp_path: Path) -> None:
+    (declared,) = keep(plan(tmp_path))
+    assert declared["results"] == 0 and declared["contrasts"] == [("mla", "gqa")] and declared["margin"] is None
+    assert declared["arms"] == {"mha": [0, 1], "gqa": [0, 1, 2], "mla": [0, 1, 2]}
+    assert keep(plan(tmp_path)) == [declared], "the same again says nothing new"
+    run = tmp_path / "runs" / "given" / "gqa-lr0.004-seed0"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    changed = GOOD.replace("[[mla, gqa]]", "[[mla, gqa], [mla, mha]]").replace("question", "margin: 0.002\nquestion")
+    first, later = keep(plan(tmp_path, changed))
+    assert first == declared and (later["results"], later["margin"]) == (1, 0.002)
+    added = additions(read_study(tmp_path / "runs" / "given"))
+    assert (added.contrasts, added.seeds, added.margin, added.known) == ([("mla", "mha")], {"mha": [2]}, True, True)
+
+
 def test_two_commands_that_end_at_once_rewrite_the_record_one_after_the_other(tmp_path: Path) -> None:
     planned, entered = plan(tmp_path), threading.Event()
 
@@ -147,7 +204,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: p
     output = capsys.readouterr().out
     for arm in ("mha", "gqa", "mqa", "mla"):
         assert f"{arm}-lr0.005-seed2" in output
-        assert f"{arm}-lr0.00125-tokens100000-seed0" in output
+        assert f"{arm}-lr0.00125-tokens100000-seed1000" in output
     assert re.search(
         r"^24 of 24 runs to do, [\d,]+ tokens, \d+ at a time; how long is known once a run has ended$", output, re.M
     )

@@ -307,6 +307,8 @@ def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs
     results = load_results(study)
     assert {run.arm for run in results.runs} == {"mha", "mqa", "mla"}
     assert results.missing == 0
+    (declared,) = results.record["history"]
+    assert declared["results"] == 0 and [*declared["arms"].values()] == [[0, 1, 2]] * 4, "of the study's YAML"
     assert all(run.evaluation() is not None for run in results.runs)
 
 

@@ -19,7 +19,7 @@ BYTES_PER_TOKEN = 3.5
 SHARED_LR = 0.005
 HALF = 2.4  # bits per byte and the accuracy of answers add up to this
 LENGTH = 256  # of a context in training
-SEED_DEVIATION, NOISE_DEVIATION = 0.006, 0.002  # bits per byte: of what a seed does to all arms, and to one run
+SEED_DEVIATION, NOISE_DEVIATION = 0.0005, 0.002  # bits per byte: of what a seed does to all arms, and to one run
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,20 @@ def write_study(
     failures: Sequence[Mapping[str, str]] = (),
     metric: str = "bits_per_byte",
     question: str = "What does each variant cost in quality and cache?",
+    sources: Mapping[str, str] | None = None,
+    margin: float | None = None,
 ) -> Path:
-    """Write study.json and the runs below `folder`; runs in `unfinished` (arm, seed) have not ended. Returns the folder."""
+    """Write study.json and the runs below `folder`; runs in `unfinished` (arm, seed) have not ended.
+
+    sources: arm -> the arm whose run of the same seed its weights come from. Returns the folder.
+    """
     tuned = {arm: float(f"{truth.best_lr:.3g}") for arm, truth in arms.items()}
     rates = tuned if sweep else dict.fromkeys(arms, SHARED_LR)
     specs = [_spec(arm, rates[arm], seed, TOKENS, None) for seed in seeds for arm in arms]
+    for spec in specs if sources else ():
+        source = sources.get(spec["arm"]) if sources else None
+        spec["source"] = source and _spec(source, rates[source], spec["seed"], TOKENS, None)["name"]
+    declared = {"arms": {arm: list(seeds) for arm in arms}, "contrasts": [list(pair) for pair in contrasts], "margin": margin}
     budget = None if sweep_tokens == TOKENS else sweep_tokens
     sweep_specs = [_spec(arm, lr, 0, sweep_tokens, budget) for arm in arms for lr in (0.0025, 0.005, 0.01)] if sweep else []
     record = {
@@ -76,7 +85,8 @@ def write_study(
         "command": f"python scripts/run_study.py study={folder.name} tracking=none",
         "metric": metric,
         "base": ["model=tiny"],
-        "contrasts": [list(pair) for pair in contrasts],
+        "contrasts": declared["contrasts"],
+        "margin": margin,
         "staircase": list(staircase),
         "arms": {arm: _arm(arm, truth, arms) for arm, truth in arms.items()},
         "shared_lr": SHARED_LR,
@@ -84,6 +94,7 @@ def write_study(
         "runs": specs,
         "sweep": sweep_specs,
         "failures": [dict(failure) for failure in failures],
+        "history": [{"at": "2026-11-29T12:00:00+00:00", "results": 0, **declared}],
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "study.json").write_text(json.dumps(record))
@@ -228,6 +239,7 @@ def _write_run(run: Path, spec: Mapping[str, Any], truth: Truth, *, extras: bool
             "tokens": [2048] * segments,
             "nats": nats,
             "bytes": sizes,
+            "documents": [8 * i // segments for i in range(segments)],
         }
         (run / "segments" / "stdlib-test-00000000.json").write_text(json.dumps(kept))
 

@@ -1,0 +1,67 @@
+"""The verdicts of a study from its report.csv alone, for one whose runs are no longer here: as text, under the rules of today.
+
+What descends from which runs, what was converted and what was declared is read from the study's YAML.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.errors import UserError
+from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS
+from harness.files.text import aligned, counted
+from harness.report.document import ABSENT, mean_text
+from harness.study.plan import load_study
+from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, residual_deviation
+
+
+def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
+    """A table of the arms, then a sentence for each contrast of configs/study/<study>.yaml, and for each of `pairs`.
+
+    Raises UserError for a file that is no report.csv of such a study, and as `contrasts` does.
+    """
+    config = load_study(study)
+    metric = METRICS[config.metric]
+    values: dict[str, dict[str, dict[int, float]]] = {metric.name: {}, LOSS.name: {}, BITS_PER_BYTE.name: {}}
+    try:
+        with file.open(newline="", encoding="utf-8") as rows:
+            for row in csv.DictReader(rows):
+                if row["kind"] == "study":
+                    for name, of_metric in values.items():
+                        of_metric.setdefault(row["arm"], {})[int(row["seed"])] = float(row[f"test_{name}"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file} cannot be read as a study's report.csv ({error}): name the one of study={study}") from None
+    arms = values[metric.name]
+    if strange := [arm for arm in arms if arm not in config.arms]:
+        raise UserError(
+            f"{file} has an arm {strange[0]}, and study={study} has none of that name: name the study that it is of"
+        )
+
+    lineages, sources = {}, {arm: config.arms[arm].starts_from for arm in arms}
+    for arm, source in sources.items():
+        while source is not None:
+            lineages[arm], source = source, config.arms[source].starts_from
+    kinds: dict[str, Any] = {"apart": [arm for arm in arms if config.arms[arm].convert is not None], "lineages": lineages}
+    sigma, dof = residual_deviation(arms, **kinds)
+    unequal = equal_variances(arms, **kinds)
+    declared = [(a, b) for a, b in config.contrasts if a in arms and b in arms]
+    found = {name: contrasts(of_metric, primary=declared, other=pairs, **kinds) for name, of_metric in values.items()}
+
+    rows_of_arms = [["arm", "seeds", *(METRICS[name].label for name in values), "deviation"]]
+    for arm in arms:
+        means = {name: mean_interval(of_metric, arm, **kinds) for name, of_metric in values.items()}
+        deviation = means[metric.name].deviation
+        cells = [mean_text(mean, METRICS[name]) for name, mean in means.items()]
+        rows_of_arms.append([arm, str(len(arms[arm])), *cells, ABSENT if deviation is None else f"{deviation:.2g}"])
+    lines = [*aligned(rows_of_arms), ""]
+    if sigma is not None:
+        lines.append(f"deviation of a run, pooled: {sigma:.2g} {metric.unit}, {counted(dof, 'degree')} of freedom")
+    if unequal is not None:
+        lines.append(f"Bartlett's test of equal variances: p = {unequal:.3f}")
+    for place, contrast in enumerate(found[metric.name]):
+        also = {name: of_metric[place] for name, of_metric in found.items() if name != metric.name}
+        lines.append(f"{contrast.sentence(metric, also)}.")
+    return "\n".join(lines)

@@ -1,0 +1,89 @@
+"""What was declared of a study before its first result, and what after it, from the history that study.json keeps.
+
+A command that starts writes down the arms, their seeds, the contrasts and the margin that it was given, wherever they differ
+from what stands there, with the number of runs that had finished by then. What was added once there was something to look at
+is exploratory, whoever says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from harness.runs.provenance import now
+from harness.runs.records import DeclarationRecord, StudyRecord
+
+_DECLARED = ("arms", "contrasts", "margin")
+
+
+def extended(
+    before: StudyRecord | None,
+    *,
+    arms: Mapping[str, Sequence[int]],
+    contrasts: Sequence[tuple[str, str]],
+    margin: float | None,
+    results: int,
+) -> list[DeclarationRecord]:
+    """The history with what a command declares now.
+
+    before: the record that is there; one from before there was a history, or none beside finished runs, leaves open when its
+    content was declared. arms: their seeds. results: runs that have finished.
+    """
+    history = [] if before is None else [*before.get("history", ())]
+    if before is not None and not history:
+        seeds = {arm: sorted({run["seed"] for run in before["runs"] if run["arm"] == arm}) for arm in before["arms"]}
+        history.append({"at": None, "results": None, "arms": seeds, "contrasts": before["contrasts"], "margin": None})
+    declared: DeclarationRecord = {
+        "at": now(),
+        "results": None if before is None and results else results,
+        "arms": {arm: sorted(seeds) for arm, seeds in arms.items()},
+        "contrasts": [*contrasts],
+        "margin": margin,
+    }
+    if not history or any(history[-1][key] != declared[key] for key in _DECLARED):  # type: ignore[literal-required]
+        history.append(declared)
+    return history
+
+
+@dataclass(frozen=True)
+class Additions:
+    """What a study has that was not declared before its first result, as far as that is known."""
+
+    known: bool = False  # when everything was declared
+    arms: list[str] = field(default_factory=list)
+    seeds: dict[str, list[int]] = field(default_factory=dict)  # of arms that were there
+    contrasts: list[tuple[str, str]] = field(default_factory=list)
+    margin: bool = False
+    dropped: list[tuple[str, str]] = field(default_factory=list)  # declared first, and no longer there
+
+    def reason(self, a: str, b: str) -> str | None:
+        """Why the comparison of two arms is exploratory; None if it is not."""
+        if (a, b) in self.contrasts:
+            return "the comparison was added after the first result"
+        if late := [arm for arm in (a, b) if arm in self.arms]:
+            return f"{' and '.join(late)} {'was' if len(late) == 1 else 'were'} added after the first result"
+        late = [f"seeds {', '.join(map(str, self.seeds[arm]))} of {arm}" for arm in (a, b) if arm in self.seeds]
+        return f"{' and '.join(late)} were added after the first result" if late else None
+
+
+def additions(record: StudyRecord) -> Additions:
+    """What stands in a study's record against its history."""
+    history = record.get("history", [])
+    early = [entry for entry in history if not entry["results"]]
+    if not history:
+        return Additions()
+    seeds = {
+        arm: {run["seed"] for run in record["runs"] if run["arm"] == arm}
+        - {seed for entry in early for seed in entry["arms"].get(arm, ())}
+        for arm in record["arms"]
+    }
+    arms = [arm for arm in record["arms"] if not any(arm in entry["arms"] for entry in early)]
+    first = [pair for entry in early for pair in entry["contrasts"]]
+    return Additions(
+        known=all(entry["results"] is not None for entry in early),
+        arms=arms,
+        seeds={arm: sorted(late) for arm, late in seeds.items() if late and arm not in arms},
+        contrasts=[pair for pair in record["contrasts"] if pair not in first],
+        margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
+        dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
+    )
