@@ -29,14 +29,12 @@ from typing import TYPE_CHECKING
 from harness.config.compose import load_train_config
 from harness.config.identity import shared_fields
 from harness.entry.cli import pasteable, run_hydra
-from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.runs.folder import Claim, begun, finished, lock_run, put_back, run_folder, short_line, writing_to
 from harness.runs.records import read_summary
 
 if TYPE_CHECKING:
     from harness.config.schema import TrainConfig
-    from harness.data import PreparedData
     from harness.evaluation.perplexity import SplitResult
     from harness.runs.records import RunSummary
     from harness.runs.session import Session
@@ -57,56 +55,19 @@ def main(overrides: list[str]) -> int:
 def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> int:
     """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
 
-    from harness.config.build import build_model
     from harness.runs.session import open_session
-    from harness.runs.training_data import check_unchanged, load_data
-    from harness.tracking import check_tracking
-    from harness.training.device import select_precision
+    from harness.runs.training_data import check_unchanged, load_shared
     from harness.training.interruption import Interrupted, interruptible
     from harness.training.nonfinite import NonFiniteError
-    from harness.training.optimizer import check_optimizer
-    from harness.training.parallel import check_parallel
-    from harness.training.schedule import build_schedule, training_steps
-    from modeling.shapes import shapes_only
+    from harness.training.schedule import training_steps
 
     steps = training_steps(config)
-
-    def check() -> Path:
-        build_schedule(config.schedule, steps)
-        check_optimizer(config.optimizer)
-        check_tracking(config.tracking)
-        check_parallel(
-            config.parallel,
-            workers,
-            optimizer=config.optimizer,
-            batch_size=config.batch_size,
-            precision=select_precision(config.precision, workers.device),
-            overwrite=config.overwrite,
-        )
-        with shapes_only():
-            build_model(config, vocab_size=64)
-        put_back(config)
-        return run_folder(config)
-
-    run = workers.first(check)  # what cannot work is refused before anything is written
+    run = workers.first(lambda: checked_folder(config, workers, steps))
     if workers.first(lambda: finished(run) and not config.overwrite):
         workers.first(lambda: check_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
-    opened: list[PreparedData] = []  # by the first process, which prepares it
     # What ended an earlier attempt may have hurt the data.
-    workers.first(lambda: opened.append(load_data(config, verify=not config.overwrite and begun(run))))
-    data = opened[0] if opened else load_data(config)  # there by now, where the machines share a disk
-    first = workers.first(lambda: data.fingerprint)
-    is_other = workers.any(data.fingerprint != first)
-
-    def check_data() -> None:
-        if is_other:
-            raise UserError(
-                f"the data of dataset={config.dataset.name} in {config.data_dir} is not the same for all processes: copy the "
-                f"first machine's to the others, or name a data_dir=... that they share"
-            )
-
-    workers.first(check_data)
+    data = load_shared(config, workers, verify=lambda: not config.overwrite and begun(run))
 
     with interruptible() as interruption, contextlib.ExitStack() as held:
         claim: Claim | None = None
@@ -141,6 +102,33 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     if workers.is_first:
         print(short_line(summary, run / "summary.json"))
     return 0
+
+
+def checked_folder(config: TrainConfig, workers: Workers, steps: int) -> Path:
+    """The run's folder. What cannot work is refused here, before anything is prepared or written."""
+    from harness.config.build import build_model
+    from harness.tracking import check_tracking
+    from harness.training.device import select_precision
+    from harness.training.optimizer import check_optimizer
+    from harness.training.parallel import check_parallel
+    from harness.training.schedule import build_schedule
+    from modeling.shapes import shapes_only
+
+    build_schedule(config.schedule, steps)
+    check_optimizer(config.optimizer)
+    check_tracking(config.tracking)
+    check_parallel(
+        config.parallel,
+        workers,
+        optimizer=config.optimizer,
+        batch_size=config.batch_size,
+        precision=select_precision(config.precision, workers.device),
+        overwrite=config.overwrite,
+    )
+    with shapes_only():
+        build_model(config, vocab_size=64)
+    put_back(config)
+    return run_folder(config)
 
 
 def train_session(session: Session, result: SplitResult | None) -> RunSummary:

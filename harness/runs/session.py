@@ -60,7 +60,7 @@ TIMED_SECONDS = 2.0  # of training, after which the rest is foretold
 
 @dataclass
 class Session:
-    """A run ready for its next step. `first_step` is 1 for a fresh run."""
+    """A run ready for its next step: a fresh one, or one that goes on from a checkpoint, which says what has a default."""
 
     config: TrainConfig
     run: Path
@@ -78,15 +78,15 @@ class Session:
     kernel: str
     micro_batch_size: int  # of each process
     steps: int
-    first_step: int
-    seconds_before: float
-    metrics_bytes: int
-    wandb_id: str | None  # known once a tracker has been opened
-    first_trained: Step | None  # of this session, the compilation in it: speed is counted after it
-    last_step: Step | None  # of the checkpoint; a run killed after its last one has only its summary left to write
     writer: CheckpointWriter
     guard: Guard
     warmup_steps: int  # of the budget that the run began with
+    first_step: int = 1
+    seconds_before: float = 0.0
+    metrics_bytes: int = 0
+    wandb_id: str | None = None  # known once a tracker has been opened
+    first_trained: Step | None = None  # of this session, the compilation in it: speed is counted after it
+    last_step: Step | None = None  # of the checkpoint; a run killed after its last one has only its summary left to write
     initial_tokens: int = 0  # behind the weights that it began with
     interruption: Interruption = field(default_factory=Interruption)
     evaluation_due: bool = False  # of last_step, which was interrupted before it was evaluated
@@ -401,12 +401,6 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
         kernel=kernel,
         micro_batch_size=micro_batch_size,
         steps=steps,
-        first_step=1,
-        seconds_before=0.0,
-        metrics_bytes=0,
-        wandb_id=None,
-        first_trained=None,
-        last_step=None,
         writer=CheckpointWriter(run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background),
         guard=Guard(
             skip=config.on_nonfinite == "skip", sigma=config.spikes.sigma, window=config.spikes.window, limit=config.skip_limit
@@ -419,16 +413,7 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
         load_checkpoint(begins, model=model, optimizer=None)
         check_finite(model, begins)
     if checkpoint is not None:
-        if not checkpoint.exists():
-            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
-        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer)
-        if state.get("data_fingerprint") != data.fingerprint:
-            raise other_data(config, run)
-        _continue(session, SavedState.of(checkpoint))
-        if workers.is_first:
-            tidy(run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
-            if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
-                session.writer.keep_as_best(session.saved)  # a kill may have come between the two
+        _continue(session, checkpoint)
     workers.seed_apart(config.seed, session.first_step - 1)
     if data.tokenizer_file is not None and workers.is_first:
         with replacing(run / "tokenizer.json") as aside:
@@ -437,20 +422,31 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
     return session
 
 
-def _continue(session: Session, saved: SavedState) -> None:
-    """What a checkpoint knows of the run besides its tensors."""
+def _continue(session: Session, checkpoint: Path) -> None:
+    """From where the checkpoint was saved. Raises UserError when it is not here, or the run's data has changed."""
+    config = session.config
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
+    state = load_checkpoint(checkpoint, model=session.model, optimizer=session.optimizer)
+    if state.get("data_fingerprint") != session.data.fingerprint:
+        raise other_data(config, session.run)
+    saved = SavedState.of(checkpoint)
     session.first_step, session.seconds_before = saved.step + 1, saved.seconds
     session.last_step = saved.last_step
     session.metrics_bytes, session.wandb_id = saved.metrics_bytes, saved.wandb_id
     session.saved = saved.step
     if saved.initial_tokens is not None:
         session.initial_tokens = saved.initial_tokens
-    elif session.config.init_from is not None:
-        session.initial_tokens = tokens_seen(Path(session.config.init_from))
+    elif config.init_from is not None:
+        session.initial_tokens = tokens_seen(Path(config.init_from))
     if saved.guard is not None and saved.warmup_steps is not None:
         session.warmup_steps, session.evaluation_due = saved.warmup_steps, saved.evaluation_due
         session.best = None if saved.best is None else (int(saved.best[0]), saved.best[1])
         session.guard.restore(dataclasses.asdict(saved.guard))
+    if session.workers.is_first:
+        tidy(session.run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+        if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
+            session.writer.keep_as_best(session.saved)  # a kill may have come between the two
 
 
 def _or_null(value: Any) -> Any:

@@ -37,6 +37,28 @@ def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
     return data
 
 
+def load_shared(config: TrainConfig, workers: Workers, *, verify: Callable[[], bool]) -> PreparedData:
+    """As `load_data`, in all processes: the first prepares it, and `verify` is asked there.
+
+    Raises UserError when it is not the same for all of them, too.
+    """
+    opened: list[PreparedData] = []
+    workers.first(lambda: opened.append(load_data(config, verify=verify())))
+    data = opened[0] if opened else load_data(config)  # there by now, where the machines share a disk
+    first = workers.first(lambda: data.fingerprint)
+    is_other = workers.any(data.fingerprint != first)
+
+    def refuse() -> None:
+        if is_other:
+            raise UserError(
+                f"the data of dataset={config.dataset.name} in {config.data_dir} is not the same for all processes: copy the "
+                f"first machine's to the others, or name a data_dir=... that they share"
+            )
+
+    workers.first(refuse)
+    return data
+
+
 def check_unchanged(config: TrainConfig, run: Path) -> None:
     """Raises UserError when the corpus of a finished run is no longer the text that it was trained on.
 
