@@ -94,17 +94,16 @@ SAME = {
 }
 
 
-QKV = [name for name, overrides in SAME.items() if families(config_at(*overrides)) == ["Qwen2", "Llama"]]
-
-
-@pytest.mark.parametrize("name", QKV)
-def test_biases_on_queries_keys_and_values_fit_llama_too(name: str) -> None:
-    model = randomise(gpt_from(SAME[name])).eval()
-    theirs = as_transformers(model, config_at(*SAME[name]), "Llama")
-    assert type(theirs).__name__ == "LlamaForCausalLM" and len(QKV) == 3
-    assert theirs.model.layers[0].self_attn.q_proj.bias.abs().max() > 0
-    assert theirs.model.layers[0].self_attn.o_proj.bias.abs().max() == 0
-    assert difference(model, theirs) < 1e-4
+def test_biases_on_queries_keys_and_values_fit_llama_too() -> None:
+    models = [overrides for overrides in SAME.values() if families(config_at(*overrides)) == ["Qwen2", "Llama"]]
+    assert len(models) == 3
+    for overrides in models:
+        model = randomise(gpt_from(overrides)).eval()
+        theirs = as_transformers(model, config_at(*overrides), "Llama")
+        assert type(theirs).__name__ == "LlamaForCausalLM"
+        assert theirs.model.layers[0].self_attn.q_proj.bias.abs().max() > 0
+        assert theirs.model.layers[0].self_attn.o_proj.bias.abs().max() == 0
+        assert difference(model, theirs) < 1e-4
 
 
 @pytest.mark.parametrize("overrides", SAME.values(), ids=SAME)
