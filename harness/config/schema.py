@@ -220,6 +220,8 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
+# Tokens of one sequence at which every run and evaluation says its cache's size.
+CACHE_CONTEXTS = (1024, 8192, 32768, 131072)
 # Of a measurement in a record: beyond it squares of figures are no numbers.
 MOST_FIGURE = 1e100
 # What is measured beside perplexity: each is the file of its name in harness/evaluation/probes/.

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from harness.config.schema import CACHE_CONTEXTS
 from modeling.gpt import GPT
-
-CONTEXTS = (1024, 8192, 32768, 131072)  # at which every run and evaluation says its cache's size
 
 
 @dataclass(frozen=True)
@@ -26,20 +25,20 @@ class CacheSize:
     elements_per_token_by_layer: tuple[int, ...]  # of a token that the layer holds
     elements_per_token_per_layer: float  # at the context, the mean over the layers; an int where it is whole
     bytes_at_context: int  # allocated for one sequence of that length: fewer tokens' worth with a window
-    bytes_by_context: dict[int, int]  # the same at each of CONTEXTS, whatever the model was trained for
+    bytes_by_context: dict[int, int]  # the same at each of CACHE_CONTEXTS, whatever the model was trained for
 
 
 def measure_cache(model: GPT, *, dtype: torch.dtype, window: int | None = None, sinks: int = 0) -> CacheSize:
     """Allocate a cache for one sequence of the model's longest through the model, and read the sizes off its buffers.
 
-    Those of CONTEXTS are read off buffers that have shapes and no memory.
+    Those of CACHE_CONTEXTS are read off buffers that have shapes and no memory.
     """
     context = model.max_seq_len
     plain = model.new_cache(1, context, dtype=dtype, device="meta")
     caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
     mean = sum(cache.elements_per_token * cache.slots for cache in plain) / context / len(plain)
     by_context = {
-        longer: model.new_cache(1, longer, dtype=dtype, device="meta", window=window, sinks=sinks) for longer in CONTEXTS
+        longer: model.new_cache(1, longer, dtype=dtype, device="meta", window=window, sinks=sinks) for longer in CACHE_CONTEXTS
     }
     return CacheSize(
         dtype=dtype,

@@ -23,7 +23,7 @@ class Facts(TypedDict, total=False):
     cache_bytes_per_token: Count
     cache_dtype: str
     cache_bytes_at_context: Count | None
-    cache_bytes_by_context: dict[str, Count]
+    cache_bytes_by_context: dict[str, Count] | None
     cache_elements_per_token_per_layer: Figure | None
     cache_ratio_to_mha: Figure | None
     mha_cache_bytes_per_token: Figure | None

@@ -22,7 +22,7 @@ CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
 SEEDS = ("seed", "data_seed")  # of a run: one block of the comparison, whichever of the two differs
 _OF_TRAINING = ("device", "torch", "commit")  # of an evaluation they are the training's too
 # What records lack that were written before evaluations through a cache.
-_FORMERLY = PLAIN_CACHE | {"cache_context": None, "cache_bytes_at_context": None}
+_FORMERLY = PLAIN_CACHE | {"cache_context": None, "cache_bytes_at_context": None, "cache_bytes_by_context": None}
 _NAMES = ("name", "attention", "model", "seed", "data_seed", "setup_hash")
 _FIGURES = ("parameters", "loss", "perplexity", "bits_per_byte", "cache_bytes_per_token", "tokens_per_second")
 _NEEDED = (*_NAMES, *_SAME_TRAINING, "split", "cache_dtype", *_FIGURES)

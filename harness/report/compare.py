@@ -1,5 +1,7 @@
 """The picture of a comparison: bits per byte against cache bytes per token, one marker a row, names beside them.
 
+Below it the cache against the context, one line a row: straight but for rows with windows.
+
 Rows of one configuration on several caches share colour and shape: thin lines lead from the plain one, which has the
 configuration's name, to the others, which have their cache's.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from harness.config.schema import CACHE_CONTEXTS
 from harness.report.colours import Style, styles
 from harness.report.comparison import Comparison, Setup, Table
 from harness.report.pictures import Mark, Picture, Plot, Series
@@ -22,6 +25,8 @@ def scatter(comparison: Comparison) -> Picture:
     for table in comparison.tables:
         models = sorted({setup.model for setup in table.setups})
         panels.append((f"model {', '.join(models)}, {table.heading}", _panel(table, looks)))
+    curves = [curve for table in comparison.tables if (curve := _curve(table, looks)) is not None]
+    panels += [("cache of one sequence by its length", curve) for curve in curves]
     return Picture("comparison", "Bits per byte by cache bytes per token", "", panels)
 
 
@@ -53,6 +58,20 @@ def _panel(table: Table, looks: Mapping[str, Style]) -> Plot:
         front=[places[int(i)] for i in front],
         joins=joins,
     )
+
+
+def _curve(table: Table, looks: Mapping[str, Style]) -> Plot | None:
+    """The cache's size at each of CACHE_CONTEXTS; None where no record says it. Rows whose records are older are left out."""
+    series = []
+    for setup in table.setups:
+        sizes = setup.cache_bytes_by_context or {}
+        marks = [Mark(context, sizes[str(context)] / 2**20) for context in CACHE_CONTEXTS if sizes.get(str(context))]
+        if marks:
+            series.append(Series(setup.variant, looks[setup.configuration], marks, joined=True))
+    if not series:
+        return None
+    x_label, y_label = "context, tokens (log scales)", "MiB, measured"
+    return Plot(x_label, y_label, series, x_log=True, y_log=True, x_ticks=[float(c) for c in CACHE_CONTEXTS], lines=True)
 
 
 def _origins(table: Table) -> dict[str, Setup]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, listed, values_of
@@ -75,9 +76,10 @@ class Setup:
     through_cache: bool  # scored through such a cache, not only quoted for it
     cache_window: int | None
     cache_sinks: int
-    cache_bytes_per_token: int  # of a token that is held
+    cache_bytes_per_token: int  # without a window of the evaluation's, at the model's own context
     cache_context: int | None  # None: the record is older than this and the next figure
     cache_bytes_at_context: int | None
+    cache_bytes_by_context: dict[str, int] | None  # of one sequence, by its tokens; None: the record is older
     cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
     cache_ratio_to_mha: float | None  # MHA of this model's heads and layers; None: the record is older
     tokens_per_second: float | None  # None: imported or converted, not trained
@@ -111,6 +113,7 @@ class Table:
         """The table for people: names of columns, then a row a setup."""
         contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
         at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
+        has_curve = any(setup.cache_bytes_by_context for setup in self.setups)
         has_intervals = any(setup.bits_per_byte_half_width is not None for setup in self.setups)
         rows: list[dict[str, str]] = []
         for setup in self.setups:
@@ -130,6 +133,9 @@ class Table:
                 which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
                 row[at_context] = allocated + which
             row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
+            if has_curve:
+                at_32k = (setup.cache_bytes_by_context or {}).get("32768")
+                row["MiB at 32k"] = "" if at_32k is None else f"{at_32k / 2**20:,.4g}"
             row["tokens/s"] = "" if setup.tokens_per_second is None else f"{setup.tokens_per_second:,.0f}"
             rows.append(row)
         return table_of(rows)
@@ -441,11 +447,14 @@ def as_markdown(comparison: Comparison) -> str:
 
 def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """Column names and unrounded rows of all tables in one, each row with its conditions."""
-    columns = [field.name for field in dataclasses.fields(Setup) if field.name not in CONDITIONS] + list(CONDITIONS)
+    at = {f"cache_bytes_at_{context}": str(context) for context in CACHE_CONTEXTS}
+    fields = [field.name for field in dataclasses.fields(Setup) if field.name not in (*CONDITIONS, "cache_bytes_by_context")]
+    columns = [*fields, *at, *CONDITIONS]
     rows = []
     for table in comparison.tables:
         for setup in table.setups:
-            values = dataclasses.asdict(setup) | table.conditions
+            sizes = setup.cache_bytes_by_context or {}
+            values = dataclasses.asdict(setup) | table.conditions | {name: sizes.get(context) for name, context in at.items()}
             row = (values[column] for column in columns)
             rows.append([" ".join(map(str, value)) if isinstance(value, list) else value for value in row])
     return columns, rows

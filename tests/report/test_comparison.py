@@ -426,6 +426,35 @@ def test_the_size_of_a_cache_among_others_is_that_of_a_token_of_context(tmp_path
     assert "| cache bytes at 256 tokens | x MHA |" in text and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
 
 
+def curve(per_token: int, window: int | None = None) -> dict[str, int]:
+    return {str(context): per_token * min(context, window or context) for context in (1024, 8192, 32768, 131072)}
+
+
+def test_the_cache_of_a_long_context_stands_in_the_table_the_csv_and_a_picture(tmp_path: Path) -> None:
+    for attention, window in (("mha", None), ("gqa", 64)):
+        run = make_run(tmp_path, attention)
+        evaluate(run, cache_bytes_by_context=curve(2048, window))
+    make_run(tmp_path, "mla")
+    evaluate(tmp_path / "books-tiny-mla-seed0")  # older: it says none
+    comparison = compare([tmp_path])
+    lines = as_markdown(comparison).splitlines()
+    assert "| x MHA | MiB at 32k | tokens/s |" in lines[2]
+    rows_of = {cells[0].strip("| "): cells for line in lines if len(cells := line.split(" | ")) > 5}
+    cells = {name: rows_of[name][-2] for name in ("mha", "gqa", "mla")}
+    assert cells == {"mha": "64", "gqa": "0.125", "mla": ""}
+    rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert {(row["variant"], row["cache_bytes_at_1024"], row["cache_bytes_at_131072"]) for row in rows} == {
+        ("mha", str(2048 * 1024), str(2048 * 131072)),
+        ("gqa", str(2048 * 64), str(2048 * 64)),
+        ("mla", "", ""),
+    }
+    _, below = panels_of(comparison)
+    drawn = {tuple(map(tuple, line.get_xydata())) for line in below.lines if len(line.get_xydata()) == 4}
+    contexts = (1024, 8192, 32768, 131072)
+    assert {tuple((c, 2048 * min(c, window) / 2**20) for c in contexts) for window in (64, 10**9)} <= drawn
+    assert (below.get_xscale(), below.get_yscale()) == ("log", "log")
+
+
 def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
     evaluate_on_caches(make_run(tmp_path, "mla"))
     evaluate(make_run(tmp_path, "mqa"), cache_context=512, cache_bytes_at_context=512 * 512)
