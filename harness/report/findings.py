@@ -21,16 +21,14 @@ from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS, PERPLEXITY, 
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
 from harness.runs.records import ArmRecord, DecodeRow
 from harness.study.history import additions
+from harness.study.noise import FEWEST_CLUSTERS, Noise, bootstrap
 from harness.study.results import RunResult, StudyResults
 from harness.study.statistics import (
     ALPHA,
-    FEWEST_CLUSTERS,
     Contrast,
     Mean,
-    Noise,
     Pair,
     Values,
-    bootstrap,
     can_be_compared,
     contrasts,
     equal_variances,

@@ -24,8 +24,9 @@ from harness.report.pictures import short
 from harness.report.sections import sections
 from harness.report.tables import as_csv, as_markdown
 from harness.report.write import write_report
+from harness.study.noise import bootstrap
 from harness.study.results import load_results
-from harness.study.statistics import bootstrap, contrasts, mean_interval
+from harness.study.statistics import contrasts, mean_interval
 from scripts import report
 from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, write_study
 

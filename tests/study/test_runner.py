@@ -170,7 +170,7 @@ def test_one_seed_a_command_ends_in_a_study_of_all_of_them(place: Workplace) -> 
 
 def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(place: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
     plan = micro_plan(place, "lost_arm")
-    for spec in [plan.spec("mqa", lr, 0, 4 * 32 * 2) for lr in (0.005, 0.01, 0.02)]:
+    for spec in [plan.spec("mqa", lr, plan.tuning_seed, 4 * 32 * 2) for lr in (0.005, 0.01, 0.02)]:
         (plan.folder / spec.name).mkdir(parents=True)
         (plan.folder / spec.name / "letter.txt").write_text("not a run")
     machine = [o for o in place.places() if not o.startswith("runs_dir")]

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas
 import pytest
-from numpy.typing import NDArray
 from scipy import stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.multitest import multipletests
@@ -26,7 +24,6 @@ from harness.evaluation.metric import BITS_PER_BYTE, METRICS
 from harness.study.statistics import (
     MOST_SEEDS,
     Contrast,
-    bootstrap,
     can_be_compared,
     contrasts,
     equal_variances,
@@ -59,10 +56,6 @@ def exact_study(difference: float, *, n: int, sigma: float = SIGMA, arms: int = 
     raw_N = np.random.default_rng(0).normal(size=n)
     raw_N = sigma * (raw_N - raw_N.mean()) / raw_N.std(ddof=1)
     return {f"a{arm}": dict(enumerate((1.6 + raw_N + (difference if arm == 0 else 0)).tolist())) for arm in range(arms)}
-
-
-def within_binomial_error(successes: int, trials: int, probability: float) -> bool:
-    return abs(successes / trials - probability) < 3 * math.sqrt(probability * (1 - probability) / trials)
 
 
 def interval(contrast: Contrast) -> tuple[float, float]:
@@ -318,7 +311,7 @@ def test_about_80_percent_of_studies_resolve_what_their_seeds_detect(n: int, arm
     resolved = sum(
         bool(contrasts(study(random, seeds, effects), primary=(), other=[("a0", "a1")])[0].resolved) for _ in range(trials)
     )
-    assert 0.70 - 0.05 < resolved / trials < 0.80 + 0.05
+    assert 0.75 - 0.055 < resolved / trials < 0.80 + 0.05
 
 
 def test_the_seeds_for_a_margin_are_those_of_a_t_test_of_two_samples() -> None:
@@ -502,93 +495,6 @@ def test_a_study_without_pairs_has_no_contrasts() -> None:
 def test_the_mean_of_an_unknown_arm_is_refused() -> None:
     with pytest.raises(UserError, match="there is no arm mqa among the 3 of the study: choose of mla, gqa, mha"):
         mean_interval(RESULTS, "mqa")
-
-
-Floats = NDArray[np.float64]
-
-
-def clusters_of_text(random: np.random.Generator, n: int) -> tuple[Floats, Floats, Floats]:
-    """(nats_a, nats_b, bytes): a needs 0.01 bits per byte less; a document is as hard for both, lengths vary widely."""
-    bytes_C = np.round(random.gamma(1.5, 800, n)) + 1
-    hardness_C = random.normal(1.2, 0.25, n)
-    difference_C = random.normal(-0.01, 0.04, n)
-    nats = [math.log(2) * bytes_C * (hardness_C + shift) for shift in (difference_C, 0.0)]
-    return nats[0], nats[1], bytes_C
-
-
-def test_the_bootstrap_covers_the_true_difference_of_two_models_in_95_percent_of_samples() -> None:
-    random = np.random.default_rng(15)
-    samples = 1000
-    covered = 0
-    for i in range(samples):
-        noise = bootstrap(*clusters_of_text(random, 200), draws=1000, seed=i)
-        covered += noise.low <= -0.01 <= noise.high
-    assert within_binomial_error(covered, samples, 0.945)  # a percentile interval of 200 clusters is slightly narrow
-
-
-def test_the_bootstrap_compares_ratios_of_totals_and_is_paired() -> None:
-    nats_a, nats_b, bytes_C = clusters_of_text(np.random.default_rng(16), 300)
-    noise = bootstrap(nats_a, nats_b, bytes_C)
-    totals = [nats.sum() / math.log(2) / bytes_C.sum() for nats in (nats_a, nats_b)]
-    assert noise.difference == pytest.approx(totals[0] - totals[1]) and noise.clusters == 300
-    assert noise == bootstrap(nats_a, nats_b, bytes_C) != bootstrap(nats_a, nats_b, bytes_C, seed=1)
-
-    # The linear approximation of the ratio's deviation; hardness, six times the differences, must not be in it.
-    spread = (nats_a - nats_b) / math.log(2) - noise.difference * bytes_C
-    expected = 2 * 1.96 * math.sqrt((spread**2).sum()) / bytes_C.sum()
-    assert noise.high - noise.low == pytest.approx(expected, rel=0.05)
-
-
-def test_equal_models_have_no_noise_and_clusters_without_text_do_not_count() -> None:
-    nats_a, _, bytes_C = clusters_of_text(np.random.default_rng(17), 120)
-    noise = bootstrap(np.append(nats_a, 0.1), np.append(nats_a, 0.1), np.append(bytes_C, 0), draws=100)
-    assert (noise.difference, noise.low, noise.high, noise.clusters) == (0.0, 0.0, 0.0, 120)
-
-
-def test_the_bootstrap_of_many_clusters_takes_bounded_memory() -> None:
-    nats_a, nats_b, bytes_C = clusters_of_text(np.random.default_rng(18), 50_000)
-    bootstrap(nats_a, nats_b, bytes_C, draws=10)  # what an import takes is not counted
-    tracemalloc.start()
-    try:
-        bootstrap(nats_a, nats_b, bytes_C, draws=500)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 60e6  # all draws at once: 600 MB
-
-
-@pytest.mark.parametrize(
-    ("nats_a", "nats_b", "bytes_", "sentence"),
-    [
-        (
-            [1.0] * 63,
-            [1.0] * 63,
-            [4] * 63,
-            "63 clusters of text are too few for a bootstrap, which takes 100: "
-            "evaluate more documents or cut long ones into shorter segments",
-        ),
-        ([1.0] * 120, [1.0] * 120, [4] * 99 + [0] * 21, "99 clusters of text are too few"),
-        (
-            [1.0] * 120,
-            [1.0] * 119,
-            [4] * 120,
-            "losses of 120 and 119 clusters and bytes of 120 do not belong together: "
-            "evaluate both models on the same text, cut in the same way",
-        ),
-        (
-            [1.0] * 118 + [math.nan, 1.0],
-            [1.0] * 120,
-            [4] * 119 + [-1],
-            "2 of 120 clusters have a loss that is not finite or a size below 0 bytes, the first is number 118",
-        ),
-    ],
-)
-def test_a_bootstrap_without_a_base_is_refused(
-    nats_a: list[float], nats_b: list[float], bytes_: list[int], sentence: str
-) -> None:
-    with pytest.raises(UserError) as refused:
-        bootstrap(nats_a, nats_b, bytes_)
-    assert str(refused.value).startswith(sentence)
 
 
 def test_the_pareto_front_is_what_no_other_point_beats() -> None:
