@@ -189,7 +189,7 @@ def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *
         processes = HydraConfig.get().launcher.get("gpus_per_node") or 1  # of a launcher that asks a cluster for GPUs
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={processes}"]
         line = [sys.executable, *(torchrun if processes > 1 else []), script, *overrides]
-        status, stopped_by = _run_child(line)
+        status, stopped_by = run_child(line)
         if stopped_by is not None:
             again = [argument for argument in given if not argument.startswith("overwrite=")]
             print(f"the sweep is interrupted; continue it with\n  {pasteable(script, again)}", flush=True)
@@ -250,7 +250,7 @@ def pasteable(script: str, arguments: Sequence[str]) -> str:
     return shlex.join([*start, os.path.relpath(script), *arguments])
 
 
-def _run_child(command: Sequence[str]) -> tuple[int, int | None]:
+def run_child(command: Sequence[str]) -> tuple[int, int | None]:
     """The command's status, and the signal, if one came, that was passed on to it and waited for.
 
     It has a process group of its own, so that a Ctrl-C reaches it once, from here.

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from harness.config.places import ROOT
-from harness.entry.cli import pasteable
+from harness.entry.cli import pasteable, run_child
 from tests.support.attempts import Killer, assert_equal_runs
 from tests.support.micro import Workplace, contents, json_lines, metrics_of
 from tests.support.wandb_server import WandbServer
@@ -213,17 +213,28 @@ def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_pa
     assert recorded.exit_code == 1
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_a_sweep_passes_the_signal_on_waits_for_its_run_and_starts_no_other(
-    tmp_path: Path, number: signal.Signals, status: int
-) -> None:
+# A run of a sweep, to which a signal comes as soon as it can take it.
+RUN = """
+import os, signal, sys, time
+signal.signal({number}, lambda *_: sys.exit(7))
+os.kill(os.getppid(), {number})
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_sweep_passes_each_signal_on_and_waits_for_its_run(number: signal.Signals) -> None:
+    assert run_child([sys.executable, "-c", RUN.format(number=int(number))]) == (7, number)
+
+
+def test_a_sweep_that_is_asked_to_stop_starts_no_other_run_and_says_how_it_goes_on(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     options = ["budget.steps=100000", "intervals.log=1", "dataset.max_tokens=5000"]
     process = started(place, "-m", *place.overrides("attention=mha,mla", *options))
     wait_for(lambda: any(last_step(file.parent) > 3 for file in place.runs.glob("*/metrics.jsonl")), process)
-    process.send_signal(number)
+    process.terminate()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == status, err
+    assert process.returncode == 143, err
     (run,) = place.runs.glob("*/config.yaml")
     assert json_lines(out)[-1]["step"] == int(newest(run.parent).removeprefix("step-"))
     assert "Traceback" not in err

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -298,21 +295,15 @@ def test_processes_that_find_other_data_all_end_before_anything_is_written(runs:
     assert {path.name for path in runs.runs.iterdir()} == before
 
 
-def test_what_the_first_process_refuses_is_said_once_and_ends_all(runs: Runs) -> None:
+def test_what_the_first_process_refuses_is_said_once_and_ends_all(runs: Runs, forks: Forks) -> None:
     before = {path.name for path in runs.runs.iterdir()}
-    done = torchrun(2, ROOT / "train_model.py", *runs.asked("refused", "dataset.path=/nowhere")["overrides"])
-    assert done.returncode != 0
-    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+    assert refused(forks, ROOT / "train_model.py", *runs.asked("refused", "dataset.path=/nowhere")["overrides"]) == [
         "error: dataset.path=/nowhere does not exist: name a file, a folder or a quoted glob of such files"
     ]
     assert {path.name for path in runs.runs.iterdir()} == before
 
 
-def test_a_sweep_is_refused_under_torchrun() -> None:
-    line = [sys.executable, "train_model.py", "-m", "attention=mha,mla"]
-    environ = {**os.environ, "TORCHELASTIC_RUN_ID": "none"}
-    done = subprocess.run(line, cwd=ROOT, env=environ, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: -m starts a process for each run and cannot stand under torchrun; start torchrun for each run\n"
-    )
+def test_a_sweep_is_refused_under_torchrun(forks: Forks) -> None:
+    done = forks.run("train_model.py", "-m", "attention=mha,mla", environment={"TORCHELASTIC_RUN_ID": "none"})
+    said = "error: -m starts a process for each run and cannot stand under torchrun; start torchrun for each run\n"
+    assert done == ([2], "", said)
