@@ -28,7 +28,7 @@ from harness.study.noise import bootstrap
 from harness.study.results import load_results
 from harness.study.statistics import contrasts, mean_interval
 from scripts import report
-from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, write_study
+from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, told, write_study
 
 STAIRCASE = ["mha", "gqa", "mqa", "mla_plain", "mla"]
 MANY = {
@@ -166,11 +166,11 @@ def test_the_noise_of_the_evaluation_is_of_losses_averaged_over_common_seeds_and
 
 def test_segments_that_were_cut_differently_or_are_too_few_give_no_noise_and_the_reason(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "few", segments=30, contrasts=[["mla", "gqa"]])
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert content["verdicts"][0]["evaluation_noise"] is None
     assert "No evaluation noise where 30 clusters of text are too few" in markdown
     change(folder, "mla-*-seed1/segments/*.json", bytes=[1] * 30)
-    assert "their segments are cut differently" in written(folder)[0]
+    assert "their segments are cut differently" in told(folder)[0]
 
 
 def test_one_seed_gives_no_error_bar_and_no_verdict(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_arms_from_the_same_runs_are_one_lineage_in_verdicts_and_words(tmp_path:
     assert found.lineages == {"mla": "gqa", "mla_plain": "gqa"} and found.dof == 6
     paired = {(v.contrast.a, v.contrast.b): v.contrast.paired for v in found.declared}
     assert paired == {("mla", "gqa"): True, ("mla", "mqa"): False, ("mla", "mla_plain"): True}
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert "Arms that descend from the same runs (mla, mla\\_plain from runs of gqa) are compared seed by seed" in markdown
     assert content["lineages"] == found.lineages and "3, paired" in markdown
     rows = csv.DictReader((folder / "report.csv").open())
@@ -207,7 +207,7 @@ def test_a_record_that_names_its_runs_in_a_circle_has_a_report(tmp_path: Path) -
 
 def test_a_declared_margin_is_tested_and_stands_in_the_table(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "margin", margin=0.03, segments=0, extras=False)
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     (mla, mqa, plain) = content["verdicts"][:3]
     assert mla["same"] and not plain["same"] and plain["resolved"]
     assert "mla and gqa are the same within 0.03 bits per byte:" in mla["sentence"]
@@ -224,7 +224,7 @@ def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: P
     early |= {"contrasts": [["mla", "gqa"], ["mla", "mqa"], ["gqa", "mha"]]}
     record["history"] = [early, first | {"results": 4}]
     (folder / "study.json").write_text(json.dumps(record))
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     found = {verdict["b"]: verdict for verdict in content["verdicts"] if verdict["a"] == "mla"}
     assert found["gqa"]["primary"] and found["gqa"]["exploratory"] is None
     assert found["mqa"]["sentence"].endswith("; exploratory: seeds 2 of mqa were added after the first result")
@@ -259,7 +259,7 @@ def test_the_noise_is_drawn_from_whole_documents_where_there_are_enough(tmp_path
 
     sizes = np.reshape(segments["mla", 0]["bytes"], (150, 2)).sum(1)  # type: ignore[index]
     expected = bootstrap(nats("mla"), nats("gqa"), sizes)
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     noise = content["verdicts"][0]["evaluation_noise"]
     assert (noise["low"], noise["high"], noise["clusters"]) == (pytest.approx(expected.low), pytest.approx(expected.high), 150)
     assert noise["over"] == "150 documents" and "what other documents of the same kind would have changed" in markdown
@@ -326,7 +326,7 @@ def test_a_study_without_a_finished_run_has_no_report(tmp_path: Path) -> None:
 def test_a_run_that_was_not_evaluated_is_left_out_and_named(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "unscored")
     (folder / "gqa-lr0.005-seed1" / "evaluations" / "stdlib-test-00000000.json").unlink()
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert "not evaluated on the test split, so left out: gqa-lr0.005-seed1" in markdown
     assert content["arms"]["gqa"]["seeds"] == [0, 2]
 
@@ -427,14 +427,14 @@ def test_a_source_with_changes_is_named_and_where_they_are_kept(tmp_path: Path) 
 def test_runs_of_one_arm_that_are_no_repetitions_are_told(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "mixed")
     change(folder, "gqa-*-seed1/summary.json", setup_hash="other")
-    assert "the runs of gqa differ in more than their seed" in written(folder)[0]
+    assert "the runs of gqa differ in more than their seed" in told(folder)[0]
 
 
 def test_a_run_whose_test_split_was_scored_otherwise_is_told(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "protocols")
-    assert "not scored alike" not in written(folder)[0]
+    assert "not scored alike" not in told(folder)[0]
     change(folder, "gqa-*-seed1/evaluations/*.json", max_tokens=1000)
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert "the test split was not scored alike in all runs" in markdown
     assert any("gqa-lr0.005-seed1 (max_tokens=1000" in note for note in content["notes"])
     assert "how the test split was scored" in content["unequal"]
@@ -477,7 +477,7 @@ def test_extras_are_means_over_seeds_and_what_is_equal_for_all_is_said_once(full
 
 def test_recall_is_shown_by_task_and_length_with_answers_where_the_corpus_asks_questions(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "recall", segments=0)
-    assert "| arm | passkey in 128: share right |" in written(folder)[0]
+    assert "| arm | passkey in 128: share right |" in told(folder)[0]
     answers = {
         "accuracy": 0.75,
         "chance": 0.125,
@@ -506,7 +506,7 @@ def test_an_extra_that_this_file_has_never_heard_of_is_shown_too(tmp_path: Path)
         record = json.loads(path.read_text())
         record["extras"] = {"telepathy": {"hit_rate": 0.25 + 0.01 * len(path.parts[-3]), "cards": [1, 2]}, "absent": None}
         path.write_text(json.dumps(record))
-    markdown = written(folder)[0]
+    markdown = told(folder)[0]
     assert "| arm | hit rate |" in markdown
     assert "cards" not in markdown
 
@@ -557,7 +557,7 @@ def test_the_table_at_one_shared_rate_takes_runs_with_the_whole_budget_only(full
     assert "All arms at one learning rate, 0.005" in (full / "report.md").read_text()
     short_sweep = write_study(tmp_path / "short", sweep=True)
     assert findings_of(short_sweep).shared is None
-    assert "There is no table at one shared rate" in written(short_sweep)[0]
+    assert "There is no table at one shared rate" in told(short_sweep)[0]
 
 
 def test_the_steps_of_the_staircase_add_up_and_are_those_of_the_verdicts(full: Path) -> None:
@@ -586,7 +586,7 @@ def test_curves_are_means_over_seeds_with_bands_and_differences_within_a_seed(fu
 
 def test_another_metric_has_its_own_unit_everywhere(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "loss", metric="loss", segments=0)
-    markdown = written(folder)[0]
+    markdown = told(folder)[0]
     assert re.search(r"is [\d.]+ ± [\d.]+ nats per token \([\d.]+ ± [\d.]+ bits per byte\) better than", markdown)
     assert "| difference, nats per token | in bits per byte |" in markdown
 

@@ -12,6 +12,12 @@ from typing import Any
 
 import yaml
 
+from harness.report.findings import Findings
+from harness.report.sections import sections
+from harness.report.tables import as_markdown
+from harness.report.write import as_dict
+from harness.study.results import load_results
+
 TOKENS = 2_000_000
 SWEEP_TOKENS = 500_000
 STEPS = 20  # validations of a run
@@ -127,6 +133,13 @@ def write_study(
         ]
         (folder / "decode.json").write_text(json.dumps({"rows": rows}))
     return folder
+
+
+def told(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The Markdown and the JSON of a study's report made now, for which nothing is drawn."""
+    findings = Findings(load_results(folder))
+    content: dict[str, Any] = json.loads(json.dumps(as_dict(findings)))
+    return as_markdown(findings, sections(findings)), content
 
 
 def _spec(arm: str, lr: float, seed: int, tokens: int, budget: int | None) -> dict[str, Any]:
