@@ -190,7 +190,7 @@ def test_arms_from_the_same_runs_are_one_lineage_in_verdicts_and_words(tmp_path:
     assert found.lineages == {"mla": "gqa", "mla_plain": "gqa"} and found.dof == 6
     paired = {(v.contrast.a, v.contrast.b): v.contrast.paired for v in found.declared}
     assert paired == {("mla", "gqa"): True, ("mla", "mqa"): False, ("mla", "mla_plain"): True}
-    markdown, content = told(folder)
+    markdown, _, content = written(folder)
     assert "Arms that descend from the same runs (mla, mla\\_plain from runs of gqa) are compared seed by seed" in markdown
     assert content["lineages"] == found.lineages and "3, paired" in markdown
     rows = csv.DictReader((folder / "report.csv").open())
