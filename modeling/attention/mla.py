@@ -38,10 +38,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
-from modeling.attention.output import gate_projection, project_out
+from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
-from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode, select_kernel
 
 MANY = 2**31 - 1  # queries
@@ -323,22 +322,11 @@ class MultiheadLatentAttention(nn.Module):
             assert tables is not None
             q_rope_BTHP = rotate(q_rope_BTHP, tables)
         if cache is not None and self.absorbs(T):
-            out_BTHV, weights_BHTS = self._attend_absorbed(
-                q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, cache, want_weights=weights_out is not None
-            )
+            out_BTHV = self._attend_absorbed(q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, cache, weights_out)
         else:
-            out_BTHV, weights_BHTS = self._attend_expanded(
-                q_nope_BTHN,
-                q_rope_BTHP,
-                latent_BSL,
-                k_rope_BSP,
-                place,
-                tables,
-                cached=cache is not None,
-                want_weights=weights_out is not None,
+            out_BTHV = self._attend_expanded(
+                q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, tables, weights_out, cached=cache is not None
             )
-        if weights_out is not None and weights_BHTS is not None:
-            weights_out.append(weights_BHTS)
         return project_out(self, out_BTHV, x_BTD)
 
     def absorbs(self, new_tokens: int) -> bool:
@@ -368,10 +356,10 @@ class MultiheadLatentAttention(nn.Module):
         k_rope_BSP: Tensor | None,
         place: Placement,
         tables: tuple[Tensor, Tensor] | None,
+        weights_out: list[Tensor] | None,
         *,
         cached: bool,
-        want_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         """Attention over keys and values rebuilt from the latents."""
         k_BSGN, v_BSGV = self._expand(latent_BSL.to(q_nope_BTHN.dtype))
         if self.positions == "rope_after_up":
@@ -383,17 +371,7 @@ class MultiheadLatentAttention(nn.Module):
             q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
             k_rope_BSGP = k_rope_BSP.to(k_BSGN.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
             k_BSGK = torch.cat((k_BSGN, k_rope_BSGP), dim=-1)
-        return attend(
-            q_BTHK,
-            k_BSGK,
-            v_BSGV,
-            scale=self.scale,
-            causal=place.causal,
-            mask_BTS=place.mask_BTS,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            return_weights=want_weights,
-        )
+        return attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out)
 
     def _attend_absorbed(
         self,
@@ -403,9 +381,8 @@ class MultiheadLatentAttention(nn.Module):
         k_rope_BSP: Tensor | None,
         place: Placement,
         cache: Cache,
-        *,
-        want_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        weights_out: list[Tensor] | None,
+    ) -> Tensor:
         """Attention over the latents themselves: W_UK goes to the queries, W_UV to what comes out."""
         B, T, H, N = q_nope_BTHN.shape
         G, share = self.n_kv_heads, self.latent_widths[0]
@@ -416,16 +393,17 @@ class MultiheadLatentAttention(nn.Module):
         key_values = [(latents[0], latents[-1])] if self.kv_latent == "split" else [(latent, latent) for latent in latents]
         per_latent = H // self.latent_groups
         attended = [
-            self._attend_one(q_BTHL, q_BTHP, key, k_rope_BSP, value, place, cache, want_weights=want_weights)
+            self._attend_one(q_BTHL, q_BTHP, key, k_rope_BSP, value, place, cache, want_weights=weights_out is not None)
             for q_BTHL, q_BTHP, (key, value) in zip(
                 q_latent_BTHL.split(per_latent, dim=2), q_rope_BTHP.split(per_latent, dim=2), key_values, strict=True
             )
         ]
         out_BTHL = torch.cat([out for out, _ in attended], dim=2)
-        weights = [each for _, each in attended if each is not None] if want_weights else []
+        if weights_out is not None:
+            weights_out.append(torch.cat([weights for _, weights in attended if weights is not None], dim=1))
         up_GVL = self.v_up_proj.weight.view(G, self.v_head_dim, share)
         out_BTGHV = torch.einsum("btghl,gvl->btghv", out_BTHL.unflatten(2, (G, H // G)).to(up_GVL.dtype), up_GVL)
-        return out_BTGHV.flatten(2, 3), torch.cat(weights, dim=1) if weights else None
+        return out_BTGHV.flatten(2, 3)
 
     def _attend_one(
         self,

@@ -31,6 +31,7 @@ VARIANTS = {
     "mla_plain": ["attention=mla_plain"],
     "grouped, query rank": ["attention=mla", "attention.n_kv_heads=2", "attention.q_lora_rank=20"],
     "shared latent": ["attention=mla_shared_latent"],
+    "two latents": ["attention=gla"],
 }
 PROMPTS = [[5, 17, 3], [60, 61, 62, 63, 64, 65, 66], [9]]
 needs_triton = pytest.mark.skipif(
@@ -105,7 +106,7 @@ def test_the_path_that_is_said_is_the_path_that_ran(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("modeling.attention.mla.latent_decode", noting("absorbed (triton kernel)", torch_decode))
     monkeypatch.setattr("modeling.attention.mla.latent_attend", noting("absorbed (torch kernel)", latent_attend))
-    monkeypatch.setattr("modeling.attention.mla.attend", noting("expanded", attend))
+    monkeypatch.setattr("modeling.attention.output.attend", noting("expanded", attend))
     model = gpt_from(["attention=mla"], n_layers=1).eval()
     for kernel in ("torch", "triton"):
         for decode in ("auto", "absorbed"):
