@@ -7,7 +7,6 @@ Columns from vocab_size on pad the vocabulary: they count as -inf, and their gra
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # read here: torch.compile traces what asks
 
 
 def mask_padding(logits_NC: Tensor, vocab_size: int) -> Tensor:
@@ -53,9 +53,4 @@ def nats_and_gradient(logits_NC: Tensor, targets_N: Tensor, factors_N: Tensor, *
 
 def takes_triton(logits_NC: Tensor) -> bool:
     """Whether the Triton kernel computes these: it reads each logit twice and writes it once, where torch needs more passes."""
-    return logits_NC.is_cuda and torch.version.hip is None and logits_NC.dtype in TRITON_DTYPES and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return logits_NC.is_cuda and torch.version.hip is None and logits_NC.dtype in TRITON_DTYPES and _HAS_TRITON

@@ -211,7 +211,10 @@ def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(plac
 
 
 def test_places_are_one_a_gpu_or_several_and_on_a_cpu_share_the_cores() -> None:
-    assert slots(["0", "1"], jobs=None, cores=8) == [Slot({"CUDA_VISIBLE_DEVICES": "0"}), Slot({"CUDA_VISIBLE_DEVICES": "1"})]
+    two = [{"CUDA_VISIBLE_DEVICES": gpu, "TORCHINDUCTOR_COMPILE_THREADS": "2"} for gpu in ("0", "1")]
+    assert slots(["0", "1"], jobs=None, cores=8) == [Slot(environment) for environment in two]
+    assert slots(["0"], jobs=None, cores=8) == [Slot({"CUDA_VISIBLE_DEVICES": "0"})]
+    assert slots(["0"], jobs=9, cores=8)[0].environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots(["0", "3"], jobs=2, cores=8)] == ["0", "3", "0", "3"]
     assert slots([], jobs=None, cores=8) == [Slot({})]
     assert slots([], jobs=2, cores=8) == [Slot({"OMP_NUM_THREADS": "4"})] * 2
