@@ -45,12 +45,6 @@ LATER_FIELDS = {
     "init_setup": None,
     "model.vocab_size": None,
     "optimizer.width_base": None,
-    "attention.projection_bias": "model",
-    "attention.rope_scaling": None,
-    "attention.rope_frequencies": "computed",
-    "attention.window": None,
-    "attention.sink_logits": False,
-    "attention.rotary_fraction": 1.0,
 }
 
 
@@ -88,12 +82,21 @@ def setup_hash(config: TrainConfig) -> str:
 
     Of a run that another one's weights begin, that one's setup counts, not its place.
     """
+    later = LATER_FIELDS | later_options(config.attention["mechanism"])
     leaves = {
         path: value
         for path, value in identity(config).items()
-        if path not in (*SEED_FIELDS, "init_from") and not (path in LATER_FIELDS and value == LATER_FIELDS[path])
+        if path not in (*SEED_FIELDS, "init_from") and not (path in later and value == later[path])
     }
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def later_options(mechanism: str) -> dict[str, Any]:
+    """By dotted path, the options that the mechanism's class has a default for: they came later than it did."""
+    from harness.config.checks import variant_schema
+
+    _, defaults = variant_schema(mechanism)
+    return {f"attention.{name}": value for name, value in defaults.items()}
 
 
 def origin_hash(origin: Any) -> str:

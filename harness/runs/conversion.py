@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from harness.config.build import build_layer, build_model
+from harness.config.checks import variant_schema
 from harness.config.conversion import ConversionConfig, check_conversion
 from harness.config.identity import origin_hash, setup_hash
 from harness.config.run_config import load_run_config
@@ -378,7 +379,7 @@ def converted_config(source: TrainConfig, shape: dict[str, int | str], options: 
     """The run's configuration with the attention that a stage made, whose shape this is. Execution fields are the defaults'."""
     attention = source.attention
     if "kv_lora_rank" in shape:
-        plain = {
+        plain = variant_schema("mla")[1] | {
             "mechanism": "mla",
             "q_lora_rank": None,
             "latent_norm_place": "latent",
@@ -388,7 +389,6 @@ def converted_config(source: TrainConfig, shape: dict[str, int | str], options: 
             "sharing_layers": 1,
             "rope_theta": attention["rope_theta"],
             "dropout": attention["dropout"],
-            "rope_scaling": None,
         }
     else:
         plain = dict(attention)

@@ -31,7 +31,16 @@ from harness.config.compose import (
     options_of,
     quoted,
 )
-from harness.config.identity import EXECUTION_FIELDS, LATER_FIELDS, SEED_FIELDS, differences, flat, identity, setup_hash
+from harness.config.identity import (
+    EXECUTION_FIELDS,
+    LATER_FIELDS,
+    SEED_FIELDS,
+    differences,
+    flat,
+    identity,
+    later_options,
+    setup_hash,
+)
 from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
 from harness.config.schema import EXTRAS, BudgetConfig, CacheDtype, TrainConfig
@@ -530,15 +539,24 @@ def test_fields_that_came_later_leave_the_hash_of_older_setups_alone_until_they_
     for field in ("checkpoints", "on_nonfinite", "skip_limit", "spikes", "init_from", "init_setup"):
         del older[field]
     del older["model"]["vocab_size"]
-    for field in ("projection_bias", "rope_scaling", "rope_frequencies"):
-        del older["attention"][field]
+    later = LATER_FIELDS | later_options("mla")
+    for path in later_options("mla"):
+        del older["attention"][path.removeprefix("attention.")]
     assert train_config(older) == plain  # a run's config.yaml of before
-    leaves = {path: value for path, value in identity(plain).items() if path not in (*SEED_FIELDS, *LATER_FIELDS, "init_from")}
+    leaves = {path: value for path, value in identity(plain).items() if path not in (*SEED_FIELDS, *later, "init_from")}
     assert setup_hash(plain) == hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
     for path, value in LATER_FIELDS.items():
         assert flat(older | dataclasses.asdict(plain))[path] == value
         another = 10**6 if path == "model.vocab_size" else changed(value, path)
         assert setup_hash(with_change(dataclasses.asdict(plain), path, another)) != setup_hash(plain), path
+    assert setup_hash(train("attention=mla", "attention.gate=head")) != setup_hash(plain)
+
+
+def test_the_setups_of_before_have_the_hashes_of_before() -> None:
+    """As they stand in the summaries of runs and in study.json: another hash, and a study refuses to go on with its folder."""
+    hashes = {"mha": "586f56f0f1f7", "gqa": "28f872940d80", "mla": "f79a64509678", "mla_plain": "6c31ab709054"}
+    found = {name: setup_hash(load_train_config([f"attention={name}", "model=tiny"])) for name in hashes}
+    assert found == hashes
 
 
 @pytest.mark.parametrize(
