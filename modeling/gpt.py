@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.attention import build_attentions, shares_latents
+from modeling.attention import build_attentions, hands_on, reads_back
 from modeling.attention.cache import Cache
 from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
@@ -49,7 +49,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(d_model, eps=norm_eps)
         self.mlp = mlp
         self.dropout = nn.Dropout(dropout)
-        self.shares_latents = shares_latents(attention)
+        self.hands_on = hands_on(attention)
 
     def forward(
         self,
@@ -57,11 +57,11 @@ class Block(nn.Module):
         cache: Cache | None,
         positions_BT: Tensor | None,
         valid_BT: Tensor | None,
-        latents: tuple[Tensor, ...] = (),
+        read: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """x_BTD, and the latents for the layers behind: those of `latents`, or this layer's own if it leads a group."""
-        shared = list(latents)
-        more = {"shared": shared} if self.shares_latents else {}
+        """x_BTD, and what its attention saw (keys and values, or latents) if other layers read it. read: what it reads."""
+        shared = list(read)
+        more = {"shared": shared} if self.hands_on else {}
         attended = self.attention(self.attention_norm(x_BTD), cache, positions_BT, valid_BT=valid_BT, **more)
         x_BTD = x_BTD + self.dropout(attended)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD))), tuple(shared)
@@ -196,13 +196,16 @@ class GPT(HasAttentions):
         if self.position_embedding is not None:
             x_BTD = x_BTD + self._positions(x_BTD.shape[1], cache, positions_BT, valid_BT)
         x_BTD = self.dropout(x_BTD)
-        latents: tuple[Tensor, ...] = ()
+        seen: list[tuple[Tensor, ...]] = []  # by each layer that others read; nothing of the others
         for layer, block in enumerate(self.blocks):
-            inputs = (x_BTD, None if cache is None else cache[layer], positions_BT, valid_BT, latents)
+            back = reads_back(block.attention)
+            read = seen[layer - back] if back else ()
+            inputs = (x_BTD, None if cache is None else cache[layer], positions_BT, valid_BT, read)
             if self.activation_checkpointing and self.training:
-                x_BTD, latents = checkpoint(block, *inputs, use_reentrant=False)
+                x_BTD, own = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_BTD, latents = block(*inputs)
+                x_BTD, own = block(*inputs)
+            seen.append(() if back else own)
         return self.norm(x_BTD)
 
     def _positions(self, T: int, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:

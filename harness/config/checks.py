@@ -108,7 +108,7 @@ def _typed_kind(options: Mapping[str, Any], own: Mapping[str, Any], path: str) -
     """What a kind of layer says of itself. Raises UserError where its class lacks an option that is said, or needs another."""
     mechanism = own.get("mechanism", options["mechanism"])
     hints, defaults = variant_schema(mechanism, f"{path}.mechanism")
-    said = typed_fields(hints | {"mechanism": str}, set(), own, path)
+    said = typed_fields(hints | {"mechanism": str, "reads": str}, set(), own, path)
     for lacking in sorted(set(hints) - set(defaults) - set(options) - set(said)):
         raise UserError(f"{path}.{lacking} is missing, which mechanism={mechanism} needs; give it a value")
     return said

@@ -225,7 +225,7 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
         optional |= {f"attention.{name}" for name in (*variant_schema(mechanism)[1], "layers", "kinds")}
         for kind, own in (attention.get("kinds") or {}).items():
             types_of, _ = variant_schema((own or {}).get("mechanism", mechanism))
-            optional |= {f"attention.kinds.{kind}.{name}" for name in (*types_of, "mechanism")}
+            optional |= {f"attention.kinds.{kind}.{name}" for name in (*types_of, "mechanism", "reads")}
     for override in overrides:
         key = override.key_or_group
         if key in written and (CONFIGS / key).is_dir():

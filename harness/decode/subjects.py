@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.attention import hands_on
 from modeling.attention.cache import Cache
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.mla import MultiheadLatentAttention
@@ -72,6 +73,7 @@ class ExpandedAttention(nn.Module):
             and layer.in_proj is None
             and len(layer.latent_widths) == 1
             and layer.sharing == "none"
+            and not hands_on(layer)
             and layer.latent == "learned"
             and layer.gate_proj is None
         )

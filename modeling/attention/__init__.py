@@ -91,7 +91,8 @@ EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 # What each layer is, of a variant whose layers differ; no constructor takes these.
 #   layers  a kind for each layer; fewer than there are layers are a pattern, which is repeated and cut where it does not divide
-#   kinds   by name, in which options a kind differs from the variant's own; `mechanism` may be among them
+#   kinds   by name, in which options a kind differs from the variant's own; `mechanism` may be among them, and `reads`: the
+#           kind whose keys and values (or latents) it reads, of the nearest earlier layer of that kind, in place of its own
 PATTERN = ("layers", "kinds")
 
 
@@ -134,11 +135,13 @@ def build_attentions(
     """The attention of every layer, from its YAML's options and the model's own numbers. A name, never code, selects it.
 
     options may hold the keys of EXECUTION and of PATTERN. Layers that share (options["sharing"]) are joined to their group's
-    first. first: build only so many of the n_layers, from the first one on.
+    first. first: build only so many of the n_layers, from the first one on. Raises ValueError for what does not fit.
     """
     layers: list[Any] = []
-    for index, kind in enumerate(kinds_of_layers(options, n_layers)[:first]):
+    kinds = kinds_of_layers(options, n_layers)[:first]
+    for index, kind in enumerate(kinds):
         name, chosen = kind_options(mechanism, options, kind)
+        read = chosen.pop("reads", None)
         layer: Any = MECHANISMS[name](**owned, **{key: value for key, value in chosen.items() if key not in EXECUTION})
         group = chosen.get("sharing_layers", 1)
         if group > 1 and kind is not None:
@@ -147,15 +150,51 @@ def build_attentions(
                 f"differ: leave one of the two out"
             )
         if index % group:
-            layer.follow(layers[index - index % group])
+            _join(layer, layers, index % group)
+        elif read is not None:
+            _join(layer, layers, index - _layer_read(options["kinds"], kinds, index, read))
         layers.append(layer)
     execute(layers, **{key: options.get(key, default) for key, default in EXECUTION.items()})
     return layers
 
 
-def shares_latents(attention: Any) -> bool:
-    """Whether layers hand latents on to one another, so that `forward` takes `shared`."""
-    return getattr(attention, "sharing", "none") == "latent"
+def _layer_read(options_of: Mapping[str, Mapping[str, Any]], kinds: Sequence[str | None], index: int, read: str) -> int:
+    """The layer whose keys and values a layer reads: the nearest one before it of the kind that it names."""
+    kind = kinds[index]
+    if read not in options_of or "reads" in options_of[read]:
+        what = "reads another kind's itself" if read in options_of else f"is not in kinds ({', '.join(options_of)})"
+        raise ValueError(f"kinds.{kind}.reads={read}, which {what}: name a kind that computes keys and values")
+    earlier = [number for number in range(index) if kinds[number] == read]
+    if not earlier:
+        place = f"layer {kinds.index(read)} is the first" if read in kinds else "no layer is"
+        raise ValueError(
+            f"layer {index} ({kind}) reads keys and values of kind {read}, and {place} of that kind: a layer reads an earlier "
+            f"one"
+        )
+    return earlier[-1]
+
+
+def _join(layer: Any, layers: Sequence[Any], back: int) -> None:
+    """Have a layer follow the one so many places before it."""
+    leader = layers[len(layers) - back]
+    if not hasattr(layer, "follow") or type(leader) is not type(layer):
+        raise ValueError(
+            f"{type(layer).__name__} cannot read what {type(leader).__name__} caches: a layer reads one of its own mechanism, "
+            f"gqa or mla"
+        )
+    layer.follow(leader)
+    if getattr(layer, "sharing", "none") != "weights":
+        layer.reads_back, leader.is_read = back, True
+
+
+def reads_back(attention: Any) -> int:
+    """How many layers before it stands the one whose keys and values, or latents, a layer reads; 0: it has its own."""
+    return getattr(attention, "reads_back", 0)
+
+
+def hands_on(attention: Any) -> bool:
+    """Whether a layer reads another one's keys and values, or another one reads its own, so that `forward` takes `shared`."""
+    return bool(reads_back(attention)) or getattr(attention, "is_read", False)
 
 
 def with_most_paths(attentions: Sequence[Any]) -> Any:

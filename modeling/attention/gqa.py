@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
-from modeling.attention.refusals import check_choice, check_heads, check_query_rank
+from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
 
 
@@ -100,7 +100,7 @@ class GroupedQueryAttention(nn.Module):
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
         self.positions, self.causal, self.dropout = positions, causal, dropout
         self.backend, self.decode, self.kernel = "auto", "auto", "auto"
-        self.window = window
+        self.window, self.follows = window, False
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
         self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()
@@ -130,9 +130,22 @@ class GroupedQueryAttention(nn.Module):
             else None
         )
 
+    def follow(self, leader: GroupedQueryAttention) -> None:
+        """Read an earlier layer's keys and values, rotated and normed there (Brandon et al. 2024, arXiv 2405.12981).
+
+        Raises ValueError where these are not what the queries of this layer expect.
+        """
+        check_alike("keys and values", self._read, leader._read)
+        self.follows = True
+        del self.k_proj, self.v_proj
+        self.k_rope_proj = self.k_norm = None
+        self.sixteen_bits = ()
+
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape per token of each cached tensor."""
+        """Shape per token of each cached tensor; none where another layer's are read."""
+        if self.follows:
+            return {}
         shapes: dict[str, tuple[int, ...]] = {"k": (self.n_kv_heads, self.head_dim), "v": (self.n_kv_heads, self.v_head_dim)}
         if self.qk_rope_head_dim:
             shapes["k_rope"] = (self.qk_rope_head_dim,)
@@ -140,8 +153,8 @@ class GroupedQueryAttention(nn.Module):
 
     @property
     def cache_formula(self) -> int:
-        """Cached elements per token: G(K + V), plus P where a rotated key is shared."""
-        return self.n_kv_heads * (self.head_dim + self.v_head_dim) + self.qk_rope_head_dim
+        """Cached elements per token: G(K + V), plus P where a rotated key is shared; none where another layer's are read."""
+        return 0 if self.follows else self.n_kv_heads * (self.head_dim + self.v_head_dim) + self.qk_rope_head_dim
 
     def forward(
         self,
@@ -151,37 +164,64 @@ class GroupedQueryAttention(nn.Module):
         *,
         valid_BT: Tensor | None = None,
         weights_out: list[Tensor] | None = None,
+        shared: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py.
+
+        shared: where layers read one another's keys and values, what the first fills with those it sees and others read.
+        """
         B, T, _ = x_BTD.shape
         if cache is None:
             place = place_without_cache(T, valid_BT, causal=self.causal, window=self.window)
         else:
             place = cache.place(T, valid_BT)
         q_BTHK = self._queries(x_BTD).view(B, T, self.n_heads, self.qk_width)
-        k_BTGK = self.k_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim)
-        v_BTGV = self.v_proj(x_BTD).view(B, T, self.n_kv_heads, self.v_head_dim)
         if self.q_norm is not None:
             q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
-            q_BTHK, k_BTGK = torch.cat((normed(self.q_norm, q_BTHN), q_BTHP), dim=-1), normed(self.k_norm, k_BTGK)
-        new = {"k": k_BTGK, "v": v_BTGV}
+            q_BTHK = torch.cat((normed(self.q_norm, q_BTHN), q_BTHP), dim=-1)
+        tables = None
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)
-            if self.rotary_fraction != 1:
-                q_BTHK, new["k"] = rotate_first(q_BTHK, tables), rotate_first(k_BTGK, tables)
-            elif self.k_rope_proj is None:
-                q_BTHK, new["k"] = rotate(q_BTHK, tables), rotate(k_BTGK, tables)
-            else:
+            if self.qk_rope_head_dim:
                 q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
                 q_BTHK = torch.cat((q_BTHN, rotate(q_BTHP, tables)), dim=-1)
-                new["k_rope"] = rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)
-        seen = new if cache is None else cache.append(valid_BT, **new)
-        k_BSGK = seen["k"]
-        if "k_rope" in seen:
-            k_rope_BSGP = seen["k_rope"].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
+            else:
+                q_BTHK = rotate_first(q_BTHK, tables)
+        if self.follows:
+            assert shared is not None and len(shared) > 0, "a layer that reads another one's keys and values was given none"
+            seen = shared
+            if cache is not None:
+                cache.advance(T, valid_BT)
+        else:
+            new = self._keys_and_values(x_BTD, tables)
+            seen = list((new if cache is None else cache.append(valid_BT, **new)).values())
+            if shared is not None:
+                shared[:] = seen
+        k_BSGK, v_BSGV, *k_rope = seen
+        if k_rope:
+            k_rope_BSGP = k_rope[0].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
             k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
-        out_BTHV = attend_as(self, q_BTHK, k_BSGK, seen["v"], place, weights_out)
+        out_BTHV = attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out)
         return project_out(self, out_BTHV, x_BTD)
+
+    def _keys_and_values(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+        """Of the new tokens, by the names of the cache's buffers."""
+        k_BTGK = self.k_proj(x_BTD).unflatten(-1, (self.n_kv_heads, self.head_dim))
+        v_BTGV = self.v_proj(x_BTD).unflatten(-1, (self.n_kv_heads, self.v_head_dim))
+        if self.k_norm is not None:
+            k_BTGK = normed(self.k_norm, k_BTGK)
+        if tables is None:
+            return {"k": k_BTGK, "v": v_BTGV}
+        if self.k_rope_proj is None:
+            return {"k": rotate_first(k_BTGK, tables), "v": v_BTGV}
+        return {"k": k_BTGK, "v": v_BTGV, "k_rope": rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)}
+
+    @property
+    def _read(self) -> dict[str, Any]:
+        """What queries take keys and values to be."""
+        options = ("n_kv_heads", "head_dim", "v_head_dim", "qk_rope_head_dim", "positions", "rotary_fraction", "window")
+        rotation = {} if self.rope is None else {"rope_theta": self.rope.theta, "rope_scaling": self.rope.scaling}
+        return {option: getattr(self, option) for option in options} | {"qk_norm": self.q_norm is not None} | rotation
 
     def _queries(self, x_BTD: Tensor) -> Tensor:
         """Of all heads, at once or through their latent."""

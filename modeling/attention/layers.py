@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.attention import execute, shares_latents
+from modeling.attention import execute, hands_on, reads_back
 from modeling.attention.cache import Cache, new_cache
 
 
@@ -42,7 +42,7 @@ class HasAttentions(nn.Module):
         window: int | None = None,
         sinks: int = 0,
     ) -> list[Cache]:
-        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's latents is empty."""
+        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's is empty."""
         return [
             new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
             for attention in self.attentions
@@ -75,9 +75,9 @@ class AttentionLayers(HasAttentions):
     ) -> Tensor:
         """x_BTD -> x_BTD. weights_out receives those of every layer."""
         out_BTD: Tensor | None = None
-        shared: list[Tensor] = []
+        shared: list[list[Tensor]] = [[] for _ in self.layers]  # of each layer that others read
         for index, layer in enumerate(self.layers):
-            more: dict[str, Any] = {"shared": shared} if shares_latents(layer) else {}
+            more: dict[str, Any] = {"shared": shared[index - reads_back(layer)]} if hands_on(layer) else {}
             if weights_out is not None:
                 more["weights_out"] = weights_out
             layer_BTD = layer(x_BTD, None if cache is None else cache[index], valid_BT=valid_BT, **more)

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
 from modeling.attention.output import attend_as, gate_projection, project_out
-from modeling.attention.refusals import check_choice, check_heads, check_query_rank
+from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.latent_decode import latent_attend, latent_decode, select_kernel
 
@@ -223,13 +223,26 @@ class MultiheadLatentAttention(nn.Module):
             self.rope = RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling)
 
     def follow(self, leader: MultiheadLatentAttention) -> None:
-        """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do."""
+        """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do.
+
+        Raises ValueError where its latents are others than this layer's.
+        """
+        if self.in_proj is not None:
+            raise ValueError("fused_down_projections=true makes latents with the queries, which are never another layer's")
+        check_alike("latents", self._read, leader._read)
         self.follows = True
         if self.sharing == "weights":
             self.kv_down_proj, self.k_rope_proj = leader.kv_down_proj, leader.k_rope_proj
         else:
             del self.kv_down_proj, self.k_rope_proj, self.latent_norms
             self.sixteen_bits = ()
+
+    @property
+    def _read(self) -> dict[str, Any]:
+        """What up-projections and queries take latents and rotated keys to be."""
+        options = ("kv_lora_rank", "latent_widths", "qk_rope_head_dim", "positions")
+        rotation = {} if self.rope is None else {"rope_theta": self.rope.theta, "rope_scaling": self.rope.scaling}
+        return {option: getattr(self, option) for option in options} | rotation
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -239,7 +252,7 @@ class MultiheadLatentAttention(nn.Module):
     @property
     def reads_latents(self) -> bool:
         """Whether the latents come from another layer, so that this one caches nothing."""
-        return self.follows and self.sharing == "latent"
+        return self.follows and self.sharing != "weights"
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def check_choice(field: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -22,3 +25,12 @@ def check_query_rank(q_lora_rank: int | None, d_model: int, width: int) -> None:
             f"q_lora_rank={q_lora_rank} compresses nothing: queries go from {d_model} to {width} dimensions; "
             f"choose at most {min(d_model, width)}, or null for none"
         )
+
+
+def check_alike(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """A layer reads what it would have made itself."""
+    for option, value in mine.items():
+        if value != theirs.get(option):
+            raise ValueError(
+                f"a layer of {option}={value} cannot read {what} of {option}={theirs.get(option)}: make them alike"
+            )

@@ -121,7 +121,7 @@ class RotaryEmbedding(nn.Module):
             )
         if theta <= 0:
             raise ValueError(f"rope_theta={theta} must be positive; 10000 is usual")
-        self.width, self.max_seq_len, self.theta = width, max_seq_len, theta
+        self.width, self.max_seq_len, self.theta, self.scaling = width, max_seq_len, theta, scaling
         self.frequencies_F, self.factor = scaled_frequencies(width, theta, scaling)
         self._build(torch.get_default_device(), torch.float32)
 
@@ -188,6 +188,8 @@ class StoredRotaryEmbedding(RotaryEmbedding):
 def rotate_first(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first P of every head's K dimensions, as many as the tables have angles for; the others stay."""
     width = 2 * tables[0].shape[-1]
+    if width == x_BTHK.shape[-1]:
+        return rotate(x_BTHK, tables)
     turned_BTHP, still_BTHN = x_BTHK.split((width, x_BTHK.shape[-1] - width), dim=-1)
     return torch.cat((rotate(turned_BTHP, tables), still_BTHN), dim=-1)
 

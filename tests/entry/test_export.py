@@ -27,7 +27,7 @@ from modeling.generation import generate
 from scripts.export import main
 from tests.support import transformers4
 from tests.support.micro import Workplace, contents, summary_of
-from tests.support.variants import SHIPPED
+from tests.support.variants import SHIPPED, deep_enough
 
 pytest.importorskip("transformers")
 
@@ -133,7 +133,8 @@ def test_the_exported_model_is_of_a_stock_class_and_gives_the_same_logits(place:
 def test_every_shipped_variant_is_exported_and_is_the_run(
     place: Workplace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = place.train(f"shipped-{name}", "budget.steps=2", f"attention={name}", "model.n_layers=2")
+    depth = deep_enough([f"attention={name}"]) or ["model.n_layers=2"]
+    run = place.train(f"shipped-{name}", "budget.steps=2", f"attention={name}", *depth)
     folder = tmp_path / name
     capsys.readouterr()
     assert main([f"run={run}", f"to={folder}"]) == 0

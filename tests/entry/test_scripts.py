@@ -235,8 +235,8 @@ def test_check_attention_finds_planted_bugs_and_ends_with_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {
-        "causal=self.causal)": "causal=False)",
-        "return self.n_kv_heads * (self.head_dim": "return 1 + self.n_kv_heads * (self.head_dim",
+        "causal=self.causal,": "causal=False,",
+        "else self.n_kv_heads * (self.head_dim": "else 1 + self.n_kv_heads * (self.head_dim",
     }
     rows = rows_with(changes, monkeypatch, capsys)
     assert list(rows) == CHECKED
@@ -249,19 +249,19 @@ def test_check_attention_finds_planted_bugs_and_ends_with_status_1(
 @pytest.mark.parametrize(
     ("wrong", "remark"),
     [
-        ("self.o_projection(", r"AttributeError: .* object has no attribute 'o_projection'"),
+        ("self.q_projection(", r"AttributeError: .* object has no attribute 'q_projection'"),
         ("self.n_heads(", r"TypeError: 'int' object is not callable"),
-        ("{}['o_proj'](", r"KeyError: 'o_proj'"),
-        ("self.o_proj(torch.ones(5) + ", r"RuntimeError: The size of tensor a \(5\) must match"),
+        ("{}['q_proj'](", r"KeyError: 'q_proj'"),
+        ("self._queries(torch.ones(5) + ", r"RuntimeError: The size of tensor a \(5\) must match"),
     ],
     ids=["AttributeError", "TypeError", "KeyError", "RuntimeError"],
 )
 def test_check_attention_reports_a_mistake_in_forward_as_rows_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wrong: str, remark: str
 ) -> None:
-    rows = rows_with({"self.o_proj(": wrong}, monkeypatch, capsys)
+    rows = rows_with({"self._queries(": wrong}, monkeypatch, capsys)
     assert list(rows) == CHECKED
-    line = Path(gqa.__file__).read_text().partition("self.o_proj(")[0].count("\n") + 1
+    line = Path(gqa.__file__).read_text().partition("self._queries(")[0].count("\n") + 1
     assert re.fullmatch(rf"{remark}.* \(modeling/attention/gqa\.py:{line}\)", rows["no token sees the future"][1])
     assert rows["measured cache bytes equal the formula"][0] == "pass"  # which calls no forward
 

@@ -45,6 +45,7 @@ SHIPPED_ELEMENTS = {
     "swa_sinks": 2 * 2 * 12,
     "gqa_partial": 2 * 2 * 12,
     "mqa_wide": 2 * 24,
+    "gqa_cla": 2 * 2 * 12,
 }
 VARIANTS = {name: [f"attention={name}"] for name in SHIPPED} | {name: knob[0] for name, knob in KNOBS.items()}
 ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}

@@ -15,11 +15,12 @@ from harness.config.identity import setup_hash
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.runs.load import decode_path, pin_execution
-from modeling.attention import with_most_paths
+from modeling.attention import reads_back, with_most_paths
 from modeling.attention.contract import CHECKS, Build, randomise, relative_error
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.mla import MultiheadLatentAttention
+from modeling.attention.rope import rotate
 from modeling.flops import parameters_by_block, training_flops_per_token
 from tests.support.variants import SIZES, config_at, gpt_from
 
@@ -158,3 +159,114 @@ def test_groups_of_neighbours_that_share_do_not_go_with_a_pattern() -> None:
     pattern = ["attention.layers=[a,b]", "attention.kinds={a:{},b:{kv_lora_rank:10}}"]
     with pytest.raises(UserError, match=r"sharing_layers=2 groups neighbours that are all alike, and layers=\['a', 'b'\]"):
         gpt_from(["attention=mla_shared_latent", *pattern])
+
+
+# --- layers that read another one's keys and values -------------------------------------------------------------------
+
+GEMMA = [
+    "attention=gqa",
+    "attention.layers=[local,full,reads_local,reads_full,reads_full]",
+    "attention.kinds={local:{window:6},full:{},reads_local:{window:6,reads:local},reads_full:{reads:full}}",
+    "model.n_layers=5",
+]
+LATENTS = ["attention=mla", "attention.layers=[own,reader]", "attention.kinds={own:{},reader:{reads:own}}"]
+
+
+@pytest.mark.parametrize("overrides", [GEMMA, LATENTS], ids=["last layers read", "latents"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract_of_layers_that_read(check: Callable[[Build], None], overrides: list[str]) -> None:
+    check(lambda: copy.deepcopy(_prototype(*overrides)))
+
+
+def test_a_layer_reads_the_nearest_earlier_one_of_the_kind_that_it_names_and_caches_nothing() -> None:
+    model = gpt_from(GEMMA)
+    assert [reads_back(attention) for attention in model.attentions] == [0, 0, 2, 2, 3]
+    size = measure_cache(model, dtype=torch.bfloat16)
+    assert size.elements_per_token_by_layer == (48, 48, 0, 0, 0)
+    assert size.bytes_at_context == 2 * 48 * (6 + 64)
+    plain = parameters_by_block(gpt_from(["attention=gqa"], n_layers=5))["attention"]
+    assert plain - parameters_by_block(model)["attention"] == 3 * 2 * D * 2 * d
+
+
+def test_cross_layer_attention_is_the_paper_written_out() -> None:
+    """Layer 1's queries, from its own input, over layer 0's keys and values, from layer 0's."""
+    model = randomise(gpt_from(["attention=gqa_cla"])).double().eval()
+    tokens = torch.randint(100, (1, 9), generator=torch.Generator().manual_seed(0))
+    x = model.embedding(tokens)
+    first, second = model.blocks
+    h = first.attention_norm(x)
+    x = x + first.attention(h)
+    x = x + first.mlp(first.mlp_norm(x))
+    tables = first.attention.rope.tables(0, 9, None)
+    k = rotate(first.attention.k_proj(h).unflatten(-1, (2, d)), tables).repeat_interleave(2, dim=2)
+    v = first.attention.v_proj(h).unflatten(-1, (2, d)).repeat_interleave(2, dim=2)
+    q = rotate(second.attention.q_proj(second.attention_norm(x)).unflatten(-1, (H, d)), tables)
+    logits = torch.einsum("bthk,bshk->bhts", q, k) * d**-0.5
+    weights = logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+    x = x + second.attention.o_proj(torch.einsum("bhts,bshv->bthv", weights, v).flatten(2))
+    x = x + second.mlp(second.mlp_norm(x))
+    full = torch.nn.functional.linear(model.norm(x), model.head.weight)[..., :100]
+    assert relative_error(model(tokens)[..., :100], full) < 1e-6  # logits are float32
+    assert "blocks.1.attention.k_proj.weight" not in model.state_dict()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", [GEMMA, ["attention=gqa_cla"], LATENTS], ids=["gemma", "cla", "latents"])
+def test_layers_that_read_decode_as_they_are_trained_also_in_padded_batches(overrides: list[str]) -> None:
+    model = randomise(gpt_from(overrides)).eval()
+    tokens = torch.randint(100, (3, 20), generator=torch.Generator().manual_seed(0))
+    full = model(tokens)[..., :100]
+    for static in (False, True):
+        cache = model.new_cache(3, 20, dtype=torch.float32, device="cpu", static=static)
+        pieces = [model(piece, cache)[..., :100] for piece in tokens.split([9, 1, 7, 1, 1, 1], dim=1)]
+        assert relative_error(torch.cat(pieces, dim=1), full) <= 1e-5
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    valid[1, 5:], valid[2, 1:] = False, False
+    cache = model.new_cache(3, 12, dtype=torch.float32, device="cpu")
+    model(tokens[:, :9], cache, valid_BT=valid)
+    step = model(tokens[:, 9:10], cache)[:, 0, :100]
+    for row, length in enumerate((9, 5, 1)):
+        alone = torch.cat((tokens[row, :length], tokens[row, 9:10]))[None]
+        assert relative_error(step[row], model(alone)[0, -1, :100]) <= 1e-5
+
+
+@pytest.mark.parametrize("overrides", [GEMMA, ["attention=gqa_cla"]], ids=["gemma", "cla"])
+def test_gradients_reach_what_is_read_also_when_activations_are_recomputed_and_the_loss_compiles(overrides: list[str]) -> None:
+    tokens = torch.randint(100, (2, 13), generator=torch.Generator().manual_seed(0))
+    models = [randomise(gpt_from(overrides, activation_checkpointing=again)).train() for again in (False, True)]
+    for model in models:
+        model.loss(tokens[:, :-1], tokens[:, 1:]).backward()
+    for (name, ours), theirs in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert ours.grad is not None and ours.grad.abs().max() > 0, name
+        assert theirs.grad is not None and torch.equal(ours.grad, theirs.grad), name
+    torch._dynamo.reset()
+    compiled = torch.compile(models[0].loss, backend="eager", fullgraph=True)
+    plain = models[1].loss(tokens[:, :-1], tokens[:, 1:])
+    assert relative_error(compiled(tokens[:, :-1], tokens[:, 1:]), plain) < 1e-6
+
+
+KINDS = "attention.kinds="
+REFUSED_TO_READ = {
+    f"attention=gqa attention.layers=[b,a] {KINDS}{{a:{{}},b:{{reads:a}}}}": "layer 0 (b) reads keys and values of kind a, and "
+    "layer 1 is the first of that kind: a layer reads an earlier one",
+    f"attention=gqa attention.layers=[b,b] {KINDS}{{a:{{}},b:{{reads:a}}}}": "and no layer is of that kind",
+    f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:c}}}}": "kinds.b.reads=c, which is not in kinds (a, b)",
+    f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:b}}}}": "kinds.b.reads=b, which reads another kind's "
+    "itself",
+    f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{window:8}},b:{{reads:a}}}}": "a layer of window=None cannot read keys "
+    "and values of window=8: make them alike",
+    f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:a,n_kv_heads:1}}}}": "a layer of n_kv_heads=1 cannot read",
+    f"attention=mla attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:a,kv_lora_rank:10}}}}": "a layer of kv_lora_rank=10 "
+    "cannot read latents of kv_lora_rank=24",
+    f"attention=mla attention.fused_down_projections=true attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:a}}}}": "are never "
+    "another layer's",
+    f"attention=gta attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:a}}}}": "TiedKeyValueAttention cannot read what "
+    "TiedKeyValueAttention caches",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED_TO_READ)
+def test_what_cannot_be_read_is_refused_in_one_sentence(line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_layers(load_train_config([*SIZES, *line.split(" ")]), 2)
+    assert REFUSED_TO_READ[line] in str(caught.value)

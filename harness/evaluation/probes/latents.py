@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from harness.evaluation.perplexity import cut_windows, evenly, gather
 from harness.evaluation.probes.probe import Probe, Subject
+from modeling.attention import reads_back
 from modeling.attention.rope import rotate
 from modeling.gpt import GPT
 
@@ -279,7 +280,7 @@ def _down_weights(attention: Any) -> list[Tensor]:
 
 def _leader(model: GPT, layer: int) -> int:
     """The layer whose latents a layer reads: its own, or the nearest one before it that caches any."""
-    return max(index for index, attention in latent_layers(model).items() if index <= layer and not attention.reads_latents)
+    return layer - reads_back(model.attentions[layer])
 
 
 def _mean(values: list[float]) -> float:
