@@ -313,32 +313,35 @@ def choose_tasks(names: Sequence[str], task_dir: Path | None = None) -> list[Cho
     manager = None
     if task_dir is not None:  # reading the harness's 14,000 takes seconds
         manager = TaskManager(include_path=str(task_dir), include_defaults=False)
-    if manager is None or not set(names) <= set(manager.all_subtasks):
+    if manager is None or not all(_written(name, manager.task_index) for name in names):
         manager = TaskManager(include_path=None if task_dir is None else str(task_dir))
     for name in names:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
             remedy = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists all that there are"
             raise UserError(f"{name} is no task of lm-evaluation-harness{f' or {task_dir}' if task_dir else ''}; {remedy}")
-        if unsafe := _unsafe(name, manager.task_index):
-            raise UserError(_UNSAFE.format(unsafe))
+        for each in _below(name, manager.task_index):
+            if each in manager.task_index and (manager.task_index[each].cfg or {}).get("unsafe_code"):
+                raise UserError(_UNSAFE.format(each))
     return [_load(name, manager) for name in dict.fromkeys(names)]
 
 
-def _unsafe(name: str, index: Mapping[str, Any]) -> str | None:
-    """The first task below a name whose YAML marks it as unsafe."""
-    entry = index.get(name)
-    if entry is None:
-        return None
+def _written(name: str, index: Mapping[str, Any]) -> bool:
+    """Whether YAML files of this index say what the name is and all that is below it; a tag may have tasks elsewhere too."""
+    return all(each in index and index[each].yaml_path is not None for each in _below(name, index))
+
+
+def _below(name: str, index: Mapping[str, Any]) -> Iterator[str]:
+    """The name and those of the tasks and groups that it stands for, known or not."""
+    yield name
+    if (entry := index.get(name)) is None:
+        return
     settings = entry.cfg or {}
-    if settings.get("unsafe_code"):
-        return name
     children = settings.get("task") if "group" in settings else sorted(entry.tags) if entry.yaml_path is None else None
     for child in children if isinstance(children, list) else []:
         child_name = child if isinstance(child, str) else child.get("task", child.get("group"))
-        if found := _unsafe(child_name, index) if isinstance(child_name, str) else None:
-            return found
-    return None
+        if isinstance(child_name, str):
+            yield from _below(child_name, index)
 
 
 def _load(name: str, manager: Any) -> ChosenTask:

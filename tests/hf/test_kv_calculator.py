@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -225,8 +226,14 @@ def measured_in_this_process(monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
 FALCON = {"model_type": "falcon", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
 
 
+@functools.cache
+def _described(config: str, context: int) -> CacheDescription:
+    return describe_config(json.loads(config), name="tested", context=context)
+
+
 def described(config: dict[str, Any], context: int = 4096) -> CacheDescription:
-    return describe_config(config, name="tested", context=context)
+    """Measured once for all tests, which takes up to three seconds."""
+    return _described(json.dumps(config), context)
 
 
 def figures(config: dict[str, Any], **options: Any) -> dict[str, Any]:
