@@ -2,7 +2,7 @@
 
 Of convert, import, export, evaluate and prepare, by SIGKILL at random moments, and nothing of the killed ones stays beside.
 `--kills N` makes N kills of each in place of the few that the ordinary run of the tests has time for. Training and studies:
-tests/entry/test_kills.py, tests/study/test_runner.py.
+tests/entry/test_kills.py, tests/study/test_kills.py.
 """
 
 from __future__ import annotations
