@@ -97,7 +97,9 @@ def test_every_variant_builds_at_every_model_size(model: str, attention: str) ->
     with torch.device("meta"):
         built = build_model(config, vocab_size=257)
     assert (len(built.blocks), built.embedding.embedding_dim) == (config.model.n_layers, config.model.d_model)
-    integers = [value for value in config.attention.values() if not isinstance(value, (str, bool, float, type(None)))]
+    integers = [
+        value for value in config.attention.values() if not isinstance(value, (str, bool, float, list, dict, type(None)))
+    ]
     assert integers and all(type(value) is int for value in integers)
 
 
