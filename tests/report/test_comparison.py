@@ -127,15 +127,21 @@ def only_table(comparison: Comparison) -> dict[str, Any]:
 def test_seeds_of_one_setup_become_mean_and_sample_deviation(tmp_path: Path) -> None:
     bits = [1.50, 1.53, 1.59]
     for seed, value in enumerate(bits):
-        make_run(tmp_path, "mla", seed, bits_per_byte=value, perplexity=20.0 + seed, tokens_per_second=100.0 * (seed + 1))
+        figures = {"bits_per_byte": value, "perplexity": 20.0 + seed, "loss": 3.0 + seed / 10}
+        make_run(tmp_path, "mla", seed, tokens_per_second=100.0 * (seed + 1), **figures)
     make_run(tmp_path, "mha")
-    rows = only_table(compare([tmp_path]))
+    comparison = compare([tmp_path])
+    rows = only_table(comparison)
     mla, mha = rows["mla"], rows["mha"]
     assert (mla.n, mla.seeds) == (3, [0, 1, 2])
     assert mla.bits_per_byte == pytest.approx(statistics.fmean(bits))
     assert mla.bits_per_byte_deviation == pytest.approx(statistics.stdev(bits))
     assert (mla.perplexity, mla.perplexity_deviation, mla.tokens_per_second) == (21.0, 1.0, 200.0)
+    assert (mla.loss, mla.loss_deviation) == (pytest.approx(3.1), pytest.approx(0.1))
     assert (mha.n, mha.bits_per_byte_deviation) == (1, None)
+    names, *lines = comparison.tables[0].cells()
+    place = names.index("nats per token")
+    assert names[place + 1] == "bits per byte" and [line[place] for line in lines] == ["3.1000 ± 0.1000", "3.4000"]
 
 
 def test_means_over_few_seeds_carry_their_count_an_interval_and_a_caution(tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class Study:
         """study.json and all that is in its runs' folders, without clocks and logs, in which no run fell over."""
         found = left(self.folder.parent)
         record = found["small/study.json"]
+        for declared in record["history"]:
+            declared["at"] = None
         names = {spec["name"] for spec in record["runs"] + record["sweep"]}
         for place in list(found):
             run, between, step = place.partition("/checkpoints/step-")
