@@ -2,8 +2,8 @@
 
 A config.json may be of any type for which transformers has a causal language model of its own, alone or inside a wrapper:
 that class runs a few tokens without weights, and its cache is measured. Code beside the config.json is never run. By
-formula, since transformers has no class of them: baichuan chatglm deepseek exaone internlm2 kimi_k2 mimo qwen xverse. Any
-other type is refused.
+formula, since transformers has no class of them: baichuan chatglm deepseek exaone internlm2 kimi_k2 mimo qwen step3_text
+xverse. Any other type is refused.
 
 With attention=NAME model=NAME and further overrides as for train_model.py it is one of our configurations, formula and
 measured buffers side by side. Every option may be written key=value, --key value or --key=value. dtype: fp32, fp16, bf16;
