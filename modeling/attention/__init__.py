@@ -29,7 +29,8 @@ class Attention(Protocol):
     the rest from the variant's YAML. It raises ValueError with both numbers and the remedy when they do not fit.
 
     Besides, where there is something to state: `frozen`, the names of parameters that are never trained (all others must
-    get a gradient); `sixteen_bits`, the names of cached tensors that a cache of 8 bits keeps in 16. One rotated key
+    get a gradient); `products_per_token`, multiplications of a token in which no weight and no other token takes part
+    (modeling/flops.py); `sixteen_bits`, the names of cached tensors that a cache of 8 bits keeps in 16. One rotated key
     shared by all heads is such a tensor: its elements are large and unlike, a scale calibrated on its neighbours
     saturates it (vLLM issue 42956), and it is a small part of what is cached.
     """
