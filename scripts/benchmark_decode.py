@@ -315,9 +315,7 @@ def make_subjects(
         with torch.device(plan.device):
             part = build_part(config, vocab_size, options.level, count, longest).eval()
         if count < (kinds := layers_that_differ(config)) and "layers" in config.attention:
-            notes.append(
-                f"{name}: of its first {kinds} layers, which differ, {count} are timed; layers={kinds} times all kinds"
-            )
+            notes.append(f"{name}: timed is {count} of its first {kinds} layers, which differ; layers={kinds} times all kinds")
         choosing = with_most_paths(part.attentions)
         paths = paths_of(choosing, options.decode)
         if not paths:
