@@ -156,6 +156,9 @@ class Cache:
         alike = not (self.static or self._ragged or valid_BT is not None)
         if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
             return Placement(0, None, True, None, window=self.window)
+        if self._takes_one(new_tokens, valid_BT):
+            held_BS = self._held(self.lengths_B + 1)[:, : min(self._extent + 1, self.slots)]
+            return Placement(self._extent, None, False, None, held_BS)
         if self.window is not None:
             return self._place_in_window(new_tokens, valid_BT)
         device = self.lengths_B.device
@@ -183,7 +186,14 @@ class Cache:
         self.check_room(T)
         self._ragged = self._ragged or valid_BT is not None
         entries = {name: self._encoded(name, tensor) for name, tensor in new.items()}
-        if self.window is not None:
+        if self._takes_one(T, valid_BT):
+            ring, place = self.slots - self.sinks, self._extent
+            slot = place if place < self.slots else self.sinks + (place - self.sinks) % ring
+            for name, parts in entries.items():
+                for buffer, part in zip(self._parts(name), parts, strict=True):
+                    buffer[:, slot] = part[:, 0]
+            seen = {name: self._stored(name, min(place + 1, self.slots)) for name in new}
+        elif self.window is not None:
             seen = self._through_window(entries, valid_BT)
         elif self.static or self._ragged:
             self._scatter(T, valid_BT, entries)
@@ -286,6 +296,15 @@ class Cache:
         return self._extent + new_tokens if self._counted else None
 
     # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
+
+    def _takes_one(self, new_tokens: int, valid_BT: Tensor | None) -> bool:
+        """Whether a step writes before it reads: one token a row, in whose slot lay the one that it no longer sees.
+
+        All that the slots hold afterwards is then seen, without a mask; unless sinks lie beyond a layer's own window.
+        """
+        beyond = self.sinks > 0 and self.reach is not None
+        alike = not (self.static or self._ragged or valid_BT is not None)
+        return self.window is not None and new_tokens == 1 and alike and not beyond
 
     def _held(self, lengths_B: Tensor) -> Tensor:
         """Position that each slot holds in rows of these lengths, (B, M); -1 where none yet."""
