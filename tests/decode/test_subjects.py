@@ -15,6 +15,7 @@ from harness.decode.subjects import (
     plan_cells,
     weight_bytes,
 )
+from modeling.attention import hands_on
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.layers import AttentionLayers
 from tests.support.decoding import plan, subject
@@ -93,7 +94,7 @@ def test_attention_alone_is_the_sum_of_a_models_attentions(attention: str) -> No
     wanted, shared = torch.zeros_like(x_BTD), []
     with torch.no_grad():
         for layer, cache in zip(model.attentions, model.new_cache(2, 9, dtype=torch.float32, device="cpu"), strict=True):
-            more = {"shared": shared} if attention == "mla_shared_latent" else {}
+            more = {"shared": shared} if hands_on(layer) else {}
             wanted += layer(x_BTD, cache, **more)
         assert torch.equal(part(x_BTD, part.new_cache(2, 9, dtype=torch.float32, device="cpu")), wanted)
 
