@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import shutil
@@ -355,8 +356,9 @@ def seen_in_training() -> Iterator[list[torch.Tensor]]:
 
 def test_all_variants_see_the_same_batches_in_the_same_order(place: Workplace, seen_in_training: list[torch.Tensor]) -> None:
     batches: dict[str, torch.Tensor] = {}
-    for variant, micro_batch in zip(options_of("attention"), (1, 2, 4, 1, 2, 4, 1, 2), strict=False):
-        place.train(variant, f"attention={variant}", f"micro_batch_size={micro_batch}", "budget.steps=3")
+    for variant, micro_batch in zip(options_of("attention"), itertools.cycle((1, 2, 4)), strict=False):
+        options = (f"attention={variant}", f"micro_batch_size={micro_batch}", "budget.steps=3")
+        place.train(variant, *options, "model.n_layers=4")  # as many as the longest pattern has
         batches[variant] = torch.cat(seen_in_training)
         seen_in_training.clear()
     first = batches.pop("mha")
