@@ -163,7 +163,7 @@ def test_a_whole_model_beside_transformers(tmp_path: Path, capsys: pytest.Captur
         "batch_sizes=1,2",
         "queries=1,4",
         "prefill_tokens=24",
-        "attention.q_lora_rank=8",
+        "attention.kv_lora_rank=12",
         "attention=gqa,mla,mla_plain",
     )
     rows = {(f["row"], f["batch_size"], f["context"], f["queries"]) for f in record["figures"]}
@@ -246,7 +246,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
         (["rounds=0"], r"rounds=0 must be 1 or more"),
         (["memory_budget_gib=0.0001"], r"weights of 4 variants take \d.\d MiB, more than memory_budget_gib=0.0001"),
         (["memory_budget_gib=-1"], r"memory_budget_gib=-1 is too small"),
-        (["attention=gqa", "attention.q_lora_rank=8"], r"attention.q_lora_rank is a field of none of gqa"),
+        (["attention=gqa", "attention.kv_lora_rank=8"], r"attention.kv_lora_rank is a field of none of gqa"),
         (["attention.decode=expand"], r"attention.decode is an option of its own here; write decode="),
         (["attention=mla_plain", "attention.positions=rope_after_up", "decode=absorbed"], r"is not a path of attention="),
         (["model.n_heads"], r"model.n_heads is not of the form key=value"),

@@ -62,8 +62,9 @@ def test_records_from_elsewhere_forge_nothing_in_a_comparison(tmp_path: Path) ->
     rows = list(csv.reader(io.StringIO(table)))
     assert len(rows) == 3 and all(len(row) == len(rows[0]) for row in rows)
     assert not any(cell.startswith(("=", "+", "@")) for row in rows for cell in row)
-    for line in document.splitlines():
-        assert not line.startswith("|") or len(re.findall(r"(?<!\\)\|", line)) == 10, line
+    lines = [line for line in document.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in lines}
+    assert len(lines) >= 4 and len(columns) == 1, lines  # nothing that was sent opens or closes a cell
 
 
 def test_a_sentence_holds_only_what_a_terminal_prints() -> None:

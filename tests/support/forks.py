@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import runpy
 import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +34,9 @@ IMPORTED = (
     "torch.distributed.tensor",
     "tqdm",
 )
+
+
+PATIENCE_SECONDS = 2.0  # with processes that leave by themselves after another one has ended badly
 
 
 class Ended(NamedTuple):
@@ -117,12 +122,19 @@ def together(request: dict[str, Any]) -> list[int]:
     store = None
     if processes > 1:  # its thread must not be forked
         store = importlib.import_module("torch.distributed").TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    ended_badly: float | None = None
     while len(statuses) < processes:
-        child, status = os.wait()
-        statuses[child] = os.waitstatus_to_exitcode(status)
-        for other in children:
-            if statuses[child] and other not in statuses:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            statuses[child] = os.waitstatus_to_exitcode(status)
+            if statuses[child] and ended_badly is None:
+                ended_badly = time.monotonic()
+        elif ended_badly is not None and time.monotonic() - ended_badly > PATIENCE_SECONDS:
+            for other in set(children) - set(statuses):
                 os.kill(other, signal.SIGTERM)
+            ended_badly = math.inf
+        else:
+            time.sleep(0.02)
     del store
     return [statuses[child] for child in children]
 
