@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from modeling.attention.cache import keys_seen
 from modeling.gpt import GPT
 
 
@@ -42,8 +43,7 @@ def training_flops_per_token(model: GPT, seq_len: int) -> int:
     # Layer by layer, since a matrix that layers share multiplies in each of them.
     linear = [m for part in (*model.blocks, model.head) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(m.weight.numel() for m in linear)
-    seen = [min(seq_len, getattr(a, "window", None) or seq_len) for a in model.attentions]
-    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * keys for a, keys in zip(model.attentions, seen, strict=True))
+    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * keys_seen(a, seq_len) for a in model.attentions)
     attention += sum(getattr(a, "products_per_token", 0) for a in model.attentions)
     frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)  # no gradient of their own
     return 3 * 2 * (matrices + attention) - 2 * frozen

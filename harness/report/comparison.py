@@ -327,16 +327,12 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
 
 def _lineages(records: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
     """For statistics.contrasts: which setups descend from runs of the same one, trained on or converted."""
-    by_name = {record["name"]: record for record in records}
+    from harness.study.statistics import origins
+
+    setups = {record["name"]: names[record["setup_hash"]] for record in records}
     found: dict[str, str] = {}
-    for record in records:
-        origin, source = record, _source(record)
-        for _ in by_name:
-            if source not in by_name:
-                break
-            origin, source = by_name[source], _source(by_name[source])
-        if origin is not record or source is not None:
-            found.setdefault(names[record["setup_hash"]], names[origin["setup_hash"]] if source is None else source)
+    for run, first in origins({record["name"]: _source(record) for record in records}).items():
+        found.setdefault(setups[run], setups.get(first, first))
     return found
 
 

@@ -15,7 +15,7 @@ from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS
 from harness.files.text import aligned, counted
 from harness.report.document import ABSENT, mean_text
 from harness.study.plan import load_study
-from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, residual_deviation
+from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation
 
 
 def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
@@ -40,10 +40,7 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
             f"{file} has an arm {strange[0]}, and study={study} has none of that name: name the study that it is of"
         )
 
-    lineages, sources = {}, {arm: config.arms[arm].starts_from for arm in arms}
-    for arm, source in sources.items():
-        while source is not None:
-            lineages[arm], source = source, config.arms[source].starts_from
+    lineages = origins({name: arm.starts_from for name, arm in config.arms.items()})
     kinds: dict[str, Any] = {"apart": [arm for arm in arms if config.arms[arm].convert is not None], "lineages": lineages}
     sigma, dof = residual_deviation(arms, **kinds)
     unequal = equal_variances(arms, **kinds)

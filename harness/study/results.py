@@ -25,6 +25,7 @@ from harness.runs.records import (
     read_study,
     read_summary,
 )
+from harness.study.statistics import origins
 
 # What a report takes from the summary of every run, and as it stands into its CSV.
 SIZES = ("parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens")
@@ -99,15 +100,10 @@ class StudyResults:
 
     def lineages(self) -> dict[str, str]:
         """arm -> the arm whose runs its own descend from, converted or trained on; of arms that descend from others."""
-        specs = {spec["name"]: spec for spec in self.record["runs"]}
+        arms = {spec["name"]: spec["arm"] for spec in self.record["runs"]}
         found: dict[str, str] = {}
-        for spec in specs.values():
-            origin = spec
-            for _ in specs:  # no longer than a record that names its runs in a circle
-                origin = specs.get(origin.get("source") or "", origin)
-            source = origin.get("source")
-            if origin is not spec or source is not None:
-                found.setdefault(spec["arm"], origin["arm"] if source is None else source)
+        for run, first in origins({spec["name"]: spec.get("source") for spec in self.record["runs"]}).items():
+            found.setdefault(arms[run], arms.get(first, first))
         return found
 
 

@@ -305,6 +305,20 @@ def mean_interval(values: Values, arm: str, *, apart: Collection[str] = (), line
     return Mean(mean, None if half is None else mean - half, None if half is None else mean + half, n, deviation)
 
 
+def origins(sources: Mapping[str, str | None]) -> dict[str, str]:
+    """name -> the first of its line, of what comes from something; that may have no name among these.
+
+    sources: what each comes from itself; None: from nothing.
+    """
+    found = {}
+    for name, source in sources.items():
+        if source is not None:
+            for _ in sources:  # no longer than names that stand in a circle
+                source = sources.get(source) or source
+            found[name] = source
+    return found
+
+
 def can_be_compared(values: Values, a: str, b: str, lineages: Lineages) -> bool:
     """Whether two arms have results, and within a lineage some of one seed."""
     if a not in values or b not in values:

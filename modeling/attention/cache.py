@@ -418,7 +418,12 @@ def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
 
 def formula_bytes_at(attention: Attention, dtype: torch.dtype, context: int) -> int:
     """The same for a sequence of so many tokens, of which a layer with a window keeps the newest."""
-    return formula_bytes(attention, dtype) * min(context, getattr(attention, "window", None) or context)
+    return formula_bytes(attention, dtype) * keys_seen(attention, context)
+
+
+def keys_seen(attention: Attention, context: int) -> int:
+    """Of a sequence of so many tokens those that its last one sees: a layer with a window of its own, the newest."""
+    return min(context, getattr(attention, "window", None) or context)
 
 
 def place_without_cache(new_tokens: int, valid_BT: Tensor | None, *, causal: bool, window: int | None = None) -> Placement:

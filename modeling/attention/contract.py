@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.attention.cache import DTYPES, Cache, formula_bytes, formula_bytes_at, new_cache, sixteen_bits_of
+from modeling.attention.cache import DTYPES, Cache, formula_bytes, formula_bytes_at, keys_seen, new_cache, sixteen_bits_of
 from modeling.attention.layers import AttentionLayers
 
 BATCH, TOKENS = 3, 24
@@ -148,7 +148,7 @@ def a_window_hides_what_it_should(build: Build) -> None:
     """Token by token through a ring of 2 sinks and 5 newest equals one call in which a mask hides the rest."""
     module, x_BTD = _module_and_input(build)
     window, sinks = 5, 2
-    own = [getattr(attention, "window", None) or TOKENS for attention in module.attentions]
+    own = [keys_seen(attention, TOKENS) for attention in module.attentions]
     if max(own) <= window:  # the layers' own window is the smaller one and holds
         window, sinks = max(own), 0
     ring = _poisoned_cache(module, TOKENS, window=window, sinks=sinks)

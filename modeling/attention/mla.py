@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
+from modeling.attention.norms import widely_normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
@@ -465,7 +466,7 @@ class MultiheadLatentAttention(nn.Module):
             latent_BTL = x_BTD[..., : self.kv_lora_rank] if self.kv_down_proj is None else self.kv_down_proj(x_BTD)
             k_rope_BTP = self.k_rope_proj(x_BTD) if self.k_rope_proj is not None else x_BTD[..., :0]
         parts = latent_BTL.split(self.latent_widths, dim=-1)
-        normed = [_normed(norm, part) for norm, part in zip(self.latent_norms, parts, strict=True)]
+        normed = [widely_normed(norm, part) for norm, part in zip(self.latent_norms, parts, strict=True)]
         latent_BTL = (torch.cat(normed, dim=-1) if len(normed) > 1 else normed[0]) * self.kv_scale
         return q_in, latent_BTL.to(q_in.dtype), k_rope_BTP
 
@@ -476,17 +477,17 @@ class MultiheadLatentAttention(nn.Module):
     def _queries(self, q_in: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated and to-be-rotated query parts, from x's projection or from its latent."""
         if self.q_up_proj is not None:
-            q_in = self.q_up_proj((_normed(self.q_latent_norm, q_in) * self.q_scale).to(q_in.dtype))
+            q_in = self.q_up_proj((widely_normed(self.q_latent_norm, q_in) * self.q_scale).to(q_in.dtype))
         q_BTHK = q_in.unflatten(-1, (self.n_heads, self.qk_width))
         q_nope_BTHN, q_rope_BTHP = q_BTHK.split((self.qk_nope_head_dim, self.qk_rope_head_dim), dim=-1)
-        return _normed(self.q_up_norm, q_nope_BTHN).to(q_in.dtype), q_rope_BTHP
+        return widely_normed(self.q_up_norm, q_nope_BTHN).to(q_in.dtype), q_rope_BTHP
 
     def _expand(self, latent_BSL: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (un-rotated part) and values of every head from cached latents: O(S) work."""
         parts = latent_BSL.split(self.latent_widths, dim=-1) if self.kv_latent == "split" else (latent_BSL,)
         k_BSGN = self.k_up_proj(parts[0]).unflatten(-1, (self.n_kv_heads, self.qk_nope_head_dim))
         v_BSGV = self.v_up_proj(parts[-1]).unflatten(-1, (self.n_kv_heads, self.v_head_dim))
-        return _normed(self.k_up_norm, k_BSGN).to(v_BSGV.dtype), _normed(self.v_up_norm, v_BSGV).to(v_BSGV.dtype)
+        return widely_normed(self.k_up_norm, k_BSGN).to(v_BSGV.dtype), widely_normed(self.v_up_norm, v_BSGV).to(v_BSGV.dtype)
 
 
 class GroupedLinear(nn.Linear):
@@ -508,10 +509,3 @@ def _up_projection(rank: int, width: int, groups: int) -> nn.Linear:
 
 def _norm(kind: str, width: int, eps: float) -> nn.Module:
     return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[kind](width, eps=eps) if kind != "none" else nn.Identity()
-
-
-def _normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """Norms run in their gain's dtype: under autocast that is float32, where a projection's output is bfloat16."""
-    if isinstance(norm, (nn.RMSNorm, nn.LayerNorm)):
-        x = norm(x.to(norm.weight.dtype))
-    return x

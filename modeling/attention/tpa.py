@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from modeling.attention.cache import Cache, Placement, place_without_cache
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.rope import RotaryEmbedding, rotate
-from modeling.kernels.latent_decode import wide_product
+from modeling.kernels.latent_decode import masked_softmax, wide_product
 
 
 class TensorProductAttention(nn.Module):
@@ -154,12 +154,7 @@ class TensorProductAttention(nn.Module):
         by_head_BHM = k_a_BSRH.flatten(1, 2).transpose(1, 2)
         terms_BTHSR = (dots_BTHM * by_head_BHM.unsqueeze(1)).unflatten(-1, (S, -1))
         logits_BTHS = self.scale / self.k_rank * terms_BTHSR.sum(dim=-1)
-        mask_BTS = place.mask_BTS
-        if place.causal:
-            mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=q_BTHK.device).tril()
-        if mask_BTS is not None:
-            logits_BTHS = logits_BTHS.masked_fill(~mask_BTS.unsqueeze(2), float("-inf"))
-        weights_BTHS = logits_BTHS.softmax(dim=-1)
+        weights_BTHS = masked_softmax(logits_BTHS, causal=place.causal, mask_BTS=place.mask_BTS)
         if weights_out is not None:
             weights_out.append(weights_BTHS.transpose(1, 2))
         spread_BTHM = (weights_BTHS.unsqueeze(-1) * v_a_BSRH.permute(0, 3, 1, 2).unsqueeze(1)).flatten(-2)

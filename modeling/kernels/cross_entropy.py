@@ -7,14 +7,11 @@ Columns from vocab_size on pad the vocabulary: they count as -inf, and their gra
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # read here: torch.compile traces what asks
+from modeling.kernels.availability import runs_triton
 
 
 def mask_padding(logits_NC: Tensor, vocab_size: int) -> Tensor:
@@ -27,7 +24,7 @@ def mask_padding(logits_NC: Tensor, vocab_size: int) -> Tensor:
 
 def nats_of(logits_NC: Tensor, targets_N: Tensor, *, vocab_size: int) -> Tensor:
     """Each row's cross-entropy in nats, float32 of shape (N,), without gradient."""
-    if takes_triton(logits_NC):
+    if runs_triton(logits_NC.device, logits_NC.dtype):
         from modeling.kernels.cross_entropy_triton import nats
 
         return nats(logits_NC, targets_N, vocab_size)
@@ -39,7 +36,7 @@ def nats_and_gradient(logits_NC: Tensor, targets_N: Tensor, factors_N: Tensor, *
 
     The gradient may take the place of the logits, which are not to be read again. factors_N is float32.
     """
-    if takes_triton(logits_NC):
+    if runs_triton(logits_NC.device, logits_NC.dtype):
         from modeling.kernels.cross_entropy_triton import nats_and_gradient_
 
         return nats_and_gradient_(logits_NC, targets_N, factors_N, vocab_size), logits_NC
@@ -49,8 +46,3 @@ def nats_and_gradient(logits_NC: Tensor, targets_N: Tensor, factors_N: Tensor, *
     grad = logits.sub_(log_total_N1).exp_()  # the softmax, in the logits' own memory
     grad.scatter_add_(1, targets_N1, torch.full_like(picked_N1, -1.0))
     return (log_total_N1 - picked_N1).squeeze(1), grad.mul_(factors_N.unsqueeze(1)).to(logits_NC.dtype)
-
-
-def takes_triton(logits_NC: Tensor) -> bool:
-    """Whether the Triton kernel computes these: it reads each logit twice and writes it once, where torch needs more passes."""
-    return logits_NC.is_cuda and torch.version.hip is None and logits_NC.dtype in TRITON_DTYPES and _HAS_TRITON

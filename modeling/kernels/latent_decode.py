@@ -11,7 +11,6 @@ when chosen). Letters: B batch, T queries, S slots of the cache, H query heads, 
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modeling.kernels.availability import runs_triton
+
 KERNELS = ("auto", "torch", "triton")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST_LATENT, WIDEST_ROTATED = 512, 64  # that the Triton kernel has a tile for
 
 
@@ -84,14 +84,19 @@ def latent_attend(
     logits_BMS = wide_product(q_latent_BTHL.reshape(B, T * H, L), key_BSL.transpose(1, 2))  # M = T * H
     if q_rope_BTHP is not None and k_rope_BSP is not None:
         logits_BMS = logits_BMS + wide_product(q_rope_BTHP.reshape(B, T * H, -1), k_rope_BSP.transpose(1, 2))
-    logits_BTHS = scale * logits_BMS.view(B, T, H, S)
+    weights_BTHS = masked_softmax(scale * logits_BMS.view(B, T, H, S), causal=causal, mask_BTS=mask_BTS)
+    out_BML = torch.bmm(weights_BTHS.view(B, T * H, S).to(value_BSL.dtype), value_BSL)
+    return out_BML.view(B, T, H, -1), weights_BTHS.transpose(1, 2)
+
+
+def masked_softmax(logits_BTHS: Tensor, *, causal: bool, mask_BTS: Tensor | None) -> Tensor:
+    """The weights of the keys that a query may see, as `latent_attend` says; 0 of the others."""
     if causal:
+        _, T, _, S = logits_BTHS.shape
         mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=logits_BTHS.device).tril()
     if mask_BTS is not None:
         logits_BTHS = logits_BTHS.masked_fill(~mask_BTS.unsqueeze(2), float("-inf"))
-    weights_BTHS = logits_BTHS.softmax(dim=-1)
-    out_BML = torch.bmm(weights_BTHS.view(B, T * H, S).to(value_BSL.dtype), value_BSL)
-    return out_BML.view(B, T, H, -1), weights_BTHS.transpose(1, 2)
+    return logits_BTHS.softmax(dim=-1)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -149,10 +154,7 @@ def select_kernel(
     if name != "auto":
         return name
     fits = (
-        device.type == "cuda"
-        and torch.version.hip is None
-        and _has_triton()
-        and dtype in TRITON_DTYPES
+        runs_triton(device, dtype)
         and window is None
         and len(latent_widths) == 1
         and latent_widths[0] <= WIDEST_LATENT
@@ -160,8 +162,3 @@ def select_kernel(
         and not torch.is_grad_enabled()
     )
     return "triton" if fits else "torch"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

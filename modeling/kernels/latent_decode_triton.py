@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.kernels.latent_decode import TRITON_DTYPES, check_widths
+from modeling.kernels.availability import TRITON_DTYPES
+from modeling.kernels.latent_decode import check_widths
 
 MAX_SPLITS = 128  # the joining kernel reads them one after another
 SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only

@@ -311,7 +311,7 @@ def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
 def test_auto_takes_the_triton_kernel_where_that_can_compute_the_call(
     change: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: True)
+    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", None)
     call: dict[str, Any] = {
         "name": "auto",
@@ -323,10 +323,10 @@ def test_auto_takes_the_triton_kernel_where_that_can_compute_the_call(
     with torch.no_grad():
         assert select_kernel(**(call | change)) == chosen
     assert select_kernel(**(call | {"name": "auto"} | change)) == (chosen if "name" in change else "torch")  # a gradient
-    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: False)
+    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", False)
     with torch.no_grad():
         assert select_kernel(**call) == "torch"
-    monkeypatch.setattr("modeling.kernels.latent_decode._has_triton", lambda: True)
+    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "hip", "6.0")
     with torch.no_grad():
         assert select_kernel(**call) == "torch"

@@ -22,6 +22,7 @@ from modeling.attention.layers import AttentionLayers
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.rope import rotate
 from modeling.flops import parameters_by_block, training_flops_per_token
+from tests.support.reading import check_decoding
 from tests.support.variants import SIZES, config_at, gpt_from
 
 D, H, d = 48, 4, 12  # SIZES
@@ -213,21 +214,7 @@ def test_cross_layer_attention_is_the_paper_written_out() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("overrides", [GEMMA, ["attention=gqa_cla"], LATENTS], ids=["gemma", "cla", "latents"])
 def test_layers_that_read_decode_as_they_are_trained_also_in_padded_batches(overrides: list[str]) -> None:
-    model = randomise(gpt_from(overrides)).eval()
-    tokens = torch.randint(100, (3, 20), generator=torch.Generator().manual_seed(0))
-    full = model(tokens)[..., :100]
-    for static in (False, True):
-        cache = model.new_cache(3, 20, dtype=torch.float32, device="cpu", static=static)
-        pieces = [model(piece, cache)[..., :100] for piece in tokens.split([9, 1, 7, 1, 1, 1], dim=1)]
-        assert relative_error(torch.cat(pieces, dim=1), full) <= 1e-5
-    valid = torch.ones(3, 9, dtype=torch.bool)
-    valid[1, 5:], valid[2, 1:] = False, False
-    cache = model.new_cache(3, 12, dtype=torch.float32, device="cpu")
-    model(tokens[:, :9], cache, valid_BT=valid)
-    step = model(tokens[:, 9:10], cache)[:, 0, :100]
-    for row, length in enumerate((9, 5, 1)):
-        alone = torch.cat((tokens[row, :length], tokens[row, 9:10]))[None]
-        assert relative_error(step[row], model(alone)[0, -1, :100]) <= 1e-5
+    check_decoding(randomise(gpt_from(overrides)).eval())
 
 
 @pytest.mark.parametrize("overrides", [GEMMA, ["attention=gqa_cla"]], ids=["gemma", "cla"])

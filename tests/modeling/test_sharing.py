@@ -9,6 +9,7 @@ from harness.evaluation.cache_size import measure_cache
 from modeling.attention.contract import randomise, relative_error
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
+from tests.support.reading import check_decoding
 from tests.support.variants import gpt_from
 
 L, P, D = 24, 6, 48  # at the tests' sizes
@@ -89,21 +90,7 @@ def test_a_layer_that_reads_latents_sees_its_leaders_input_and_not_its_own() -> 
 @pytest.mark.parametrize("sharing", ["weights", "latent"])
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward_also_in_padded_batches(sharing: str) -> None:
-    model = model_of(sharing, 3, n_layers=4).eval()
-    tokens = torch.randint(100, (3, 20), generator=torch.Generator().manual_seed(0))
-    full = model(tokens)[..., :100]
-    for static in (False, True):
-        cache = model.new_cache(3, 20, dtype=torch.float32, device="cpu", static=static)
-        pieces = [model(piece, cache)[..., :100] for piece in tokens.split([9, 1, 7, 1, 1, 1], dim=1)]
-        assert relative_error(torch.cat(pieces, dim=1), full) <= 1e-5
-    valid = torch.ones(3, 9, dtype=torch.bool)
-    valid[1, 5:], valid[2, 1:] = False, False
-    cache = model.new_cache(3, 12, dtype=torch.float32, device="cpu")
-    model(tokens[:, :9], cache, valid_BT=valid)
-    step = model(tokens[:, 9:10], cache)[:, 0, :100]
-    for row, length in enumerate((9, 5, 1)):
-        alone = torch.cat((tokens[row, :length], tokens[row, 9:10]))[None]
-        assert relative_error(step[row], model(alone)[0, -1, :100]) <= 1e-5
+    check_decoding(model_of(sharing, 3, n_layers=4).eval())
 
 
 @pytest.mark.parametrize("sharing", ["weights", "latent"])
