@@ -47,6 +47,7 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "gate": ("none",),
         "sharing": ("none", "weights"),
         "rope_frequencies": ("computed",),
+        "qk_norm": (False,),
     },
 }
 _MODEL_TYPES = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "DeepSeek-V3": "deepseek_v3"}

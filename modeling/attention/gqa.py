@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
-from modeling.attention.norms import normed
+from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
@@ -175,10 +175,7 @@ class GroupedQueryAttention(nn.Module):
             place = place_without_cache(T, valid_BT, causal=self.causal, window=self.window)
         else:
             place = cache.place(T, valid_BT)
-        q_BTHK = self._queries(x_BTD).view(B, T, self.n_heads, self.qk_width)
-        if self.q_norm is not None:
-            q_BTHN, q_BTHP = q_BTHK.split((self.head_dim, self.qk_rope_head_dim), dim=-1)
-            q_BTHK = torch.cat((normed(self.q_norm, q_BTHN), q_BTHP), dim=-1)
+        q_BTHK = normed_first(self.q_norm, self._queries(x_BTD).view(B, T, self.n_heads, self.qk_width))
         tables = None
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)

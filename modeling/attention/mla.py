@@ -58,6 +58,9 @@ class MultiheadLatentAttention(nn.Module):
     latent_groups: so many latents of equal width, each for as many consecutive heads (1: MLA; above: GLA).
     latent_norm: rms | layer | none; latent_norm_place: `latent` (before caching, as in the paper) or `up_projected`
         (over each head's un-rotated keys, values and, with q_lora_rank, un-rotated queries; blocks absorption).
+    qk_norm: an RMSNorm over the N un-rotated dimensions of each head's queries and up-projected keys (gqa.py's, gains in
+        q_up_norm and k_up_norm); the rotated key that heads share is left as it is. It blocks absorption: a norm of W_UK c is
+        not linear in c. The norm of the latent, which some call QK-norm in MLA, is latent_norm, and blocks nothing.
     latent_scale: latents times sqrt(D / rank) (MLRA, arXiv 2603.02188), which undoes the narrowing's loss of variance.
     fused_down_projections: all down-projections of x in one matrix (in_proj), the same function.
     sharing, sharing_layers: what groups of that many consecutive layers have in common. `weights`: one kv_down_proj and
@@ -102,6 +105,7 @@ class MultiheadLatentAttention(nn.Module):
         rope_frequencies: str = "computed",
         latent_groups: int = 1,
         gate: str = "none",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -168,6 +172,11 @@ class MultiheadLatentAttention(nn.Module):
                 f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
             )
         check_query_rank(R, d_model, n_heads * (N + P))
+        on_latent = latent_norm_place == "latent"
+        if qk_norm and not on_latent and latent_norm != "none":
+            raise ValueError(
+                "qk_norm=true norms the up-projected keys, which latent_norm_place=up_projected does already: choose one"
+            )
 
         self.d_model, self.n_heads, self.n_kv_heads = d_model, n_heads, n_kv_heads
         self.q_lora_rank, self.kv_lora_rank = R, L
@@ -206,14 +215,13 @@ class MultiheadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=V, bias=bias)
 
-        on_latent = latent_norm_place == "latent"
         self.latent_norms = nn.ModuleList(
             _norm(latent_norm if on_latent else "none", width, norm_eps) for width in self.latent_widths
         )
         self.q_latent_norm = _norm(latent_norm if on_latent and R is not None else "none", R or 1, norm_eps)
         up_norm = "none" if on_latent else latent_norm
-        self.q_up_norm = _norm(up_norm if R is not None else "none", N, norm_eps)
-        self.k_up_norm = _norm(up_norm, N, norm_eps)
+        self.q_up_norm = _norm("rms" if qk_norm else up_norm if R is not None else "none", N, norm_eps)
+        self.k_up_norm = _norm("rms" if qk_norm else up_norm, N, norm_eps)
         self.v_up_norm = _norm(up_norm, V, norm_eps)
 
         rotated_width = {"decoupled": P, "rope_after_up": N}.get(positions, 0)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
-from modeling.attention.norms import normed
+from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
@@ -32,7 +32,9 @@ from modeling.attention.rope import RotaryEmbedding, rotate
 class TiedKeyValueAttention(nn.Module):
     """One projection for keys and values, kv_proj; what `keys` makes of it is in the module's docstring.
 
-    gate: on what the heads give, modeling/attention/output.py.
+    gate: on what the heads give, modeling/attention/output.py. qk_norm: with keys=joined, an RMSNorm over the K - P un-rotated
+    dimensions of queries and of keys as they are read; the shared rotated key and the value are left as they are. The other two
+    have norms of their own.
 
     Names elsewhere: kv_proj and k_rope_proj are GTA's kv_proj and W_rope_k; kv_proj, q_norm and k_gain Gemma 4's k_proj,
     q_norm and k_norm; kv_proj and kv_norm DeepSeek-V4's kv_proj and kv_norm.
@@ -57,11 +59,14 @@ class TiedKeyValueAttention(nn.Module):
         rope_theta: float,
         dropout: float,
         gate: str = "none",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         check_heads(n_heads, n_kv_heads)
         check_choice("keys", keys, ("joined", "turned", "stored"))
         K, P, joined = head_dim, qk_rope_head_dim, keys == "joined"
+        if qk_norm and not joined:
+            raise ValueError(f"qk_norm=true does not go with keys={keys}, which norms queries and keys already: leave it out")
         if not 0 < P <= K - joined:
             raise ValueError(
                 f"qk_rope_head_dim={P} does not fit head_dim={K}: with keys={keys} the rotated part of a head is wider than 0 "
@@ -81,6 +86,9 @@ class TiedKeyValueAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * K, d_model, bias=bias)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=K, bias=bias)
         self.q_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "turned")
+        self.k_norm = nn.RMSNorm(K - P, eps=norm_eps) if qk_norm else None
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(K - P, eps=norm_eps)
         self.kv_norm = None if joined else nn.RMSNorm(K, eps=norm_eps, elementwise_affine=keys == "stored")
         self.k_gain = nn.Parameter(torch.ones(K)) if keys == "turned" else None
         if keys == "turned":
@@ -116,7 +124,7 @@ class TiedKeyValueAttention(nn.Module):
         if positions_BT is not None and cache is not None and self.keys == "turned":
             raise ValueError("keys=turned rotates cached keys by their slots: leave positions_BT out")
         cos, sin = tables = place.tables(self.rope, T, positions_BT)
-        q_BTHK = normed(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
+        q_BTHK = normed_first(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
         kv_BTGK = normed(self.kv_norm, self.kv_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim))
         new = {"kv": self._turn(kv_BTGK, tables) if self.keys == "stored" else kv_BTGK}
         if self.k_rope_proj is not None:
@@ -125,7 +133,7 @@ class TiedKeyValueAttention(nn.Module):
         kv_BSGK = k_BSGK = seen["kv"].to(q_BTHK.dtype)
         if self.keys == "joined":
             k_rope_BSGP = seen["k_rope"].to(kv_BSGK.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
-            k_BSGK = torch.cat((kv_BSGK[..., : -self.qk_rope_head_dim], k_rope_BSGP), dim=-1)
+            k_BSGK = torch.cat((normed(self.k_norm, kv_BSGK[..., : -self.qk_rope_head_dim]), k_rope_BSGP), dim=-1)
         elif self.k_gain is not None:
             key_tables = tables if cache is None else place.key_tables(self.rope, kv_BSGK.shape[1])
             k_BSGK = self._turn((kv_BSGK * self.k_gain).to(kv_BSGK.dtype), key_tables)

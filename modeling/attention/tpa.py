@@ -15,6 +15,9 @@ Two execution paths, one set of weights (attention.decode):
     expand     keys and values of all heads are made of the cached factors: training, and long chunks
     absorbed   they never are: q_h . k_h = 1/R_k sum_i a_k,i,h (q_h . b_k,i), and the weights times a_v multiply b_v
 
+QK-norm (qk_norm) keeps both paths and the cache: a head's root mean square is a number of that head, so the normed heads
+g k_h / rms(k_h) are sums of the same outer products with a_k,i,h / rms(k_h) and g b_k,i, which is what is cached then.
+
 Letters: B batch, T new tokens, S visible tokens, D d_model, H query heads, K width of a head, R rank of the factor at hand.
 """
 
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, Placement, place_without_cache
+from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.latent_decode import masked_softmax, wide_product
@@ -32,7 +36,8 @@ from modeling.kernels.latent_decode import masked_softmax, wide_product
 class TensorProductAttention(nn.Module):
     """q_rank, k_rank, v_rank: how many outer products the queries, keys and values of a token are sums of.
 
-    gate: on what the heads give, modeling/attention/output.py. The paper's W^a and W^b of queries, keys and values are
+    gate: on what the heads give, modeling/attention/output.py. qk_norm: an RMSNorm over each head's K dimensions of queries and
+    keys before rotation. The paper's W^a and W^b of queries, keys and values are
     q_a_proj and q_b_proj, k_a_proj and k_b_proj, v_a_proj and v_b_proj.
     Raises ValueError for ranks and widths that do not fit together.
     """
@@ -59,6 +64,7 @@ class TensorProductAttention(nn.Module):
         rope_theta: float,
         dropout: float,
         gate: str = "none",
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         for name, rank in (("q_rank", q_rank), ("k_rank", k_rank), ("v_rank", v_rank)):
@@ -83,6 +89,8 @@ class TensorProductAttention(nn.Module):
         self.v_b_proj = nn.Linear(d_model, v_rank * head_dim, bias=bias)
         self.o_proj = nn.Linear(n_heads * head_dim, d_model, bias=bias)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=head_dim, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if qk_norm else None
         self.rope = RotaryEmbedding(width=head_dim, max_seq_len=max_seq_len, theta=rope_theta)
 
     @property
@@ -98,8 +106,9 @@ class TensorProductAttention(nn.Module):
 
     @property
     def products_per_token(self) -> int:
-        """Multiplications of one token that no weight takes part in: its outer products."""
-        return (self.q_rank + self.k_rank + self.v_rank) * self.n_heads * self.head_dim
+        """Multiplications of one token that no weight takes part in: its outer products, of keys to be normed once more."""
+        ranks = self.q_rank + self.k_rank + self.v_rank + (0 if self.k_norm is None else self.k_rank)
+        return ranks * self.n_heads * self.head_dim
 
     def absorbs(self, new_tokens: int) -> bool:
         """Whether a call of so many tokens a row through a cache takes the absorbed path."""
@@ -126,7 +135,12 @@ class TensorProductAttention(nn.Module):
         tables = place.tables(self.rope, T, positions_BT)
         shapes = {"q_a": (self.q_rank, self.n_heads), "q_b": (self.q_rank, self.head_dim)} | self.cache_shapes
         factors = {name: self.get_submodule(f"{name}_proj")(x_BTD).unflatten(-1, shape) for name, shape in shapes.items()}
-        q_BTHK = _heads(factors.pop("q_a"), rotate(factors.pop("q_b"), tables))
+        q_a_BTRH, q_b_BTRK = factors.pop("q_a"), factors.pop("q_b")
+        if self.q_norm is None or self.k_norm is None:
+            q_BTHK = _heads(q_a_BTRH, rotate(q_b_BTRK, tables))
+        else:
+            q_BTHK = rotate(normed(self.q_norm, _heads(q_a_BTRH, q_b_BTRK)), tables)
+            factors["k_a"], factors["k_b"] = _normed_factors(self.k_norm, factors["k_a"], factors["k_b"])
         factors["k_b"] = rotate(factors["k_b"], tables)
         seen = factors if cache is None else cache.append(valid_BT, **factors)
         k_a, k_b, v_a, v_b = (seen[name].to(q_BTHK.dtype) for name in factors)
@@ -165,3 +179,11 @@ class TensorProductAttention(nn.Module):
 def _heads(a_BSRH: Tensor, b_BSRK: Tensor) -> Tensor:
     """(1/R) sum_r a_r outer b_r, (B, S, H, K)."""
     return a_BSRH.transpose(-1, -2) @ b_BSRK / a_BSRH.shape[-2]
+
+
+def _normed_factors(norm: nn.RMSNorm, a_BTRH: Tensor, b_BTRK: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of the normed heads: a by each head's root mean square, b times the gain."""
+    heads_BTHK = _heads(a_BTRH, b_BTRK).to(norm.weight.dtype)
+    assert norm.eps is not None
+    inverse_BTH = (heads_BTHK.square().mean(dim=-1) + norm.eps).rsqrt()
+    return (a_BTRH * inverse_BTH.unsqueeze(-2)).to(a_BTRH.dtype), (b_BTRK * norm.weight).to(b_BTRK.dtype)

@@ -195,7 +195,11 @@ def tied(
     t_BSGK = weights.linear("kv_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (G, K))
     if o["keys"] == "joined":
         k_rope_BS1P = rotate(weights.linear("k_rope_proj", x_BTD, bias=sizes["bias"]).unsqueeze(2), phis, 1.0)
-        k_BSGK = torch.cat([t_BSGK[..., : K - P], k_rope_BS1P.repeat(1, 1, G, 1)], dim=-1)
+        k_own, q_own = t_BSGK[..., : K - P], q_BTHK[..., : K - P]
+        if o["qk_norm"]:
+            q_own, k_own = weights.norm("rms", "q_norm", q_own, eps), weights.norm("rms", "k_norm", k_own, eps)
+        q_BTHK = torch.cat([q_own, q_BTHK[..., K - P :]], dim=-1)
+        k_BSGK = torch.cat([k_own, k_rope_BS1P.repeat(1, 1, G, 1)], dim=-1)
         heads = softmax_attention(turned(q_BTHK), k_BSGK, t_BSGK, 1 / math.sqrt(K), seen_TS)
     elif o["keys"] == "turned":
         q_BTHK, v_BSGK = unit(q_BTHK) * weights.take("q_norm.weight"), unit(t_BSGK)
@@ -223,6 +227,8 @@ def tensor_product(
         a_BTRH = weights.linear(f"{name}_a_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (R, H))
         b_BTRK = weights.linear(f"{name}_b_proj", x_BTD, bias=sizes["bias"]).unflatten(-1, (R, K))
         made[name] = sum(a_BTRH[..., r, :, None] * b_BTRK[..., r, None, :] for r in range(R)) / R
+    if o["qk_norm"]:  # of the products, where the class norms a and b
+        made |= {name: weights.norm("rms", f"{name}_norm", made[name], sizes["norm_eps"]) for name in ("q", "k")}
     q_BTHK, k_BSHK = (rotate(made[name], phis, 1.0) for name in ("q", "k"))  # the products, where the class turns b
     heads = softmax_attention(q_BTHK, k_BSHK, made["v"], 1 / math.sqrt(K), seen_TS)
     out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=sizes["bias"]), bias=sizes["bias"])
@@ -245,6 +251,7 @@ def latent(
     bias = sizes["bias"] or o["projection_bias"] == "all"
     on_latent = o["latent_norm"] if o["latent_norm_place"] == "latent" else "none"
     on_heads = o["latent_norm"] if o["latent_norm_place"] == "up_projected" else "none"
+    on_keys = "rms" if o["qk_norm"] else on_heads
     rotated = {"decoupled": P, "rope_after_up": N}.get(o["positions"], 0)
     turned: tuple[list[float], float] = ([], 1.0)
     if rotated and o["rope_frequencies"] == "stored":
@@ -282,8 +289,8 @@ def latent(
         q_in = weights.linear("q_up_proj", q_in, bias=False)
     q_BTHK = q_in.unflatten(-1, (H, N + P))
     q_own, q_rope = q_BTHK[..., :N], q_BTHK[..., N:]
-    if R is not None:
-        q_own = weights.norm(on_heads, "q_up_norm", q_own, eps)
+    if R is not None or o["qk_norm"]:
+        q_own = weights.norm(on_keys, "q_up_norm", q_own, eps)
 
     def raised(name: str, c_BSL: Tensor) -> Tensor:
         """Latent j through the j-th block of rows, for the j-th share of the heads."""
@@ -292,7 +299,7 @@ def latent(
 
     k_BSGK = raised("k_up_proj", c_keys).unflatten(-1, (G, N))
     v_BSGV = raised("v_up_proj", c_values).unflatten(-1, (G, V))
-    k_BSGK = weights.norm(on_heads, "k_up_norm", k_BSGK, eps)
+    k_BSGK = weights.norm(on_keys, "k_up_norm", k_BSGK, eps)
     v_BSGV = weights.norm(on_heads, "v_up_norm", v_BSGV, eps)
     if o["positions"] == "rope_after_up":
         q_own, k_BSGK = rotate(q_own, *turned), rotate(k_BSGK, *turned)

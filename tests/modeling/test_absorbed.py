@@ -18,6 +18,8 @@ MLA = {name: [f"attention={name}"] for name in SHIPPED if name.startswith(("mla"
 }
 BLOCKED = (
     "mla, norm after up-projection",
+    "mla, QK-norm",
+    "mla, QK-norm, a query rank, grouped up-projection, rotation after it",
     "mla, rotation after up-projection",
     "gla, two heads out of two latents, rotation after up-projection",
 )

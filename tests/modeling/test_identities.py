@@ -112,9 +112,11 @@ def test_full_rank_mla_with_late_rotation_is_mha_with_rope(x: Tensor) -> None:
     assert relative_error(mla(x), mha(x)) < 1e-12
 
 
-def test_full_rank_mla_is_mha_with_decoupled_positions(x: Tensor) -> None:
-    mha = double(["attention=mha_decoupled"])
-    mla = double(["attention=mla", f"attention.kv_lora_rank={D}", "attention.latent_norm=none"])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_full_rank_mla_is_mha_with_decoupled_positions(x: Tensor, qk_norm: bool) -> None:
+    norm = [f"attention.qk_norm={str(qk_norm).lower()}"]
+    mha = double(["attention=mha_decoupled", *norm])
+    mla = double(["attention=mla", f"attention.kv_lora_rank={D}", "attention.latent_norm=none", *norm])
     copy_weights(
         mla,
         {
@@ -126,7 +128,22 @@ def test_full_rank_mla_is_mha_with_decoupled_positions(x: Tensor) -> None:
             "o_proj.weight": mha.o_proj.weight,
         },
     )
+    if qk_norm:
+        copy_weights(mla, {"q_up_norm.weight": mha.q_norm.weight, "k_up_norm.weight": mha.k_norm.weight})
     assert relative_error(mla(x), mha(x)) < 1e-12
+
+
+def test_normed_factors_are_the_factors_of_normed_keys(x: Tensor) -> None:
+    """What tpa caches with QK-norm: the keys that they make have root mean square 1 in each head, but for the gain."""
+    ours = double(["attention=tpa", "attention.qk_norm=true", "model.norm_eps=1e-12"])
+    cache = new_cache(ours, 2, x.shape[1], dtype=torch.float64, device="cpu")
+    ours(x, cache)
+    k_a_BSRH, k_b_BSRK = (cache.buffers[name] for name in ("k_a", "k_b"))
+    copy_weights(ours, {"k_norm.weight": torch.ones(d)})
+    ours(x, cache := new_cache(ours, 2, x.shape[1], dtype=torch.float64, device="cpu"))
+    assert not torch.equal(k_b_BSRK, cache.buffers["k_b"]) and torch.equal(k_a_BSRH, cache.buffers["k_a"])
+    k_BSHK = torch.einsum("bsrh,bsrk->bshk", cache.buffers["k_a"], cache.buffers["k_b"]) / 2
+    assert torch.allclose(k_BSHK.square().mean(dim=-1), torch.ones((), dtype=torch.float64), atol=1e-9)
 
 
 @pytest.mark.parametrize("rank", [[], ["attention.q_lora_rank=20"]], ids=["no query rank", "query rank"])

@@ -85,6 +85,7 @@ def _tied(draw: random.Random) -> dict[str, Any]:
         "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
         "dropout": 0.0,
         "gate": draw.choice(["none", "element", "head"]),
+        "qk_norm": draw.random() < 0.4,
     }
 
 
@@ -97,6 +98,7 @@ def _tensor_product(draw: random.Random) -> dict[str, Any]:
         "rope_theta": draw.choice([3.0, 100.0, 10000.0]),
         "dropout": 0.0,
         "gate": draw.choice(["none", "element", "head"]),
+        "qk_norm": draw.random() < 0.5,
     }
 
 
@@ -128,6 +130,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "projection_bias": draw.choice(["model", "all"]),
         "rope_scaling": _scaling(draw) if rotates and not stored else None,
         "rope_frequencies": "stored" if stored else "computed",
+        "qk_norm": draw.random() < 0.3,
     }
 
 

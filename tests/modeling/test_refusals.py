@@ -32,6 +32,15 @@ from tests.support.variants import attention_from
             ["attention=tpa", "attention.kernel=triton"],
             r"kernel=triton reads one latent .*; for tensor products use attention.ker",
         ),
+        (["attention=tied_kv", "attention.qk_norm=true"], r"qk_norm=true does not go with keys=turned, which norms .*leave it"),
+        (
+            ["attention=mla", "attention.qk_norm=true", "attention.latent_norm_place=up_projected"],
+            r"qk_norm=true norms the up-projected keys, which latent_norm_place=up_projected does already: choose one",
+        ),
+        (
+            ["attention=mla", "attention.qk_norm=true", "attention.decode=absorbed"],
+            r"decode=absorbed is not a path of this variant \(a norm or a rotation stands between .*; choose auto or expand",
+        ),
         (["attention=gqa", "attention.gate=row"], r"gate=row is unknown here; choose none, element or head"),
         (["attention=gta", "attention.keys=own"], r"keys=own is unknown here; choose joined, turned or stored"),
         (["attention=mla_plain", "attention.qk_rope_head_dim=6"], r"positions=learned does not go with"),

@@ -49,6 +49,7 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ["attention=gta", "attention.n_kv_heads=1", "attention.qk_rope_head_dim=4", "model.bias=true"],
         12 + 4,
     ),
+    "gta, QK-norm": (["attention=gta", "attention.qk_norm=true"], 2 * 12 + 6),
     "tied_kv, partly rotated, biases": (["attention=tied_kv", "attention.qk_rope_head_dim=4", "model.bias=true"], 2 * 12),
     "shared_kv, two vectors, all rotated": (
         ["attention=shared_kv", "attention.n_kv_heads=2", "attention.head_dim=12", "attention.qk_rope_head_dim=12"],
@@ -78,6 +79,7 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ],
         (1 + 3) * (4 + 12),
     ),
+    "tpa, QK-norm": (["attention=tpa", "attention.qk_norm=true"], (2 + 2) * (4 + 12)),
     "mla, gated, unlike widths": (["attention=mla", "attention.gate=element", "attention.v_head_dim=14"], 24 + 6),
     "tied_kv, a gate for each head": (["attention=tied_kv", "attention.gate=head"], 2 * 12),
     "mla, query rank": (["attention=mla", "attention.q_lora_rank=20"], 24 + 6),
@@ -112,6 +114,17 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "mla, norm after up-projection": (
         ["attention=mla", "attention.latent_norm_place=up_projected", "attention.q_lora_rank=20"],
         24 + 6,
+    ),
+    "mla, QK-norm": (["attention=mla", "attention.qk_norm=true"], 24 + 6),
+    "mla, QK-norm, a query rank, grouped up-projection, rotation after it": (
+        [
+            "attention=mla_plain",
+            "attention.qk_norm=true",
+            "attention.q_lora_rank=20",
+            "attention.n_kv_heads=2",
+            "attention.positions=rope_after_up",
+        ],
+        24,
     ),
     "mla, latent scale": (["attention=mla", "attention.latent_scale=true", "attention.q_lora_rank=20"], 24 + 6),
     "mla, no positions": (["attention=mla_plain", "attention.positions=none"], 24),
