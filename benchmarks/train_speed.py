@@ -233,6 +233,10 @@ def main(arguments: list[str]) -> int:
     hardware.keep_freed_memory(device)
     precision = hardware.select_precision(options.precision, device)
     compiled = hardware.select_compile(options.compile, device)
+    if compiled:  # torch gives a function up that it has compiled for a few models, and runs it eagerly for all others
+        from torch._dynamo import config as compiler  # seconds, for nothing where nothing is compiled
+
+        compiler.recompile_limit, compiler.fail_on_recompile_limit_hit = 1000, True
     names = options_of("attention") if options.attention == "all" else options.attention.split(",")
     pairs = list(itertools.product(names, options.backend.split(",")))
 

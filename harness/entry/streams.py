@@ -70,8 +70,7 @@ def protect_streams(*, ends_with_reader: bool = False, verbatim: bool = False) -
             io.BufferedWriter(_Unfailing(descriptor, ends=ends_with_reader and descriptor == 1)),  # type: ignore[type-var]
             encoding="utf-8" if before is None else before.encoding,
             errors=errors,
-            line_buffering=descriptor == 2 or (before is not None and before.line_buffering),
-            write_through=before is not None and before.write_through,
+            line_buffering=True,  # a table's rows are there as they come, and stay when the process is ended
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)

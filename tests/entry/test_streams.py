@@ -216,6 +216,13 @@ def test_a_closed_terminal_does_not_end_a_run_that_ignores_hang_ups(tmp_path: Pa
     assert_whole(place.runs / "run", 60)
 
 
+def test_a_printed_line_is_there_at_once_whoever_reads() -> None:
+    """A benchmark's rows in a file, while it runs and after it was killed."""
+    text = "from harness.entry.streams import protect_streams; protect_streams(); print('a row'); import os; os._exit(9)"
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (9, b"a row\n")
+
+
 def test_progress_is_a_bar_on_a_terminal_and_a_line_at_each_interval_elsewhere(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     arguments = place.overrides("budget.steps=6", "intervals.log=2")
