@@ -81,10 +81,11 @@ class GPT(HasAttentions):
         outputs, zero_init_outputs      0          0                         0
         frozen matrices (MLA's latent)  N(0, 1 / sqrt(fan_in)) in all three
 
-    `fan_in` gives every matrix's output the variance that a matrix reading x has, D s^2 for inputs of unit variance: keys
-    and values then begin alike whatever they are projected from. Under `normal`, with a norm on the latent each up-projected
-    key or value has variance L s^2, without one D L s^4, where MHA's has D s^2. latent_scale multiplies the first by D / L,
-    which makes it MHA's: with `fan_in` it would do so twice.
+    `fan_in` begins queries, keys and values of every mechanism with the variance that a matrix reading x of unit variance
+    gives, D s^2, whatever they are made of (1 where a norm stands behind them): a class whose matrices read something else,
+    or whose products are multiplied, states by what these matrices depart from the table, `fan_in_factors`. Under `normal`,
+    with a norm on the latent each up-projected key or value has variance L s^2, without one D L s^4, where MHA's has D s^2;
+    latent_scale multiplies either by D / L, which makes the first MHA's.
     """
 
     def __init__(
@@ -156,6 +157,12 @@ class GPT(HasAttentions):
         depth = (2 * len(self.blocks)) ** -0.5
         outputs = {id(attention.o_proj) for attention in self.attentions}
         outputs |= {id(module.down_proj) for module in self.modules() if isinstance(module, MLP)}
+        D = self.embedding.embedding_dim
+        factors: dict[int, float] = {}
+        if init == "fan_in" and std > 0:
+            for attention in self.attentions:
+                stated: Mapping[str, float] = getattr(attention, "fan_in_factors", lambda variance: {})(D * std**2)
+                factors |= {id(attention.get_submodule(name)): factor for name, factor in stated.items()}
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
@@ -170,7 +177,7 @@ class GPT(HasAttentions):
                 elif init == "xavier":
                     nn.init.xavier_uniform_(module.weight, gain=depth if id(module) in outputs else 1.0)
                 else:
-                    width = (self.embedding.embedding_dim / module.in_features) ** 0.5 if init == "fan_in" else 1.0
+                    width = (D / module.in_features) ** 0.5 * factors.get(id(module), 1.0) if init == "fan_in" else 1.0
                     nn.init.normal_(module.weight, std=std * width * (depth if id(module) in outputs else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

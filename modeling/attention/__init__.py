@@ -30,9 +30,11 @@ class Attention(Protocol):
 
     Besides, where there is something to state: `frozen`, the names of parameters that are never trained (all others must
     get a gradient); `products_per_token`, multiplications of a token in which no weight and no other token takes part
-    (modeling/flops.py); `sixteen_bits`, the names of cached tensors that a cache of 8 bits keeps in 16. One rotated key
-    shared by all heads is such a tensor: its elements are large and unlike, a scale calibrated on its neighbours
-    saturates it (vLLM issue 42956), and it is a small part of what is cached.
+    (modeling/flops.py); `fan_in_factors(variance)`, by matrix what its standard deviation is multiplied by under
+    init=fan_in, so that queries, keys and values begin with this variance (modeling/gpt.py); `sixteen_bits`, the names of
+    cached tensors that a cache of 8 bits keeps in 16. One rotated key shared by all heads is such a tensor: its elements
+    are large and unlike, a scale calibrated on its neighbours saturates it (vLLM issue 42956), and it is a small part of
+    what is cached.
     """
 
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table

@@ -189,6 +189,7 @@ class MultiheadLatentAttention(nn.Module):
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.sixteen_bits: tuple[str, ...] = ("k_rope",) if P else ()
         self.kv_latent, self.latent_groups, self.latent_widths = kv_latent, latent_groups, (share,) * parts
+        self.norms_latents = on_latent and latent_norm != "none"
         self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
 
@@ -298,6 +299,12 @@ class MultiheadLatentAttention(nn.Module):
         if wide <= narrow:
             return MANY
         return max(1, 4 * self.n_kv_heads * self.latent_widths[0] * narrow // (3 * self.n_heads * (wide - narrow)))
+
+    def fan_in_factors(self, variance: float) -> dict[str, float]:
+        """Of the up-projections: latents that are scaled, or learned and not normed, have another mean square than 1."""
+        own = 1.0 if self.norms_latents else variance**-0.5
+        factors = dict.fromkeys(("k_up_proj", "v_up_proj"), (own if self.latent == "learned" else 1.0) / self.kv_scale)
+        return factors if self.q_up_proj is None else factors | {"q_up_proj": own / self.q_scale}
 
     def forward(
         self,

@@ -110,6 +110,11 @@ class TensorProductAttention(nn.Module):
         ranks = self.q_rank + self.k_rank + self.v_rank + (0 if self.k_norm is None else self.k_rank)
         return ranks * self.n_heads * self.head_dim
 
+    def fan_in_factors(self, variance: float) -> dict[str, float]:
+        """Of both factors of a product: a sum of R of them over R has their variances' product over R."""
+        ranks = {"q": self.q_rank, "k": self.k_rank, "v": self.v_rank}
+        return {f"{name}_{half}_proj": (rank / variance) ** 0.25 for name, rank in ranks.items() for half in "ab"}
+
     def absorbs(self, new_tokens: int) -> bool:
         """Whether a call of so many tokens a row through a cache takes the absorbed path."""
         if self.decode == "auto":

@@ -37,6 +37,7 @@ SHIPPED_ELEMENTS = {
     "mha_decoupled": 2 * 4 * 12 + 6,
     "mla_plain": 24,
     "mla": 24 + 6,
+    "mla_deepseek": 24 + 6,
     "gla": 24 + 6,
     "mla_frozen": 24 + 6,
     "mla_slice": 24 + 6,

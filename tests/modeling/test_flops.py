@@ -103,6 +103,7 @@ ATTENTION = {
     "mha_decoupled": D * H * (d + P) + 2 * D * H * d + D * P + H * d * D,
     "mla_plain": D * H * d + D * L + L * H * (d + d) + H * d * D + L,
     "mla": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
+    "mla_deepseek": D * L + L * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + 2 * L,  # R = L = D / 2
     "gla": D * H * (d + P) + D * (L + P) + L // 2 * H * (d + d) + H * d * D + L,
     "mla_frozen": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
     "mla_slice": D * H * (d + P) + D * P + L * H * (d + d) + H * d * D + L,

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from harness.errors import UserError
 from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layers import AttentionLayers
 from modeling.gpt import GPT, MLP
-from tests.support.variants import KNOBS, SHIPPED, gpt_from
+from modeling.kernels.attend import attend
+from tests.support.variants import KNOBS, SHIPPED, deep_enough, gpt_from
 
 VOCAB, PADDED, D = 100, 128, 48
 LEARNED = [["attention=mha_learned"], ["attention=mla_plain"], KNOBS["gqa, learned positions"][0]]
@@ -234,15 +236,53 @@ def test_up_projected_keys_and_values_have_the_stated_variance(norm: str, scale:
     assert variances == pytest.approx([stated, stated], rel=0.1)
 
 
-@pytest.mark.parametrize("rank", [32, 96])
-def test_fan_in_starts_keys_and_values_with_mhas_variance_at_any_rank(rank: int) -> None:
-    overrides = ["attention=mla", f"attention.kv_lora_rank={rank}", *WIDE]
-    attention = seeded(overrides, init="fan_in", init_std=STD).attentions[0]
-    x = torch.randn(1, 400, 192, generator=torch.Generator().manual_seed(0))
+RANKS = {
+    "mla": ["kv_lora_rank=32"],
+    "mla_plain": ["kv_lora_rank=32"],
+    "mla_frozen": ["kv_lora_rank=32"],
+    "mla_slice": ["kv_lora_rank=32"],
+    "mla_shared_latent": ["kv_lora_rank=32"],
+    "mla_deepseek": ["kv_lora_rank=32", "q_lora_rank=24"],
+    "gla": ["kv_lora_rank=64"],
+    "mfa": ["q_lora_rank=24"],
+    "tpa": ["q_rank=1", "k_rank=4", "v_rank=1"],
+}
+STARTS = {name: [f"attention={name}"] for name in SHIPPED} | {
+    f"{name}, {', '.join(ranks)}": [f"attention={name}", *(f"attention.{rank}" for rank in ranks)]
+    for name, ranks in RANKS.items()
+}
+STARTS["mla, no norm, scaled"] = ["attention=mla", "attention.latent_norm=none", "attention.latent_scale=true"]
+STARTS["mla, split, no norm, a query rank"] = ["attention=mla", "attention.kv_latent=split", "attention.latent_norm=none"]
+STARTS["mla, split, no norm, a query rank"] += ["attention.q_lora_rank=24"]
+NORMED = {"tied_kv": 1.0, "shared_kv": 1.0}  # by a norm behind the projection
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_fan_in_starts_queries_keys_and_values_alike_in_every_variant_at_any_rank(
+    start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D s^2, MHA's, in all layers and in each part of a key."""
+    model = seeded([*WIDE, *deep_enough(STARTS[start]), *STARTS[start]], init="fan_in", init_std=STD)
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def noting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        seen.append((q, k, v))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr("modeling.attention.output.attend", noting)
+    x = torch.randn(7, 60, 192, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        _, latent, _ = attention._project_down(x)
-        parts = attention._expand(latent)
-    assert [part.var().item() for part in parts] == pytest.approx([192 * STD**2] * 2, rel=0.1)
+        AttentionLayers(model.attentions)(x / x.square().mean(dim=-1, keepdim=True).sqrt())
+    assert len(seen) == len(model.attentions)
+    wanted = NORMED.get(start.partition(",")[0], 192 * STD**2)
+    for number, (q, k, v) in enumerate(seen):
+        own = v.shape[-1]  # behind it a key has its rotated part
+        parts = {"values": v, "keys": k[..., :own], "rotated keys": k[..., own:], "queries": q[..., :own]}
+        if start.startswith(("tied_kv", "shared_kv")):
+            del parts["queries"]  # whose norm has a gain of its own, or none
+        for part, values in parts.items():
+            if values.numel():
+                assert values.square().mean().item() == pytest.approx(wanted, rel=0.15), f"{part} of layer {number}"
 
 
 def test_keys_of_mha_have_the_stated_variance() -> None:
