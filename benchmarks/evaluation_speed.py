@@ -34,6 +34,7 @@ from harness.config.compose import load_train_config
 from harness.entry.cli import parse_options, run_script
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import CapturedLosses, TokenLosses
+from harness.evaluation.perplexity import Scoring
 from harness.runs.load import pin_execution
 from harness.training.device import select_device, select_precision
 
@@ -83,17 +84,12 @@ def compare(name: str, attention: str, options: EvaluationSpeedOptions, device: 
     one = np.array([length])
     split = SimpleNamespace(tokens=tokens, document_starts=np.array([0, length]), document_bytes=one, document_words=one)
 
+    texts = SimpleNamespace(end_of_text=options.vocab_size - 1, begins=(), decode=lambda ids: "x" * len(ids))
+
     def scored(losses: TokenLosses) -> tuple[float, float]:
         """Seconds and loss."""
         started = time.perf_counter()
-        result = evaluate_model(
-            losses,
-            split,
-            end_of_text=options.vocab_size - 1,
-            decode=lambda ids: "x" * len(ids),
-            stride_fraction=0.5,
-            batch_size=options.batch_size,
-        )
+        result = evaluate_model(losses, split, texts, Scoring(0.5, options.batch_size))
         return time.perf_counter() - started, result.loss
 
     first = {form: scored(losses) for form, losses in forms.items()}

@@ -7,11 +7,23 @@ the model's own context.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 
 from harness.config.schema import CACHE_CONTEXTS
+from harness.files.untrusted import Count, Figure, Positive
 from modeling.gpt import GPT
+
+
+class CacheRecord(TypedDict, total=False):
+    """As it stands in a run's and an evaluation's record."""
+
+    cache_context: Positive | None
+    cache_bytes_per_token: Count
+    cache_bytes_at_context: Count | None
+    cache_bytes_by_context: dict[str, Count] | None  # whose tokens stand there as text
+    cache_elements_per_token_per_layer: Figure | None
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,15 @@ class CacheSize:
     elements_per_token_per_layer: float  # at the context, the mean over the layers; an int where it is whole
     bytes_at_context: int  # allocated for one sequence of that length: fewer tokens' worth with a window
     bytes_by_context: dict[int, int]  # the same at each of CACHE_CONTEXTS, whatever the model was trained for
+
+    def record(self) -> CacheRecord:
+        return {
+            "cache_context": self.context,
+            "cache_bytes_per_token": self.bytes_per_token,
+            "cache_bytes_at_context": self.bytes_at_context,
+            "cache_bytes_by_context": {str(context): size for context, size in self.bytes_by_context.items()},
+            "cache_elements_per_token_per_layer": self.elements_per_token_per_layer,
+        }
 
 
 def measure_cache(model: GPT, *, dtype: torch.dtype, window: int | None = None, sinks: int = 0) -> CacheSize:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.perplexity import WHOLE, Integers, Share, SplitResult, TokenSplit, evaluate_split
+from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, Texts, TokenSplit, evaluate_split
 
 
 @dataclass(frozen=True)
@@ -26,34 +26,26 @@ class CacheChoice:
 def evaluate_model(
     losses: TokenLosses,
     split: TokenSplit,
+    texts: Texts,
+    scoring: Scoring,
     *,
-    end_of_text: int,
-    decode: Callable[[Sequence[int]], str],
-    begins: Sequence[int] = (),
-    stride_fraction: float,
-    batch_size: int,
-    per_document: bool = False,
-    max_tokens: int | None = None,
-    progress: bool = False,
     through: CacheChoice | None = None,
-    segment_tokens: int | None = None,
     poll: Callable[[], None] = lambda: None,
     share: Share = WHOLE,
 ) -> SplitResult:
     """Perplexity of a split in the own window of the model of `losses`, in evaluation mode; the mode before is put back.
 
-    begins: of a model that has always seen such tokens before a document, the last one stands in for the end of text there.
+    Of a model that has always seen tokens before a document (texts.begins), the last one stands in for the end of text there.
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one. None: without a cache. segment_tokens, share: see evaluate_split. poll is called before
-    every batch and may raise.
+    of decoding them one by one. None: without a cache. share: see evaluate_split. poll is called before every batch and
+    may raise.
     """
-
     model, device = losses.model, losses.device
 
     def token_losses(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         poll()
-        if begins:
-            inputs_BT = inputs_BT.masked_fill(inputs_BT == end_of_text, begins[-1])
+        if texts.begins:
+            inputs_BT = inputs_BT.masked_fill(inputs_BT == texts.end_of_text, texts.begins[-1])
         cache = None
         if through is not None:
             cache = model.new_cache(
@@ -64,21 +56,7 @@ def evaluate_model(
     was_training = model.training
     model.eval()
     try:
-        return evaluate_split(
-            token_losses,
-            split,
-            end_of_text=end_of_text,
-            max_seq_len=model.max_seq_len,
-            stride=max(1, round(stride_fraction * model.max_seq_len)),
-            batch_size=batch_size,
-            device=device,
-            decode=decode,
-            per_document=per_document,
-            max_tokens=max_tokens,
-            progress=progress,
-            segment_tokens=segment_tokens,
-            share=share,
-        )
+        return evaluate_split(token_losses, split, texts, scoring, max_seq_len=model.max_seq_len, device=device, share=share)
     finally:
         model.train(was_training)
 

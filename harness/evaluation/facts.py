@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
-from harness.evaluation.cache_size import measure_cache
+from harness.evaluation.cache_size import CacheRecord, CacheSize, measure_cache
 from harness.files.untrusted import Count, Figure, Positive
 from modeling.attention.cache import DTYPES, formula_bytes_at
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
 
 
-class Facts(TypedDict, total=False):
+class Facts(CacheRecord, total=False):
     """As they stand in summary.json, and under the same names in a dashboard's configuration and summary."""
 
     parameters: Positive
     parameters_by_block: dict[str, Count]
     training_flops_per_token: Count
-    cache_bytes_per_token: Count
     cache_dtype: str
-    cache_bytes_at_context: Count | None
-    cache_bytes_by_context: dict[str, Count] | None
-    cache_elements_per_token_per_layer: Figure | None
     cache_ratio_to_mha: Figure | None
     mha_cache_bytes_per_token: Figure | None
 
@@ -36,13 +31,8 @@ class ModelFacts:
     parameters: dict[str, int]  # by block, and "total"
     flops_per_token: int  # training, forward and backward
     cache_dtype: str
-    cache_bytes_per_token: int  # all layers, batch 1, measured on allocated buffers, at max_seq_len
-    cache_formula_bytes_per_token: int
-    cache_bytes_at_context: int  # allocated for max_seq_len tokens
-    cache_bytes_by_context: dict[str, int]  # likewise at other contexts, whose tokens stand there as text
-    cache_elements_per_token_per_layer: float
+    cache: CacheSize
     cache_ratio_to_mha: float  # MHA of the same heads: 2 * n_heads * head_dim elements
-    context: int  # max_seq_len
     mha_cache_bytes_per_token: int  # MHA of the same heads, all layers, in bfloat16
     gqa_groups: float  # GQA of the same head width with this many groups would cache as much
 
@@ -51,11 +41,8 @@ class ModelFacts:
             "parameters": self.parameters["total"],
             "parameters_by_block": self.parameters,
             "training_flops_per_token": self.flops_per_token,
-            "cache_bytes_per_token": self.cache_bytes_per_token,
+            **self.cache.record(),
             "cache_dtype": self.cache_dtype,
-            "cache_bytes_at_context": self.cache_bytes_at_context,
-            "cache_bytes_by_context": self.cache_bytes_by_context,
-            "cache_elements_per_token_per_layer": self.cache_elements_per_token_per_layer,
             "cache_ratio_to_mha": self.cache_ratio_to_mha,
             "mha_cache_bytes_per_token": self.mha_cache_bytes_per_token,
         }
@@ -63,16 +50,16 @@ class ModelFacts:
     @property
     def cache_line(self) -> str:
         """What a token takes in the cache: the figure of summary.json."""
+        size, by_context = self.cache, self.cache.bytes_by_context
         line = (
-            f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.cache_dtype}, measured and by formula "
-            f"({self.cache_elements_per_token_per_layer:g} elements per layer, {self.cache_ratio_to_mha:.3f} of MHA's, "
+            f"KV cache    {size.bytes_per_token:,} bytes per token in {self.cache_dtype}, measured and by formula "
+            f"({size.elements_per_token_per_layer:g} elements per layer, {self.cache_ratio_to_mha:.3f} of MHA's, "
             f"as GQA with {self.gqa_groups:.3g} groups)"
         )
-        sizes = {self.cache_bytes_at_context / self.context, *(b / int(c) for c, b in self.cache_bytes_by_context.items())}
-        if len(sizes) == 1:
+        if len({size.bytes_at_context / size.context, *(b / c for c, b in by_context.items())}) == 1:
             return line
-        curve = ", ".join(f"{b / 2**20:.3g} at {int(c) // 1024}k" for c, b in self.cache_bytes_by_context.items())
-        return f"{line}\nat context  the above is at {self.context:,} tokens; MiB: {curve}"
+        curve = ", ".join(f"{b / 2**20:.3g} at {c // 1024}k" for c, b in by_context.items())
+        return f"{line}\nat context  the above is at {size.context:,} tokens; MiB: {curve}"
 
     def lines(self) -> list[str]:
         """For the person who started the run."""
@@ -105,13 +92,8 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
         parameters=parameters_by_block(model),
         flops_per_token=training_flops_per_token(model, config.model.max_seq_len),
         cache_dtype=config.cache.dtype,
-        cache_bytes_per_token=size.bytes_per_token,
-        cache_formula_bytes_per_token=round(formula[size.context] / size.context),
-        cache_bytes_at_context=size.bytes_at_context,
-        cache_bytes_by_context={str(context): size for context, size in size.bytes_by_context.items()},
-        cache_elements_per_token_per_layer=elements,
+        cache=size,
         cache_ratio_to_mha=elements / (one_group * config.model.n_heads),
-        context=size.context,
         mha_cache_bytes_per_token=2 * one_group * config.model.n_heads * config.model.n_layers,
         gqa_groups=elements / one_group,
     )

@@ -45,6 +45,33 @@ class TokenSplit(Protocol):
     def document_words(self) -> Integers: ...
 
 
+class Texts(Protocol):
+    """What is asked of a tokenizer (harness/data): which token ends a document, what a model sees before one, the text."""
+
+    end_of_text: int
+    begins: tuple[int, ...]
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a split is cut into windows, and what is scored of it. No choice of batch_size changes a figure."""
+
+    stride_fraction: float  # of the window: how far apart windows start, to the nearest token; 1: each on its own
+    batch_size: int  # windows per call
+    per_document: bool = False  # every document is a stream of its own, no context crosses
+    max_tokens: int | None = None  # only the split's first tokens
+    segment_tokens: int | None = None  # keep the result's segments too, that long but for the last of each document
+    progress: bool = False  # a bar for people
+
+    def stride(self, max_seq_len: int) -> int:
+        """In tokens. Raises UserError for an impossible one."""
+        if not 0 < self.stride_fraction <= 1:
+            raise UserError(f"stride_fraction={self.stride_fraction} must be above 0 and at most 1 (a window)")
+        return max(1, round(self.stride_fraction * max_seq_len))
+
+
 @dataclass(frozen=True)
 class Segments:
     """A split cut into pieces of text, in order: what a bootstrap draws from. Tokens, nats and bytes sum to the split's.
@@ -100,48 +127,38 @@ WHOLE = Share(0, 1, lambda values: values)
 def evaluate_split(
     token_losses: Callable[[Tensor, Tensor], Tensor],
     split: TokenSplit,
+    texts: Texts,
+    scoring: Scoring,
     *,
-    end_of_text: int,
     max_seq_len: int,
-    stride: int,
-    batch_size: int,
     device: torch.device,
-    decode: Callable[[Sequence[int]], str],
-    per_document: bool = False,
-    max_tokens: int | None = None,
-    progress: bool = False,
-    segment_tokens: int | None = None,
     share: Share = WHOLE,
 ) -> SplitResult:
     """Score a split with token_losses(inputs_BT, targets_BT) -> nats_BT; the caller puts the model into eval mode.
 
-    stride: from 1 to max_seq_len (each window on its own). batch_size: windows per call; it does not change the result.
-    per_document: every document is a stream of its own, no context crosses. max_tokens: only the split's first tokens;
-    decode then gives the text of a document cut in two. loss_by_position counts every prediction that was made, those
-    of the overlaps too, by its number of context tokens in the window. segment_tokens: keep the result's segments too,
-    that long but for the last of each document. share: of the batches; every process gets the whole result and calls
-    token_losses as often as the others (a sharded model needs them all). Raises UserError on an impossible stride, a part
-    without text, or a model whose loss is not finite.
+    With scoring.max_tokens the text of a document cut in two is asked of `texts`. loss_by_position counts every prediction
+    that was made, those of the overlaps too, by its number of context tokens in the window. share: of the batches; every
+    process gets the whole result and calls token_losses as often as the others (a sharded model needs them all). Raises
+    UserError on an impossible stride, a part without text, or a model whose loss is not finite.
     """
-    if not 1 <= stride <= max_seq_len:
-        raise UserError(f"a stride of {stride} tokens does not fit windows of {max_seq_len}: give 1 to {max_seq_len}")
+    stride, max_tokens, batch_size = scoring.stride(max_seq_len), scoring.max_tokens, scoring.batch_size
     n_tokens = len(split.tokens) if max_tokens is None else min(max_tokens, len(split.tokens))
     if n_tokens < 1:
         raise UserError(f"nothing to evaluate: {n_tokens} of the split's {len(split.tokens)} tokens are asked for")
 
     bounds = np.array([0, n_tokens])
-    if per_document:
+    if scoring.per_document:
         bounds = np.append(split.document_starts[split.document_starts < n_tokens], n_tokens)
     windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=stride)
 
-    tally = _Tally(n_tokens, max_seq_len, keeps_all=segment_tokens is not None)
+    tally = _Tally(n_tokens, max_seq_len, keeps_all=scoring.segment_tokens is not None)
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
     batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
     rounds = -(-len(batches) // share.of)
-    for turn in _bar(range(rounds), progress):
+    for turn in _bar(range(rounds), scoring.progress):
         number = turn * share.of + share.rank
         batch = batches[number % len(batches)]
-        inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=end_of_text)
+        inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=texts.end_of_text)
         losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
         if number < len(batches):  # the others' company is not counted
             tally.add(windows, batch, losses.cpu().double().numpy())  # on the CPU, since not every device knows float64
@@ -151,12 +168,12 @@ def evaluate_split(
     loss = nats / scored
     if not loss < _MOST_NATS:  # not a number is not below either
         raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
-    text_bytes, words = text_size(split, n_tokens, decode)
+    text_bytes, words = text_size(split, n_tokens, texts.decode)
     if text_bytes == 0:
         raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
     segments = None
-    if nats_N is not None and segment_tokens is not None:
-        segments = cut_segments(split, nats_N, segment_tokens, text_bytes, decode)
+    if nats_N is not None and scoring.segment_tokens is not None:
+        segments = cut_segments(split, nats_N, scoring.segment_tokens, text_bytes, texts.decode)
     return SplitResult(
         loss=loss,
         perplexity=math.exp(loss),

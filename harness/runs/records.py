@@ -35,7 +35,6 @@ class RunSummary(Facts, total=False):
     dataset: str
     seed: Count
     data_seed: Count
-    cache_context: Positive | None
     tokens: Count
     initial_tokens: Count
     init_from: str | None

@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.perplexity import SEGMENT_TOKENS, Segments, SplitResult
+from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, Segments, SplitResult
 from harness.evaluation.probes import Subject, measure_extras
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
@@ -71,24 +71,18 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
     mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
 
-    segment_tokens = None if through else SEGMENT_TOKENS
     started = time.perf_counter()
+    scoring = Scoring(
+        config.stride_fraction,
+        config.batch_size,
+        per_document=config.per_document,
+        max_tokens=config.max_tokens,
+        segment_tokens=None if through else SEGMENT_TOKENS,
+        progress=True,
+    )
 
     def score(through: CacheChoice | None) -> SplitResult:
-        return evaluate_model(
-            losses,
-            data.splits[config.split],
-            end_of_text=data.end_of_text,
-            decode=trained.tokenizer.decode,
-            begins=trained.tokenizer.begins,
-            stride_fraction=config.stride_fraction,
-            batch_size=config.batch_size,
-            per_document=config.per_document,
-            max_tokens=config.max_tokens,
-            progress=True,
-            through=through,
-            segment_tokens=segment_tokens,
-        )
+        return evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=through)
 
     plain = score(None)
     result = score(choice) if through else plain
@@ -116,14 +110,10 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "loss_without_cache": plain.loss,
             "perplexity_without_cache": plain.perplexity,
             "bits_per_byte_without_cache": plain.bits_per_byte,
-            "cache_bytes_per_token": cache.bytes_per_token,
+            **cache.record(),
             "cache_dtype": config.cache.dtype,
             "cache_window": choice.window,
             "cache_sinks": choice.sinks,
-            "cache_context": cache.context,
-            "cache_bytes_at_context": cache.bytes_at_context,
-            "cache_bytes_by_context": {str(context): size for context, size in cache.bytes_by_context.items()},
-            "cache_elements_per_token_per_layer": cache.elements_per_token_per_layer,
             "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
             "seconds": time.perf_counter() - started,
             "kernel": computation.kernel,

@@ -89,7 +89,6 @@ def run_summary(
         "stride_fraction": config.evaluation.stride_fraction,
         "max_tokens": config.evaluation.max_tokens,
         "train_loss": training.loss,
-        "cache_context": config.model.max_seq_len,
         "tokens_per_second": training.tokens_per_second,
         "seconds": training.seconds,
         "peak_memory_bytes": peak_memory_bytes(computation.device),

@@ -11,7 +11,7 @@ from harness.data.loader import WindowLoader
 from harness.errors import UserError, tell
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.perplexity import WHOLE, Share, SplitResult
+from harness.evaluation.perplexity import WHOLE, Scoring, Share, SplitResult
 from harness.runs.corpus import find_data
 from harness.runs.initial import brought
 from harness.runs.records import read_summary
@@ -114,17 +114,10 @@ def validate(
 
     Raises UserError when the corpus has no such split.
     """
-    evaluation = config.evaluation
-    return evaluate_model(
-        losses,
-        validation_split(config, data),
-        end_of_text=data.end_of_text,
-        decode=tokenizer.decode,
-        begins=tokenizer.begins,
-        stride_fraction=evaluation.stride_fraction,
-        batch_size=evaluation.batch_size,
-        max_tokens=evaluation.max_tokens,
+    scoring = Scoring(
+        config.evaluation.stride_fraction,
+        config.evaluation.batch_size,
+        max_tokens=config.evaluation.max_tokens,
         progress=progress,
-        share=share,
-        poll=poll,
     )
+    return evaluate_model(losses, validation_split(config, data), tokenizer, scoring, share=share, poll=poll)

@@ -26,6 +26,7 @@ from harness.config.run_config import load_run_config, save_run_config
 from harness.data import Tokenizer
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.perplexity import Scoring
 from harness.runs.conversion import converted_from, with_attention
 from harness.runs.load import TrainedModel, load_trained
 from modeling.attention import EXECUTION
@@ -548,14 +549,7 @@ def test_a_document_is_scored_behind_the_token_that_begins_it(zoo: Zoo, with_tex
     )
     for per_document in (True, False):
         result = evaluate_model(
-            on_cpu(trained.model),
-            split,
-            end_of_text=trained.tokenizer.end_of_text,
-            begins=trained.tokenizer.begins,
-            decode=trained.tokenizer.decode,
-            stride_fraction=1.0,
-            batch_size=2,
-            per_document=per_document,
+            on_cpu(trained.model), split, trained.tokenizer, Scoring(1.0, batch_size=2, per_document=per_document)
         )
         first = BEGIN if begins else trained.tokenizer.end_of_text
         stream = [first, *tokens[:-1]] if per_document else [first, *tokens[:-1], first, *tokens[:-1]]

@@ -200,7 +200,7 @@ def test_check_attention_says_the_summarys_bytes_and_checks_every_kind_of_layer(
     monkeypatch.setattr(MultiheadLatentAttention, "_query_input", later)
     assert check_attention.main(overrides) == 1
     said = capsys.readouterr().out
-    assert f"KV cache    {facts.cache_bytes_per_token:,} bytes per token in bfloat16" in said
+    assert f"KV cache    {facts.cache.bytes_per_token:,} bytes per token in bfloat16" in said
     assert "the first 3 of 5 differ" in said  # the second reads one layer back, the third two
     assert re.search(r"FAIL  no token sees the future .*outputs before token 12 changed with it", said)
 

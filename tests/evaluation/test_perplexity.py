@@ -19,7 +19,7 @@ from harness.config.typed import typed
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.perplexity import Share, SplitResult, cut_windows, evaluate_split, text_size
+from harness.evaluation.perplexity import WHOLE, Scoring, Share, SplitResult, cut_windows, evaluate_split, text_size
 from harness.runs.records import RunSummary
 from tests.support.tiny_model import VOCAB, tiny_model
 
@@ -49,15 +49,17 @@ def _decode(ids: Sequence[int]) -> str:
 
 
 def _evaluate(token_losses: Callable[[Tensor, Tensor], Tensor], split: Split, **changes: Any) -> SplitResult:
-    arguments: dict[str, Any] = {
-        "end_of_text": END,
-        "max_seq_len": 8,
-        "stride": 4,
-        "batch_size": 3,
-        "device": CPU,
-        "decode": _decode,
-    }
-    return evaluate_split(token_losses, split, **(arguments | changes))
+    """With `changes` of these settings or of Scoring's."""
+    settings: dict[str, Any] = {"max_seq_len": 8, "stride": 4, "batch_size": 3, "decode": _decode, "share": WHOLE} | changes
+    max_seq_len, stride, decode, share = (settings.pop(name) for name in ("max_seq_len", "stride", "decode", "share"))
+    scoring = Scoring(stride / max_seq_len, **settings)
+    texts = texts_of(END, decode)
+    return evaluate_split(token_losses, split, texts, scoring, max_seq_len=max_seq_len, device=CPU, share=share)
+
+
+def texts_of(end_of_text: int, decode: Callable[[Sequence[int]], str] = lambda ids: "x " * len(ids)) -> Any:
+    """What is asked of a tokenizer."""
+    return SimpleNamespace(end_of_text=end_of_text, begins=(), decode=decode)
 
 
 def _uniform(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
@@ -264,10 +266,8 @@ def test_a_fraction_of_the_window_is_the_nearest_stride(fraction: float, stride:
     result = evaluate_model(
         TokenLosses(model, precision=torch.float32, device=torch.device("cpu")),
         _split([99]),
-        end_of_text=END,
-        decode=lambda ids: "x" * len(ids),
-        stride_fraction=fraction,
-        batch_size=4,
+        texts_of(END),
+        Scoring(fraction, batch_size=4),
     )
     wanted, other = (_evaluate(position, _split([99]), max_seq_len=8, stride=each) for each in (stride, stride % 8 + 1))
     assert result.loss == wanted.loss != other.loss
@@ -297,7 +297,7 @@ def test_a_word_perplexity_of_an_older_record_is_read() -> None:
 
 @pytest.mark.parametrize("stride", [0, -1, 9])
 def test_an_impossible_stride_is_refused(stride: int) -> None:
-    with pytest.raises(UserError, match=f"a stride of {stride} tokens does not fit windows of 8: give 1 to 8"):
+    with pytest.raises(UserError, match=f"stride_fraction={stride / 8} must be above 0 and at most 1"):
         _evaluate(_uniform, _split([5]), stride=stride)
 
 

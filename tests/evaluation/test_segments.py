@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from harness.data import Tokenizer
-from harness.evaluation.perplexity import Segments, SplitResult, evaluate_split
-from tests.evaluation.test_perplexity import Split
+from harness.evaluation.perplexity import Scoring, Segments, SplitResult, evaluate_split
+from tests.evaluation.test_perplexity import Split, texts_of
 
 CPU = torch.device("cpu")
 TEXTS = ["one two three " * 30, "Äpfel, très \N{SNOWMAN}\N{SNOWMAN} bien " * 20, "", "x", "\N{SNOWMAN}" * 40]
@@ -40,16 +40,9 @@ def numbered(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def scored(split: Split, tokenizer: Tokenizer, **changes: Any) -> tuple[SplitResult, Segments]:
-    arguments: dict[str, Any] = {
-        "end_of_text": tokenizer.end_of_text,
-        "max_seq_len": 16,
-        "stride": 8,
-        "batch_size": 3,
-        "device": CPU,
-        "decode": tokenizer.decode,
-        "segment_tokens": 10,
-    }
-    result = evaluate_split(numbered, split, **(arguments | changes))
+    texts = texts_of(tokenizer.end_of_text, changes.pop("decode", tokenizer.decode))
+    scoring = Scoring(0.5, **({"batch_size": 3, "segment_tokens": 10} | changes))
+    result = evaluate_split(numbered, split, texts, scoring, max_seq_len=16, device=CPU)
     assert result.segments is not None
     return result, result.segments
 
@@ -111,7 +104,5 @@ def test_segments_do_not_depend_on_batch_size_and_are_made_on_request_only() -> 
     tokenizer = Tokenizer.plain_bytes()
     split = split_of(tokenizer, TEXTS)
     assert scored(split, tokenizer, batch_size=1)[1] == scored(split, tokenizer, batch_size=100)[1]
-    plain = evaluate_split(
-        numbered, split, end_of_text=256, max_seq_len=16, stride=8, batch_size=3, device=CPU, decode=tokenizer.decode
-    )
+    plain = evaluate_split(numbered, split, tokenizer, Scoring(0.5, batch_size=3), max_seq_len=16, device=CPU)
     assert plain.segments is None

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
-from harness.evaluation.perplexity import cut_windows, gather
+from harness.evaluation.perplexity import Scoring, cut_windows, gather
 from modeling.attention.contract import randomise
 from modeling.gpt import GPT
-from tests.evaluation.test_perplexity import Split
+from tests.evaluation.test_perplexity import Split, texts_of
 from tests.support.subjects import on_cpu
 from tests.support.variants import SHIPPED, gpt_from
 
@@ -56,15 +56,7 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
     choice = CHOICES[kind]
 
     def loss(through: CacheChoice | None) -> float:
-        return evaluate_model(
-            on_cpu(model),
-            split(),
-            end_of_text=END,
-            decode=lambda ids: "x " * len(ids),
-            stride_fraction=0.5,
-            batch_size=3,
-            through=through,
-        ).loss
+        return evaluate_model(on_cpu(model), split(), texts_of(END), Scoring(0.5, batch_size=3), through=through).loss
 
     assert loss(choice) == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
     assert loss(choice) != loss(None)

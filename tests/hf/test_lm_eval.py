@@ -27,6 +27,7 @@ from harness.config.places import ROOT
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.perplexity import Scoring
 from harness.hf.lm_eval import (
     Answers,
     Writing,
@@ -209,13 +210,7 @@ def split_of(documents: Sequence[Sequence[int]]) -> Split:
 
 def nats_of_ours(answers: Answers, documents: Sequence[Sequence[int]]) -> float:
     return evaluate_model(
-        on_cpu(answers.model),
-        split_of(documents),
-        end_of_text=answers.tokenizer.end_of_text,
-        decode=answers.tokenizer.decode,
-        stride_fraction=1.0,
-        batch_size=2,
-        per_document=True,
+        on_cpu(answers.model), split_of(documents), answers.tokenizer, Scoring(1.0, batch_size=2, per_document=True)
     ).nats
 
 
