@@ -98,14 +98,7 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     flops = training_flops_per_token(model, length)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     micro = options.micro_batch_size or hardware.auto_micro_batch_size(
-        share,
-        max_seq_len=length,
-        d_model=config.model.d_model,
-        n_layers=config.model.n_layers,
-        vocab_size=options.vocab_size,
-        parameters=parameters,
-        precision=precision,
-        device=device,
+        share, config.model, vocab_size=options.vocab_size, parameters=parameters, precision=precision, device=device
     )
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
     model.loss_chunk_tokens = loss_chunk_tokens(device)

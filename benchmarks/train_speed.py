@@ -243,14 +243,7 @@ def main(arguments: list[str]) -> int:
     base = load_train_config([f"model={options.model}"])
     tokens = options.batch_size * base.model.max_seq_len
     micro = options.micro_batch_size or hardware.auto_micro_batch_size(
-        options.batch_size,
-        max_seq_len=base.model.max_seq_len,
-        d_model=base.model.d_model,
-        n_layers=base.model.n_layers,
-        vocab_size=options.vocab_size,
-        parameters=10**6,
-        precision=precision,
-        device=device,
+        options.batch_size, base.model, vocab_size=options.vocab_size, parameters=10**6, precision=precision, device=device
     )
     generator = torch.Generator(device).manual_seed(0)
     shape = (options.batch_size, base.model.max_seq_len + 1)

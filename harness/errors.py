@@ -29,6 +29,11 @@ def sentence(message: str) -> str:
     return without_credentials("".join(c if c.isprintable() else escaped(c) for c in message))
 
 
+def in_a_line(error: BaseException) -> str:
+    """What another one's error says, in a line that stands in a sentence of ours; its kind where it says nothing."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def escaped(character: str) -> str:
     """As it stands in a Python string: \\x1b."""
     return character.encode("unicode_escape").decode("ascii")

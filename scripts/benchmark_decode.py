@@ -292,25 +292,10 @@ def make_subjects(
     from harness.runs.load import pin_execution
     from modeling.attention import with_most_paths
     from modeling.attention.layers import AttentionLayers
-    from modeling.shapes import shapes_only
 
     longest = plan.contexts[-1] + plan.room
-    shapes = []
-    for config in configs:
-        count = options.layers or (config.model.n_layers if options.level == "model" else 1)
-        with shapes_only():
-            whole = build_part(config, vocab_size, options.level, config.model.n_layers, longest)
-            built = build_part(config, vocab_size, options.level, count, longest)
-        shapes.append((whole, count, sum(parameter.numel() for parameter in built.parameters())))
-    needed = sum(numbers for _, _, numbers in shapes) * plan.dtype.itemsize
-    if needed > plan.budget_bytes:
-        raise UserError(
-            f"the weights of {len(configs)} variants take {needed / 2**20:,.1f} MiB, more than memory_budget_gib="
-            f"{plan.budget_bytes / 2**30:.3g}: take fewer with layers=1, level=attention or attention=..., or raise it"
-        )
-
     subjects = []
-    for config, (whole, count, _) in zip(configs, shapes, strict=True):
+    for config, (whole, count) in zip(configs, shapes_of(configs, vocab_size, options, plan), strict=True):
         name = config.attention["name"]
         with torch.device(plan.device):
             part = build_part(config, vocab_size, options.level, count, longest).eval()
@@ -344,6 +329,27 @@ def make_subjects(
             label = f"{name}, expanded cache (SDPA)"
             subjects.append(Subject(label, peer, ("auto",), sizes(whole_peer), prefills=False))
     return subjects
+
+
+def shapes_of(configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: Plan) -> list[tuple[Any, int]]:
+    """Of every variant the whole on the meta device, and how many of its layers are timed. Raises UserError as above."""
+    from modeling.shapes import shapes_only
+
+    longest = plan.contexts[-1] + plan.room
+    shapes, numbers = [], 0
+    for config in configs:
+        count = options.layers or (config.model.n_layers if options.level == "model" else 1)
+        with shapes_only():
+            whole = build_part(config, vocab_size, options.level, config.model.n_layers, longest)
+            timed = build_part(config, vocab_size, options.level, count, longest)
+        shapes.append((whole, count))
+        numbers += sum(parameter.numel() for parameter in timed.parameters())
+    if (needed := numbers * plan.dtype.itemsize) > plan.budget_bytes:
+        raise UserError(
+            f"the weights of {len(configs)} variants take {needed / 2**20:,.1f} MiB, more than memory_budget_gib="
+            f"{plan.budget_bytes / 2**30:.3g}: take fewer with layers=1, level=attention or attention=..., or raise it"
+        )
+    return shapes
 
 
 def build_part(config: TrainConfig, vocab_size: int, level: str, n_layers: int, longest: int) -> Any:

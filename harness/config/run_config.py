@@ -11,7 +11,7 @@ from harness.config.identity import flat
 from harness.config.places import user_path
 from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean
-from harness.errors import UserError, readable
+from harness.errors import UserError, in_a_line, readable
 from harness.files.atomic import write_text
 from harness.files.folders import listed
 
@@ -76,8 +76,7 @@ def read_run_config(run: Path) -> dict[str, Any]:
         _check_yaml(text)
         container = yaml.safe_load(text)  # OmegaConf would look `${...}` up, and takes minutes to read many of them
     except (yaml.YAMLError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read: {reason}; restore it, or train the run anew") from None
+        raise UserError(f"{path} cannot be read: {in_a_line(error)}; restore it, or train the run anew") from None
     if not isinstance(container, dict):
         raise UserError(f"{path} is not a configuration of this version: it must be a group of fields")
     for field, value in flat(container).items():

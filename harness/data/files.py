@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from harness.data.parquet import open_zstd
-from harness.errors import UserError, readable
+from harness.errors import UserError, in_a_line, readable
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}  # by suffix
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -99,8 +99,7 @@ def _reading(file: CorpusFile) -> Iterator[None]:
         with readable(str(file.path), "make it readable, or leave it out", but_not=packed):
             yield
     except packed as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file.path} cannot be unpacked as {file.compression} ({reason}): copy it anew") from error
+        raise UserError(f"{file.path} cannot be unpacked as {file.compression} ({in_a_line(error)}): copy it anew") from error
     file.check()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from harness.config.schema import DatasetConfig
 from harness.data import hub_client
 from harness.data.documents import Carving, Document, Source, carving_by_fraction, evaluation_first, split_of_name
-from harness.errors import UserError, tell
+from harness.errors import UserError, in_a_line, tell
 
 _ROWS = 256
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -200,8 +200,7 @@ def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:  # a file with the right hash, and whatever its reader makes of its content
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{name} of {dataset.hub_name} cannot be read ({reason}): choose another dataset") from error
+        raise UserError(f"{name} of {dataset.hub_name} cannot be read ({in_a_line(error)}): choose another dataset") from error
 
 
 def _streamed_rows(dataset: DatasetConfig) -> Rows:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from harness.data.network import HubUnreachable, reason_unreachable
-from harness.errors import UserError
+from harness.errors import UserError, in_a_line
 from harness.files.atomic import DISK_ERRORS
 
 _DEFAULT_ENDPOINT = "https://huggingface.co"
@@ -74,9 +74,8 @@ def patiently(call: Callable[[], Result], what: str, kind: str = "dataset") -> R
 
 
 def broken_off(what: str, error: Exception, kind: str = "dataset") -> HubUnreachable:
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     return HubUnreachable(
-        f"{what} could not be had from {endpoint()} ({reason}): run it again to continue, or {_remedies(kind)}"
+        f"{what} could not be had from {endpoint()} ({in_a_line(error)}): run it again to continue, or {_remedies(kind)}"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from harness.data.encoding import shown_encoding
-from harness.errors import UserError
+from harness.errors import UserError, in_a_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -44,8 +44,7 @@ def read_parquet(path: Path, column: str) -> Iterator[str | None]:
                             yield value if value is None else _text(value, f"{path} (row {number})", column)
                             number += 1
     except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:  # of its headers
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} cannot be read as parquet ({reason}): copy or make it anew") from error
+        raise UserError(f"{path} cannot be read as parquet ({in_a_line(error)}): copy or make it anew") from error
 
 
 def open_zstd(path: Path) -> IO[bytes]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from harness.data.documents import SPLITS
 from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError, readable
+from harness.errors import UserError, in_a_line, readable
 from harness.files.untrusted import is_count, read_object, stays_inside
 
 DTYPES = ("<u2", "<u4")
@@ -262,8 +262,7 @@ def _open_array(file: Path, length: int) -> NDArray[np.int64]:
             raise ValueError("it does not begin as an array of int64")
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
-        reason = " ".join(str(error).split())[:120]
-        raise DamagedError(f"{file} cannot be read ({reason}): prepare the data again, or copy it again") from error
+        raise DamagedError(f"{file} cannot be read ({in_a_line(error)}): prepare the data again, or copy it again") from error
     if array.dtype != np.dtype("<i8") or array.shape != (length,):
         raise DamagedError(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
     return array

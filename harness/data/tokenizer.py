@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, in_a_line
 from harness.files.untrusted import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
@@ -292,8 +292,7 @@ def _refusing(sentence: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{sentence} ({reason}): take another tokenizer.json") from error
+        raise UserError(f"{sentence} ({in_a_line(error)}): take another tokenizer.json") from error
 
 
 def _pieces(blocks: Iterable[str], size: int) -> Iterator[str]:

@@ -141,19 +141,17 @@ def evaluate_split(
     process gets the whole result and calls token_losses as often as the others (a sharded model needs them all). Raises
     UserError on an impossible stride, a part without text, or a model whose loss is not finite.
     """
-    stride, max_tokens, batch_size = scoring.stride(max_seq_len), scoring.max_tokens, scoring.batch_size
-    n_tokens = len(split.tokens) if max_tokens is None else min(max_tokens, len(split.tokens))
+    n_tokens = len(split.tokens) if scoring.max_tokens is None else min(scoring.max_tokens, len(split.tokens))
     if n_tokens < 1:
         raise UserError(f"nothing to evaluate: {n_tokens} of the split's {len(split.tokens)} tokens are asked for")
-
     bounds = np.array([0, n_tokens])
     if scoring.per_document:
         bounds = np.append(split.document_starts[split.document_starts < n_tokens], n_tokens)
-    windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=stride)
+    windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=scoring.stride(max_seq_len))
 
     tally = _Tally(n_tokens, max_seq_len, keeps_all=scoring.segment_tokens is not None)
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
-    batches = [by_length[i : i + batch_size] for i in range(0, len(by_length), batch_size)]
+    batches = [by_length[i : i + scoring.batch_size] for i in range(0, len(by_length), scoring.batch_size)]
     rounds = -(-len(batches) // share.of)
     for turn in _bar(range(rounds), scoring.progress):
         number = turn * share.of + share.rank

@@ -544,10 +544,9 @@ def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str, str | None]:
         if count >= FEWEST_CLUSTERS:
             units = f"{count:,} documents"
             nats_a, nats_b, sizes = (np.bincount(documents, weights=each) for each in (nats_a, nats_b, sizes))
-    try:
-        return bootstrap(nats_a, nats_b, sizes), [*pairs], units, None
-    except UserError as error:
-        return None, [], "", str(error).partition(":")[0]
+    if (clusters := int((np.asarray(sizes) > 0).sum())) < FEWEST_CLUSTERS:
+        return None, [], "", f"{clusters} clusters of text are too few for a bootstrap, which takes {FEWEST_CLUSTERS}"
+    return bootstrap(nats_a, nats_b, sizes), [*pairs], units, None
 
 
 def _curve(run: RunResult, key: str) -> dict[float, float]:

@@ -98,18 +98,8 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "per_document": config.per_document,
             "stride_fraction": config.stride_fraction,
             "max_tokens": config.max_tokens,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "word_perplexity": result.word_perplexity,
-            "bits_per_byte": result.bits_per_byte,
-            "evaluated_tokens": result.tokens,
-            "evaluated_bytes": result.bytes,
-            "evaluated_words": result.words,
-            "loss_by_position": [*result.loss_by_position],
+            **_figures(result, plain),
             "through_cache": through,
-            "loss_without_cache": plain.loss,
-            "perplexity_without_cache": plain.perplexity,
-            "bits_per_byte_without_cache": plain.bits_per_byte,
             **cache.record(),
             "cache_dtype": config.cache.dtype,
             "cache_window": choice.window,
@@ -129,6 +119,23 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return record, result
+
+
+def _figures(result: SplitResult, plain: SplitResult) -> Evaluation:
+    """What was scored; plain: without a cache."""
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "word_perplexity": result.word_perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "evaluated_tokens": result.tokens,
+        "evaluated_bytes": result.bytes,
+        "evaluated_words": result.words,
+        "loss_by_position": [*result.loss_by_position],
+        "loss_without_cache": plain.loss,
+        "perplexity_without_cache": plain.perplexity,
+        "bits_per_byte_without_cache": plain.bits_per_byte,
+    }
 
 
 def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:

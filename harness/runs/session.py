@@ -364,9 +364,7 @@ def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Wo
     facts = model_facts(model, config)
     micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
         config.batch_size // workers.world_size,
-        max_seq_len=config.model.max_seq_len,
-        d_model=config.model.d_model,
-        n_layers=config.model.n_layers,
+        config.model,
         vocab_size=data.vocab_size,
         parameters=facts.parameters["total"],
         precision=precision,

@@ -31,7 +31,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from harness.errors import UserError, readable, tell
+from harness.errors import UserError, in_a_line, readable, tell
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
 from harness.files.untrusted import is_count, read_object
 from harness.training.optimizer import Optimizer
@@ -264,9 +264,9 @@ def _find_damage(path: Path) -> str | None:
                 return f"{name} is no file of its own"
         manifest = read_object(path / MANIFEST)
         for name in (MODEL, OPTIMIZER, STATE):
-            if _describe(path / name) != manifest[name]:
+            if _describe(path / name) != manifest.get(name):
                 return f"{name} is not what was written"
-    except (ValueError, KeyError):
+    except ValueError:
         return f"{MANIFEST} is not readable"
     try:
         _read_state(path)
@@ -341,8 +341,7 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
                 raise DamagedError(path.parent, f"{path.name} holds {odd[0]} as {kind}, no {', '.join(_DTYPES)}")
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DamagedError(path.parent, f"{path.name}: {reason}") from None
+        raise DamagedError(path.parent, f"{path.name}: {in_a_line(error)}") from None
 
 
 def _check_optimizer_state(path: Path, saved: Mapping[str, tuple[int, ...]], optimizer: Optimizer) -> None:

@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import torch
 
+from harness.config.schema import ModelConfig
 from harness.errors import UserError
 
 # Tokens whose logits are held at a time (modeling/loss.py): on a CPU few, for its caches; on a GPU so many that its matrix
@@ -162,15 +163,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def auto_micro_batch_size(
-    batch_size: int,
-    *,
-    max_seq_len: int,
-    d_model: int,
-    n_layers: int,
-    vocab_size: int,
-    parameters: int,
-    precision: torch.dtype,
-    device: torch.device,
+    batch_size: int, model: ModelConfig, *, vocab_size: int, parameters: int, precision: torch.dtype, device: torch.device
 ) -> int:
     """Sequences per forward pass: batch_size in the fewest equal pieces that fit, a function of these sizes alone.
 
@@ -181,10 +174,10 @@ def auto_micro_batch_size(
     """
     on_cpu = device.type == "cpu"
     width = torch.finfo(precision).bits // 8
-    bytes_per_token = 32 * d_model * n_layers * width + vocab_size * (width + 8)
+    bytes_per_token = 32 * model.d_model * model.n_layers * width + vocab_size * (width + 8)
     memory = max(0, memory_bytes(device) - 16 * parameters) // 2
     tokens = min(CPU_MICRO_BATCH_TOKENS if on_cpu else GPU_MICRO_BATCH_TOKENS, memory // bytes_per_token)
-    most = max(1, tokens // max_seq_len)
+    most = max(1, tokens // model.max_seq_len)
     pieces = -(-batch_size // most)
     return -(-batch_size // pieces)
 

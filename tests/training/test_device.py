@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ def test_peak_memory_is_that_of_this_process() -> None:
     assert 50e6 < peak_memory_bytes(CPU) < memory_bytes(CPU)
 
 
-SMALL = {"max_seq_len": 256, "d_model": 128, "n_layers": 4, "vocab_size": 4096, "parameters": 1_300_000}
-GPT2 = {"max_seq_len": 1024, "d_model": 768, "n_layers": 12, "vocab_size": 50304, "parameters": 124_000_000}
+SMALL = {"model": SimpleNamespace(max_seq_len=256, d_model=128, n_layers=4), "vocab_size": 4096, "parameters": 1_300_000}
+GPT2 = {"model": SimpleNamespace(max_seq_len=1024, d_model=768, n_layers=12), "vocab_size": 50304, "parameters": 124_000_000}
 
 
 def test_micro_batches_keep_to_the_token_limit_in_equal_pieces() -> None:

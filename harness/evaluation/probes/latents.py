@@ -72,34 +72,7 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
             if k_rope_BSP is not None:
                 variances[layer] += score_variances(attention, q_BTX, latent_BSL, k_rope_BSP)
 
-    layers: list[dict[str, Any]] = []
-    for index, attention in attentions.items():
-        leader = _leader(model, index)
-        names: tuple[str, ...] = ("joint",)
-        down_parts = _down_weights(model.attentions[leader])
-        if attention.kv_latent == "split":
-            names = ("keys", "values")
-        elif attention.latent_groups > 1:
-            names, down_parts = tuple(f"group {n}" for n in range(attention.latent_groups)), [torch.cat(down_parts)]
-        shares: dict[str, float | None] = dict.fromkeys(("rotated_share", "unrotated_share", "covariance_share"))
-        if attention.qk_rope_head_dim:
-            unrotated, rotated, covariance = variances[index].tolist()
-            if (whole := unrotated + rotated + 2 * covariance) > 0:
-                shares = {
-                    "rotated_share": rotated / whole,
-                    "unrotated_share": unrotated / whole,
-                    "covariance_share": 2 * covariance / whole,
-                }
-        layers.append(
-            {
-                "layer": index,
-                "latents_of": leader,
-                "latents": {name: moment.spectrum() for name, moment in zip(names, moments[index], strict=True)},
-                "keys": spectrum(product_singular_values(_up_weight(attention.k_up_proj, attention), down_parts[0])),
-                "values": spectrum(product_singular_values(_up_weight(attention.v_up_proj, attention), down_parts[-1])),
-                **shares,
-            }
-        )
+    layers = [layer_figures(model, index, moments[index], *variances[index].tolist()) for index in attentions]
     own = [part for entry in layers if entry["latents_of"] == entry["layer"] for part in entry["latents"].values()]
     rotated_shares = [entry["rotated_share"] for entry in layers if entry["rotated_share"] is not None]
     return {
@@ -110,6 +83,29 @@ def measure_latents(subject: Subject) -> dict[str, Any] | None:
         "value_effective_rank": _mean([entry["values"]["effective_rank"] for entry in layers]),
         "rotated_share": _mean(rotated_shares) if rotated_shares else None,
         "layers": layers,
+    }
+
+
+def layer_figures(
+    model: GPT, layer: int, moments: list[_Moments], unrotated: float, rotated: float, covariance: float
+) -> dict[str, Any]:
+    """One of `layers`, see measure_latents: of the layer's latents and weights, and the variances of its scores' parts."""
+    attention, leader = model.attentions[layer], _leader(model, layer)
+    names: tuple[str, ...] = ("joint",)
+    down_parts = _down_weights(model.attentions[leader])
+    if attention.kv_latent == "split":
+        names = ("keys", "values")
+    elif attention.latent_groups > 1:
+        names, down_parts = tuple(f"group {n}" for n in range(attention.latent_groups)), [torch.cat(down_parts)]
+    whole = unrotated + rotated + 2 * covariance if attention.qk_rope_head_dim else 0.0
+    parts = {"rotated_share": rotated, "unrotated_share": unrotated, "covariance_share": 2 * covariance}
+    return {
+        "layer": layer,
+        "latents_of": leader,
+        "latents": {name: moment.spectrum() for name, moment in zip(names, moments, strict=True)},
+        "keys": spectrum(product_singular_values(_up_weight(attention.k_up_proj, attention), down_parts[0])),
+        "values": spectrum(product_singular_values(_up_weight(attention.v_up_proj, attention), down_parts[-1])),
+        **{name: part / whole if whole > 0 else None for name, part in parts.items()},
     }
 
 

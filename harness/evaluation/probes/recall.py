@@ -114,8 +114,7 @@ def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dic
     count = min(_PROMPTS, subject.max_tokens // 2 // max(1, 2 * sum(room)))
     if not room or count < 1:
         return None
-    statement = len(cue) + KEY_DIGITS + len(stop)
-    texts = _texts(subject, count, max(room.values()) + statement)
+    texts = _texts(subject, count, max(room.values()) + len(cue) + KEY_DIGITS + len(stop))
     if texts is None:
         return None
     keys_BA = alphabet[np.random.default_rng(0).integers(0, len(alphabet), (count, KEY_DIGITS))]
@@ -125,13 +124,13 @@ def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dic
     for length, filler in room.items():
         if (model := models[length]) is None:
             continue
-        shown, unshown = [], []
+        shown: list[Integers] = []
+        unshown: list[Integers] = []
         for text, key, depth in zip(texts, keys_BA, depths, strict=True):
-            cut = round(float(depth) * filler)
-            before, after, spare = text[:cut], text[cut:filler], text[filler : filler + statement]
-            opening, question = np.array([subject.end_of_text]), np.concatenate((cue, key))
-            shown.append(np.concatenate((opening, before, cue, key, stop, after, question)))
-            unshown.append(np.concatenate((opening, before, spare, after, question)))
+            cut, statement = round(float(depth) * filler), np.concatenate((cue, key, stop))
+            spare = text[filler : filler + len(statement)]
+            for prompts, said in ((shown, statement), (unshown, spare)):
+                prompts.append(np.concatenate(([subject.end_of_text], text[:cut], said, text[cut:filler], cue, key)))
         places_BA = np.tile(np.arange(length + 1 - KEY_DIGITS, length + 1), (count, 1))
         nats_BA, right_BA = scored(subject, model, np.stack(shown), places_BA)
         without_BA, _ = scored(subject, model, np.stack(unshown), places_BA)
@@ -233,17 +232,7 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
     the window and those without a question are left out, and so are the tokens beyond max_tokens. None where no
     document is left.
     """
-    find = _FINDERS[subject.dataset]
-    starts, limit = subject.split.document_starts, subject.model.max_seq_len
-    whole = [index for index in range(len(starts) - 1) if starts[index + 1] - starts[index] <= limit]
-    chosen = [whole[i] for i in evenly(len(whole), max(1, subject.max_tokens // limit))]
-    found = []
-    for index in chosen:
-        tokens = subject.split.tokens[starts[index] : starts[index + 1] - 1].astype(np.int64)
-        text = subject.decode(tokens.tolist())
-        # A tokenizer that joins characters leaves no token that is the answer alone.
-        if len(text) == len(tokens) and (answers := find(text)) is not None:
-            found.append((tokens, *answers))
+    found = _asked(subject)
     if not found:
         return None
 
@@ -287,6 +276,21 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
         ],
         "by_distance": by_distance,
     }
+
+
+def _asked(subject: Subject) -> list[tuple[Integers, list[int], list[int], int, set[str]]]:
+    """The tokens of evenly spread documents that ask something and fit the window, and what `_Found` says of their text."""
+    find = _FINDERS[subject.dataset]
+    starts, limit = subject.split.document_starts, subject.model.max_seq_len
+    whole = [index for index in range(len(starts) - 1) if starts[index + 1] - starts[index] <= limit]
+    found = []
+    for index in (whole[i] for i in evenly(len(whole), max(1, subject.max_tokens // limit))):
+        tokens = subject.split.tokens[starts[index] : starts[index + 1] - 1].astype(np.int64)
+        text = subject.decode(tokens.tolist())
+        # A tokenizer that joins characters leaves no token that is the answer alone.
+        if len(text) == len(tokens) and (answers := find(text)) is not None:
+            found.append((tokens, *answers))
+    return found
 
 
 _Found = tuple[list[int], list[int], int, set[str]]
