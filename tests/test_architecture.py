@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -139,15 +140,20 @@ def imports(tree: ast.AST, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def parsed(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
+@functools.cache
+def imported_by(file: Path, *, at_the_top: bool = False) -> tuple[str, ...]:
+    """Of a file as a whole, or of its own statements alone: what is imported whenever it is."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    if at_the_top:
+        tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return tuple(imports(tree, name_of(file)))
 
 
 def is_below(name: str, parent: str) -> bool:
     return name == parent or name.startswith(f"{parent}.")
 
 
-def offences(name: str, imported: Iterator[str]) -> list[str]:
+def offences(name: str, imported: Iterable[str]) -> list[str]:
     """The imports of ours that a module may not have."""
     place = max((known for known in ARROWS if is_below(name, known)), key=len)
     ours = (target for target in imported if target.partition(".")[0] in OURS and target != "harness")
@@ -156,7 +162,7 @@ def offences(name: str, imported: Iterator[str]) -> list[str]:
 
 @pytest.mark.parametrize("file", PROJECT, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_file_imports_only_what_its_place_allows(file: Path) -> None:
-    assert offences(name_of(file), imports(parsed(file), name_of(file))) == []
+    assert offences(name_of(file), imported_by(file)) == []
 
 
 def test_the_harness_is_packages_and_the_errors() -> None:
@@ -175,7 +181,7 @@ def test_packages_import_each_other_in_one_order() -> None:
 
 
 def test_nothing_that_runs_or_measures_imports_the_reports() -> None:
-    names = {name_of(file): imports(parsed(file), name_of(file)) for file in PROJECT}
+    names = {name_of(file): imported_by(file) for file in PROJECT}
     found = {
         name
         for name, imported in names.items()
@@ -204,26 +210,21 @@ def test_a_forbidden_arrow_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "modeling").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
 def test_modeling_needs_torch_and_the_standard_library_alone(file: Path) -> None:
-    tops = {name.partition(".")[0] for name in imports(parsed(file), name_of(file))}
+    tops = {name.partition(".")[0] for name in imported_by(file)}
     chosen = {"triton"} if file.name.endswith("_triton.py") else set()
     assert tops - set(sys.stdlib_module_names) <= {"torch", "modeling"} | chosen
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
 def test_a_library_is_imported_in_its_one_place(library: str) -> None:
-    files = [
-        file.relative_to(ROOT)
-        for file in PROJECT
-        if any(is_below(name, library) for name in imports(parsed(file), name_of(file)))
-    ]
+    files = [file.relative_to(ROOT) for file in PROJECT if any(is_below(name, library) for name in imported_by(file))]
     found = {next((place for place in ONLY_IN[library] if file.is_relative_to(place)), str(file)) for file in files}
     assert found == ONLY_IN[library]
 
 
 @pytest.mark.parametrize("file", PROJECT, ids=lambda file: str(file.relative_to(ROOT)))
 def test_heavy_libraries_are_imported_where_they_are_needed_and_not_before(file: Path) -> None:
-    top_level = ast.Module([node for node in parsed(file).body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
-    names = set(imports(top_level, name_of(file)))
+    names = set(imported_by(file, at_the_top=True))
     assert {name.partition(".")[0] for name in names}.isdisjoint(set(LAZY) - CHOSEN.get(name_of(file), set()))
     assert not any(is_below(name, module) for name in names for module in CHOSEN)
 
