@@ -80,7 +80,7 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
-class Figure:
+class KernelTime:
     """One kernel on one shape; microseconds per call over the rounds."""
 
     kernel: str
@@ -158,7 +158,7 @@ def main(arguments: list[str]) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = measure_ceilings(device)
-    figures: list[Figure] = []
+    figures: list[KernelTime] = []
     remarks: list[str] = []
     failed = False
     shapes = [(H, B, S) for H in heads for B in batch_sizes for S in contexts]
@@ -396,7 +396,7 @@ KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
 }
 
 
-def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceilings, error: float) -> Figure:
+def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceilings, error: float) -> KernelTime:
     """Times and what they mean."""
     q_latent, q_rope, latent, k_rope, lengths_B = case.arguments(0)
     B, H, L = q_latent.shape
@@ -404,7 +404,7 @@ def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceili
     moved = sum(x.nbytes for x in (q_latent, q_rope, latent, k_rope, lengths_B) if x is not None) + q_latent.nbytes
     median = statistics.median(times)
     rate, flops = moved / (median * 1e-6), 2 * B * H * S * (2 * L + P) / (median * 1e-6)
-    return Figure(
+    return KernelTime(
         kernel=name,
         plan=plan,
         heads=H,
@@ -421,7 +421,7 @@ def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceili
     )
 
 
-def row(f: Figure) -> str:
+def row(f: KernelTime) -> str:
     """One line of the table."""
     return (
         f"{f.heads:>5}{f.batch_size:>6}{f.context:>8}  {f.kernel:<15}{f.plan:<20}{f.median:>10.1f}"
@@ -430,7 +430,9 @@ def row(f: Figure) -> str:
     )
 
 
-def report(figures: list[Figure], remarks: list[str], ceilings: Ceilings, options: DecodeOptions, device: torch.device) -> None:
+def report(
+    figures: list[KernelTime], remarks: list[str], ceilings: Ceilings, options: DecodeOptions, device: torch.device
+) -> None:
     """Remarks, JSON if asked for, and the table last."""
     machine = torch.cuda.get_device_name(device)
     if options.out is not None:

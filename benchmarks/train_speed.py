@@ -74,7 +74,7 @@ class SpeedOptions:
 
 
 @dataclass(frozen=True)
-class Figure:
+class StepTime:
     """One row of the table; tokens per second over the rounds."""
 
     name: str
@@ -259,7 +259,7 @@ def main(arguments: list[str]) -> int:
     plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
     peak = hardware.peak_flops(device, precision)
     rates: dict[str, list[float]] = {name: [] for name in baselines}
-    figures: list[Figure] = []
+    figures: list[StepTime] = []
     bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
     for name, backend in pairs:
         config = load_train_config([f"model={options.model}", f"attention={name}"])
@@ -294,7 +294,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def row(f: Figure) -> str:
+def row(f: StepTime) -> str:
     """One line of the table."""
     return (
         f"{f.name:<16}{f.kernel:<16}{f.parameters:>12,}{f.median:>12,.0f}{f'{f.low:,.0f}-{f.high:,.0f}':>22}"
@@ -323,10 +323,10 @@ def figure(
     peak: float | None,
     device: torch.device,
     first: float,
-) -> Figure:
+) -> StepTime:
     """Medians and ranges of the rounds."""
     rate = statistics.median(rates)
-    return Figure(
+    return StepTime(
         name=name,
         kernel=kernel,
         parameters=sum(p.numel() for p in model.parameters()),
@@ -342,7 +342,7 @@ def figure(
 
 
 def report(
-    figures: list[Figure], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool, micro: int
+    figures: list[StepTime], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool, micro: int
 ) -> None:
     """A table for people, then one JSON line."""
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -39,8 +39,8 @@ from harness.files.untrusted import Count, Positive
 if TYPE_CHECKING:
     import torch
 
-    from harness.decode.speed import Figure, Results
-    from harness.decode.subjects import Cell, Plan, Subject, Writer
+    from harness.decode.speed import DecodeTime, Results
+    from harness.decode.subjects import Cell, DecodePlan, DecodeSubject, Writer
 
 
 @dataclass
@@ -155,7 +155,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def timed(subjects: list[Subject], plan: Plan) -> Results:
+def timed(subjects: list[DecodeSubject], plan: DecodePlan) -> Results:
     """Every subject at every place of the plan, under a bar of readings."""
     from tqdm import tqdm
 
@@ -173,7 +173,7 @@ def timed(subjects: list[Subject], plan: Plan) -> Results:
         return measure(cells, plan, progress=progress)
 
 
-def write(out: Path, record: dict[str, Any], figures: list[Figure], heading: str) -> None:
+def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading: str) -> None:
     """decode.json, decode.csv and, where anything was timed, decode.png."""
     from harness.files.atomic import write_json, write_text, written_together
     from harness.report import decode as decode_report
@@ -250,11 +250,11 @@ def configurations(options: DecodeOptions, overrides: list[str], arguments: list
     return configs, options.vocab_size
 
 
-def make_plan(options: DecodeOptions) -> Plan:
-    """Settings as decode_subjects.py takes them. Raises UserError for what this machine cannot do."""
+def make_plan(options: DecodeOptions) -> DecodePlan:
+    """Settings as harness/decode/subjects.py takes them. Raises UserError for what this machine cannot do."""
     import torch
 
-    from harness.decode.subjects import Plan
+    from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.cache import DTYPES
 
@@ -264,7 +264,7 @@ def make_plan(options: DecodeOptions) -> Plan:
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = automatic if options.dtype == "auto" else getattr(torch, options.dtype)
     gib = options.memory_budget_gib
-    return Plan(
+    return DecodePlan(
         contexts=whole_numbers("contexts", options.contexts),
         batch_sizes=whole_numbers("batch_sizes", options.batch_sizes),
         queries=whole_numbers("queries", options.queries),
@@ -282,13 +282,13 @@ def make_plan(options: DecodeOptions) -> Plan:
 
 
 def make_subjects(
-    configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: Plan, notes: list[str]
-) -> list[Subject]:
+    configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: DecodePlan, notes: list[str]
+) -> list[DecodeSubject]:
     """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
     import torch
 
     from harness.config.build import layers_that_differ
-    from harness.decode.subjects import ExpandedAttention, Subject, footprint, paths_of
+    from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
     from modeling.attention import with_most_paths
     from modeling.attention.layers import AttentionLayers
@@ -306,7 +306,7 @@ def make_subjects(
         if not paths:
             raise UserError(f"decode={options.decode} is not a path of attention={name}; take decode=auto")
         sizes = functools.partial(footprint, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
-        subject = Subject(name, part, paths, sizes(whole))
+        subject = DecodeSubject(name, part, paths, sizes(whole))
         if options.level == "model" and options.peers:
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
@@ -327,11 +327,11 @@ def make_subjects(
                 for each in (part, whole)
             )
             label = f"{name}, expanded cache (SDPA)"
-            subjects.append(Subject(label, peer, ("auto",), sizes(whole_peer), prefills=False))
+            subjects.append(DecodeSubject(label, peer, ("auto",), sizes(whole_peer), prefills=False))
     return subjects
 
 
-def shapes_of(configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: Plan) -> list[tuple[Any, int]]:
+def shapes_of(configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: DecodePlan) -> list[tuple[Any, int]]:
     """Of every variant the whole on the meta device, and how many of its layers are timed. Raises UserError as above."""
     from modeling.shapes import shapes_only
 
@@ -386,7 +386,7 @@ def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, not
     )
 
 
-def title(options: DecodeOptions, overrides: list[str], configs: list[TrainConfig], plan: Plan, machine: str) -> str:
+def title(options: DecodeOptions, overrides: list[str], configs: list[TrainConfig], plan: DecodePlan, machine: str) -> str:
     """What was measured, in a line."""
     import torch
 

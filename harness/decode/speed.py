@@ -32,10 +32,10 @@ from harness.decode.subjects import (
     INPUTS,
     WARM_UP_CALLS,
     Cell,
+    DecodePlan,
+    DecodeSubject,
     Part,
-    Plan,
     Skipped,
-    Subject,
     Writer,
     cache_bytes,
     caches_in_rotation,
@@ -47,7 +47,7 @@ from modeling.attention.cache import Cache
 from modeling.generation import decode_step, generate
 from modeling.gpt import GPT
 
-READING_SECONDS = 1.0  # a reading has as many steps as fit, at most Plan.steps, at least one
+READING_SECONDS = 1.0  # a reading has as many steps as fit, at most DecodePlan.steps, at least one
 
 
 # --- what comes of it ------------------------------------------------------------------------------------------------
@@ -69,7 +69,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Figure:
+class DecodeTime:
     """One row of the table: one way to compute one variant at one batch size and context."""
 
     row: str
@@ -91,7 +91,7 @@ class Figure:
 
 @dataclass
 class Results:
-    figures: list[Figure] = field(default_factory=list)
+    figures: list[DecodeTime] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     bandwidth: float = 0.0  # bytes per second
 
@@ -111,7 +111,7 @@ class Job:
 
 
 @torch.inference_mode()
-def measure(cells: Sequence[Cell], plan: Plan, *, progress: Callable[[Cell, int], None]) -> Results:
+def measure(cells: Sequence[Cell], plan: DecodePlan, *, progress: Callable[[Cell, int], None]) -> Results:
     """Time every cell, and the bandwidth before and after each: the best counts, since other work can only lower it.
 
     progress(cell, n): a round of n subjects is done; there are plan.rounds of them for each group of a cell.
@@ -130,8 +130,8 @@ def measure(cells: Sequence[Cell], plan: Plan, *, progress: Callable[[Cell, int]
 
 @torch.inference_mode()
 def measure_cell(
-    cell: Cell, plan: Plan, *, seconds: float = math.inf, progress: Callable[[Cell, int], None]
-) -> tuple[list[Figure], list[Skipped]]:
+    cell: Cell, plan: DecodePlan, *, seconds: float = math.inf, progress: Callable[[Cell, int], None]
+) -> tuple[list[DecodeTime], list[Skipped]]:
     """Time one cell; of_bandwidth is nan, since no bandwidth is measured.
 
     seconds: after so many no further round begins, the subjects of every group having had an equal share of them. The
@@ -151,17 +151,17 @@ def measure_cell(
 
 
 def _in_turns(
-    group: Sequence[Subject],
+    group: Sequence[DecodeSubject],
     cell: Cell,
-    plan: Plan,
+    plan: DecodePlan,
     skipped: list[Skipped],
     share: float,
     progress: Callable[[Cell, int], None],
-) -> list[Figure]:
+) -> list[DecodeTime]:
     """The figures of subjects whose readings take turns; no round begins after `share` seconds, but for the first."""
     began = time.perf_counter()
     generator = torch.Generator(plan.device).manual_seed(plan.seed)
-    jobs: list[tuple[Subject, Job]] = []
+    jobs: list[tuple[DecodeSubject, Job]] = []
     for subject in group:
         try:
             subject.part.eval()
@@ -184,12 +184,12 @@ def _in_turns(
     return figures
 
 
-def _figure(subject: Subject, job: Job, cell: Cell, firsts: list[float], plan: Plan) -> Figure:
+def _figure(subject: DecodeSubject, job: Job, cell: Cell, firsts: list[float], plan: DecodePlan) -> DecodeTime:
     B, S, T = cell.batch_size, cell.context, cell.queries
     call = Spread.of(job.seconds["call"])
     step_bytes = weight_bytes(subject.part) + B * job.cache_bytes(S + T)
     ours = subject.writer is None or job.path != subject.writer.name
-    return Figure(
+    return DecodeTime(
         row=job.rows[0],
         variant=subject.name,
         path=job.path,
@@ -208,7 +208,7 @@ def _figure(subject: Subject, job: Job, cell: Cell, firsts: list[float], plan: P
     )
 
 
-def _jobs(subject: Subject, cell: Cell, plan: Plan, generator: torch.Generator) -> Iterator[Job]:
+def _jobs(subject: DecodeSubject, cell: Cell, plan: DecodePlan, generator: torch.Generator) -> Iterator[Job]:
     """All that is timed of a subject in a cell, warmed up."""
     part, B, S, T = subject.part, cell.batch_size, cell.context, cell.queries
     sizes = functools.partial(cache_bytes, part, plan.cache_dtype)
@@ -258,7 +258,7 @@ class _Steps:
     Calls of several are taken back one by one, or the context would soon be another; that adds an addition a layer.
     """
 
-    subject: Subject
+    subject: DecodeSubject
     path: str
     steps: Sequence[Callable[[Tensor, Tensor | None], Tensor]]
     inputs: Sequence[Tensor]
@@ -298,7 +298,7 @@ class _Steps:
         return lambda: {"call": self.seconds(count)}
 
 
-def _prefill(subject: Subject, prompt: Tensor, plan: Plan) -> Callable[[], Mapping[str, list[float]]]:
+def _prefill(subject: DecodeSubject, prompt: Tensor, plan: DecodePlan) -> Callable[[], Mapping[str, list[float]]]:
     """Reading a prompt into a new cache, up to the logits, on the path that attention.decode=auto takes."""
 
     def read() -> Mapping[str, list[float]]:
@@ -312,7 +312,7 @@ def _prefill(subject: Subject, prompt: Tensor, plan: Plan) -> Callable[[], Mappi
     return read
 
 
-def _our_writing(subject: Subject, model: GPT, plan: Plan) -> Callable[[Tensor, int, Callable[[], None]], None]:
+def _our_writing(subject: DecodeSubject, model: GPT, plan: DecodePlan) -> Callable[[Tensor, int, Callable[[], None]], None]:
     """Greedy generation as scripts/generate.py does it."""
 
     def write(prompts_BT: Tensor, new_tokens: int, stamp: Callable[[], None]) -> None:
@@ -325,7 +325,7 @@ def _our_writing(subject: Subject, model: GPT, plan: Plan) -> Callable[[Tensor, 
     return write
 
 
-def _writing(writer: Writer, prompts_BT: Tensor, plan: Plan) -> Callable[[], Mapping[str, list[float]]]:
+def _writing(writer: Writer, prompts_BT: Tensor, plan: DecodePlan) -> Callable[[], Mapping[str, list[float]]]:
     """End to end. The second token counts as neither: before it a decode step may be captured or compiled."""
 
     def read() -> Mapping[str, list[float]]:
@@ -378,12 +378,12 @@ def machine_name(device: torch.device) -> str:
     return f"{device.type}, threads: {torch.get_num_threads()}"
 
 
-def swept_bytes(plan: Plan) -> int:
+def swept_bytes(plan: DecodePlan) -> int:
     """How much is read to measure the bandwidth: far more than caches hold."""
     return max(2**26, min(2**31 if plan.device.type == "cuda" else 2**30, plan.budget_bytes // 4))
 
 
-def read_bandwidth(plan: Plan) -> float:
+def read_bandwidth(plan: DecodePlan) -> float:
     """Bytes per second that are read: the faster of a sum and a product with a vector, best of ten each."""
     rows = torch.ones(max(1, swept_bytes(plan) // 4096), 1024, device=plan.device)
     vector = torch.ones(1024, device=plan.device)

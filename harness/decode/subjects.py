@@ -137,7 +137,7 @@ class Writer:
 
 
 @dataclass
-class Subject:
+class DecodeSubject:
     """A variant: the part of it that is timed, in which paths, and what its whole model would take."""
 
     name: str
@@ -183,7 +183,7 @@ def weight_bytes(part: Part) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class DecodePlan:
     """Settings of a measurement. `queries`: new tokens a call; above 1 only where a variant has both paths."""
 
     contexts: tuple[int, ...]
@@ -217,7 +217,7 @@ class Cell:
     batch_size: int
     context: int
     queries: int
-    groups: tuple[tuple[Subject, ...], ...]
+    groups: tuple[tuple[DecodeSubject, ...], ...]
     skipped: tuple[Skipped, ...]
 
 
@@ -233,7 +233,7 @@ class Skipped:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def plan_cells(subjects: Sequence[Subject], plan: Plan) -> list[Cell]:
+def plan_cells(subjects: Sequence[DecodeSubject], plan: DecodePlan) -> list[Cell]:
     """Every combination that is asked for, with who fits beside whom by estimate."""
     parameters = {id(p): p.nbytes for subject in subjects for p in subject.part.parameters()}
     written = sum(subject.writer.parameter_bytes for subject in subjects if subject.writer is not None)
@@ -265,9 +265,9 @@ def plan_cells(subjects: Sequence[Subject], plan: Plan) -> list[Cell]:
     return cells
 
 
-def in_groups(needs: Sequence[tuple[Subject, int]], room: int) -> tuple[tuple[Subject, ...], ...]:
+def in_groups(needs: Sequence[tuple[DecodeSubject, int]], room: int) -> tuple[tuple[DecodeSubject, ...], ...]:
     """Subjects in groups of neighbours that fit into `room` together."""
-    groups: list[list[Subject]] = []
+    groups: list[list[DecodeSubject]] = []
     taken = 0
     for subject, need in needs:
         if groups and taken + need <= room:
@@ -279,7 +279,7 @@ def in_groups(needs: Sequence[tuple[Subject, int]], room: int) -> tuple[tuple[Su
     return tuple(map(tuple, groups))
 
 
-def needed_bytes(subject: Subject, path: str, B: int, S: int, T: int, plan: Plan) -> int:
+def needed_bytes(subject: DecodeSubject, path: str, B: int, S: int, T: int, plan: DecodePlan) -> int:
     """Bytes beside the weights: caches, and by estimate what the largest layer makes of them meanwhile."""
     part = subject.part
     per_token = -(-cache_bytes(part, plan.cache_dtype, S) // S)
@@ -292,7 +292,7 @@ def needed_bytes(subject: Subject, path: str, B: int, S: int, T: int, plan: Plan
     return caches * B * cache_bytes(part, plan.cache_dtype, S + plan.room) + meanwhile
 
 
-def _bytes_in_a_step(attention: Any, path: str, T: int, plan: Plan) -> int:
+def _bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int:
     """What a layer makes meanwhile of one cached token of one row."""
     K, V = attention.qk_width, attention.v_head_dim
     used = attention.n_kv_heads * (K + V)
@@ -313,7 +313,7 @@ def cache_bytes(part: Part, dtype: torch.dtype, context: int) -> int:
     return sum(cache.nbytes for cache in part.new_cache(1, context, dtype=dtype, device="meta"))
 
 
-def caches_in_rotation(part: Part, nbytes: int, plan: Plan) -> int:
+def caches_in_rotation(part: Part, nbytes: int, plan: DecodePlan) -> int:
     """How many caches of `nbytes` the steps go through in turn. A whole model goes through those of its layers."""
     if isinstance(part, GPT) or plan.step == "compile":  # which would compile for each
         return 1
@@ -324,7 +324,7 @@ def caches_in_rotation(part: Part, nbytes: int, plan: Plan) -> int:
     return max(1, min(wanted, ROTATED_AT_MOST_BYTES // nbytes, plan.budget_bytes // 8 // nbytes))
 
 
-def filled_cache(part: Part, B: int, S: int, plan: Plan, generator: torch.Generator) -> list[Cache]:
+def filled_cache(part: Part, B: int, S: int, plan: DecodePlan, generator: torch.Generator) -> list[Cache]:
     """A cache with S random tokens a row and room for more: what a prompt would leave, without reading one."""
     caches = part.new_cache(B, S + plan.room, dtype=plan.cache_dtype, device=plan.device)
     for attention, cache in zip(part.attentions, caches, strict=True):
@@ -341,7 +341,7 @@ def filled_cache(part: Part, B: int, S: int, plan: Plan, generator: torch.Genera
     return caches
 
 
-def draw(part: Part, B: int, T: int, plan: Plan, generator: torch.Generator) -> Tensor:
+def draw(part: Part, B: int, T: int, plan: DecodePlan, generator: torch.Generator) -> Tensor:
     """Random tokens for a model, (B, T); random activations for attention alone, (B, T, D)."""
     if isinstance(part, GPT):
         return torch.randint(part.vocab_size, (B, T), device=plan.device, generator=generator)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.report.colours import Style, styles
-from harness.report.comparison import Comparison, Setup, Table
+from harness.report.comparison import Comparison, ComparisonTable, Setup
 from harness.report.pictures import Mark, Picture, Plot, Series
 from harness.study.statistics import pareto_front
 
@@ -30,7 +30,7 @@ def scatter(comparison: Comparison) -> Picture:
     return Picture("comparison", "Bits per byte by cache bytes per token", "", panels)
 
 
-def _panel(table: Table, looks: Mapping[str, Style]) -> Plot:
+def _panel(table: ComparisonTable, looks: Mapping[str, Style]) -> Plot:
     places = [(table.cache_size(setup), setup.bits_per_byte) for setup in table.setups]
     origins = _origins(table)
     series, joins = [], []
@@ -60,7 +60,7 @@ def _panel(table: Table, looks: Mapping[str, Style]) -> Plot:
     )
 
 
-def _curve(table: Table, looks: Mapping[str, Style]) -> Plot | None:
+def _curve(table: ComparisonTable, looks: Mapping[str, Style]) -> Plot | None:
     """The cache's size at each of CACHE_CONTEXTS; None where no record says it. Rows whose records are older are left out."""
     series = []
     for setup in table.setups:
@@ -74,7 +74,7 @@ def _curve(table: Table, looks: Mapping[str, Style]) -> Plot | None:
     return Plot(x_label, y_label, series, x_log=True, y_log=True, x_ticks=[float(c) for c in CACHE_CONTEXTS], lines=True)
 
 
-def _origins(table: Table) -> dict[str, Setup]:
+def _origins(table: ComparisonTable) -> dict[str, Setup]:
     """By setup_hash the row that a configuration's other caches are seen from: the plain one, else the largest."""
     ordered = sorted(table.setups, key=lambda setup: (setup.through_cache, -table.cache_size(setup)))
     return {setup.setup_hash: setup for setup in reversed(ordered)}

@@ -93,7 +93,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Table:
+class ComparisonTable:
     """Setups that may stand side by side, the fewest bits per byte first."""
 
     heading: str
@@ -145,7 +145,7 @@ class Table:
 class Comparison:
     """The tables, and sentences on what was left out or must be known to read them."""
 
-    tables: list[Table]
+    tables: list[ComparisonTable]
     notes: list[str]
     lacking: list[str]  # names of the runs without the evaluation that the others are compared on
 
@@ -200,7 +200,7 @@ def compare(
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[Table]:
+def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[ComparisonTable]:
     """Records with equal conditions share a table; the largest table comes first."""
     keys = [key for key in CONDITIONS if not (every_cache and key in CACHE)]
     groups = grouped(records, lambda record: values_of(record, keys))
@@ -217,7 +217,7 @@ def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[Tab
             unsaid = quoted.pop()
             heading += f", cache in {unsaid} where a row says nothing else"
         setups, caution = _with_intervals(_setups(members, every_cache, unsaid), members)
-        tables.append(Table(heading, conditions, setups, caution))
+        tables.append(ComparisonTable(heading, conditions, setups, caution))
     return sorted(tables, key=lambda table: (-len(table.setups), table.heading))
 
 
@@ -391,7 +391,7 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _uneven_seeds(tables: Sequence[Table]) -> list[str]:
+def _uneven_seeds(tables: Sequence[ComparisonTable]) -> list[str]:
     """A sentence for each configuration whose caches were not scored on the same seeds."""
     notes = []
     for table in tables:
@@ -456,7 +456,7 @@ def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     return columns, rows
 
 
-def scatter_points(table: Table, figure: str) -> tuple[list[str], list[list[Any]]]:
+def scatter_points(table: ComparisonTable, figure: str) -> tuple[list[str], list[list[Any]]]:
     """Columns and a row a setup: what is pointed at in a chart of a figure against the cache's size."""
     rows = [[setup.variant, table.cache_size(setup), getattr(setup, figure), setup.n] for setup in table.setups]
     return ["variant", "cache bytes per token", figure, "seeds"], rows

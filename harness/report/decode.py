@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.decode.speed import Figure, Results, Spread
+from harness.decode.speed import DecodeTime, Results, Spread
 from harness.files.text import aligned, csv_text, table_of, visible
 from harness.report.colours import Style, styles
 from harness.report.document import in_ms
@@ -53,7 +53,7 @@ def compared(points: Sequence[tuple[int, float]], unit: str) -> str:
     return f"{first} is faster at all that was measured, {span} {unit}"
 
 
-def crossovers(figures: Sequence[Figure], absorbs_up_to: Mapping[str, int]) -> list[Crossover]:
+def crossovers(figures: Sequence[DecodeTime], absorbs_up_to: Mapping[str, int]) -> list[Crossover]:
     """Of every variant that was timed in both paths: along the context at one new token, along the new tokens a call."""
     seconds = {(f.variant, f.batch_size, f.context, f.queries, f.path): f.call.median for f in figures}
     both = sorted(key[:4] for key in seconds if key[4] == "expand" and (*key[:4], "absorbed") in seconds)
@@ -91,7 +91,7 @@ def sentence(crossover: Crossover) -> str:
 
 # --- table and CSV ---------------------------------------------------------------------------------------------------
 
-COLUMNS: dict[str, Callable[[Figure], str]] = {
+COLUMNS: dict[str, Callable[[DecodeTime], str]] = {
     "batch": lambda f: f"{f.batch_size:,}",
     "context": lambda f: f"{f.context:,}",
     "new": lambda f: f"{f.queries:,}",
@@ -125,12 +125,12 @@ def table(results: Results) -> list[str]:
     return [line + remark for line, (_, _, remark) in zip(lines, rows, strict=True)]
 
 
-def as_csv(figures: Sequence[Figure]) -> str:
+def as_csv(figures: Sequence[DecodeTime]) -> str:
     """One line a figure, unrounded, times in seconds."""
     return csv_text(table_of([_flat(figure) for figure in figures]) if figures else [["row"]])
 
 
-def _flat(figure: Figure) -> dict[str, Any]:
+def _flat(figure: DecodeTime) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in vars(figure).items():
         if name in ("first_token", "call"):
@@ -148,7 +148,7 @@ def _flat(figure: Figure) -> dict[str, Any]:
 _SOLID, _EXPAND, _OTHERS = (), (6.0, 3.0), (2.0, 2.5)  # dashes: the step itself, MLA's expanding path, another library
 
 
-def picture(figures: Sequence[Figure], *, title: str) -> Picture:
+def picture(figures: Sequence[DecodeTime], *, title: str) -> Picture:
     """Time per token against context above, cache against context below, a column a batch size.
 
     A colour a variant; dashed is MLA's expanding path, dotted somebody else's generation. Ours end to end is left out: it
@@ -177,14 +177,14 @@ def picture(figures: Sequence[Figure], *, title: str) -> Picture:
     return Picture("decode", title, "", [*above, *below])
 
 
-def _times(row: str, points: Sequence[Figure], looks: Mapping[str, Style]) -> Series:
+def _times(row: str, points: Sequence[DecodeTime], looks: Mapping[str, Style]) -> Series:
     look, path = looks[points[0].variant], points[0].path
     dash = {"auto": _SOLID, "absorbed": _SOLID, "expand": _EXPAND}.get(path, _OTHERS)
     marks = [Mark(f.context, 1e3 * f.call.median, 1e3 * f.call.low, 1e3 * f.call.high) for f in points]
     return Series(row, Style(look.colour, look.marker, dash), marks, joined=True, banded=False)
 
 
-def cache_lines(figures: Sequence[Figure]) -> dict[str, list[tuple[int, float]]]:
+def cache_lines(figures: Sequence[DecodeTime]) -> dict[str, list[tuple[int, float]]]:
     """(context, MiB) along the context, by variant. Its paths and writers share it: what one was skipped at, another has."""
     found: dict[str, dict[int, float]] = {}
     for figure in figures:

@@ -42,7 +42,7 @@ CURVE_POINTS = 60  # of a curve, at most
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmFindings:
     """An arm and its finished, evaluated runs."""
 
     name: str
@@ -164,7 +164,7 @@ class Findings:
         self.unequal = equal_variances(self.values, **self._kinds)
         self.also = self._also()
         self.arms = [
-            Arm(
+            ArmFindings(
                 name,
                 info,
                 self._runs_of(name),
@@ -201,7 +201,7 @@ class Findings:
     def _comparable(self, pair: Pair) -> bool:
         return can_be_compared(self.values, *pair, self.lineages)
 
-    def arm(self, name: str) -> Arm:
+    def arm(self, name: str) -> ArmFindings:
         return next(arm for arm in self.arms if arm.name == name)
 
     # --- comparisons -------------------------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ class Findings:
         return notes + self._declared_pairs[1]
 
 
-def _noise(a: Arm, b: Arm) -> tuple[Noise | None, list[int], str, str | None]:
+def _noise(a: ArmFindings, b: ArmFindings) -> tuple[Noise | None, list[int], str, str | None]:
     """The bootstrap of two arms over the test split, of losses averaged over the seeds both have.
 
     Its clusters are the documents, where there are enough of them to draw from; else segments, which are other places in the

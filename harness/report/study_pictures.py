@@ -10,7 +10,7 @@ from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
-from harness.report.findings import Arm, Curves, Findings, Sweep, Verdict
+from harness.report.findings import ArmFindings, Curves, Findings, Sweep, Verdict
 from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
@@ -51,7 +51,7 @@ def pareto(findings: Findings) -> Picture:
     return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, [("", plot)])
 
 
-def _point(findings: Findings, arm: Arm, looks: Mapping[str, Style], cost: float, hover: str) -> Series:
+def _point(findings: Findings, arm: ArmFindings, looks: Mapping[str, Style], cost: float, hover: str) -> Series:
     """An arm's mean at what it costs. hover: what follows the mean."""
     assert arm.mean is not None
     words = f"{arm.name}: {mean_text(arm.mean, findings.metric)} {findings.metric.unit}, {hover}"

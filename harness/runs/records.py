@@ -90,7 +90,7 @@ class PairsFigures(TypedDict):
     accuracy: Figure
 
 
-class Answers(TypedDict):
+class AnswerFigures(TypedDict):
     accuracy: Figure
     chance: Figure
     newest: NotRequired[Figure | None]
@@ -100,7 +100,7 @@ class Answers(TypedDict):
 class Recall(TypedDict, total=False):
     passkey: list[PromptFigures] | None
     copying: list[PromptFigures] | None
-    answers: Answers | None
+    answers: AnswerFigures | None
 
 
 class Extras(TypedDict, total=False):
@@ -131,7 +131,7 @@ class Evaluation(RunSummary, total=False):
     checkpoint: str
 
 
-class Segments(TypedDict):
+class SegmentRecord(TypedDict):
     """segments/NAME.json: losses of the parts of a split, for the bootstrap."""
 
     nats: list[Figure]
@@ -283,12 +283,12 @@ def read_config(run: Path) -> dict[str, Any]:
         raise UserError(f"{run / 'config.yaml'} is not as it was written ({error}): restore it") from None
 
 
-def read_segments(run: Path, evaluation: str) -> Segments | None:
+def read_segments(run: Path, evaluation: str) -> SegmentRecord | None:
     """What lies beside the evaluation of that name; None where nothing does."""
     path = run / "segments" / f"{evaluation}.json"
     if not path.is_file():
         return None
-    segments = cast(Segments, _read(path, Segments))
+    segments = cast(SegmentRecord, _read(path, SegmentRecord))
     if len(segments["nats"]) != len(segments["bytes"]):
         raise _refused(path, f"{len(segments['nats'])} losses and {len(segments['bytes'])} sizes")
     if len(segments.get("documents", segments["nats"])) != len(segments["nats"]):

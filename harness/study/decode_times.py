@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
-from harness.decode.speed import Figure, machine_name, measure_cell
-from harness.decode.subjects import Cell, Plan, Skipped, Subject, footprint, plan_cells
+from harness.decode.speed import DecodeTime, machine_name, measure_cell
+from harness.decode.subjects import Cell, DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
@@ -49,7 +49,7 @@ def decode_times(
     if not contexts:
         longest = max(config.model.max_seq_len for config in configs.values())
         contexts = [multiple * longest for multiple in MULTIPLES]
-    plan = Plan(
+    plan = DecodePlan(
         contexts=tuple(sorted(set(contexts))),
         batch_sizes=tuple(sorted(set(batch_sizes))),
         queries=(1,),
@@ -84,7 +84,7 @@ def decode_times(
     return rows
 
 
-def _row(figure: Figure, plan: Plan) -> DecodeRow:
+def _row(figure: DecodeTime, plan: DecodePlan) -> DecodeRow:
     return {
         "arm": figure.variant,
         "context": figure.context,
@@ -100,7 +100,7 @@ def _row(figure: Figure, plan: Plan) -> DecodeRow:
     }
 
 
-def _subject(name: str, config: TrainConfig, vocab_size: int, plan: Plan) -> Subject:
+def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) -> DecodeSubject:
     """A model of the arm's shape, with positions for the longest context, on the path that one token takes."""
     with torch.device(plan.device):
         model = build_model(config, vocab_size, max_seq_len=plan.contexts[-1] + plan.room).to(plan.dtype).eval()
@@ -112,7 +112,7 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: Plan) -> Sub
     if choosing.decode_paths != ("auto",):
         path = "absorbed" if choosing.absorbs(1) else "expand"
     sizes = footprint(model, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
-    return Subject(name, model, (path,), sizes, kernel=kernel)
+    return DecodeSubject(name, model, (path,), sizes, kernel=kernel)
 
 
 def _too_late(cell: Cell, max_seconds: float) -> Skipped:

@@ -14,7 +14,7 @@ from harness.runs.records import (
     DecodeRow,
     Evaluation,
     RunSummary,
-    Segments,
+    SegmentRecord,
     SpecRecord,
     StudyRecord,
     read_config,
@@ -60,7 +60,7 @@ class RunResult:
         ]
         return found[-1] if found else None
 
-    def segments(self) -> Segments | None:
+    def segments(self) -> SegmentRecord | None:
         """nats and bytes of each segment of that evaluation, for the bootstrap."""
         record = self.evaluation()
         return None if record is None else read_segments(self.folder, record["record"])

@@ -12,7 +12,7 @@ import torch
 
 from harness.config.run_config import save_run_config
 from harness.decode import speed
-from harness.decode.speed import Clock, Figure, Spread, measure, measure_cell
+from harness.decode.speed import Clock, DecodeTime, Spread, measure, measure_cell
 from harness.decode.subjects import plan_cells, weight_bytes
 from harness.errors import UserError
 from harness.report.decode import cache_lines, compared, crossings
@@ -265,9 +265,9 @@ def test_bad_input_is_refused_in_one_sentence(options: list[str], sentence: str,
 
 
 def test_a_cache_is_drawn_at_a_context_that_only_one_of_its_paths_fits() -> None:
-    def at(row: str, context: int) -> Figure:
+    def at(row: str, context: int) -> DecodeTime:
         spread = Spread(1.0, 1.0, 1.0, 1)
-        return Figure(row, "mla", row, 8, context, 1, None, spread, 1.0, 1, 1.0, 1.0, context * 2**20, 2**20, None)
+        return DecodeTime(row, "mla", row, 8, context, 1, None, spread, 1.0, 1, 1.0, 1.0, context * 2**20, 2**20, None)
 
     figures = [at("expand", 1), at("expand", 2), at("absorbed", 1), at("absorbed", 2), at("absorbed", 4)]
     assert cache_lines(figures) == {"mla": [(1, 1.0), (2, 2.0), (4, 4.0)]}

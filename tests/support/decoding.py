@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from harness.decode.subjects import Plan, Subject, footprint, paths_of
+from harness.decode.subjects import DecodePlan, DecodeSubject, footprint, paths_of
 from modeling.attention.layers import AttentionLayers
 from tests.support.variants import attention_from, gpt_from
 
 
-def plan(**changes: Any) -> Plan:
+def plan(**changes: Any) -> DecodePlan:
     settings: dict[str, Any] = {
         "contexts": (16,),
         "batch_sizes": (2,),
@@ -27,12 +27,12 @@ def plan(**changes: Any) -> Plan:
         "generate": False,
         "seed": 0,
     }
-    return Plan(**(settings | changes))
+    return DecodePlan(**(settings | changes))
 
 
-def subject(attention: str, *, layers: int = 0, decode: str = "both") -> Subject:
+def subject(attention: str, *, layers: int = 0, decode: str = "both") -> DecodeSubject:
     """The variant at SIZES: the whole model, or so many attention layers."""
     overrides = [f"attention={attention}"]
     part = AttentionLayers([attention_from(overrides) for _ in range(layers)]) if layers else gpt_from(overrides)
     sizes = footprint(part, dtype=torch.float32, cache_dtype=torch.float32)
-    return Subject(attention, part, paths_of(part.attentions[0], decode), sizes)
+    return DecodeSubject(attention, part, paths_of(part.attentions[0], decode), sizes)
