@@ -23,7 +23,6 @@ enter_environment()
 import dataclasses
 import functools
 import json
-import operator
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -381,7 +380,7 @@ def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, not
     return Writer(
         "transformers",
         functools.partial(classes.write, theirs),
-        functools.partial(operator.mul, classes.cache_bytes_per_token(theirs)),
+        functools.partial(classes.cache_bytes, theirs),
         sum(parameter.nbytes for parameter in theirs.parameters()),
     )
 

@@ -1,9 +1,10 @@
 """A trained run as a Hugging Face model: python scripts/export.py run=runs/NAME to=DIR.
 
 MHA, GQA and MQA with rotation become LlamaForCausalLM (with attention.qk_norm Qwen3ForCausalLM, with
-attention.projection_bias=qkv and Qwen2's own kind of tokenizer Qwen2ForCausalLM), MLA with RMSNorm latents and a decoupled
+attention.projection_bias=qkv and Qwen2's own kind of tokenizer Qwen2ForCausalLM; with windows in all layers
+MistralForCausalLM, in some MinistralForCausalLM, or one of the two Qwens), MLA with RMSNorm latents and a decoupled
 rotation DeepseekV3ForCausalLM. AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no code of ours,
-in transformers 5 and 4.57. Everything else (learned
+in transformers 5 and, but for Ministral, 4.57. Everything else (learned
 positions, no rotation, relu2, ...) becomes a folder of our own class, which holds no code either and loads where this
 project can be imported, after harness.hf.classes.register(). What was written is loaded and compared with the run before
 the folder appears.

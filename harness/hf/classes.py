@@ -2,6 +2,8 @@
 
     MHA, GQA, MQA               Llama; with qk_norm Qwen3; with biases on queries, keys and values alone Qwen2, or
                                 Llama with a bias of zeros on the output
+    the same with windows       Qwen3 and Qwen2 as above; without biases Mistral where all layers have one, Ministral
+                                where some have, or Qwen2 with biases of zeros
     MLA with RMSNorm latents    DeepSeek-V3, every layer dense
     everything else             a class of ours that they know after register() (harness/hf/own_class.py)
 
@@ -23,7 +25,7 @@ from harness.errors import UserError
 from harness.files.atomic import read_json, write_json
 from harness.hf.config_json import LATENT_SIZES, OWN_TYPE, SIZES
 from harness.hf.weights import their_weights
-from modeling.attention import EXECUTION
+from modeling.attention import EXECUTION, kind_options, kinds_of_layers
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
@@ -34,7 +36,6 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "positions": ("rope",),
         "gate": ("none",),
         "q_lora_rank": (None,),
-        "window": (None,),
         "sink_logits": (False,),
         "rotary_fraction": (1.0,),
     },
@@ -50,7 +51,15 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "qk_norm": (False,),
     },
 }
-_MODEL_TYPES = {"Llama": "llama", "Qwen2": "qwen2", "Qwen3": "qwen3", "DeepSeek-V3": "deepseek_v3"}
+_MODEL_TYPES = {
+    "Llama": "llama",
+    "Mistral": "mistral",
+    "Ministral": "ministral",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "DeepSeek-V3": "deepseek_v3",
+}
+SINCE_5 = ("MinistralForCausalLM",)  # classes that transformers 4 does not have
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
 
 
@@ -99,8 +108,8 @@ def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) 
         theirs = AutoModelForCausalLM.from_config(_their_config(model, config, family or families(config)[0]))
     theirs.to(embedding.dtype).to_empty(device=embedding.device)
     weights = dict(their_weights(model, config))
-    for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none
-        if name.endswith(".o_proj.bias") and name not in weights:
+    for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none, their Qwen2 three
+        if name.endswith("_proj.bias") and name not in weights:
             weights[name] = torch.zeros_like(parameter)
     if config.model.tie_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -115,7 +124,7 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
     """The configuration of the class of `family` that computes the same."""
     from transformers import AutoConfig
 
-    sizes, attention = config.model, config.attention
+    sizes, (attention, windows) = config.model, _common(config)
     scaling = attention["rope_scaling"] or {"rope_type": "default"}
     fields: dict[str, Any] = {
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
@@ -128,10 +137,15 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    if family == "Qwen2":  # which has its biases without being told
-        fields["use_sliding_window"] = False
-    else:
+    if family in ("Llama", "Qwen3", "DeepSeek-V3"):  # the others have theirs, or none, without being told
         fields["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
+    if family in ("Qwen2", "Qwen3"):
+        fields["use_sliding_window"] = any(windows)
+        fields["max_window_layers"] = next((layer for layer, window in enumerate(windows) if window), len(windows))
+    if any(windows):
+        fields["sliding_window"] = max(window or 0 for window in windows)
+        if family != "Mistral":
+            fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     if family == "Llama":
         fields["mlp_bias"] = sizes.bias
     if family == "DeepSeek-V3":
@@ -153,14 +167,27 @@ def families(config: TrainConfig) -> list[str]:
     More than one, the closest first: their Qwen2 comes with a tokenizer of its own, whatever a folder holds. None for a
     mechanism that they do not have at all.
     """
-    attention = config.attention
-    if attention["mechanism"] not in _FITTING or "layers" in attention:
+    attention, windows = _common(config)
+    if not attention or attention["mechanism"] not in _FITTING:
         return []
     if attention["mechanism"] == "mla":
         return ["DeepSeek-V3"]
     if attention["qk_norm"]:
         return ["Qwen3"]
+    plain = attention["projection_bias"] == "model" and not config.model.bias
+    if any(windows):
+        return ["Mistral" if all(windows) else "Ministral", "Qwen2"] if plain else ["Qwen2"]
     return ["Qwen2", "Llama"] if attention["projection_bias"] == "qkv" and not config.model.bias else ["Llama"]
+
+
+def _common(config: TrainConfig) -> tuple[dict[str, Any], list[int | None]]:
+    """The options that all layers have, and the window of each; no options where layers differ in more than one window."""
+    attention = config.attention
+    kinds = kinds_of_layers(attention, config.model.n_layers)
+    of_layers = [kind_options(attention["mechanism"], attention, kind) for kind in kinds]
+    windows = [options.pop("window", None) for _, options in of_layers]
+    alike = all(layer == of_layers[0] for layer in of_layers) and len({*windows} - {None}) <= 1
+    return (of_layers[0][1] if alike else {}), windows
 
 
 def export_line(config: TrainConfig) -> str:
@@ -172,11 +199,11 @@ def export_line(config: TrainConfig) -> str:
 
 def misfits(config: TrainConfig) -> list[str]:
     """What no class of theirs has, as field=value; none where one computes the same."""
-    model, attention = config.model, config.attention
-    if attention["mechanism"] not in _FITTING:
-        return [f"attention.mechanism={attention['mechanism']}"]
-    if "layers" in attention:
-        return [f"attention.layers=[{','.join(attention['layers'])}]"]
+    model, (attention, windows) = config.model, _common(config)
+    if config.attention["mechanism"] not in _FITTING:
+        return [f"attention.mechanism={config.attention['mechanism']}"]
+    if not attention:
+        return [f"attention.layers=[{','.join(config.attention['layers'])}]"]
     grouped = attention["mechanism"] == "gqa"
     differing = [
         f"attention.{key}={attention[key]}"
@@ -185,8 +212,10 @@ def misfits(config: TrainConfig) -> list[str]:
     ]
     if grouped and attention["v_head_dim"] != attention["head_dim"]:
         differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
-    if model.bias and (not grouped or attention["qk_norm"]):  # only Llama has them in the MLP
+    if model.bias and (not grouped or attention["qk_norm"] or any(windows)):  # only Llama has them in the MLP
         differing.append("model.bias=true")
+    if grouped and any(windows) and attention["projection_bias"] == "all" and not attention["qk_norm"]:
+        differing.append("attention.projection_bias=all")  # with windows only Qwen3 has one on the output
     # Of their projections from x, the one to queries has no bias (the one to the queries' latent has).
     if not grouped and attention["projection_bias"] == "all" and attention["q_lora_rank"] is None:
         differing.append("attention.projection_bias=all with attention.q_lora_rank=null")
@@ -263,9 +292,13 @@ def _no_progress_bars() -> Iterator[None]:
 
 @torch.inference_mode()
 def difference(model: GPT, theirs: Any) -> float:
-    """||ours - theirs|| / ||theirs|| of the logits of random tokens: what tells the same function from a similar one."""
+    """||ours - theirs|| / ||theirs|| of the logits of random tokens: what tells the same function from a similar one.
+
+    So many that windows hide some of them.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (2, min(32, model.max_seq_len))
+    longest = max((getattr(attention, "window", None) or 0) for attention in model.attentions)
+    shape = (1 if longest > 512 else 2, min(max(32, longest + 16), model.max_seq_len))
     tokens_BT = torch.randint(model.vocab_size, shape, generator=generator).to(model.embedding.weight.device)
     ours_BTC = model(tokens_BT)[..., : model.vocab_size]
     theirs_BTC = theirs(input_ids=tokens_BT).logits.float()
@@ -301,8 +334,15 @@ class _Stamper:
 
 
 @torch.inference_mode()
-def cache_bytes_per_token(theirs: Any) -> int:
-    """Bytes that one token of one row takes in their cache, all layers, read off its tensors."""
-    tokens_BT = torch.zeros(1, 8, dtype=torch.long, device=theirs.device)
-    cache = theirs(input_ids=tokens_BT, use_cache=True).past_key_values
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // tokens_BT.shape[1]
+def cache_bytes(theirs: Any, tokens: int) -> int:
+    """Bytes that so many tokens of one row take in their cache, all layers: one token's, read off its tensors, times as many.
+
+    A layer with a window keeps one token less than that, since it is given the newest beside them.
+    """
+    tokens_BT = torch.zeros(1, 1, dtype=torch.long, device=theirs.device)
+    layers = theirs(input_ids=tokens_BT, use_cache=True).past_key_values.layers
+    kept = [getattr(layer, "sliding_window", None) for layer in layers]
+    return sum(
+        (layer.keys.nbytes + layer.values.nbytes) * (tokens if window is None else min(tokens, window - 1))
+        for layer, window in zip(layers, kept, strict=True)
+    )

@@ -59,19 +59,33 @@ class Family:
     qk_norm: bool = False
     bias: str = "none"  # on projections: none, qkv, or where attention_bias says so
     mlp_bias: bool = False  # whether the field is read
-    window: str = "none"  # none, always, or in some layers
+    window: str = "none"  # none, always, or layers: where use_sliding_window says so
     # The calculator: transformers has no class to measure, and every layer sees everything.
     by_formula: bool = False
 
 
 _LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
 _QWEN = {"num_key_value_heads": 32, "max_window_layers": 28}
+# What of others that are asked for is no GPT's of this project, as the rest of a sentence.
+UNLIKE = {
+    "gemma": "scales its embedding, adds 1 to the gains of its norms, and has a GELU MLP",
+    "gemma2": "has four norms a block, caps the logits of attention and head, scales its embedding, and has a GELU MLP",
+    "gemma3_text": "has four norms a block, scales its embedding, turns windowed layers by another base, and has a GELU MLP",
+    "gpt_oss": "routes tokens to experts (its attention is attention=swa_sinks)",
+    "cohere": "computes attention and MLP side by side from one LayerNorm, and scales its logits",
+    "olmo2": "has its norms behind attention and MLP, and one over the queries and keys of all heads",
+    "exaone4": "has its norms behind attention and MLP",
+    "phi3": "keeps queries, keys and values, and both matrices of its MLP, in one tensor each",
+    "mixtral": "routes tokens to experts",
+    "qwen3_next": "has layers of linear attention, and routes tokens to experts",
+}
+UNLIKE |= {"gemma3": UNLIKE["gemma3_text"], "cohere2": UNLIKE["cohere"], "olmo3": UNLIKE["olmo2"]}
 # Every other type is measured by its class in transformers, and not imported.
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", bias="attention_bias", mlp_bias=True),
-    "mistral": Family(
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096}, architecture="MistralForCausalLM", window="always"
-    ),
+    "mistral": Family(defaults=_MISTRAL, architecture="MistralForCausalLM", window="always"),
+    "ministral": Family(defaults=_MISTRAL, architecture="MinistralForCausalLM", window="always"),
     "qwen2": Family(defaults=_QWEN, architecture="Qwen2ForCausalLM", bias="qkv", window="layers"),
     "qwen3": Family(
         defaults=_QWEN | {"head_dim": 128},

@@ -269,7 +269,8 @@ def model_card(run: Path, trained: TrainedModel, exported: Exported) -> str:
 def _card_rows(run: Path, trained: TrainedModel, exported: Exported) -> list[tuple[str, str]]:
     """What the model is."""
     config, model = trained.config, trained.config.model
-    reader = "" if exported.own else "; config.json has the fields that 4.57 reads too"
+    readable = not exported.own and exported.architecture not in classes.SINCE_5
+    reader = "; config.json has the fields that 4.57 reads too" if readable else ""
     rows = [
         ("class", f"`{exported.architecture}`, {exported.dtype}"),
         ("loads with", f"transformers {classes.version()}, which wrote it{reader}"),

@@ -64,9 +64,16 @@ class Plan:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """All layers, in cache.dtype, read off allocated buffers."""
+        """All layers that hold it, in cache.dtype, read off allocated buffers."""
         caches = self.model.new_cache(1, 1, dtype=CACHE_DTYPES[self.config.cache.dtype], device="cpu")
         return sum(cache.bytes_per_token for cache in caches)
+
+    @property
+    def _at_context(self) -> str:
+        """What the whole context takes, where that is less than its tokens' bytes."""
+        context, dtype = self.model.max_seq_len, CACHE_DTYPES[self.config.cache.dtype]
+        held = sum(cache.nbytes for cache in self.model.new_cache(1, context, dtype=dtype, device="meta"))
+        return "" if held == context * self.cache_bytes_per_token else f", {held:,} at {context:,} tokens"
 
     def lines(self) -> list[str]:
         """What a person wants to know of the import."""
@@ -76,7 +83,7 @@ class Plan:
             f"attention   {self.config.attention['name']}, {self.config.model.n_layers} layers, context "
             f"{self.config.model.max_seq_len:,}",
             f"parameters  {self.parameters:,}",
-            f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.config.cache.dtype}",
+            f"KV cache    {self.cache_bytes_per_token:,} bytes per token in {self.config.cache.dtype}{self._at_context}",
             *(f"note        {note}" for note in self.notes),
         ]
 

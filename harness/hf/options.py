@@ -1,7 +1,7 @@
 """What a config.json of transformers says, as the sizes and options of our classes: kept exactly, or refused by name.
 
-    llama  mistral  qwen2  qwen3         MHA, GQA or MQA
-    deepseek_v2  deepseek_v3             MLA; every layer dense
+    llama  mistral  ministral  qwen2  qwen3   MHA, GQA or MQA; but for llama with windows in all layers or in some
+    deepseek_v2  deepseek_v3                  MLA; every layer dense
 
 Fields that are left out have their class's default.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import UserError
-from harness.hf.config_json import IMPORTED, SIZES, Family, Fields, refusal, refuse_impossible
+from harness.hf.config_json import IMPORTED, SIZES, UNLIKE, Family, Fields, refusal, refuse_impossible
 from modeling.attention.rope import SCALINGS
 
 # What each kind of rotation takes from config.json beside rope_theta; the rest means nothing to it.
@@ -25,7 +25,10 @@ _ROTATIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Description:
-    """One model. attention: the options of its class but for dropout and EXECUTION. notes: what a user must know."""
+    """One model. attention: the options of its class, and PATTERN's where layers differ, but for dropout and EXECUTION.
+
+    notes: what a user must know.
+    """
 
     model_type: str
     sizes: dict[str, Any]  # fields of ModelConfig
@@ -45,6 +48,8 @@ def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Descr
     _refuse_another_function(theirs)
     attention = (_latent_attention if family.latent else _grouped_attention)(theirs)
     attention["rope_theta"], attention["rope_scaling"] = _rotation(theirs, notes)
+    context = _context(theirs, max_seq_len)
+    attention |= _windows(theirs, context, notes)
     biased = family.mlp_bias and theirs.flag("mlp_bias")
     if biased and attention["projection_bias"] != "all":
         raise theirs.refusal("mlp_bias", "is covered beside attention_bias=true only")
@@ -53,7 +58,7 @@ def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Descr
     sizes = {
         **{ours: theirs.count(name) for ours, name in SIZES.items()},
         "head_dim": attention["qk_nope_head_dim" if family.latent else "head_dim"],
-        "max_seq_len": _context(theirs, max_seq_len, notes),
+        "max_seq_len": context,
         "mlp": "swiglu",
         "bias": biased,
         "dropout": 0.0,
@@ -81,7 +86,8 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
     if model_type is None:
         model_type = next((name for name, known in IMPORTED.items() if known.architecture in architectures), None)
     if not isinstance(model_type, str) or model_type not in IMPORTED:
-        raise UserError(f"model_type={model_type or 'null'} is not covered by the import; {covered}")
+        why = f", which {UNLIKE[model_type]}," if isinstance(model_type, str) and model_type in UNLIKE else ""
+        raise UserError(f"model_type={model_type or 'null'}{why} is not covered by the import; {covered}")
     family = IMPORTED[model_type]
     if architectures and family.architecture not in architectures:
         raise UserError(
@@ -185,35 +191,37 @@ def _rotation(theirs: Fields, notes: list[str]) -> tuple[float, dict[str, Any] |
     return float(theta), {"rope_type": kind, **scaling}
 
 
-def _context(theirs: Fields, asked: int | None, notes: list[str]) -> int:
-    """max_seq_len: what is asked for, at most the config's context and its sliding window."""
+def _context(theirs: Fields, asked: int | None) -> int:
+    """max_seq_len: what is asked for, at most the config's context."""
     longest = theirs.count("max_position_embeddings")
     if asked is not None and not 1 <= asked <= longest:
         raise UserError(f"max_seq_len={asked} must be between 1 and the model's max_position_embeddings={longest}")
-    window = _window(theirs)
-    if window is not None and window < (asked or longest):
-        if asked is not None:
-            raise UserError(
-                f"max_seq_len={asked} is longer than the model's sliding_window={window}, beyond which a GPT "
-                f"here computes something else: choose at most {window}"
-            )
-        notes.append(f"max_seq_len={window} of {longest}: within its sliding_window the model is the same, beyond it is not")
-        return window
     return asked or longest
 
 
-def _window(theirs: Fields) -> int | None:
-    """The sliding window of any layer."""
-    family = theirs.family
+def _windows(theirs: Fields, context: int, notes: list[str]) -> dict[str, Any]:
+    """The options that give layers their windows; none where no window is shorter than the context."""
+    family, layers = theirs.family, theirs.count("num_hidden_layers")
     if family.window == "none" or theirs.get("sliding_window") is None:
-        return None
+        return {}
+    if family.window == "layers" and not theirs.flag("use_sliding_window"):
+        return {}
+    window, first = theirs.count("sliding_window"), 0
     if family.window == "layers":
-        if not theirs.flag("use_sliding_window"):
-            return None
-        layers, first = theirs.count("num_hidden_layers"), theirs.count("max_window_layers", least=0)
-        kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-        if set(kinds) - {"sliding_attention", "full_attention"}:
-            raise theirs.refusal("layer_types", "names layers that are not covered")
-        if "sliding_attention" not in kinds:
-            return None
-    return theirs.count("sliding_window")
+        first = theirs.count("max_window_layers", least=0)
+    kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if set(kinds) - {"sliding_attention", "full_attention"}:
+        raise theirs.refusal("layer_types", "names layers that are not covered")
+    if len(kinds) != layers:
+        raise theirs.refusal("layer_types", f"names {len(kinds)} layers for num_hidden_layers={layers}: correct one of them")
+    windowed = kinds.count("sliding_attention")
+    if window >= context or not windowed:
+        return {}
+    notes.append(
+        f"{windowed} of {layers} layers see the newest {window:,} tokens alone; with max_seq_len={window} all would see all"
+    )
+    if windowed == layers:
+        return {"name": "swa", "window": window}
+    names = ["local" if kind == "sliding_attention" else "full" for kind in kinds]
+    period = next(n for n in range(1, layers + 1) if all(name == names[i % n] for i, name in enumerate(names)))
+    return {"name": "swa", "layers": names[:period], "kinds": {"local": {"window": window}, "full": {}}}

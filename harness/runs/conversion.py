@@ -138,7 +138,10 @@ def _check_source(config: TrainConfig) -> None:
         raise UserError(f"attention={config.attention['name']} is no MHA, GQA or MQA, which is what conversions start from")
     for option, plain in (("window", None), ("sink_logits", False), ("rotary_fraction", 1.0)):
         if (value := config.attention[option]) != plain:
-            raise UserError(f"attention={config.attention['name']} has {option}={value}, which no conversion carries over")
+            less = f"; a model imported with max_seq_len={value} has none" if option == "window" else ""
+            raise UserError(
+                f"attention={config.attention['name']} has {option}={value}, which no conversion carries over{less}"
+            )
     if "layers" in config.attention:
         raise UserError(f"attention={config.attention['name']} has layers that differ, and conversions make all of them alike")
 

@@ -83,7 +83,27 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama, yarn": ("Llama", {"rope_parameters": DEEPSEEK_YARN}),
     "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None, "rms_norm_eps": 1e-5}),
+    "mistral, windows": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 7}),
+    "ministral": (
+        "Ministral",
+        {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2, windows in the last layers": (
+        "Qwen2",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3, three windows and none in turns": (
+        "Qwen3",
+        {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "num_hidden_layers": 6,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": [f"{kind}_attention" for kind in ["sliding"] * 3 + ["full"] + ["sliding"] * 2],
+        },
+    ),
     "qwen2, yarn": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
     "qwen3, biases": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}),
@@ -98,6 +118,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, biases": ("DeepseekV3", MLA | {"q_lora_rank": 20, "attention_bias": True, "rms_norm_eps": 1e-4}),
     "deepseek_v3, biases but on queries": ("DeepseekV3", MLA | {"q_lora_rank": None, "attention_bias": True}),
 }
+
+
+CONVERTED = ("Llama", "Mistral", "Qwen2")  # QK-norm and windows are not
 
 
 class Zoo(Workplace):
@@ -197,7 +220,9 @@ def test_the_logits_are_theirs_at_every_position(zoo: Zoo, name: str, tmp_path: 
     assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) < 1e-5
 
 
-@pytest.mark.parametrize("name", [name for name, (kind, _) in MODELS.items() if kind in ("Llama", "Mistral", "Qwen2")])
+@pytest.mark.parametrize(
+    "name", [name for name, (kind, fields) in MODELS.items() if kind in CONVERTED and not fields.get("sliding_window")]
+)
 def test_every_family_with_grouped_heads_becomes_mla_exactly(zoo: Zoo, name: str, tmp_path: Path) -> None:
     trained = zoo.bring(zoo.source(name), tmp_path / "run")
     source = trained.model.double()
@@ -215,7 +240,9 @@ def test_every_family_with_grouped_heads_becomes_mla_exactly(zoo: Zoo, name: str
         assert theirs.dtype == torch.float64 and relative_error(ours, theirs) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["qwen2, yarn", "deepseek_v2, yarn"])
+@pytest.mark.parametrize(
+    "name", ["qwen2, yarn", "deepseek_v2, yarn", "mistral, windows", "qwen3, three windows and none in turns"]
+)
 def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_path: Path) -> None:
     trained, model = zoo.bring(zoo.source(name), tmp_path / "run"), zoo.model(name)
     prompts_BT = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -236,6 +263,10 @@ def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_pat
         ("deepseek_v3", {"rope_interleave": False}),
         ("deepseek_v3, pairs apart", {"rope_interleave": True}),
         ("deepseek_v3, pairs apart", {"rms_norm_eps": 1e-2}),
+        ("mistral, windows", {"sliding_window": 8}),
+        ("ministral", {"layer_types": ["sliding_attention", "full_attention"]}),
+        ("qwen2, windows in the last layers", {"max_window_layers": 0, "layer_types": ABSENT}),
+        ("qwen2, windows in the last layers", {"use_sliding_window": False}),
     ],
 )
 def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -289,6 +320,8 @@ def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields
             {"rope_interleave": ABSENT, "architectures": ABSENT, "n_routed_experts": None, "first_k_dense_replace": 0},
         ),
         ("mistral", {"model_type": ABSENT, "sliding_window": 64}),
+        ("mistral, windows", {"layer_types": ["sliding_attention", "sliding_attention"]}),
+        ("qwen2, windows in the last layers", {"layer_types": ABSENT}),
     ],
 )
 def test_older_and_shorter_ways_to_say_the_same_are_understood(
@@ -602,16 +635,32 @@ def test_data_that_is_missing_costs_the_score_and_not_the_import(zoo: Zoo, tmp_p
     assert difference(loaded(run), zoo.model("llama")) < 1e-5
 
 
-def test_within_a_sliding_window_the_model_is_the_same(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import transformers
+def test_windows_become_those_of_our_layers(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "qwen3, three windows and none in turns"
+    trained = zoo.bring(zoo.source(name), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "5 of 6 layers see the newest 8 tokens alone; with max_seq_len=8 all would see all" in said
+    token = 2 * 2 * 16 * 2  # bytes of a layer, in bfloat16
+    assert f"{6 * token:,} bytes per token in bfloat16, {token * (5 * 8 + 64):,} at 64 tokens" in said
+    attention = trained.config.attention
+    assert (attention["name"], attention["layers"]) == ("swa", ["local", "local", "local", "full"])
+    assert [layer.window for layer in trained.model.attentions] == [8, 8, 8, None, 8, 8]
+    assert zoo.bring(zoo.source("mistral, windows"), tmp_path / "all").config.attention["window"] == 7
+    exported = tmp_path / "back"
+    assert export.main([f"run={tmp_path / 'run'}", f"to={exported}"]) == 0
+    assert "Qwen3ForCausalLM" in capsys.readouterr().out
+    theirs = zoo.model(name).config.to_dict()
+    kept = {"layer_types", "sliding_window", "use_sliding_window", "head_dim", "num_key_value_heads"}
+    written = json.loads((exported / "config.json").read_text())
+    assert {field: written[field] for field in kept} == {field: theirs[field] for field in kept}
 
-    source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    trained = zoo.bring(source, tmp_path / "run")
-    assert "max_seq_len=20 of 64: within its sliding_window the model is the same" in capsys.readouterr().out
-    assert trained.model.max_seq_len == 20 and difference(trained, model, 20) < 1e-5
-    qwen: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "layer_types": ABSENT}
-    assert zoo.bring(zoo.changed("qwen2", tmp_path / "qwen", **qwen), tmp_path / "two").model.max_seq_len == 16
+
+def test_within_a_sliding_window_no_layer_has_one(zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = zoo.source("mistral, windows")
+    trained = zoo.bring(source, tmp_path / "run", "max_seq_len=7")
+    assert "newest" not in capsys.readouterr().out
+    assert [layer.window for layer in trained.model.attentions] == [None, None]
+    assert trained.model.max_seq_len == 7 and difference(trained, zoo.model("mistral, windows"), 7) < 1e-5
 
 
 def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -660,7 +709,12 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("llama", {"model_type": "gemma3"}, r"model_type=gemma3 is not covered by the import; covered are llama, mist"),
+        (
+            "llama",
+            {"model_type": "gemma3"},
+            r"model_type=gemma3, which has four norms .*, is not covered by the import; covered are",
+        ),
+        ("llama", {"model_type": "phi"}, r"model_type=phi is not covered by the import; covered are llama, mistral, minist"),
         ("llama", {"model_type": ABSENT, "architectures": ABSENT}, r"model_type=null is not covered"),
         ("llama", {"model_type": ["llama"]}, r"model_type=\['llama'\] is not covered"),
         ("llama", {"architectures": ["LlamaModel"]}, r"architectures=LlamaModel is not covered"),
@@ -707,6 +761,9 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
             {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention", "linear"]},
             r"layer_types=",
         ),
+        ("ministral", {"layer_types": ["sliding_attention"]}, r"layer_types=.* names 1 layers for num_hidden_layers=2"),
+        ("llama", {"model_type": "gemma2"}, r"model_type=gemma2, which has four norms a block, caps .*, is not covered by the"),
+        ("llama", {"model_type": "gpt_oss"}, r"model_type=gpt_oss, which routes tokens to experts .*swa_sinks\), is not cov"),
         ("deepseek_v3", MOE, r"n_routed_experts=8 .* with first_k_dense_replace=1 makes layers of experts"),
         ("deepseek_v2", MOE | {"first_k_dense_replace": None}, r"n_routed_experts=8 .* first_k_dense_replace=0"),
         ("deepseek_v3", {"qk_rope_head_dim": 0}, r"qk_rope_head_dim=0 .* at least 1"),
@@ -849,11 +906,6 @@ def test_files_that_are_damaged_or_missing_are_refused_and_nothing_is_written(
 )
 def test_options_that_make_no_sense_are_refused(zoo: Zoo, options: list[str], sentence: str, tmp_path: Path) -> None:
     refused_by(zoo, zoo.source("llama"), tmp_path / "runs" / "run", sentence, *options)
-
-
-def test_a_window_that_is_asked_beyond_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    source = zoo.changed("mistral", tmp_path / "theirs", sliding_window=20)
-    refused_by(zoo, source, tmp_path / "runs" / "run", r"max_seq_len=30 is longer than .*sliding_window=20", "max_seq_len=30")
 
 
 def test_a_target_that_holds_something_is_left_as_it_was(zoo: Zoo, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.hf.classes import as_transformers, cache_bytes_per_token, difference, families, load, misfits, save, write
+from harness.hf.classes import SINCE_5, as_transformers, cache_bytes, difference, families, load, misfits, save, write
 from modeling.attention.contract import randomise, relative_error
 from modeling.generation import generate
 from tests.support import transformers4
@@ -90,6 +90,20 @@ SAME = {
     "mla, YaRN": ["attention=mla", YARN],
     "mla, YaRN with mscale": ["attention=mla", DEEPSEEK_YARN, "attention.q_lora_rank=20"],
     "mla, YaRN untruncated": ["attention=mla", UNTRUNCATED_YARN],
+    "windows in every second layer": ["attention=swa_1_1"],
+    "windows in three layers of four, QK-norm, biases": [
+        "attention=swa_3_1",
+        "attention.qk_norm=true",
+        "attention.projection_bias=all",
+    ],
+    "windows in all layers": ["attention=gqa", "attention.window=7", "model.head_dim=16"],
+    "windows in all layers, QK-norm": ["attention=gqa", "attention.window=7", "attention.qk_norm=true"],
+    "windows in the last layer, biases": [
+        "attention=swa_1_1",
+        "attention.layers=[full,local]",
+        "attention.kinds.local.window=5",
+        "attention.projection_bias=qkv",
+    ],
     "gqa, a wider vocabulary": ["attention=gqa", "model.vocab_size=130"],
     "mla, a wider vocabulary, its own head": ["attention=mla", "model.vocab_size=130", "model.tie_embeddings=false"],
 }
@@ -146,7 +160,37 @@ def test_another_pairing_of_rotated_dimensions_is_a_difference(attention: str) -
 
 
 @pytest.mark.parametrize(
-    "overrides", [["attention=gqa"], ["attention=mla", "attention.projection_bias=all", "attention.q_lora_rank=20"]]
+    ("overrides", "classes"),
+    [
+        (["attention=swa_3_1"], ("Ministral", "Qwen2")),
+        (["attention=gqa", "attention.window=16"], ("Mistral", "Qwen2")),
+        (["attention=swa_3_1", "attention.projection_bias=qkv"], ("Qwen2",)),
+        (["attention=swa_3_1", "attention.qk_norm=true", "attention.projection_bias=qkv"], ("Qwen3",)),
+    ],
+)
+def test_windows_are_those_of_each_class_that_has_them(overrides: list[str], classes: tuple[str, ...]) -> None:
+    config, model = config_at(*overrides), randomise(gpt_from(overrides)).eval()
+    assert families(config) == [*classes]
+    for family in classes:
+        theirs = as_transformers(model, config, family)
+        assert type(theirs).__name__ == f"{family}ForCausalLM" and difference(model, theirs) < 1e-4
+        wider = as_transformers(model, config, family)
+        wider.config.sliding_window += 1
+        for layer in wider.model.layers:
+            if getattr(layer.self_attn, "sliding_window", None):
+                layer.self_attn.sliding_window += 1
+        assert difference(model, wider) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention=gqa"],
+        ["attention=mla", "attention.projection_bias=all", "attention.q_lora_rank=20"],
+        ["attention=swa_1_1", "attention.kinds.local.window=5"],
+        ["attention=gqa", "attention.window=5"],
+        ["attention=swa_1_1", "attention.kinds.local.window=5", "attention.qk_norm=true"],
+    ],
 )
 def test_both_write_the_same_text(overrides: list[str]) -> None:
     model = randomise(gpt_from(overrides)).eval()
@@ -166,7 +210,16 @@ def test_each_written_token_is_stamped_once() -> None:
 @pytest.mark.parametrize(("attention", "elements"), [("mha", 2 * 4 * 12), ("gqa", 2 * 2 * 12), ("mla", 24 + 6)])
 def test_their_cache_is_measured(attention: str, elements: int) -> None:
     theirs = as_transformers(gpt_from([f"attention={attention}"]).eval(), config_at(f"attention={attention}"))
-    assert cache_bytes_per_token(theirs) == 2 * 4 * elements  # layers, float32
+    assert cache_bytes(theirs, 10) == 10 * 2 * 4 * elements  # layers, float32
+
+
+def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
+    config = config_at("attention=swa_1_1")
+    theirs = as_transformers(gpt_from(["attention=swa_1_1"]).eval(), config)
+    with torch.no_grad():
+        held = theirs(input_ids=torch.zeros(1, 40, dtype=torch.long), use_cache=True).past_key_values
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
+    assert cache_bytes(theirs, 40) == held == 4 * 2 * 2 * 12 * (40 + 15)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +231,12 @@ def test_their_cache_is_measured(attention: str, elements: int) -> None:
         (["attention=mfa"], r"its Llama has no attention.q_lora_rank=24"),
         (["attention=gla"], r"its DeepSeek-V3 has no attention.latent_groups=2"),
         (["attention=shared_kv"], r"it has no attention.mechanism=tied"),
+        (["attention=swa_sinks"], r"its Ministral has no attention.sink_logits=True"),
+        (["attention=gqa_cla"], r"it has no attention.layers=\[own,reader\]"),
+        (["attention=swa_1_1", "attention.kinds.full.rope_theta=500.0"], r"it has no attention.layers=\[local,full\]"),
+        (["attention=swa_1_1", "attention.kinds.full.window=30"], r"it has no attention.layers=\[local,full\]"),
+        (["attention=swa_1_1", "attention.projection_bias=all"], r"its Qwen2 has no attention.projection_bias=all"),
+        (["attention=swa_1_1", "model.bias=true"], r"its Qwen2 has no model.bias=true"),
         (["attention=gqa", "attention.qk_norm=true", "model.bias=true"], r"its Qwen3 has no model.bias=true"),
         (["attention=mha", "attention.v_head_dim=7"], r"attention.v_head_dim=7"),
         (["attention=mha", "model.mlp=relu2"], r"model.mlp=relu2"),
@@ -223,6 +282,8 @@ CLASSES = {
     "LlamaForCausalLM": ["attention=gqa", "model.norm_eps=0.3", "attention.rope_theta=500.0", "model.head_dim=16"],
     "Qwen3ForCausalLM": ["attention=gqa", "attention.qk_norm=true", "model.tie_embeddings=false"],
     "Qwen2ForCausalLM": ["attention=gqa", "attention.projection_bias=qkv", "model.head_dim=16", LLAMA3],
+    "MistralForCausalLM": ["attention=gqa", "attention.window=7"],
+    "MinistralForCausalLM": ["attention=swa_1_1", "attention.kinds.local.window=7"],
     "DeepseekV3ForCausalLM": ["attention=mla", "model.norm_eps=0.3", "attention.rope_theta=500.0", DEEPSEEK_YARN],
 }
 DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
@@ -276,6 +337,9 @@ def test_a_saved_folder_computes_the_same(name: str, tmp_path: Path) -> None:
         ("Qwen2ForCausalLM", {"rope_parameters": DEFAULT | {"rope_theta": 10000.0}}),
         ("Qwen2ForCausalLM", {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 4}),
         ("LlamaForCausalLM", {"tie_word_embeddings": False}),
+        ("MistralForCausalLM", {"sliding_window": 8}),
+        ("MinistralForCausalLM", {"sliding_window": 8}),
+        ("MinistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}),
     ],
 )
 def test_each_convention_is_seen_in_the_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -318,7 +382,9 @@ def test_transformers_4_computes_the_same_from_a_saved_folder(tmp_path: Path) ->
     for number, overrides in enumerate(SAME.values()):
         model = randomise(gpt_from(overrides)).eval()
         folders.append(tmp_path / str(number))
-        save(as_transformers(model, config_at(*overrides)), folders[-1], stops=[99])
+        config = config_at(*overrides)
+        family = next(name for name in families(config) if f"{name}ForCausalLM" not in SINCE_5)
+        save(as_transformers(model, config, family), folders[-1], stops=[99])
         with torch.inference_mode():
             expected.append(model(prompt_BT)[..., : model.vocab_size])
     errors = {
