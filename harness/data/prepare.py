@@ -23,7 +23,7 @@ from harness.data.sources import SOURCES, check, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.data.writer import Piece, SplitWriter, sync
 from harness.errors import UserError, readable, tell
-from harness.files.atomic import DISK_ERRORS
+from harness.files.atomic import DISK_ERRORS, flush
 from harness.files.lock import locked
 from harness.files.untrusted import read_object
 
@@ -238,11 +238,11 @@ def _build(
             with (partial / "meta.json").open("w", encoding="utf-8") as file:
                 json.dump(meta, file, indent=1)
                 sync(file)
-            _sync_names(partial)
+            flush(partial)
             if folder.exists():  # damaged, or it had been opened
                 os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
             os.replace(partial, folder)
-            _sync_names(folder.parent)
+            flush(folder.parent)
     finally:
         for leftover in folder.parent.glob(leftovers):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -329,15 +329,6 @@ def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
         if start.strip():
             yield start
             yield from blocks
-
-
-def _sync_names(folder: Path) -> None:
-    """A folder's list of names is on the disk, not only in memory: what is renamed after it is whole after a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_splits(splits: dict[str, Any], dataset: DatasetConfig, for_training: bool) -> None:

@@ -41,6 +41,15 @@ def write_text(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def flush(path: Path) -> None:
+    """Force a file, or a folder's list of names, out to the disk: what is renamed after it is whole after a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside it for the new content, which takes its place at the end."""

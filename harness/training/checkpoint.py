@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.errors import UserError, in_a_line, readable, tell
+from harness.files.atomic import flush
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
 from harness.files.untrusted import is_count, read_object
 from harness.training.optimizer import Optimizer
@@ -161,11 +162,11 @@ def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None
         manifest = {name: _describe(partial / name) for name in (MODEL, OPTIMIZER, STATE)}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2))
         for path in (*partial.iterdir(), partial):
-            _flush(path)
+            flush(path)
         if final.exists():  # left over from before the run was resumed at an earlier step, or damaged
             os.replace(final, replaced)
         os.replace(partial, final)
-        _flush(folder)
+        flush(folder)
     finally:
         remove(partial)
     remove(replaced)
@@ -194,12 +195,12 @@ def keep_as_best(path: Path) -> None:
             os.link(file, partial / file.name)
         except OSError:  # a file system without second names
             shutil.copyfile(file, partial / file.name)
-            _flush(partial / file.name)
-    _flush(partial)
+            flush(partial / file.name)
+    flush(partial)
     if best.exists():
         os.replace(best, replaced)
     os.replace(partial, best)
-    _flush(path.parent)
+    flush(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -375,15 +376,6 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Force a file, or a folder's list of names, out to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_room(folder: Path, tensor_bytes: int) -> None:

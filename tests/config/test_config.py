@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from harness.config import compose as configuration
@@ -49,6 +48,7 @@ from harness.entry.cli import parse_options
 from harness.errors import UserError
 from harness.evaluation.probes import probe
 from modeling.attention import MECHANISMS
+from modeling.shapes import shapes_only
 from tests.support.projects import copy_project
 
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
@@ -94,7 +94,7 @@ def test_every_choice_composes_and_has_the_name_of_its_file(group: str, option: 
 @pytest.mark.parametrize("model", options_of("model"))
 def test_every_variant_builds_at_every_model_size(model: str, attention: str) -> None:
     config = train(f"model={model}", f"attention={attention}")
-    with torch.device("meta"):
+    with shapes_only():
         built = build_model(config, vocab_size=257)
     assert (len(built.blocks), built.embedding.embedding_dim) == (config.model.n_layers, config.model.d_model)
     integers = [

@@ -64,6 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Runs:
             place.asked("swapped", *DDP, until=2),
             place.asked("grown", *FSDP, until=4),
         ],
+        forks,
     )
     train_in(
         4,

@@ -234,8 +234,8 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_at_each_interval_elsewhere(t
         assert f": training loss {losses[step]:.4f}, " in text and " tokens/s, about 0:00:" in text
     assert len(json.dumps(json.loads(done.stdout.splitlines()[-1]))) <= 1024
 
-    seen = on_a_terminal(*arguments, "name=shown", "budget.steps=400", width=120)
-    assert re.search(rb"/400 \[.*loss \d\.\d{3}, [\d,]+ tokens/s", seen) and b"training loss" not in seen
+    seen = on_a_terminal(*arguments, "name=shown", "budget.steps=150", width=120)
+    assert re.search(rb"/150 \[.*loss \d\.\d{3}, [\d,]+ tokens/s", seen) and b"training loss" not in seen
 
 
 def test_a_terminal_that_does_not_say_its_width_gets_lines(tmp_path: Path) -> None:

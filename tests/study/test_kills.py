@@ -50,10 +50,11 @@ WAYS: list[tuple[str | None, signal.Signals]] = [
 
 @pytest.fixture(scope="module")
 def killer(killer: Killer) -> Killer:
-    """Where there is a study, `small`."""
+    """Where there is a study, `small`, whose command has been imported."""
     configs = killer.place.folder / "configs" / "study"
     configs.mkdir(parents=True)
     (configs / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    assert Study(killer, "first", "none").start(after=600) == 0
     return killer
 
 
@@ -114,7 +115,6 @@ def test_a_study_killed_at_random_moments_and_continued_has_the_record_of_one_ne
 ) -> None:
     seed, wanted = random.randrange(2**32), request.config.getoption("--kills") or FEW
     choose, kills, number = random.Random(seed), Counter[str](), 0
-    assert Study(killer, f"first-{tune}", tune).start(after=600) == 0
     whole, begun = Study(killer, f"whole-{tune}", tune), time.monotonic()
     assert whole.start(after=600) == 0
     seconds, expected = time.monotonic() - begun, whole.record()

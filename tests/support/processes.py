@@ -1,6 +1,6 @@
-"""Runs of several processes: `torchrun` starts this file, which trains one run after another in the same processes.
+"""Runs of several processes: each starts this file, which trains one run after another in the same processes.
 
-python -m torch.distributed.run ... tests/support/processes.py REQUEST.json ANSWERS.json; the request is a list of
+python tests/support/processes.py REQUEST.json ANSWERS.json, as under torchrun; the request is a list of
 {"overrides": [...], "until": step or null}: a run with `until` is interrupted after that step. An "engine" in place of
 overrides asks for what the engine of that name does with the gradients of a micro-batch.
 """
@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,7 @@ class Interrupted(BaseException):
     """As by a person's Ctrl-C."""
 
 
-def torchrun(
-    processes: int, script: str | Path, *arguments: str, options: tuple[str, ...] = ("--standalone", "--local-addr=localhost")
-) -> subprocess.CompletedProcess[str]:
+def torchrun(processes: int, script: Path, *arguments: str, options: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """A command started in so many processes; its output is that of all of them."""
     line = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
     return subprocess.run(
@@ -51,16 +49,12 @@ def torchrun(
     )
 
 
-def train_in(processes: int, folder: Path, requests: list[dict[str, Any]], forks: Forks | None = None) -> list[Any]:
-    """Fulfil the requests in so many processes, by torchrun itself or by forks; one answer each."""
+def train_in(processes: int, folder: Path, requests: list[dict[str, Any]], forks: Forks) -> list[Any]:
+    """Fulfil the requests in so many processes; one answer each."""
     request, answers = folder / f"request-{processes}.json", folder / f"answers-{processes}.json"
     request.write_text(json.dumps(requests))
-    if forks is None:
-        done = torchrun(processes, __file__, str(request), str(answers))
-        assert done.returncode == 0, done.stderr
-    else:
-        ended = forks.run(Path(__file__), str(request), str(answers), processes=processes)
-        assert not any(ended.statuses), ended.errors
+    ended = forks.run(Path(__file__), str(request), str(answers), processes=processes)
+    assert not any(ended.statuses), ended.errors
     result: list[Any] = json.loads(answers.read_text())
     return result
 

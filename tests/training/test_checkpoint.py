@@ -377,7 +377,7 @@ def test_a_folder_that_goes_away_while_a_checkpoint_is_written_is_an_error_that_
     _save(tmp_path, 1)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", gone_by_then)
-        patched.setattr(checkpoint, "_flush", full)
+        patched.setattr(checkpoint, "flush", full)
         with pytest.raises(OSError, match="No space left") as told:
             _save(tmp_path, 2)
     assert str(told.value.filename).startswith(str(tmp_path))
