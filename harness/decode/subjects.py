@@ -76,6 +76,7 @@ class ExpandedAttention(nn.Module):
             and not hands_on(layer)
             and layer.latent == "learned"
             and layer.gate_proj is None
+            and layer.sink_logits is None
         )
 
     def forward(self, x_BTD: Tensor, cache: Cache, *, valid_BT: Tensor | None = None) -> Tensor:
@@ -284,7 +285,7 @@ def needed_bytes(subject: DecodeSubject, path: str, B: int, S: int, T: int, plan
     part = subject.part
     per_token = -(-cache_bytes(part, plan.cache_dtype, S) // S)
     caches = caches_in_rotation(part, B * cache_bytes(part, plan.cache_dtype, S), plan) if T == 1 else 1
-    meanwhile = B * S * max(_bytes_in_a_step(attention, path, T, plan) for attention in part.attentions)
+    meanwhile = B * S * max(bytes_in_a_step(attention, path, T, plan) for attention in part.attentions)
     if T == 1 and plan.prefill_tokens >= B * S:
         whole = part.vocab_size * 8 if isinstance(part, GPT) else 0  # logits of all the prompt, and their copy
         widest = max(each.n_kv_heads * (each.qk_width + each.v_head_dim) for each in part.attentions)
@@ -292,7 +293,7 @@ def needed_bytes(subject: DecodeSubject, path: str, B: int, S: int, T: int, plan
     return caches * B * cache_bytes(part, plan.cache_dtype, S + plan.room) + meanwhile
 
 
-def _bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int:
+def bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int:
     """What a layer makes meanwhile of one cached token of one row."""
     K, V = attention.qk_width, attention.v_head_dim
     used = attention.n_kv_heads * (K + V)
@@ -302,7 +303,9 @@ def _bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int
         if path != "absorbed":  # up-projected, joined with the rotated key, values padded to the width of keys
             elements = used + attention.n_kv_heads * (K + max(K, V))
         if path != "expand" or T > 1:  # which has a mask, and so no fused kernel
-            logits = 3 * T * attention.n_heads
+            logits = getattr(attention, "numbers_absorbed", 3) * T * attention.n_heads
+        if path == "absorbed" and plan.cache_dtype != plan.dtype:  # a cast of all that is cached
+            elements = cached
     elif K != V or plan.cache_dtype != plan.dtype:  # no fused kernel on some devices; a cast
         elements = used
     return elements * plan.dtype.itemsize + 4 * logits

@@ -49,6 +49,7 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "sharing": ("none", "weights"),
         "rope_frequencies": ("computed",),
         "qk_norm": (False,),
+        "sink_logits": (False,),
     },
 }
 _MODEL_TYPES = {

@@ -146,7 +146,7 @@ def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None
 
 def _path_of(layer: Any, model: GPT, new_tokens: int | None, window: int | None) -> str:
     if layer.decode_paths == ("auto",):
-        return "keys and values as they are cached"
+        return str(getattr(layer, "cached_as", "keys and values as they are cached"))
     with torch.no_grad():
         kernel = layer.kernel_for(torch.bfloat16, model.embedding.weight.device, window)
     if new_tokens is not None:  # other kernels than torch's compute one new token alone

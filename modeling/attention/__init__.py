@@ -34,7 +34,12 @@ class Attention(Protocol):
     init=fan_in, so that queries, keys and values begin with this variance (modeling/gpt.py); `sixteen_bits`, the names of
     cached tensors that a cache of 8 bits keeps in 16. One rotated key shared by all heads is such a tensor: its elements
     are large and unlike, a scale calibrated on its neighbours saturates it (vLLM issue 42956), and it is a small part of
-    what is cached.
+    what is cached. `cached_as`: in words, how what is cached is read, where it is not used as it is and there is one path.
+
+    With an absorbed path also: `absorbs(new_tokens)`, whether a call of so many takes it; `absorbs_up_to`, where `auto` stops;
+    `kernel_for`, what computes it; `triton_lacks`, why the Triton kernel is not for the layer, as the middle of a sentence, or
+    None; and where that is more than 3, `numbers_absorbed`: how many float32 numbers of one query, head and cached token it
+    holds at once.
     """
 
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table
@@ -242,8 +247,6 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
         )
     if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-    cached = getattr(attention, "kv_latent", "tensor products")
-    if kernel not in ("auto", "torch") and cached != "joint":
-        where = "with kv_latent=split" if cached == "split" else f"for {cached}"
-        return f"attention.kernel={kernel} reads one latent as key and value; {where} use attention.kernel=torch"
+    if kernel not in ("auto", "torch") and attention.triton_lacks is not None:
+        return f"attention.kernel={kernel} {attention.triton_lacks} use attention.kernel=torch"
     return None

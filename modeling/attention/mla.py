@@ -70,7 +70,7 @@ class MultiheadLatentAttention(nn.Module):
         leaves out a q_proj that reads x). projection_bias: `model` (where the model's other matrices have them) or `all`.
     rope_scaling: modeling/attention/rope.py, scaled_frequencies. rope_frequencies: `computed` from rope_theta, or `stored`
         with the weights (converted layers, modeling/conversion/).
-    gate: on what the heads give, modeling/attention/output.py.
+    gate: on what the heads give, modeling/attention/output.py. sink_logits: a learned sink a head, 0 at first (gqa.py).
     Raises ValueError for sizes and choices that do not fit together.
     """
 
@@ -106,6 +106,7 @@ class MultiheadLatentAttention(nn.Module):
         latent_groups: int = 1,
         gate: str = "none",
         qk_norm: bool = False,
+        sink_logits: bool = False,
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -216,6 +217,7 @@ class MultiheadLatentAttention(nn.Module):
         self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=V, bias=bias)
 
+        self.sink_logits = nn.Parameter(torch.zeros(n_heads)) if sink_logits else None
         self.latent_norms = nn.ModuleList(
             _norm(latent_norm if on_latent else "none", width, norm_eps) for width in self.latent_widths
         )
@@ -284,6 +286,13 @@ class MultiheadLatentAttention(nn.Module):
         """The values that attention.decode may take. Between W_Q and W_UK nothing may stand for them to be absorbed."""
         between = self.positions == "rope_after_up" or not isinstance(self.k_up_norm, nn.Identity)
         return ("auto", "expand") if between else ("auto", "expand", "absorbed")
+
+    @property
+    def triton_lacks(self) -> str | None:
+        """Why the Triton kernel is not for this layer, on any device; None where it may be."""
+        if self.kv_latent == "split":
+            return "reads one latent as key and value; with kv_latent=split"
+        return None if self.sink_logits is None else "has no sinks; with sink_logits=true"
 
     @property
     def absorbs_up_to(self) -> int:
@@ -368,11 +377,13 @@ class MultiheadLatentAttention(nn.Module):
 
     def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
         """What computes the absorbed path of one new token, from latents of this dtype as they are read."""
+        if self.triton_lacks is not None:
+            return "torch"
         return select_kernel(
             self.kernel,
             device=device,
             dtype=dtype,
-            latent_widths=self.latent_widths if self.kv_latent == "split" else self.latent_widths[:1],
+            latent_width=self.latent_widths[0],
             qk_rope_head_dim=self.qk_rope_head_dim,
             window=window,
         )
@@ -421,11 +432,13 @@ class MultiheadLatentAttention(nn.Module):
         # Each group of heads has its own latent as key and value; split ones are the key and the value of all heads.
         key_values = [(latents[0], latents[-1])] if self.kv_latent == "split" else [(latent, latent) for latent in latents]
         per_latent = H // self.latent_groups
+        sinks = [None] * len(key_values) if self.sink_logits is None else self.sink_logits.split(per_latent)
+        queries = zip(q_latent_BTHL.split(per_latent, dim=2), q_rope_BTHP.split(per_latent, dim=2), sinks, strict=True)
         attended = [
-            self._attend_one(q_BTHL, q_BTHP, key, k_rope_BSP, value, place, cache, want_weights=weights_out is not None)
-            for q_BTHL, q_BTHP, (key, value) in zip(
-                q_latent_BTHL.split(per_latent, dim=2), q_rope_BTHP.split(per_latent, dim=2), key_values, strict=True
+            self._attend_one(
+                q_BTHL, q_BTHP, key, k_rope_BSP, value, sinks_H, place, cache, want_weights=weights_out is not None
             )
+            for (q_BTHL, q_BTHP, sinks_H), (key, value) in zip(queries, key_values, strict=True)
         ]
         out_BTHL = torch.cat([out for out, _ in attended], dim=2)
         if weights_out is not None:
@@ -441,6 +454,7 @@ class MultiheadLatentAttention(nn.Module):
         key_BSL: Tensor,
         k_rope_BSP: Tensor | None,
         value_BSL: Tensor,
+        sinks_H: Tensor | None,
         place: Placement,
         cache: Cache,
         *,
@@ -450,15 +464,17 @@ class MultiheadLatentAttention(nn.Module):
         T, kept, dtype = q_latent_BTHL.shape[1], key_BSL.dtype, q_rope_BTHP.dtype
         kernel = "torch" if T > 1 or want_weights else self.kernel_for(kept, key_BSL.device, cache.window)
         if kernel == "torch":
+            read_BSL = key_BSL.to(dtype)
             return latent_attend(
                 q_latent_BTHL.to(dtype),
                 q_rope_BTHP,
-                key_BSL.to(dtype),
+                read_BSL,
                 None if k_rope_BSP is None else k_rope_BSP.to(dtype),
-                value_BSL.to(dtype),
+                read_BSL if value_BSL is key_BSL else value_BSL.to(dtype),
                 scale=self.scale,
                 causal=place.causal,
                 mask_BTS=place.mask_BTS,
+                sinks_H=sinks_H,
             )
         check_window(kernel, cache.window)
         out_BHL = latent_decode(

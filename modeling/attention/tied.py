@@ -97,6 +97,15 @@ class TiedKeyValueAttention(nn.Module):
         self.rope = RotaryEmbedding(width=P, max_seq_len=max_seq_len, theta=rope_theta)
 
     @property
+    def cached_as(self) -> str:
+        """How what is cached is read."""
+        return {
+            "joined": "values as they are cached, keys joined of them and one rotated key",
+            "turned": "values as they are cached, keys rotated when they are read",
+            "stored": "one vector as it is cached, key and value",
+        }[self.keys]
+
+    @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape per token of each cached tensor."""
         shapes: dict[str, tuple[int, ...]] = {"kv": (self.n_kv_heads, self.head_dim)}

@@ -47,6 +47,7 @@ class TensorProductAttention(nn.Module):
     # R / (R - 2) queries, R = R_k + R_v, but expanding writes and reads all keys and values: measured (docs/PERFORMANCE.md),
     # absorbing is faster up to here at every size tried.
     absorbs_up_to = 16
+    triton_lacks = "reads one latent as key and value; for tensor products"
 
     def __init__(
         self,
@@ -110,6 +111,11 @@ class TensorProductAttention(nn.Module):
         ranks = self.q_rank + self.k_rank + self.v_rank + (0 if self.k_norm is None else self.k_rank)
         return ranks * self.n_heads * self.head_dim
 
+    @property
+    def numbers_absorbed(self) -> int:
+        """Of one query, head and cached token: products with each factor and their terms, or weights spread over factors."""
+        return 1 + 2 * max(self.k_rank, self.v_rank)
+
     def fan_in_factors(self, variance: float) -> dict[str, float]:
         """Of both factors of a product: a sum of R of them over R has their variances' product over R."""
         ranks = {"q": self.q_rank, "k": self.k_rank, "v": self.v_rank}
@@ -167,12 +173,7 @@ class TensorProductAttention(nn.Module):
     ) -> Tensor:
         """Attention over the factors themselves; logits and softmax in float32 at least."""
         B, T, H, K = q_BTHK.shape
-        S = k_b_BSRK.shape[1]
-        # M = S * R: a key's factors one after another.
-        dots_BTHM = wide_product(q_BTHK.reshape(B, T * H, K), k_b_BSRK.flatten(1, 2).transpose(1, 2)).view(B, T, H, -1)
-        by_head_BHM = k_a_BSRH.flatten(1, 2).transpose(1, 2)
-        terms_BTHSR = (dots_BTHM * by_head_BHM.unsqueeze(1)).unflatten(-1, (S, -1))
-        logits_BTHS = self.scale / self.k_rank * terms_BTHSR.sum(dim=-1)
+        logits_BTHS = self.scale / self.k_rank * _products(q_BTHK, k_a_BSRH, k_b_BSRK)
         weights_BTHS = masked_softmax(logits_BTHS, causal=place.causal, mask_BTS=place.mask_BTS)
         if weights_out is not None:
             weights_out.append(weights_BTHS.transpose(1, 2))
@@ -184,6 +185,16 @@ class TensorProductAttention(nn.Module):
 def _heads(a_BSRH: Tensor, b_BSRK: Tensor) -> Tensor:
     """(1/R) sum_r a_r outer b_r, (B, S, H, K)."""
     return a_BSRH.transpose(-1, -2) @ b_BSRK / a_BSRH.shape[-2]
+
+
+def _products(q_BTHK: Tensor, k_a_BSRH: Tensor, k_b_BSRK: Tensor) -> Tensor:
+    """R times q . k of all keys, (B, T, H, S), in float32 at least; what it is made of is free again behind it."""
+    B, T, H, K = q_BTHK.shape
+    S = k_b_BSRK.shape[1]
+    # M = S * R: a key's factors one after another.
+    dots_BTHM = wide_product(q_BTHK.reshape(B, T * H, K), k_b_BSRK.flatten(1, 2).transpose(1, 2)).view(B, T, H, -1)
+    by_head_BHM = k_a_BSRH.flatten(1, 2).transpose(1, 2)
+    return (dots_BTHM * by_head_BHM.unsqueeze(1)).unflatten(-1, (S, -1)).sum(dim=-1)
 
 
 def _normed_factors(norm: nn.RMSNorm, a_BTRH: Tensor, b_BTRK: Tensor) -> tuple[Tensor, Tensor]:

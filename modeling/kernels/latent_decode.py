@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -72,10 +71,12 @@ def latent_attend(
     scale: float,
     causal: bool = False,
     mask_BTS: Tensor | None = None,
+    sinks_H: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same for any number of queries and any mask, in plain torch: (out_BTHL, weights_BHTS).
 
-    causal: query t sees keys 0..t (T == S). mask_BTS: True where query t may see key s, first dimension 1 or B. Joint
+    causal: query t sees keys 0..t (T == S). mask_BTS: True where query t may see key s, first dimension 1 or B. sinks_H: a
+    logit of each head that takes its share of the softmax and brings no value; it is in none of the weights. Joint
     latents pass one tensor as key and value, split ones their two. Neither cache is copied or joined with the other: the
     logits are the sum of two products, in each of which all queries and heads read a key once.
     """
@@ -84,19 +85,22 @@ def latent_attend(
     logits_BMS = wide_product(q_latent_BTHL.reshape(B, T * H, L), key_BSL.transpose(1, 2))  # M = T * H
     if q_rope_BTHP is not None and k_rope_BSP is not None:
         logits_BMS = logits_BMS + wide_product(q_rope_BTHP.reshape(B, T * H, -1), k_rope_BSP.transpose(1, 2))
-    weights_BTHS = masked_softmax(scale * logits_BMS.view(B, T, H, S), causal=causal, mask_BTS=mask_BTS)
-    out_BML = torch.bmm(weights_BTHS.view(B, T * H, S).to(value_BSL.dtype), value_BSL)
+    weights_BTHS = masked_softmax(scale * logits_BMS.view(B, T, H, S), causal=causal, mask_BTS=mask_BTS, sinks_H=sinks_H)
+    out_BML = torch.bmm(weights_BTHS.reshape(B, T * H, S).to(value_BSL.dtype), value_BSL)
     return out_BML.view(B, T, H, -1), weights_BTHS.transpose(1, 2)
 
 
-def masked_softmax(logits_BTHS: Tensor, *, causal: bool, mask_BTS: Tensor | None) -> Tensor:
+def masked_softmax(logits_BTHS: Tensor, *, causal: bool, mask_BTS: Tensor | None, sinks_H: Tensor | None = None) -> Tensor:
     """The weights of the keys that a query may see, as `latent_attend` says; 0 of the others."""
     if causal:
         _, T, _, S = logits_BTHS.shape
         mask_BTS = torch.ones(1, T, S, dtype=torch.bool, device=logits_BTHS.device).tril()
     if mask_BTS is not None:
         logits_BTHS = logits_BTHS.masked_fill(~mask_BTS.unsqueeze(2), float("-inf"))
-    return logits_BTHS.softmax(dim=-1)
+    if sinks_H is None:
+        return logits_BTHS.softmax(dim=-1)
+    sinks_BTH1 = sinks_H.to(logits_BTHS.dtype)[:, None].expand(*logits_BTHS.shape[:3], 1)
+    return torch.cat((logits_BTHS, sinks_BTH1), dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -139,13 +143,7 @@ def check_widths(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
 
 
 def select_kernel(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    latent_widths: Sequence[int],
-    qk_rope_head_dim: int,
-    window: int | None = None,
+    name: str, *, device: torch.device, dtype: torch.dtype, latent_width: int, qk_rope_head_dim: int, window: int | None = None
 ) -> str:
     """auto is triton where that can compute a call of one new token, and torch elsewhere; another name stays.
 
@@ -156,8 +154,7 @@ def select_kernel(
     fits = (
         runs_triton(device, dtype)
         and window is None
-        and len(latent_widths) == 1
-        and latent_widths[0] <= WIDEST_LATENT
+        and latent_width <= WIDEST_LATENT
         and qk_rope_head_dim <= WIDEST_ROTATED
         and not torch.is_grad_enabled()
     )

@@ -8,6 +8,7 @@ import torch
 from harness.decode.subjects import (
     ExpandedAttention,
     Footprint,
+    bytes_in_a_step,
     filled_cache,
     footprint,
     in_groups,
@@ -18,6 +19,7 @@ from harness.decode.subjects import (
 from modeling.attention import hands_on
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.layers import AttentionLayers
+from tests.support.allocated import most_allocated
 from tests.support.decoding import plan, subject
 from tests.support.variants import SHIPPED, attention_from, gpt_from
 
@@ -81,8 +83,8 @@ def test_the_expanded_cache_gives_the_same_outputs(overrides: list[str], pad_val
 
 def test_only_the_papers_mla_has_an_expanded_cache() -> None:
     fitting = [name for name in SHIPPED if ExpandedAttention.fits(attention_from([f"attention={name}"]))]
-    assert fitting == ["mla", "mla_plain"]
-    for change in ("fused_down_projections=true", "kv_latent=split", "latent_norm_place=up_projected"):
+    assert fitting == ["mla", "mla_deepseek", "mla_plain"]
+    for change in ("fused_down_projections=true", "kv_latent=split", "latent_norm_place=up_projected", "sink_logits=true"):
         assert not ExpandedAttention.fits(attention_from(["attention=mla", f"attention.{change}"])), change
 
 
@@ -131,3 +133,26 @@ def test_what_does_not_fit_is_skipped_by_name_and_path() -> None:
     assert fitting == [[("mqa", ("auto",)), ("mla", ("expand", "absorbed"))], [("mqa", ("auto",)), ("mla", ("absorbed",))], []]
     assert [[s.row for s in cell.skipped] for cell in cells] == [[], ["mla expand"], ["mqa", "mla expand", "mla absorbed"]]
     assert all("takes about" in s.reason for cell in cells for s in cell.skipped)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    ("overrides", "path"),
+    [(["attention=tpa"], "absorbed"), (["attention=tpa", "attention.k_rank=4"], "absorbed"), (["attention=mla"], "absorbed")],
+)
+@torch.no_grad()
+def test_the_estimate_of_a_steps_memory_is_what_is_allocated(
+    overrides: list[str], path: str, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    dtype, cache_dtype = dtypes
+    part = AttentionLayers([attention_from([*overrides, "model.max_seq_len=4096"])]).eval().to(dtype)
+    part.set_execution(decode=path)
+    for T in (1, 8):
+        p = plan(dtype=dtype, cache_dtype=cache_dtype, queries=(T,), prefill_tokens=0)
+        cache = filled_cache(part, 2, 3000, p, torch.Generator().manual_seed(0))
+        x_BTD = torch.randn(2, T, 48).to(dtype)
+        measured = most_allocated(lambda x=x_BTD, cache=cache: part(x, cache)) / (2 * 3000)
+        estimated = bytes_in_a_step(part.attentions[0], path, T, p)
+        assert 0.85 < estimated / measured < 1.15, f"{T} queries: {estimated:.0f} bytes a cached token, {measured:.0f} measured"

@@ -241,6 +241,7 @@ def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
         (["attention=mha", "attention.v_head_dim=7"], r"attention.v_head_dim=7"),
         (["attention=mha", "model.mlp=relu2"], r"model.mlp=relu2"),
         (["attention=mla_plain"], r"attention.positions=learned"),
+        (["attention=mla", "attention.sink_logits=true"], r"its DeepSeek-V3 has no attention.sink_logits=True"),
         (["attention=mla", "attention.qk_norm=true"], r"its DeepSeek-V3 has no attention.qk_norm=True"),
         (["attention=mla", "attention.latent_norm=layer"], r"attention.latent_norm=layer"),
         (["attention=mla_shared_latent"], r"attention.sharing=latent"),

@@ -88,6 +88,25 @@ def test_two_latents_are_refused_by_the_triton_kernel() -> None:
         build_model(load_train_config(["attention=mla", "attention.kv_latent=split", "attention.kernel=triton"]), 99)
 
 
+def test_sinks_are_refused_by_the_triton_kernel() -> None:
+    model = gpt_from(["attention=mla", "attention.sink_logits=true"]).eval()
+    sentence = "attention.kernel=triton has no sinks; with sink_logits=true use attention.kernel=torch"
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        model.set_execution(decode="absorbed", kernel="triton")
+
+
+@pytest.mark.parametrize("option", ["sink_logits=true", "kv_latent=split"])
+def test_where_the_triton_kernel_lacks_something_auto_takes_torch(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    kernels = []
+    for more in ([], [f"attention.{option}"]):
+        with torch.no_grad():
+            attention = gpt_from(["attention=mla", *more], n_layers=1).attentions[0]
+            kernels.append(attention.kernel_for(torch.bfloat16, torch.device("cuda")))
+    assert kernels == ["triton", "torch"]
+
+
 @needs_triton
 @torch.inference_mode()
 def test_the_path_that_is_said_is_the_path_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,8 +303,7 @@ def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
         ({"device": torch.device("mps")}, "torch"),
         ({"dtype": torch.float64}, "torch"),
         ({"window": 16}, "torch"),
-        ({"latent_widths": (64, 64)}, "torch"),
-        ({"latent_widths": (WIDEST_LATENT + 1,)}, "torch"),
+        ({"latent_width": WIDEST_LATENT + 1}, "torch"),
         ({"qk_rope_head_dim": WIDEST_ROTATED + 2}, "torch"),
     ],
 )
@@ -317,7 +316,7 @@ def test_auto_takes_the_triton_kernel_where_that_can_compute_the_call(
         "name": "auto",
         "device": torch.device("cuda"),
         "dtype": torch.bfloat16,
-        "latent_widths": (512,),
+        "latent_width": 512,
         "qk_rope_head_dim": 64,
     }
     with torch.no_grad():

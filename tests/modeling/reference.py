@@ -307,7 +307,8 @@ def latent(
         q_own = torch.cat([q_own, rotate(q_rope, *turned)], dim=-1)
         k_BSGK = torch.cat([k_BSGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
     scale = deepseek_factor(o["rope_scaling"]) / math.sqrt(N + P)
-    heads = softmax_attention(q_own, k_BSGK, v_BSGV, scale, seen_TS)
+    sinks_H = weights.take("sink_logits") if o["sink_logits"] else None
+    heads = softmax_attention(q_own, k_BSGK, v_BSGV, scale, seen_TS, sinks_H)
     out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=bias), bias=bias)
     weights.all_taken()
     return out_BTD, cached

@@ -103,6 +103,19 @@ def test_a_mixed_model_decodes_as_it_reads_on_every_path_and_a_path_is_for_the_l
     assert latent.decode == "absorbed"
 
 
+@pytest.mark.parametrize(
+    ("attention", "words"),
+    [
+        ("gqa", "keys and values as they are cached"),
+        ("tied_kv", "values as they are cached, keys rotated when they are read"),
+        ("gta", "values as they are cached, keys joined of them and one rotated key"),
+        ("shared_kv", "one vector as it is cached, key and value"),
+    ],
+)
+def test_the_one_path_is_said_as_what_is_cached_is_read(attention: str, words: str) -> None:
+    assert decode_path(gpt_from([f"attention={attention}"]), 1) == words
+
+
 def test_each_layer_has_the_kernel_that_fits_it() -> None:
     model = gpt_from(MIXED)
     execution = {"backend": "auto", "decode": "absorbed", "kernel": "torch"}

@@ -131,6 +131,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "rope_scaling": _scaling(draw) if rotates and not stored else None,
         "rope_frequencies": "stored" if stored else "computed",
         "qk_norm": draw.random() < 0.3,
+        "sink_logits": draw.random() < 0.4,
     }
 
 

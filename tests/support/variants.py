@@ -115,6 +115,9 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ["attention=mla", "attention.latent_norm_place=up_projected", "attention.q_lora_rank=20"],
         24 + 6,
     ),
+    "mla, sinks, grouped up-projection": (["attention=mla", "attention.sink_logits=true", "attention.n_kv_heads=2"], 24 + 6),
+    "mla, sinks, split latent": (["attention=mla", "attention.sink_logits=true", "attention.kv_latent=split"], 24 + 6),
+    "gla, sinks, four latents": (["attention=gla", "attention.sink_logits=true", "attention.latent_groups=4"], 24 + 6),
     "mla, QK-norm": (["attention=mla", "attention.qk_norm=true"], 24 + 6),
     "mla, QK-norm, a query rank, grouped up-projection, rotation after it": (
         [
