@@ -949,6 +949,161 @@ FLAGSHIPS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], int]] = {
         {"full attention": (9, 1280), "window of 129": (39, 2560)},
         (9 * 1280 * 32768 + 39 * 2560 * 129) * 2,
     ),
+    # 20 layers have keys and values, four of five with a window; the last 15 read theirs.
+    "Gemma-3n-E4B": (
+        {
+            "model_type": "gemma3n",
+            "text_config": {
+                "model_type": "gemma3n_text",
+                "hidden_size": 2048,
+                "num_hidden_layers": 35,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 2,
+                "head_dim": 256,
+                "num_kv_shared_layers": 15,
+                "sliding_window": 512,
+                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+            },
+        },
+        {"window of 512": (16, 1024), "full attention": (4, 1024), "no cache of its own": (15, 0)},
+        (16 * 1024 * 512 + 4 * 1024 * 32768) * 2,
+    ),
+    "Gemma-3-27B": (
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                "model_type": "gemma3_text",
+                "hidden_size": 5376,
+                "num_hidden_layers": 62,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 16,
+                "head_dim": 128,
+                "sliding_window": 1024,
+                "sliding_window_pattern": 6,
+            },
+        },
+        {"window of 1,024": (52, 4096), "full attention": (10, 4096)},
+        (52 * 1024 + 10 * 32768) * 4096 * 2,
+    ),
+    "gpt-oss-120b": (
+        {
+            "model_type": "gpt_oss",
+            "hidden_size": 2880,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 18,
+        },
+        {"window of 128": (18, 1024), "full attention": (18, 1024)},
+        18 * 1024 * (128 + 32768) * 2,
+    ),
+    "Command-R7B": (
+        {
+            "model_type": "cohere2",
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        {"window of 4,096": (24, 2048), "full attention": (8, 2048)},
+        (24 * 4096 + 8 * 32768) * 2048 * 2,
+    ),
+    "Ministral-8B": (
+        {
+            "model_type": "ministral",
+            "hidden_size": 4096,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "sliding_window": 16384,
+            "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 9,
+        },
+        {"window of 16,384": (27, 2048), "full attention": (9, 2048)},
+        (27 * 16384 + 9 * 32768) * 2048 * 2,
+    ),
+    "Qwen2.5-7B, windows in its last layers": (
+        QWEN25_7B | {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 21},
+        {"full attention": (21, 1024), "window of 4,096": (7, 1024)},
+        (21 * 32768 + 7 * 4096) * 1024 * 2,
+    ),
+    "Qwen3, three windows and a full layer in turns": (
+        {
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "use_sliding_window": True,
+            "sliding_window": 512,
+            "max_window_layers": 8,
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        },
+        {"window of 512": (6, 2048), "full attention": (2, 2048)},
+        (6 * 512 + 2 * 32768) * 2048 * 2,
+    ),
+    # Gated DeltaNet in three layers of four, whose states do not grow.
+    "Qwen3-Next-80B-A3B": (
+        {
+            "model_type": "qwen3_next",
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "full_attention_interval": 4,
+            "linear_num_value_heads": 32,
+            "linear_num_key_heads": 16,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+        },
+        {"state": (36, 0), "full attention": (12, 1024)},
+        12 * 1024 * 32768 * 2,
+    ),
+    "Kimi-Linear-48B-A3B": (
+        {
+            "model_type": "kimi_linear",
+            "hidden_size": 2304,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "num_experts": 256,
+            "linear_attn_config": {
+                "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
+                "kda_layers": [layer for layer in range(1, 27) if layer % 4],
+                "head_dim": 128,
+                "num_heads": 32,
+                "short_conv_kernel_size": 4,
+            },
+        },
+        {"state": (20, 0), "latent": (7, 576)},
+        7 * 576 * 32768 * 2,
+    ),
+    # Full attention in all layers again.
+    "MiniMax-M2": (
+        {
+            "model_type": "minimax_m2",
+            "hidden_size": 3072,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "num_local_experts": 256,
+        },
+        {"full attention": (62, 2048)},
+        62 * 2048 * 32768 * 2,
+    ),
     # The oldest vision-language files leave all of it to Llama's class.
     "LLaVA-1.5-7B": (
         {
@@ -994,6 +1149,24 @@ def test_a_flagship_caches_what_its_layers_say_kind_by_kind(name: str) -> None:
     assert found["kv_bytes"] == total
     assert found["total_bytes"] == total + found["state_bytes"] == sum(kind["bytes"] for kind in found["kinds"])
     assert (found["state_bytes"] > 0) == ("state" in kinds)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "state", "tails"),
+    [
+        # heads x key width x value width in float32; channels of queries, keys and values x 4 tokens in bfloat16
+        ("Qwen3-Next-80B-A3B", 36, 32 * 128 * 128 * 4, (2 * 16 * 128 + 32 * 128) * 4 * 2),
+        ("Qwen3.5-27B", 48, 48 * 128 * 128 * 4, (2 * 16 * 128 + 48 * 128) * 4 * 2),
+        ("Kimi-Linear-48B-A3B", 20, 32 * 128 * 128 * 4, 3 * 32 * 128 * 4 * 2),
+        ("MiniMax-Text-01", 70, 64 * 128 * 128 * 2, 0),
+    ],
+)
+def test_states_and_the_tails_of_convolutions_are_counted_whatever_the_context(
+    name: str, layers: int, state: int, tails: int
+) -> None:
+    config = {"transformers_version": "5.0.0", **FLAGSHIPS[name][0]}
+    short, long = (figures(config, context=context)["state_bytes"] for context in (1024, 32768))
+    assert short == long == layers * (state + tails)
 
 
 def test_another_models_number_is_never_given() -> None:
