@@ -3,7 +3,7 @@
 A product of (m, k) and (k, n) counts 2 m k n. The backward pass counts twice the forward. Attention is counted over the
 full T x T square, without a discount for the causal half (the convention of PaLM, arXiv 2204.02311, appendix B, and of
 torch's own counter, against which tests compare); over T x w where a layer has a window of w < T. Recomputation (activation
-checkpointing) is not counted.
+checkpointing) is not counted. A layer without attention over tokens says what it multiplies instead (`products_at`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from modeling.attention import attends
 from modeling.attention.cache import keys_seen
 from modeling.gpt import GPT
 
@@ -43,7 +44,14 @@ def training_flops_per_token(model: GPT, seq_len: int) -> int:
     # Layer by layer, since a matrix that layers share multiplies in each of them.
     linear = [m for part in (*model.blocks, model.head) for m in part.modules() if isinstance(m, nn.Linear)]
     matrices = sum(m.weight.numel() for m in linear)
-    attention = sum(a.n_heads * (a.qk_width + a.v_head_dim) * keys_seen(a, seq_len) for a in model.attentions)
-    attention += sum(getattr(a, "products_per_token", 0) for a in model.attentions)
+    attention = sum(_products(a, seq_len) for a in model.attentions)
     frozen = sum(m.weight.numel() for m in linear if not m.weight.requires_grad)  # no gradient of their own
     return 3 * 2 * (matrices + attention) - 2 * frozen
+
+
+def _products(attention: Any, context: int) -> int:
+    """Multiplications of one token of so many in which no weight takes part."""
+    if not attends(attention):
+        return int(attention.products_at(context))
+    products = attention.n_heads * (attention.qk_width + attention.v_head_dim) * keys_seen(attention, context)
+    return int(products + getattr(attention, "products_per_token", 0))

@@ -70,11 +70,12 @@ class Block(nn.Module):
 class GPT(HasAttentions):
     """Token embedding, n_layers blocks, final norm, head (tied to the embedding or its own).
 
-    Initial values (s = init_std; every bias 0, every norm gain 1 but where its class says otherwise; `outputs` are o_proj and
-    the MLP's down_proj):
+    Initial values (s = init_std; every bias 0, every norm gain 1 but where its class says otherwise, as it does of what else it
+    has; `outputs` are o_proj and the MLP's down_proj):
 
         parameters                      normal     fan_in                    xavier
         token and position embedding    N(0, s)    N(0, s)                   N(0, s)
+        short convolutions              N(0, s)    N(0, s)                   N(0, s)
         head, if not tied               N(0, s)    N(0, s)                   N(0, s)
         matrices                        N(0, s)    N(0, s sqrt(D / fan_in))  U(+-sqrt(6 / (fan_in + fan_out)))
         outputs                         the same / sqrt(2 n_layers) in all three
@@ -164,7 +165,7 @@ class GPT(HasAttentions):
                 stated: Mapping[str, float] = getattr(attention, "fan_in_factors", lambda variance: {})(D * std**2)
                 factors |= {id(attention.get_submodule(name)): factor for name, factor in stated.items()}
         for module in self.modules():
-            if isinstance(module, nn.Embedding):
+            if isinstance(module, (nn.Embedding, nn.Conv1d)):
                 nn.init.normal_(module.weight, std=std)
             elif isinstance(module, nn.Linear):
                 if not module.weight.requires_grad:

@@ -177,20 +177,22 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
 
     with shapes_only():
         model = build_model(config, vocab_size=64)
+    ours = DTYPES.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
     description = describe_model(
         model,
         name=name,
         variant=config.attention["name"],
+        dtype=ours or torch.bfloat16,
         latent=latent_shape(config),
         mha_elements=2 * config.model.n_heads * config.model.head_dim,
     )
-    ours = DTYPES.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
     size = measure_cache(model, dtype=ours or torch.bfloat16)
     elements = list(size.elements_per_token_by_layer)
     measured = {
         "elements_per_token_per_layer": elements[0] if len(set(elements)) == 1 else elements,
         "elements_per_token": sum(elements),
         "bytes_per_token": size.held_bytes_per_token if ours is not None else None,
+        "state_bytes": size.state_bytes,
     }
     return description, {"measured": measured}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from harness.config.build import build_layer
+from harness.config.build import build_layer, build_layers, layers_that_differ
 from harness.config.compose import load_train_config, options_of
 from modeling.attention import MECHANISMS, MODEL_OWNED
 from modeling.attention.contract import Variant
@@ -146,11 +146,13 @@ def test_every_variant_has_equations_a_diagram_and_its_cached_tensors(variant: s
     body = section(variant)
     assert f"(../configs/attention/{variant}.yaml)" in body, "the section does not link the variant's YAML"
     assert "```text\n" in body and "```mermaid\n" in body, "equations (text) or diagram (mermaid) is missing"
-    layer: Variant = build_layer(load_train_config([f"attention={variant}"]))
-    assert set(re.findall(r"cached: (\w+)", body)) == set(layer.cache_shapes)
+    config = load_train_config([f"attention={variant}"])
+    layers: list[Variant] = build_layers(config, layers_that_differ(config)).attentions
+    cached = {name for layer in layers for name in (*layer.cache_shapes, *getattr(layer, "state_shapes", ()))}
+    assert set(re.findall(r"cached: (\w+)", body)) == cached
     drawn = re.findall(r'(\w+)\[\("', body)
     marked = re.search(r"^ +class ([\w,]+) cached$", body, re.MULTILINE)
-    assert len(drawn) == len(layer.cache_shapes), f"the diagram shows {drawn} as cached"
+    assert len(drawn) == len(cached), f"the diagram shows {drawn} as cached"
     assert marked and sorted(marked[1].split(",")) == sorted(drawn)
 
 
@@ -192,7 +194,15 @@ def test_the_time_of_the_demo_is_said_in_one_place() -> None:
 
 @pytest.mark.parametrize(
     "mechanism",
-    sorted({yaml.safe_load((ROOT / f"configs/attention/{name}.yaml").read_text())["mechanism"] for name in documented()}),
+    sorted(
+        {
+            kind["mechanism"]
+            for name in documented()
+            for variant in [yaml.safe_load((ROOT / f"configs/attention/{name}.yaml").read_text())]
+            for kind in (variant, *variant.get("kinds", {}).values())
+            if "mechanism" in kind
+        }
+    ),
 )
 def test_every_option_of_a_class_is_described(mechanism: str) -> None:
     options = set(inspect.signature(MECHANISMS[mechanism].__init__).parameters) - {"self", *MODEL_OWNED}

@@ -26,6 +26,8 @@ from harness.errors import UserError
 from harness.files.text import aligned
 
 if TYPE_CHECKING:
+    import torch
+
     from modeling.gpt import GPT
 
 
@@ -224,6 +226,7 @@ class CacheDescription:
     latent: LatentShape | None = None
     notes: tuple[str, ...] = ()
     made_for: int | None = None  # tokens of the longest sequence that the model is said to take
+    states_kept: str = "transformers keeps them in a bfloat16 model, whatever dtype says"
 
 
 # What is cached -> what a layer would take: as it is, MLA expanded, MHA of the same shape.
@@ -234,10 +237,23 @@ _WAYS: dict[str, Callable[[LayerCache], int | None]] = {
 }
 
 
-def describe_model(model: GPT, *, name: str, variant: str, mha_elements: int, latent: LatentShape | None) -> CacheDescription:
-    """The cache of one of our models by its layers' formulas. mha_elements: of MHA with the same heads, a layer."""
+def describe_model(
+    model: GPT, *, name: str, variant: str, dtype: torch.dtype, mha_elements: int, latent: LatentShape | None
+) -> CacheDescription:
+    """The cache of one of our models by its layers' formulas, states in a cache of `dtype`.
+
+    mha_elements: of MHA with the same heads, a layer; a layer that attends to no tokens is compared with nothing.
+    """
+    from modeling.attention import attends
+    from modeling.attention.cache import state_bytes_of
+
     layers = []
     for attention in model.attentions:
+        state_bytes = state_bytes_of(attention, dtype)
+        states = {"state": state_bytes} if state_bytes else {}
+        if not attends(attention):
+            layers.append(LayerCache({}, 0, None, kind="state", states=states, state_heads=attention.n_kv_heads))
+            continue
         formula = expanded = attention.cache_formula
         heads, is_latent = attention.n_kv_heads, getattr(attention, "kv_lora_rank", None) is not None
         if is_latent:
@@ -249,8 +265,11 @@ def describe_model(model: GPT, *, name: str, variant: str, mha_elements: int, la
         shared = math.prod(attention.cache_shapes.get("k_rope", (0,))) if heads > 1 else 0  # with one, all is on each device
         parts = {"cached": formula - shared, "one rotated key": shared}
         parts = {name: size for name, size in parts.items() if size}
-        layers.append(LayerCache(parts, expanded, mha_elements, window=window, kind=kind, heads=heads))
-    return CacheDescription(name, variant, tuple(layers), latent)
+        layers.append(
+            LayerCache(parts, expanded, mha_elements, window=window, kind=kind, heads=heads, states=states, state_heads=heads)
+        )
+    kept = "our caches of that dtype keep them: float32 where tokens are summed, never 8 bits"
+    return CacheDescription(name, variant, tuple(layers), latent, states_kept=kept)
 
 
 def report(
@@ -345,10 +364,7 @@ def _notes(description: CacheDescription, stored: Format, context: int, batch: i
         full += sum(layer.state_bytes for layer in layers) * batch
         notes.append(f"an engine that reserves pages for all tokens in layers with a window too takes {_in_bytes(full)}")
     if any(layer.states for layer in layers):
-        notes.append(
-            "states do not grow with the context and are counted in the width in which transformers keeps them in "
-            "a bfloat16 model, whatever dtype says"
-        )
+        notes.append(f"states do not grow with the context and are counted in the width in which {description.states_kept}")
     if any(layer.at_context for layer in layers):
         notes.append("what is compressed is measured at this context: it is in no fixed proportion to the tokens")
     if tp > 1:

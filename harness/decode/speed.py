@@ -266,6 +266,12 @@ class _Steps:
     queries: int
     device: torch.device
     taken: int = 0
+    before: list[list[dict[str, Tensor]]] = field(init=False)  # states of each layer of each cache
+
+    def __post_init__(self) -> None:
+        self.before = [
+            [{name: state.clone() for name, state in cache.states.items()} for cache in caches] for caches in self.caches
+        ]
 
     def seconds(self, count: int) -> list[float]:
         """Seconds that each of `count` steps takes."""
@@ -284,8 +290,9 @@ class _Steps:
         return seconds
 
     def _take_back(self, turn: int) -> None:
-        for cache in self.caches[turn % len(self.caches)]:
-            cache.advance(-self.queries)
+        place = turn % len(self.caches)
+        for cache, states in zip(self.caches[place], self.before[place], strict=True):
+            cache.take_back(self.queries, states)
 
     def warm_up(self, most: int) -> int:
         """Run until times settle; how many steps a reading should have."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.attention import hands_on
+from modeling.attention import attends, hands_on
 from modeling.attention.cache import Cache
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.mla import MultiheadLatentAttention
@@ -295,6 +295,8 @@ def needed_bytes(subject: DecodeSubject, path: str, B: int, S: int, T: int, plan
 
 def bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int:
     """What a layer makes meanwhile of one cached token of one row."""
+    if not attends(attention):
+        return 0
     K, V = attention.qk_width, attention.v_head_dim
     used = attention.n_kv_heads * (K + V)
     cached = sum(math.prod(shape) for shape in attention.cache_shapes.values())
@@ -339,8 +341,10 @@ def filled_cache(part: Part, B: int, S: int, plan: DecodePlan, generator: torch.
             T = min(FILLED_AT_ONCE, S - start)
             if piece:
                 cache.append(**{name: tensor[:, :T] for name, tensor in piece.items()})
-            else:  # the layer reads another one's latents
+            else:  # the layer reads another one's latents, or has a state
                 cache.advance(T)
+        for state in cache.states.values():
+            state.normal_(generator=generator)
     return caches
 
 

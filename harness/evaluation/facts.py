@@ -75,7 +75,7 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
     """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
     dtype = DTYPES[config.cache.dtype]
     size = measure_cache(model, dtype=dtype)
-    measured = {1: size.held_bytes_per_token, size.context: size.bytes_at_context} | size.bytes_by_context
+    measured = {1: size.held_bytes_per_token + size.state_bytes, size.context: size.bytes_at_context} | size.bytes_by_context
     formula = {
         context: sum(formula_bytes_at(attention, dtype, context) for attention in model.attentions) for context in measured
     }

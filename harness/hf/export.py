@@ -297,11 +297,17 @@ def _cached(model: GPT) -> str:
     """What a layer keeps of each token, in words; where layers differ, how many of them keep what."""
     kinds: Counter[str] = Counter()
     for attention in model.attentions:
-        parts = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in attention.cache_shapes.items())
-        kinds[f"{attention.cache_formula:,} elements ({parts})" if parts else "nothing"] += 1
+        held = [(f"{attention.cache_formula:,} elements", attention.cache_shapes)] if attention.cache_shapes else []
+        if states := getattr(attention, "state_shapes", None):
+            held.append(("a state whatever the context", states))
+        kinds[" and ".join(f"{what} ({_shapes(shapes)})" for what, shapes in held) or "nothing"] += 1
     if len(kinds) == 1:
         return next(iter(kinds))
     return ", ".join(f"{kind} in {count} of {len(model.attentions)} layers" for kind, count in kinds.items())
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in shapes.items())
 
 
 def _figures(run: Path) -> list[str]:

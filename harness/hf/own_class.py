@@ -29,6 +29,7 @@ from harness.config.schema import ModelConfig, TrainConfig
 from harness.config.typed import typed
 from harness.errors import UserError
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent
+from modeling.attention import attends
 from modeling.attention.cache import Cache
 from modeling.attention.rope import RotaryEmbedding
 from modeling.generation import decode_step
@@ -232,6 +233,8 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             raise UserError(
                 "output_attentions=True through a cache with a window, which holds no key for each token: take use_cache=False"
             )
+        if output_attentions and not all(map(attends, self.model.attentions)):
+            raise UserError("output_attentions=True of a model with layers that keep a state and weigh no tokens: leave it out")
         wanted = _Wanted(self.model, bool(output_hidden_states), bool(output_attentions))
         plain = input_ids is not None and labels is None and not (output_hidden_states or output_attentions)
         decodes = past_key_values is not None and past > 0 and T == 1 and valid_BT is None and positions_BT is None

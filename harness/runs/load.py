@@ -22,7 +22,7 @@ from harness.runs.records import read_summary
 from harness.runs.text_parts import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
-from modeling.attention import EXECUTION
+from modeling.attention import EXECUTION, attends
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
 from modeling.kernels.latent_decode import check_kernel, check_widths
@@ -109,14 +109,14 @@ def token_losses(model: GPT, *, capture: str, precision: torch.dtype, device: to
 def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:
     """Choose backend, decode path and decode kernel once, set them in every layer and return the backend's name.
 
-    Where layers differ, each has the backend that fits it, and the name is all of theirs. Raises UserError if one of them
-    cannot run.
+    Where layers differ, each has the backend that fits it, and the name is all of theirs; layers that attend to no tokens need
+    none. Raises UserError if one of them cannot run.
     """
     chosen: dict[tuple[Any, ...], str] = {}
     try:
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
-        for layer in model.attentions:
+        for layer in filter(attends, model.attentions):
             qk_width = layer.qk_width + (0 if getattr(layer, "sink_logits", None) is None else SINK_WIDTH)
             shape = (layer.n_heads, layer.n_kv_heads, qk_width, layer.v_head_dim, layer.dropout)
             if shape not in chosen:
@@ -135,7 +135,7 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
                 check_widths(layer.kv_lora_rank, layer.qk_rope_head_dim)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return ", ".join(dict.fromkeys(chosen.values()))
+    return ", ".join(dict.fromkeys(chosen.values())) or "none"
 
 
 def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None = None) -> str:

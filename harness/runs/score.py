@@ -67,7 +67,10 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     data = _text(run, config, trained)
     losses = token_losses(trained.model, capture=config.capture, precision=precision, device=device)
     choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
-    cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    try:
+        cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    except ValueError as error:  # of a window that some layer cannot have
+        raise UserError(str(error)) from None
     through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
     mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
 

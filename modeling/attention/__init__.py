@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from modeling.attention.cache import Cache
+from modeling.attention.gdn import GatedDeltaNet
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.tied import TiedKeyValueAttention
@@ -40,6 +41,11 @@ class Attention(Protocol):
     `kernel_for`, what computes it; `triton_lacks`, why the Triton kernel is not for the layer, as the middle of a sentence, or
     None; and where that is more than 3, `numbers_absorbed`: how many float32 numbers of one query, head and cached token it
     holds at once.
+
+    A layer that keeps something of constant size states `state_shapes`, the shape of each such tensor by name; `wide_states`,
+    those of them that are in float32 at least whatever the cache's dtype; and `state_formula`, the elements of these and of the
+    others by the paper. Where no token is cached either, nothing attends to tokens (`attends`): then `products_at(context)`
+    stands for the products of queries, keys and values in the count of FLOPs, and `weights_out` receives nothing.
     """
 
     has_positions: bool  # it rotates; "learned" in `positions` makes the GPT add a learned table
@@ -86,6 +92,7 @@ MECHANISMS: dict[str, type[nn.Module]] = {
     "mla": MultiheadLatentAttention,  # and what differs from it by options
     "tied": TiedKeyValueAttention,  # GTA, and keys and values as Gemma 4 and DeepSeek-V4 tie them
     "tpa": TensorProductAttention,
+    "gdn": GatedDeltaNet,
 }
 
 MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps")
@@ -200,6 +207,11 @@ def reads_back(attention: Any) -> int:
     return getattr(attention, "reads_back", 0)
 
 
+def attends(attention: Any) -> bool:
+    """Whether queries meet keys of single tokens, its own or another layer's; not where a state is all that is left of them."""
+    return bool(attention.cache_shapes) or bool(reads_back(attention))
+
+
 def hands_on(attention: Any) -> bool:
     """Whether a layer reads another one's keys and values, or another one reads its own, so that `forward` takes `shared`."""
     return bool(reads_back(attention)) or getattr(attention, "is_read", False)
@@ -235,11 +247,9 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
     """Why a layer cannot be computed so."""
     paths = attention.decode_paths
     if decode not in paths:
-        reason = (
-            "it caches keys and values as they are used"
-            if len(paths) == 1
-            else "a norm or a rotation stands between W_Q and W_UK"
-        )
+        reason = "a norm or a rotation stands between W_Q and W_UK"
+        if len(paths) == 1:
+            reason = "it caches keys and values as they are used" if attends(attention) else "it has a state in place of them"
         known = decode in ("expand", "absorbed")
         return (
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "

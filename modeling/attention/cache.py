@@ -1,13 +1,14 @@
-"""The key/value cache: named, preallocated buffers that grow together, with a length per row.
+"""The key/value cache: named, preallocated buffers that grow together, with a length per row, and states that do not grow.
 
-A variant names its buffers (GQA: k, v; MLA: latent, k_rope). Keys are cached after rotation, latents after their norm,
-so nothing is computed twice. Letters: B batch, T new tokens, S visible slots, M allocated slots.
+A variant names its buffers (GQA: k, v; MLA: latent, k_rope) and its states (gated DeltaNet: state, tail). Keys are cached
+after rotation, latents after their norm, so nothing is computed twice. Letters: B batch, T new tokens, S visible slots,
+M allocated slots.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,9 @@ class Cache:
     reach (None: everything): how many of the newest positions, its own included, a query of this layer sees at all: the
     window that it was trained with. Where it is the smaller one it takes the place of window and sinks; sinks further back
     are never seen. With reach alone a row still takes max_seq_len tokens, as in layers that see everything.
+
+    states: shape and dtype, by name, of what a row has one of whatever it has taken in: (B, *shape), zeros at first, changed by
+    `keep`. They have no eight bits. A row takes max_seq_len tokens all the same, as in layers that see everything.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Cache:
         window: int | None = None,
         sinks: int = 0,
         reach: int | None = None,
+        states: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
     ) -> None:
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
             raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
@@ -118,6 +123,9 @@ class Cache:
                 else:
                     self.scales[name] = torch.zeros(batch_size, self.slots, *shape[:-1], dtype=SCALE, device=device)
             self.buffers[name] = torch.zeros(batch_size, self.slots, *shape, dtype=kept, device=device)
+        self.states = {
+            name: torch.zeros(batch_size, *shape, dtype=kept, device=device) for name, (shape, kept) in (states or {}).items()
+        }
         self.lengths_B = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._extent = 0  # tokens of the longest row, or more, known without asking the device
         self._counted = True  # False: a compiled or captured step has taken tokens in, and the device alone knows
@@ -127,15 +135,20 @@ class Cache:
         """From now on shapes stay as they are: a prompt is read eagerly, then decoding is compiled or captured."""
         self.static = True
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that grows with the tokens held."""
+    def growing(self) -> Iterator[Tensor]:
+        """Every tensor with a slot for each token."""
         yield from self.buffers.values()
         yield from self.scales.values()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that decoding needs again."""
+        yield from self.growing()
+        yield from self.states.values()
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes in this layer, scales included, read off the buffers."""
-        return sum(tensor[0, 0].nbytes for tensor in self.tensors())
+        return sum(tensor[0, 0].nbytes for tensor in self.growing())
 
     @property
     def elements_per_token(self) -> int:
@@ -143,8 +156,13 @@ class Cache:
         return sum(buffer[0, 0].numel() for buffer in self.buffers.values())
 
     @property
+    def state_bytes(self) -> int:
+        """Bytes of one row that do not grow, read off the states."""
+        return sum(state[0].nbytes for state in self.states.values())
+
+    @property
     def nbytes(self) -> int:
-        """Bytes allocated, all rows and slots."""
+        """Bytes allocated, all rows and slots, and states."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
     def place(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
@@ -207,18 +225,45 @@ class Cache:
         self.advance(T, valid_BT)
         return {name: self._decoded(parts, new[name].dtype) for name, parts in seen.items()}
 
-    def advance(self, new_tokens: int, valid_BT: Tensor | None = None) -> None:
-        """Count tokens as taken in. `append` does; a layer that reads another one's latents has nothing to append.
+    def keep(self, new_tokens: int, valid_BT: Tensor | None = None, **states: Tensor) -> None:
+        """Count tokens as taken in, after which the states are these. Raises ValueError when the tokens do not fit."""
+        assert states.keys() == self.states.keys(), f"cache holds {set(self.states)}, got {set(states)}"
+        self.check_room(new_tokens)
+        for name, state in states.items():
+            self._hold(name, state)
+        self.advance(new_tokens, valid_BT)
 
-        A negative number takes the last ones back: a benchmark decodes one token again. A window has by then forgotten those
-        in whose slots they came, and holds them in their place.
-        """
+    def _hold(self, name: str, state: Tensor) -> None:
+        """In place where a compiled or captured step looks; elsewhere a backward pass may need what was there before."""
+        if self.static:
+            self.states[name].copy_(state)
+        else:
+            self.states[name] = state.to(self.states[name].dtype, copy=True)
+
+    def advance(self, new_tokens: int, valid_BT: Tensor | None = None) -> None:
+        """Count tokens as taken in. `append` and `keep` do; a layer that reads another one's latents has nothing to append."""
         self._ragged = self._ragged or valid_BT is not None
         self.lengths_B += new_tokens if valid_BT is None else valid_BT.sum(dim=1)
         if self.static and in_graph(self.lengths_B.device):
             self._counted = False
         else:
             self._extent += new_tokens
+
+    def take_back(self, tokens: int, states: Mapping[str, Tensor] | None = None) -> None:
+        """Forget the last tokens of every row: a benchmark decodes one token again.
+
+        A window has by then forgotten those in whose slots they came, and holds them in their place. states: copies of the
+        states from before these tokens; ValueError without them where there are any.
+        """
+        if states is None and self.states:
+            raise ValueError(
+                f"{', '.join(self.states)} holds all {tokens} tokens that are to be taken back and gives none back: "
+                f"copy `states` before they come, and hand the copies over"
+            )
+        for name, state in (states or {}).items():
+            self._hold(name, state)
+        self.lengths_B -= tokens
+        self._extent -= tokens
 
     def count(self, new_tokens: int) -> None:
         """Note what a compiled or captured step took in, before which `longest` or `check_room` was asked."""
@@ -274,7 +319,7 @@ class Cache:
         order_BT = None
         if valid_BT is not None:
             # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
-            order_BT = _real_first(valid_BT)
+            order_BT = real_first(valid_BT)
         device = self.lengths_B.device
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
@@ -347,7 +392,7 @@ class Cache:
         rank_BM = held_BM - self.lengths_B[:, None]  # among the row's new tokens; below 0: it is there already
         order_BT = torch.arange(T, device=device).expand(self.batch_size, -1)
         if valid_BT is not None:
-            order_BT = _real_first(valid_BT)
+            order_BT = real_first(valid_BT)
         source_BM = order_BT.gather(1, rank_BM.clamp(0, T - 1))
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         for name, parts in entries.items():
@@ -357,7 +402,7 @@ class Cache:
         return seen
 
 
-def _real_first(valid_BT: Tensor) -> Tensor:
+def real_first(valid_BT: Tensor) -> Tensor:
     """Indices that bring each row's real tokens to the front, in order."""
     return torch.argsort(valid_BT.logical_not().to(torch.uint8), dim=1, stable=True)
 
@@ -373,10 +418,19 @@ def new_cache(
     window: int | None = None,
     sinks: int = 0,
 ) -> Cache:
-    """An empty cache for one layer, of the shapes that the variant states, and no longer than the layer sees."""
+    """An empty cache for one layer, of the shapes that the variant states, and no longer than the layer sees.
+
+    Raises ValueError for a window where the layer has states: all that was taken in is in them.
+    """
     if not attention.causal:
         raise ValueError("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
     check_window(attention.kernel, window)
+    states = states_of(attention, dtype)
+    if window is not None and states:
+        raise ValueError(
+            f"window={window} would hide tokens that {', '.join(states)} of {type(attention).__name__} holds: leave "
+            f"cache.window and cache.sinks out for layers with a state"
+        )
     return Cache(
         batch_size,
         max_seq_len,
@@ -388,12 +442,33 @@ def new_cache(
         window=window,
         sinks=sinks,
         reach=getattr(attention, "window", None),
+        states=states,
     )
 
 
 def sixteen_bits_of(attention: Attention) -> tuple[str, ...]:
     """The cached tensors that stay in 16 bits where the others take 8, as the class states them."""
     return getattr(attention, "sixteen_bits", ())
+
+
+def states_of(attention: Attention, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each state of a layer, by name, in a cache of that dtype.
+
+    Those that the class names in `wide_states` are in float32 at least. Where tokens take 8 bits, the others take 16.
+    """
+    kept = torch.bfloat16 if dtype in LARGEST else dtype
+    wide = getattr(attention, "wide_states", ())
+    return {
+        name: (shape, torch.promote_types(kept, torch.float32) if name in wide else kept)
+        for name, shape in getattr(attention, "state_shapes", {}).items()
+    }
+
+
+def state_bytes_of(attention: Attention, dtype: torch.dtype) -> int:
+    """Bytes of one row that do not grow, by the paper's element count."""
+    wide, others = getattr(attention, "state_formula", (0, 0))
+    kept = torch.bfloat16 if dtype in LARGEST else dtype
+    return int(wide * torch.promote_types(kept, torch.float32).itemsize + others * kept.itemsize)
 
 
 def check_window(kernel: str, window: int | None) -> None:
@@ -417,8 +492,8 @@ def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
 
 
 def formula_bytes_at(attention: Attention, dtype: torch.dtype, context: int) -> int:
-    """The same for a sequence of so many tokens, of which a layer with a window keeps the newest."""
-    return formula_bytes(attention, dtype) * keys_seen(attention, context)
+    """The same for a sequence of so many tokens, of which a layer with a window keeps the newest, and its states."""
+    return formula_bytes(attention, dtype) * keys_seen(attention, context) + state_bytes_of(attention, dtype)
 
 
 def keys_seen(attention: Attention, context: int) -> int:

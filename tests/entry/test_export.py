@@ -21,7 +21,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from harness.errors import UserError
 from harness.hf import classes, export
 from harness.runs.load import TrainedModel, load_trained
-from modeling.attention import EXECUTION
+from modeling.attention import EXECUTION, attends
 from modeling.attention.contract import relative_error
 from modeling.generation import generate
 from scripts.export import main
@@ -150,7 +150,11 @@ def test_every_shipped_variant_is_exported_and_is_the_run(
     assert classes.difference(trained.model, model) < 1e-5
     check_text(trained, model, tokenizer)
     elements = max(attention.cache_formula for attention in trained.model.attentions)
-    assert f"| cached per token and layer | {elements} elements (" in (folder / "README.md").read_text()
+    (cached,) = re.findall(r"^\| cached per token and layer \| (.*) \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert f"{elements} elements (" in cached
+    assert ("a state whatever the context (state 4 x 16 x 16, tail 3 x 128)" in cached) != all(
+        map(attends, trained.model.attentions)
+    )
 
 
 @pytest.mark.parametrize("name", CLASSES)

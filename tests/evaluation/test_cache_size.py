@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness.evaluation.cache_size import measure_cache
+from modeling.attention import attends
 from modeling.gpt import GPT
 from tests.support.live_bytes import live_bytes_slope
 from tests.support.variants import SHIPPED, gpt_from
@@ -24,9 +25,11 @@ def _decode(model: GPT, context: int) -> tuple[Any, list[torch.Tensor]]:
     return cache, logits[-1:]
 
 
-def _allocated(model: GPT, context: int) -> int:
-    """By hand: what each layer keeps of a token, times the tokens that its window holds."""
-    return sum(4 * layer.cache_formula * min(context, getattr(layer, "window", None) or context) for layer in model.attentions)
+def _allocated(model: GPT, context: int, width: int = 4) -> int:
+    """By hand: what each layer keeps of a token, times the tokens that its window holds, and its state, at SIZES."""
+    kept = [width * layer.cache_formula * min(context, getattr(layer, "window", None) or context) for layer in model.attentions]
+    states = [4 * 8 * 12 * 12 + width * 3 * (2 * 4 * 12 + 8 * 12) for layer in model.attentions if not attends(layer)]
+    return sum(kept) + sum(states)
 
 
 @pytest.mark.parametrize("attention", SHIPPED)
@@ -75,7 +78,7 @@ def test_the_buffers_hold_what_the_formula_says_in_the_dtype_asked_for(attention
         assert size.dtype == dtype
         assert size.held_bytes_per_token == width * sum(formula)
         assert list(size.elements_per_token_by_layer) == formula
-        elements = _allocated(model, 64) / 4 / 64
+        elements = _allocated(model, 64, width) / width / 64
         assert size.bytes_per_token == width * elements and size.bytes_at_context == 64 * size.bytes_per_token
         assert size.elements_per_token_per_layer == elements / len(formula)
-        assert isinstance(size.elements_per_token_per_layer, int)
+        assert isinstance(size.elements_per_token_per_layer, int) == (elements / len(formula)).is_integer()

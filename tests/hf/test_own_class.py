@@ -317,6 +317,12 @@ def test_hidden_states_and_attentions_are_those_of_the_computation(folders: Fold
     assert {attention.backend for attention in theirs.model.attentions} != {"reference"}
 
 
+def test_weights_of_layers_that_keep_a_state_are_refused_in_one_sentence(folders: Folders) -> None:
+    _, theirs = loaded(folders, "gdn_3_1")
+    with pytest.raises(UserError, match="layers that keep a state and weigh no tokens: leave it out"):
+        theirs(tokens(2, 12), output_attentions=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FEW)
 def test_embeddings_stand_in_for_tokens_and_positions_for_places(folders: Folders, name: str) -> None:

@@ -138,7 +138,7 @@ def test_the_path_that_is_said_is_the_path_that_ran(monkeypatch: pytest.MonkeyPa
                     ran.clear()
                     model(torch.zeros(1, tokens, dtype=torch.long), cache)
                     assert ran == [decode_path(model, tokens)]
-                cache[0].advance(-3 - most)
+                cache[0].take_back(3 + most)
     model.set_execution(decode="auto", kernel="triton")
     assert decode_path(model) == (
         f"absorbed (triton kernel for one new token, torch for more) up to {most} new tokens a call, expanded above"

@@ -399,5 +399,5 @@ def test_a_compiled_step_that_does_not_fit_is_refused_by_whoever_drives_it(monke
             with pytest.raises(ValueError, match=sentence):
                 step(some(1)[:, 0], given)
             for layer in cache:
-                layer.advance(-1)  # as a benchmark does, which decodes one token again
+                layer.take_back(1)  # as a benchmark does, which decodes one token again
             step(some(1)[:, 0], given)

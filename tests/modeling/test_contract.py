@@ -47,6 +47,7 @@ SHIPPED_ELEMENTS = {
     "gqa_partial": 2 * 2 * 12,
     "mqa_wide": 2 * 24,
     "gqa_cla": 2 * 2 * 12,
+    "gdn_3_1": 0,  # of the first layer: a state
 }
 VARIANTS = {name: [f"attention={name}"] for name in SHIPPED} | {name: knob[0] for name, knob in KNOBS.items()}
 ELEMENTS = SHIPPED_ELEMENTS | {name: knob[1] for name, knob in KNOBS.items()}

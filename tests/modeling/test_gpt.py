@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from modeling.attention import attends
 from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.layers import AttentionLayers
@@ -261,7 +262,7 @@ NORMED = {"tied_kv": 1.0, "shared_kv": 1.0}  # by a norm behind the projection
 def test_fan_in_starts_queries_keys_and_values_alike_in_every_variant_at_any_rank(
     start: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D s^2, MHA's, in all layers and in each part of a key."""
+    """D s^2, MHA's, in all layers that attend and in each part of a key."""
     model = seeded([*WIDE, *deep_enough(STARTS[start]), *STARTS[start]], init="fan_in", init_std=STD)
     seen: list[tuple[torch.Tensor, ...]] = []
 
@@ -273,7 +274,7 @@ def test_fan_in_starts_queries_keys_and_values_alike_in_every_variant_at_any_ran
     x = torch.randn(7, 60, 192, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         AttentionLayers(model.attentions)(x / x.square().mean(dim=-1, keepdim=True).sqrt())
-    assert len(seen) == len(model.attentions)
+    assert len(seen) == sum(map(attends, model.attentions))
     wanted = NORMED.get(start.partition(",")[0], 192 * STD**2)
     for number, (q, k, v) in enumerate(seen):
         own = v.shape[-1]  # behind it a key has its rotated part
@@ -377,12 +378,12 @@ def test_the_whole_model_runs_with_either_mlp() -> None:
 
 @pytest.mark.parametrize("variant", SHIPPED)
 def test_biases_stand_on_all_projections_or_on_none(variant: str) -> None:
-    """But never on the head nor, as in DeepSeek's models, on up-projections of a latent."""
+    """But never on the head nor, as in DeepSeek's models, on up-projections of a latent, nor where dt_bias stands for one."""
     without, biased = gpt_from([f"attention={variant}"], bias=False), gpt_from([f"attention={variant}"], bias=True)
-    assert not any("bias" in name for name, _ in without.named_parameters())
+    assert not any(name.endswith(".bias") for name, _ in without.named_parameters())
     for name, module in biased.named_modules():
         if isinstance(module, nn.Linear):
-            bare = name == "head" or re.search(r"attention\.[qkv]_up_proj$", name)
+            bare = name == "head" or re.search(r"attention\.([qkv]_up|decay)_proj$", name)
             assert (module.bias is None) == bool(bare or not module.weight.requires_grad), name
 
 

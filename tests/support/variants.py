@@ -163,6 +163,18 @@ KNOBS: dict[str, tuple[list[str], int]] = {
         ],
         4 * (12 + 7),
     ),
+    "gdn alone, values shared out unevenly wide, biases": (
+        [
+            "attention=gdn_3_1",
+            "attention.layers=[delta]",
+            "attention.kinds.delta.n_k_heads=3",
+            "attention.kinds.delta.n_v_heads=9",
+            "attention.kinds.delta.v_head_dim=7",
+            "attention.kinds.delta.conv_width=2",
+            "model.bias=true",
+        ],
+        0,
+    ),
     "mla, stored frequencies": (["attention=mla", "attention.rope_frequencies=stored"], 24 + 6),
 }
 

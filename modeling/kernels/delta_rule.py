@@ -1,0 +1,77 @@
+"""The gated delta rule (Yang et al. 2025, arXiv 2412.06464): a state in place of a cache, by token or by chunks.
+
+For each head, with a decay a_t in (0, 1] and a writing strength b_t in (0, 1), a state S of K x V starts at 0 and
+
+    S_t = a_t S_(t-1) + k_t outer (b_t (v_t - a_t S_(t-1)^T k_t)),      o_t = scale S_t^T q_t
+
+`delta_rule` takes chunks of C tokens at once (section 3.3 of the paper, the WY form of arXiv 2406.06484). With g_t the sum of
+log a from the chunk's first token to t, what the chunk writes is U = (I + A)^-1 (b v - b exp(g) k S_0) with
+A_ij = b_i (k_i . k_j) exp(g_i - g_j) for j < i, and then
+
+    o_i = scale (exp(g_i) S_0^T q_i + sum over j <= i of (q_i . k_j) exp(g_i - g_j) U_j),
+    S_C = exp(g_C) S_0 + sum over j of exp(g_C - g_j) k_j outer U_j
+
+A token with log a = 0 and b = 0 changes nothing: so pads are left out. Letters: B batch, T tokens, H heads, K key width,
+V value width, C tokens of a chunk, N chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+
+
+def delta_rule_step(
+    q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BH: Tensor, beta_BH: Tensor, state_BHKV: Tensor, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One token: (out_BHV, the state afterwards)."""
+    decayed_BHKV = state_BHKV * log_decay_BH.exp()[..., None, None]
+    written_BHV = beta_BH[..., None] * (v_BHV - torch.einsum("bhkv,bhk->bhv", decayed_BHKV, k_BHK))
+    state_BHKV = decayed_BHKV + k_BHK[..., :, None] * written_BHV[..., None, :]
+    return scale * torch.einsum("bhkv,bhk->bhv", state_BHKV, q_BHK), state_BHKV
+
+
+def delta_rule(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    log_decay_BTH: Tensor,
+    beta_BTH: Tensor,
+    state_BHKV: Tensor,
+    *,
+    scale: float,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """All T tokens by chunks, the same function: (out_BTHV, the state afterwards). In float32 or float64, as given."""
+    T = q_BTHK.shape[1]
+    C = min(chunk, T)
+    pad = -T % C
+
+    def chunks(x: Tensor) -> Tensor:
+        """(B, T, H, ...) -> (N, B, H, C, ...); what fills the last chunk changes nothing."""
+        x = F.pad(x.transpose(1, 2), (*(0, 0) * (x.dim() - 3), 0, pad))
+        return x.unflatten(2, (-1, C)).movedim(2, 0)
+
+    q, k, v, beta = chunks(q_BTHK), chunks(k_BTHK), chunks(v_BTHV), chunks(beta_BTH)
+    g = chunks(log_decay_BTH).cumsum(dim=-1)
+    lower = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
+    # Differences above the diagonal are positive and may overflow: they are left out before exp.
+    decay = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, float("-inf")).exp()
+    within = (beta[..., None] * (k @ k.transpose(-1, -2)) * decay).tril(-1)
+    system = torch.eye(C, dtype=q.dtype, device=q.device) + within
+    sides = torch.cat((beta[..., None] * v, (beta * g.exp())[..., None] * k), dim=-1)
+    own, of_state = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True).split(
+        (v.shape[-1], k.shape[-1]), dim=-1
+    )
+    scores = (q @ k.transpose(-1, -2)) * decay
+    q_in, k_out = q * g.exp()[..., None], k * (g[..., -1:] - g).exp()[..., None]
+    outs = []
+    for n in range(q.shape[0]):
+        written = own[n] - of_state[n] @ state_BHKV
+        outs.append(q_in[n] @ state_BHKV + scores[n] @ written)
+        state_BHKV = state_BHKV * g[n, ..., -1].exp()[..., None, None] + k_out[n].transpose(-1, -2) @ written
+    out_BHTV = torch.cat(outs, dim=2)[:, :, :T]
+    return scale * out_BHTV.transpose(1, 2), state_BHKV
