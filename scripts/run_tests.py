@@ -21,9 +21,7 @@ def main(argv: Sequence[str]) -> int:
 
     os.chdir(ROOT)
     workers = min(8, os.cpu_count() or 1)
-    # Not those with the fewest tests last: some of these take longest, and the other processors would wait for them.
-    shared_out = ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
-    return int(pytest.main([*shared_out, *argv]))
+    return int(pytest.main(["-n", str(workers), "--dist", "loadfile", *argv]))
 
 
 if __name__ == "__main__":
