@@ -133,7 +133,7 @@ def test_left_padded_rows_write_what_they_write_alone(folders: Folders, name: st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", [*FEW, "gdn_3_1"])
 def test_beams_and_samples_are_those_without_a_cache(folders: Folders, name: str) -> None:
     _, theirs = loaded(folders, name)
     prompts = tokens(2, 6)

@@ -228,6 +228,12 @@ def test_a_new_layer_remembers_and_its_gates_are_not_decayed_as_matrices_are() -
     assert made.a_log.ndim == made.dt_bias.ndim == 1  # by which an optimizer knows what not to decay
 
 
+def test_a_model_draws_the_convolution_as_it_draws_embeddings() -> None:
+    for attention in gpt_from(["attention=gdn_3_1"], init="fan_in", init_std=0.03).attentions[:3]:
+        assert attention.conv.weight.std().item() == pytest.approx(0.03, rel=0.1)
+        assert attention.a_log.std() > 0.1
+
+
 @torch.no_grad()
 def test_a_compiled_decode_step_gives_what_an_eager_one_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))

@@ -42,6 +42,19 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tie: bool) -> 
     assert not any(part in name for name in muon for part in ("embedding", "head", "norm"))
 
 
+def test_the_decays_of_a_state_are_not_decayed_and_its_convolution_is_adamws() -> None:
+    groups = build_optimizer(gpt_from(["attention=gdn_3_1"]), optimizer_config("muon")).settings()
+    group_of = {name.removeprefix("blocks.0.attention."): group for group in groups for name in group["parameters"]}
+    assert (
+        group_of["a_log"]["weight_decay"]
+        == group_of["dt_bias"]["weight_decay"]
+        == group_of["o_norm.weight"]["weight_decay"]
+        == 0
+    )
+    assert group_of["conv.weight"]["optimizer"] == "AdamW" and group_of["conv.weight"]["weight_decay"] > 0
+    assert group_of["decay_proj.weight"]["optimizer"] == "Muon"
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_all_rates_follow_the_factor_from_their_own_peaks(name: str) -> None:
     """A step at factor 1/2 moves every weight by half of what the same step at factor 1 does (no decay)."""
