@@ -244,6 +244,7 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
             arms={arm: sorted({*command.declared.get(arm, ()), *plan.seeds_of(arm)}) for arm in plan.arms},
             contrasts=[(a, b) for a, b in plan.config.contrasts],
             margin=plan.config.margin,
+            trends=[*plan.config.trends],
             results=sum(finished(plan.folder / spec.name) for spec in runs),
         )
         write_record(plan, chosen_lr=chosen, specs=runs, sweep=[*rates.sweep, *sweep], failures=failures, history=history)

@@ -61,8 +61,13 @@ def with_error(mean: float, low: float | None, high: float | None, *, digits: in
 
 def change(contrast: Contrast, metric: Metric) -> str:
     """A difference with its sign."""
-    text = with_error(contrast.difference, contrast.low, contrast.high, digits=metric.digits)
-    return f"+{text}" if contrast.difference > 0 else text.replace("-", "−", 1)
+    return signed(contrast.difference, contrast.low, contrast.high, metric)
+
+
+def signed(figure: float, low: float | None, high: float | None, metric: Metric) -> str:
+    """A difference, or what becomes of one, with its sign and half of its interval."""
+    text = with_error(figure, low, high, digits=metric.digits)
+    return f"+{text}" if figure > 0 else text.replace("-", "−", 1)
 
 
 def mean_text(mean: Mean | None, metric: Metric) -> str:

@@ -28,6 +28,7 @@ from harness.study.statistics import (
     Contrast,
     Mean,
     Pair,
+    Trend,
     Values,
     can_be_compared,
     contrasts,
@@ -35,6 +36,7 @@ from harness.study.statistics import (
     mean_interval,
     pareto_front,
     residual_deviation,
+    trends,
 )
 from harness.study.tuning import Doubt, Optimum, as_named, doubt, optimum, parabola
 
@@ -246,6 +248,24 @@ class Findings:
             verdicts.append(Verdict(contrast, sentence, also, reason, *noise))
         return verdicts
 
+    @cached_property
+    def trends(self) -> list[tuple[Trend, str, str | None]]:
+        """With a sentence each, and why it is exploratory. Those whose arms have all been scored."""
+        recorded = {
+            name: trend
+            for name, trend in self.results.record.get("trends", {}).items()
+            if all(self._comparable(pair) for pair in trend["of"])
+        }
+        declared = {name: (trend["of"], trend["at"]) for name, trend in recorded.items()}
+        told = []
+        for trend in trends(self.values, declared, **self._kinds):
+            reasons = [self.added.late(a, b) for a, b in trend.pairs]
+            late = "the trend was added after the first result" if trend.name in self.added.trends else None
+            reason = next(filter(None, (late, *reasons)), None)
+            sentence = trend.sentence(self.metric, recorded[trend.name]["over"])
+            told.append((trend, sentence + (f"; exploratory: {reason}" if reason else ""), reason))
+        return told
+
     def _late(self) -> list[str]:
         """Sentences on what was not declared before the first result."""
         added, notes = self.added, []
@@ -257,6 +277,7 @@ class Findings:
         late = [f"arm {arm}" for arm in added.arms]
         late += [f"seeds {', '.join(map(str, seeds))} of {arm}" for arm, seeds in added.seeds.items()]
         late += [f"the comparison of {a} with {b}" for a, b in added.contrasts]
+        late += [f"the trend {name}" for name in added.trends]
         late += ["the margin, and with it what is called the same"] if added.margin else []
         if late:
             notes.append(f"added after the first result, so exploratory: {'; '.join(late)}")

@@ -10,7 +10,7 @@ from harness.evaluation.metric import METRICS, PERPLEXITY
 from harness.files.text import counted, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
-from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, with_error
+from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, signed, with_error
 from harness.report.findings import Best, Findings, Sweep, Verdict
 from harness.runs.provenance import CHANGES_FILE
 from harness.runs.records import DecodeRow
@@ -82,8 +82,10 @@ def _verdict(findings: Findings) -> Section:
     else:
         words.append("No declared comparison can be made, so there is no verdict.")
     points = [f"{verdict.sentence}." for verdict in declared]
-    after = ["Exploratory, neither declared beforehand nor corrected:"] if findings.looked_at else []
+    points += [f"{sentence}." for _, sentence, exploratory in findings.trends if not exploratory]
     more = [f"{verdict.sentence}." for verdict in findings.looked_at]
+    more += [f"{sentence}." for _, sentence, exploratory in findings.trends if exploratory]
+    after = ["Exploratory, neither declared beforehand nor corrected:"] if more else []
     return Section("verdict", "Verdict", words=words, points=points, after=after, more=more)
 
 
@@ -274,8 +276,33 @@ def _contrasts(findings: Findings) -> Section | None:
     if reasons := list(dict.fromkeys(verdict.no_noise for verdict in verdicts if verdict.no_noise)):
         note += f" No evaluation noise where {'; '.join(reasons)}."
     words_in = frozenset({0, 1, list(cells).index("resolved")})
-    table = TextTable("", list(cells), lines, note, words_in)
-    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts(findings)], tables=[table])
+    tables = [TextTable("", list(cells), lines, note, words_in)]
+    if findings.trends:
+        tables.append(_trends(findings))
+    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts(findings)], tables=tables)
+
+
+def _trends(findings: Findings) -> TextTable:
+    lines = [
+        TableLine(
+            [
+                trend.name,
+                "exploratory" if reason else "yes",
+                ", ".join(f"{a} − {b} at {size:g}" for (a, b), size in zip(trend.pairs, trend.at, strict=True)),
+                signed(trend.slope, trend.low, trend.high, findings.metric),
+                _half(trend.pooled_half),
+                _half(trend.own_half),
+                _p(trend.p),
+                _p(trend.p_holm),
+                _yes_or_no(trend.resolved),
+            ]
+        )
+        for trend, _, reason in findings.trends
+    ]
+    slope = f"change for each doubling, {findings.metric.unit}"
+    columns = ["trend", "declared", "of", slope, "± pooled", "± own", "p", "p after Holm", "resolved"]
+    note = "The slope of the least squares line through the differences over log2 of the size, with error bars as above."
+    return TextTable("Trends", columns, lines, note, frozenset({0, 1, 2, len(columns) - 1}))
 
 
 def _half(width: float | None) -> str:

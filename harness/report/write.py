@@ -110,6 +110,10 @@ def as_dict(findings: Findings) -> dict[str, Any]:
             }
             for sweep in findings.sweeps
         ],
+        "trends": [
+            dataclasses.asdict(trend) | {"sentence": sentence, "exploratory": reason}
+            for trend, sentence, reason in findings.trends
+        ],
         "shared_rate": None
         if findings.shared is None
         else {

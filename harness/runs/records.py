@@ -190,6 +190,15 @@ class DeclarationRecord(TypedDict):
     arms: dict[str, list[Count]]  # their seeds
     contrasts: list[tuple[str, str]]
     margin: Rate | None
+    trends: NotRequired[list[str]]  # absent from older records
+
+
+class TrendRecord(TypedDict):
+    """A declared trend: how the differences of pairs of arms change with a size of theirs."""
+
+    over: str  # a field of their configuration
+    of: list[tuple[str, str]]
+    at: list[Positive]  # that field of each pair's arms
 
 
 class StudyRecord(TypedDict):
@@ -201,6 +210,7 @@ class StudyRecord(TypedDict):
     metric: str
     base: NotRequired[list[str]]
     contrasts: list[tuple[str, str]]
+    trends: NotRequired[dict[str, TrendRecord]]
     margin: NotRequired[Rate | None]  # of equivalence, in the metric's unit
     staircase: list[str] | None
     arms: dict[str, ArmRecord]
@@ -336,6 +346,7 @@ def read_study(folder: Path) -> StudyRecord:
     if not record["arms"]:
         raise _refused(path, "it has no arms")
     named = [(arm, "contrasts") for pair in record["contrasts"] for arm in pair]
+    named += [(arm, "trends") for trend in record.get("trends", {}).values() for pair in trend["of"] for arm in pair]
     named += [(arm, "staircase") for arm in record["staircase"] or []]
     named += [(spec["arm"], kind) for kind in ("runs", "sweep") for spec in record[kind]]  # type: ignore[literal-required]
     for arm, where in named:

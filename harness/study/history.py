@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from harness.runs.provenance import now
 from harness.runs.records import DeclarationRecord, StudyRecord
 
-_DECLARED = ("arms", "contrasts", "margin")
+_DECLARED = ("arms", "contrasts", "margin", "trends")
 
 
 def extended(
@@ -23,6 +23,7 @@ def extended(
     contrasts: Sequence[tuple[str, str]],
     margin: float | None,
     results: int,
+    trends: Sequence[str] = (),
 ) -> list[DeclarationRecord]:
     """The history with what a command declares now.
 
@@ -39,8 +40,10 @@ def extended(
         "arms": {arm: sorted(seeds) for arm, seeds in arms.items()},
         "contrasts": [*contrasts],
         "margin": margin,
+        "trends": [*trends],
     }
-    if not history or any(history[-1][key] != declared[key] for key in _DECLARED):  # type: ignore[literal-required]
+    last = {"trends": []} | history[-1] if history else {}
+    if any(last.get(key) != declared[key] for key in _DECLARED):  # type: ignore[literal-required]
         history.append(declared)
     return history
 
@@ -54,12 +57,15 @@ class Additions:
     seeds: dict[str, list[int]] = field(default_factory=dict)  # of arms that were there
     contrasts: list[tuple[str, str]] = field(default_factory=list)
     margin: bool = False
+    trends: list[str] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)  # declared first, and no longer there
 
     def reason(self, a: str, b: str) -> str | None:
         """Why the comparison of two arms is exploratory; None if it is not."""
-        if (a, b) in self.contrasts:
-            return "the comparison was added after the first result"
+        return "the comparison was added after the first result" if (a, b) in self.contrasts else self.late(a, b)
+
+    def late(self, a: str, b: str) -> str | None:
+        """What of two arms was added after the first result, in words."""
         if late := [arm for arm in (a, b) if arm in self.arms]:
             return f"{' and '.join(late)} {'was' if len(late) == 1 else 'were'} added after the first result"
         late = [f"seeds {', '.join(map(str, self.seeds[arm]))} of {arm}" for arm in (a, b) if arm in self.seeds]
@@ -84,6 +90,7 @@ def additions(record: StudyRecord) -> Additions:
         arms=arms,
         seeds={arm: sorted(late) for arm, late in seeds.items() if late and arm not in arms},
         contrasts=[pair for pair in record["contrasts"] if pair not in first],
+        trends=[name for name in record.get("trends", {}) if not any(name in entry.get("trends", ()) for entry in early)],
         margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
         dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
     )

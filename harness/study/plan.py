@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,16 @@ from harness.files.atomic import write_json
 from harness.files.lock import locked
 from harness.files.untrusted import Count, Positive, Rate
 from harness.runs.conversion import conversion_setup, converted_from
-from harness.runs.records import STUDY_FILE, DeclarationRecord, FailureRecord, MatchRecord, SpecRecord, StudyRecord, read_study
+from harness.runs.records import (
+    STUDY_FILE,
+    DeclarationRecord,
+    FailureRecord,
+    MatchRecord,
+    SpecRecord,
+    StudyRecord,
+    TrendRecord,
+    read_study,
+)
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
@@ -65,6 +75,14 @@ class TuneConfig:
 
 
 @dataclass
+class TrendConfig:
+    """How differences change with a size: the slope of a - b over log2 of it."""
+
+    of: list[list[str]]  # [a, b]: a minus b, two arms of one size
+    over: str = "model.d_model"  # a number of their configuration
+
+
+@dataclass
 class StudyConfig:
     """configs/study/*.yaml, whole."""
 
@@ -73,6 +91,7 @@ class StudyConfig:
     arms: dict[str, ArmConfig]
     seeds: list[int]
     contrasts: list[list[str]] = field(default_factory=list)  # [a, b]: a minus b, declared beforehand
+    trends: dict[str, TrendConfig] = field(default_factory=dict)  # by what they are called; declared beforehand too
     margin: Rate | None = None  # arms that differ by less are the same, in the metric's unit; None: not tested
     primary_seeds: list[int] | None = None  # of the arms in contrasts; None: as the others
     match: list[MatchConfig] = field(default_factory=list)  # solved in this order, each on top of the ones before
@@ -85,7 +104,8 @@ class StudyConfig:
 
     def seeds_of(self, arm: str) -> list[int]:
         """More of them for arms that a declared contrast is about."""
-        primary = {name for pair in self.contrasts for name in pair}
+        pairs = [*self.contrasts, *(pair for trend in self.trends.values() for pair in trend.of)]
+        primary = {name for pair in pairs for name in pair}
         return (self.primary_seeds if arm in primary else None) or self.seeds
 
 
@@ -259,6 +279,7 @@ def _check(config: StudyConfig, study: str) -> None:
     if not config.arms or not config.seeds:
         raise UserError(f"study={study} needs at least one arm and one seed")
     named = [(name, "contrasts") for pair in config.contrasts for name in pair]
+    named += [(name, f"trends.{key}") for key, trend in config.trends.items() for pair in trend.of for name in pair]
     named += [(name, "staircase") for name in config.staircase]
     named += [(arm.starts_from, f"arms.{name}.starts_from") for name, arm in config.arms.items() if arm.starts_from]
     named += [(name, "tune.transfer_arms") for name in (config.tune.transfer_arms if config.tune else [])]
@@ -282,6 +303,12 @@ def _check(config: StudyConfig, study: str) -> None:
         )
     if wrong := [pair for pair in config.contrasts if len(pair) != 2 or pair[0] == pair[1]]:
         raise UserError(f"contrasts={wrong[0]} of study={study} must name two different arms: [a, b] is a minus b")
+    for key, trend in config.trends.items():
+        arms = [name for pair in trend.of for name in pair]
+        if len(trend.of) < 2 or any(len(pair) != 2 for pair in trend.of) or len({*arms}) < len(arms):
+            raise UserError(
+                f"trends.{key}.of={trend.of} of study={study} must be two pairs [a, b] or more, with every arm in one of them"
+            )
     for seeds in (config.seeds, config.primary_seeds or [0]):
         if len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds={seeds} of study={study} must be different whole numbers from 0 on")
@@ -325,10 +352,33 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
         stated = vars(arm) | {"overrides": overrides}
         arms[arm_name] = Arm(**stated, config=composed, quantities=quantities(composed, vocabulary), matches=matches)
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
+    for key, trend in config.trends.items():
+        trend_record(key, trend, arms)
     rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
     if len(rates) > 1:
         raise UserError(f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only")
     return Plan(name, command, runs_dir / name, config, arms, rates.pop())
+
+
+def trend_record(name: str, trend: TrendConfig, arms: Mapping[str, Arm]) -> TrendRecord:
+    """A declared trend with the size of each pair. Raises UserError for arms of one pair that differ in it, or all alike."""
+    sizes = []
+    for a, b in trend.of:
+        try:
+            found = [operator.attrgetter(trend.over)(arms[arm].config) for arm in (a, b)]
+        except AttributeError:
+            raise UserError(
+                f"trends.{name}.over={trend.over} is no field of a run's configuration, such as model.d_model"
+            ) from None
+        if found[0] != found[1] or isinstance(found[0], bool) or not isinstance(found[0], int) or found[0] < 1:
+            raise UserError(
+                f"trends.{name}: {trend.over} is {found[0]} in {a} and {found[1]} in {b}: the arms of a pair need one size, a "
+                f"whole number from 1 on"
+            )
+        sizes.append(found[0])
+    if len({*sizes}) < 2:
+        raise UserError(f"trends.{name}: {trend.over} is {sizes[0]} in all pairs: a trend needs two sizes at least")
+    return {"over": trend.over, "of": [(a, b) for a, b in trend.of], "at": sizes}
 
 
 def _in_order(config: StudyConfig) -> list[tuple[str, ArmConfig]]:
@@ -386,6 +436,7 @@ def write_record(
         "metric": config.metric,
         "base": config.base,
         "contrasts": [(a, b) for a, b in config.contrasts],
+        "trends": {key: trend_record(key, trend, plan.arms) for key, trend in config.trends.items()},
         "margin": config.margin,
         "staircase": config.staircase,
         "arms": {

@@ -124,6 +124,35 @@ class Contrast:
 
 
 @dataclass(frozen=True)
+class Trend:
+    """How a difference changes with a size: the slope of a - b over log2 of it. Error bars as those of a Contrast."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    at: tuple[float, ...]  # the size of each pair's arms
+    slope: float  # of the difference, for each doubling: least squares over the pairs
+    low: float | None = None  # 95 % interval, the wider of the two
+    high: float | None = None
+    own_half: float | None = None
+    pooled_half: float | None = None
+    p: float | None = None  # two-sided, the larger of the two
+    p_holm: float | None = None  # over the declared trends
+    resolved: bool | None = None
+
+    def sentence(self, metric: Metric, over: str) -> str:
+        """The verdict in words."""
+        where = (
+            f"{self.name}: for each doubling of {over} ({', '.join(f'{size:g}' for size in self.at)}) the difference changes by"
+        )
+        if self.low is None or self.high is None or self.p_holm is None:
+            return f"{where} {self.slope:+z.{decimals_for(self.slope, 3)}f} {metric.unit} (no error bar)"
+        half = (self.high - self.low) / 2
+        decimals = decimals_for(half, 2)
+        verdict = f"{_p(self.p_holm)} after Holm" if self.resolved else "not resolved"
+        return f"{where} {self.slope:+z.{decimals}f} ± {half:.{decimals}f} {metric.unit} ({verdict})"
+
+
+@dataclass(frozen=True)
 class Mean:
     """One arm's mean over its seeds, and how they scatter."""
 
@@ -249,6 +278,54 @@ def contrasts(
             )
         verdicts.append(contrast)
     return verdicts
+
+
+def trends(
+    values: Values,
+    declared: Mapping[str, tuple[Sequence[Pair], Sequence[float]]],
+    *,
+    apart: Collection[str] = (),
+    lineages: Lineages | None = None,
+) -> list[Trend]:
+    """The slopes of differences over log2 of a size; name -> (pairs (a, b), the size of each pair's arms).
+
+    The slope of the least squares line is a weighted sum of the differences, so its error is that of their sum; the degrees of
+    freedom of the arms' own deviations are Satterthwaite's once more. apart, lineages: see `contrasts`. Raises UserError
+    as that does, and for an arm or a lineage in two pairs of one trend, whose differences would not be independent.
+    """
+    lineages = lineages or {}
+    found = []
+    for name, (pairs, at) in declared.items():
+        _check_values(values)
+        _check_pairs(values, pairs, lineages)
+        roots = [root for pair in pairs for root in {_root(arm, lineages) for arm in pair}]
+        if len({*roots}) < len(roots):
+            raise UserError(f"trend {name} has arms that come from the same runs in two of its pairs: leave one out")
+        pooled = residual_deviation(values, apart=apart, lineages=lineages)
+        compared = [_compare(values, pair, None if {*pair} & {*apart} else pooled, lineages) for pair in pairs]
+        x_N = np.log2(at) - np.log2(at).mean()
+        weights = (x_N / (x_N @ x_N)).tolist()
+        slope = sum(weight * each.difference for weight, each in zip(weights, compared, strict=True))
+        trend = Trend(name, tuple(pairs), tuple(at), slope)
+        if all(each.estimates for each in compared):
+            kinds = zip(*(each.estimates for each in compared), strict=False)  # the pooled ones only where every pair has one
+            estimates = [_summed(slope, weights, of_kind, shared_dof=kind == 1) for kind, of_kind in enumerate(kinds)]
+            half, p = max(each.half for each in estimates), max(each.p for each in estimates)
+            halves = [each.half for each in estimates]
+            trend = replace(trend, low=slope - half, high=slope + half, own_half=halves[0], p=p)
+            trend = replace(trend, pooled_half=halves[1] if len(halves) > 1 else None)
+        found.append(trend)
+    corrected = _holm([trend.p for trend in found])
+    return [
+        replace(trend, p_holm=p, resolved=None if p is None else p < ALPHA) for trend, p in zip(found, corrected, strict=True)
+    ]
+
+
+def _summed(figure: float, weights: Sequence[float], parts: Sequence[_Estimate], *, shared_dof: bool) -> _Estimate:
+    """A weighted sum of independent estimates. shared_dof: they have one variance in common."""
+    variances = [(weight * part.error) ** 2 for weight, part in zip(weights, parts, strict=True)]
+    satterthwaite = sum(variances) ** 2 / sum(variance**2 / part.dof for variance, part in zip(variances, parts, strict=True))
+    return _Estimate(figure, math.sqrt(sum(variances)), parts[0].dof if shared_dof else satterthwaite)
 
 
 def residual_deviation(

@@ -26,7 +26,7 @@ from harness.report.tables import as_csv, as_markdown
 from harness.report.write import write_report
 from harness.study.noise import bootstrap
 from harness.study.results import load_results
-from harness.study.statistics import contrasts, mean_interval
+from harness.study.statistics import contrasts, mean_interval, trends
 from scripts import report
 from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, told, write_study
 
@@ -236,6 +236,30 @@ def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: P
     )
     assert "declared, and no longer asked for: the comparison of gqa with mha" in content["notes"]
     assert "| mla\\_plain (exploratory) |" in markdown and "| mla − mqa | exploratory |" in markdown
+
+
+def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_late(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "trend", segments=0, extras=False)
+    record = json.loads((folder / "study.json").read_text())
+    record["trends"] = {"mla - gqa": {"over": "model.d_model", "of": [["mla", "gqa"], ["mqa", "mla_plain"]], "at": [128, 256]}}
+    record["history"][0]["trends"] = ["mla - gqa"]
+    (folder / "study.json").write_text(json.dumps(record))
+    markdown, content = told(folder)
+    values = load_results(folder).values()
+    (expected,) = trends(values, {"mla - gqa": ([("mla", "gqa"), ("mqa", "mla_plain")], [128, 256])})
+    (found,) = content["trends"]
+    assert (found["slope"], found["low"], found["exploratory"]) == (expected.slope, expected.low, None)
+    differences = [np.mean([*values[a].values()]) - np.mean([*values[b].values()]) for a, b in expected.pairs]
+    assert found["slope"] == pytest.approx(differences[1] - differences[0])
+    assert "| mla - gqa | yes | mla − gqa at 128, mqa − mla\\_plain at 256 |" in markdown
+    assert "- mla - gqa: for each doubling of model.d\\_model (128, 256) the difference changes by" in markdown
+
+    record["history"][0]["trends"] = []
+    (folder / "study.json").write_text(json.dumps(record))
+    markdown, content = told(folder)
+    assert content["trends"][0]["sentence"].endswith("; exploratory: the trend was added after the first result")
+    assert "| mla - gqa | exploratory |" in markdown
+    assert "added after the first result, so exploratory: the trend mla - gqa" in content["notes"]
 
 
 def test_of_an_older_record_it_is_said_that_the_declaration_is_not_known(tmp_path: Path) -> None:

@@ -51,6 +51,40 @@ def plan(folder: Path, text: str = GOOD) -> Plan:
     return build_plan(study(folder, text), name="given", command="command", runs_dir=folder / "runs")
 
 
+WIDER = GOOD.replace(
+    "contrasts:",
+    """  gqa_2: {family: gqa, overrides: [attention=gqa, model.d_model=256, model.n_heads=8]}
+  mla_2: {family: mla, overrides: [attention=mla, model.d_model=256, model.n_heads=8]}
+trends: {mla - gqa: {of: [[mla, gqa], [mla_2, gqa_2]]}}
+contrasts:""",
+)
+
+
+def test_a_trend_knows_the_size_of_its_arms_and_gives_them_the_seeds_of_declared_ones(tmp_path: Path) -> None:
+    planned = plan(tmp_path, WIDER)
+    assert planned.seeds_of("mla_2") == [0, 1, 2] and planned.seeds_of("mha") == [0, 1]
+    write_record(planned, chosen_lr={}, specs=[], sweep=[], failures=[])
+    expected = {"over": "model.d_model", "of": [("mla", "gqa"), ("mla_2", "gqa_2")], "at": [128, 256]}
+    assert read_study(planned.folder)["trends"] == {"mla - gqa": expected}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("[mla_2, gqa_2]]", "[mla_2, gqa_3]]", "trends.mla - gqa of study=given names gqa_3, no arm of it"),
+        (", [mla_2, gqa_2]]", "]", "must be two pairs [a, b] or more, with every arm in one of them"),
+        ("[mla_2, gqa_2]]", "[mla_2, gqa]]", "must be two pairs [a, b] or more, with every arm in one of them"),
+        ("[mla, gqa], [mla_2, gqa_2]]", "[mla, gqa_2], [mla_2, gqa]]", "model.d_model is 128 in mla and 256 in gqa_2"),
+        ("gqa_2]]}", "gqa_2]], over: model.width}", "trends.mla - gqa.over=model.width is no field of a run's configuration"),
+        ("gqa_2]]}", "gqa_2]], over: model.max_seq_len}", "is 256 in all pairs: a trend needs two sizes at least"),
+    ],
+)
+def test_a_trend_that_says_nothing_is_refused(before: str, after: str, sentence: str, tmp_path: Path) -> None:
+    assert WIDER.count(before) == 1
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        plan(tmp_path, WIDER.replace(before, after))
+
+
 @pytest.mark.parametrize("name", options_of("study"))
 def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_path: Path) -> None:
     shipped = build_plan(load_study(name), name=name, command="", runs_dir=tmp_path)

@@ -30,6 +30,7 @@ from harness.study.statistics import (
     mean_interval,
     pareto_front,
     residual_deviation,
+    trends,
 )
 
 pytestmark = pytest.mark.usefixtures("quick_collection")
@@ -527,3 +528,69 @@ def test_every_point_of_a_front_is_unbeaten_and_every_other_is_beaten() -> None:
 def test_a_point_that_is_not_a_number_is_refused() -> None:
     with pytest.raises(UserError, match=r"mla lies at \(640, nan\), which has no place on a Pareto front"):
         pareto_front([("mha", 2048, 1.62), ("mla", 640, math.nan)])
+
+
+# --- trends ------------------------------------------------------------------------------------------------------------
+
+ARMS = ("a1", "b1", "a2", "b2", "a3", "b3")
+WIDTHS = {"a - b": ([("a1", "b1"), ("a2", "b2"), ("a3", "b3")], [192, 256, 384])}
+
+
+def widths(random: np.random.Generator, deviations: Mapping[str, float], seeds: Mapping[str, int], slope: float = 0.0) -> Study:
+    """Six arms, of which a1, a2, a3 lie `slope` times log2(width / 192) above b1, b2, b3."""
+    rise = {"a1": 0.0, "a2": math.log2(256 / 192), "a3": 1.0}
+    return {
+        arm: {seed: 3.5 + slope * rise.get(arm, 0) + random.normal(0, deviations.get(arm, 0.01)) for seed in range(seeds[arm])}
+        for arm in ARMS
+    }
+
+
+def test_a_trends_pooled_error_is_that_of_a_linear_combination_of_means() -> None:
+    seeds = {"a1": 5, "b1": 4, "a2": 3, "b2": 5, "a3": 3, "b3": 2}
+    values = widths(np.random.default_rng(3), {}, seeds, slope=0.02)
+    (trend,) = trends(values, WIDTHS)
+    frame = pandas.DataFrame([{"arm": arm, "y": y} for arm, runs in values.items() for y in runs.values()])
+    fit = ols("y ~ C(arm) - 1", frame).fit()  # a1 a2 a3 b1 b2 b3
+    x_N = np.log2([192, 256, 384])
+    weights_N = (x_N - x_N.mean()) / ((x_N - x_N.mean()) ** 2).sum()
+    test = fit.t_test(np.concatenate((weights_N, -weights_N)))
+    low, high = test.conf_int()[0]
+    assert trend.slope == pytest.approx(float(test.effect[0]))
+    assert trend.pooled_half == pytest.approx((high - low) / 2)
+    differences = [statistics.fmean(values[a].values()) - statistics.fmean(values[b].values()) for a, b in WIDTHS["a - b"][0]]
+    assert trend.slope == pytest.approx(np.polyfit(x_N, differences, 1)[0])
+
+
+def test_a_trend_over_two_sizes_is_the_difference_of_two_differences_by_welch() -> None:
+    values = widths(np.random.default_rng(4), {"a1": 0.03}, dict.fromkeys(ARMS, 4))
+    (trend,) = trends(values, {"doubled": ([("a1", "b1"), ("a3", "b3")], [192, 384])})
+    numbers = [[*values[arm].values()] for arm in ("a1", "b1", "a3", "b3")]
+    shares = [statistics.variance(runs) / 4 for runs in numbers]
+    dof = sum(shares) ** 2 / sum(share**2 / 3 for share in shares)
+    assert trend.own_half == pytest.approx(stats.t.ppf(0.975, dof) * math.sqrt(sum(shares)))
+    assert trend.pooled_half is not None and trend.own_half is not None and trend.low is not None
+    assert trend.slope - trend.low == pytest.approx(max(trend.own_half, trend.pooled_half))
+    assert trend.sentence(BITS_PER_BYTE, "model.d_model").startswith(
+        "doubled: for each doubling of model.d_model (192, 384) the"
+    )
+
+
+def test_a_trends_interval_covers_the_slope_in_nineteen_of_twenty_studies() -> None:
+    random, seeds = np.random.default_rng(5), {"a1": 5, "b1": 5, "a2": 4, "b2": 4, "a3": 3, "b3": 3}
+    deviations, slope, draws = {"a3": 0.03, "b3": 0.02}, -0.01, 1500
+    covered = false = 0
+    for _ in range(draws):
+        (trend,) = trends(widths(random, deviations, seeds, slope), WIDTHS)
+        assert trend.low is not None and trend.high is not None
+        covered += trend.low <= slope <= trend.high
+        (still,) = trends(widths(random, deviations, seeds), WIDTHS)
+        false += bool(still.resolved)
+    assert covered / draws > 0.935 and false / draws < 0.065
+
+
+def test_a_trend_with_one_seed_somewhere_has_no_error_bar_and_none_is_made_within_a_lineage_twice() -> None:
+    values = widths(np.random.default_rng(6), {}, dict.fromkeys(ARMS, 3) | {"b2": 1}, slope=0.02)
+    (trend,) = trends(values, WIDTHS)
+    assert trend.p is trend.resolved is trend.low is None and trend.sentence(BITS_PER_BYTE, "width").endswith("(no error bar)")
+    with pytest.raises(UserError, match="trend a - b has arms that come from the same runs in two of its pairs"):
+        trends(values, WIDTHS, lineages={"a2": "a1"})
