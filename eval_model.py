@@ -112,7 +112,8 @@ def print_table(record: Evaluation, result: SplitResult) -> None:
         *(through_rows(record) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
     ]
-    extras = extras_rows(cast("dict[str, Any]", record["extras"]))
+    without = record.get("extras_without_cache")
+    extras = extras_rows(cast("dict[str, Any]", record["extras"]), cast("dict[str, Any] | None", without))
     lines = [f"{visible(name):<18}{visible(value)}" for name, value in (*rows, *extras)]
     lines[len(rows) : len(rows)] = position_table(result.loss_by_position)
     print("\n".join(lines))
@@ -133,7 +134,8 @@ def position_table(losses: Sequence[tuple[int, int, float]]) -> list[str]:
 
 def through_rows(record: Evaluation) -> list[tuple[str, str]]:
     """What scoring through the cache changed."""
-    before, after = record["perplexity_without_cache"], record["perplexity"]
+    before, after, divergence = record["perplexity_without_cache"], record["perplexity"], record["cache_divergence"]
+    assert divergence is not None
     return [
         ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),
         (
@@ -141,7 +143,7 @@ def through_rows(record: Evaluation) -> list[tuple[str, str]]:
             f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
             f"({100 * (after / before - 1):+.3f} % perplexity through it)",
         ),
-        ("extras", "none: they are measured without a cache"),
+        ("divergence", f"{divergence:.6f} nats per token: mean KL from the distributions without it to those through it"),
     ]
 
 

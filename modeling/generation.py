@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modeling.attention.cache import Cache
 from modeling.attention.positions import beyond
+from modeling.attention.quantisation import CacheFormat
 from modeling.gpt import GPT
 
 COLDEST, HOTTEST = 1e-3, 1e30  # logits divided by less, or a temperature above, leave the range of float32
@@ -50,7 +51,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop: int | None = None,
-    cache_dtype: torch.dtype | None = None,
+    cache_dtype: torch.dtype | CacheFormat | None = None,
     window: int | None = None,
     sinks: int = 0,
     step: str = "auto",
@@ -59,7 +60,7 @@ def generate(
     """Yield the next token of every row, (B,), max_new_tokens times at most; prompts may differ in length.
 
     stop: a row that has drawn this token is finished, takes no more room and yields it again; when all have, that is
-    the end. cache_dtype: what the cache holds (None: the parameters' dtype; modeling/attention/cache.py has all), window
+    the end. cache_dtype: what the cache holds (None: the parameters' dtype; modeling/attention/quantisation.py has all), window
     and sinks likewise. step: how one token is computed, `eager`, `compile` (torch.compile) or `graph` (a CUDA graph);
     `auto` takes the graph on CUDA and eager elsewhere. Raises ValueError for an empty prompt, for settings out of range,
     when prompt and new tokens exceed the model's max_seq_len, and for a model whose logits are not finite.

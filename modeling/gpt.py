@@ -18,7 +18,7 @@ from modeling.attention.cache import Cache
 from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
 from modeling.kernels.cross_entropy import mask_padding
-from modeling.loss import mean_nats, token_nats
+from modeling.loss import mean_nats, token_nats, token_nats_beside
 
 VOCAB_MULTIPLE = 64  # a head of aligned width keeps matrix products on the fast path
 
@@ -267,3 +267,13 @@ class GPT(HasAttentions):
         x_ND = self.hidden(inputs_BT, cache).flatten(0, 1)
         nats_N = token_nats(x_ND, self.head.weight, targets_BT.flatten(), vocab_size=self.vocab_size, chunk_tokens=4096)
         return nats_N.view_as(targets_BT)
+
+    def token_losses_beside(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache]) -> Tensor:
+        """What `token_losses` gives through an empty cache and without one, and what the cache changed: (3, B, T) in nats.
+
+        The last is KL(without || through), of the distributions of every next token.
+        """
+        x_2ND = (self.hidden(inputs_BT, cache).flatten(0, 1), self.hidden(inputs_BT).flatten(0, 1))
+        targets_N = targets_BT.flatten()
+        nats_3N = token_nats_beside(x_2ND, self.head.weight, targets_N, vocab_size=self.vocab_size, chunk_tokens=4096)
+        return nats_3N.unflatten(1, targets_BT.shape)

@@ -27,6 +27,23 @@ def token_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size
     return torch.cat(nats)
 
 
+def token_nats_beside(
+    x_2ND: tuple[Tensor, Tensor], weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int
+) -> Tensor:
+    """Of two sets of activations each token's cross-entropies p and q, and KL(q || p): (3, N) in nats, float32.
+
+    KL sums q (log q - log p) over the vocabulary. Logits of chunk_tokens tokens at a time, twice. No gradient.
+    """
+    columns = []
+    with torch.no_grad():
+        for p, q, targets in zip(*(x_ND.split(chunk_tokens) for x_ND in x_2ND), targets_N.split(chunk_tokens), strict=True):
+            logits = [F.linear(x, weight_CD) for x in (p, q)]
+            log_p, log_q = (each[:, :vocab_size].float().log_softmax(dim=-1) for each in logits)
+            nats = [nats_of(each, targets, vocab_size=vocab_size) for each in logits]
+            columns.append(torch.stack((*nats, (log_q.exp() * (log_q - log_p)).sum(dim=-1))))
+    return torch.cat(columns, dim=1)
+
+
 def mean_nats(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor, *, vocab_size: int, chunk_tokens: int | None) -> Tensor:
     """Mean cross-entropy in nats, differentiable.
 

@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, Any
 from harness.config.compose import load_train_config, options_of
 from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
-from harness.config.schema import CacheDtype, TrainConfig
+from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.files.untrusted import Count, Positive
+from modeling.formats import FORMS, read_format
 
 if TYPE_CHECKING:
     import torch
@@ -42,9 +43,15 @@ if TYPE_CHECKING:
     from harness.decode.subjects import Cell, DecodePlan, DecodeSubject, Writer
 
 
+def auto_or_format(name: str) -> None:
+    """Raises ValueError for what is neither."""
+    if name != "auto":
+        read_format(name)
+
+
 @dataclass
 class CacheOptions:
-    dtype: Annotated[Literal["auto", CacheDtype], "of the cache; auto: as dtype"] = "auto"
+    dtype: Annotated[str, auto_or_format, f"of the cache: {FORMS}; auto: as dtype"] = "auto"
 
 
 @dataclass
@@ -255,7 +262,7 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
 
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
-    from modeling.attention.cache import DTYPES
+    from modeling.attention.quantisation import cache_format
 
     device = select_device(options.device)
     if options.step == "graph" and device.type != "cuda":
@@ -272,7 +279,7 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
         step=options.step,
         device=device,
         dtype=dtype,
-        cache_dtype=dtype if options.cache.dtype == "auto" else DTYPES[options.cache.dtype],
+        cache_dtype=dtype if options.cache.dtype == "auto" else cache_format(options.cache.dtype),
         budget_bytes=memory_bytes(device) // 2 if gib is None else int(gib * 2**30),
         prefill_tokens=options.prefill_tokens,
         generate=options.peers,
@@ -290,7 +297,9 @@ def make_subjects(
     from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
     from modeling.attention import with_most_paths
+    from modeling.attention.cache import check_values
     from modeling.attention.layers import AttentionLayers
+    from modeling.attention.quantisation import as_format
 
     longest = plan.contexts[-1] + plan.room
     subjects = []
@@ -300,6 +309,10 @@ def make_subjects(
             part = build_part(config, vocab_size, options.level, count, longest).eval()
         if count < (kinds := layers_that_differ(config)) and "layers" in config.attention:
             notes.append(f"{name}: timed is {count} of its first {kinds} layers, which differ; layers={kinds} times all kinds")
+        try:
+            check_values(part.attentions, plan.cache_dtype)
+        except ValueError as error:
+            raise UserError(f"attention={name}: {error}") from None
         choosing = with_most_paths(part.attentions)
         paths = paths_of(choosing, options.decode)
         if not paths:
@@ -315,7 +328,7 @@ def make_subjects(
         execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
         pin_execution(part, execution, device=plan.device, precision=plan.dtype)
         if absorbs:
-            read = plan.dtype if plan.cache_dtype.itemsize == 1 else plan.cache_dtype
+            read = as_format(plan.cache_dtype).read_dtype(plan.dtype)
             with torch.no_grad():
                 notes.append(f"{name}: one new token absorbed is computed by {choosing.kernel_for(read, plan.device)}")
         subjects.append(subject)

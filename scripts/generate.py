@@ -20,6 +20,7 @@ from harness.config.run_config import find_run
 from harness.config.schema import CacheDtype
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError, tell
+from modeling.formats import FORMS
 
 
 @dataclass
@@ -31,7 +32,7 @@ class AttentionOptions:
 
 @dataclass
 class CacheOptions:
-    dtype: Annotated[CacheDtype, "float32, bfloat16, float16, int8 or fp8"] = "float32"
+    dtype: Annotated[CacheDtype, FORMS] = "float32"
     window: Annotated[int | None, "newest positions that a query sees, its own included; null: all"] = None
     sinks: Annotated[int, "first positions that stay visible beside a window"] = 0
 
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
     from harness.runs.load import decode_path, load_trained
     from harness.training.device import select_device
-    from modeling.attention.cache import DTYPES
+    from modeling.attention.quantisation import cache_format
     from modeling.generation import generate
 
     device = select_device(options.device)
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        cache_dtype=DTYPES[options.cache.dtype],
+        cache_dtype=cache_format(options.cache.dtype),
         window=options.cache.window,
         sinks=options.cache.sinks,
         step=options.step,

@@ -8,7 +8,7 @@ xverse. Any other type is refused.
 With attention=NAME model=NAME and further overrides as for train_model.py it is one of our configurations, formula and
 measured buffers side by side. Every option may be written key=value, --key value or --key=value. dtype: fp32, fp16, bf16;
 fp8, int8, fp4, int4, int2 without scales; with their scales mxfp8, mxfp4, nvfp4, llama.cpp's q8_0 q5_1 q5_0 q4_1 q4_0
-iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit.
+iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit; of our configurations also k8v4 and its like, and int4_rotated.
 """
 
 # ruff: noqa: E402
@@ -39,9 +39,10 @@ from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.files.text import visible
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
+from modeling.formats import read_format
 
 if TYPE_CHECKING:
-    from harness.decode.kv_calculator import CacheDescription, LatentShape
+    from harness.decode.kv_calculator import CacheDescription, Format, LatentShape
 
 
 @dataclass
@@ -74,11 +75,12 @@ def main(arguments: list[str]) -> int:
 
     asked = tokens(options.context)
     measured: dict[str, Any] = {}
+    stored = None
     if options.config is not None:
         name, config_json = read_config_json(options.config)
         dtype, context = options.dtype or "bfloat16", asked or HF_CONTEXT
         if config_json.get("model_type") == OWN_TYPE:
-            description, measured = describe_ours(exported(config_json), name=name, dtype=dtype)
+            description, measured, stored = describe_ours(exported(config_json), name=name, dtype=dtype)
         else:
             description = describe_apart(config_json, name=name, context=context)
     else:
@@ -91,9 +93,15 @@ def main(arguments: list[str]) -> int:
             name = " ".join([f"attention={config.attention['name']} model={config.model.name}", *more])
         dtype = options.dtype or config.cache.dtype
         context = asked or config.model.max_seq_len
-        description, measured = describe_ours(config, name=name, dtype=dtype)
+        description, measured, stored = describe_ours(config, name=name, dtype=dtype)
     figures = report(
-        description, dtype=dtype, context=context, batch=options.batch, memory_gb=options.memory_gb, tp=options.tp
+        description,
+        dtype=dtype,
+        context=context,
+        batch=options.batch,
+        memory_gb=options.memory_gb,
+        tp=options.tp,
+        stored=stored,
     ) | (measured if options.tp == 1 else {})
     if options.json:
         print(json.dumps(figures))
@@ -125,7 +133,7 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
     """Raises UserError for options that are unknown, impossible or do not go together."""
     from harness.decode.kv_calculator import format_named
 
-    if options.dtype is not None:
+    if options.dtype is not None and not is_format(options.dtype):
         format_named(options.dtype)
     for key, value in (("context", tokens(options.context)), ("batch", options.batch), ("tp", options.tp)):
         if value is not None and value < 1:
@@ -165,36 +173,52 @@ def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
     return (file.resolve().parent.name if file.name == "config.json" else file.stem), their_json(file)
 
 
-def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheDescription, dict[str, Any]]:
-    """The cache of one of our configurations by formula, and what its allocated buffers hold."""
-    import torch
+def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheDescription, dict[str, Any], Format | None]:
+    """The cache of one of our configurations by formula, and what its allocated buffers hold.
+
+    Besides, of a format that our caches alone are kept in: what it takes of them.
+    """
 
     from harness.config.build import build_model
-    from harness.decode.kv_calculator import describe_model, format_named
+    from harness.decode.kv_calculator import FORMATS, Format, describe_model, format_named
     from harness.evaluation.cache_size import measure_cache
-    from modeling.attention.cache import DTYPES
+    from modeling.attention.quantisation import cache_format
     from modeling.shapes import shapes_only
 
     with shapes_only():
         model = build_model(config, vocab_size=64)
-    ours = DTYPES.get(format_named(dtype)[0])  # None: a format in which our caches are not kept
+    named = dtype if is_format(dtype) else format_named(dtype)[0]
+    ours = is_format(named)  # otherwise a format in which our caches are not kept
+    kept = cache_format(named if ours else "bfloat16")
     description = describe_model(
         model,
         name=name,
         variant=config.attention["name"],
-        dtype=ours or torch.bfloat16,
+        dtype=kept,
         latent=latent_shape(config),
         mha_elements=2 * config.model.n_heads * config.model.head_dim,
     )
-    size = measure_cache(model, dtype=ours or torch.bfloat16)
+    size = measure_cache(model, dtype=kept)
     elements = list(size.elements_per_token_by_layer)
+    stored = None
+    if ours and named not in FORMATS:
+        stored = Format(size.held_bytes_per_token, sum(elements), "scales, and parts kept in 16 bits, counted")
     measured = {
         "elements_per_token_per_layer": elements[0] if len(set(elements)) == 1 else elements,
         "elements_per_token": sum(elements),
-        "bytes_per_token": size.held_bytes_per_token if ours is not None else None,
+        "bytes_per_token": size.held_bytes_per_token if ours else None,
         "state_bytes": size.state_bytes,
     }
-    return description, {"measured": measured}
+    return description, {"measured": measured}, stored
+
+
+def is_format(name: str) -> bool:
+    """Whether our caches can be kept so."""
+    try:
+        read_format(name)
+    except ValueError:
+        return False
+    return True
 
 
 def exported(config_json: dict[str, Any]) -> TrainConfig:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from harness.files.untrusted import Count, Figure, Positive
+from modeling.formats import read_format
 
-CacheDtype = Literal["float32", "bfloat16", "float16", "int8", "fp8"]  # modeling/attention/cache.py
+CacheDtype = Annotated[str, read_format]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
@@ -165,14 +166,14 @@ class EvaluationConfig:
 
 @dataclass
 class CacheConfig:
-    """The dtype that cache sizes are quoted in, and at evaluation what a cache keeps."""
+    """The format (modeling/formats.py) that cache sizes are quoted in, and at evaluation what a cache keeps."""
 
     dtype: CacheDtype = "bfloat16"
 
 
 @dataclass
 class EvalCacheConfig(CacheConfig):
-    """With 8 bits, a window or through=true the split is scored through such a cache, not only quoted."""
+    """With 8 or 4 bits, a window or through=true the split is scored through such a cache, not only quoted."""
 
     through: bool = False
     window: int | None = None  # newest positions a query sees, its own included; None: all

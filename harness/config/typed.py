@@ -84,10 +84,15 @@ def typed(kind: Any, value: Any, path: str) -> Any:
 
 
 def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
-    """What an Annotated type allows: its notes are a number's least value, or help."""
+    """What an Annotated type allows: its notes are a number's least value, what raises ValueError for others, or help."""
     of, *notes = parts
     number = typed(of, value, path)
-    for least in (note for note in notes if not isinstance(note, str)):
+    for check in filter(callable, notes):
+        try:
+            check(number)
+        except ValueError as error:
+            raise UserError(f"{path}={error}") from None
+    for least in (note for note in notes if not isinstance(note, str) and not callable(note)):
         if not least <= number < MOST_FIGURE:
             raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
     return number

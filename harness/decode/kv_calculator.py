@@ -28,6 +28,7 @@ from harness.files.text import aligned
 if TYPE_CHECKING:
     import torch
 
+    from modeling.attention.quantisation import CacheFormat
     from modeling.gpt import GPT
 
 
@@ -238,7 +239,7 @@ _WAYS: dict[str, Callable[[LayerCache], int | None]] = {
 
 
 def describe_model(
-    model: GPT, *, name: str, variant: str, dtype: torch.dtype, mha_elements: int, latent: LatentShape | None
+    model: GPT, *, name: str, variant: str, dtype: torch.dtype | CacheFormat, mha_elements: int, latent: LatentShape | None
 ) -> CacheDescription:
     """The cache of one of our models by its layers' formulas, states in a cache of `dtype`.
 
@@ -268,18 +269,27 @@ def describe_model(
         layers.append(
             LayerCache(parts, expanded, mha_elements, window=window, kind=kind, heads=heads, states=states, state_heads=heads)
         )
-    kept = "our caches of that dtype keep them: float32 where tokens are summed, never 8 bits"
+    kept = "our caches of that dtype keep them: float32 where tokens are summed, never 8 bits or fewer"
     return CacheDescription(name, variant, tuple(layers), latent, states_kept=kept)
 
 
 def report(
-    description: CacheDescription, *, dtype: str, context: int, batch: int, memory_gb: float | None, tp: int = 1
+    description: CacheDescription,
+    *,
+    dtype: str,
+    context: int,
+    batch: int,
+    memory_gb: float | None,
+    tp: int = 1,
+    stored: Format | None = None,
 ) -> dict[str, Any]:
     """All figures as one JSON object. Lists stand where layers differ, in the order of the layers.
 
-    tp: tensor-parallel devices; every figure is then that of one of them. Raises UserError where they cannot share.
+    tp: tensor-parallel devices; every figure is then that of one of them. stored: what a dtype means that no other program
+    has. Raises UserError where they cannot share.
     """
-    dtype, stored = format_named(dtype)
+    if stored is None:
+        dtype, stored = format_named(dtype)
     layers, latent = [layer.on_each_of(tp) for layer in description.layers], description.latent
     description = replace(description, layers=tuple(layers))
     if all(layer.is_empty for layer in layers):

@@ -25,6 +25,7 @@ from modeling.attention import attends, hands_on
 from modeling.attention.cache import Cache
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.mla import MultiheadLatentAttention
+from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.attention.rope import rotate
 from modeling.gpt import GPT
 from modeling.kernels.attend import attend
@@ -165,7 +166,7 @@ def paths_of(attention: Any, decode: str) -> tuple[str, ...]:
     return tuple(path for path in wanted if path in attention.decode_paths)
 
 
-def footprint(part: Part, *, dtype: torch.dtype, cache_dtype: torch.dtype) -> Footprint:
+def footprint(part: Part, *, dtype: torch.dtype, cache_dtype: torch.dtype | CacheFormat) -> Footprint:
     """Of a part in that dtype, which may stand on the meta device: nothing is allocated."""
     numbers = sum(parameter.numel() for parameter in part.parameters())
     return Footprint(numbers * dtype.itemsize, functools.partial(cache_bytes, part, cache_dtype))
@@ -195,7 +196,7 @@ class DecodePlan:
     step: str  # auto | eager | compile | graph (modeling/generation.py)
     device: torch.device
     dtype: torch.dtype
-    cache_dtype: torch.dtype
+    cache_dtype: torch.dtype | CacheFormat
     budget_bytes: int  # for weights and caches together
     prefill_tokens: int  # time to first token where batch times context is at most this
     generate: bool  # end to end too, where a whole model is timed and a prompt may be read
@@ -306,14 +307,14 @@ def bytes_in_a_step(attention: Any, path: str, T: int, plan: DecodePlan) -> int:
             elements = used + attention.n_kv_heads * (K + max(K, V))
         if path != "expand" or T > 1:  # which has a mask, and so no fused kernel
             logits = getattr(attention, "numbers_absorbed", 3) * T * attention.n_heads
-        if path == "absorbed" and plan.cache_dtype != plan.dtype:  # a cast of all that is cached
+        if path == "absorbed" and as_format(plan.cache_dtype) != as_format(plan.dtype):  # a cast of all that is cached
             elements = cached
-    elif K != V or plan.cache_dtype != plan.dtype:  # no fused kernel on some devices; a cast
+    elif K != V or as_format(plan.cache_dtype) != as_format(plan.dtype):  # no fused kernel on some devices; a cast
         elements = used
     return elements * plan.dtype.itemsize + 4 * logits
 
 
-def cache_bytes(part: Part, dtype: torch.dtype, context: int) -> int:
+def cache_bytes(part: Part, dtype: torch.dtype | CacheFormat, context: int) -> int:
     """Of one sequence of so many tokens, read off the buffers of a cache that is not allocated."""
     return sum(cache.nbytes for cache in part.new_cache(1, context, dtype=dtype, device="meta"))
 

@@ -12,7 +12,9 @@ from typing import TypedDict
 import torch
 
 from harness.config.schema import CACHE_CONTEXTS
+from harness.errors import UserError
 from harness.files.untrusted import Count, Figure, Positive
+from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 
 
@@ -28,9 +30,9 @@ class CacheRecord(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What one sequence takes, in all layers, scales of 8-bit entries included."""
+    """What one sequence takes, in all layers, scales included."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype | CacheFormat
     context: int  # tokens: the model's longest
     bytes_per_token: int  # at the context without a window of the evaluation's, rounded to whole bytes
     held_bytes_per_token: int  # of a token that every layer holds: more than the above where layers have windows of their own
@@ -51,16 +53,20 @@ class CacheSize:
         }
 
 
-def measure_cache(model: GPT, *, dtype: torch.dtype, window: int | None = None, sinks: int = 0) -> CacheSize:
+def measure_cache(model: GPT, *, dtype: torch.dtype | CacheFormat, window: int | None = None, sinks: int = 0) -> CacheSize:
     """Allocate a cache for one sequence of the model's longest through the model, and read the sizes off its buffers.
 
-    Those of CACHE_CONTEXTS are read off buffers that have shapes and no memory.
+    Those of CACHE_CONTEXTS are read off buffers that have shapes and no memory. Raises UserError for what the variant cannot
+    keep.
     """
     context = model.max_seq_len
-    plain = model.new_cache(1, context, dtype=dtype, device="meta")
+    try:
+        plain = model.new_cache(1, context, dtype=dtype, device="meta")
+    except ValueError as error:
+        raise UserError(str(error)) from None
     caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
     state_bytes = sum(cache.state_bytes for cache in plain)
-    held = sum(cache.elements_per_token * cache.slots for cache in plain) + state_bytes / dtype.itemsize
+    held = sum(cache.elements_per_token * cache.slots for cache in plain) + state_bytes / as_format(dtype).keys.itemsize
     mean = held / context / len(plain)
     by_context = {
         longer: model.new_cache(1, longer, dtype=dtype, device="meta", window=window, sinks=sinks) for longer in CACHE_CONTEXTS

@@ -12,15 +12,23 @@ from torch import Tensor
 
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, Texts, TokenSplit, evaluate_split
+from modeling.attention.cache import Cache
+from modeling.attention.quantisation import CacheFormat
+from modeling.gpt import GPT
 
 
 @dataclass(frozen=True)
 class CacheChoice:
     """What modeling/attention/cache.py is asked for."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype | CacheFormat
     window: int | None = None
     sinks: int = 0
+
+    def cache(self, model: GPT, rows: int, tokens: int) -> list[Cache]:
+        """An empty one."""
+        device = model.embedding.weight.device
+        return model.new_cache(rows, tokens, dtype=self.dtype, device=device, window=self.window, sinks=self.sinks)
 
 
 def evaluate_model(
@@ -37,8 +45,9 @@ def evaluate_model(
 
     Of a model that has always seen tokens before a document (texts.begins), the last one stands in for the end of text there.
     through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one. None: without a cache. share: see evaluate_split. poll is called before every batch and
-    may raise.
+    of decoding them one by one, and beside them stand those without the cache, and as a loss how far the distributions of
+    the next token are apart, KL(without || through). None: without a cache. share: see evaluate_split. poll is called
+    before every batch and may raise.
     """
     model, device = losses.model, losses.device
 
@@ -46,12 +55,9 @@ def evaluate_model(
         poll()
         if texts.begins:
             inputs_BT = inputs_BT.masked_fill(inputs_BT == texts.end_of_text, texts.begins[-1])
-        cache = None
-        if through is not None:
-            cache = model.new_cache(
-                *inputs_BT.shape, dtype=through.dtype, device=device, window=through.window, sinks=through.sinks
-            )
-        return losses(inputs_BT, targets_BT, cache)
+        if through is None:
+            return losses(inputs_BT, targets_BT)
+        return losses.beside(inputs_BT, targets_BT, through.cache(model, *inputs_BT.shape))
 
     was_training = model.training
     model.eval()
@@ -62,10 +68,13 @@ def evaluate_model(
 
 
 @torch.no_grad()
-def target_nats(losses: TokenLosses, inputs_BT: Integers, targets_BT: Integers) -> NDArray[np.float64]:
+def target_nats(
+    losses: TokenLosses, inputs_BT: Integers, targets_BT: Integers, through: CacheChoice | None = None
+) -> NDArray[np.float64]:
     """The loss of every target in nats, as `evaluate_model` computes it; the model is in evaluation mode already."""
-    tokens_2BT = torch.from_numpy(np.stack((inputs_BT, targets_BT))).to(losses.device)
-    nats_BT: NDArray[np.float64] = losses(*tokens_2BT).cpu().double().numpy()
+    inputs, targets = torch.from_numpy(np.stack((inputs_BT, targets_BT))).to(losses.device)
+    cache = None if through is None else through.cache(losses.model, *inputs_BT.shape)
+    nats_BT: NDArray[np.float64] = losses(inputs, targets, cache).cpu().double().numpy()
     return nats_BT
 
 

@@ -8,7 +8,8 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.evaluation.cache_size import CacheRecord, CacheSize, measure_cache
 from harness.files.untrusted import Count, Figure, Positive
-from modeling.attention.cache import DTYPES, formula_bytes_at
+from modeling.attention.cache import formula_bytes_at
+from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
 
@@ -73,7 +74,7 @@ class ModelFacts:
 
 def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
     """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
-    dtype = DTYPES[config.cache.dtype]
+    dtype = cache_format(config.cache.dtype)
     size = measure_cache(model, dtype=dtype)
     measured = {1: size.held_bytes_per_token + size.state_bytes, size.context: size.bytes_at_context} | size.bytes_by_context
     formula = {

@@ -24,6 +24,11 @@ class TokenLosses:
         with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
             return self.model.token_losses(inputs_BT, targets_BT, cache)
 
+    def beside(self, inputs_BT: Tensor, targets_BT: Tensor, cache: Sequence[Cache]) -> Tensor:
+        """Nats through an empty cache, without one, and the divergence between the two, (3, B, T)."""
+        with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32):
+            return self.model.token_losses_beside(inputs_BT, targets_BT, cache)
+
 
 class CapturedLosses(TokenLosses):
     """Windows of the model's max_seq_len, up to as many as the first call had, replayed; all else runs eagerly.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -99,6 +99,7 @@ class SplitResult:
     nats: float
     loss_by_position: list[tuple[int, int, float]]  # (from, to, loss): nats per token with from..to tokens of context
     segments: Segments | None = None  # where they were asked for
+    beside: tuple[SplitResult, ...] = ()  # of what else was measured of every target, in its words
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def evaluate_split(
 ) -> SplitResult:
     """Score a split with token_losses(inputs_BT, targets_BT) -> nats_BT; the caller puts the model into eval mode.
 
+    Or nats_KBT, several quantities in nats of every target: the result is the first one's, the others' are `beside` it.
     With scoring.max_tokens the text of a document cut in two is asked of `texts`. loss_by_position counts every prediction
     that was made, those of the overlaps too, by its number of context tokens in the window. share: of the batches; every
     process gets the whole result and calls token_losses as often as the others (a sharded model needs them all). Raises
@@ -149,7 +151,7 @@ def evaluate_split(
         bounds = np.append(split.document_starts[split.document_starts < n_tokens], n_tokens)
     windows = cut_windows(bounds, max_seq_len=max_seq_len, stride=scoring.stride(max_seq_len))
 
-    tally = _Tally(n_tokens, max_seq_len, keeps_all=scoring.segment_tokens is not None)
+    tallies: list[_Tally] = []
     by_length = np.argsort(-windows.length, kind="stable")  # windows of one length together: hardly any padding
     batches = [by_length[i : i + scoring.batch_size] for i in range(0, len(by_length), scoring.batch_size)]
     rounds = -(-len(batches) // share.of)
@@ -158,32 +160,41 @@ def evaluate_split(
         batch = batches[number % len(batches)]
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=texts.end_of_text)
         losses = token_losses(torch.from_numpy(inputs_BT).to(device), torch.from_numpy(targets_BT).to(device))
+        losses_KBT = losses.reshape(-1, *inputs_BT.shape).cpu().double().numpy()  # not every device knows float64
+        tallies = tallies or [_Tally(n_tokens, max_seq_len, keeps_all=scoring.segment_tokens is not None) for _ in losses_KBT]
         if number < len(batches):  # the others' company is not counted
-            tally.add(windows, batch, losses.cpu().double().numpy())  # on the CPU, since not every device knows float64
-    tally.sum_over(share)
-    nats, scored, nats_N = tally.nats, tally.scored, tally.nats_N
-    assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
-    loss = nats / scored
-    if not loss < _MOST_NATS:  # not a number is not below either
-        raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
+            for tally, losses_BT in zip(tallies, losses_KBT, strict=True):
+                tally.add(windows, batch, losses_BT)
     text_bytes, words = text_size(split, n_tokens, texts.decode)
-    if text_bytes == 0:
-        raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
-    segments = None
-    if nats_N is not None and scoring.segment_tokens is not None:
-        segments = cut_segments(split, nats_N, scoring.segment_tokens, text_bytes, texts.decode)
-    return SplitResult(
-        loss=loss,
-        perplexity=math.exp(loss),
-        word_perplexity=math.exp(nats / words) if nats < _MOST_NATS * words else None,
-        bits_per_byte=nats / math.log(2) / text_bytes,
-        tokens=scored,
-        bytes=text_bytes,
-        words=words,
-        nats=nats,
-        loss_by_position=_by_octave(tally.nats_by_position, tally.count_by_position),
-        segments=segments,
-    )
+
+    def result(tally: _Tally) -> SplitResult:
+        nats, scored, nats_N = tally.nats, tally.scored, tally.nats_N
+        assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
+        loss = nats / scored
+        if not loss < _MOST_NATS:  # not a number is not below either
+            raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
+        if text_bytes == 0:
+            raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
+        segments = None
+        if nats_N is not None and scoring.segment_tokens is not None:
+            segments = cut_segments(split, nats_N, scoring.segment_tokens, text_bytes, texts.decode)
+        return SplitResult(
+            loss=loss,
+            perplexity=math.exp(loss),
+            word_perplexity=math.exp(nats / words) if nats < _MOST_NATS * words else None,
+            bits_per_byte=nats / math.log(2) / text_bytes,
+            tokens=scored,
+            bytes=text_bytes,
+            words=words,
+            nats=nats,
+            loss_by_position=_by_octave(tally.nats_by_position, tally.count_by_position),
+            segments=segments,
+        )
+
+    for tally in tallies:
+        tally.sum_over(share)
+    first, *others = map(result, tallies)
+    return replace(first, beside=tuple(others))
 
 
 class _Tally:

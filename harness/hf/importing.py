@@ -35,7 +35,7 @@ from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.text_parts import TheirText, read_text
 from harness.training.checkpoint import unique_tensors
 from modeling.attention import EXECUTION
-from modeling.attention.cache import DTYPES as CACHE_DTYPES
+from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
@@ -65,13 +65,13 @@ class Plan:
     @property
     def cache_bytes_per_token(self) -> int:
         """All layers that hold it, in cache.dtype, read off allocated buffers."""
-        caches = self.model.new_cache(1, 1, dtype=CACHE_DTYPES[self.config.cache.dtype], device="cpu")
+        caches = self.model.new_cache(1, 1, dtype=cache_format(self.config.cache.dtype), device="cpu")
         return sum(cache.bytes_per_token for cache in caches)
 
     @property
     def _at_context(self) -> str:
         """What the whole context takes, where that is less than its tokens' bytes."""
-        context, dtype = self.model.max_seq_len, CACHE_DTYPES[self.config.cache.dtype]
+        context, dtype = self.model.max_seq_len, cache_format(self.config.cache.dtype)
         held = sum(cache.nbytes for cache in self.model.new_cache(1, context, dtype=dtype, device="meta"))
         return "" if held == context * self.cache_bytes_per_token else f", {held:,} at {context:,} tokens"
 

@@ -24,7 +24,7 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, listed, values_of
-from harness.runs.evaluations import USUAL, cache_label
+from harness.runs.evaluations import USUAL, cache_label, in_few_bits
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
@@ -43,7 +43,6 @@ CONDITIONS = {
 }
 _IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dtype")
 _ONE_ROW = ("setup_hash", *CACHE)
-_EIGHT_BITS = ("int8", "fp8")  # never only quoted by eval_model.py
 # They may differ within a table, which is then said below it. The first three are the training's.
 _CIRCUMSTANCES = {
     "device": "speeds cannot be compared",
@@ -85,6 +84,7 @@ class Setup:
     tokens_per_second: float | None  # None: imported or converted, not trained
     setup_hash: str
     runs: list[str]
+    cache_divergence: float | None = None  # KL from full precision, nats per token; None: not scored through a cache, or older
 
     @property
     def configuration(self) -> str:
@@ -114,6 +114,7 @@ class ComparisonTable:
         contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
         at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
         has_curve = any(setup.cache_bytes_by_context for setup in self.setups)
+        has_divergence = any(setup.cache_divergence is not None for setup in self.setups)
         has_intervals = any(setup.bits_per_byte_half_width is not None for setup in self.setups)
         rows: list[dict[str, str]] = []
         for setup in self.setups:
@@ -128,6 +129,8 @@ class ComparisonTable:
                 **({"95 %": _half_width(setup)} if has_intervals else {}),
                 "cache bytes/token": f"{setup.cache_bytes_per_token:,}",
             }
+            if has_divergence:
+                row["KL"] = "" if setup.cache_divergence is None else f"{setup.cache_divergence:.5f}"
             if self.has_caches_as_rows:
                 allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
                 which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
@@ -245,6 +248,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
         perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
         bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
         per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
+        divergences: list[Any] = [record.get("cache_divergence") for record in group]
         ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
         if every_cache:
             ratio = per_token / mha if mha else None
@@ -262,6 +266,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
             "bits_per_byte_deviation": bits_deviation,
             "bits_per_byte_half_width": None,
             "cache_bytes_per_context_token": per_token,
+            "cache_divergence": None if None in divergences else statistics.fmean(divergences),
             "cache_ratio_to_mha": ratio,
             "tokens_per_second": _mean_speed(group),
             "runs": [record["name"] for record in group],
@@ -364,7 +369,8 @@ def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
 
 def _row_label(record: Mapping[str, Any], unsaid: str | None) -> str:
     """The same, and how it was scored where its cache does not imply that; nothing for a plain evaluation in `unsaid`."""
-    implied = record["cache_window"] is not None or record["cache_dtype"] in _EIGHT_BITS
+    # What is in few bits eval_model.py never only quotes.
+    implied = record["cache_window"] is not None or in_few_bits(record)
     how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"
     return ", ".join(filter(None, (cache_label(record, unsaid), how)))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -495,6 +495,19 @@ class Findings:
         return tables
 
     @cached_property
+    def floors(self) -> dict[str, dict[str, list[str]]]:
+        """extra -> what was asked -> arms of which no seed is above its floor, so that the figure says nothing."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for arm in self.done:
+            of_seeds = [(tested(run).get("extras") or {}) for run in arm.runs]
+            for extra in dict.fromkeys(name for extras in of_seeds for name in extras):
+                marks = [dict(_floors(extras.get(extra))) for extras in of_seeds]
+                for what in dict.fromkeys(what for each in marks for what in each):
+                    if all(each.get(what) for each in marks):
+                        found.setdefault(extra, {}).setdefault(what, []).append(arm.name)
+        return found
+
+    @cached_property
     def facts(self) -> list[Fact]:
         return facts({arm.name: arm.runs for arm in self.done})
 
@@ -602,6 +615,18 @@ def _over_seeds(curves: Sequence[Mapping[float, float]]) -> list[CurvePoint]:
 
 def _means(curves: CurvesOfSeeds) -> Curves:
     return {arm: _over_seeds(of_seeds) for arm, of_seeds in curves.items()}
+
+
+def _floors(figures: Any, what: str = "") -> Iterator[tuple[str, bool]]:
+    """Every at_floor inside an extra's figures, and where it stands, as "passkey in 64"; nothing stands for the whole."""
+    if isinstance(figures, Mapping):
+        if isinstance(mark := figures.get("at_floor"), bool):
+            yield what + (f" in {figures['length']}" if "length" in figures else ""), mark
+        for name, part in figures.items():
+            yield from _floors(part, name)
+    elif isinstance(figures, list):
+        for part in figures:
+            yield from _floors(part, what)
 
 
 def _recall(figures: Mapping[str, Any]) -> dict[str, float]:

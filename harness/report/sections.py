@@ -448,6 +448,9 @@ def _extras(findings: Findings) -> Section | None:
             )
         if any(arm.runs and arm.name not in by_arm for arm in findings.arms):
             notes.append(f"{ABSENT}: does not apply to this arm.")
+        if floors := findings.floors.get(extra):
+            said = "; ".join(f"{what or extra} of {', '.join(arms)}" for what, arms in floors.items())
+            notes.append(f"At its floor, where a figure says nothing: {said}.")
         if shown:
             title = EXTRA_TITLES.get(extra, extra)
             tables.append(TextTable(title, ["arm", *map(_figure_name, shown)], lines, " ".join(notes)))

@@ -42,8 +42,8 @@ from harness.runs.load import TrainedModel
 from harness.runs.training_data import validate, validation_split
 from harness.training.checkpoint import save_model
 from modeling.attention import EXECUTION
-from modeling.attention.cache import DTYPES
 from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.quantisation import cache_format
 from modeling.conversion.layers import GroupedLayer, LatentLayer, exact_state, grouped_layer, grouped_state, latent_state
 from modeling.conversion.stages import (
     Moments,
@@ -192,7 +192,7 @@ class Judge:
                 f"{EXACT_WITHIN:.0e}: nothing was written; convert a run in float32 whose logits are finite"
             )
         loss = self.loss(model)
-        dtype = DTYPES[self._trained.config.cache.dtype]
+        dtype = cache_format(self._trained.config.cache.dtype)
         return Stage(
             stage,
             exact,

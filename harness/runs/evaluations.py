@@ -13,6 +13,7 @@ from typing import Any
 
 from harness.files.text import counted
 from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
+from modeling.formats import read_format
 
 # How a split is scored where nothing else is said.
 USUAL: dict[str, Any] = {**PLAIN_CACHE, "per_document": False, "stride_fraction": 0.5}
@@ -98,3 +99,11 @@ def cache_label(record: Mapping[str, Any], unsaid: str | None = None) -> str:
         counted(sinks, "sink") if sinks else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def in_few_bits(record: Mapping[str, Any]) -> bool:
+    """Whether its cache stores something in less than 16 bits; a format of another version is not known to."""
+    try:
+        return read_format(record["cache_dtype"]).in_few_bits
+    except ValueError:
+        return False

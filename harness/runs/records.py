@@ -83,6 +83,7 @@ class PromptFigures(TypedDict):
     length: Count
     accuracy: Figure
     gain: float
+    at_floor: NotRequired[bool]  # in full precision no better than without recall; absent from older records
 
 
 class PairsFigures(TypedDict):
@@ -93,6 +94,7 @@ class PairsFigures(TypedDict):
 class AnswerFigures(TypedDict):
     accuracy: Figure
     chance: Figure
+    at_floor: NotRequired[bool]
     newest: NotRequired[Figure | None]
     by_pairs: list[PairsFigures]
 
@@ -123,9 +125,11 @@ class Evaluation(RunSummary, total=False):
     loss_without_cache: Figure
     perplexity_without_cache: Figure
     bits_per_byte_without_cache: Figure
+    cache_divergence: float | None  # mean KL(without || through the cache) of the next token's distributions, nats per token
     cache_window: Positive | None
     cache_sinks: Count
     extras: Extras | None
+    extras_without_cache: Extras | None  # of an evaluation through a cache
     extras_seconds: Figure
     decode: str | None
     checkpoint: str

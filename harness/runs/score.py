@@ -20,7 +20,7 @@ from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, Segments, SplitResult
-from harness.evaluation.probes import Subject, measure_extras
+from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
@@ -31,7 +31,7 @@ from harness.runs.records import Evaluation, Extras, read_summary
 from harness.runs.summary import Computation, open_run_tracker
 from harness.training.device import select_device, select_precision
 from modeling.attention import EXECUTION, set_execution
-from modeling.attention.cache import DTYPES
+from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 
 # What an evaluation's record takes over from the training's summary.
@@ -54,9 +54,9 @@ CARRIED = (
 def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     """Rebuild the model from the run's own configuration and score the split.
 
-    Without a cache the result holds the split's segments, and the record the extras; through a cache there are neither,
-    for they would be the plain model's. Raises UserError when the split is missing or the run's data is not what it was
-    trained on.
+    Without a cache the result holds the split's segments. Through one the record also says how far the cache moves the
+    distributions of the next token, and the extras are measured through it and without it. Raises UserError when the split is
+    missing or the run's data is not what it was trained on.
     """
     refuse_links(run)
     summary = read_summary(run, *CARRIED, "data_fingerprint", "wandb_id")
@@ -66,12 +66,10 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     dataset = config.dataset or trained.config.dataset
     data = _text(run, config, trained)
     losses = token_losses(trained.model, capture=config.capture, precision=precision, device=device)
-    choice = CacheChoice(DTYPES[config.cache.dtype], config.cache.window, config.cache.sinks)
-    try:
-        cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
-    except ValueError as error:  # of a window that some layer cannot have
-        raise UserError(str(error)) from None
-    through = config.cache.through or choice.window is not None or choice.dtype.itemsize == 1
+    kept = cache_format(config.cache.dtype)
+    choice = CacheChoice(kept, config.cache.window, config.cache.sinks)
+    cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    through = config.cache.through or choice.window is not None or kept.in_few_bits
     mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
 
     started = time.perf_counter()
@@ -84,11 +82,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         progress=True,
     )
 
-    def score(through: CacheChoice | None) -> SplitResult:
-        return evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=through)
-
-    plain = score(None)
-    result = score(choice) if through else plain
+    result = evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=choice if through else None)
     computation = Computation(device, precision, trained.kernel)
     record = cast(Evaluation, {key: value for key, value in summary.items() if key in CARRIED})
     record.update(
@@ -101,7 +95,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "per_document": config.per_document,
             "stride_fraction": config.stride_fraction,
             "max_tokens": config.max_tokens,
-            **_figures(result, plain),
+            **_figures(result),
             "through_cache": through,
             **cache.record(),
             "cache_dtype": config.cache.dtype,
@@ -118,14 +112,19 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         }
     )
     started = time.perf_counter()
-    record["extras"] = {} if through else _extras(trained, losses, data, config)
+    plain_extras = _extras(trained, losses, data, config, None)
+    record["extras"] = plain_extras
+    if through:
+        record["extras_without_cache"] = plain_extras
+        record["extras"] = with_floors(_extras(trained, losses, data, config, choice), plain_extras)
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return record, result
 
 
-def _figures(result: SplitResult, plain: SplitResult) -> Evaluation:
-    """What was scored; plain: without a cache."""
+def _figures(result: SplitResult) -> Evaluation:
+    """What was scored, and beside it without the cache; without one that is the same."""
+    plain, divergence = result.beside or (result, None)
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,
@@ -138,6 +137,7 @@ def _figures(result: SplitResult, plain: SplitResult) -> Evaluation:
         "loss_without_cache": plain.loss,
         "perplexity_without_cache": plain.perplexity,
         "bits_per_byte_without_cache": plain.bits_per_byte,
+        "cache_divergence": None if divergence is None else divergence.loss,
     }
 
 
@@ -154,7 +154,9 @@ def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:
     return data
 
 
-def _extras(trained: TrainedModel, losses: TokenLosses, data: PreparedData, config: EvalConfig) -> Extras:
+def _extras(
+    trained: TrainedModel, losses: TokenLosses, data: PreparedData, config: EvalConfig, through: CacheChoice | None
+) -> Extras:
     subject = Subject(
         losses=losses,
         longer=lambda max_seq_len: lengthened(trained, max_seq_len),
@@ -165,6 +167,7 @@ def _extras(trained: TrainedModel, losses: TokenLosses, data: PreparedData, conf
         dataset=(config.dataset or trained.config.dataset).name,
         batch_size=config.batch_size,
         max_tokens=min(config.extras_max_tokens, config.max_tokens or config.extras_max_tokens),
+        through=through,
     )
     return cast(Extras, measure_extras(subject, config.extras))
 

@@ -18,7 +18,8 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
-from modeling.attention.cache import DTYPES, formula_bytes_at
+from modeling.attention.cache import formula_bytes_at
+from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.shapes import shapes_only
 
@@ -59,7 +60,7 @@ def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
     """
     with shapes_only():
         model = build_model(config, vocab_size)
-    dtype, context = DTYPES[config.cache.dtype], config.model.max_seq_len
+    dtype, context = cache_format(config.cache.dtype), config.model.max_seq_len
     return {
         "params": parameters_by_block(model)["total"],
         "train_flops": training_flops_per_token(model, context),

@@ -33,9 +33,11 @@ class Attention(Protocol):
     get a gradient); `products_per_token`, multiplications of a token in which no weight and no other token takes part
     (modeling/flops.py); `fan_in_factors(variance)`, by matrix what its standard deviation is multiplied by under
     init=fan_in, so that queries, keys and values begin with this variance (modeling/gpt.py); `sixteen_bits`, the names of
-    cached tensors that a cache of 8 bits keeps in 16. One rotated key shared by all heads is such a tensor: its elements
+    cached tensors that a cache of 8 or 4 bits keeps in 16. One rotated key shared by all heads is such a tensor: its elements
     are large and unlike, a scale calibrated on its neighbours saturates it (vLLM issue 42956), and it is a small part of
     what is cached. `cached_as`: in words, how what is cached is read, where it is not used as it is and there is one path.
+    `cached_values`, the names of cached tensors that are values and nothing else, which a cache may keep in other bits than all
+    others: keys, and what serves as both.
 
     With an absorbed path also: `absorbs(new_tokens)`, whether a call of so many takes it; `absorbs_up_to`, where `auto` stops;
     `kernel_for`, what computes it; `triton_lacks`, why the Triton kernel is not for the layer, as the middle of a sentence, or

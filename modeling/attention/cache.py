@@ -16,20 +16,13 @@ import torch
 from torch import Tensor
 
 from modeling.attention.positions import in_graph
-from modeling.attention.quantisation import LARGEST, SCALE, dequantise, quantise
+from modeling.attention.quantisation import NAMED, CacheFormat, Parts, Stored, as_format
+from modeling.formats import ROTATED
 from modeling.kernels.attend import band
 
 if TYPE_CHECKING:
     from modeling.attention import Attention
     from modeling.attention.rope import RotaryEmbedding
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,8 @@ class Cache:
     and a decode step can be compiled or captured. Inside such a step nothing can be refused: whoever drives it says
     `check_room` before and `count` after it (modeling/generation.py, decode_step).
 
-    Eight bits (int8, fp8 e4m3): entries carry a bfloat16 scale per token and head in `scales`, and reads return them
-    multiplied out in the dtype that was appended. The buffers named in `sixteen_bits` stay in bfloat16.
+    Few bits (quantisation.py): reads return entries in the dtype that was appended. The buffers named in `values` are values
+    alone and take the format's bits for these, all others those for keys; those in `sixteen_bits` stay in bfloat16.
 
     window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
     (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
@@ -86,7 +79,7 @@ class Cache:
     are never seen. With reach alone a row still takes max_seq_len tokens, as in layers that see everything.
 
     states: shape and dtype, by name, of what a row has one of whatever it has taken in: (B, *shape), zeros at first, changed by
-    `keep`. They have no eight bits. A row takes max_seq_len tokens all the same, as in layers that see everything.
+    `keep`. They are never in few bits. A row takes max_seq_len tokens all the same, as in layers that see everything.
     """
 
     def __init__(
@@ -95,9 +88,10 @@ class Cache:
         max_seq_len: int,
         shapes: dict[str, tuple[int, ...]],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | CacheFormat,
         device: torch.device | str,
         sixteen_bits: Sequence[str] = (),
+        values: Sequence[str] = (),
         static: bool = False,
         window: int | None = None,
         sinks: int = 0,
@@ -112,17 +106,17 @@ class Cache:
             window, sinks = reach, 0
         self.window, self.sinks, self.reach = window, sinks, reach
         self.slots = max_seq_len if window is None else min(max_seq_len, sinks + window)
-        # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
-        self.buffers: dict[str, Tensor] = {}
-        self.scales: dict[str, Tensor] = {}
-        for name, shape in shapes.items():
-            kept = dtype
-            if dtype in LARGEST:
-                if name in sixteen_bits:
-                    kept = torch.bfloat16
-                else:
-                    self.scales[name] = torch.zeros(batch_size, self.slots, *shape[:-1], dtype=SCALE, device=device)
-            self.buffers[name] = torch.zeros(batch_size, self.slots, *shape, dtype=kept, device=device)
+        stored_as = as_format(dtype)
+        self.stored = {
+            name: Stored(
+                stored_as.storage(name, sixteen_bits=sixteen_bits, values=values),
+                shape,
+                (batch_size, self.slots),
+                device=device,
+                rotated=stored_as.rotated,
+            )
+            for name, shape in shapes.items()
+        }
         self.states = {
             name: torch.zeros(batch_size, *shape, dtype=kept, device=device) for name, (shape, kept) in (states or {}).items()
         }
@@ -137,8 +131,13 @@ class Cache:
 
     def growing(self) -> Iterator[Tensor]:
         """Every tensor with a slot for each token."""
-        yield from self.buffers.values()
-        yield from self.scales.values()
+        for stored in self.stored.values():
+            yield from stored.parts
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """The entries of each cached tensor, without their scales."""
+        return {name: stored.parts[0] for name, stored in self.stored.items()}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that decoding needs again."""
@@ -152,8 +151,8 @@ class Cache:
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers that one token of one row takes in this layer, scales not counted, read off the buffers."""
-        return sum(buffer[0, 0].numel() for buffer in self.buffers.values())
+        """Numbers that one token of one row takes in this layer, scales not counted."""
+        return sum(math.prod(stored.shape) for stored in self.stored.values())
 
     @property
     def state_bytes(self) -> int:
@@ -199,31 +198,31 @@ class Cache:
         valid_BT marks real tokens (True) where rows are padded, on either side; pads take no slot. Raises ValueError
         when the tokens do not fit.
         """
-        assert new.keys() == self.buffers.keys(), f"cache holds {set(self.buffers)}, got {set(new)}"
+        assert new.keys() == self.stored.keys(), f"cache holds {set(self.stored)}, got {set(new)}"
         T = next(iter(new.values())).shape[1]
         self.check_room(T)
         self._ragged = self._ragged or valid_BT is not None
-        entries = {name: self._encoded(name, tensor) for name, tensor in new.items()}
+        entries = {name: self.stored[name].encode(tensor) for name, tensor in new.items()}
         if self._takes_one(T, valid_BT):
             ring, place = self.slots - self.sinks, self._extent
             slot = place if place < self.slots else self.sinks + (place - self.sinks) % ring
             for name, parts in entries.items():
-                for buffer, part in zip(self._parts(name), parts, strict=True):
+                for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                     buffer[:, slot] = part[:, 0]
-            seen = {name: self._stored(name, min(place + 1, self.slots)) for name in new}
+            seen = {name: self._visible(name, min(place + 1, self.slots)) for name in new}
         elif self.window is not None:
             seen = self._through_window(entries, valid_BT)
         elif self.static or self._ragged:
             self._scatter(T, valid_BT, entries)
             visible = self.max_seq_len if self.static else self._extent + T
-            seen = {name: self._stored(name, visible) for name in new}
+            seen = {name: self._visible(name, visible) for name in new}
         else:
             for name, parts in entries.items():
-                for buffer, part in zip(self._parts(name), parts, strict=True):
+                for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                     buffer[:, self._extent : self._extent + T] = part
-            seen = {name: self._stored(name, self._extent + T) for name in new}
+            seen = {name: self._visible(name, self._extent + T) for name in new}
         self.advance(T, valid_BT)
-        return {name: self._decoded(parts, new[name].dtype) for name, parts in seen.items()}
+        return {name: self.stored[name].decode(parts, new[name].dtype) for name, parts in seen.items()}
 
     def keep(self, new_tokens: int, valid_BT: Tensor | None = None, **states: Tensor) -> None:
         """Count tokens as taken in, after which the states are these. Raises ValueError when the tokens do not fit."""
@@ -289,33 +288,13 @@ class Cache:
                 f"{new_tokens} more do not fit; allocate a longer cache"
             )
 
-    # --- storage: a buffer, with its scales where it holds 8 bits ----------------------------------------------------
+    # --- where entries lie -------------------------------------------------------------------------------------------
 
-    def _parts(self, name: str) -> tuple[Tensor, ...]:
-        """Float8 is handed out as its bytes: few operations know the type itself."""
-        buffer = self.buffers[name]
-        if name not in self.scales:
-            return (buffer,)
-        return buffer.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else buffer, self.scales[name]
+    def _visible(self, name: str, slots: int) -> Parts:
+        parts = self.stored[name].parts
+        return parts if self.static else tuple(part[:, :slots] for part in parts)
 
-    def _encoded(self, name: str, new: Tensor) -> tuple[Tensor, ...]:
-        buffer = self.buffers[name]
-        if name not in self.scales:
-            return (new.to(buffer.dtype),)
-        payload, scale = quantise(new, buffer.dtype)
-        return payload.view(torch.uint8) if buffer.dtype == torch.float8_e4m3fn else payload, scale
-
-    def _decoded(self, parts: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-        if len(parts) == 1:
-            return parts[0]
-        payload, scale = parts
-        return dequantise(payload.view(torch.float8_e4m3fn) if payload.dtype == torch.uint8 else payload, scale, dtype)
-
-    def _stored(self, name: str, visible: int) -> tuple[Tensor, ...]:
-        parts = self._parts(name)
-        return parts if self.static else tuple(part[:, :visible] for part in parts)
-
-    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, tuple[Tensor, ...]]) -> None:
+    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts]) -> None:
         order_BT = None
         if valid_BT is not None:
             # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
@@ -324,7 +303,7 @@ class Cache:
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
         for name, parts in entries.items():
-            for buffer, part in zip(self._parts(name), parts, strict=True):
+            for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                 buffer.index_put_((rows_B1, slots_BT), part if order_BT is None else part[rows_B1, order_BT])
 
     def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
@@ -377,14 +356,14 @@ class Cache:
             mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
         return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0), self._end(new_tokens))
 
-    def _through_window(self, entries: dict[str, tuple[Tensor, ...]], valid_BT: Tensor | None) -> dict[str, tuple[Tensor, ...]]:
+    def _through_window(self, entries: dict[str, Parts], valid_BT: Tensor | None) -> dict[str, Parts]:
         """What the slots held before, then the new entries; afterwards the slots hold what is still needed."""
         T = next(iter(entries.values()))[0].shape[1]
         device = self.lengths_B.device
         used = self.slots if self.static else min(self._extent, self.slots)
         seen = {
             name: tuple(
-                torch.cat((buffer[:, :used], part), dim=1) for buffer, part in zip(self._parts(name), parts, strict=True)
+                torch.cat((buffer[:, :used], part), dim=1) for buffer, part in zip(self.stored[name].parts, parts, strict=True)
             )
             for name, parts in entries.items()
         }
@@ -396,7 +375,7 @@ class Cache:
         source_BM = order_BT.gather(1, rank_BM.clamp(0, T - 1))
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         for name, parts in entries.items():
-            for buffer, part in zip(self._parts(name), parts, strict=True):
+            for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                 is_new = (rank_BM >= 0).view(*rank_BM.shape, *(1 for _ in buffer.shape[2:]))
                 buffer.copy_(torch.where(is_new, part[rows_B1, source_BM], buffer))
         return seen
@@ -412,7 +391,7 @@ def new_cache(
     batch_size: int,
     max_seq_len: int,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | CacheFormat,
     device: torch.device | str,
     static: bool = False,
     window: int | None = None,
@@ -438,6 +417,7 @@ def new_cache(
         dtype=dtype,
         device=device,
         sixteen_bits=sixteen_bits_of(attention),
+        values=values_of(attention),
         static=static,
         window=window,
         sinks=sinks,
@@ -447,16 +427,16 @@ def new_cache(
 
 
 def sixteen_bits_of(attention: Attention) -> tuple[str, ...]:
-    """The cached tensors that stay in 16 bits where the others take 8, as the class states them."""
+    """The cached tensors that stay in 16 bits where the others take fewer, as the class states them."""
     return getattr(attention, "sixteen_bits", ())
 
 
-def states_of(attention: Attention, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def states_of(attention: Attention, dtype: torch.dtype | CacheFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each state of a layer, by name, in a cache of that dtype.
 
-    Those that the class names in `wide_states` are in float32 at least. Where tokens take 8 bits, the others take 16.
+    Those that the class names in `wide_states` are in float32 at least. Where tokens take few bits, the others take 16.
     """
-    kept = torch.bfloat16 if dtype in LARGEST else dtype
+    kept = as_format(dtype).state_dtype
     wide = getattr(attention, "wide_states", ())
     return {
         name: (shape, torch.promote_types(kept, torch.float32) if name in wide else kept)
@@ -464,11 +444,28 @@ def states_of(attention: Attention, dtype: torch.dtype) -> dict[str, tuple[tuple
     }
 
 
-def state_bytes_of(attention: Attention, dtype: torch.dtype) -> int:
+def state_bytes_of(attention: Attention, dtype: torch.dtype | CacheFormat) -> int:
     """Bytes of one row that do not grow, by the paper's element count."""
     wide, others = getattr(attention, "state_formula", (0, 0))
-    kept = torch.bfloat16 if dtype in LARGEST else dtype
+    kept = as_format(dtype).state_dtype
     return int(wide * torch.promote_types(kept, torch.float32).itemsize + others * kept.itemsize)
+
+
+def values_of(attention: Attention) -> tuple[str, ...]:
+    """The cached tensors that are values and nothing else, as the class states them."""
+    return getattr(attention, "cached_values", ())
+
+
+def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheFormat) -> None:
+    """Raises ValueError for a format that keeps values in bits of their own where no layer caches values alone."""
+    kept = as_format(dtype)
+    if kept.keys == kept.values or any(map(values_of, attentions)):
+        return
+    named = next(name for name, storage in NAMED.items() if storage == kept.keys)
+    raise ValueError(
+        f"cache.dtype={kept} keeps values in bits of their own, and what this variant caches serves as key and value at "
+        f"once: take cache.dtype={named}{ROTATED if kept.rotated else ''}, as its keys are kept"
+    )
 
 
 def check_window(kernel: str, window: int | None) -> None:
@@ -477,21 +474,16 @@ def check_window(kernel: str, window: int | None) -> None:
         raise ValueError(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
 
 
-def formula_bytes(attention: Attention, dtype: torch.dtype) -> int:
-    """Bytes per token of one layer by the paper's element count, not by any buffer.
-
-    With 8 bits: a byte an element, two more for the scale of each head or latent, and one more for each element that
-    stays in 16.
-    """
-    if dtype not in LARGEST:
-        return attention.cache_formula * dtype.itemsize
-    shapes, kept = attention.cache_shapes, sixteen_bits_of(attention)
-    exempt = sum(math.prod(shape) for name, shape in shapes.items() if name in kept)
-    scales = sum(math.prod(shape[:-1]) for name, shape in shapes.items() if name not in kept)
-    return attention.cache_formula + exempt + SCALE.itemsize * scales
+def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> int:
+    """Bytes per token of one layer by the paper's element count and the storage's arithmetic, not by any buffer."""
+    kept, sixteen_bits, values = as_format(dtype), sixteen_bits_of(attention), values_of(attention)
+    shapes = attention.cache_shapes
+    nbytes = sum(kept.storage(name, sixteen_bits=sixteen_bits, values=values).nbytes(shape) for name, shape in shapes.items())
+    unlike = attention.cache_formula - sum(map(math.prod, shapes.values()))  # elements; 0 unless the class contradicts itself
+    return nbytes + 2 * unlike
 
 
-def formula_bytes_at(attention: Attention, dtype: torch.dtype, context: int) -> int:
+def formula_bytes_at(attention: Attention, dtype: torch.dtype | CacheFormat, context: int) -> int:
     """The same for a sequence of so many tokens, of which a layer with a window keeps the newest, and its states."""
     return formula_bytes(attention, dtype) * keys_seen(attention, context) + state_bytes_of(attention, dtype)
 

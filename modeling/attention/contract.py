@@ -16,7 +16,6 @@ from torch import Tensor
 
 from modeling.attention import attends
 from modeling.attention.cache import (
-    DTYPES,
     Cache,
     formula_bytes,
     formula_bytes_at,
@@ -24,10 +23,14 @@ from modeling.attention.cache import (
     new_cache,
     sixteen_bits_of,
     states_of,
+    values_of,
 )
 from modeling.attention.layers import AttentionLayers
+from modeling.attention.quantisation import NAMED, CacheFormat, cache_format
 
 BATCH, TOKENS = 3, 24
+# In few bits: the largest relative error of outputs against full precision, with logits as large as these.
+FEW_BITS = {"int8": 0.1, "fp8": 0.3, "int4": 0.3, "k8v4": 0.2, "k4v16": 0.3, "int4_rotated": 0.3}
 Variant = Any  # an nn.Module that keeps the Attention protocol, which Python cannot spell, or AttentionLayers of such
 Build = Callable[[], Variant]
 
@@ -62,13 +65,13 @@ def _module_and_input(build: Build) -> tuple[AttentionLayers, Tensor]:
 
 
 def _poisoned_cache(
-    module: AttentionLayers, max_seq_len: int, dtype: torch.dtype = torch.float32, **options: Any
+    module: AttentionLayers, max_seq_len: int, dtype: torch.dtype | CacheFormat = torch.float32, **options: Any
 ) -> list[Cache]:
     """A cache full of NaN: a read beyond the length cannot go unnoticed."""
     cache = module.new_cache(BATCH, max_seq_len, dtype=dtype, device="cpu", **options)
     for layer in cache:
         for tensor in layer.growing():
-            if tensor.dtype != torch.int8:  # whose scales are poisoned
+            if tensor.is_floating_point():  # of the others the scales are poisoned
                 tensor.fill_(float("nan"))
     return cache
 
@@ -191,8 +194,11 @@ def a_window_hides_what_it_should(build: Build) -> None:
 
 
 @torch.no_grad()
-def eight_bit_caches_stay_close(build: Build) -> None:
-    """int8 and fp8: one call gives what single tokens give, within 10 % (int8) and 30 % (fp8) of full precision.
+def caches_in_few_bits_stay_close(build: Build) -> None:
+    """In each format of FEW_BITS one call gives what single tokens give, also with fixed shapes and in padded rows.
+
+    Full precision is within the bound of that format, and something is lost. A format that keeps values in bits of their own
+    is refused where no layer caches values alone.
 
     To 1e-10; to 1e-6 through states, which are rounded to float32 from one call to the next.
     """
@@ -200,15 +206,45 @@ def eight_bit_caches_stay_close(build: Build) -> None:
     between = 1e-6 if any(states_of(attention, torch.int8) for attention in module.attentions) else 1e-10
     # In float32 the two differ in the last place, which tips an entry halfway between two levels to the other one.
     module, x_BTD = module.to(torch.float64), x_BTD.to(torch.float64)
-    full = module(x_BTD)
-    for dtype, bound in ((torch.int8, 0.1), (torch.float8_e4m3fn, 0.3)):
-        whole = module(x_BTD, _poisoned_cache(module, TOKENS, dtype))
-        cache = _poisoned_cache(module, TOKENS, dtype)
-        singles = torch.cat([module(piece, cache) for piece in x_BTD.split(1, dim=1)], dim=1)
-        error = relative_error(singles, whole)
-        assert error <= between, f"{dtype}: relative error {error:.1e} between one token at a time and one call"
+    full, half = module(x_BTD), TOKENS // 2
+    for name, bound in FEW_BITS.items():
+        kept = cache_format(name)
+        if not _keeps(module, kept):
+            _refused(module, kept)
+            continue
+        whole = module(x_BTD, _poisoned_cache(module, TOKENS, kept))
         error = relative_error(whole, full)
-        assert 0 < error <= bound, f"{dtype}: relative error {error:.1e} against full precision"
+        assert 0 < error <= bound, f"{name}: relative error {error:.1e} against full precision"
+        # Of a static cache the slots beyond the length are hidden by a mask, and finite.
+        fixed = module.new_cache(BATCH, TOKENS, dtype=kept, device="cpu", static=True)
+        for cache, split in ((_poisoned_cache(module, TOKENS, kept), [1] * TOKENS), (fixed, [7, TOKENS - 10, 1, 1, 1])):
+            pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
+            error = relative_error(pieces, whole)
+            assert error <= between, f"{name}, split {split}: relative error {error:.1e} against one call"
+        valid_BT = torch.arange(half) < torch.tensor([half, half - 3, 1])[:, None]
+        cache = module.new_cache(BATCH, TOKENS, dtype=kept, device="cpu")
+        padded = module(x_BTD[:, :half], cache, valid_BT=valid_BT)
+        error = relative_error(padded[valid_BT], whole[:, :half][valid_BT])
+        assert error <= between, f"{name}: relative error {error:.1e} of padded rows"
+        row = torch.cat((x_BTD[1, : half - 3], x_BTD[1, half : half + 3]))[None]
+        alone = module(row, module.new_cache(1, TOKENS, dtype=kept, device="cpu"))
+        steps = torch.cat([module(x_BTD[:, half + i : half + i + 1], cache) for i in range(3)], dim=1)
+        error = relative_error(steps[1], alone[0, -3:])
+        assert error <= between, f"{name}: relative error {error:.1e} of the tokens after a padded row"
+
+
+def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
+    try:
+        module.new_cache(1, 1, dtype=kept, device="cpu")
+    except ValueError as refusal:
+        assert f"cache.dtype={kept}" in str(refusal), f"the refusal does not name the format: {refusal}"
+    else:
+        raise AssertionError(f"{kept} was taken, and no layer caches values alone")
+
+
+def _keeps(module: AttentionLayers, kept: CacheFormat) -> bool:
+    """Whether values can be told from keys, where a format does."""
+    return kept.keys == kept.values or any(map(values_of, module.attentions))
 
 
 @torch.no_grad()
@@ -237,17 +273,20 @@ def padded_rows_equal_the_rows_alone(build: Build) -> None:
 
 
 def measured_cache_bytes_equal_the_formula(build: Build) -> None:
-    """Bytes read off the buffers are the formula's elements times the element size; with 8 bits, and their scales.
+    """Bytes read off the buffers are the formula's elements times the element size; in few bits, and their scales.
 
     What is allocated is the formula at that context: of a window no more than its tokens, of a state the same at any.
     """
     module = _layers(build)
     for index, attention in enumerate(module.attentions):
-        unknown = set(sixteen_bits_of(attention)) - attention.cache_shapes.keys()
-        assert not unknown, f"{_of_layer(module, index)}{sorted(unknown)} are stated to stay in 16 bits and are not cached"
+        for stated, what in ((sixteen_bits_of(attention), "to stay in 16 bits"), (values_of(attention), "to be values")):
+            unknown = set(stated) - attention.cache_shapes.keys()
+            assert not unknown, f"{_of_layer(module, index)}{sorted(unknown)} are stated {what} and are not cached"
         unknown = set(getattr(attention, "wide_states", ())) - states_of(attention, torch.bfloat16).keys()
         assert not unknown, f"{_of_layer(module, index)}{sorted(unknown)} are stated to be wide and are no states"
-    for dtype in DTYPES.values():
+    for dtype in map(cache_format, dict.fromkeys((*NAMED, *FEW_BITS))):
+        if not _keeps(module, dtype):
+            continue
         caches = module.new_cache(2, 8, dtype=dtype, device="cpu")
         for index, (attention, cache) in enumerate(zip(module.attentions, caches, strict=True)):
             where, wanted = f"{_of_layer(module, index)}{dtype}", formula_bytes(attention, dtype)
@@ -379,7 +418,7 @@ CHECKS: tuple[Callable[[Build], None], ...] = (
     a_static_cache_equals_the_full_forward,
     every_decode_path_gives_the_same,
     a_window_hides_what_it_should,
-    eight_bit_caches_stay_close,
+    caches_in_few_bits_stay_close,
     padded_rows_equal_the_rows_alone,
     measured_cache_bytes_equal_the_formula,
     a_full_cache_refuses_another_token,

@@ -103,7 +103,8 @@ class GroupedQueryAttention(nn.Module):
         self.window, self.follows = window, False
         self.scale = self.qk_width**-0.5
         self.has_positions = positions in ("rope", "decoupled")
-        self.sixteen_bits = ("k_rope",) if qk_rope_head_dim else ()
+        self.sixteen_bits: tuple[str, ...] = ("k_rope",) if qk_rope_head_dim else ()
+        self.cached_values: tuple[str, ...] = ("v",)
 
         on_inputs, on_output = bias or projection_bias != "model", bias or projection_bias == "all"
         self.q_lora_rank = q_lora_rank
@@ -139,7 +140,7 @@ class GroupedQueryAttention(nn.Module):
         self.follows = True
         del self.k_proj, self.v_proj
         self.k_rope_proj = self.k_norm = None
-        self.sixteen_bits = ()
+        self.sixteen_bits = self.cached_values = ()
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention import execute, hands_on, reads_back
-from modeling.attention.cache import Cache, new_cache
+from modeling.attention.cache import Cache, check_values, new_cache
+from modeling.attention.quantisation import CacheFormat
 
 
 class HasAttentions(nn.Module):
@@ -36,13 +37,17 @@ class HasAttentions(nn.Module):
         batch_size: int,
         max_seq_len: int,
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | CacheFormat,
         device: torch.device | str,
         static: bool = False,
         window: int | None = None,
         sinks: int = 0,
     ) -> list[Cache]:
-        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's is empty."""
+        """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's is empty.
+
+        Raises ValueError for a format that the variant cannot keep.
+        """
+        check_values(self.attentions, dtype)
         return [
             new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
             for attention in self.attentions

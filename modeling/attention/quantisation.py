@@ -1,23 +1,240 @@
-"""Eight-bit storage with one scale per vector: symmetric int8 and fp8 (e4m3), as the KV cache uses them.
+"""How a cache stores vectors: as they are, in eight bits or in four; keys and values alike, or each in its own bits.
 
-The last dimension shares a scale. Scales are bfloat16 and rounded upwards, and entries are divided by the scale that
-is stored, so that the scale itself adds no error and nothing saturates.
+`cache_format` reads the names of `cache.dtype`:
+
+    float32, bfloat16, float16   as they are
+    int8, fp8                    8 bits (fp8: e4m3) and a bfloat16 scale for each vector
+    int4                         4 bits and a bfloat16 scale for each 32 elements of a vector
+    k8v4                         keys in int8, values in int4; any two of 16 (bfloat16), 8 and 4 bits
+
+What is stored in 8 or 4 bits may be rotated before that and turned back when it is read (int4_rotated, k8v4_rotated): a
+fixed random orthogonal matrix of a vector's width spreads what stands out in a few channels over all of them (QuaRot, Ashkboos
+et al. 2024, arXiv 2404.00456, there a Hadamard matrix). It is made of the width alone and is not counted as cache.
+
+Scales are divided by as they are stored, so that their own rounding adds no error.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from modeling.formats import read_format
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # magnitude that each type holds
 SCALE = torch.bfloat16
+GROUP = 32  # elements of a vector that share a scale in 4 bits; the last group of another width is shorter
+
+Parts = tuple[Tensor, ...]  # what a storage makes of vectors (..., width): tensors that begin with the same dimensions
+
+
+class Storage(Protocol):
+    """One way to store vectors. A shape is that of one token, (..., width)."""
+
+    @property
+    def itemsize(self) -> float:
+        """Bytes of an element, scales apart."""
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        """Shape and dtype of each part of a token."""
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a token, by arithmetic and not by any tensor."""
+
+    def encode(self, x: Tensor) -> Parts:
+        """Vectors (..., width) as parts."""
+
+    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        """The vectors that parts stand for; in `dtype`, unless they are stored as they are."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Numbers as they are."""
+
+    dtype: torch.dtype
+
+    @property
+    def itemsize(self) -> float:
+        return self.dtype.itemsize
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        return ((shape, self.dtype),)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
+    def encode(self, x: Tensor) -> Parts:
+        return (x.to(self.dtype),)
+
+    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        return parts[0]
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """One scale a vector (`quantise`). Float8 is held as its bytes: few operations know the type itself."""
+
+    dtype: torch.dtype  # a key of LARGEST
+    itemsize: ClassVar[float] = 1
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        return (shape, torch.int8 if self.dtype == torch.int8 else torch.uint8), (shape[:-1], SCALE)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) + SCALE.itemsize * math.prod(shape[:-1])
+
+    def encode(self, x: Tensor) -> Parts:
+        payload, scale = quantise(x, self.dtype)
+        return payload if self.dtype == torch.int8 else payload.view(torch.uint8), scale
+
+    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        payload, scale = parts
+        return dequantise(payload if self.dtype == torch.int8 else payload.view(self.dtype), scale, dtype)
+
+
+@dataclass(frozen=True)
+class FourBits:
+    """One scale for each GROUP elements, two elements a byte; the last byte of an odd width holds one (`quantise_four`)."""
+
+    itemsize: ClassVar[float] = 0.5
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        *heads, width = shape
+        return ((*heads, (width + 1) // 2), torch.uint8), ((*heads, -(-width // GROUP)), SCALE)
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[:-1]) * (math.ceil(shape[-1] / 2) + SCALE.itemsize * math.ceil(shape[-1] / GROUP))
+
+    def encode(self, x: Tensor) -> Parts:
+        return quantise_four(x)
+
+    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        payload, scale = parts
+        return dequantise_four(payload, scale, width, dtype)
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """What a cache keeps. keys: also of what serves as key and value at once."""
+
+    name: str
+    keys: Storage
+    values: Storage
+    rotated: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether something is stored in less than 16 bits, so that a model computes something else through it."""
+        return not (isinstance(self.keys, Plain) and isinstance(self.values, Plain))
+
+    def storage(self, name: str, *, sixteen_bits: Collection[str], values: Collection[str]) -> Storage:
+        """How the cached tensor of this name is stored; the others are those that a variant states."""
+        if self.in_few_bits and name in sixteen_bits:
+            return Plain(torch.bfloat16)
+        return self.values if name in values else self.keys
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """In what a state is kept, which belongs to no token."""
+        return torch.bfloat16 if self.in_few_bits or not isinstance(self.keys, Plain) else self.keys.dtype
+
+    def read_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In what keys of `dtype` are read back."""
+        return self.keys.dtype if isinstance(self.keys, Plain) else dtype
+
+
+NAMED: dict[str, Storage] = {
+    "float32": Plain(torch.float32),
+    "bfloat16": Plain(torch.bfloat16),
+    "float16": Plain(torch.float16),
+    "int8": EightBits(torch.int8),
+    "fp8": EightBits(torch.float8_e4m3fn),
+    "int4": FourBits(),
+}
+
+
+def cache_format(name: str) -> CacheFormat:
+    """The format of that name. Raises ValueError, with the forms there are, for any other (modeling/formats.py)."""
+    read = read_format(name)
+    return CacheFormat(name, NAMED[read.keys], NAMED[read.values], read.rotated)
+
+
+def as_format(dtype: torch.dtype | CacheFormat) -> CacheFormat:
+    """A format, or the one that keeps everything in this dtype."""
+    if isinstance(dtype, CacheFormat):
+        return dtype
+    storage = EightBits(dtype) if dtype in LARGEST else Plain(dtype)
+    name = next((name for name, named in NAMED.items() if named == storage), str(dtype).removeprefix("torch."))
+    return CacheFormat(name, storage, storage)
+
+
+class Stored:
+    """One cached tensor of `shape` a token for all rows and slots: its parts, and how vectors go in and come out."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        shape: tuple[int, ...],
+        rows_slots: tuple[int, int],
+        *,
+        device: torch.device | str,
+        rotated: bool,
+    ) -> None:
+        self.storage, self.shape = storage, shape
+        # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
+        self.parts = tuple(
+            torch.zeros(*rows_slots, *part, dtype=dtype, device=device) for part, dtype in storage.tensors(shape)
+        )
+        rotated = rotated and not isinstance(storage, Plain)
+        self.rotation_KK = rotation(shape[-1]).to(device) if rotated else None
+
+    def encode(self, new: Tensor) -> Parts:
+        """Vectors (B, T, *shape) as they are stored."""
+        return self.storage.encode(new if self.rotation_KK is None else _product(new, self.rotation_KK))
+
+    def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
+        """What parts of any slots stand for; in `dtype`, unless they are stored as they are."""
+        if self.rotation_KK is None:
+            return self.storage.decode(parts, self.shape[-1], dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return _product(self.storage.decode(parts, self.shape[-1], wide), self.rotation_KK.T).to(dtype)
+
+
+@functools.cache
+def rotation(width: int) -> Tensor:
+    """An orthogonal matrix (width, width) in float32, the same wherever it is asked for: Gaussian noise orthogonalised."""
+    noise = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(width))
+    q, r = torch.linalg.qr(noise)
+    return (q * r.diagonal().sign()).float()  # without the signs it would be one library's choice
+
+
+def _product(x: Tensor, matrix_KK: Tensor) -> Tensor:
+    """In float32 at least, whatever autocast says."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return x.to(wide) @ matrix_KK.to(wide)
+
+
+# --- eight bits ------------------------------------------------------------------------------------------------------
 
 
 def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(payload of x's shape in `dtype`, scale of x's shape without its last dimension in SCALE).
 
-    int8: within half a step of each element; a step is the stored scale, 0.3 to 1.2 % above amax / 127, so half of one is
-    at most 0.506 amax / 127. What is read back in bfloat16 is rounded once more.
+    Scales are rounded upwards, so that nothing saturates. int8: within half a step of each element; a step is the stored
+    scale, 0.3 to 1.2 % above amax / 127, so half of one is at most 0.506 amax / 127. What is read back in bfloat16 is rounded
+    once more.
     """
     largest = LARGEST[dtype]
     peak = x.abs().amax(dim=-1).float() / largest
@@ -32,3 +249,28 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def dequantise(payload: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that (payload, scale) stand for."""
     return payload.to(dtype) * scale.to(dtype).unsqueeze(-1)
+
+
+# --- four bits -------------------------------------------------------------------------------------------------------
+
+
+def quantise_four(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(two elements a byte, a scale for each GROUP elements in SCALE).
+
+    An element is a whole number of scales, -8 to 7, and a group's scale has the sign that makes its largest element -8.
+    """
+    width = x.shape[-1]
+    groups_GK = F.pad(x.float(), (0, -width % GROUP)).unflatten(-1, (-1, GROUP))
+    peak = groups_GK.gather(-1, groups_GK.abs().argmax(dim=-1, keepdim=True))
+    scale = (peak / -8).to(SCALE)
+    scale = scale.abs().clamp(min=torch.finfo(SCALE).tiny).copysign(scale)  # 0 / 0 is no number
+    levels = (groups_GK / scale.float()).round().clamp(-8, 7) + 8
+    levels = levels.flatten(-2)[..., : width + width % 2].to(torch.uint8)
+    return levels[..., 0::2] | levels[..., 1::2] << 4, scale.squeeze(-1)
+
+
+def dequantise_four(payload: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The numbers, (..., width), that (payload, scale) stand for."""
+    levels = torch.stack((payload & 15, payload >> 4), dim=-1).flatten(-2)[..., :width]
+    scales = scale.to(dtype).repeat_interleave(GROUP, dim=-1)[..., :width]
+    return (levels.to(dtype) - 8) * scales

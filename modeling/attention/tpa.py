@@ -81,6 +81,7 @@ class TensorProductAttention(nn.Module):
         self.positions, self.has_positions = "rope", True
         self.causal, self.dropout, self.scale = causal, dropout, head_dim**-0.5
         self.backend, self.decode, self.kernel = "auto", "auto", "auto"
+        self.cached_values = ("v_a", "v_b")
 
         self.q_a_proj = nn.Linear(d_model, q_rank * n_heads, bias=bias)
         self.q_b_proj = nn.Linear(d_model, q_rank * head_dim, bias=bias)

@@ -11,7 +11,6 @@ import json
 import re
 import subprocess
 import sys
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,13 @@ from harness.config.identity import (
 )
 from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
-from harness.config.schema import EXTRAS, BudgetConfig, CacheDtype, TrainConfig
+from harness.config.schema import EXTRAS, BudgetConfig, TrainConfig
 from harness.config.typed import typed
 from harness.entry.cli import parse_options
 from harness.errors import UserError
 from harness.evaluation.probes import probe
 from modeling.attention import MECHANISMS
+from modeling.formats import FORMS
 from modeling.shapes import shapes_only
 from tests.support.projects import copy_project
 
@@ -208,7 +208,7 @@ REFUSED = {
     "device=cuda:1": "device=cuda:1 is unknown; did you mean cuda?",
     "precision=fp16": "precision=fp16 is unknown; choose from auto, bfloat16, float32",
     "compile=true": "compile=true is unknown; choose from auto, off, on",
-    "cache.dtype=int4": "cache.dtype=int4 is unknown; did you mean int8?",
+    "cache.dtype=int3": f"cache.dtype=int3 is unknown; choose one of {FORMS}",
     "schedule.name=linear": "schedule.name=linear is unknown; choose from cosine, wsd",
     "parallel=tensor": "parallel=tensor does not exist; choose from ddp, fsdp",
     "parallel.name=fsdp2": "parallel.name=fsdp2 is unknown; did you mean fsdp?",
@@ -270,7 +270,7 @@ REFUSED_IN_EVAL = {
     "attention=mla": "attention=mla: attention is the run's own here; only single fields such as attention.backend can be set",
     "model=tiny": "model is not a field of the configuration; python eval_model.py --help shows all that there are",
     "device=tpu": "device=tpu is unknown; did you mean cpu?",
-    "cache.dtype=q4": "cache.dtype=q4 is unknown; choose from bfloat16, float16, float32, fp8, int8",
+    "cache.dtype=q4": f"cache.dtype=q4 is unknown; choose one of {FORMS}",
     "cache.window=0": "cache.window=0 sees nothing; choose 1 or more, or null for the whole context",
     "cache.sinks=4": "cache.sinks=4 stay visible beside a window; choose 0 or more and set cache.window",
     "stride_fraction=2": "stride_fraction=2.0 must be above 0 and at most 1 (a window)",
@@ -410,11 +410,34 @@ def test_typed_refuses_what_does_not(kind: Any, value: Any) -> None:
         typed(kind, value, "field")
 
 
-def test_the_cache_dtypes_of_the_command_line_are_those_of_the_cache() -> None:
-    """Written twice, so that an evaluation's mistakes are found without importing torch."""
-    from modeling.attention.cache import DTYPES
+def test_the_names_of_formats_are_read_without_torch_and_are_those_of_the_cache() -> None:
+    from modeling.attention.quantisation import NAMED
+    from modeling.formats import BITS
 
-    assert tuple(DTYPES) == typing.get_args(CacheDtype)
+    assert list(NAMED) == list(BITS)
+    read = "import sys, harness.config.schema; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", read], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("k3v9", r"^cache.dtype=k3v9 is unknown; choose one of float32, .*int4, or kXvY .* two of 16, 8, 4 \(k8v4\)"),
+        ("int3", r"^cache.dtype=int3 is unknown; choose one of float32, "),
+        ("k8v8", r"^cache.dtype=k8v8 is int8 by another name: write that$"),
+        ("k4v4_rotated", r"^cache.dtype=k4v4_rotated is int4_rotated by another name: write that$"),
+        ("bfloat16_rotated", r"^cache.dtype=bfloat16_rotated would turn what is stored as it is: write bfloat16$"),
+    ],
+)
+def test_a_format_that_there_is_not_is_refused_with_the_forms_there_are(name: str, sentence: str) -> None:
+    for load in (load_eval_config, load_train_config):
+        with pytest.raises(UserError, match=sentence):
+            load([f"cache.dtype={name}"])
+
+
+@pytest.mark.parametrize("name", ["int4", "k8v4", "k16v4", "fp8_rotated", "k4v8_rotated"])
+def test_formats_of_few_bits_are_chosen_by_name(name: str) -> None:
+    assert load_eval_config([f"cache.dtype={name}"]).cache.dtype == name
 
 
 def test_the_extras_of_the_command_line_are_those_that_can_be_measured_and_all_of_them_by_default() -> None:

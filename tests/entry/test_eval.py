@@ -385,12 +385,35 @@ def test_killed_between_its_files_an_evaluation_is_not_there(
     assert not (copied.runs / "mla" / "evaluations").exists()
 
 
-def test_through_a_cache_there_are_neither_extras_nor_segments(copied: Workplace, capsys: pytest.CaptureFixture[str]) -> None:
-    assert copied.evaluate("run=mla", "cache.dtype=int8") == 0
+def test_through_a_cache_extras_stand_beside_those_without_it_and_there_are_no_segments(
+    copied: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert copied.evaluate("run=mla", "cache.dtype=int4") == 0
     said = capsys.readouterr().out
-    assert "extras            none: they are measured without a cache" in said
-    assert records(said)[0]["extras"] == {}
+    (record,) = records(said)
     assert not (copied.runs / "mla" / "segments").exists()
+    plain = record_of(copied, capsys, "run=mla")
+    assert record["extras_without_cache"] == plain["extras"]
+    assert set(record["extras"]) == set(plain["extras"]) - {"latents"}, "latents are the model's, whatever a cache keeps"
+    copying = (evaluation["extras"]["recall"]["copying"] for evaluation in (record, plain))
+    compared = list(zip(*copying, strict=True))
+    assert all(through["second_loss"] != without["second_loss"] for through, without in compared)
+    # After so few steps nothing is recalled: what a cache did to that says nothing.
+    assert all(through["at_floor"] is without["at_floor"] for through, without in compared)
+    assert all(without["at_floor"] for _, without in compared)
+    line = next(line for line in said.splitlines() if line.startswith("copying in"))
+    assert line.endswith("; at its floor in full precision: says nothing") and "  without it" in said
+
+
+def test_the_divergence_of_a_cache_is_what_two_forward_passes_give(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    divergences = {}
+    for name in ("float32", "int8", "int4"):
+        record = record_of(shared, capsys, "run=mha", f"cache.dtype={name}", "cache.through=true", "extras=[]")
+        divergences[name] = record["cache_divergence"]
+    assert abs(divergences["float32"]) < divergences["int4"] / 20 and divergences["int8"] < divergences["int4"] / 5
+    assert record_of(shared, capsys, "run=mha")["cache_divergence"] is None
 
 
 # --- through a cache -------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from harness.evaluation.evaluate import target_nats
+from harness.evaluation.probes import with_floors
+from harness.evaluation.probes.probe import FLOOR, at_floor
 from harness.evaluation.probes.recall import (
     CUE,
     KEY_DIGITS,
@@ -94,7 +96,7 @@ def test_a_model_that_looks_back_finds_every_key_and_gains_what_its_certainty_is
     assert figures is not None and figures["answers"] is None
     assert [entry["length"] for entry in figures["passkey"]] == [64, 128, 256]  # 32 have no room for the statement
     for entry in figures["passkey"]:
-        assert (entry["accuracy"], entry["digit_accuracy"]) == (1.0, 1.0)
+        assert (entry["accuracy"], entry["digit_accuracy"], entry["at_floor"]) == (1.0, 1.0, False)
         assert (entry["loss"], entry["unshown_loss"]) == pytest.approx((SURE, UNIFORM), rel=1e-5)
         assert entry["gain"] == pytest.approx(UNIFORM - SURE, rel=1e-5)
         assert all(prompt["right"] for prompt in entry["prompts"])
@@ -109,6 +111,7 @@ def test_guessing_digits_scores_chance_and_gains_nothing() -> None:
     for entry in figures["passkey"]:
         assert entry["accuracy"] < 0.05
         assert (entry["chance"], entry["chance_loss"]) == pytest.approx((1e-5, math.log(10)))
+    assert figures["passkey"][0]["at_floor"] and dict(recall_rows(figures))["passkey in 64"].endswith(f"; {FLOOR}")
 
     class Even(Predictor):
         """All digits equally likely, nothing else possible."""
@@ -194,7 +197,7 @@ def test_what_stands_first_in_a_copy_is_not_counted_for_nothing_says_what_comes(
 def test_a_model_that_says_nothing_copies_nothing() -> None:
     figures = measure_copying(subject(lambda tokens: None, letters(4000)), one(64, Predictor(lambda tokens: None, 64)))
     assert figures is not None
-    assert (figures[0]["gain"], figures[0]["accuracy"]) == (0.0, 0.0)
+    assert (figures[0]["gain"], figures[0]["accuracy"], figures[0]["at_floor"]) == (0.0, 0.0, True)
 
 
 def pairs_documents(*texts: str) -> Split:
@@ -301,3 +304,18 @@ def test_a_person_reads_what_was_found_and_what_it_was_worth() -> None:
     rows = dict(recall_rows(asked))
     assert rows["answers"].startswith("100.0 % right (at random: 50.0 %, the newest value: 50.0 %), ")
     assert rows["  of 2 pairs"] == rows["  2-3 back"] == rows["  4-7 back"] == f"100.0 % right, {SURE:.3f} nats"
+
+
+def test_a_share_is_above_its_floor_from_two_standard_deviations_on() -> None:
+    assert at_floor(0.1, 0.1, 100) and at_floor(0.16, 0.1, 100) and not at_floor(0.161, 0.1, 100)
+    assert at_floor(0.0, 0.0, 10) and not at_floor(0.01, 0.0, 10)
+
+
+def test_figures_through_a_cache_are_marked_by_the_floor_of_full_precision() -> None:
+    full = {"passkey": [{"length": 64, "accuracy": 0.9, "at_floor": False}, {"length": 128, "accuracy": 0.0, "at_floor": True}]}
+    through = {
+        "passkey": [{"length": 64, "accuracy": 0.0, "at_floor": True}, {"length": 128, "accuracy": 0.2, "at_floor": False}]
+    }
+    marked = with_floors({"recall": through, "beyond": None}, {"recall": full, "beyond": None})
+    assert [entry["at_floor"] for entry in marked["recall"]["passkey"]] == [False, True]
+    assert [entry["accuracy"] for entry in marked["recall"]["passkey"]] == [0.0, 0.2]

@@ -124,5 +124,22 @@ def test_a_person_reads_both_losses() -> None:
     ((name, value),) = repeats_rows(figures)
     assert (name, value) == (
         "repeated 3-grams",
-        "6.0000 nats, 3.0000 where they came first: -3.0000 gained; 14.3 % of the tokens",
+        "6.0000 nats, 3.0000 where they came first: -3.0000 gained; 14.3 % of the tokens; at its floor in full precision: "
+        "says nothing",
     )
+    assert figures["at_floor"]
+    ((_, value),) = repeats_rows({key: figures[key] for key in figures if key != "at_floor"})  # of an older record
+    assert value.endswith("14.3 % of the tokens")
+
+
+@pytest.mark.parametrize(("worth", "at_floor"), [(0.0, True), (0.5, False)])
+def test_repetition_is_at_its_floor_unless_it_gains_more_than_chance_would(worth: float, at_floor: bool) -> None:
+    """Losses are noise, less `worth` in the second half of the only document, which repeats the first."""
+
+    def noisy(inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        noise = torch.randn(inputs_BT.shape, generator=torch.Generator().manual_seed(0))
+        return 5 + noise - worth * (torch.arange(inputs_BT.shape[1]) >= 500)
+
+    split = documents(np.tile(np.random.default_rng(0).integers(0, END, 500), 2), end_of_text=END)
+    figures = measure_repeats(subject_of(LossTable(noisy, 1001), split, end_of_text=END))
+    assert figures is not None and figures["count"] >= 496 and figures["at_floor"] is at_floor

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
-from harness.evaluation.perplexity import Scoring, cut_windows, gather
+from harness.evaluation.perplexity import Scoring, SplitResult, cut_windows, gather
+from harness.evaluation.probes.recall import measure_copying
+from harness.evaluation.probes.repeats import measure_repeats
 from modeling.attention import attends
 from modeling.attention.contract import randomise
+from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 from tests.evaluation.test_perplexity import Split, texts_of
-from tests.support.subjects import on_cpu
+from tests.support.subjects import documents, on_cpu, subject_of
 from tests.support.variants import SHIPPED, gpt_from
 
 VOCAB, END, TOKENS = 100, 99, 150
@@ -22,6 +27,7 @@ CHOICES = {
     "bfloat16": CacheChoice(torch.bfloat16),
     "window": CacheChoice(torch.float32, window=9, sinks=3),
     "int8 window": CacheChoice(torch.int8, window=9),
+    "rotated int4 window": CacheChoice(cache_format("int4_rotated"), window=9, sinks=3),
 }
 
 
@@ -64,3 +70,39 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
     through = loss(choice)
     assert through == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
     assert through != loss(None)
+
+
+@torch.no_grad()
+def test_the_divergence_is_the_mean_kl_over_the_scored_tokens_and_what_is_without_a_cache_stands_beside() -> None:
+    """By hand: both distributions of every token in float64, whole windows apart so that each token is scored once."""
+    model: GPT = randomise(gpt_from(["attention=gqa"], VOCAB)).eval()
+    choice, text = CacheChoice(cache_format("k8v4")), split()
+
+    def score(through: CacheChoice | None) -> SplitResult:
+        return evaluate_model(on_cpu(model), text, texts_of(END), Scoring(1.0, batch_size=2), through=through)
+
+    result = score(choice)
+    without, divergence = result.beside
+    plain = score(None)
+    assert (without.loss, without.loss_by_position) == (plain.loss, plain.loss_by_position) and plain.beside == ()
+    total = 0.0
+    windows = cut_windows(np.array([0, TOKENS]), max_seq_len=model.max_seq_len, stride=model.max_seq_len)
+    for window in range(len(windows.start)):
+        inputs, _ = map(torch.from_numpy, gather(text.tokens, windows, np.array([window]), end_of_text=END))
+        log_q = model(inputs)[..., :VOCAB].double().log_softmax(dim=-1)
+        log_p = model(inputs, choice.cache(model, *inputs.shape))[..., :VOCAB].double().log_softmax(dim=-1)
+        total += (log_q.exp() * (log_q - log_p)).sum(dim=-1)[0, windows.skip[window] :].sum().item()
+    assert divergence.loss == pytest.approx(total / TOKENS, rel=1e-4) and divergence.loss > 1e-4
+
+
+def test_a_probe_decodes_through_the_cache_that_its_subject_names() -> None:
+    model: GPT = randomise(gpt_from(["attention=gqa"], VOCAB)).eval()
+    text = documents(*np.tile(np.random.default_rng(0).integers(0, END, (8, 16)), (1, 2)), end_of_text=END)
+    subject = subject_of(model, text, end_of_text=END)
+    kinds = (None, CacheChoice(torch.float32), CacheChoice(cache_format("int4")))
+    plain, exact, coarse = (measure_repeats(dataclasses.replace(subject, through=through)) for through in kinds)
+    assert plain is not None and exact is not None and coarse is not None
+    assert exact["repeat_loss"] == pytest.approx(plain["repeat_loss"], rel=1e-5)
+    assert coarse["repeat_loss"] != pytest.approx(plain["repeat_loss"], rel=1e-4)
+    copied, through = (measure_copying(dataclasses.replace(subject, through=kind), {64: model}) for kind in kinds[1:])
+    assert copied is not None and through is not None and copied[0]["second_loss"] != through[0]["second_loss"]

@@ -203,7 +203,7 @@ def test_a_state_is_in_float32_and_never_in_eight_bits(dtype: torch.dtype, state
     cache = new_cache(layer(), 3, 50, dtype=dtype, device="cpu")
     assert {name: held.dtype for name, held in cache.states.items()} == {"state": state, "tail": tail}
     assert cache.nbytes == 3 * (4 * H * K * V + tail.itemsize * 3 * (2 * G * K + H * V)) == 3 * cache.state_bytes
-    assert cache.bytes_per_token == 0 and not cache.scales
+    assert cache.bytes_per_token == 0 and not cache.stored
 
 
 def test_a_hybrids_cache_is_a_constant_and_the_tokens_of_its_full_layers() -> None:

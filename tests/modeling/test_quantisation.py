@@ -1,4 +1,4 @@
-"""Eight-bit storage: how far off it may be, and what the cache keeps of it."""
+"""Storage in few bits: how far off it may be, and what the cache keeps of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 
 from modeling.attention.cache import Cache, formula_bytes, new_cache
 from modeling.attention.contract import measured_cache_bytes_equal_the_formula
-from modeling.attention.quantisation import LARGEST, dequantise, quantise
+from modeling.attention.quantisation import (
+    LARGEST,
+    cache_format,
+    dequantise,
+    dequantise_four,
+    quantise,
+    quantise_four,
+    rotation,
+)
 from tests.support.variants import gpt_from
 
 EIGHT = list(LARGEST)
@@ -78,6 +86,47 @@ def test_the_scale_is_per_token_and_head(dtype: torch.dtype) -> None:
     assert torch.equal(together[0][keep], alone[0][keep])
 
 
+# --- four bits -------------------------------------------------------------------------------------------------------
+
+
+def four(x: torch.Tensor) -> torch.Tensor:
+    return dequantise_four(*quantise_four(x), x.shape[-1], torch.float32)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 31, 32, 33, 64, 70])
+def test_four_bits_pack_two_elements_a_byte_and_a_scale_for_32(width: int) -> None:
+    x = noise(3, 7, width)
+    payload, scale = quantise_four(x)
+    assert payload.dtype == torch.uint8 and payload.shape == (3, 7, (width + 1) // 2)
+    assert scale.dtype == torch.bfloat16 and scale.shape == (3, 7, (width + 31) // 32)
+    assert four(x).shape == x.shape
+
+
+@pytest.mark.parametrize("spread", [1e-30, 1e-6, 1.0, 1e6])
+def test_four_bits_are_within_half_a_step_or_a_step_at_the_end_that_has_one_level_less(spread: float) -> None:
+    x = noise(2000, 70, spread=spread)
+    padded = torch.nn.functional.pad(x, (0, 26)).unflatten(-1, (3, 32))
+    largest = padded.gather(-1, padded.abs().argmax(dim=-1, keepdim=True))
+    step = largest.abs() / 8
+    off = torch.nn.functional.pad(four(x) - x, (0, 26)).unflatten(-1, (3, 32)).abs()
+    beyond = padded * -largest.sign() > 7.4 * step  # of the other sign, and nearly as large as the largest
+    assert (off <= 0.52 * step)[~beyond].all()
+    assert (off <= 1.02 * step).all() and (off > 0.6 * step)[beyond].any()
+    assert torch.allclose(
+        padded.abs().amax(-1), torch.nn.functional.pad(four(x), (0, 26)).unflatten(-1, (3, 32)).abs().amax(-1), rtol=0.005
+    )
+
+
+def test_four_bits_hold_zeros_and_a_huge_group_costs_its_neighbours_nothing() -> None:
+    assert (four(torch.zeros(2, 5)) == 0).all()
+    x = noise(4, 64)
+    alone = four(x)
+    x[:, :32] *= 1e4
+    assert torch.equal(four(x)[:, 32:], alone[:, 32:])
+    x[0, 40] = float("nan")
+    assert four(x)[0, 32:].isnan().any() and four(x)[1:].isfinite().all()
+
+
 # --- in the cache ----------------------------------------------------------------------------------------------------
 
 SHAPES: dict[str, tuple[int, ...]] = {"latent": (6,), "k_rope": (4,), "k": (2, 3)}
@@ -89,12 +138,14 @@ def test_what_is_read_is_what_the_payload_and_scale_stand_for_and_what_is_stated
     dtype: torch.dtype, static: bool
 ) -> None:
     cache = Cache(2, 8, SHAPES, dtype=dtype, device="cpu", static=static, sixteen_bits=("k_rope",))
+    entry = torch.int8 if dtype == torch.int8 else torch.uint8  # float8 as its bytes
     assert {name: buffer.dtype for name, buffer in cache.buffers.items()} == {
-        "latent": dtype,
+        "latent": entry,
         "k_rope": torch.bfloat16,
-        "k": dtype,
+        "k": entry,
     }
-    assert {name: tuple(scale.shape) for name, scale in cache.scales.items()} == {"latent": (2, 8), "k": (2, 8, 2)}
+    scales = {name: tuple(stored.parts[1].shape) for name, stored in cache.stored.items() if len(stored.parts) > 1}
+    assert scales == {"latent": (2, 8), "k": (2, 8, 2)}
     assert cache.bytes_per_token == 6 + 2 + 2 * 4 + 6 + 2 * 2
     assert cache.elements_per_token == 6 + 4 + 6
     assert cache.nbytes == 2 * 8 * cache.bytes_per_token
@@ -145,3 +196,57 @@ def test_a_class_states_what_keeps_16_bits_and_no_name_does(dtype: torch.dtype) 
     private.sixteen_bits = ("delikate",)
     with pytest.raises(AssertionError, match=r"\['delikate'\] are stated to stay in 16 bits and are not cached"):
         measured_cache_bytes_equal_the_formula(lambda: private)
+
+
+# --- keys and values apart, and rotated ------------------------------------------------------------------------------
+
+
+def test_bytes_in_four_bits_written_out_by_hand() -> None:
+    """One layer at the tests' sizes: heads of 12 are 6 bytes and a scale of 2, in int8 12 and 2; a latent of 24 12 and 2."""
+    by_hand = {
+        "mha": (2 * 4 * (6 + 2), 4 * (12 + 2) + 4 * (6 + 2)),
+        "mqa_wide": (2 * (12 + 2), (24 + 2) + (12 + 2)),
+        "mha_decoupled": (2 * 4 * (6 + 2) + 2 * 6, 4 * (12 + 2) + 4 * (6 + 2) + 2 * 6),
+        "mla": (12 + 2 + 2 * 6, None),
+    }
+    for variant, (int4, k8v4) in by_hand.items():
+        model = gpt_from([f"attention={variant}"], n_layers=1)
+        for name, wanted in (("int4", int4), ("int4_rotated", int4), ("k8v4", k8v4)):
+            if wanted is None:
+                with pytest.raises(ValueError, match=r"^cache.dtype=k8v4 keeps values in bits of their own, .*dtype=int8,"):
+                    model.new_cache(1, 4, dtype=cache_format(name), device="cpu")
+                continue
+            (cache,) = model.new_cache(1, 4, dtype=cache_format(name), device="cpu")
+            assert cache.bytes_per_token == wanted, (variant, name)
+
+
+def test_keys_and_values_are_each_stored_in_their_own_bits() -> None:
+    shapes = {"k": (2, 40), "v": (2, 40)}
+    new = {name: noise(1, 5, *shape) for name, shape in shapes.items()}
+    alike = {}
+    for name in ("int8", "int4"):
+        cache = Cache(1, 5, shapes, dtype=cache_format(name), device="cpu", values=("v",))
+        alike[name] = cache.append(**new)
+    for name, keys, values in (("k8v4", "int8", "int4"), ("k4v8", "int4", "int8")):
+        seen = Cache(1, 5, shapes, dtype=cache_format(name), device="cpu", values=("v",)).append(**new)
+        assert torch.equal(seen["k"], alike[keys]["k"]) and torch.equal(seen["v"], alike[values]["v"])
+    seen = Cache(1, 5, shapes, dtype=cache_format("k16v4"), device="cpu", values=("v",)).append(**new)
+    assert torch.equal(seen["k"], new["k"].bfloat16()) and torch.equal(seen["v"], alike["int4"]["v"])
+
+
+@pytest.mark.parametrize("width", [1, 3, 24, 32])
+def test_a_rotation_is_orthogonal_and_always_the_same(width: int) -> None:
+    matrix = rotation(width)
+    assert torch.allclose(matrix @ matrix.T, torch.eye(width), atol=1e-6)
+    rotation.cache_clear()
+    assert torch.equal(rotation(width), matrix)
+
+
+def test_a_rotation_takes_what_stands_out_in_one_channel() -> None:
+    x = noise(1, 50, 64)
+    x[..., 3] *= 40
+    errors = {}
+    for name in ("int4", "int4_rotated"):
+        seen = Cache(1, 50, {"k": (64,)}, dtype=cache_format(name), device="cpu").append(k=x)["k"]
+        errors[name] = (seen - x)[..., 4:].norm().item()
+    assert errors["int4_rotated"] < 0.8 * errors["int4"]

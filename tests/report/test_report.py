@@ -524,6 +524,21 @@ def test_recall_is_shown_by_task_and_length_with_answers_where_the_corpus_asks_q
     )
 
 
+def test_what_is_at_its_floor_for_every_seed_of_an_arm_is_said(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "floor", segments=0)
+    for path in folder.glob("*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        arm, seed = path.parts[-3].split("-")[0], path.parts[-3]
+        for entry in record["extras"]["recall"]["passkey"]:
+            entry["at_floor"] = arm == "mla" or (arm == "gqa" and seed.endswith("0"))
+        record["extras"]["repeats"] = {"gain": 0.01 * len(arm), "at_floor": True}
+        path.write_text(json.dumps(record))
+    markdown = told(folder)[0]
+    notes = [line for line in markdown.splitlines() if "At its floor, where a figure says nothing" in line]
+    assert any("passkey in 128 of mla" in note and "gqa" not in note for note in notes)
+    assert any(note.count("repeats of ") == 1 and "gqa" in note and "mla" in note for note in notes)
+
+
 def test_an_extra_that_this_file_has_never_heard_of_is_shown_too(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "new")
     for path in folder.glob("*/evaluations/*.json"):

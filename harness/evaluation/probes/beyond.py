@@ -49,7 +49,7 @@ def measure_beyond(subject: Subject) -> dict[str, Any] | None:
     offset = np.arange(-1, factor * trained)
     for first in range(0, starts.size, rows):
         tokens_BT = subject.split.tokens[starts.ravel()[first : first + rows, None] + offset].astype(np.int64)
-        nats_BT = target_nats(losses, tokens_BT[:, :-1], tokens_BT[:, 1:])
+        nats_BT = target_nats(losses, tokens_BT[:, :-1], tokens_BT[:, 1:], subject.through)
         nats_RB[first : first + rows] = nats_BT.reshape(-1, blocks, block).sum(axis=2)
 
     # Only targets that every half-window of context has seen: in window w of its stretch, half-window b holds target

@@ -283,4 +283,4 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-PROBE = Probe(measure_latents, latents_rows, "no latents in this variant")
+PROBE = Probe(measure_latents, latents_rows, "no latents in this variant", through_cache=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from harness.evaluation.evaluate import CacheChoice
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import TokenSplit
 from modeling.gpt import GPT
@@ -29,6 +31,7 @@ class Subject:
     dataset: str  # name of the corpus being evaluated
     batch_size: int  # windows of the model's max_seq_len per forward pass
     max_tokens: int  # that a probe looks at, at most
+    through: CacheChoice | None = None  # the kind of cache that everything is decoded through
 
     @property
     def model(self) -> GPT:
@@ -50,3 +53,17 @@ class Probe:
     measure: Callable[[Subject], Figures | None]  # None: does not apply to this model, or not to this text
     rows: Callable[[Figures], Rows]
     why_not: str  # said where `measure` gives None
+    through_cache: bool = True  # `measure` does as `Subject.through` says
+
+
+FLOOR = "at its floor in full precision: says nothing"
+
+
+def at_floor(share: float, chance: float, count: int) -> bool:
+    """Whether a share of `count` answers is within two standard deviations of what guessing gives, or below."""
+    return share <= chance + 2 * math.sqrt(chance * (1 - chance) / count)
+
+
+def said_of_floor(entry: Mapping[str, Any]) -> str:
+    """To be added to a row; nothing where records are older than the field."""
+    return f"; {FLOOR}" if entry.get("at_floor") else ""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from harness.data.synthetic import CUE, KEY_DIGITS
 from harness.evaluation.perplexity import Integers, evenly
-from harness.evaluation.probes.probe import Probe, Subject
+from harness.evaluation.probes.probe import Probe, Subject, at_floor, said_of_floor
 from modeling.gpt import GPT
 
 _PROMPTS = 64  # of a length, at most
@@ -60,7 +60,8 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"passkey in {entry['length']}",
                 f"{100 * entry['accuracy']:.1f} % found; {entry['loss']:.3f} nats a digit, {entry['unshown_loss']:.3f} where "
-                f"it was not stated: {entry['gain']:.3f} gained (a digit at random: {entry['chance_loss']:.3f})",
+                f"it was not stated: {entry['gain']:.3f} gained (a digit at random: {entry['chance_loss']:.3f})"
+                f"{said_of_floor(entry)}",
             )
         )
     for entry in figures["copying"] or []:
@@ -68,7 +69,7 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"copying in {entry['length']}",
                 f"{entry['second_loss']:.3f} nats, {entry['first_loss']:.3f} the first time: {entry['gain']:.3f} gained; "
-                f"{100 * entry['accuracy']:.1f} % right",
+                f"{100 * entry['accuracy']:.1f} % right{said_of_floor(entry)}",
             )
         )
     if answers := figures["answers"]:
@@ -77,7 +78,8 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "answers",
                 f"{100 * answers['accuracy']:.1f} % right (at random: {100 * answers['chance']:.1f} %{newest}), "
-                f"{answers['loss']:.3f} nats; all right in {100 * answers['exact']:.1f} % of {answers['documents']:,}",
+                f"{answers['loss']:.3f} nats; all right in {100 * answers['exact']:.1f} % of {answers['documents']:,}"
+                f"{said_of_floor(answers)}",
             )
         )
         rows += [
@@ -97,7 +99,8 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
 def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dict[str, Any]] | None:
     """By prompt length (input tokens): accuracy of the whole key, and nats per digit with and without it stated.
 
-    accuracy: of prompts whose digits are all right; chance: of that by guessing digits; digit_accuracy: of single digits.
+    accuracy: of prompts whose digits are all right; chance: of that by guessing digits; digit_accuracy: of single digits;
+    at_floor: that one is no better than guessing.
     loss: nats per digit; chance_loss: of one who knows that digits come, ln 10; unshown_loss: where real text stands in
     place of the statement, all else equal; gain: unshown_loss - loss. prompts: depth (0: the statement is the first
     thing, 1: the last before the question), loss and unshown_loss of each; the same texts, keys and relative depths at
@@ -140,6 +143,7 @@ def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dic
                 "accuracy": float(right_BA.all(axis=1).mean()),
                 "chance": float(len(alphabet)) ** -KEY_DIGITS,
                 "digit_accuracy": float(right_BA.mean()),
+                "at_floor": at_floor(float(right_BA.mean()), 1 / len(alphabet), right_BA.size),
                 "loss": float(nats_BA.mean()),
                 "chance_loss": math.log(len(alphabet)),
                 "unshown_loss": float(without_BA.mean()),
@@ -182,7 +186,8 @@ def measure_copying(subject: Subject, models: dict[int, GPT | None]) -> list[dic
 
     The tokens are drawn from the split, each by itself, so that their frequencies are the text's and their order says
     nothing. first_loss, second_loss: of the tokens from the second one on in either copy (before a copy's first token
-    nothing says what comes), gain: their difference, accuracy: in the second copy. None where there is no room.
+    nothing says what comes), gain: their difference, accuracy: in the second copy, at_floor: that is no better than in the
+    first one. None where there is no room.
     """
     lengths = [length for length in models if length >= 4]
     count = min(_PROMPTS, subject.max_tokens // 2 // max(1, sum(lengths)))
@@ -205,13 +210,15 @@ def measure_copying(subject: Subject, models: dict[int, GPT | None]) -> list[dic
         places_BA = np.tile(np.concatenate((np.arange(2, n + 1), np.arange(n + 2, 2 * n + 1))), (count, 1))
         nats_BA, right_BA = scored(subject, model, tokens_BT, places_BA)
         first, second = float(nats_BA[:, : n - 1].mean()), float(nats_BA[:, n - 1 :].mean())
+        unseen, seen = float(right_BA[:, : n - 1].mean()), float(right_BA[:, n - 1 :].mean())
         figures.append(
             {
                 "length": 2 * n,
                 "first_loss": first,
                 "second_loss": second,
                 "gain": first - second,
-                "accuracy": float(right_BA[:, n - 1 :].mean()),
+                "accuracy": seen,
+                "at_floor": at_floor(seen, unseen, right_BA.size // 2),
                 "copies": count,
             }
         )
@@ -227,10 +234,10 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
     accuracy and loss: per answer token, which is the value of every key that was there before (mqar) or every digit of
     the key (passkey); exact: documents all of whose answers are right; chance: accuracy of one who guesses among the
     values there are; newest (None for passkey): of one who says the value that came last, which needs no recall and is
-    often right, since the newest keys are asked for most; by_pairs (empty for passkey): by number of pairs in the
-    document; by_distance: by tokens between where an answer stood last and where it is asked for. Documents longer than
-    the window and those without a question are left out, and so are the tokens beyond max_tokens. None where no
-    document is left.
+    often right, since the newest keys are asked for most; at_floor: accuracy is no better than both of these; by_pairs
+    (empty for passkey): by number of pairs in the document; by_distance: by tokens between where an answer stood last and
+    where it is asked for. Documents longer than the window and those without a question are left out, and so are the
+    tokens beyond max_tokens. None where no document is left.
     """
     found = _asked(subject)
     if not found:
@@ -266,9 +273,12 @@ def measure_answers(subject: Subject) -> dict[str, Any] | None:
         if (chosen_BA := asked_BA & (low <= distance_BA) & (distance_BA <= high)).any()
     ]
     values = set().union(*(values for *_, values in found))
-    return part(asked_BA) | {
-        "chance": 1 / len(values),
-        "newest": float(newest_BA[asked_BA].mean()) if subject.dataset == "mqar" else None,
+    all_of_them, chance = part(asked_BA), 1 / len(values)
+    newest = float(newest_BA[asked_BA].mean()) if subject.dataset == "mqar" else None
+    return all_of_them | {
+        "chance": chance,
+        "newest": newest,
+        "at_floor": at_floor(all_of_them["accuracy"], max(chance, newest or 0.0), all_of_them["answers"]),
         "exact": float((right_BA | ~asked_BA).all(axis=1).mean()),
         "documents": len(found),
         "by_pairs": [
@@ -335,7 +345,9 @@ def scored(
             torch.no_grad(),
             torch.autocast(subject.device.type, dtype=subject.precision, enabled=subject.precision != torch.float32),
         ):
-            x_BTD = model.hidden(tokens[:, :-1])
+            shown = tokens[:, :-1]
+            through = subject.through
+            x_BTD = model.hidden(shown) if through is None else model.hidden(shown, through.cache(model, *shown.shape))
             rows = torch.arange(len(tokens), device=subject.device)[:, None]
             x_ND, targets_N = x_BTD[rows, places - 1].flatten(0, 1), tokens[rows, places].flatten()
             for x, targets in zip(x_ND.split(_CHUNK), targets_N.split(_CHUNK), strict=True):

@@ -7,6 +7,7 @@ n - 1 tokens, in one document and one window, on natural text. Letters: B window
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from harness.evaluation.evaluate import target_nats
 from harness.evaluation.perplexity import cut_windows, evenly, gather
-from harness.evaluation.probes.probe import Probe, Subject
+from harness.evaluation.probes.probe import Probe, Subject, said_of_floor
 
 N_GRAM = 5  # tokens
 
@@ -26,19 +27,19 @@ def measure_repeats(subject: Subject, n: int = N_GRAM) -> dict[str, Any] | None:
     counts once as a repeat if the n-gram that ends with it occurred before in what the window shows of the same
     document (overlapping occurrences too); it is compared with the first occurrence in there, which counts as often as
     it is repeated. first_loss, repeat_loss: means over the `count` repeats; gain: their difference, so positive where
-    repetition helps; share: of all scored tokens that are repeats; distance: mean tokens between the two. None where
-    nothing repeats.
+    repetition helps; at_floor: it is within two standard errors of 0, or below; share: of all scored tokens that are
+    repeats; distance: mean tokens between the two. None where nothing repeats.
     """
     length, split = subject.model.max_seq_len, subject.split
     windows = cut_windows(np.array([0, len(split.tokens)]), max_seq_len=length, stride=length)
     chosen = evenly(len(windows.start), max(1, subject.max_tokens // length))
 
-    first_nats = repeat_nats = 0.0
+    first_nats = repeat_nats = squared_gains = 0.0
     count = scored = distance = 0
     for begin in range(0, len(chosen), subject.batch_size):
         batch = chosen[begin : begin + subject.batch_size]
         inputs_BT, targets_BT = gather(split.tokens, windows, batch, end_of_text=subject.end_of_text)
-        nats_BT = target_nats(subject.losses, inputs_BT, targets_BT)
+        nats_BT = target_nats(subject.losses, inputs_BT, targets_BT, subject.through)
 
         # Column c of a row is the token at start + c - 1, so that the loss of column c stands in nats_BT[:, c - 1].
         tokens_BT = np.concatenate((inputs_BT[:, :1], targets_BT), axis=1)
@@ -50,20 +51,25 @@ def measure_repeats(subject: Subject, n: int = N_GRAM) -> dict[str, Any] | None:
         rows, first, repeat = repeated(tokens_BT, document_BT, n)
         new = repeat > windows.skip[batch][rows]  # what the window before this one has scored counted there
         rows, first, repeat = rows[new], first[new], repeat[new]
+        gains = nats_BT[rows, first - 1] - nats_BT[rows, repeat - 1]
         first_nats += float(nats_BT[rows, first - 1].sum())
         repeat_nats += float(nats_BT[rows, repeat - 1].sum())
+        squared_gains += float(np.square(gains).sum())
         count += len(repeat)
         distance += int((repeat - first).sum())
         scored += int((windows.length[batch] - windows.skip[batch]).sum())
     if count == 0:
         return None
+    gain = (first_nats - repeat_nats) / count
+    deviation = math.sqrt(max(0.0, squared_gains / count - gain**2) / count)
     return {
         "n": n,
         "count": count,
         "share": count / scored,
         "first_loss": first_nats / count,
         "repeat_loss": repeat_nats / count,
-        "gain": (first_nats - repeat_nats) / count,
+        "gain": gain,
+        "at_floor": gain <= 2 * deviation,
         "distance": distance / count,
         "scored_tokens": scored,
     }
@@ -75,7 +81,7 @@ def repeats_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"repeated {figures['n']}-grams",
             f"{figures['repeat_loss']:.4f} nats, {figures['first_loss']:.4f} where they came first: "
-            f"{figures['gain']:.4f} gained; {100 * figures['share']:.1f} % of the tokens",
+            f"{figures['gain']:.4f} gained; {100 * figures['share']:.1f} % of the tokens{said_of_floor(figures)}",
         )
     ]
 

@@ -1,0 +1,43 @@
+"""The names of what a cache keeps, read without torch: what they mean is in modeling/attention/quantisation.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "fp8": 8, "int4": 4}  # of an element, without scales
+OF_BITS = {"16": "bfloat16", "8": "int8", "4": "int4"}  # in kXvY
+ROTATED = "_rotated"
+FORMS = (
+    f"{', '.join(BITS)}, or kXvY for keys in X and values in Y bits, two of {', '.join(OF_BITS)} (k8v4); {ROTATED} behind "
+    f"one of less than 16 bits turns vectors before they are stored (int4{ROTATED})"
+)
+
+
+@dataclass(frozen=True)
+class FormatName:
+    """What a name says. keys: of keys, and of what is key and value at once; both sides are keys of BITS."""
+
+    keys: str
+    values: str
+    rotated: bool
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether something is stored in less than 16 bits, so that a model computes something else through it."""
+        return min(BITS[self.keys], BITS[self.values]) < 16
+
+
+def read_format(name: str) -> FormatName:
+    """Raises ValueError, with the forms there are, for a name that has none of them."""
+    base = name.removesuffix(ROTATED)
+    pair = re.fullmatch(r"k(\d+)v(\d+)", base)
+    keys, values = (OF_BITS.get(bits, "") for bits in pair.groups()) if pair else (base, base)
+    if not (keys in BITS and values in BITS):
+        raise ValueError(f"{name} is unknown; choose one of {FORMS}")
+    if pair and keys == values:
+        raise ValueError(f"{name} is {keys}{name.removeprefix(base)} by another name: write that")
+    read = FormatName(keys, values, rotated=base != name)
+    if read.rotated and not read.in_few_bits:
+        raise ValueError(f"{name} would turn what is stored as it is: write {base}")
+    return read
