@@ -243,6 +243,8 @@ def latent_shape(config: TrainConfig) -> LatentShape | None:
         "latent_norm": "rms",
         "latent_norm_place": "latent",
         "sharing": "none",
+        "qk_norm": False,
+        "sink_logits": False,
     }
     if any(attention.get(key) != value for key, value in paper.items()) or config.model.bias or "layers" in attention:
         return None

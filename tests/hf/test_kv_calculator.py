@@ -1361,7 +1361,15 @@ def test_parameters_are_those_of_our_attention(overrides: list[str], capsys: pyt
 
 
 @pytest.mark.parametrize(
-    "override", ["attention.kv_latent=split", "attention.latent_norm=layer", "model.bias=true", "attention.n_kv_heads=2"]
+    "override",
+    [
+        "attention.kv_latent=split",
+        "attention.latent_norm=layer",
+        "model.bias=true",
+        "attention.n_kv_heads=2",
+        "attention.qk_norm=true",
+        "attention.sink_logits=true",
+    ],
 )
 def test_parameters_are_left_out_where_the_layer_is_not_the_papers(override: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(printed(capsys, "attention=mla", override, "--json"))["parameters_per_layer"] is None
