@@ -81,6 +81,21 @@ def register() -> None:
     AutoModelForCausalLM.register(AttentionAblationConfig, AttentionAblationForCausalLM, exist_ok=True)
 
 
+def generation_cache(max_seq_len: int, dtype: str) -> Any:
+    """past_key_values for our own class: an empty cache of so many tokens a row that keeps what `dtype` says.
+
+    The names are those of cache.dtype (modeling/formats.py): generate(ids, past_key_values=generation_cache(256, "k8v4")).
+    Raises UserError for others.
+    """
+    from harness.hf.own_class import GenerationCache
+    from modeling.attention.quantisation import cache_format
+
+    try:
+        return GenerationCache(max_seq_len, cache_format(dtype))
+    except ValueError as error:
+        raise UserError(f"cache.dtype={error}") from None
+
+
 def as_own(model: GPT, config: TrainConfig) -> Any:
     """`model`, built from `config`, as a PreTrainedModel of our own class: any variant, the same tensors."""
     from harness.hf.own_class import wrapped

@@ -31,6 +31,7 @@ from harness.errors import UserError
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent
 from modeling.attention import attends
 from modeling.attention.cache import Cache
+from modeling.attention.quantisation import CacheFormat
 from modeling.attention.rope import RotaryEmbedding
 from modeling.generation import decode_step
 from modeling.gpt import GPT
@@ -91,14 +92,14 @@ def _build(config: AttentionAblationConfig) -> GPT:
 class GenerationCache:
     """What `generate` hands from step to step: a cache of ours per layer, allocated at the first tokens.
 
-    max_seq_len: tokens a row that fit. `layers` is empty until then.
+    max_seq_len: tokens a row that fit. kept: in what format; None: in the weights' dtype. `layers` is empty until then.
     """
 
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, max_seq_len: int) -> None:
-        self.max_seq_len = max_seq_len
+    def __init__(self, max_seq_len: int, kept: CacheFormat | None = None) -> None:
+        self.max_seq_len, self._kept = max_seq_len, kept
         self.layers: list[Cache] = []
         self._seen = 0
         self._decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
@@ -111,7 +112,11 @@ class GenerationCache:
         """The layers' caches for a call with so many rows."""
         if not self.layers:
             weight = model.embedding.weight
-            self.layers = model.new_cache(batch_size, self.max_seq_len, dtype=weight.dtype, device=weight.device)
+            dtype = self._kept or weight.dtype
+            try:
+                self.layers = model.new_cache(batch_size, self.max_seq_len, dtype=dtype, device=weight.device)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         if self.layers[0].batch_size != batch_size:
             raise UserError(f"past_key_values hold {self.layers[0].batch_size} rows and input_ids {batch_size}")
         return self.layers

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 
 from harness.data.tokenizer import END_OF_TEXT, bytes_specification
 from harness.errors import UserError
-from harness.hf.classes import as_own, misfits, register, save
+from harness.hf.classes import as_own, generation_cache, misfits, register, save
 from modeling.attention.cache import formula_bytes
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.quantisation import cache_format
 from modeling.generation import decode_step, generate
 from modeling.gpt import GPT
 from tests.support.variants import SHIPPED, config_at, gpt_from
@@ -130,6 +131,30 @@ def test_left_padded_rows_write_what_they_write_alone(folders: Folders, name: st
     assert torch.equal(expected, alone)
     unmasked = theirs.generate(padded, attention_mask=torch.ones_like(mask), max_new_tokens=10, **WRITE)
     assert not torch.equal(unmasked[:, 12:], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["int8", "int4_rotated"])
+def test_it_writes_through_a_cache_in_few_bits_as_our_own_generation_does(folders: Folders, dtype: str) -> None:
+    model, theirs = loaded(folders, "mla_plain")
+    prompts = tokens(2, 9)
+    written = theirs.generate(prompts, max_new_tokens=20, past_key_values=generation_cache(40, dtype), **WRITE)
+    ours = generate(model, prompts.tolist(), max_new_tokens=20, temperature=0, cache_dtype=cache_format(dtype))
+    assert torch.equal(written[:, 9:], torch.stack(list(ours), dim=1))
+    assert dtype == "int8" or not torch.equal(written, theirs.generate(prompts, max_new_tokens=20, **WRITE))
+    cache = generation_cache(40, dtype)
+    theirs.generate(prompts, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None, past_key_values=cache)
+    assert [layer.bytes_per_token for layer in cache.layers] == [
+        formula_bytes(attention, cache_format(dtype)) for attention in model.attentions
+    ]
+
+
+def test_a_format_that_cannot_be_kept_is_refused(folders: Folders) -> None:
+    _, theirs = loaded(folders, "mla_plain")
+    with pytest.raises(UserError, match=r"^cache.dtype=k3v9 is unknown; choose one of float32, "):
+        generation_cache(40, "k3v9")
+    with pytest.raises(UserError, match=r"^cache.dtype=k8v4 keeps values in bits of their own"):
+        theirs.generate(tokens(1, 9), max_new_tokens=2, past_key_values=generation_cache(40, "k8v4"), **WRITE)
 
 
 @torch.no_grad()
