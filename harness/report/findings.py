@@ -41,6 +41,7 @@ from harness.study.statistics import (
 from harness.study.tuning import Doubt, Optimum, as_named, doubt, optimum, parabola
 
 CURVE_POINTS = 60  # of a curve, at most
+LENGTH = 32_768  # of CACHE_CONTEXTS: where caches that are no straight line are compared once more
 
 
 @dataclass(frozen=True)
@@ -342,14 +343,24 @@ class Findings:
     # --- costs -------------------------------------------------------------------------------------------------------
 
     @cached_property
+    def at_length(self) -> dict[str, float]:
+        """Cache bytes for each of LENGTH tokens, of every arm; none where no arm's differ from those at the model's context."""
+        sizes = {arm.name: (arm.runs[0].summary.get("cache_bytes_by_context") or {}).get(str(LENGTH)) for arm in self.done}
+        if None in sizes.values():  # a record from before sizes were a curve
+            return {}
+        of_each = {arm: size / LENGTH for arm, size in sizes.items() if size is not None}
+        usual = {arm.name: arm.summary("cache_bytes_per_token") for arm in self.done}
+        return of_each if any(abs(size - usual[arm]) > 1 for arm, size in of_each.items()) else {}
+
+    @cached_property
     def front(self) -> list[str]:
         """The arms with the best mean up to their cache's size."""
+        return self.front_by({arm.name: float(arm.summary("cache_bytes_per_token")) for arm in self.done})
+
+    def front_by(self, costs: Mapping[str, float]) -> list[str]:
+        """The arms with the best mean up to what they cost."""
         return pareto_front(
-            [
-                (arm.name, float(arm.summary("cache_bytes_per_token")), self.metric.cost(arm.mean.mean))
-                for arm in self.done
-                if arm.mean
-            ]
+            [(arm.name, costs[arm.name], self.metric.cost(arm.mean.mean)) for arm in self.done if arm.mean is not None]
         )
 
     @cached_property

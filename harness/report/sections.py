@@ -11,7 +11,7 @@ from harness.files.text import counted, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
 from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, signed, with_error
-from harness.report.findings import Best, Findings, Sweep, Verdict
+from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict
 from harness.runs.provenance import CHANGES_FILE
 from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
@@ -110,7 +110,7 @@ def _best_words(findings: Findings, best: Best) -> str:
 def _main(findings: Findings) -> Section:
     levels = any(arm.info["level"] for arm in findings.arms)
     decode = _decode_cells(findings)
-    metric = findings.metric
+    metric, at_length = findings.metric, findings.at_length
     lines = []
     for arm in findings.arms:
         ratio, perplexity = arm.summary("cache_ratio_to_mha"), arm.test(PERPLEXITY)
@@ -119,6 +119,7 @@ def _main(findings: Findings) -> Section:
             **({"level": arm.info["level"] or ABSENT} if levels else {}),
             "parameters": _count(arm.summary("parameters")),
             "cache bytes per token": _count(arm.summary("cache_bytes_per_token")),
+            **({f"at {LENGTH:,} tokens": _count(at_length.get(arm.name))} if at_length else {}),
             "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
             metric.label: mean_text(arm.mean, metric),
             **{METRICS[name].label: mean_text(arm.also.get(name), METRICS[name]) for name in findings.also},

@@ -10,7 +10,7 @@ from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
-from harness.report.findings import ArmFindings, Curves, Findings, Sweep, Verdict
+from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict
 from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
@@ -30,25 +30,31 @@ def pareto(findings: Findings) -> Picture:
     looks, metric = arm_styles(findings), findings.metric
     done = [arm for arm in findings.arms if arm.mean is not None]
     far = _far_out({arm.name: arm.mean.mean for arm in done if arm.mean}, metric)
-    series = []
-    for arm in done:
-        size = float(arm.summary("cache_bytes_per_token"))
-        hover = f"{size:,.0f} cache bytes per token, {counted(len(arm.runs), 'seed')}"
-        if arm.name not in far:
-            series.append(_point(findings, arm, looks, size, hover))
-    front = [(s.marks[0].x, s.marks[0].y) for name in findings.front for s in series if s.arm == name]
-    ticks = [s.marks[0].x for s in series]
-    plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
+    costs = {"": {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in done}}
+    if findings.at_length:
+        costs = {"at the model's context": costs[""], f"at {LENGTH:,} tokens": findings.at_length}
+    panels = []
+    for title, sizes in costs.items():
+        series = []
+        for arm in done:
+            hover = f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(len(arm.runs), 'seed')}"
+            if arm.name not in far:
+                series.append(_point(findings, arm, looks, sizes[arm.name], hover))
+        front = [(s.marks[0].x, s.marks[0].y) for name in findings.front_by(sizes) for s in series if s.arm == name]
+        ticks = [s.marks[0].x for s in series]
+        plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
+        panels.append((title, plot))
     bars = "Bars: 95 % intervals for comparing arms." if findings.sigma else "No error bars: one seed."
     hollow = " Hollow: references beside the comparison." if any(arm.info["reference"] for arm in done) else ""
     side = "Below" if metric.higher_is_better else "Above"
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
+    fronts = dict.fromkeys(", ".join(findings.front_by(sizes)) for sizes in costs.values())
     caption = (
-        f"{bars} Grey: the best mean up to each cache size ({', '.join(findings.front)}), without regard to the bars. "
+        f"{bars} Grey: the best mean up to each cache size ({'; '.join(fronts)}), without regard to the bars. "
         f"{SIDE_BY_SIDE}{hollow}{beyond}"
     )
-    return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, [("", plot)])
+    return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, panels)
 
 
 def _point(findings: Findings, arm: ArmFindings, looks: Mapping[str, Style], cost: float, hover: str) -> Series:

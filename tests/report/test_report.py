@@ -238,6 +238,25 @@ def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: P
     assert "| mla\\_plain (exploratory) |" in markdown and "| mla − mqa | exploratory |" in markdown
 
 
+def test_caches_that_are_no_straight_line_are_compared_at_a_length_too(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "curved", segments=0, extras=False)
+    change(folder, "*/summary.json", cache_bytes_by_context={"32768": 1024 * 32768})
+    for run in folder.glob("mla-*"):
+        change(run, "summary.json", cache_bytes_by_context={"32768": 64 * 32768})
+    findings = findings_of(folder)
+    assert findings.at_length == {arm: 64 if arm == "mla" else 1024 for arm in ARMS}
+    assert findings.front_by(findings.at_length)[0] == "mla" != findings.front[0]
+    markdown, _ = told(folder)
+    assert "| at 32,768 tokens |" in markdown
+    titles = [title for title, _ in next(each for each in sections(findings) if each.key == "pareto").pictures[0].panels]
+    assert titles == ["at the model's context", "at 32,768 tokens"]
+
+    for arm, truth in ARMS.items():  # straight lines
+        for run in folder.glob(f"{arm}-*"):
+            change(run, "summary.json", cache_bytes_by_context={"32768": truth.cache * 32768})
+    assert findings_of(folder).at_length == {}
+
+
 def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_late(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "trend", segments=0, extras=False)
     record = json.loads((folder / "study.json").read_text())
