@@ -175,7 +175,7 @@ def test_segments_that_were_cut_differently_or_are_too_few_give_no_noise_and_the
 
 def test_one_seed_gives_no_error_bar_and_no_verdict(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "one", seeds=(0,), extras=False, segments=0)
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert all(verdict["low"] is None and verdict["resolved"] is None for verdict in content["verdicts"])
     assert "there are no error bars, and nothing below is a verdict" in markdown
     table = markdown.partition("## Arms")[2].partition("##")[0]
@@ -190,10 +190,10 @@ def test_arms_from_the_same_runs_are_one_lineage_in_verdicts_and_words(tmp_path:
     assert found.lineages == {"mla": "gqa", "mla_plain": "gqa"} and found.dof == 6
     paired = {(v.contrast.a, v.contrast.b): v.contrast.paired for v in found.declared}
     assert paired == {("mla", "gqa"): True, ("mla", "mqa"): False, ("mla", "mla_plain"): True}
-    markdown, _, content = written(folder)
+    markdown, content = told(folder)
     assert "Arms that descend from the same runs (mla, mla\\_plain from runs of gqa) are compared seed by seed" in markdown
     assert content["lineages"] == found.lineages and "3, paired" in markdown
-    rows = csv.DictReader((folder / "report.csv").open())
+    rows = csv.DictReader(as_csv(load_results(folder)).splitlines())
     assert {(row["arm"], row["lineage"]) for row in rows if row["arm"] in ("mla_plain", "mha")} == {
         ("mla_plain", "gqa"),
         ("mha", "mha"),
@@ -286,7 +286,7 @@ def test_of_an_older_record_it_is_said_that_the_declaration_is_not_known(tmp_pat
     record = json.loads((folder / "study.json").read_text())
     del record["history"], record["margin"]
     (folder / "study.json").write_text(json.dumps(record))
-    _, _, content = written(folder)
+    _, content = told(folder)
     assert any("is not known: study.json is of a version that kept no history" in note for note in content["notes"])
     assert [verdict["primary"] for verdict in content["verdicts"]] == [True] * 3
 
@@ -574,8 +574,7 @@ def test_a_run_that_the_sweep_shares_with_the_study_has_one_row(tmp_path: Path) 
     record = json.loads((folder / "study.json").read_text())
     record["sweep"].append(record["runs"][0])
     (folder / "study.json").write_text(json.dumps(record))
-    written(folder)
-    rows = list(csv.DictReader((folder / "report.csv").open()))
+    rows = list(csv.DictReader(as_csv(load_results(folder)).splitlines()))
     assert len({row["run"] for row in rows}) == len(rows) == 30
 
 
