@@ -165,36 +165,36 @@ def evaluate_split(
         if number < len(batches):  # the others' company is not counted
             for tally, losses_BT in zip(tallies, losses_KBT, strict=True):
                 tally.add(windows, batch, losses_BT)
-    text_bytes, words = text_size(split, n_tokens, texts.decode)
-
-    def result(tally: _Tally) -> SplitResult:
-        nats, scored, nats_N = tally.nats, tally.scored, tally.nats_N
-        assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
-        loss = nats / scored
-        if not loss < _MOST_NATS:  # not a number is not below either
-            raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
-        if text_bytes == 0:
-            raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
-        segments = None
-        if nats_N is not None and scoring.segment_tokens is not None:
-            segments = cut_segments(split, nats_N, scoring.segment_tokens, text_bytes, texts.decode)
-        return SplitResult(
-            loss=loss,
-            perplexity=math.exp(loss),
-            word_perplexity=math.exp(nats / words) if nats < _MOST_NATS * words else None,
-            bits_per_byte=nats / math.log(2) / text_bytes,
-            tokens=scored,
-            bytes=text_bytes,
-            words=words,
-            nats=nats,
-            loss_by_position=_by_octave(tally.nats_by_position, tally.count_by_position),
-            segments=segments,
-        )
-
     for tally in tallies:
         tally.sum_over(share)
-    first, *others = map(result, tallies)
+    first, *others = (_result(tally, split, n_tokens, texts, scoring) for tally in tallies)
     return replace(first, beside=tuple(others))
+
+
+def _result(tally: _Tally, split: TokenSplit, n_tokens: int, texts: Texts, scoring: Scoring) -> SplitResult:
+    nats, scored = tally.nats, tally.scored
+    assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
+    loss = nats / scored
+    if not loss < _MOST_NATS:  # not a number is not below either
+        raise UserError(f"the model's loss is {loss} nats a token: its weights are broken, use an earlier checkpoint")
+    text_bytes, words = text_size(split, n_tokens, texts.decode)
+    if text_bytes == 0:
+        raise UserError(f"the first {n_tokens} tokens of the split hold no text: evaluate more of them")
+    segments = None
+    if tally.nats_N is not None and scoring.segment_tokens is not None:
+        segments = cut_segments(split, tally.nats_N, scoring.segment_tokens, text_bytes, texts.decode)
+    return SplitResult(
+        loss=loss,
+        perplexity=math.exp(loss),
+        word_perplexity=math.exp(nats / words) if nats < _MOST_NATS * words else None,
+        bits_per_byte=nats / math.log(2) / text_bytes,
+        tokens=scored,
+        bytes=text_bytes,
+        words=words,
+        nats=nats,
+        loss_by_position=_by_octave(tally.nats_by_position, tally.count_by_position),
+        segments=segments,
+    )
 
 
 class _Tally:
