@@ -126,11 +126,12 @@ class GatedDeltaNet(nn.Module):
     def products_at(self, context: int) -> int:
         """Multiplications of one token of so many in which no weight takes part, as chunks are computed (delta_rule.py).
 
-        With the state 3 K V a head: read for what is written, read by the query, written. Within a chunk k . k, q . k and the
-        system's solution, undiscounted as the causal square is, and the query's sum over what was written.
+        With the state 3 K V a head: read for what is written, read by the query, written; and K (K + K V / C) for handing it on
+        from one chunk of C tokens to the next. Within a chunk k . k, q . k, the system's solution, undiscounted as the causal
+        square is, and the query's sum over what was written.
         """
-        K, V = self.head_dim, self.v_head_dim
-        return self.n_v_heads * (3 * K * V + min(CHUNK, context) * (2 * K + (K + V) + V))
+        K, V, C = self.head_dim, self.v_head_dim, min(CHUNK, context)
+        return self.n_v_heads * (3 * K * V + K * K + K * K * V // C + C * (2 * K + (K + V) + V))
 
     def forward(
         self,

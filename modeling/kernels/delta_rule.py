@@ -11,6 +11,9 @@ A_ij = b_i (k_i . k_j) exp(g_i - g_j) for j < i, and then
     o_i = scale (exp(g_i) S_0^T q_i + sum over j <= i of (q_i . k_j) exp(g_i - g_j) U_j),
     S_C = exp(g_C) S_0 + sum over j of exp(g_C - g_j) k_j outer U_j
 
+U is linear in S_0, so S_C = M S_0 + N with M (K x K) and N (K x V) of the chunk alone. These are computed for all chunks at
+once, as is what reads the states; one after another only the states themselves are.
+
 A token with log a = 0 and b = 0 changes nothing: so pads are left out. Letters: B batch, T tokens, H heads, K key width,
 V value width, C tokens of a chunk, N chunks.
 """
@@ -67,11 +70,13 @@ def delta_rule(
         (v.shape[-1], k.shape[-1]), dim=-1
     )
     scores = (q @ k.transpose(-1, -2)) * decay
-    q_in, k_out = q * g.exp()[..., None], k * (g[..., -1:] - g).exp()[..., None]
-    outs = []
-    for n in range(q.shape[0]):
-        written = own[n] - of_state[n] @ state_BHKV
-        outs.append(q_in[n] @ state_BHKV + scores[n] @ written)
-        state_BHKV = state_BHKV * g[n, ..., -1].exp()[..., None, None] + k_out[n].transpose(-1, -2) @ written
-    out_BHTV = torch.cat(outs, dim=2)[:, :, :T]
-    return scale * out_BHTV.transpose(1, 2), state_BHKV
+    q_in, k_out = q * g.exp()[..., None], (k * (g[..., -1:] - g).exp()[..., None]).transpose(-1, -2)
+    kept = g[..., -1].exp()[..., None, None] * torch.eye(k.shape[-1], dtype=q.dtype, device=q.device) - k_out @ of_state
+    added = k_out @ own
+    states = [state_BHKV]
+    for kept_BHKK, added_BHKV in zip(kept.unbind(), added.unbind(), strict=True):
+        states.append(added_BHKV + kept_BHKK @ states[-1])
+    before = torch.stack(states[:-1])
+    out = q_in @ before + scores @ (own - of_state @ before)
+    out_BHTV = out.movedim(0, 2).flatten(2, 3)[:, :, :T]
+    return scale * out_BHTV.transpose(1, 2), states[-1]

@@ -42,13 +42,14 @@ def test_training_flops_are_torchs_count(overrides: list[str]) -> None:
         3 * 2 * layer.n_heads * (layer.qk_width + layer.v_head_dim) * keys
         for layer, keys in zip(model.attentions, hidden, strict=True)
     )
-    # It knows no triangular solve: one forward and one backward, each C (K + V) products a token and head. And in a sequence of
-    # one chunk no gradient flows to the state before it (2 K V products) or from the one behind it (2 more).
-    unseen = sum(
-        2 * layer.n_heads * (2 * TOKENS * (layer.qk_width + layer.v_head_dim) + 4 * layer.qk_width * layer.v_head_dim)
-        for layer in model.attentions
-        if isinstance(layer, GatedDeltaNet)
-    )
+    # It knows no triangular solve: one forward and one backward, each C (K + V) products a token and head. And in a sequence
+    # of one chunk no gradient flows to the state before it (2 K V products) or from the one behind it (twice K V + K K +
+    # K K V / C).
+    unseen = 0
+    for layer in model.attentions:
+        if isinstance(layer, GatedDeltaNet):
+            K, V = layer.qk_width, layer.v_head_dim
+            unseen += 2 * layer.n_heads * (2 * TOKENS * (K + V) + 2 * K * V + 2 * (K * V + K * K + K * K * V // TOKENS))
     assert (training_flops_per_token(model, TOKENS) + beyond - unseen) * ROWS * TOKENS == counted(model)
 
 
