@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.quantisation import cache_format
 from modeling.generation import decode_step
 from modeling.gpt import GPT
 from tests.support.variants import SHIPPED, gpt_from
@@ -273,6 +274,26 @@ def test_a_compiled_decode_step_is_compiled_once_however_long_the_context_grows(
     with torch._dynamo.config.patch(error_on_recompile=True):
         pieces += [step(token, cache) for token in tokens[:, 9:].split(1, dim=1)]
     assert relative_error(torch.cat(pieces, dim=1)[..., :100], full) <= 1e-5
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [("gqa", "k8v4_rotated"), ("mla", "int4_rotated"), ("tpa", "int4"), ("mqa", "fp8")]
+)
+@torch.no_grad()
+def test_a_step_through_few_bits_is_compiled_once_and_gives_what_growing_views_give(variant: str, name: str) -> None:
+    model: GPT = randomise(gpt_from([f"attention={variant}"])).eval().double()
+    tokens = torch.randint(100, (2, 16), generator=torch.Generator().manual_seed(0))
+    fixed, growing = (model.new_cache(2, 16, dtype=cache_format(name), device="cpu", static=static) for static in (True, False))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    compiled, eager = [model(tokens[:, :9], fixed)], [model(tokens[:, :9], growing)]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for token in tokens[:, 9:].split(1, dim=1):
+            compiled.append(step(token, fixed))
+            eager.append(model(token, growing))
+    assert relative_error(torch.cat(compiled, dim=1)[..., :100], torch.cat(eager, dim=1)[..., :100]) <= 1e-6
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

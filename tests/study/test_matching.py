@@ -120,3 +120,9 @@ def test_the_shipped_budget_study_fills_each_level_exactly(tmp_path: Path) -> No
             assert arm.quantities["kv_bytes"] == levels[arm.level]
             families.setdefault(arm.level, set()).add(arm.family)
     assert families == {"512 bytes": {"gqa", "mla"}, "1,024 bytes": {"gqa", "mla", "mqa"}, "1,536 bytes": {"gqa", "mla", "mqa"}}
+
+
+def test_a_format_that_tells_values_from_keys_is_for_variants_that_cache_both() -> None:
+    assert quantities(config("attention=gqa", "cache.dtype=k8v4"), VOCABULARY)["kv_bytes"] > 0
+    with pytest.raises(UserError, match=r"^attention=mla: cache.dtype=k8v4 keeps values in bits of their own"):
+        quantities(config("attention=mla", "cache.dtype=k8v4"), VOCABULARY)
