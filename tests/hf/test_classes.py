@@ -163,6 +163,7 @@ def test_another_pairing_of_rotated_dimensions_is_a_difference(attention: str) -
     ("overrides", "classes"),
     [
         (["attention=swa_3_1"], ("Ministral", "Qwen2")),
+        (["attention=swa_3_1", "attention.kinds.local.window=40"], ("Ministral", "Qwen2")),
         (["attention=gqa", "attention.window=16"], ("Mistral", "Qwen2")),
         (["attention=swa_3_1", "attention.projection_bias=qkv"], ("Qwen2",)),
         (["attention=swa_3_1", "attention.qk_norm=true", "attention.projection_bias=qkv"], ("Qwen3",)),
