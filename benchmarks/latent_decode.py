@@ -2,7 +2,8 @@
 
   heads       16,128            batch_sizes  1,32,128         contexts   1024,8192,32768 (cached tokens of every row)
   kv_lora_rank  512             qk_rope_head_dim  64          dtype      bfloat16 | float16 | float32
-  kernels     all, or some of triton,torch,torch_compiled,sdpa,vllm,sglang (the last two where they are installed)
+  kernels     all, or some of triton,triton_int8,triton_fp8,torch,torch_compiled,sdpa,vllm,sglang (the last two where they are
+              installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated key in 16 bits)
   rounds      10                timed replays; a figure is their median with the range
   tile        null              heads,slots,warps,stages,registers in place of the table's choice, for tuning
   splits      null              ranges a row in place of the table's choice
@@ -49,6 +50,7 @@ from tqdm import tqdm
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.provenance import commit
+from modeling.attention.quantisation import quantise
 from modeling.kernels.latent_decode import check_kernel, check_widths, latent_decode
 
 HOPPER_SHARED_BYTES = 228 * 1024  # of one multiprocessor; a program takes 1 KiB more than it asks for
@@ -98,7 +100,7 @@ class KernelTime:
     error: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """One shape with its inputs: I of everything, all rows S tokens long."""
 
@@ -112,6 +114,12 @@ class Case:
     @property
     def inputs(self) -> int:
         return len(self.latent_IBSL)
+
+    @functools.cache  # noqa: B019 - a case ends with its shape
+    def quantised(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(latent_IBSL in 8 bits, the scale of each slot)."""
+        payloads, scales = zip(*(quantise(latent_BSL, dtype) for latent_BSL in self.latent_IBSL), strict=True)
+        return torch.stack(payloads), torch.stack(scales)
 
     def arguments(self, i: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """What `latent_decode` takes, of input i."""
@@ -151,7 +159,7 @@ def main(arguments: list[str]) -> int:
         )
     try:
         check_widths(options.kv_lora_rank, options.qk_rope_head_dim)
-        if "triton" in names:
+        if any(name.startswith("triton") for name in names):
             check_kernel("triton", "cuda")
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -287,15 +295,16 @@ def best_seconds(function: Callable[[], Tensor]) -> float:
     return min(times[3:])
 
 
-def ours(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def ours(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_triton as kernel
 
-    plan = kernel.plan_for(case.q_latent_IBHL[0], case.latent_IBSL[0])
+    latents = case.latent_IBSL if stored is None else case.quantised(stored)[0]
+    plan = kernel.plan_for(case.q_latent_IBHL[0], latents[0])
     tile, splits = plan.tile, options.splits or plan.splits
     if options.tile is not None:
         tile = kernel.Tile(*whole_numbers("tile", options.tile), resident=1)
         if options.splits is None:
-            query, latent = case.q_latent_IBHL[0], case.latent_IBSL[0]
+            query, latent = case.q_latent_IBHL[0], latents[0]
             splits = kernel.choose_splits(
                 batch_size=latent.shape[0],
                 slots=latent.shape[1],
@@ -305,7 +314,15 @@ def ours(case: Case, options: DecodeOptions) -> tuple[Call, str]:
             )
     plan = kernel.Plan(tile, splits)
     name = f"{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages} /{splits}"
-    return lambda i: kernel.launch(*case.arguments(i), scale=case.scale, plan=plan), name
+
+    def call(i: int) -> Tensor:
+        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B = case.arguments(i)
+        scale_BS = None
+        if stored is not None:
+            latent_BSL, scale_BS = (each[i] for each in case.quantised(stored))
+        return kernel.launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale_BS, scale=case.scale, plan=plan)
+
+    return call, name
 
 
 def torch_eager(case: Case, options: DecodeOptions) -> tuple[Call, str]:
@@ -388,6 +405,8 @@ def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
 
 KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
     "triton": ours,
+    "triton_int8": functools.partial(ours, stored=torch.int8),
+    "triton_fp8": functools.partial(ours, stored=torch.float8_e4m3fn),
     "torch": torch_eager,
     "torch_compiled": torch_compiled,
     "sdpa": sdpa,
@@ -401,7 +420,8 @@ def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceili
     q_latent, q_rope, latent, k_rope, lengths_B = case.arguments(0)
     B, H, L = q_latent.shape
     S, P = latent.shape[1], 0 if k_rope is None else k_rope.shape[-1]
-    moved = sum(x.nbytes for x in (q_latent, q_rope, latent, k_rope, lengths_B) if x is not None) + q_latent.nbytes
+    moved = sum(x.nbytes for x in (q_latent, q_rope, k_rope, lengths_B) if x is not None) + q_latent.nbytes
+    moved += B * S * (L + 2) if name in ("triton_int8", "triton_fp8") else latent.nbytes
     median = statistics.median(times)
     rate, flops = moved / (median * 1e-6), 2 * B * H * S * (2 * L + P) / (median * 1e-6)
     return KernelTime(
@@ -487,6 +507,11 @@ OFFLINE = (
     (8, 80, 16, "bf16"),
     (12, 256, 32, "fp32"),
     (16, 128, 64, "fp32"),
+    (16, 512, 64, "int8"),
+    (16, 512, 64, "fp8"),
+    (128, 512, 64, "int8"),
+    (12, 192, 32, "int8"),
+    (16, 128, 64, "fp8"),
 )
 
 
@@ -517,17 +542,29 @@ def compile_offline() -> int:
 def offline_rows() -> Iterator[str]:
     from modeling.kernels import latent_decode_triton as kernel
 
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes = {
+        "bf16": torch.bfloat16,
+        "fp16": torch.float16,
+        "fp32": torch.float32,
+        "int8": torch.int8,
+        "fp8": torch.float8_e4m3fn,
+    }
     for heads, rank, rope, dtype in OFFLINE:
-        tile = kernel.choose_tile(n_heads=heads, kv_lora_rank=rank, dtype=dtypes[dtype], has_wgmma=True)
+        words = dtypes[dtype] in kernel.EIGHT_BITS
+        number = "bf16" if words else dtype
+        tile = kernel.choose_tile(n_heads=heads, kv_lora_rank=rank, dtype=dtypes[number], has_wgmma=True, words=words)
         for splits in (1, 2):
             constants = kernel.attend_constants(
                 n_heads=heads, kv_lora_rank=rank, qk_rope_head_dim=rope, plan=kernel.Plan(tile, splits)
             )
-            types = dict.fromkeys(("q_latent", "q_rope", "latent", "k_rope"), f"*{dtype}")
+            types = dict.fromkeys(("q_latent", "q_rope", "latent", "latent_scale", "k_rope"), f"*{number}")
             types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
-            types["out"] = f"*{dtype}" if splits == 1 else "*fp32"
-            found = compile_one(kernel.attend_kernel, constants, types, tile.warps, tile.stages, tile.registers)
+            types["out"] = f"*{number}" if splits == 1 else "*fp32"
+            function = kernel.attend_kernel
+            if words:
+                function, types["latent"] = kernel.attend_words_kernel, "*i32"
+                constants |= {"INT8": dtype == "int8", "BY_BITS": True}
+            found = compile_one(function, constants, types, tile.warps, tile.stages, tile.registers)
             yield (
                 f"{heads:>5}{f'{rank}+{rope}':>9}{dtype:>6}  {f'{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages}':<16}"
                 f"{'one' if splits == 1 else 'several':<8}{found.row(tile.warps, tile.resident)}"

@@ -29,14 +29,16 @@ def latent_decode(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor | None,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None = None,
     *,
     scale: float,
     kernel: str = "torch",
 ) -> Tensor:
     """softmax(scale * (q_latent . latent + q_rope . k_rope)) latent over slots 0..lengths_B[b]-1; returns out_BHL.
 
-    q_rope_BHP and k_rope_BSP are None for plain MLA. All tensors are of one dtype; the caches may be views, their last
-    dimension contiguous. lengths_B (integers, at least 1) stays on the device, and S may be larger: a preallocated cache.
+    q_rope_BHP and k_rope_BSP are None for plain MLA. All tensors are of one dtype, but for latents of 8 bits (int8 or fp8),
+    which are multiples of their slot's latent_scale_BS; the caches may be views, their last dimension contiguous.
+    lengths_B (integers, at least 1) stays on the device, and S may be larger: a preallocated cache.
     Both kernels compute logits, softmax and sums in float32 at least (torch keeps float64; on a CPU it rounds logits to
     the inputs' dtype first). kernel="triton" never looks beyond a row's length; kernel="torch" gives those slots weight
     0, so they must hold finite numbers, as those of a `Cache` do: 0 * NaN is NaN.
@@ -46,8 +48,10 @@ def latent_decode(
     if kernel == "triton":
         from modeling.kernels.latent_decode_triton import latent_decode_triton
 
-        return latent_decode_triton(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale)
+        return latent_decode_triton(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
     assert kernel == "torch", kernel
+    if latent_scale_BS is not None:
+        latent_BSL = latent_BSL.to(q_latent_BHL.dtype) * latent_scale_BS.to(q_latent_BHL.dtype).unsqueeze(-1)
     mask_B1S = torch.arange(latent_BSL.shape[1], device=lengths_B.device) < lengths_B[:, None, None]
     out_B1HL, _ = latent_attend(
         q_latent_BHL.unsqueeze(1),

@@ -27,9 +27,13 @@ from torch import Tensor
 
 from modeling.kernels.availability import TRITON_DTYPES
 from modeling.kernels.latent_decode import check_widths
+from modeling.kernels.latent_decode_words import attend_words_kernel, load_rows
 
 MAX_SPLITS = 128  # the joining kernel reads them one after another
 SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
+
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,19 @@ class Plan:
 # a cache row is read once per 16 heads (from L2). NARROW: enough for 16 heads, which wait for memory in any case.
 WIDE = {128: Tile(64, 64, 4, 2, 168, 3), 256: Tile(64, 64, 8, 2, 255, 1), 512: Tile(64, 64, 8, 2, 255, 1)}
 NARROW = {128: Tile(16, 128, 4, 2, 128, 3), 256: Tile(16, 64, 4, 2, 128, 4), 512: Tile(16, 32, 4, 2, 128, 4)}
+# Latents of 8 bits: what is loaded ahead of its use waits in registers.
+NARROW_WORDS = {128: Tile(16, 64, 4, 2, 168, 3), 256: Tile(16, 32, 4, 2, 168, 3), 512: Tile(16, 32, 4, 2, 168, 3)}
 # float32 on the ordinary cores: half the slots, since an element takes twice the room.
 NARROW_FLOAT32 = {128: Tile(16, 64, 4, 2, 168, 3), 256: Tile(16, 32, 4, 2, 168, 3), 512: Tile(16, 16, 8, 2, 128, 2)}
 
 
-def choose_tile(*, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, has_wgmma: bool) -> Tile:
-    """The tile for these shapes. Up to 16 heads are narrow; more are padded to 64, which costs no memory traffic."""
-    half_precision = WIDE if has_wgmma and n_heads > 16 else NARROW
+def choose_tile(*, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, has_wgmma: bool, words: bool = False) -> Tile:
+    """The tile for these shapes. Up to 16 heads are narrow; more are padded to 64, which costs no memory traffic.
+
+    dtype: of the queries. words: latents of 8 bits.
+    """
+    narrow = NARROW_WORDS if words else NARROW
+    half_precision = WIDE if has_wgmma and n_heads > 16 else narrow
     table = NARROW_FLOAT32 if dtype == torch.float32 else half_precision
     return next(tile for width, tile in table.items() if kv_lora_rank <= width)
 
@@ -92,10 +102,18 @@ def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, mult
 
 @functools.lru_cache(maxsize=4096)
 def choose_plan(
-    *, batch_size: int, slots: int, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, multiprocessors: int, has_wgmma: bool
+    *,
+    batch_size: int,
+    slots: int,
+    n_heads: int,
+    kv_lora_rank: int,
+    dtype: torch.dtype,
+    multiprocessors: int,
+    has_wgmma: bool,
+    words: bool = False,
 ) -> Plan:
     """Tile and number of splits, from shapes and the device's size alone."""
-    tile = choose_tile(n_heads=n_heads, kv_lora_rank=kv_lora_rank, dtype=dtype, has_wgmma=has_wgmma)
+    tile = choose_tile(n_heads=n_heads, kv_lora_rank=kv_lora_rank, dtype=dtype, has_wgmma=has_wgmma, words=words)
     splits = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors)
     return Plan(tile, splits)
 
@@ -107,16 +125,6 @@ def _size_of(device: torch.device) -> tuple[int, bool]:
         return 8, False
     major, _ = torch.cuda.get_device_capability(device)
     return torch.cuda.get_device_properties(device).multi_processor_count, major == 9  # Blackwell has no wgmma any more
-
-
-@triton.jit
-def _load_rows(rows, columns, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of whole rows; where nothing is padded, nothing is masked."""
-    if COLUMNS == PADDED:
-        tile = tl.load(rows + columns[None, :])
-    else:
-        tile = tl.load(rows + columns[None, :], mask=columns[None, :] < COLUMNS, other=0.0)
-    return tile
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -185,10 +193,10 @@ def attend_kernel(
         # The last valid slot stands in for those beyond the end: nothing beyond is read, and where a mask on the load
         # takes 191 registers at 16 heads x 32 slots, this takes 128 (twice the programs a multiprocessor).
         rows = tl.minimum(numbers, end - 1)[:, None].to(tl.int64)
-        c = _load_rows(latent + rows * latent_stride_s, columns, RANK, PADDED_RANK)
+        c = load_rows(latent + rows * latent_stride_s, columns, RANK, PADDED_RANK)
         scores = tl.dot(q, tl.trans(c), input_precision="ieee")
         if ROPE > 0:
-            k = _load_rows(k_rope + rows * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
+            k = load_rows(k_rope + rows * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
             scores = tl.dot(qr, tl.trans(k), scores, input_precision="ieee")
         scores = tl.where(numbers[None, :] < end, scores * scale_log2, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1))  # finite: the first slot of a tile is always valid
@@ -252,47 +260,45 @@ def launch(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor | None,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None = None,
     *,
     scale: float,
     plan: Plan,
 ) -> Tensor:
     """Run the kernel by this plan; returns out_BHL. Every plan gives the same result up to rounding."""
     B, H, L = q_latent_BHL.shape
+    S = latent_BSL.shape[1]
     P = 0 if q_rope_BHP is None else q_rope_BHP.shape[-1]
     tile, splits = plan.tile, plan.splits
     assert latent_BSL.stride(-1) == 1 and (k_rope_BSP is None or k_rope_BSP.stride(-1) == 1)
+    constants = attend_constants(n_heads=H, kv_lora_rank=L, qk_rope_head_dim=P, plan=plan)
+    kernel, latents = attend_kernel, [latent_BSL]
+    if latent_scale_BS is not None:
+        kernel, latents = attend_words_kernel, [latent_BSL.view(torch.int32), latent_scale_BS]
+        constants |= words_constants(latent_BSL.dtype, q_latent_BHL)
     q_latent_BHL = _with_whole_rows(q_latent_BHL)
     # Without a rotated part the kernel reads neither; it needs pointers all the same.
     q_rope_BHP = q_latent_BHL if q_rope_BHP is None else _with_whole_rows(q_rope_BHP)
-    k_rope_BSP = latent_BSL if k_rope_BSP is None else k_rope_BSP
+    k_rope_BSP = q_latent_BHL if k_rope_BSP is None else k_rope_BSP
 
     out_BHL = torch.empty((B, H, L), dtype=q_latent_BHL.dtype, device=q_latent_BHL.device)
     partial_BHNL = lse_BHN = out_BHL
     if splits > 1:  # N: splits
         partial_BHNL = torch.empty((B, H, splits, L), dtype=torch.float32, device=out_BHL.device)
         lse_BHN = torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
+    inputs = [q_latent_BHL, q_rope_BHP, *latents, k_rope_BSP]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
-        attend_kernel[(triton.cdiv(H, tile.heads), splits, B)](
-            q_latent_BHL,
-            q_rope_BHP,
-            latent_BSL,
-            k_rope_BSP,
+        kernel[(triton.cdiv(H, tile.heads), splits, B)](
+            *inputs,
             lengths_B.contiguous(),
             partial_BHNL,
             lse_BHN,
             scale * math.log2(math.e),
-            latent_BSL.shape[1],
+            S,
             splits,
-            q_latent_BHL.stride(0),
-            q_latent_BHL.stride(1),
-            q_rope_BHP.stride(0),
-            q_rope_BHP.stride(1),
-            latent_BSL.stride(0),
-            latent_BSL.stride(1),
-            k_rope_BSP.stride(0),
-            k_rope_BSP.stride(1),
-            **attend_constants(n_heads=H, kv_lora_rank=L, qk_rope_head_dim=P, plan=plan),
+            *(stride for tensor in inputs for stride in tensor.stride()[:2]),
+            **constants,
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
@@ -319,6 +325,11 @@ def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, 
     }
 
 
+def words_constants(dtype: torch.dtype, q_latent_BHL: Tensor) -> dict[str, bool]:
+    """What `attend_words_kernel` is compiled for beside that. Assembly makes numbers of words where they are bfloat16."""
+    return {"INT8": dtype == torch.int8, "BY_BITS": q_latent_BHL.is_cuda and q_latent_BHL.dtype == torch.bfloat16}
+
+
 def join_constants(*, n_heads: int, kv_lora_rank: int) -> dict[str, int]:
     """What `join_kernel` is compiled for: 16 partial sums of 128 columns at a time."""
     return {"HEADS": n_heads, "RANK": kv_lora_rank, "BLOCK_N": 16, "BLOCK_L": min(128, triton.next_power_of_2(kv_lora_rank))}
@@ -341,6 +352,7 @@ def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
         dtype=q_latent_BHL.dtype,
         multiprocessors=multiprocessors,
         has_wgmma=has_wgmma,
+        words=latent_BSL.dtype in EIGHT_BITS,
     )
     return Plan(plan.tile, min(plan.splits, -(-S // plan.tile.slots)))
 
@@ -351,10 +363,11 @@ def _launch_by_plan(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor | None,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
     plan = plan_for(q_latent_BHL, latent_BSL)
-    return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, plan=plan)
+    return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale=scale, plan=plan)
 
 
 # Inside torch.compile the launch is one opaque operator; called directly it would pay for the operator's bookkeeping.
@@ -368,6 +381,7 @@ def _(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor | None,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
     return q_latent_BHL.new_empty(q_latent_BHL.shape)
@@ -379,20 +393,22 @@ def latent_decode_triton(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor | None,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
     """As `latent_decode`. Raises ValueError for widths, dtypes and gradients that the kernel does not have."""
-    tensors = [x for x in (q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP) if x is not None]
-    dtype = latent_BSL.dtype
+    tensors = [x for x in (q_latent_BHL, q_rope_BHP, k_rope_BSP) if x is not None]
+    dtype, kept = q_latent_BHL.dtype, latent_BSL.dtype
     assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
+    assert kept in EIGHT_BITS if latent_scale_BS is not None else kept == dtype, (kept, dtype)
     check_widths(latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
     if dtype not in TRITON_DTYPES:
         raise ValueError(
             f"attention.kernel=triton computes in bfloat16, float16 or float32, not in {dtype}; take attention.kernel=torch"
         )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, latent_BSL)):
         raise ValueError(
             "attention.kernel=triton has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
         )
     run = _operator if torch.compiler.is_compiling() else _launch_by_plan
-    return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale)
+    return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)

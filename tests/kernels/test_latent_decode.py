@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling.attention.quantisation import quantise
 from modeling.kernels.latent_decode import (
     KERNELS,
     WIDEST_LATENT,
@@ -53,10 +54,12 @@ class Case:
     wide: bool = False
     logit_std: float = 30.0
     joint: bool = False  # latent and rotated key side by side in one buffer
+    stored: torch.dtype | None = None  # 8 bits of the latents, with a scale a slot
 
     def __str__(self) -> str:
         name = f"h{self.heads}-{self.rank}+{self.rope}-{str(self.dtype).removeprefix('torch.')}-s{self.slots}"
         name += f"-split{self.splits or ''}" + "-wide" * self.wide + "-joint" * self.joint
+        name += "" if self.stored is None else f"-{str(self.stored).removeprefix('torch.')}"
         return name + (f"-std{self.logit_std:g}" if self.logit_std != 30 else "")
 
 
@@ -80,6 +83,12 @@ GRID = (
     Case(64, 64, 0, HALF, splits=1, wide=True),
     Case(128, 512, 64, SINGLE, slots=100, lengths=(100,), splits=2, wide=True),
     Case(128, 64, 16, SINGLE, lengths=(70, 64), splits=1),
+    Case(1, 64, 0, SINGLE, stored=torch.int8),
+    Case(5, 80, 16, SINGLE, splits=2, stored=torch.float8_e4m3fn),
+    Case(16, 192, 48, HALF, splits=1, stored=torch.int8, logit_std=1),
+    Case(16, 512, 64, SINGLE, slots=50, lengths=(50, 18), splits=3, stored=torch.int8),
+    Case(16, 512, 64, HALF, lengths=(70, 1), stored=torch.float8_e4m3fn, logit_std=1),
+    Case(24, 80, 64, SINGLE, slots=140, lengths=(140, 3), splits=2, wide=True, stored=torch.float8_e4m3fn),
 )
 
 
@@ -92,10 +101,11 @@ class Inputs:
     lengths_B: Tensor
     scale: float
     exact_BHL: Tensor
+    latent_scale_BS: Tensor | None = None
 
     @property
-    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-        return self.q_latent_BHL, self.q_rope_BHP, self.latent_BSL, self.k_rope_BSP, self.lengths_B
+    def arguments(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Tensor | None]:
+        return self.q_latent_BHL, self.q_rope_BHP, self.latent_BSL, self.k_rope_BSP, self.lengths_B, self.latent_scale_BS
 
     def error(self, out_BHL: Tensor) -> float:
         """||out - exact|| / ||exact||; nan if anything is nan."""
@@ -134,7 +144,13 @@ def make_inputs(case: Case, *, beyond: float, device: str = "cpu", seed: int = 0
     if not case.joint:
         latent_BSL, k_rope_BSP = latent_BSL.clone(), k_rope_BSP.clone()
     q_latent_BHL, q_rope_BHP = q_BHK[..., :L], q_BHK[..., L:]
-    exact = exact_rows(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, case.lengths, scale)
+    meant_BSL, latent_scale_BS = latent_BSL, None
+    if case.stored is not None:  # NaN has no place in int8: beyond a row's length the scales carry it
+        latent_BSL, latent_scale_BS = quantise(latent_BSL.nan_to_num(nan=1.0), case.stored)
+        meant_BSL = latent_BSL.double() * latent_scale_BS.double().unsqueeze(-1)
+        for b, length in enumerate(case.lengths):
+            latent_scale_BS[b, length:] = beyond
+    exact = exact_rows(q_latent_BHL, q_rope_BHP, meant_BSL, k_rope_BSP, case.lengths, scale)
     kv_BSK = kv_BSK.to(device)
     latent_BSL = kv_BSK[..., :L] if case.joint else latent_BSL.to(device)
     k_rope_BSP = kv_BSK[..., L:] if case.joint else k_rope_BSP.to(device)
@@ -146,6 +162,7 @@ def make_inputs(case: Case, *, beyond: float, device: str = "cpu", seed: int = 0
         torch.tensor(case.lengths, device=device),
         scale,
         exact,
+        None if latent_scale_BS is None else latent_scale_BS[:, : case.slots].to(device),
     )
 
 
@@ -240,8 +257,11 @@ def test_queries_may_be_transposed_and_lengths_32_bit(interpreted: dict[str, flo
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("logit_std", [1.0, 30.0])
 @pytest.mark.parametrize("rope", [0, 16])
-def test_the_torch_reference_equals_float64_written_out(rope: int, logit_std: float, dtype: torch.dtype) -> None:
-    case = Case(6, 48, rope, dtype, slots=40, lengths=(1, 40, 23, 39), logit_std=logit_std)
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_torch_reference_equals_float64_written_out(
+    stored: torch.dtype | None, rope: int, logit_std: float, dtype: torch.dtype
+) -> None:
+    case = Case(6, 48, rope, dtype, slots=40, lengths=(1, 40, 23, 39), logit_std=logit_std, stored=stored)
     inputs = make_inputs(case, beyond=1e3)
     out_BHL = latent_decode(*inputs.arguments, scale=inputs.scale)
     assert out_BHL.dtype == dtype and out_BHL.shape == (4, 6, 48)
@@ -499,6 +519,9 @@ GPU_GRID = tuple(
             Case(128, 512, 64, HALF, slots=1000, lengths=(1000, 1, 999, 64)),
             Case(128, 512, 64, HALF, slots=1000, lengths=(1000, 1, 999, 64), splits=1, logit_std=1),
             Case(64, 256, 32, HALF, slots=500, lengths=(500, 2)),
+            Case(16, 512, 64, HALF, slots=1000, lengths=(1000, 1, 999, 64), stored=torch.int8, logit_std=1),
+            Case(16, 512, 64, HALF, slots=1000, lengths=(1000, 1, 999, 64), stored=torch.float8_e4m3fn),
+            Case(128, 512, 64, HALF, slots=1000, lengths=(1000, 1, 999, 64), stored=torch.int8),
         )
         for dtype in (torch.bfloat16, HALF, SINGLE)
     )
