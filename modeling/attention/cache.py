@@ -198,6 +198,11 @@ class Cache:
         valid_BT marks real tokens (True) where rows are padded, on either side; pads take no slot. Raises ValueError
         when the tokens do not fit.
         """
+        seen = self.append_stored(valid_BT, **new)
+        return {name: self.stored[name].decode(parts, new[name].dtype) for name, parts in seen.items()}
+
+    def append_stored(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Parts]:
+        """The same, and what is visible as it is stored: for a kernel that reads it so."""
         assert new.keys() == self.stored.keys(), f"cache holds {set(self.stored)}, got {set(new)}"
         T = next(iter(new.values())).shape[1]
         self.check_room(T)
@@ -222,7 +227,7 @@ class Cache:
                     buffer[:, self._extent : self._extent + T] = part
             seen = {name: self._visible(name, self._extent + T) for name in new}
         self.advance(T, valid_BT)
-        return {name: self.stored[name].decode(parts, new[name].dtype) for name, parts in seen.items()}
+        return seen
 
     def keep(self, new_tokens: int, valid_BT: Tensor | None = None, **states: Tensor) -> None:
         """Count tokens as taken in, after which the states are these. Raises ValueError when the tokens do not fit."""

@@ -338,6 +338,7 @@ class MultiheadLatentAttention(nn.Module):
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)
 
+        latent_scale_BS: Tensor | None = None
         if self.reads_latents:
             assert shared is not None and len(shared) > 0, "a layer that reads another one's latents was given none"
             q_in, seen = self._query_input(x_BTD), shared
@@ -349,7 +350,14 @@ class MultiheadLatentAttention(nn.Module):
             if self.qk_rope_head_dim:
                 assert tables is not None
                 new["k_rope"] = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
-            seen = list((new if cache is None else cache.append(valid_BT, **new)).values())
+            if cache is None:
+                seen = list(new.values())
+            elif shared is None and weights_out is None and self._reads_words(latent_BTL, cache):
+                parts = cache.append_stored(valid_BT, **new)
+                latent_BSL, latent_scale_BS = cache.stored["latent"].payload_and_scale(parts["latent"])
+                seen = [latent_BSL, *parts.get("k_rope", ())]
+            else:
+                seen = list(cache.append(valid_BT, **new).values())
             if shared is not None:
                 shared[:] = seen
         latent_BSL = seen[0]
@@ -360,7 +368,9 @@ class MultiheadLatentAttention(nn.Module):
             assert tables is not None
             q_rope_BTHP = rotate(q_rope_BTHP, tables)
         if cache is not None and self.absorbs(T):
-            out_BTHV = self._attend_absorbed(q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, cache, weights_out)
+            out_BTHV = self._attend_absorbed(
+                q_nope_BTHN, q_rope_BTHP, latent_BSL, latent_scale_BS, k_rope_BSP, place, cache, weights_out
+            )
         else:
             out_BTHV = self._attend_expanded(
                 q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, tables, weights_out, cached=cache is not None
@@ -374,6 +384,12 @@ class MultiheadLatentAttention(nn.Module):
             plain = isinstance(self.k_up_proj, nn.Linear) and isinstance(self.v_up_proj, nn.Linear)
             return plain and new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
         return self.decode == "absorbed"
+
+    def _reads_words(self, latent_BTL: Tensor, cache: Cache) -> bool:
+        """Whether the next token's kernel reads what the cache holds as it is stored in 8 bits."""
+        if latent_BTL.shape[1] > 1 or not (cache.stored["latent"].in_words and self.absorbs(1)) or self.latent_widths[0] % 4:
+            return False
+        return self.kernel_for(latent_BTL.dtype, latent_BTL.device, cache.window) == "triton"
 
     def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
         """What computes the absorbed path of one new token, from latents of this dtype as they are read."""
@@ -418,6 +434,7 @@ class MultiheadLatentAttention(nn.Module):
         q_nope_BTHN: Tensor,
         q_rope_BTHP: Tensor,
         latent_BSL: Tensor,
+        latent_scale_BS: Tensor | None,
         k_rope_BSP: Tensor | None,
         place: Placement,
         cache: Cache,
@@ -436,7 +453,16 @@ class MultiheadLatentAttention(nn.Module):
         queries = zip(q_latent_BTHL.split(per_latent, dim=2), q_rope_BTHP.split(per_latent, dim=2), sinks, strict=True)
         attended = [
             self._attend_one(
-                q_BTHL, q_BTHP, key, k_rope_BSP, value, sinks_H, place, cache, want_weights=weights_out is not None
+                q_BTHL,
+                q_BTHP,
+                key,
+                latent_scale_BS,
+                k_rope_BSP,
+                value,
+                sinks_H,
+                place,
+                cache,
+                want_weights=weights_out is not None,
             )
             for (q_BTHL, q_BTHP, sinks_H), (key, value) in zip(queries, key_values, strict=True)
         ]
@@ -452,6 +478,7 @@ class MultiheadLatentAttention(nn.Module):
         q_latent_BTHL: Tensor,
         q_rope_BTHP: Tensor,
         key_BSL: Tensor,
+        latent_scale_BS: Tensor | None,
         k_rope_BSP: Tensor | None,
         value_BSL: Tensor,
         sinks_H: Tensor | None,
@@ -461,7 +488,8 @@ class MultiheadLatentAttention(nn.Module):
         want_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """The heads of one latent (or of a split one's halves): (out_BTHL, weights_BHTS or None)."""
-        T, kept, dtype = q_latent_BTHL.shape[1], key_BSL.dtype, q_rope_BTHP.dtype
+        T, dtype = q_latent_BTHL.shape[1], q_rope_BTHP.dtype
+        kept = key_BSL.dtype if latent_scale_BS is None else dtype
         kernel = "torch" if T > 1 or want_weights else self.kernel_for(kept, key_BSL.device, cache.window)
         if kernel == "torch":
             read_BSL = key_BSL.to(dtype)
@@ -483,6 +511,7 @@ class MultiheadLatentAttention(nn.Module):
             key_BSL,
             None if k_rope_BSP is None else k_rope_BSP.to(kept),
             cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1,
+            latent_scale_BS,
             scale=self.scale,
             kernel=kernel,
         )

@@ -199,6 +199,19 @@ class Stored:
         rotated = rotated and not isinstance(storage, Plain)
         self.rotation_KK = rotation(shape[-1]).to(device) if rotated else None
 
+    @property
+    def in_words(self) -> bool:
+        """Whether it is one vector a token of 8 bits with one scale, in whole words of four: as the decode kernel reads it."""
+        return (
+            isinstance(self.storage, EightBits) and self.rotation_KK is None and len(self.shape) == 1 and self.shape[0] % 4 == 0
+        )
+
+    def payload_and_scale(self, parts: Parts) -> tuple[Tensor, Tensor]:
+        """Parts of 8 bits, the first in the type that its numbers have."""
+        assert isinstance(self.storage, EightBits)
+        payload, scale = parts
+        return payload if self.storage.dtype == payload.dtype else payload.view(self.storage.dtype), scale
+
     def encode(self, new: Tensor) -> Parts:
         """Vectors (B, T, *shape) as they are stored."""
         return self.storage.encode(new if self.rotation_KK is None else _product(new, self.rotation_KK))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import modeling.attention.mla
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.errors import UserError
@@ -39,18 +40,35 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def texts() -> dict[str, bool]:
-    """For each variant, whether rows of unequal length write with triton what they write with torch."""
-    same = {}
+CACHES = {"float32": torch.float32, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+def texts() -> dict[str, dict[str, bool]]:
+    """For each variant and cache, whether rows of unequal length write with triton what they write with torch.
+
+    And whether the kernel was given 8 bits as they are stored: where no other layer reads the latents.
+    """
+    given: list[torch.dtype] = []
+
+    def decode(*arguments: Any, **options: Any) -> Tensor:
+        given.append(arguments[2].dtype)
+        return latent_decode(*arguments, **options)
+
+    modeling.attention.mla.latent_decode = decode
+    same: dict[str, dict[str, bool]] = {}
     for name, overrides in VARIANTS.items():
         model = randomise(gpt_from(overrides)).eval()
-        written = []
-        for kernel in ("torch", "triton"):
-            model.set_execution(decode="absorbed", kernel=kernel)
-            for prompts in (PROMPTS, [PROMPTS[1]]):  # a mask, and rows of one length
-                tokens = torch.stack(list(generate(model, prompts, max_new_tokens=12, temperature=0, stop=99)))
-                written.append(tokens.tolist())
-        same[name] = written[:2] == written[2:]
+        same[name] = {}
+        for cache, dtype in CACHES.items():
+            written = []
+            for kernel in ("torch", "triton"):
+                model.set_execution(decode="absorbed", kernel=kernel)
+                given.clear()
+                for prompts in (PROMPTS, [PROMPTS[1]]):  # a mask, and rows of one length
+                    tokens = generate(model, prompts, max_new_tokens=12, temperature=0, stop=99, cache_dtype=dtype)
+                    written.append(torch.stack(list(tokens)).tolist())
+            wanted = torch.float32 if name == "shared latent" else dtype
+            same[name][cache] = written[:2] == written[2:] and set(given) == {wanted}
     return same
 
 
@@ -64,7 +82,7 @@ def test_the_triton_kernel_writes_what_the_torch_kernel_writes() -> None:
         env=os.environ | {"TRITON_INTERPRET": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(VARIANTS, True)
+    assert json.loads(done.stdout.splitlines()[-1]) == dict.fromkeys(VARIANTS, dict.fromkeys(CACHES, True))
 
 
 def test_a_window_is_refused_by_the_triton_kernel_before_a_token_is_read() -> None:
@@ -153,7 +171,7 @@ def test_a_limit_that_no_call_reaches_is_not_said() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, torch.int8, torch.float8_e4m3fn])
 @torch.inference_mode()
 def test_on_a_gpu_auto_decodes_with_triton_and_a_window_with_torch(cache_dtype: torch.dtype) -> None:
     model = gpt_from(["attention=mla"], n_layers=2).eval().to("cuda")
