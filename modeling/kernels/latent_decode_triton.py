@@ -27,7 +27,7 @@ from torch import Tensor
 
 from modeling.kernels.availability import TRITON_DTYPES
 from modeling.kernels.latent_decode import check_widths
-from modeling.kernels.latent_decode_words import attend_words_kernel, load_rows
+from modeling.kernels.latent_decode_words_triton import attend_words_kernel, load_rows
 
 MAX_SPLITS = 128  # the joining kernel reads them one after another
 SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
