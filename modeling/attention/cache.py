@@ -485,7 +485,7 @@ def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> int
     shapes = attention.cache_shapes
     nbytes = sum(kept.storage(name, sixteen_bits=sixteen_bits, values=values).nbytes(shape) for name, shape in shapes.items())
     unlike = attention.cache_formula - sum(map(math.prod, shapes.values()))  # elements; 0 unless the class contradicts itself
-    return nbytes + 2 * unlike
+    return nbytes + kept.state_dtype.itemsize * unlike
 
 
 def formula_bytes_at(attention: Attention, dtype: torch.dtype | CacheFormat, context: int) -> int:
