@@ -174,5 +174,5 @@ def test_a_constructor_that_yamls_cannot_be_checked_against_is_said(
 
 def test_a_yaml_whose_class_is_not_in_the_table_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(MECHANISMS, "mla")
-    with pytest.raises(UserError, match=r"attention\.mechanism=mla is unknown; choose from gqa"):
+    with pytest.raises(UserError, match=r"attention\.mechanism=mla is unknown; choose from gdn, gqa"):
         load_train_config(["attention=mla"])
