@@ -512,6 +512,7 @@ OFFLINE = (
     (128, 512, 64, "int8"),
     (12, 192, 32, "int8"),
     (16, 128, 64, "fp8"),
+    (4, 24, 6, "int8"),
 )
 
 
@@ -563,7 +564,7 @@ def offline_rows() -> Iterator[str]:
             function = kernel.attend_kernel
             if words:
                 function, types["latent"] = kernel.attend_words_kernel, "*i32"
-                constants |= {"INT8": dtype == "int8", "BY_BITS": True}
+                constants |= kernel.words_constants(rank, dtypes[dtype], by_bits=True)
             found = compile_one(function, constants, types, tile.warps, tile.stages, tile.registers)
             yield (
                 f"{heads:>5}{f'{rank}+{rope}':>9}{dtype:>6}  {f'{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages}':<16}"

@@ -275,7 +275,8 @@ def launch(
     kernel, latents = attend_kernel, [latent_BSL]
     if latent_scale_BS is not None:
         kernel, latents = attend_words_kernel, [latent_BSL.view(torch.int32), latent_scale_BS]
-        constants |= words_constants(latent_BSL.dtype, q_latent_BHL)
+        by_bits = q_latent_BHL.is_cuda and q_latent_BHL.dtype == torch.bfloat16
+        constants |= words_constants(L, latent_BSL.dtype, by_bits=by_bits)
     q_latent_BHL = _with_whole_rows(q_latent_BHL)
     # Without a rotated part the kernel reads neither; it needs pointers all the same.
     q_rope_BHP = q_latent_BHL if q_rope_BHP is None else _with_whole_rows(q_rope_BHP)
@@ -325,9 +326,14 @@ def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, 
     }
 
 
-def words_constants(dtype: torch.dtype, q_latent_BHL: Tensor) -> dict[str, bool]:
-    """What `attend_words_kernel` is compiled for beside that. Assembly makes numbers of words where they are bfloat16."""
-    return {"INT8": dtype == torch.int8, "BY_BITS": q_latent_BHL.is_cuda and q_latent_BHL.dtype == torch.bfloat16}
+def words_constants(kv_lora_rank: int, dtype: torch.dtype, *, by_bits: bool) -> dict[str, int | bool]:
+    """What `attend_words_kernel` is compiled for beside that, for latents of 8 bits. by_bits: assembly widens them."""
+    narrowest = 4 * 16  # a matrix product for each of the four planes
+    return {
+        "PADDED_RANK": max(narrowest, triton.next_power_of_2(kv_lora_rank)),
+        "INT8": dtype == torch.int8,
+        "BY_BITS": by_bits,
+    }
 
 
 def join_constants(*, n_heads: int, kv_lora_rank: int) -> dict[str, int]:
