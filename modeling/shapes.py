@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# In place, on tensors that have no numbers: draws, and what mechanisms make of them.
+_IN_PLACE = (Tensor.normal_, Tensor.uniform_, Tensor.exp_, Tensor.expm1_, Tensor.log_)
+
 
 class _NoDraws(TorchFunctionMode):
     """Random initial values are not drawn.
@@ -19,7 +22,7 @@ class _NoDraws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+        if func in _IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 

@@ -98,7 +98,7 @@ class GatedDeltaNet(nn.Module):
         self.conv = nn.Conv1d(self.channels, self.channels, conv_width, groups=self.channels, bias=False)  # its weights alone
         self.a_log = nn.Parameter(torch.empty(H).uniform_(*RATE_RANGE).log_())
         step = torch.empty(H).uniform_(*map(math.log, DT_RANGE)).exp_()
-        self.dt_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # softplus undone
+        self.dt_bias = nn.Parameter(step.expm1_().log_())  # softplus undone
         self.o_norm = nn.RMSNorm(V, eps=norm_eps)
         self.o_proj = nn.Linear(H * V, d_model, bias=bias)
 

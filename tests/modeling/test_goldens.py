@@ -19,6 +19,9 @@ from tests.support.variants import SHIPPED, deep_enough
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS, BATCH, TOKENS, VOCAB, LR = 20, 4, 64, 512, 4e-3
+# Nats by which a processor's own rounding moves the losses: 4e-5 at most without, with AVX2 and with AVX-512. A state carries
+# rounding on from token to token: 1.7e-4 there.
+ROUNDING, OF_STATES = 1e-4, 5e-4
 
 # Everything that shapes the model is written down, so that the shipped defaults may be tuned without touching a golden.
 SIZES = [
@@ -80,4 +83,5 @@ def test_twenty_steps_give_the_losses_on_record(variant: str, request: pytest.Fi
     assert losses[-1] < losses[0] - 1, f"the model does not learn: {losses}"
     if rewrite:
         path.write_text(json.dumps([round(loss, 6) for loss in losses], indent=1) + "\n", encoding="utf-8")
-    assert losses == pytest.approx(json.loads(path.read_text(encoding="utf-8")), rel=0, abs=1e-4)
+    rounding = OF_STATES if variant == "gdn_3_1" else ROUNDING
+    assert losses == pytest.approx(json.loads(path.read_text(encoding="utf-8")), rel=0, abs=rounding)
