@@ -403,10 +403,10 @@ def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, f"/{splits}"
 
 
+STORED = {"triton_int8": torch.int8, "triton_fp8": torch.float8_e4m3fn}  # latents of 8 bits
 KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
     "triton": ours,
-    "triton_int8": functools.partial(ours, stored=torch.int8),
-    "triton_fp8": functools.partial(ours, stored=torch.float8_e4m3fn),
+    **{name: functools.partial(ours, stored=dtype) for name, dtype in STORED.items()},
     "torch": torch_eager,
     "torch_compiled": torch_compiled,
     "sdpa": sdpa,
@@ -420,8 +420,8 @@ def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceili
     q_latent, q_rope, latent, k_rope, lengths_B = case.arguments(0)
     B, H, L = q_latent.shape
     S, P = latent.shape[1], 0 if k_rope is None else k_rope.shape[-1]
-    moved = sum(x.nbytes for x in (q_latent, q_rope, k_rope, lengths_B) if x is not None) + q_latent.nbytes
-    moved += B * S * (L + 2) if name in ("triton_int8", "triton_fp8") else latent.nbytes
+    latents = [each[0] for each in case.quantised(STORED[name])] if name in STORED else [latent]
+    moved = sum(x.nbytes for x in (q_latent, q_rope, *latents, k_rope, lengths_B) if x is not None) + q_latent.nbytes
     median = statistics.median(times)
     rate, flops = moved / (median * 1e-6), 2 * B * H * S * (2 * L + P) / (median * 1e-6)
     return KernelTime(

@@ -33,14 +33,16 @@ def pareto(findings: Findings) -> Picture:
     costs = {"": {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in done}}
     if findings.at_length:
         costs = {"at the model's context": costs[""], f"at {LENGTH:,} tokens": findings.at_length}
-    panels = []
+    panels, fronts = [], []
     for title, sizes in costs.items():
+        best = findings.front_by(sizes)
+        fronts.append(", ".join(best))
         series = []
         for arm in done:
             hover = f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(len(arm.runs), 'seed')}"
             if arm.name not in far:
                 series.append(_point(findings, arm, looks, sizes[arm.name], hover))
-        front = [(s.marks[0].x, s.marks[0].y) for name in findings.front_by(sizes) for s in series if s.arm == name]
+        front = [(s.marks[0].x, s.marks[0].y) for name in best for s in series if s.arm == name]
         ticks = [s.marks[0].x for s in series]
         plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
         panels.append((title, plot))
@@ -49,9 +51,8 @@ def pareto(findings: Findings) -> Picture:
     side = "Below" if metric.higher_is_better else "Above"
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
-    fronts = dict.fromkeys(", ".join(findings.front_by(sizes)) for sizes in costs.values())
     caption = (
-        f"{bars} Grey: the best mean up to each cache size ({'; '.join(fronts)}), without regard to the bars. "
+        f"{bars} Grey: the best mean up to each cache size ({'; '.join(dict.fromkeys(fronts))}), without regard to the bars. "
         f"{SIDE_BY_SIDE}{hollow}{beyond}"
     )
     return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, panels)

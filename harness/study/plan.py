@@ -157,6 +157,7 @@ class Plan:
     config: StudyConfig
     arms: dict[str, Arm]
     shared_lr: float
+    trends: dict[str, TrendRecord]  # by what they are called
 
     @property
     def first(self) -> TrainConfig:
@@ -352,15 +353,14 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
         stated = vars(arm) | {"overrides": overrides}
         arms[arm_name] = Arm(**stated, config=composed, quantities=quantities(composed, vocabulary), matches=matches)
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
-    for key, trend in config.trends.items():
-        trend_record(key, trend, arms)
+    trends = {key: _trend(key, trend, arms) for key, trend in config.trends.items()}
     rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
     if len(rates) > 1:
         raise UserError(f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only")
-    return Plan(name, command, runs_dir / name, config, arms, rates.pop())
+    return Plan(name, command, runs_dir / name, config, arms, rates.pop(), trends)
 
 
-def trend_record(name: str, trend: TrendConfig, arms: Mapping[str, Arm]) -> TrendRecord:
+def _trend(name: str, trend: TrendConfig, arms: Mapping[str, Arm]) -> TrendRecord:
     """A declared trend with the size of each pair. Raises UserError for arms of one pair that differ in it, or all alike."""
     sizes = []
     for a, b in trend.of:
@@ -436,7 +436,7 @@ def write_record(
         "metric": config.metric,
         "base": config.base,
         "contrasts": [(a, b) for a, b in config.contrasts],
-        "trends": {key: trend_record(key, trend, plan.arms) for key, trend in config.trends.items()},
+        "trends": plan.trends,
         "margin": config.margin,
         "staircase": config.staircase,
         "arms": {

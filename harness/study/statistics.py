@@ -293,15 +293,15 @@ def trends(
     freedom of the arms' own deviations are Satterthwaite's once more. apart, lineages: see `contrasts`. Raises UserError
     as that does, and for an arm or a lineage in two pairs of one trend, whose differences would not be independent.
     """
-    lineages = lineages or {}
+    if not declared:
+        return []
+    lineages, pooled = lineages or {}, residual_deviation(values, apart=apart, lineages=lineages)
     found = []
     for name, (pairs, at) in declared.items():
-        _check_values(values)
         _check_pairs(values, pairs, lineages)
         roots = [root for pair in pairs for root in {_root(arm, lineages) for arm in pair}]
         if len({*roots}) < len(roots):
             raise UserError(f"trend {name} has arms that come from the same runs in two of its pairs: leave one out")
-        pooled = residual_deviation(values, apart=apart, lineages=lineages)
         compared = [_compare(values, pair, None if {*pair} & {*apart} else pooled, lineages) for pair in pairs]
         x_N = np.log2(at) - np.log2(at).mean()
         weights = (x_N / (x_N @ x_N)).tolist()
@@ -310,10 +310,16 @@ def trends(
         if all(each.estimates for each in compared):
             kinds = zip(*(each.estimates for each in compared), strict=False)  # the pooled ones only where every pair has one
             estimates = [_summed(slope, weights, of_kind, shared_dof=kind == 1) for kind, of_kind in enumerate(kinds)]
-            half, p = max(each.half for each in estimates), max(each.p for each in estimates)
-            halves = [each.half for each in estimates]
-            trend = replace(trend, low=slope - half, high=slope + half, own_half=halves[0], p=p)
-            trend = replace(trend, pooled_half=halves[1] if len(halves) > 1 else None)
+            own, *others = (each.half for each in estimates)
+            half = max([own, *others])
+            trend = replace(
+                trend,
+                low=slope - half,
+                high=slope + half,
+                own_half=own,
+                pooled_half=others[0] if others else None,
+                p=max(each.p for each in estimates),
+            )
         found.append(trend)
     corrected = _holm([trend.p for trend in found])
     return [

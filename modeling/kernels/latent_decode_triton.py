@@ -27,7 +27,8 @@ from torch import Tensor
 
 from modeling.kernels.availability import TRITON_DTYPES
 from modeling.kernels.latent_decode import check_widths
-from modeling.kernels.latent_decode_words_triton import attend_words_kernel, load_rows
+from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
+from modeling.kernels.latent_decode_words_triton import attend_words_kernel
 
 MAX_SPLITS = 128  # the joining kernel reads them one after another
 SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
@@ -165,10 +166,7 @@ def attend_kernel(
     columns = tl.arange(0, PADDED_RANK)
     rope_columns = tl.arange(0, PADDED_ROPE)
 
-    length = tl.minimum(tl.load(lengths + row).to(tl.int32), slots)
-    per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
-    start = split * per_split
-    end = tl.minimum(start + per_split, length)
+    start, end = slots_of_program(lengths, row, split, splits, slots, BLOCK_S)
 
     is_head = heads[:, None] < HEADS
     q = tl.load(
@@ -198,13 +196,8 @@ def attend_kernel(
         if ROPE > 0:
             k = load_rows(k_rope + rows * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
             scores = tl.dot(qr, tl.trans(k), scores, input_precision="ieee")
-        scores = tl.where(numbers[None, :] < end, scores * scale_log2, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))  # finite: the first slot of a tile is always valid
-        shrink = tl.exp2(largest - new_largest)
-        weights = tl.exp2(scores - new_largest[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, largest, total = weights_so_far(scores, numbers, end, scale_log2, largest, total)
         weighted = tl.dot(weights.to(c.dtype), c, weighted * shrink[:, None], input_precision="ieee")
-        largest = new_largest
 
     out_rows = row * HEADS + heads
     if ONE_SPLIT:

@@ -16,15 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_rows(rows, columns, COLUMNS: tl.constexpr, PADDED: tl.constexpr):
-    """A tile of whole rows; where nothing is padded, nothing is masked."""
-    if COLUMNS == PADDED:
-        tile = tl.load(rows + columns[None, :])
-    else:
-        tile = tl.load(rows + columns[None, :], mask=columns[None, :] < COLUMNS, other=0)
-    return tile
+from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
 
 
 @triton.jit
@@ -143,10 +135,7 @@ def attend_words_kernel(
     columns = tl.arange(0, PADDED_RANK // 4)
     rope_columns = tl.arange(0, PADDED_ROPE)
 
-    length = tl.minimum(tl.load(lengths + row).to(tl.int32), slots)
-    per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
-    start = split * per_split
-    end = tl.minimum(start + per_split, length)
+    start, end = slots_of_program(lengths, row, split, splits, slots, BLOCK_S)
 
     is_head = heads[:, None] < HEADS
     q_rows = q_latent + row * q_latent_stride_b + heads[:, None] * q_latent_stride_h
@@ -193,17 +182,12 @@ def attend_words_kernel(
         if ROPE > 0:
             k = load_rows(k_rope + slot[:, None] * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
             scores = tl.dot(qr, tl.trans(k), scores, input_precision="ieee")
-        scores = tl.where(numbers[None, :] < end, scores * scale_log2, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))  # finite: the first slot of a tile is always valid
-        shrink = tl.exp2(largest - new_largest)
-        weights = tl.exp2(scores - new_largest[:, None])
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, largest, total = weights_so_far(scores, numbers, end, scale_log2, largest, total)
         weights = (weights * steps).to(c_0.dtype)
         weighted_0 = tl.dot(weights, c_0, weighted_0 * shrink[:, None], input_precision="ieee")
         weighted_1 = tl.dot(weights, c_1, weighted_1 * shrink[:, None], input_precision="ieee")
         weighted_2 = tl.dot(weights, c_2, weighted_2 * shrink[:, None], input_precision="ieee")
         weighted_3 = tl.dot(weights, c_3, weighted_3 * shrink[:, None], input_precision="ieee")
-        largest = new_largest
 
     out_rows = row * HEADS + heads
     filled_heads = HEADS
