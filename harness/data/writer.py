@@ -1,10 +1,10 @@
-"""The files of one split, written as the tokens come: memory holds 24 bytes a document and no text."""
+"""The files of one split, written as the tokens come: memory holds neither text nor anything of a document that has ended."""
 
 from __future__ import annotations
 
-import array
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,7 +29,9 @@ class SplitWriter:
         self._file = (folder / f"{split}.bin").open("wb")
         self._digest = hashlib.sha256()
         self._n_tokens = 0
-        self._arrays = {"starts": array.array("q", [0]), "bytes": array.array("q"), "words": array.array("q")}
+        kinds = ("starts", "bytes", "words")
+        self._starts, self._bytes, self._words = (_Column(folder / f"{split}.{kind}.npy") for kind in kinds)
+        self._starts.append(0)
         self._document_bytes = self._document_words = 0
         self._word_is_open = False
 
@@ -54,9 +56,9 @@ class SplitWriter:
         self._word_is_open = bool(text) and not text[-1].isspace()
         if last:
             self._write([self._tokenizer.end_of_text])
-            self._arrays["starts"].append(self._n_tokens)
-            self._arrays["bytes"].append(self._document_bytes)
-            self._arrays["words"].append(self._document_words)
+            self._starts.append(self._n_tokens)
+            self._bytes.append(self._document_bytes)
+            self._words.append(self._document_words)
             self._document_bytes = self._document_words = 0
             self._word_is_open = False
 
@@ -67,23 +69,47 @@ class SplitWriter:
         self._n_tokens += len(tokens)
 
     def finish(self) -> dict[str, Any]:
-        """Writes the arrays and returns what meta.json says of the split; an empty split is {} and leaves no file."""
+        """Completes the files and returns what meta.json says of the split; an empty split is {} and leaves no file."""
         sync(self._file)
         self._file.close()
+        for column in (self._starts, self._bytes, self._words):
+            column.close()
         if not self._n_tokens:
-            (self._folder / f"{self._split}.bin").unlink()
+            for file in self._folder.glob(f"{self._split}.*"):
+                file.unlink()
             return {}
-        for kind, values in self._arrays.items():
-            with (self._folder / f"{self._split}.{kind}.npy").open("wb") as file:
-                np.save(file, np.frombuffer(values, dtype=np.int64))
-                sync(file)
         return {
             "tokens": self._n_tokens,
-            "documents": len(self._arrays["bytes"]),
-            "bytes": sum(self._arrays["bytes"]),
-            "words": sum(self._arrays["words"]),
+            "documents": self._bytes.n,
+            "bytes": self._bytes.total,
+            "words": self._words.total,
             "sha256": self._digest.hexdigest(),
         }
+
+
+class _Column:
+    """An array of int64 in a .npy file that is written value by value. `n` values so far, and their `total`."""
+
+    def __init__(self, path: Path) -> None:
+        self.n = self.total = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """NumPy pads a header so that it keeps its length while the first axis grows: it is written again over itself."""
+        self._file.seek(0)
+        header = {"descr": np.dtype(np.int64).str, "fortran_order": False, "shape": (self.n,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, value: int) -> None:
+        self._file.write(value.to_bytes(8, sys.byteorder))
+        self.n += 1
+        self.total += value
+
+    def close(self) -> None:
+        self._write_header()
+        sync(self._file)
+        self._file.close()
 
 
 def sync(file: IO[Any]) -> None:
