@@ -10,7 +10,8 @@ OF_BITS = {"16": "bfloat16", "8": "int8", "4": "int4"}  # in kXvY
 ROTATED = "_rotated"
 FORMS = (
     f"{', '.join(BITS)}, or kXvY for keys in X and values in Y bits, two of {', '.join(OF_BITS)} (k8v4); {ROTATED} behind "
-    f"one of less than 16 bits turns vectors before they are stored (int4{ROTATED})"
+    f"one of less than 16 bits turns vectors before they are stored (int4{ROTATED}); kcXvY has a scale for each channel of "
+    f"some tokens' keys, X 8 or 4 (kc4v4)"
 )
 
 
@@ -21,6 +22,7 @@ class FormatName:
     keys: str
     values: str
     rotated: bool
+    by_channel: bool
 
     @property
     def in_few_bits(self) -> bool:
@@ -31,13 +33,16 @@ class FormatName:
 def read_format(name: str) -> FormatName:
     """Raises ValueError, with the forms there are, for a name that has none of them."""
     base = name.removesuffix(ROTATED)
-    pair = re.fullmatch(r"k(\d+)v(\d+)", base)
-    keys, values = (OF_BITS.get(bits, "") for bits in pair.groups()) if pair else (base, base)
-    if not (keys in BITS and values in BITS):
+    pair = re.fullmatch(r"k(c?)(\d+)v(\d+)", base)
+    keys, values = (OF_BITS.get(bits, "") for bits in pair.groups()[1:]) if pair else (base, base)
+    by_channel = pair is not None and pair[1] == "c"
+    if not (keys in BITS and values in BITS) or (by_channel and BITS[keys] == 16):
         raise ValueError(f"{name} is unknown; choose one of {FORMS}")
-    if pair and keys == values:
+    if pair and keys == values and not by_channel:
         raise ValueError(f"{name} is {keys}{name.removeprefix(base)} by another name: write that")
-    read = FormatName(keys, values, rotated=base != name)
+    read = FormatName(keys, values, rotated=base != name, by_channel=by_channel)
     if read.rotated and not read.in_few_bits:
         raise ValueError(f"{name} would turn what is stored as it is: write {base}")
+    if read.rotated and by_channel:
+        raise ValueError(f"{name} would mix the channels that have scales of their own: write {base}")
     return read

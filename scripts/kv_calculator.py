@@ -8,7 +8,7 @@ xverse. Any other type is refused.
 With attention=NAME model=NAME and further overrides as for train_model.py it is one of our configurations, formula and
 measured buffers side by side. Every option may be written key=value, --key value or --key=value. dtype: fp32, fp16, bf16;
 fp8, int8, fp4, int4, int2 without scales; with their scales mxfp8, mxfp4, nvfp4, llama.cpp's q8_0 q5_1 q5_0 q4_1 q4_0
-iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit; of our configurations also k8v4 and its like, and int4_rotated.
+iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit; of our configurations also k8v4, kc4v4 and their like, and int4_rotated.
 """
 
 # ruff: noqa: E402
@@ -182,7 +182,7 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     from harness.config.build import build_model
     from harness.decode.kv_calculator import FORMATS, Format, describe_model, format_named
     from harness.evaluation.cache_size import measure_cache
-    from modeling.attention.quantisation import cache_format
+    from modeling.attention.quantisation import GROUP, cache_format
     from modeling.shapes import shapes_only
 
     with shapes_only():
@@ -202,7 +202,9 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
     elements = list(size.elements_per_token_by_layer)
     stored = None
     if ours and named not in FORMATS:
-        stored = Format(size.held_bytes_per_token, sum(elements), "scales, and parts kept in 16 bits, counted")
+        waiting = f"; the newest {GROUP} tokens' keys, in 16 bits, are counted as states" if kept.by_channel else ""
+        said = f"scales, and parts kept in 16 bits, counted{waiting}"
+        stored = Format(round(size.held_bytes_per_token * GROUP), sum(elements) * GROUP, said)
     measured = {
         "elements_per_token_per_layer": elements[0] if len(set(elements)) == 1 else elements,
         "elements_per_token": sum(elements),

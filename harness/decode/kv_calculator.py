@@ -241,17 +241,18 @@ _WAYS: dict[str, Callable[[LayerCache], int | None]] = {
 def describe_model(
     model: GPT, *, name: str, variant: str, dtype: torch.dtype | CacheFormat, mha_elements: int, latent: LatentShape | None
 ) -> CacheDescription:
-    """The cache of one of our models by its layers' formulas, states in a cache of `dtype`.
+    """The cache of one of our models by its layers' formulas, states and the newest of tokens in groups in a cache of `dtype`.
 
     mha_elements: of MHA with the same heads, a layer; a layer that attends to no tokens is compared with nothing.
     """
     from modeling.attention import attends
-    from modeling.attention.cache import state_bytes_of
+    from modeling.attention.cache import newest_bytes_of, state_bytes_of
+    from modeling.attention.quantisation import GROUP
 
     layers = []
     for attention in model.attentions:
-        state_bytes = state_bytes_of(attention, dtype)
-        states = {"state": state_bytes} if state_bytes else {}
+        fixed = {"state": state_bytes_of(attention, dtype), "newest keys": newest_bytes_of(attention, dtype, GROUP)}
+        states = {name: size for name, size in fixed.items() if size}
         if not attends(attention):
             layers.append(LayerCache({}, 0, None, kind="state", states=states, state_heads=attention.n_kv_heads))
             continue

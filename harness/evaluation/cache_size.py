@@ -1,7 +1,7 @@
 """The size of the key/value cache, measured on the buffers of one that is allocated.
 
-A layer with a window holds no more than its tokens, one with a state always the same: the cache is a curve over the context,
-and bytes per token are those of the model's own context.
+A layer with a window holds no more than its tokens, one with a state always the same, and keys by channel wait in 16 bits
+until there are enough of them: the cache is a curve over the context, and bytes per token are those of the model's own context.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class CacheSize:
     dtype: torch.dtype | CacheFormat
     context: int  # tokens: the model's longest
     bytes_per_token: int  # at the context without a window of the evaluation's, rounded to whole bytes
-    held_bytes_per_token: int  # of a token that every layer holds: more than the above where layers have windows of their own
+    held_bytes_per_token: float  # of a token that every layer holds: more than the above where layers have windows of their own
     elements_per_token_by_layer: tuple[int, ...]  # of a token that the layer holds
     # At the context, the mean over the layers; an int where it is whole. A state counts as what would take its bytes in dtype.
     elements_per_token_per_layer: float
-    state_bytes: int  # that do not grow with the context
+    state_bytes: int  # that do not grow with the context, the newest keys in 16 bits among them
     bytes_at_context: int  # allocated for one sequence of that length: fewer tokens' worth with a window
     bytes_by_context: dict[int, int]  # the same at each of CACHE_CONTEXTS, whatever the model was trained for
 
@@ -62,9 +62,9 @@ def measure_cache(model: GPT, *, dtype: torch.dtype | CacheFormat, window: int |
     context = model.max_seq_len
     try:
         plain = model.new_cache(1, context, dtype=dtype, device="meta")
+        caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
     except ValueError as error:
         raise UserError(str(error)) from None
-    caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
     state_bytes = sum(cache.state_bytes for cache in plain)
     held = sum(cache.elements_per_token * cache.slots for cache in plain) + state_bytes / as_format(dtype).keys.itemsize
     mean = held / context / len(plain)
@@ -78,7 +78,7 @@ def measure_cache(model: GPT, *, dtype: torch.dtype | CacheFormat, window: int |
         held_bytes_per_token=sum(cache.bytes_per_token for cache in plain),
         elements_per_token_by_layer=tuple(cache.elements_per_token for cache in plain),
         elements_per_token_per_layer=int(mean) if mean.is_integer() else mean,
-        state_bytes=state_bytes,
+        state_bytes=state_bytes + sum(cache.newest_bytes for cache in plain),
         bytes_at_context=sum(cache.nbytes for cache in caches),
         bytes_by_context={longer: sum(cache.nbytes for cache in each) for longer, each in by_context.items()},
     )

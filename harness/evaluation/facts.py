@@ -8,7 +8,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.evaluation.cache_size import CacheRecord, CacheSize, measure_cache
 from harness.files.untrusted import Count, Figure, Positive
-from modeling.attention.cache import formula_bytes_at
+from modeling.attention.cache import formula_bytes, formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
@@ -76,16 +76,17 @@ def model_facts(model: GPT, config: TrainConfig) -> ModelFacts:
     """Measure and count. Raises UserError when the measured cache is not what the variant's formula says."""
     dtype = cache_format(config.cache.dtype)
     size = measure_cache(model, dtype=dtype)
-    measured = {1: size.held_bytes_per_token + size.state_bytes, size.context: size.bytes_at_context} | size.bytes_by_context
-    formula = {
-        context: sum(formula_bytes_at(attention, dtype, context) for attention in model.attentions) for context in measured
-    }
-    for context, allocated in measured.items():
-        if allocated != formula[context]:
-            of = "per token" if context == 1 else f"for {context:,} tokens"
+    at_context = {size.context: size.bytes_at_context} | size.bytes_by_context
+    layers = model.attentions
+    compared = [("per token", size.held_bytes_per_token, sum(formula_bytes(layer, dtype) for layer in layers))] + [
+        (f"for {context:,} tokens", allocated, sum(formula_bytes_at(layer, dtype, context) for layer in layers))
+        for context, allocated in at_context.items()
+    ]
+    for of, allocated, formula in compared:
+        if allocated != formula:
             raise UserError(
                 f"attention={config.attention['name']} allocates {allocated} bytes of cache {of}, its cache_formula says "
-                f"{formula[context]}: correct the class, since no number of such a run could be believed"
+                f"{formula}: correct the class, since no number of such a run could be believed"
             )
     elements = size.elements_per_token_per_layer
     one_group = 2 * config.model.head_dim

@@ -63,7 +63,7 @@ class Plan:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
-    def cache_bytes_per_token(self) -> int:
+    def cache_bytes_per_token(self) -> float:
         """All layers that hold it, in cache.dtype, read off allocated buffers."""
         caches = self.model.new_cache(1, 1, dtype=cache_format(self.config.cache.dtype), device="cpu")
         return sum(cache.bytes_per_token for cache in caches)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.attention.positions import in_graph
-from modeling.attention.quantisation import NAMED, CacheFormat, Parts, Stored, as_format
+from modeling.attention.quantisation import GROUP, NAMED, CacheFormat, Parts, Storage, Stored, as_format, newest_bytes
 from modeling.formats import ROTATED
 from modeling.kernels.attend import band
 
@@ -34,6 +35,8 @@ class Placement:
     key_positions_BS: position of each visible key, where it is not its slot (caches with a window).
     end: one above the largest position or more, where it is known without asking the device (positions.py).
     window: with causal, how many of the newest keys a query sees, for layers with a window of their own (None: all).
+    twice: of so many keys, which stand before all others, the same ones as they came follow in the first places behind; the
+    mask lets a query see one of the two.
     """
 
     start: int
@@ -43,6 +46,12 @@ class Placement:
     key_positions_BS: Tensor | None = None
     end: int | None = None
     window: int | None = None
+    twice: int = 0
+
+    def by_token(self, weights_BHTS: Tensor) -> Tensor:
+        """Weights of keys as weights of tokens, each of which has one column."""
+        once_BHTS = weights_BHTS[..., self.twice :]
+        return once_BHTS + F.pad(weights_BHTS[..., : self.twice], (0, once_BHTS.shape[-1] - self.twice))
 
     def tables(self, rope: RotaryEmbedding, new_tokens: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """cos, sin of the new tokens, or of other positions where they are given. Raises ValueError beyond the model's."""
@@ -69,6 +78,10 @@ class Cache:
 
     Few bits (quantisation.py): reads return entries in the dtype that was appended. The buffers named in `values` are values
     alone and take the format's bits for these, all others those for keys; those in `sixteen_bits` stay in bfloat16.
+
+    Keys by channel: a query sees the keys of a group once it is complete, and of its own unfinished group as they came. Where
+    several tokens go in at once these differ from query to query: reads then return both, groups first (Placement.twice), and
+    the same slots of everything else. reads: the cache of the layer whose entries this layer reads.
 
     window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
     (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
@@ -97,6 +110,7 @@ class Cache:
         sinks: int = 0,
         reach: int | None = None,
         states: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+        reads: Cache | None = None,
     ) -> None:
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
             raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
@@ -117,6 +131,10 @@ class Cache:
             )
             for name, shape in shapes.items()
         }
+        own = any(stored.newest is not None for stored in self.stored.values())
+        self.groups: bool = own or (reads is not None and reads.groups)
+        if self.groups and window is not None:
+            raise ValueError(whole_groups(stored_as, window))
         self.states = {
             name: torch.zeros(batch_size, *shape, dtype=kept, device=device) for name, (shape, kept) in (states or {}).items()
         }
@@ -130,9 +148,9 @@ class Cache:
         self.static = True
 
     def growing(self) -> Iterator[Tensor]:
-        """Every tensor with a slot for each token."""
+        """Every tensor that tokens go into."""
         for stored in self.stored.values():
-            yield from stored.parts
+            yield from stored.tensors
 
     @property
     def buffers(self) -> dict[str, Tensor]:
@@ -145,9 +163,9 @@ class Cache:
         yield from self.states.values()
 
     @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one row takes in this layer, scales included, read off the buffers."""
-        return sum(tensor[0, 0].nbytes for tensor in self.growing())
+    def bytes_per_token(self) -> float:
+        """Bytes that one token of one row takes in this layer, scales included, read off the buffers; an int where whole."""
+        return per_token(sum(stored.group_bytes for stored in self.stored.values()))
 
     @property
     def elements_per_token(self) -> int:
@@ -160,6 +178,11 @@ class Cache:
         return sum(state[0].nbytes for state in self.states.values())
 
     @property
+    def newest_bytes(self) -> int:
+        """Bytes of one row that hold tokens not yet stored as they stay, read off the buffers."""
+        return sum(stored.newest[0].nbytes for stored in self.stored.values() if stored.newest is not None)
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated, all rows and slots, and states."""
         return sum(tensor.nbytes for tensor in self.tensors())
@@ -170,6 +193,8 @@ class Cache:
         Raises ValueError when they do not fit.
         """
         self.check_room(new_tokens)
+        if self.groups and new_tokens > 1:
+            return self._place_twice(new_tokens, valid_BT)
         alike = not (self.static or self._ragged or valid_BT is not None)
         if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
             return Placement(0, None, True, None, window=self.window)
@@ -214,18 +239,21 @@ class Cache:
             for name, parts in entries.items():
                 for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                     buffer[:, slot] = part[:, 0]
-            seen = {name: self._visible(name, min(place + 1, self.slots)) for name in new}
+            seen = {name: self._shown(self.stored[name].parts, min(place + 1, self.slots)) for name in new}
         elif self.window is not None:
             seen = self._through_window(entries, valid_BT)
-        elif self.static or self._ragged:
-            self._scatter(T, valid_BT, entries)
-            visible = self.max_seq_len if self.static else self._extent + T
-            seen = {name: self._visible(name, visible) for name in new}
         else:
-            for name, parts in entries.items():
-                for buffer, part in zip(self.stored[name].parts, parts, strict=True):
-                    buffer[:, self._extent : self._extent + T] = part
-            seen = {name: self._visible(name, self._extent + T) for name in new}
+            visible = self._slots_shown(T)
+            buffers = {name: self.stored[name].working(visible) for name in new}
+            if self.static or self._ragged:
+                self._scatter(T, valid_BT, entries, buffers)
+            else:
+                for name, parts in entries.items():
+                    for buffer, part in zip(buffers[name], parts, strict=True):
+                        buffer[:, self._extent : visible] = part
+            seen = {name: self._shown(parts, visible) for name, parts in buffers.items()}
+            if self.groups:
+                seen = self._in_groups(T, valid_BT, seen)
         self.advance(T, valid_BT)
         return seen
 
@@ -295,11 +323,14 @@ class Cache:
 
     # --- where entries lie -------------------------------------------------------------------------------------------
 
-    def _visible(self, name: str, slots: int) -> Parts:
-        parts = self.stored[name].parts
+    def _slots_shown(self, new_tokens: int) -> int:
+        """After a call of so many tokens, without a window."""
+        return self.max_seq_len if self.static else self._extent + new_tokens
+
+    def _shown(self, parts: Parts, slots: int) -> Parts:
         return parts if self.static else tuple(part[:, :slots] for part in parts)
 
-    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts]) -> None:
+    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts], buffers: dict[str, Parts]) -> None:
         order_BT = None
         if valid_BT is not None:
             # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
@@ -308,7 +339,7 @@ class Cache:
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
         for name, parts in entries.items():
-            for buffer, part in zip(self.stored[name].parts, parts, strict=True):
+            for buffer, part in zip(buffers[name], parts, strict=True):
                 buffer.index_put_((rows_B1, slots_BT), part if order_BT is None else part[rows_B1, order_BT])
 
     def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
@@ -323,6 +354,35 @@ class Cache:
         if self.static and in_graph(self.lengths_B.device):
             return None  # a number read here would be compiled in
         return self._extent + new_tokens if self._counted else None
+
+    # --- keys by channel: tokens are stored in groups --------------------------------------------------------------------
+
+    def _place_twice(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
+        """A query sees the groups that are complete with it, and behind these every key as it came, its own the last."""
+        positions_BT = self._positions(new_tokens, valid_BT)
+        slots_S = torch.arange(self._slots_shown(new_tokens), device=positions_BT.device)
+        twice = len(slots_S) // GROUP * GROUP
+        query = positions_BT[:, :, None]
+        known = (query + 1) // GROUP * GROUP
+        mask_BTS = torch.cat((slots_S[:twice] < known, (slots_S >= known) & (slots_S <= query)), dim=-1)
+        keys_BS = torch.cat((slots_S[:twice], slots_S)).expand(self.batch_size, -1)
+        return Placement(0, positions_BT, False, mask_BTS, keys_BS, self._end(new_tokens), twice=twice)
+
+    def _in_groups(self, T: int, valid_BT: Tensor | None, seen: dict[str, Parts]) -> dict[str, Parts]:
+        """Store what has become complete; what is visible then, as `_place_twice` says or to one query a row."""
+        lengths_B = self.lengths_B + (T if valid_BT is None else valid_BT.sum(dim=1))
+        groups = self._slots_shown(T) // GROUP
+        shown: dict[str, Parts] = {}
+        for name, parts in seen.items():
+            stored = self.stored[name]
+            if stored.newest is None:
+                twice = tuple(torch.cat((part[:, : groups * GROUP], part), dim=1) for part in parts)
+                shown[name] = parts if T == 1 else twice
+                continue
+            stored.settle(parts[0], self.lengths_B, lengths_B, T)
+            known = () if T > 1 else (lengths_B[:, None] // GROUP * GROUP,)
+            shown[name] = (*(part[:, :groups] for part in stored.parts), *parts, *known)
+        return shown
 
     # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
 
@@ -401,9 +461,11 @@ def new_cache(
     static: bool = False,
     window: int | None = None,
     sinks: int = 0,
+    reads: Cache | None = None,
 ) -> Cache:
     """An empty cache for one layer, of the shapes that the variant states, and no longer than the layer sees.
 
+    reads: that of the layer whose keys and values, or latents, it reads in place of its own.
     Raises ValueError for a window where the layer has states: all that was taken in is in them.
     """
     if not attention.causal:
@@ -428,6 +490,7 @@ def new_cache(
         sinks=sinks,
         reach=getattr(attention, "window", None),
         states=states,
+        reads=reads,
     )
 
 
@@ -462,15 +525,34 @@ def values_of(attention: Attention) -> tuple[str, ...]:
 
 
 def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheFormat) -> None:
-    """Raises ValueError for a format that keeps values in bits of their own where no layer caches values alone."""
+    """Raises ValueError for a format that tells keys and values apart where no layer caches values alone.
+
+    Also for one that stores several tokens together where a layer's own window lets single ones go.
+    """
     kept = as_format(dtype)
-    if kept.keys == kept.values or any(map(values_of, attentions)):
+    if kept.by_channel and (windows := [window for each in attentions if (window := getattr(each, "window", None))]):
+        raise ValueError(whole_groups(kept, windows[0]))
+    if not kept.tells_apart or any(map(values_of, attentions)):
         return
     named = next(name for name, storage in NAMED.items() if storage == kept.keys)
+    asked = "keys by channel" if kept.by_channel else "values in bits of their own"
     raise ValueError(
-        f"cache.dtype={kept} keeps values in bits of their own, and what this variant caches serves as key and value at "
-        f"once: take cache.dtype={named}{ROTATED if kept.rotated else ''}, as its keys are kept"
+        f"cache.dtype={kept} keeps {asked}, and what this variant caches serves as key and value at once: take "
+        f"cache.dtype={named}{ROTATED if kept.rotated else ''}, as its keys are kept"
     )
+
+
+def whole_groups(kept: CacheFormat, window: int) -> str:
+    """Why that format goes with no window, and what does."""
+    return (
+        f"cache.dtype={kept} stores the keys of {GROUP} tokens together, and window={window} lets them go one by one: take "
+        f"cache.dtype={kept.by_vector}"
+    )
+
+
+def per_token(group_bytes: int) -> float:
+    """Of the bytes of GROUP tokens; an int where it is whole."""
+    return group_bytes / GROUP if group_bytes % GROUP else group_bytes // GROUP
 
 
 def check_window(kernel: str, window: int | None) -> None:
@@ -479,18 +561,39 @@ def check_window(kernel: str, window: int | None) -> None:
         raise ValueError(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
 
 
-def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> int:
+def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> float:
     """Bytes per token of one layer by the paper's element count and the storage's arithmetic, not by any buffer."""
-    kept, sixteen_bits, values = as_format(dtype), sixteen_bits_of(attention), values_of(attention)
-    shapes = attention.cache_shapes
-    nbytes = sum(kept.storage(name, sixteen_bits=sixteen_bits, values=values).nbytes(shape) for name, shape in shapes.items())
-    unlike = attention.cache_formula - sum(map(math.prod, shapes.values()))  # elements; 0 unless the class contradicts itself
-    return nbytes + kept.state_dtype.itemsize * unlike
+    together = sum(GROUP // storage.tokens * storage.nbytes(shape) for storage, shape in _stored(attention, dtype))
+    return per_token(together + GROUP * _unlike_bytes(attention, dtype))
 
 
 def formula_bytes_at(attention: Attention, dtype: torch.dtype | CacheFormat, context: int) -> int:
-    """The same for a sequence of so many tokens, of which a layer with a window keeps the newest, and its states."""
-    return formula_bytes(attention, dtype) * keys_seen(attention, context) + state_bytes_of(attention, dtype)
+    """The same for a sequence of so many tokens, of which a layer with a window keeps the newest, and its states.
+
+    Of tokens that are stored together, with the room of those that are not yet.
+    """
+    held = keys_seen(attention, context)
+    grown = sum(held // storage.tokens * storage.nbytes(shape) for storage, shape in _stored(attention, dtype))
+    fixed = newest_bytes_of(attention, dtype, held) + state_bytes_of(attention, dtype)
+    return grown + held * _unlike_bytes(attention, dtype) + fixed
+
+
+def newest_bytes_of(attention: Attention, dtype: torch.dtype | CacheFormat, context: int) -> int:
+    """Of these bytes the ones for tokens not yet stored together: no more of them from GROUP tokens on."""
+    return sum(newest_bytes(storage, shape, context) for storage, shape in _stored(attention, dtype))
+
+
+def _stored(attention: Attention, dtype: torch.dtype | CacheFormat) -> list[tuple[Storage, tuple[int, ...]]]:
+    """How each cached tensor is stored, and its shape."""
+    kept, sixteen_bits, values = as_format(dtype), sixteen_bits_of(attention), values_of(attention)
+    shapes = attention.cache_shapes
+    return [(kept.storage(name, sixteen_bits=sixteen_bits, values=values), shape) for name, shape in shapes.items()]
+
+
+def _unlike_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> int:
+    """Of elements by which the class contradicts itself; 0 where it does not."""
+    unlike = attention.cache_formula - sum(map(math.prod, attention.cache_shapes.values()))
+    return as_format(dtype).state_dtype.itemsize * unlike
 
 
 def keys_seen(attention: Attention, context: int) -> int:

@@ -26,11 +26,11 @@ from modeling.attention.cache import (
     values_of,
 )
 from modeling.attention.layers import AttentionLayers
-from modeling.attention.quantisation import NAMED, CacheFormat, cache_format
+from modeling.attention.quantisation import GROUP, NAMED, CacheFormat, cache_format
 
 BATCH, TOKENS = 3, 24
 # In few bits: the largest relative error of outputs against full precision, with logits as large as these.
-FEW_BITS = {"int8": 0.1, "fp8": 0.3, "int4": 0.3, "k8v4": 0.2, "k4v16": 0.3, "int4_rotated": 0.3}
+FEW_BITS = {"int8": 0.1, "fp8": 0.3, "int4": 0.3, "k8v4": 0.2, "k4v16": 0.3, "int4_rotated": 0.3, "kc4v8": 0.3}
 Variant = Any  # an nn.Module that keeps the Attention protocol, which Python cannot spell, or AttentionLayers of such
 Build = Callable[[], Variant]
 
@@ -58,10 +58,10 @@ def _layers(build: Build) -> AttentionLayers:
     return built if isinstance(built, AttentionLayers) else AttentionLayers([built])
 
 
-def _module_and_input(build: Build) -> tuple[AttentionLayers, Tensor]:
+def _module_and_input(build: Build, tokens: int = TOKENS) -> tuple[AttentionLayers, Tensor]:
     module = randomise(_layers(build)).eval()
     width = module.attentions[0].o_proj.out_features
-    return module, torch.randn(BATCH, TOKENS, width, generator=torch.Generator().manual_seed(1))
+    return module, torch.randn(BATCH, tokens, width, generator=torch.Generator().manual_seed(1))
 
 
 def _poisoned_cache(
@@ -197,40 +197,49 @@ def a_window_hides_what_it_should(build: Build) -> None:
 def caches_in_few_bits_stay_close(build: Build) -> None:
     """In each format of FEW_BITS one call gives what single tokens give, also with fixed shapes and in padded rows.
 
-    Full precision is within the bound of that format, and something is lost. A format that keeps values in bits of their own
-    is refused where no layer caches values alone.
+    Full precision is within the bound of that format, and something is lost. A format that tells keys from values is refused
+    where no layer caches values alone; keys by channel, of which enough tokens come for a group, also in a layer's own window.
 
     To 1e-10; to 1e-6 through states, which are rounded to float32 from one call to the next.
     """
-    module, x_BTD = _module_and_input(build)
-    between = 1e-6 if any(states_of(attention, torch.int8) for attention in module.attentions) else 1e-10
-    # In float32 the two differ in the last place, which tips an entry halfway between two levels to the other one.
-    module, x_BTD = module.to(torch.float64), x_BTD.to(torch.float64)
-    full, half = module(x_BTD), TOKENS // 2
     for name, bound in FEW_BITS.items():
         kept = cache_format(name)
+        tokens, half = TOKENS, TOKENS // 2
+        if kept.by_channel:
+            tokens = min(GROUP + 8, _positions(_layers(build)))
+            half = tokens - 6
+        module, x_BTD = _module_and_input(build, tokens)
+        between = 1e-6 if any(states_of(attention, torch.int8) for attention in module.attentions) else 1e-10
         if not _keeps(module, kept):
             _refused(module, kept)
             continue
-        whole = module(x_BTD, _poisoned_cache(module, TOKENS, kept))
+        # In float32 the two differ in the last place, which tips an entry halfway between two levels to the other one.
+        module, x_BTD = module.to(torch.float64), x_BTD.to(torch.float64)
+        whole, full = module(x_BTD, _poisoned_cache(module, tokens, kept)), module(x_BTD)
         error = relative_error(whole, full)
         assert 0 < error <= bound, f"{name}: relative error {error:.1e} against full precision"
         # Of a static cache the slots beyond the length are hidden by a mask, and finite.
-        fixed = module.new_cache(BATCH, TOKENS, dtype=kept, device="cpu", static=True)
-        for cache, split in ((_poisoned_cache(module, TOKENS, kept), [1] * TOKENS), (fixed, [7, TOKENS - 10, 1, 1, 1])):
+        fixed = module.new_cache(BATCH, tokens, dtype=kept, device="cpu", static=True)
+        for cache, split in ((_poisoned_cache(module, tokens, kept), [1] * tokens), (fixed, [7, tokens - 10, 1, 1, 1])):
             pieces = torch.cat([module(piece, cache) for piece in x_BTD.split(split, dim=1)], dim=1)
             error = relative_error(pieces, whole)
             assert error <= between, f"{name}, split {split}: relative error {error:.1e} against one call"
         valid_BT = torch.arange(half) < torch.tensor([half, half - 3, 1])[:, None]
-        cache = module.new_cache(BATCH, TOKENS, dtype=kept, device="cpu")
+        cache = module.new_cache(BATCH, tokens, dtype=kept, device="cpu")
         padded = module(x_BTD[:, :half], cache, valid_BT=valid_BT)
         error = relative_error(padded[valid_BT], whole[:, :half][valid_BT])
         assert error <= between, f"{name}: relative error {error:.1e} of padded rows"
         row = torch.cat((x_BTD[1, : half - 3], x_BTD[1, half : half + 3]))[None]
-        alone = module(row, module.new_cache(1, TOKENS, dtype=kept, device="cpu"))
+        alone = module(row, module.new_cache(1, tokens, dtype=kept, device="cpu"))
         steps = torch.cat([module(x_BTD[:, half + i : half + i + 1], cache) for i in range(3)], dim=1)
         error = relative_error(steps[1], alone[0, -3:])
         assert error <= between, f"{name}: relative error {error:.1e} of the tokens after a padded row"
+
+
+def _positions(module: AttentionLayers) -> int:
+    """Tokens that every layer takes."""
+    ropes = [rope for each in module.attentions if (rope := getattr(each, "rope", None)) is not None]
+    return min((rope.max_seq_len for rope in ropes), default=2 * GROUP)
 
 
 def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
@@ -239,12 +248,13 @@ def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
     except ValueError as refusal:
         assert f"cache.dtype={kept}" in str(refusal), f"the refusal does not name the format: {refusal}"
     else:
-        raise AssertionError(f"{kept} was taken, and no layer caches values alone")
+        raise AssertionError(f"{kept} was taken, and no layer caches values alone, or a window lets single keys go")
 
 
 def _keeps(module: AttentionLayers, kept: CacheFormat) -> bool:
-    """Whether values can be told from keys, where a format does."""
-    return kept.keys == kept.values or any(map(values_of, module.attentions))
+    """Whether values can be told from keys, where a format does, and keys stay together where they are by channel."""
+    single = any(getattr(attention, "window", None) for attention in module.attentions)
+    return not (kept.by_channel and single) and (not kept.tells_apart or any(map(values_of, module.attentions)))
 
 
 @torch.no_grad()

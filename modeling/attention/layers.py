@@ -48,10 +48,12 @@ class HasAttentions(nn.Module):
         Raises ValueError for a format that the variant cannot keep.
         """
         check_values(self.attentions, dtype)
-        return [
-            new_cache(attention, batch_size, max_seq_len, dtype=dtype, device=device, static=static, window=window, sinks=sinks)
-            for attention in self.attentions
-        ]
+        options: dict[str, Any] = {"dtype": dtype, "device": device, "static": static, "window": window, "sinks": sinks}
+        caches: list[Cache] = []
+        for attention in self.attentions:
+            back = reads_back(attention)
+            caches.append(new_cache(attention, batch_size, max_seq_len, reads=caches[-back] if back else None, **options))
+        return caches
 
 
 class AttentionLayers(HasAttentions):

@@ -39,7 +39,7 @@ def attend_as(
         return_weights=weights_out is not None,
     )
     if weights_out is not None and weights_BHTS is not None:
-        weights_out.append(weights_BHTS)
+        weights_out.append(place.by_token(weights_BHTS))
     return out_BTHV
 
 

@@ -6,6 +6,10 @@
     int8, fp8                    8 bits (fp8: e4m3) and a bfloat16 scale for each vector
     int4                         4 bits and a bfloat16 scale for each 32 elements of a vector
     k8v4                         keys in int8, values in int4; any two of 16 (bfloat16), 8 and 4 bits
+    kc4v4                        values likewise; keys in 8 or 4 bits, with a scale for each channel of 32 tokens
+
+Keys by channel are those of KIVI (Liu et al. 2024, arXiv 2402.02750): a channel that is large for every token has a scale of
+its own. The newest keys, of which there are not yet 32 to share scales, are kept in bfloat16.
 
 What is stored in 8 or 4 bits may be rotated before that and turned back when it is read (int4_rotated, k8v4_rotated): a
 fixed random orthogonal matrix of a vector's width spreads what stands out in a few channels over all of them (QuaRot, Ashkboos
@@ -30,13 +34,21 @@ from modeling.formats import read_format
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # magnitude that each type holds
 SCALE = torch.bfloat16
-GROUP = 32  # elements of a vector that share a scale in 4 bits; the last group of another width is shorter
+SIXTEEN = torch.bfloat16  # what stays in 16 bits where other things take fewer
+GROUP = 32  # elements of a vector that share a scale in 4 bits; the last group of another width is shorter. Tokens by channel
 
 Parts = tuple[Tensor, ...]  # what a storage makes of vectors (..., width): tensors that begin with the same dimensions
 
 
 class Storage(Protocol):
-    """One way to store vectors. A shape is that of one token, (..., width)."""
+    """One way to store vectors. A shape is that of one token, (..., width).
+
+    What is said of a token is said of `tokens` of them where they are stored together.
+    """
+
+    @property
+    def tokens(self) -> int:
+        """How many are stored together."""
 
     @property
     def itemsize(self) -> float:
@@ -60,6 +72,7 @@ class Plain:
     """Numbers as they are."""
 
     dtype: torch.dtype
+    tokens: ClassVar[int] = 1
 
     @property
     def itemsize(self) -> float:
@@ -83,6 +96,7 @@ class EightBits:
     """One scale a vector (`quantise`). Float8 is held as its bytes: few operations know the type itself."""
 
     dtype: torch.dtype  # a key of LARGEST
+    tokens: ClassVar[int] = 1
     itemsize: ClassVar[float] = 1
 
     def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -104,6 +118,7 @@ class EightBits:
 class FourBits:
     """One scale for each GROUP elements, two elements a byte; the last byte of an odd width holds one (`quantise_four`)."""
 
+    tokens: ClassVar[int] = 1
     itemsize: ClassVar[float] = 0.5
 
     def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
@@ -122,13 +137,41 @@ class FourBits:
 
 
 @dataclass(frozen=True)
+class ByChannel:
+    """GROUP tokens that follow one another together: each channel's numbers as `of` stores a vector.
+
+    encode takes (B, N, GROUP, *shape), and what is decoded is (B, N * GROUP, *shape).
+    """
+
+    of: Storage
+    tokens: ClassVar[int] = GROUP
+
+    @property
+    def itemsize(self) -> float:
+        return self.of.itemsize
+
+    def tensors(self, shape: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+        return self.of.tensors((*shape, GROUP))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        return self.of.nbytes((*shape, GROUP))
+
+    def encode(self, x: Tensor) -> Parts:
+        return self.of.encode(x.movedim(2, -1))
+
+    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+        return self.of.decode(parts, GROUP, dtype).movedim(-1, 2).flatten(1, 2)
+
+
+@dataclass(frozen=True)
 class CacheFormat:
-    """What a cache keeps. keys: also of what serves as key and value at once."""
+    """What a cache keeps. keys: also of what serves as key and value at once. by_channel: keys that are nothing else."""
 
     name: str
     keys: Storage
     values: Storage
     rotated: bool = False
+    by_channel: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -138,16 +181,32 @@ class CacheFormat:
         """Whether something is stored in less than 16 bits, so that a model computes something else through it."""
         return not (isinstance(self.keys, Plain) and isinstance(self.values, Plain))
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether keys and values are stored differently."""
+        return self.by_channel or self.keys != self.values
+
+    @property
+    def by_vector(self) -> str:
+        """The name of the format that differs in this alone: nothing is stored by channel."""
+        alike = next(name for name, storage in NAMED.items() if storage == self.keys)
+        return alike if self.keys == self.values else self.name.replace("kc", "k")
+
     def storage(self, name: str, *, sixteen_bits: Collection[str], values: Collection[str]) -> Storage:
-        """How the cached tensor of this name is stored; the others are those that a variant states."""
+        """How the cached tensor of this name is stored; the others are those that a variant states.
+
+        By channel where keys are apart: what has no values beside it serves as both.
+        """
         if self.in_few_bits and name in sixteen_bits:
-            return Plain(torch.bfloat16)
-        return self.values if name in values else self.keys
+            return Plain(SIXTEEN)
+        if name in values:
+            return self.values
+        return ByChannel(self.keys) if self.by_channel and values else self.keys
 
     @property
     def state_dtype(self) -> torch.dtype:
         """In what a state is kept, which belongs to no token."""
-        return torch.bfloat16 if self.in_few_bits or not isinstance(self.keys, Plain) else self.keys.dtype
+        return SIXTEEN if self.in_few_bits or not isinstance(self.keys, Plain) else self.keys.dtype
 
     def read_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In what keys of `dtype` are read back."""
@@ -167,7 +226,7 @@ NAMED: dict[str, Storage] = {
 def cache_format(name: str) -> CacheFormat:
     """The format of that name. Raises ValueError, with the forms there are, for any other (modeling/formats.py)."""
     read = read_format(name)
-    return CacheFormat(name, NAMED[read.keys], NAMED[read.values], read.rotated)
+    return CacheFormat(name, NAMED[read.keys], NAMED[read.values], read.rotated, read.by_channel)
 
 
 def as_format(dtype: torch.dtype | CacheFormat) -> CacheFormat:
@@ -179,8 +238,18 @@ def as_format(dtype: torch.dtype | CacheFormat) -> CacheFormat:
     return CacheFormat(name, storage, storage)
 
 
+def newest_bytes(storage: Storage, shape: tuple[int, ...], tokens: int) -> int:
+    """Bytes of one row of so many tokens that are kept for those not yet stored together, by arithmetic."""
+    return 0 if storage.tokens == 1 else min(tokens, storage.tokens) * math.prod(shape) * SIXTEEN.itemsize
+
+
 class Stored:
-    """One cached tensor of `shape` a token for all rows and slots: its parts, and how vectors go in and come out."""
+    """One cached tensor of `shape` a token for all rows and slots: its parts, and how vectors go in and come out.
+
+    Where several tokens are stored together, `newest` is a ring of as many, in which the token at position p lies at p
+    modulo its length: those that are not yet all there are in it, as they came. A call then writes to `working`, where every
+    slot is as that ring says, and `settle` stores what it has made complete.
+    """
 
     def __init__(
         self,
@@ -193,9 +262,14 @@ class Stored:
     ) -> None:
         self.storage, self.shape = storage, shape
         # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
+        rows, slots = rows_slots
         self.parts = tuple(
-            torch.zeros(*rows_slots, *part, dtype=dtype, device=device) for part, dtype in storage.tensors(shape)
+            torch.zeros(rows, slots // storage.tokens, *part, dtype=dtype, device=device)
+            for part, dtype in storage.tensors(shape)
         )
+        self.newest: Tensor | None = None
+        if storage.tokens > 1:
+            self.newest = torch.zeros(rows, min(slots, storage.tokens), *shape, dtype=SIXTEEN, device=device)
         rotated = rotated and not isinstance(storage, Plain)
         self.rotation_KK = rotation(shape[-1]).to(device) if rotated else None
 
@@ -212,12 +286,64 @@ class Stored:
         payload, scale = parts
         return payload if self.storage.dtype == payload.dtype else payload.view(self.storage.dtype), scale
 
+    @property
+    def tensors(self) -> Parts:
+        """All that is held."""
+        return self.parts if self.newest is None else (*self.parts, self.newest)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes that GROUP tokens of one row take, once they are stored as they stay: read off the parts."""
+        together = sum(math.prod(part.shape[2:]) * part.itemsize for part in self.parts)
+        return together * (GROUP // self.storage.tokens)
+
+    def working(self, slots: int) -> Parts:
+        """What a call that shows so many slots writes to, and in what form `encode` gives it."""
+        if self.newest is None:
+            return self.parts
+        return (self.newest[:, torch.arange(slots, device=self.newest.device) % self.newest.shape[1]],)
+
+    def settle(self, whole: Tensor, before_B: Tensor, after_B: Tensor, new_tokens: int) -> None:
+        """Take over from `working` what a call has written: rows had so many tokens and have so many now."""
+        assert self.newest is not None
+        rows_B1 = torch.arange(whole.shape[0], device=whole.device)[:, None]
+        together, ring = self.storage.tokens, torch.arange(self.newest.shape[1], device=whole.device)
+        if self.parts[0].shape[1]:
+            begun_B1, complete_B1 = before_B[:, None] // together, after_B[:, None] // together
+            some_C = torch.arange(-(-new_tokens // together), device=whole.device)  # as many as a call can complete
+            # A row that completes fewer names its last one again, or one that it leaves as it is.
+            group_BC = (begun_B1 + some_C).minimum(complete_B1 - 1).clamp(min=0)
+            made_BC = (group_BC >= begun_B1) & (group_BC < complete_B1)
+            slots_BN = (group_BC[:, :, None] * together + torch.arange(together, device=whole.device)).flatten(1)
+            groups = whole[rows_B1, slots_BN.clamp(max=whole.shape[1] - 1)].unflatten(1, (-1, together))
+            for buffer, part in zip(self.parts, self.storage.encode(groups), strict=True):
+                made = made_BC.view(*made_BC.shape, *(1 for _ in part.shape[2:]))
+                buffer.index_put_((rows_B1, group_BC), torch.where(made, part, buffer[rows_B1, group_BC]))
+        last_B1 = after_B[:, None] - 1
+        newest_BR = last_B1 - torch.remainder(last_B1 - ring, len(ring))  # below 0: no token yet, and nothing is read
+        self.newest.copy_(whole[rows_B1, newest_BR.clamp(min=0)])
+
     def encode(self, new: Tensor) -> Parts:
-        """Vectors (B, T, *shape) as they are stored."""
+        """Vectors (B, T, *shape) as they are written."""
+        if self.newest is not None:
+            return (new.to(self.newest.dtype),)
         return self.storage.encode(new if self.rotation_KK is None else _product(new, self.rotation_KK))
 
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
-        """What parts of any slots stand for; in `dtype`, unless they are stored as they are."""
+        """What parts of any slots stand for; in `dtype`, unless they are stored as they are.
+
+        Of tokens that are stored together: groups, then slots of `working`, and of one query a row how many (B, 1) of them
+        it sees as groups. Without that number all of both are given, groups first.
+        """
+        if self.newest is not None:
+            levels = len(self.parts)
+            grouped, whole = self.storage.decode(parts[:levels], self.shape[-1], dtype), parts[levels].to(dtype)
+            if len(parts) == levels + 1:
+                return torch.cat((grouped, whole), dim=1)
+            slots = grouped.shape[1]
+            seen_BS = torch.arange(slots, device=whole.device) < parts[-1]
+            seen = seen_BS.view(*seen_BS.shape, *(1 for _ in self.shape))
+            return torch.cat((torch.where(seen, grouped, whole[:, :slots]), whole[:, slots:]), dim=1)
         if self.rotation_KK is None:
             return self.storage.decode(parts, self.shape[-1], dtype)
         wide = torch.promote_types(dtype, torch.float32)

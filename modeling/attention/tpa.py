@@ -177,7 +177,7 @@ class TensorProductAttention(nn.Module):
         logits_BTHS = self.scale / self.k_rank * _products(q_BTHK, k_a_BSRH, k_b_BSRK)
         weights_BTHS = masked_softmax(logits_BTHS, causal=place.causal, mask_BTS=place.mask_BTS)
         if weights_out is not None:
-            weights_out.append(weights_BTHS.transpose(1, 2))
+            weights_out.append(place.by_token(weights_BTHS.transpose(1, 2)))
         spread_BTHM = (weights_BTHS.unsqueeze(-1) * v_a_BSRH.permute(0, 3, 1, 2).unsqueeze(1)).flatten(-2)
         out_BMK = spread_BTHM.flatten(1, 2).to(v_b_BSRK.dtype) @ v_b_BSRK.flatten(1, 2)
         return out_BMK.view(B, T, H, K) / self.v_rank

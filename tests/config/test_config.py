@@ -426,6 +426,9 @@ def test_the_names_of_formats_are_read_without_torch_and_are_those_of_the_cache(
         ("int3", r"^cache.dtype=int3 is unknown; choose one of float32, "),
         ("k8v8", r"^cache.dtype=k8v8 is int8 by another name: write that$"),
         ("k4v4_rotated", r"^cache.dtype=k4v4_rotated is int4_rotated by another name: write that$"),
+        ("kc16v4", r"^cache.dtype=kc16v4 is unknown; choose one of float32, .* kcXvY has a scale .*, X 8 or 4 \(kc4v4\)$"),
+        ("kc4v3", r"^cache.dtype=kc4v3 is unknown; choose one of float32, "),
+        ("kc4v4_rotated", r"^cache.dtype=kc4v4_rotated would mix the channels that have scales of their own: write kc4v4$"),
         ("bfloat16_rotated", r"^cache.dtype=bfloat16_rotated would turn what is stored as it is: write bfloat16$"),
     ],
 )
@@ -435,7 +438,7 @@ def test_a_format_that_there_is_not_is_refused_with_the_forms_there_are(name: st
             load([f"cache.dtype={name}"])
 
 
-@pytest.mark.parametrize("name", ["int4", "k8v4", "k16v4", "fp8_rotated", "k4v8_rotated"])
+@pytest.mark.parametrize("name", ["int4", "k8v4", "k16v4", "fp8_rotated", "k4v8_rotated", "kc4v4", "kc8v16"])
 def test_formats_of_few_bits_are_chosen_by_name(name: str) -> None:
     assert load_eval_config([f"cache.dtype={name}"]).cache.dtype == name
 

@@ -437,6 +437,19 @@ def test_eight_bits_are_scored_through_and_stand_beside_full_precision(
     assert f"a cache of {dtype}" in said and f"perplexity {plain['perplexity']:,.3f}" in said
 
 
+def test_keys_by_channel_are_scored_through_and_counted_as_they_lie(
+    shared: Workplace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = record_of(shared, capsys, "run=mha", "cache.dtype=kc4v4", "extras=[]")
+    assert record["through_cache"] and 0 < record["cache_divergence"] < 0.1
+    assert record["perplexity"] == pytest.approx(record["perplexity_without_cache"], rel=0.01)
+    # 32 tokens of 2 heads of 16: keys one group of channels and the room of 32 in 16 bits, values 8 bytes and a scale a head.
+    assert record["cache_bytes_at_context"] == 32 * (16 + 2) + 32 * 32 * 2 + 32 * 2 * (8 + 2)
+    for overrides, remedy in ((["run=mha", "cache.window=6"], "int4"), (["run=mla"], "int4, as its keys are kept")):
+        with pytest.raises(UserError, match=rf"^cache.dtype=kc4v4 .*: take cache.dtype={remedy}$"):
+            shared.evaluate(*overrides, "cache.dtype=kc4v4")
+
+
 def test_sixteen_bits_are_quoted_unless_asked_to_be_scored_through(
     shared: Workplace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,15 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
     assert through != loss(None)
 
 
+@pytest.mark.parametrize("variant", ["gqa", "gqa_cla", "tpa", "gdn_3_1"])
+def test_keys_by_channel_are_scored_as_they_are_decoded(variant: str) -> None:
+    model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB)).eval()
+    choice = CacheChoice(cache_format("kc4v8"))
+    result = evaluate_model(on_cpu(model), split(), texts_of(END), Scoring(0.5, batch_size=3), through=choice)
+    assert result.loss == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
+    assert result.loss != result.beside[0].loss
+
+
 @torch.no_grad()
 def test_the_divergence_is_the_mean_kl_over_the_scored_tokens_and_what_is_without_a_cache_stands_beside() -> None:
     """By hand: both distributions of every token in float64, whole windows apart so that each token is scored once."""

@@ -1351,6 +1351,18 @@ def test_measured_bytes_of_a_quantised_cache_stand_beside_the_elements_alone(
     assert found["bytes_per_token"] <= found["measured"]["bytes_per_token"] < 2 * found["bytes_per_token"]
 
 
+def test_keys_by_channel_are_counted_with_the_newest_that_wait_in_16_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: 12 layers of 3 groups of heads of 64, of 32 tokens' keys 16 bytes and a scale for each channel, in values
+    32 and two scales a head."""
+    found = json.loads(printed(capsys, "attention=gqa", "model=gpt2", "--dtype", "kc4v4", "--json"))
+    keys, values, newest = 3 * 64 * (16 + 2) // 32, 3 * (32 + 4), 32 * 3 * 64 * 2
+    assert found["bytes_per_token"] == found["measured"]["bytes_per_token"] == 12 * (keys + values)
+    assert found["state_bytes"] == found["measured"]["state_bytes"] == 12 * newest
+    assert found["total_bytes"] == 12 * (1024 * (keys + values) + newest)
+    said = printed(capsys, "attention=gqa", "model=gpt2", "--dtype", "kc4v4")
+    assert "scales, and parts kept in 16 bits, counted; the newest 32 tokens' keys, in 16 bits, are counted as states" in said
+
+
 @pytest.mark.parametrize(
     "overrides", [["attention=mla"], ["attention=mla", "attention.q_lora_rank=20"], ["attention=mla_plain"]], ids=str
 )

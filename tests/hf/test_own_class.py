@@ -134,14 +134,14 @@ def test_left_padded_rows_write_what_they_write_alone(folders: Folders, name: st
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["int8", "int4_rotated"])
-def test_it_writes_through_a_cache_in_few_bits_as_our_own_generation_does(folders: Folders, dtype: str) -> None:
-    model, theirs = loaded(folders, "mla_plain")
+@pytest.mark.parametrize(("name", "dtype"), [("mla_plain", "int8"), ("mla_plain", "int4_rotated"), ("gqa", "kc4v4")])
+def test_it_writes_through_a_cache_in_few_bits_as_our_own_generation_does(folders: Folders, name: str, dtype: str) -> None:
+    model, theirs = loaded(folders, name)
     prompts = tokens(2, 9)
-    written = theirs.generate(prompts, max_new_tokens=20, past_key_values=generation_cache(40, dtype), **WRITE)
-    ours = generate(model, prompts.tolist(), max_new_tokens=20, temperature=0, cache_dtype=cache_format(dtype))
+    written = theirs.generate(prompts, max_new_tokens=30, past_key_values=generation_cache(40, dtype), **WRITE)
+    ours = generate(model, prompts.tolist(), max_new_tokens=30, temperature=0, cache_dtype=cache_format(dtype))
     assert torch.equal(written[:, 9:], torch.stack(list(ours), dim=1))
-    assert dtype == "int8" or not torch.equal(written, theirs.generate(prompts, max_new_tokens=20, **WRITE))
+    assert dtype == "int8" or not torch.equal(written, theirs.generate(prompts, max_new_tokens=30, **WRITE))
     cache = generation_cache(40, dtype)
     theirs.generate(prompts, max_new_tokens=12, num_beams=3, do_sample=False, eos_token_id=None, past_key_values=cache)
     assert [layer.bytes_per_token for layer in cache.layers] == [

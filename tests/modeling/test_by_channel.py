@@ -1,0 +1,256 @@
+"""Keys by channel (KIVI, arXiv 2402.02750): against the paper's own steps, and whatever way tokens come in."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from modeling.attention.cache import Cache, formula_bytes, formula_bytes_at, new_cache
+from modeling.attention.contract import randomise, relative_error
+from modeling.attention.quantisation import cache_format
+from modeling.generation import generate
+from modeling.gpt import GPT
+from tests.support.variants import attention_from, gpt_from
+
+ROWS, TOKENS, GROUP = 3, 75, 32
+SHAPES: dict[str, tuple[int, ...]] = {"k": (2, 5), "v": (2, 7), "k_rope": (4,)}
+SPLITS = {
+    "one call": [TOKENS],
+    "one by one": [1] * TOKENS,
+    "around a group's end": [31, 1, 1, 1, 41],
+    "behind it": [33, 1, 30, 11],
+    "two groups at once": [5, 70],
+    "groups whole": [64, 1, 9, 1],
+}
+
+
+def four_bits(x_N: list[float]) -> list[float]:
+    """Numbers that share a scale: the largest is -8 of them, the others whole ones from -8 to 7."""
+    largest = max(x_N, key=abs)
+    scale = float(torch.tensor(largest / -8).bfloat16())
+    return [scale * min(7, max(-8, round(x / scale))) for x in x_N]
+
+
+def eight_bits(x_N: list[float]) -> list[float]:
+    scale = float((torch.tensor(max(map(abs, x_N))).float() / 127 * (1 + 2**-7)).bfloat16())
+    return [scale * min(127, max(-127, round(x / scale))) for x in x_N]
+
+
+def keys_seen(k_TGK: Tensor, position: int, bits: int) -> Tensor:
+    """What the query at that position sees, channel by channel: groups of 32 that are complete, the others in 16 bits."""
+    one = {4: four_bits, 8: eight_bits}[bits]
+    seen = k_TGK[: position + 1].bfloat16().double()
+    for group in range((position + 1) // GROUP):
+        part = slice(group * GROUP, (group + 1) * GROUP)
+        for head in range(seen.shape[1]):
+            for channel in range(seen.shape[2]):
+                seen[part, head, channel] = torch.tensor(one(seen[part, head, channel].tolist()), dtype=torch.float64)
+    return seen
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cache_of(name: str = "kc4v4", rows: int = 1, slots: int = TOKENS, **options: object) -> Cache:
+    return Cache(
+        rows,
+        slots,
+        SHAPES,
+        dtype=cache_format(name),
+        device="cpu",
+        values=("v",),
+        sixteen_bits=("k_rope",),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def poisoned(cache: Cache) -> Cache:
+    for tensor in cache.growing():
+        if tensor.is_floating_point():
+            tensor.fill_(float("nan"))
+    return cache
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_query_sees_what_the_paper_leaves_it_however_tokens_come(bits: int, split: str) -> None:
+    new = {name: noise(1, TOKENS, *shape) for name, shape in SHAPES.items()}
+    new["k"][..., 3] *= 40  # a channel that stands out
+    cache, first = poisoned(cache_of(f"kc{bits}v8")), 0
+    values = Cache(1, TOKENS, SHAPES, dtype=cache_format("int8"), device="cpu").append(**new)["v"]
+    for tokens in SPLITS[split]:
+        place = cache.place(tokens, None)
+        seen = cache.append(**{name: tensor[:, first : first + tokens] for name, tensor in new.items()})
+        for t in range(tokens):
+            position = first + t
+            wanted = keys_seen(new["k"][0], position, bits)
+            visible = torch.ones(position + 1, dtype=torch.bool) if place.mask_BTS is None else place.mask_BTS[0, t]
+            assert place.mask_BTS is not None or (tokens == 1 and seen["k"].shape[1] == position + 1)
+            slots = torch.arange(position + 1)
+            if place.key_positions_BS is not None:
+                slots = place.key_positions_BS[0, visible]
+            assert sorted(slots.tolist()) == list(range(position + 1)), "every key once"
+            assert torch.allclose(seen["k"][0, visible], wanted[slots], rtol=1e-12, atol=0)
+            assert torch.equal(seen["v"][0, visible], values[0, slots])
+            assert torch.equal(seen["k_rope"][0, visible], new["k_rope"][0, slots].bfloat16())
+        first += tokens
+    assert all(tensor.isfinite().all() for tensor in seen.values()), "a slot beyond the length, or an unfinished group, is read"
+
+
+def test_a_channel_that_stands_out_costs_the_others_nothing() -> None:
+    k, v = noise(1, GROUP + 1, 2, 40), noise(1, GROUP + 1, 1)
+    k[..., 3] *= 40
+    errors = {}
+    for name in ("kc4v4", "int4"):
+        cache = Cache(1, GROUP + 1, {"k": (2, 40), "v": (1,)}, dtype=cache_format(name), device="cpu", values=("v",))
+        for part in (slice(0, GROUP), slice(GROUP, None)):
+            seen = cache.append(k=k[:, part], v=v[:, part])["k"]
+        errors[name] = (seen - k)[:, :GROUP, :, 4:32].norm().item()
+    assert 0 < errors["kc4v4"] < 0.3 * errors["int4"]
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+def test_rows_of_unlike_lengths_complete_their_groups_each_at_its_own_time(static: bool) -> None:
+    """Against every row alone, one token at a time: padded on either side, rows that stop, groups complete within a call."""
+    new = {name: noise(ROWS, 150, *shape) for name, shape in SHAPES.items()}
+    cache = cache_of(rows=ROWS, slots=150, static=static)
+    alone = [cache_of(slots=150) for _ in range(ROWS)]
+    taken = [0] * ROWS
+    lengths = ((40, 7, 0), (1, 1, 1), (1, 0, 1), (30, 35, 1), (1, 1, 0), (1, 1, 30), (1, 1, 1), (1, 1, 1), (1, 20, 1))
+    for call, counts in enumerate(lengths):
+        T = max(counts)
+        valid_BT = torch.zeros(ROWS, T, dtype=torch.bool)
+        given = {name: torch.full((ROWS, T, *shape), 7.0, dtype=torch.float64) for name, shape in SHAPES.items()}
+        for row, count in enumerate(counts):
+            place = slice(0, count) if call % 2 else slice(T - count, T)
+            valid_BT[row, place] = True
+            for name, tensor in new.items():
+                given[name][row, place] = tensor[row, taken[row] : taken[row] + count]
+        place_now = cache.place(T, valid_BT)
+        seen = cache.append(valid_BT, **given)
+        assert place_now.mask_BTS is not None
+        for row in range(ROWS):
+            for t in valid_BT[row].nonzero()[:, 0].tolist():
+                one = {name: tensor[row : row + 1, taken[row] : taken[row] + 1] for name, tensor in new.items()}
+                latest = alone[row].append(**one)
+                taken[row] += 1
+                visible = place_now.mask_BTS[row, t]
+                slots = torch.arange(len(visible))[visible]
+                if place_now.key_positions_BS is not None:
+                    slots = place_now.key_positions_BS[row, visible]
+                assert sorted(slots.tolist()) == list(range(taken[row]))
+                for name, tensor in latest.items():
+                    assert torch.equal(seen[name][row, visible], tensor[0, slots]), (call, row, t, name)
+    assert cache.lengths_B.tolist() == taken and min(taken) > GROUP and len({n // GROUP for n in taken}) > 1
+
+
+VARIANTS = {
+    "gqa": ["attention=gqa"],
+    "a shared rotated key": ["attention=mha_decoupled"],
+    "learned positions": ["attention=mha_learned"],
+    "layers that read others": ["attention=gqa_cla"],
+    "sinks": ["attention=gqa", "attention.sink_logits=true"],
+    "tensor products": ["attention=tpa"],
+    "tensor products expanded": ["attention=tpa", "attention.decode=expand"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_a_model_gives_the_same_in_one_call_in_chunks_and_with_fixed_shapes(variant: str) -> None:
+    model: GPT = randomise(gpt_from(VARIANTS[variant])).eval().double()
+    tokens, kept = torch.randint(100, (2, 64), generator=torch.Generator().manual_seed(0)), cache_format("kc4v8")
+    whole = model(tokens, model.new_cache(2, 64, dtype=kept, device="cpu"))[..., :100]
+    assert relative_error(whole, model(tokens)[..., :100]) > 1e-4
+    for static, split in ((False, [30, *[1] * 34]), (False, [13, 51]), (True, [5, 25, *[1] * 34]), (True, [40, 24])):
+        cache = model.new_cache(2, 64, dtype=kept, device="cpu", static=static)
+        pieces = torch.cat([model(piece, cache) for piece in tokens.split(split, dim=1)], dim=1)[..., :100]
+        assert relative_error(pieces, whole) <= 1e-6, (static, split)
+
+
+@torch.no_grad()
+def test_a_step_is_compiled_once_and_completes_groups_as_an_eager_one_does() -> None:
+    model: GPT = randomise(gpt_from(["attention=gqa"], n_layers=1)).eval().double()
+    tokens, kept = torch.randint(100, (2, 36), generator=torch.Generator().manual_seed(0)), cache_format("kc4v8")
+    whole = model(tokens, model.new_cache(2, 36, dtype=kept, device="cpu"))[..., :100]
+    cache = model.new_cache(2, 36, dtype=kept, device="cpu")
+    pieces = [model(tokens[:, :30], cache)]
+    for layer in cache:
+        layer.make_static()
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        pieces += [step(token, cache) for token in tokens[:, 30:].split(1, dim=1)]
+    assert relative_error(torch.cat(pieces, dim=1)[..., :100], whole) <= 1e-6
+
+
+@torch.no_grad()
+def test_weights_have_one_column_a_token_whichever_version_a_query_sees() -> None:
+    for overrides in (VARIANTS["gqa"], VARIANTS["tensor products"], VARIANTS["tensor products expanded"]):
+        layer = randomise(attention_from(overrides)).eval().double()
+        layer.backend = "reference"
+        x_BTD = noise(2, 40, 48)
+        found: dict[str, list[Tensor]] = {"whole": [], "steps": []}
+        for kind, split in (("whole", [40]), ("steps", [39, 1])):
+            cache = new_cache(layer, 2, 40, dtype=cache_format("kc4v4"), device="cpu")
+            for piece in x_BTD.split(split, dim=1):
+                layer(piece, cache, weights_out=found[kind])
+        (whole_BHTS,), (_, last_BHTS) = found["whole"], found["steps"]
+        assert whole_BHTS.shape == (2, 4, 40, 40) and whole_BHTS.triu(1).abs().max() == 0
+        assert torch.allclose(whole_BHTS.sum(dim=-1), torch.ones((), dtype=torch.float64))
+        assert torch.allclose(whole_BHTS[:, :, -1:], last_BHTS)
+
+
+def test_a_prompt_is_continued_as_one_token_at_a_time_would() -> None:
+    model: GPT = randomise(gpt_from(["attention=gqa"])).eval().double()
+    drawn = torch.randint(100, (3, 37), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = [row[:length] for row, length in zip(drawn, (37, 30, 1), strict=True)]
+    kept = cache_format("kc4v4")
+    together = torch.stack(list(generate(model, prompts, max_new_tokens=20, temperature=0, cache_dtype=kept)), dim=1)
+    for row, prompt in enumerate(prompts):
+        cache, written = model.new_cache(1, 64, dtype=kept, device="cpu"), list(prompt)
+        with torch.no_grad():
+            for place in range(len(prompt) + 19):
+                logits = model(torch.tensor([[written[place]]]), cache)
+                if place + 1 >= len(prompt):
+                    written.append(int(logits[0, -1].argmax()))
+        assert together[row].tolist() == written[len(prompt) :]
+
+
+def test_bytes_written_out_by_hand_and_as_measured_at_any_context() -> None:
+    """A layer of 2 groups of heads of 12: 24 channels. 32 tokens are 16 bytes and a scale of 2 for each, in int8 32 and 2."""
+    layer = attention_from(["attention=gqa"])
+    values = {"4": 2 * (6 + 2), "8": 2 * (12 + 2), "16": 2 * 2 * 12}
+    for keys, of_group in (("4", 24 * (16 + 2)), ("8", 24 * (32 + 2))):
+        for bits, of_value in values.items():
+            kept = cache_format(f"kc{keys}v{bits}")
+            for context in (1, 31, 32, 33, 64, 100, 1024):
+                wanted = context // 32 * of_group + min(context, 32) * 24 * 2 + context * of_value
+                cache = new_cache(layer, 3, context, dtype=kept, device="meta")
+                assert cache.nbytes == 3 * wanted and formula_bytes_at(layer, kept, context) == wanted
+            assert cache.bytes_per_token == formula_bytes(layer, kept) == of_group / 32 + of_value
+            assert cache.newest_bytes == 32 * 24 * 2 and cache.elements_per_token == 2 * 24
+    assert math.isclose(of_group / 32, 25.5)
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "sentence"),
+    [
+        ("mla", "kc4v4", r"^cache.dtype=kc4v4 keeps keys by channel, and what this variant caches .* take cache.dtype=int4, "),
+        ("gta", "kc8v4", r"^cache.dtype=kc8v4 keeps keys by channel, .* take cache.dtype=int8, as its keys are kept$"),
+        ("swa_3_1", "kc4v4", r"^cache.dtype=kc4v4 stores the keys of 32 tokens together, and window=16 lets .*dtype=int4$"),
+        ("swa_sinks", "kc8v4", r"^cache.dtype=kc8v4 stores the keys of 32 tokens together, .* take cache.dtype=k8v4$"),
+    ],
+)
+def test_what_cannot_be_kept_by_channel_is_refused_in_a_sentence(variant: str, name: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        gpt_from([f"attention={variant}"]).new_cache(1, 4, dtype=cache_format(name), device="cpu")
+
+
+def test_a_window_at_evaluation_is_refused_too() -> None:
+    with pytest.raises(ValueError, match=r"^cache.dtype=kc4v4 stores the keys of 32 tokens together, and window=9 lets them "):
+        gpt_from(["attention=gqa"]).new_cache(1, 64, dtype=cache_format("kc4v4"), device="cpu", window=9)
