@@ -2,8 +2,9 @@
 
   heads       16,128            batch_sizes  1,32,128         contexts   1024,8192,32768 (cached tokens of every row)
   kv_lora_rank  512             qk_rope_head_dim  64          dtype      bfloat16 | float16 | float32
-  kernels     all, or some of triton,triton_int8,triton_fp8,torch,torch_compiled,sdpa,vllm,sglang (the last two where they are
-              installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated key in 16 bits)
+  kernels     all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the
+              last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated
+              key in 16 bits)
   rounds      10                timed replays; a figure is their median with the range
   tile        null              heads,slots,warps,stages,registers in place of the table's choice, for tuning
   splits      null              ranges a row in place of the table's choice
@@ -158,7 +159,7 @@ def main(arguments: list[str]) -> int:
             "this benchmark needs a CUDA device; python benchmarks/latent_decode.py --offline compiles the kernel without"
         )
     try:
-        check_widths(options.kv_lora_rank, options.qk_rope_head_dim)
+        check_widths("triton", options.kv_lora_rank, options.qk_rope_head_dim)
         if any(name.startswith("triton") for name in names):
             check_kernel("triton", "cuda")
     except ValueError as error:
@@ -325,6 +326,21 @@ def ours(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = Non
     return call, name
 
 
+def gluon(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+    from modeling.kernels import latent_decode_gluon_triton as kernel
+
+    check_kernel("gluon", case.latent_IBSL.device)
+    check_widths("gluon", options.kv_lora_rank, options.qk_rope_head_dim)
+    splits = options.splits or kernel.splits_for(case.q_latent_IBHL[0], case.latent_IBSL[0])
+
+    def call(i: int) -> Tensor:
+        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B = case.arguments(i)
+        assert q_rope_BHP is not None and k_rope_BSP is not None
+        return kernel.launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=case.scale, splits=splits)
+
+    return call, f"{kernel.TILE.heads}x{kernel.TILE.slots} /{splits}"
+
+
 def torch_eager(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return lambda i: latent_decode(*case.arguments(i), scale=case.scale), ""
 
@@ -344,6 +360,51 @@ def sdpa(case: Case, options: DecodeOptions) -> tuple[Call, str]:
             return F.scaled_dot_product_attention(
                 q_IBHK[i].unsqueeze(1), kv_IBSK[i].unsqueeze(1), kv_IBSK[i, :, :, :L].unsqueeze(1), scale=case.scale
             ).squeeze(1)
+
+    return call, ""
+
+
+def flashinfer(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+    """FlashInfer's kernel over our own caches; its plan is made beforehand and not timed."""
+    from modeling.kernels import latent_decode_flashinfer as kernel
+
+    check_widths("flashinfer", options.kv_lora_rank, options.qk_rope_head_dim)
+    caches = []
+    for i in range(case.inputs):
+        q_latent_BHL, _, latent_BSL, k_rope_BSP, lengths_B = case.arguments(i)
+        assert k_rope_BSP is not None
+        wrapper, pages = kernel.planned(q_latent_BHL, latent_BSL, k_rope_BSP, lengths_B, case.scale)
+        caches.append(pages)
+
+    def call(i: int) -> Tensor:
+        q_latent_BHL, q_rope_BHP, *_ = case.arguments(i)
+        assert q_rope_BHP is not None
+        return kernel.run(wrapper, q_latent_BHL, q_rope_BHP, caches[i])
+
+    return call, f"pages of {caches[0][0].shape[1]}"
+
+
+def flash_mla(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+    """DeepSeek's kernel over pages of 64 slots, both parts in one buffer; its schedule is made at the first call, not timed."""
+    from flash_mla import flash_mla_with_kvcache, get_mla_metadata
+
+    q_IBHK, kv_IBSK = case.joint
+    _, B, H, _ = q_IBHK.shape
+    S, L = case.latent_IBSL.shape[2:]
+    if S % 64:
+        raise ValueError("the context must be a multiple of the page, 64 slots")
+    pages_BN = torch.arange(B * S // 64, dtype=torch.int32, device=q_IBHK.device).view(B, S // 64)
+    lengths_B = case.lengths_B.int()
+    schedule = get_mla_metadata(lengths_B, H, 1)
+    # SGLang's wheel of it keeps the kernels for Hopper under this name.
+    extra = {"use_legacy": True} if "use_legacy" in inspect.signature(flash_mla_with_kvcache).parameters else {}
+
+    def call(i: int) -> Tensor:
+        cache = kv_IBSK[i].view(B * S // 64, 64, 1, -1)
+        out_B1HL, _ = flash_mla_with_kvcache(
+            q_IBHK[i].unsqueeze(1), cache, pages_BN, lengths_B, L, *schedule, softmax_scale=case.scale, **extra
+        )
+        return out_B1HL.squeeze(1)
 
     return call, ""
 
@@ -407,9 +468,12 @@ STORED = {"triton_int8": torch.int8, "triton_fp8": torch.float8_e4m3fn}  # laten
 KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
     "triton": ours,
     **{name: functools.partial(ours, stored=dtype) for name, dtype in STORED.items()},
+    "gluon": gluon,
     "torch": torch_eager,
     "torch_compiled": torch_compiled,
     "sdpa": sdpa,
+    "flashinfer": flashinfer,
+    "flash_mla": flash_mla,
     "vllm": vllm,
     "sglang": sglang,
 }

@@ -71,9 +71,7 @@ class DecodeOptions:
         Literal["auto", "expand", "absorbed", "both"],
         "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
     ] = "both"
-    kernel: Annotated[
-        Literal["auto", "torch", "triton"], "what computes the absorbed path; auto: triton on CUDA, else torch"
-    ] = "auto"
+    kernel: Annotated[str, "what computes the absorbed path; auto: triton on CUDA, else torch"] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"
@@ -203,11 +201,16 @@ def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading:
 
 def check(options: DecodeOptions, overrides: list[str]) -> None:
     """Raises UserError for options that are impossible or do not go together."""
+    from modeling.kernels.latent_decode import KERNELS, OTHERS
+
     if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
-    if options.kernel == "triton" and whole_numbers("queries", options.queries) != (1,):
+    if options.kernel not in KERNELS:
+        raise UserError(f"kernel={options.kernel} is unknown; {did_you_mean(options.kernel, KERNELS)}")
+    if options.kernel in OTHERS and whole_numbers("queries", options.queries) != (1,):
         raise UserError(
-            f"kernel=triton computes calls of one new token, not queries={options.queries}: take kernel=torch or queries=1"
+            f"kernel={options.kernel} computes calls of one new token, not queries={options.queries}: take kernel=torch or "
+            "queries=1"
         )
     for word in overrides:
         key, equals, _ = word.partition("=")

@@ -25,7 +25,7 @@ from harness.training.step import select_capture
 from modeling.attention import EXECUTION, attends
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
-from modeling.kernels.latent_decode import check_kernel, check_widths
+from modeling.kernels.latent_decode import OTHERS, check_kernel, check_widths
 
 CHECKPOINTS = ("last", "best")
 
@@ -131,8 +131,8 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
                     dtype=precision,
                 )
             layer.backend = chosen[shape]
-            if layer.kernel == "triton":
-                check_widths(layer.kv_lora_rank, layer.qk_rope_head_dim)
+            if layer.kernel in OTHERS:
+                check_widths(layer.kernel, layer.latent_widths[0], layer.qk_rope_head_dim)
     except ValueError as error:
         raise UserError(str(error)) from None
     return ", ".join(dict.fromkeys(chosen.values())) or "none"

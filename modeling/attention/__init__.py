@@ -40,7 +40,7 @@ class Attention(Protocol):
     others: keys, and what serves as both.
 
     With an absorbed path also: `absorbs(new_tokens)`, whether a call of so many takes it; `absorbs_up_to`, where `auto` stops;
-    `kernel_for`, what computes it; `triton_lacks`, why the Triton kernel is not for the layer, as the middle of a sentence, or
+    `kernel_for`, what computes it; `kernels_lack`, why no kernel but torch's is for the layer, as the middle of a sentence, or
     None; and where that is more than 3, `numbers_absorbed`: how many float32 numbers of one query, head and cached token it
     holds at once.
 
@@ -102,7 +102,7 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 # How attention is computed, not what it is: no constructor takes these, `set_execution` may change them at any time.
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
-#   kernel   auto | torch | triton: what computes the absorbed path of one new token (modeling/kernels/latent_decode.py)
+#   kernel   auto | torch | one of OTHERS in modeling/kernels/latent_decode.py: what computes the absorbed path of one new token
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
@@ -259,6 +259,6 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
         )
     if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-    if kernel not in ("auto", "torch") and attention.triton_lacks is not None:
-        return f"attention.kernel={kernel} {attention.triton_lacks} use attention.kernel=torch"
+    if kernel not in ("auto", "torch") and attention.kernels_lack is not None:
+        return f"attention.kernel={kernel} {attention.kernels_lack} use attention.kernel=torch"
     return None

@@ -140,7 +140,7 @@ def every_decode_path_gives_the_same(build: Build) -> None:
     """Each path that the variant states, in float64 to 1e-10 and in float32 to 1e-5: prefill, chunks, single tokens."""
     for attention in _layers(build).attentions:
         if attention.decode_paths != ("auto",):
-            needed = ("absorbs", "absorbs_up_to", *(("kernel_for", "triton_lacks") * ("absorbed" in attention.decode_paths)))
+            needed = ("absorbs", "absorbs_up_to", *(("kernel_for", "kernels_lack") * ("absorbed" in attention.decode_paths)))
             lacking = [name for name in needed if not hasattr(attention, name)]
             assert not lacking, f"a class with several decode_paths says which it takes: {', '.join(lacking)} is missing"
     for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

@@ -42,7 +42,7 @@ from modeling.attention.norms import widely_normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
-from modeling.kernels.latent_decode import latent_attend, latent_decode, select_kernel
+from modeling.kernels.latent_decode import OTHERS, latent_attend, latent_decode, select_kernel
 
 MANY = 2**31 - 1  # queries
 
@@ -288,8 +288,8 @@ class MultiheadLatentAttention(nn.Module):
         return ("auto", "expand") if between else ("auto", "expand", "absorbed")
 
     @property
-    def triton_lacks(self) -> str | None:
-        """Why the Triton kernel is not for this layer, on any device; None where it may be."""
+    def kernels_lack(self) -> str | None:
+        """Why no kernel but torch's is for this layer, on any device; None where others may be."""
         if self.kv_latent == "split":
             return "reads one latent as key and value; with kv_latent=split"
         return None if self.sink_logits is None else "has no sinks; with sink_logits=true"
@@ -389,11 +389,12 @@ class MultiheadLatentAttention(nn.Module):
         """Whether the next token's kernel reads what the cache holds as it is stored in 8 bits."""
         if latent_BTL.shape[1] > 1 or not (cache.stored["latent"].in_words and self.absorbs(1)) or self.latent_widths[0] % 4:
             return False
-        return self.kernel_for(latent_BTL.dtype, latent_BTL.device, cache.window) == "triton"
+        kernel = self.kernel_for(latent_BTL.dtype, latent_BTL.device, cache.window)
+        return kernel in OTHERS and OTHERS[kernel].reads_8_bits
 
     def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
         """What computes the absorbed path of one new token, from latents of this dtype as they are read."""
-        if self.triton_lacks is not None:
+        if self.kernels_lack is not None:
             return "torch"
         return select_kernel(
             self.kernel,

@@ -47,7 +47,7 @@ class TensorProductAttention(nn.Module):
     # R / (R - 2) queries, R = R_k + R_v, but expanding writes and reads all keys and values: measured (docs/PERFORMANCE.md),
     # absorbing is faster up to here at every size tried.
     absorbs_up_to = 16
-    triton_lacks = "reads one latent as key and value; for tensor products"
+    kernels_lack = "reads one latent as key and value; for tensor products"
 
     def __init__(
         self,

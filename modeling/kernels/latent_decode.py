@@ -1,26 +1,69 @@
-"""Decoding with latent attention, absorbed: one new token a row against the cached latents, in torch or in Triton.
+"""Decoding with latent attention, absorbed: one new token a row against the cached latents, in torch or by another kernel.
 
 All heads share the cached row as key and its latent part as value (DeepSeek-V2, arXiv 2405.04434, section 2.1):
 
     p_hs = softmax over s of  scale * (q_latent_h . latent_s + q_rope_h . k_rope_s),    out_h = sum over s of p_hs latent_s
 
 The scale is 1/sqrt(N + P) of the heads as they are compared, never of the latent. Here stand the equation in plain
-torch, for one query or many, and the choice between it and the kernel for one (latent_decode_triton.py, imported only
-when chosen). Letters: B batch, T queries, S slots of the cache, H query heads, L kv_lora_rank, P rotated width.
+torch, for one query or many, the table of the other kernels (each imported only when chosen) and the choice among them.
+Letters: B batch, T queries, S slots of the cache, H query heads, L kv_lora_rank, P rotated width.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from modeling.kernels.availability import runs_triton
+from modeling.kernels.availability import TRITON_DTYPES, runs_triton
 
-KERNELS = ("auto", "torch", "triton")
-WIDEST_LATENT, WIDEST_ROTATED = 512, 64  # that the Triton kernel has a tile for
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for one new token beside torch's: where it stands, what it needs and what it takes.
+
+    file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
+    package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
+    capability: the one major compute capability that it is written for; None: all. reads_8_bits: latents as they are stored.
+    interpreted: TRITON_INTERPRET runs it on any device.
+    """
+
+    file: str
+    package: str
+    install: str
+    dtypes: Sequence[torch.dtype]
+    latents: Sequence[int]
+    rotated: Sequence[int]
+    capability: int | None = None
+    reads_8_bits: bool = False
+    interpreted: bool = False
+
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+TRITON = "pip install -r requirements-kernels.txt"
+OTHERS = {
+    "triton": Kernel(
+        "latent_decode_triton",
+        "triton",
+        TRITON,
+        TRITON_DTYPES,
+        range(1, 513),
+        range(65),
+        reads_8_bits=True,
+        interpreted=True,
+    ),
+    "gluon": Kernel("latent_decode_gluon_triton", "triton", TRITON, HALF_PRECISION, (512,), (64,), capability=9),
+    "flashinfer": Kernel(
+        "latent_decode_flashinfer", "flashinfer", "pip install flashinfer-python", HALF_PRECISION, (128, 256, 512), (64,)
+    ),
+}
+KERNELS = ("auto", "torch", *OTHERS)
 
 
 def latent_decode(
@@ -39,17 +82,16 @@ def latent_decode(
     q_rope_BHP and k_rope_BSP are None for plain MLA. All tensors are of one dtype, but for latents of 8 bits (int8 or fp8),
     which are multiples of their slot's latent_scale_BS; the caches may be views, their last dimension contiguous.
     lengths_B (integers, at least 1) stays on the device, and S may be larger: a preallocated cache.
-    Both kernels compute logits, softmax and sums in float32 at least (torch keeps float64; on a CPU it rounds logits to
-    the inputs' dtype first). kernel="triton" never looks beyond a row's length; kernel="torch" gives those slots weight
-    0, so they must hold finite numbers, as those of a `Cache` do: 0 * NaN is NaN.
-    Raises ValueError for what the Triton kernel cannot do: see `check_widths`; it has no float64 and no backward pass.
+    All kernels compute logits, softmax and sums in float32 at least (torch keeps float64; on a CPU it rounds logits to
+    the inputs' dtype first). kernel="triton" and "gluon" never look beyond a row's length; kernel="torch" gives those slots
+    weight 0, so they must hold finite numbers, as those of a `Cache` do: 0 * NaN is NaN.
+    Raises ValueError for what another kernel cannot do: see `Kernel`; none has float64 or a backward pass.
     """
     assert (q_rope_BHP is None) == (k_rope_BSP is None)
-    if kernel == "triton":
-        from modeling.kernels.latent_decode_triton import latent_decode_triton
+    if kernel != "torch":
+        from modeling.kernels.latent_decode_others import decode_by
 
-        return latent_decode_triton(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
-    assert kernel == "torch", kernel
+        return decode_by(kernel, q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
     if latent_scale_BS is not None:
         latent_BSL = latent_BSL.to(q_latent_BHL.dtype) * latent_scale_BS.to(q_latent_BHL.dtype).unsqueeze(-1)
     mask_B1S = torch.arange(latent_BSL.shape[1], device=lengths_B.device) < lengths_B[:, None, None]
@@ -122,28 +164,42 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
     if name not in KERNELS:
         raise ValueError(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
-    if name != "triton":
+    kernel = OTHERS.get(name)
+    if kernel is None:
         return
-    if importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec(kernel.package) is None:
         raise ValueError(
-            "attention.kernel=triton needs the package triton: pip install -r requirements-kernels.txt, or take "
-            "attention.kernel=torch"
+            f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
         )
     device = torch.device(device)
     as_triton_reads_it = ("1", "true", "on", "yes", "y")
-    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
+    interpreted = kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
     if kind != "cuda" and not interpreted:
-        raise ValueError(f"attention.kernel=triton needs a CUDA device and this one is {kind}; take attention.kernel=torch")
+        raise ValueError(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
+    if kernel.capability is not None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != kernel.capability:
+            raise ValueError(
+                f"attention.kernel={name} is for devices of compute capability {kernel.capability} and this one has "
+                f"{major}.{minor}; take attention.kernel=triton"
+            )
 
 
-def check_widths(kv_lora_rank: int, qk_rope_head_dim: int) -> None:
-    """Raise ValueError if the Triton kernel has no tile for a latent and a rotated key of these widths."""
-    if not (1 <= kv_lora_rank <= WIDEST_LATENT and 0 <= qk_rope_head_dim <= WIDEST_ROTATED):
+def check_widths(name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """Raise ValueError if a kernel of the table has nothing for a latent and a rotated key of these widths."""
+    kernel = OTHERS[name]
+    if kv_lora_rank not in kernel.latents or qk_rope_head_dim not in kernel.rotated:
         raise ValueError(
-            f"attention.kernel=triton takes kv_lora_rank up to {WIDEST_LATENT} and qk_rope_head_dim up to {WIDEST_ROTATED}, "
-            f"not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
+            f"attention.kernel={name} takes kv_lora_rank {_in_words(kernel.latents)} and qk_rope_head_dim "
+            f"{_in_words(kernel.rotated)}, not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
         )
+
+
+def _in_words(widths: Sequence[int]) -> str:
+    if isinstance(widths, range):
+        return f"up to {widths[-1]}"
+    return " or ".join(map(str, widths))
 
 
 def select_kernel(
@@ -158,8 +214,8 @@ def select_kernel(
     fits = (
         runs_triton(device, dtype)
         and window is None
-        and latent_width <= WIDEST_LATENT
-        and qk_rope_head_dim <= WIDEST_ROTATED
+        and latent_width in OTHERS["triton"].latents
+        and qk_rope_head_dim in OTHERS["triton"].rotated
         and not torch.is_grad_enabled()
     )
     return "triton" if fits else "torch"

@@ -25,16 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.kernels.availability import TRITON_DTYPES
-from modeling.kernels.latent_decode import check_widths
+from modeling.kernels.latent_decode import EIGHT_BITS
 from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
 from modeling.kernels.latent_decode_words_triton import attend_words_kernel
 
 MAX_SPLITS = 128  # the joining kernel reads them one after another
-SLOTS_ROUNDED_TO = 256  # so that a cache that grows token by token asks for a new plan every 256 tokens only
-
-
-EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,7 @@ def choose_plan(
 
 
 @functools.cache
-def _size_of(device: torch.device) -> tuple[int, bool]:
+def size_of(device: torch.device) -> tuple[int, bool]:
     """(multiprocessors, has wgmma). The interpreter on a CPU stands for a small device."""
     if device.type != "cuda":
         return 8, False
@@ -276,10 +271,7 @@ def launch(
     k_rope_BSP = q_latent_BHL if k_rope_BSP is None else k_rope_BSP
 
     out_BHL = torch.empty((B, H, L), dtype=q_latent_BHL.dtype, device=q_latent_BHL.device)
-    partial_BHNL = lse_BHN = out_BHL
-    if splits > 1:  # N: splits
-        partial_BHNL = torch.empty((B, H, splits, L), dtype=torch.float32, device=out_BHL.device)
-        lse_BHN = torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
+    partial_BHNL, lse_BHN = partial_sums(out_BHL, splits)
     inputs = [q_latent_BHL, q_rope_BHP, *latents, k_rope_BSP]
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
@@ -297,11 +289,26 @@ def launch(
             num_stages=tile.stages,
             maxnreg=tile.registers,
         )
-        if splits > 1:
-            constants = join_constants(n_heads=H, kv_lora_rank=L)
-            grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
-            join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=4)
+        join(partial_BHNL, lse_BHN, out_BHL, splits)
     return out_BHL
+
+
+def partial_sums(out_BHL: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """(partial_BHNL, lse_BHN) for a kernel to write, N splits; with one split it writes the output itself."""
+    if splits == 1:
+        return out_BHL, out_BHL
+    B, H, L = out_BHL.shape
+    partial_BHNL = torch.empty((B, H, splits, L), dtype=torch.float32, device=out_BHL.device)
+    return partial_BHNL, torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
+
+
+def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int) -> None:
+    """Write the output from the partial sums, where there are any; on the current device."""
+    if splits > 1:
+        B, H, L = out_BHL.shape
+        constants = join_constants(n_heads=H, kv_lora_rank=L)
+        grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
+        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=4)
 
 
 def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, plan: Plan) -> dict[str, int | bool]:
@@ -338,14 +345,19 @@ def _with_whole_rows(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
+def rounded_slots(slots: int) -> int:
+    """For how many a plan is made, so that a cache that grows token by token asks for a new one every 256 tokens only."""
+    return -(-slots // 256) * 256
+
+
 def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
     """The plan for these tensors on their device."""
     B, H, L = q_latent_BHL.shape
     S = latent_BSL.shape[1]
-    multiprocessors, has_wgmma = _size_of(q_latent_BHL.device)
+    multiprocessors, has_wgmma = size_of(q_latent_BHL.device)
     plan = choose_plan(
         batch_size=B,
-        slots=-(-S // SLOTS_ROUNDED_TO) * SLOTS_ROUNDED_TO,
+        slots=rounded_slots(S),
         n_heads=H,
         kv_lora_rank=L,
         dtype=q_latent_BHL.dtype,
@@ -356,7 +368,7 @@ def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
     return Plan(plan.tile, min(plan.splits, -(-S // plan.tile.slots)))
 
 
-def _launch_by_plan(
+def decode(
     q_latent_BHL: Tensor,
     q_rope_BHP: Tensor | None,
     latent_BSL: Tensor,
@@ -365,49 +377,6 @@ def _launch_by_plan(
     latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
+    """As `latent_decode`."""
     plan = plan_for(q_latent_BHL, latent_BSL)
     return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale=scale, plan=plan)
-
-
-# Inside torch.compile the launch is one opaque operator; called directly it would pay for the operator's bookkeeping.
-_operator = torch.library.custom_op("latent_decode::triton", _launch_by_plan, mutates_args=())
-
-
-@_operator.register_fake
-def _(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor | None,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor | None,
-    lengths_B: Tensor,
-    latent_scale_BS: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return q_latent_BHL.new_empty(q_latent_BHL.shape)
-
-
-def latent_decode_triton(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor | None,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor | None,
-    lengths_B: Tensor,
-    latent_scale_BS: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """As `latent_decode`. Raises ValueError for widths, dtypes and gradients that the kernel does not have."""
-    tensors = [x for x in (q_latent_BHL, q_rope_BHP, k_rope_BSP) if x is not None]
-    dtype, kept = q_latent_BHL.dtype, latent_BSL.dtype
-    assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
-    assert kept in EIGHT_BITS if latent_scale_BS is not None else kept == dtype, (kept, dtype)
-    check_widths(latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
-    if dtype not in TRITON_DTYPES:
-        raise ValueError(
-            f"attention.kernel=triton computes in bfloat16, float16 or float32, not in {dtype}; take attention.kernel=torch"
-        )
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, latent_BSL)):
-        raise ValueError(
-            "attention.kernel=triton has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
-        )
-    run = _operator if torch.compiler.is_compiling() else _launch_by_plan
-    return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)

@@ -1,0 +1,431 @@
+"""The decode kernel of latent attention for Hopper and many heads, in Gluon: two warpgroups that share one output.
+
+64 heads times 512 columns of sums fill half of a multiprocessor's registers, so two warpgroups own 256 columns each, and
+there is no second output to work on while a softmax is computed. So they take turns, as FlashMLA's do ("seesaw", DeepSeek,
+docs/20250422-new-kernel-deep-dive.md in deepseek-ai/FlashMLA): of two blocks of 64 slots each warpgroup makes the scores and
+the weights of one, and multiplies both blocks' weights with its half of the columns. With m the largest score so far:
+
+    left:   m_0 = max(m, s_0)      p_0 = exp(s_0 - m_0)    left  = left e^(m - m_0) + p_0 c_0       (its own registers)
+    right:  m_1 = max(m_0, s_1)    p_1 = exp(s_1 - m_1)    right = right e^(m - m_1) + p_1 c_1      (its own registers)
+    left:   p_0 <- p_0 e^(m_0 - m_1), for right            left  = left e^(m_0 - m_1) + p_1 c_1     (p_1 from shared memory)
+    right:                                                 right = right + p_0 c_0                  (p_0 from shared memory)
+
+A third group of one warp has the copy engine bring the blocks, in halves of 256 columns that are free at different times. A
+block that would pass its range's end begins earlier, and what the block before has covered counts as -inf: nothing beyond
+a row's length is read, and before its first slot the copy engine writes zeros.
+
+Ranges of a row ("splits") are joined by `join_kernel` of latent_decode_triton.py. No atomics: results repeat bit for bit.
+Triton's interpreter does not run Gluon: on a CPU tests/support/gluon_emulation.py does.
+
+Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In the kernel: c latents, k rotated keys, q queries.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton's compiler gives the parameters of its kernels their types at each launch.
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, partial_sums, rounded_slots, size_of
+
+HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
+# Of one program, for the choice of splits: it takes a multiprocessor for itself, and two blocks at a time.
+TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1)
+WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 1]), gl.constexpr([240, 24])  # the right half's, the copying warp's
+SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
+OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
+
+
+@gluon.jit
+def _fetch(source, place, full, target):
+    """Begin the copy of a block to `target`; `full` counts its bytes."""
+    box = target._reinterpret(source.dtype, source.block_type.shape, source.layout)
+    tma.async_copy_global_to_shared(source, place, full, box)
+
+
+@gluon.jit
+def _fetch_half(latent, k_rope, c, k, full, empty, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
+    part: gl.constexpr = 2 * BLOCK + HALF
+    mbarrier.wait(empty.index(part), (pair & 1) ^ 1)
+    nbytes: gl.constexpr = 2 * SLOTS * (COLUMNS + HALF * ROTATED)
+    mbarrier.expect(full.index(part), nbytes)
+    _fetch(latent, [row, slot, HALF * COLUMNS], full.index(part), c.index(part))
+    if HALF == 1:
+        _fetch(k_rope, [row, slot, 0], full.index(part), k.index(BLOCK))
+
+
+@gluon.jit
+def _bring(q_latent, latent, k_rope, buffers, barriers, place):
+    """The copying warp: in the order in which halves become free."""
+    row, head, heads, split, splits, start, end, pairs = place
+    q, c, k, largest, weights = buffers
+    q_full, full, empty, largest_ready, weights_ready = barriers
+    mbarrier.expect(q_full, 2 * HEADS * 2 * COLUMNS)
+    _fetch(q_latent, [row, head, 0], q_full, q.index(0))
+    _fetch(q_latent, [row, head, COLUMNS], q_full, q.index(1))
+    for pair in range(pairs):
+        first = gl.minimum(start + 2 * SLOTS * pair, end - SLOTS)
+        second = gl.minimum(start + 2 * SLOTS * pair + SLOTS, end - SLOTS)
+        _fetch_half(latent, k_rope, c, k, full, empty, row, first, pair, 0, 0)
+        _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 1)
+        _fetch_half(latent, k_rope, c, k, full, empty, row, first, pair, 0, 1)
+        _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 0)
+
+
+@gluon.jit
+def _load_rotated_queries(q_rope, stride_h, head, heads):
+    """Of 64 heads as the first operand of a product, in registers: shared memory has no room left for them."""
+    operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
+    rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, operand))
+    columns = gl.arange(0, ROTATED, gl.SliceLayout(0, operand))
+    return gl.load(q_rope + rows[:, None] * stride_h + columns[None, :], mask=rows[:, None] < heads, other=0.0)
+
+
+@gluon.jit
+def _scaled(scores, scale_log2, slot, first, LAST: gl.constexpr):
+    """Scores in units of log 2; of a row's last blocks those that the block before has covered are -inf."""
+    scores = scores * scale_log2
+    if LAST:
+        numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(0, SCORES))
+        scores = gl.where(numbers[None, :] >= first, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _times(sums, factors):
+    """Each head's sums times its factor."""
+    return sums * gl.convert_layout(factors, gl.SliceLayout(1, OUTPUT))[:, None]
+
+
+@gluon.jit
+def _as_operand(weights, dtype: gl.constexpr):
+    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, OUTPUT, 2))
+
+
+@gluon.jit
+def _left_pair(
+    buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
+):
+    """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
+    q, c, k, largest, weights = buffers
+    q_full, full, empty, largest_ready, weights_ready = barriers
+    dtype: gl.constexpr = q.dtype
+    phase = pair & 1
+    first = start + 2 * SLOTS * pair
+    scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
+    mbarrier.wait(full.index(0), phase)
+    scores = warpgroup_mma(q.index(0), c.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
+    mbarrier.wait(full.index(1), phase)
+    scores = warpgroup_mma(q.index(1), c.index(1).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_rotated, k.index(0).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    scores = _scaled(scores, scale_log2, gl.minimum(first, end - SLOTS), first, LAST)
+    m_0 = gl.maximum(m, gl.max(scores, 1))
+    largest.index(0).store(m_0)
+    mbarrier.arrive(largest_ready.index(0), count=1)
+    shrink = gl.exp2(m - m_0)
+    p = gl.exp2(scores - m_0[:, None])
+    total = total * shrink + gl.sum(p, 1)
+    operand = _as_operand(p, dtype)
+    sums = warpgroup_mma(operand, c.index(0), _times(sums, shrink), is_async=True)
+    mbarrier.wait(largest_ready.index(1), phase)
+    m_1 = largest.index(1).load(gl.SliceLayout(1, SCORES))
+    shrink = gl.exp2(m_0 - m_1)
+    weights.index(0).store((p * shrink[:, None]).to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(weights_ready.index(0), count=1)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index(0), count=1)
+    sums = _times(sums, shrink)
+    mbarrier.wait(weights_ready.index(1), phase)
+    sums = warpgroup_mma(weights.index(1), c.index(2), sums, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index(2), count=1)
+    return sums, total * shrink, m_1
+
+
+@gluon.jit
+def _right_pair(
+    buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
+):
+    """Scores of the second block of a pair, and both blocks times columns 256 to 511: (sums, total, m)."""
+    q, c, k, largest, weights = buffers
+    q_full, full, empty, largest_ready, weights_ready = barriers
+    dtype: gl.constexpr = q.dtype
+    phase = pair & 1
+    first = start + 2 * SLOTS * pair + SLOTS
+    scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
+    mbarrier.wait(full.index(3), phase)
+    scores = warpgroup_mma(q.index(1), c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_rotated, k.index(1).permute((1, 0)), scores, is_async=True)
+    mbarrier.wait(full.index(2), phase)
+    scores = warpgroup_mma(q.index(0), c.index(2).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    scores = _scaled(scores, scale_log2, gl.minimum(first, end - SLOTS), first, LAST)
+    own = gl.max(scores, 1)
+    mbarrier.wait(largest_ready.index(0), phase)
+    m_1 = gl.maximum(largest.index(0).load(gl.SliceLayout(1, SCORES)), own)
+    largest.index(1).store(m_1)
+    mbarrier.arrive(largest_ready.index(1), count=1)
+    shrink = gl.exp2(m - m_1)
+    p = gl.exp2(scores - m_1[:, None])
+    total = total * shrink + gl.sum(p, 1)
+    weights.index(1).store(p.to(dtype))
+    fence_async_shared()
+    mbarrier.arrive(weights_ready.index(1), count=1)
+    operand = _as_operand(p, dtype)
+    sums = warpgroup_mma(operand, c.index(3), _times(sums, shrink), is_async=True)
+    mbarrier.wait(weights_ready.index(0), phase)
+    sums = warpgroup_mma(weights.index(0), c.index(1), sums, is_async=True)
+    sums = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(empty.index(3), count=1)
+    mbarrier.arrive(empty.index(1), count=1)
+    return sums, total, m_1
+
+
+@gluon.jit
+def _finish(buffers, barriers, out, lse, place, sums, total, m, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
+    """Join both groups' sums of weights, and write this one's columns."""
+    row, head, heads, split, splits, start, end, pairs = place
+    q, c, k, largest, weights = buffers
+    q_full, full, empty, largest_ready, weights_ready = barriers
+    largest.index(HALF).store(total)
+    mbarrier.arrive(largest_ready.index(HALF), count=1)
+    mbarrier.wait(largest_ready.index(1 - HALF), pairs & 1)
+    total += largest.index(1 - HALF).load(gl.SliceLayout(1, SCORES))
+    rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, OUTPUT))
+    columns = HALF * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUTPUT))
+    places = row.to(gl.int64) * heads + rows
+    filled = heads
+    if not ONE_SPLIT:
+        places = places * splits + split
+        # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
+        filled = gl.where(start < end, heads, 0)
+        if HALF == 0:
+            found = gl.where(start < end, m + gl.log2(total), float("-inf"))
+            gl.store(lse + places, gl.convert_layout(found, gl.SliceLayout(1, OUTPUT)), mask=rows < heads)
+    sums = _times(sums, 1.0 / total)
+    at = out + places[:, None] * (2 * COLUMNS) + columns[None, :]
+    gl.store(at, sums.to(out.dtype.element_ty), mask=rows[:, None] < filled)
+
+
+@gluon.jit
+def _left(consume, place, ONE_SPLIT: gl.constexpr):
+    """The group of columns 0 to 255."""
+    q_rope, stride_h, buffers, barriers, out, lse, scale_log2 = consume
+    row, head, heads, split, splits, start, end, pairs = place
+    sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
+    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
+    m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    q_rotated = _load_rotated_queries(q_rope, stride_h, head, heads)
+    mbarrier.wait(barriers[0], 0)
+    for pair in range(pairs - 1):
+        sums, total, m = _left_pair(buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, False)
+    sums, total, m = _left_pair(buffers, barriers, q_rotated, scale_log2, start, end, pairs - 1, sums, total, m, True)
+    _finish(buffers, barriers, out, lse, place, sums, total, m, 0, ONE_SPLIT)
+
+
+@gluon.jit
+def _right(consume, place, ONE_SPLIT: gl.constexpr):
+    """The group of columns 256 to 511."""
+    q_rope, stride_h, buffers, barriers, out, lse, scale_log2 = consume
+    row, head, heads, split, splits, start, end, pairs = place
+    sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
+    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
+    m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    q_rotated = _load_rotated_queries(q_rope, stride_h, head, heads)
+    mbarrier.wait(barriers[0], 0)
+    for pair in range(pairs - 1):
+        sums, total, m = _right_pair(buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, False)
+    sums, total, m = _right_pair(buffers, barriers, q_rotated, scale_log2, start, end, pairs - 1, sums, total, m, True)
+    _finish(buffers, barriers, out, lse, place, sums, total, m, 1, ONE_SPLIT)
+
+
+@gluon.jit(do_not_specialize=["slots", "heads", "splits"])
+def attend_kernel(
+    q_latent,
+    latent,
+    k_rope,
+    q_rope,
+    lengths,
+    out,
+    lse,
+    scale_log2,
+    slots,
+    heads,
+    splits,
+    q_rope_stride_b,
+    q_rope_stride_h,
+    ONE_SPLIT: gl.constexpr,
+):
+    # Head blocks that read the same slots run side by side and share them in L2.
+    head = gl.program_id(0) * HEADS
+    split = gl.program_id(1)
+    row = gl.program_id(2)
+    length = gl.minimum(gl.load(lengths + row).to(gl.int32), slots)
+    per_split = gl.cdiv(gl.cdiv(length, splits), 2 * SLOTS) * (2 * SLOTS)
+    start = split * per_split
+    end = gl.minimum(start + per_split, length)
+    pairs = gl.maximum(gl.cdiv(end - start, 2 * SLOTS), 1)  # an empty range takes one too, and keeps nothing of it
+
+    dtype: gl.constexpr = latent.dtype
+    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
+    q = gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide)  # the halves of the columns
+    c = gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide)  # the halves of the first block, and of the second
+    k = gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide)
+    weights = gl.allocate_shared_memory(dtype, [2, HEADS, SLOTS], wide)
+    largest = gl.allocate_shared_memory(gl.float32, [2, HEADS], plain)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
+    largest_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    weights_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(4):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(largest_ready.index(i), count=1)
+        mbarrier.init(weights_ready.index(i), count=1)
+    fence_async_shared()
+
+    buffers = (q, c, k, largest, weights)
+    barriers = (q_full, full, empty, largest_ready, weights_ready)
+    q_rope += row.to(gl.int64) * q_rope_stride_b
+    consume = (q_rope, q_rope_stride_h, buffers, barriers, out, lse, scale_log2)
+    place = (row, head, heads, split, splits, start, end, pairs)
+    gl.warp_specialize(
+        [
+            (_left, (consume, place, ONE_SPLIT)),
+            (_right, (consume, place, ONE_SPLIT)),
+            (_bring, (q_latent, latent, k_rope, buffers, barriers, place)),
+        ],
+        WORKER_WARPS,
+        WORKER_REGISTERS,
+    )
+
+
+def decode(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As `latent_decode`. Raises ValueError for caches that the copy engine cannot read."""
+    assert q_rope_BHP is not None and k_rope_BSP is not None and latent_scale_BS is None
+    splits = splits_for(q_latent_BHL, latent_BSL)
+    return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, splits=splits)
+
+
+def splits_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> int:
+    """How many ranges a row is split into, on these tensors' device."""
+    B, H, _ = q_latent_BHL.shape
+    S = latent_BSL.shape[1]
+    multiprocessors, _ = size_of(q_latent_BHL.device)
+    return min(_splits(B, rounded_slots(S), H, multiprocessors), -(-S // TILE.slots))
+
+
+@functools.lru_cache(maxsize=4096)
+def _splits(batch_size: int, slots: int, n_heads: int, multiprocessors: int) -> int:
+    return choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=TILE, multiprocessors=multiprocessors)
+
+
+def launch(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor,
+    lengths_B: Tensor,
+    *,
+    scale: float,
+    splits: int,
+) -> Tensor:
+    """Run the kernel with rows split so; returns out_BHL. Every number of splits gives the same result up to rounding."""
+    out_BHL = torch.empty_like(q_latent_BHL, memory_format=torch.contiguous_format)
+    partial_BHNL, lse_BHN = partial_sums(out_BHL, splits)
+    grid, arguments = program(
+        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, partial_BHNL, lse_BHN, scale=scale, splits=splits
+    )
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
+        attend_kernel[grid](*arguments, ONE_SPLIT=splits == 1, num_warps=TILE.warps, maxnreg=TILE.registers)
+        join(partial_BHNL, lse_BHN, out_BHL, splits)
+    return out_BHL
+
+
+def program(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor,
+    lengths_B: Tensor,
+    partial_BHNL: Tensor,
+    lse_BHN: Tensor,
+    *,
+    scale: float,
+    splits: int,
+    describe: Callable[[Tensor, list[int]], Any] | None = None,
+) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
+    """(grid, arguments of `attend_kernel` but for its constants). describe: makes a descriptor of a tensor and a block."""
+    describe = describe or _descriptor
+    B, H, _ = q_latent_BHL.shape
+    if not _is_copied(q_latent_BHL):
+        q_latent_BHL = q_latent_BHL.contiguous()
+    q_rope_BHP = q_rope_BHP if q_rope_BHP.stride(-1) == 1 else q_rope_BHP.contiguous()
+    for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
+        if not _is_copied(cache):
+            raise ValueError(
+                f"attention.kernel=gluon copies slots that begin at multiples of 16 bytes, and the {name} begin at "
+                f"{cache.data_ptr()} with strides {cache.stride()} of {cache.itemsize} bytes; take attention.kernel=triton"
+            )
+    arguments = (
+        describe(q_latent_BHL, [1, HEADS.value, COLUMNS.value]),
+        describe(latent_BSL, [1, SLOTS.value, COLUMNS.value]),
+        describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
+        q_rope_BHP,
+        lengths_B.contiguous(),
+        partial_BHNL,
+        lse_BHN,
+        scale * math.log2(math.e),
+        latent_BSL.shape[1],
+        H,
+        splits,
+        *q_rope_BHP.stride()[:2],
+    )
+    return (triton.cdiv(H, TILE.heads), splits, B), arguments
+
+
+def _is_copied(x: Tensor) -> bool:
+    """Whether the copy engine reads blocks of a three-dimensional tensor: rows that are whole, at multiples of 16 bytes."""
+    between = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in between)
+
+
+def _descriptor(x: Tensor, block_shape: list[int]) -> TensorDescriptor:
+    # A dimension of one row may have any stride in torch; the copy engine checks it all the same.
+    strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block_shape, layout)
