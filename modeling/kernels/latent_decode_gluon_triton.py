@@ -10,7 +10,7 @@ the weights of one, and multiplies both blocks' weights with its half of the col
     left:   p_0 <- p_0 e^(m_0 - m_1), for right            left  = left e^(m_0 - m_1) + p_1 c_1     (p_1 from shared memory)
     right:                                                 right = right + p_0 c_0                  (p_0 from shared memory)
 
-A third group of one warp has the copy engine bring the blocks, in halves of 256 columns that are free at different times. A
+A third group has the copy engine bring the blocks, in halves of 256 columns that are free at different times. A
 block that would pass its range's end begins earlier, and what the block before has covered counts as -inf: nothing beyond
 a row's length is read, and before its first slot the copy engine writes zeros.
 
@@ -50,7 +50,8 @@ from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, par
 HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
 # Of one program, for the choice of splits: it takes a multiprocessor for itself, and two blocks at a time.
 TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1)
-WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 1]), gl.constexpr([240, 24])  # the right half's, the copying warp's
+# Of the two groups that multiply; what is left of three times TILE's registers, 24, is for the one that copies.
+WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 4]), gl.constexpr([240, 240])
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
 
@@ -66,22 +67,24 @@ def _fetch(source, place, full, target):
 def _fetch_half(latent, k_rope, c, k, full, empty, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
     part: gl.constexpr = 2 * BLOCK + HALF
     mbarrier.wait(empty.index(part), (pair & 1) ^ 1)
-    nbytes: gl.constexpr = 2 * SLOTS * (COLUMNS + HALF * ROTATED)
-    mbarrier.expect(full.index(part), nbytes)
-    _fetch(latent, [row, slot, HALF * COLUMNS], full.index(part), c.index(part))
-    if HALF == 1:
+    if BLOCK == HALF:
+        mbarrier.expect(full.index(part), 2 * SLOTS * COLUMNS)
+    else:  # with the half that the other group multiplies last: then this block's weights, in the same place, are read too
+        mbarrier.expect(full.index(part), 2 * SLOTS * (COLUMNS + ROTATED))
         _fetch(k_rope, [row, slot, 0], full.index(part), k.index(BLOCK))
+    _fetch(latent, [row, slot, HALF * COLUMNS], full.index(part), c.index(part))
 
 
 @gluon.jit
-def _bring(q_latent, latent, k_rope, buffers, barriers, place):
-    """The copying warp: in the order in which halves become free."""
+def _bring(q_latent, q_rope, latent, k_rope, buffers, barriers, place):
+    """The copying group: in the order in which halves become free."""
     row, head, heads, split, splits, start, end, pairs = place
-    q, c, k, largest, weights = buffers
+    q, q_rotated, c, k, largest = buffers
     q_full, full, empty, largest_ready, weights_ready = barriers
-    mbarrier.expect(q_full, 2 * HEADS * 2 * COLUMNS)
+    mbarrier.expect(q_full, 2 * HEADS * (2 * COLUMNS + ROTATED))
     _fetch(q_latent, [row, head, 0], q_full, q.index(0))
     _fetch(q_latent, [row, head, COLUMNS], q_full, q.index(1))
+    _fetch(q_rope, [row, head, 0], q_full, q_rotated)
     for pair in range(pairs):
         first = gl.minimum(start + 2 * SLOTS * pair, end - SLOTS)
         second = gl.minimum(start + 2 * SLOTS * pair + SLOTS, end - SLOTS)
@@ -89,15 +92,6 @@ def _bring(q_latent, latent, k_rope, buffers, barriers, place):
         _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 1)
         _fetch_half(latent, k_rope, c, k, full, empty, row, first, pair, 0, 1)
         _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 0)
-
-
-@gluon.jit
-def _load_rotated_queries(q_rope, stride_h, head, heads):
-    """Of 64 heads as the first operand of a product, in registers: shared memory has no room left for them."""
-    operand: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, operand))
-    columns = gl.arange(0, ROTATED, gl.SliceLayout(0, operand))
-    return gl.load(q_rope + rows[:, None] * stride_h + columns[None, :], mask=rows[:, None] < heads, other=0.0)
 
 
 @gluon.jit
@@ -123,10 +117,10 @@ def _as_operand(weights, dtype: gl.constexpr):
 
 @gluon.jit
 def _left_pair(
-    buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
+    buffers, barriers, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
 ):
     """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
-    q, c, k, largest, weights = buffers
+    q, q_rotated, c, k, largest = buffers
     q_full, full, empty, largest_ready, weights_ready = barriers
     dtype: gl.constexpr = q.dtype
     phase = pair & 1
@@ -150,14 +144,14 @@ def _left_pair(
     mbarrier.wait(largest_ready.index(1), phase)
     m_1 = largest.index(1).load(gl.SliceLayout(1, SCORES))
     shrink = gl.exp2(m_0 - m_1)
-    weights.index(0).store((p * shrink[:, None]).to(dtype))
+    k.index(0).store((p * shrink[:, None]).to(dtype))
     fence_async_shared()
     mbarrier.arrive(weights_ready.index(0), count=1)
     sums = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(empty.index(0), count=1)
     sums = _times(sums, shrink)
     mbarrier.wait(weights_ready.index(1), phase)
-    sums = warpgroup_mma(weights.index(1), c.index(2), sums, is_async=True)
+    sums = warpgroup_mma(k.index(1), c.index(2), sums, is_async=True)
     sums = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(empty.index(2), count=1)
     return sums, total * shrink, m_1
@@ -165,10 +159,10 @@ def _left_pair(
 
 @gluon.jit
 def _right_pair(
-    buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
+    buffers, barriers, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
 ):
     """Scores of the second block of a pair, and both blocks times columns 256 to 511: (sums, total, m)."""
-    q, c, k, largest, weights = buffers
+    q, q_rotated, c, k, largest = buffers
     q_full, full, empty, largest_ready, weights_ready = barriers
     dtype: gl.constexpr = q.dtype
     phase = pair & 1
@@ -176,9 +170,9 @@ def _right_pair(
     scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
     mbarrier.wait(full.index(3), phase)
     scores = warpgroup_mma(q.index(1), c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
-    scores = warpgroup_mma(q_rotated, k.index(1).permute((1, 0)), scores, is_async=True)
     mbarrier.wait(full.index(2), phase)
     scores = warpgroup_mma(q.index(0), c.index(2).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(q_rotated, k.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores = _scaled(scores, scale_log2, gl.minimum(first, end - SLOTS), first, LAST)
     own = gl.max(scores, 1)
@@ -189,15 +183,16 @@ def _right_pair(
     shrink = gl.exp2(m - m_1)
     p = gl.exp2(scores - m_1[:, None])
     total = total * shrink + gl.sum(p, 1)
-    weights.index(1).store(p.to(dtype))
+    k.index(1).store(p.to(dtype))
     fence_async_shared()
     mbarrier.arrive(weights_ready.index(1), count=1)
     operand = _as_operand(p, dtype)
     sums = warpgroup_mma(operand, c.index(3), _times(sums, shrink), is_async=True)
     mbarrier.wait(weights_ready.index(0), phase)
-    sums = warpgroup_mma(weights.index(0), c.index(1), sums, is_async=True)
-    sums = warpgroup_mma_wait(0, deps=[sums])
+    sums = warpgroup_mma(k.index(0), c.index(1), sums, is_async=True)
+    sums = warpgroup_mma_wait(1, deps=[sums])
     mbarrier.arrive(empty.index(3), count=1)
+    sums = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(empty.index(1), count=1)
     return sums, total, m_1
 
@@ -206,7 +201,7 @@ def _right_pair(
 def _finish(buffers, barriers, out, lse, place, sums, total, m, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
     """Join both groups' sums of weights, and write this one's columns."""
     row, head, heads, split, splits, start, end, pairs = place
-    q, c, k, largest, weights = buffers
+    q, q_rotated, c, k, largest = buffers
     q_full, full, empty, largest_ready, weights_ready = barriers
     largest.index(HALF).store(total)
     mbarrier.arrive(largest_ready.index(HALF), count=1)
@@ -231,41 +226,39 @@ def _finish(buffers, barriers, out, lse, place, sums, total, m, HALF: gl.constex
 @gluon.jit
 def _left(consume, place, ONE_SPLIT: gl.constexpr):
     """The group of columns 0 to 255."""
-    q_rope, stride_h, buffers, barriers, out, lse, scale_log2 = consume
+    buffers, barriers, out, lse, scale_log2 = consume
     row, head, heads, split, splits, start, end, pairs = place
     sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
     total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    q_rotated = _load_rotated_queries(q_rope, stride_h, head, heads)
     mbarrier.wait(barriers[0], 0)
     for pair in range(pairs - 1):
-        sums, total, m = _left_pair(buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, False)
-    sums, total, m = _left_pair(buffers, barriers, q_rotated, scale_log2, start, end, pairs - 1, sums, total, m, True)
+        sums, total, m = _left_pair(buffers, barriers, scale_log2, start, end, pair, sums, total, m, False)
+    sums, total, m = _left_pair(buffers, barriers, scale_log2, start, end, pairs - 1, sums, total, m, True)
     _finish(buffers, barriers, out, lse, place, sums, total, m, 0, ONE_SPLIT)
 
 
 @gluon.jit
 def _right(consume, place, ONE_SPLIT: gl.constexpr):
     """The group of columns 256 to 511."""
-    q_rope, stride_h, buffers, barriers, out, lse, scale_log2 = consume
+    buffers, barriers, out, lse, scale_log2 = consume
     row, head, heads, split, splits, start, end, pairs = place
     sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
     total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    q_rotated = _load_rotated_queries(q_rope, stride_h, head, heads)
     mbarrier.wait(barriers[0], 0)
     for pair in range(pairs - 1):
-        sums, total, m = _right_pair(buffers, barriers, q_rotated, scale_log2, start, end, pair, sums, total, m, False)
-    sums, total, m = _right_pair(buffers, barriers, q_rotated, scale_log2, start, end, pairs - 1, sums, total, m, True)
+        sums, total, m = _right_pair(buffers, barriers, scale_log2, start, end, pair, sums, total, m, False)
+    sums, total, m = _right_pair(buffers, barriers, scale_log2, start, end, pairs - 1, sums, total, m, True)
     _finish(buffers, barriers, out, lse, place, sums, total, m, 1, ONE_SPLIT)
 
 
 @gluon.jit(do_not_specialize=["slots", "heads", "splits"])
 def attend_kernel(
     q_latent,
+    q_rope,
     latent,
     k_rope,
-    q_rope,
     lengths,
     out,
     lse,
@@ -273,8 +266,6 @@ def attend_kernel(
     slots,
     heads,
     splits,
-    q_rope_stride_b,
-    q_rope_stride_h,
     ONE_SPLIT: gl.constexpr,
 ):
     # Head blocks that read the same slots run side by side and share them in L2.
@@ -291,9 +282,9 @@ def attend_kernel(
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
     q = gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide)  # the halves of the columns
+    q_rotated = gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide)
     c = gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide)  # the halves of the first block, and of the second
-    k = gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide)
-    weights = gl.allocate_shared_memory(dtype, [2, HEADS, SLOTS], wide)
+    k = gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide)  # and in their place, once multiplied, the weights
     largest = gl.allocate_shared_memory(gl.float32, [2, HEADS], plain)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
@@ -309,16 +300,15 @@ def attend_kernel(
         mbarrier.init(weights_ready.index(i), count=1)
     fence_async_shared()
 
-    buffers = (q, c, k, largest, weights)
+    buffers = (q, q_rotated, c, k, largest)
     barriers = (q_full, full, empty, largest_ready, weights_ready)
-    q_rope += row.to(gl.int64) * q_rope_stride_b
-    consume = (q_rope, q_rope_stride_h, buffers, barriers, out, lse, scale_log2)
+    consume = (buffers, barriers, out, lse, scale_log2)
     place = (row, head, heads, split, splits, start, end, pairs)
     gl.warp_specialize(
         [
+            (_bring, (q_latent, q_rope, latent, k_rope, buffers, barriers, place)),
             (_left, (consume, place, ONE_SPLIT)),
             (_right, (consume, place, ONE_SPLIT)),
-            (_bring, (q_latent, latent, k_rope, buffers, barriers, place)),
         ],
         WORKER_WARPS,
         WORKER_REGISTERS,
@@ -392,9 +382,7 @@ def program(
     """(grid, arguments of `attend_kernel` but for its constants). describe: makes a descriptor of a tensor and a block."""
     describe = describe or _descriptor
     B, H, _ = q_latent_BHL.shape
-    if not _is_copied(q_latent_BHL):
-        q_latent_BHL = q_latent_BHL.contiguous()
-    q_rope_BHP = q_rope_BHP if q_rope_BHP.stride(-1) == 1 else q_rope_BHP.contiguous()
+    q_latent_BHL, q_rope_BHP = (x if _is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP))
     for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
         if not _is_copied(cache):
             raise ValueError(
@@ -403,9 +391,9 @@ def program(
             )
     arguments = (
         describe(q_latent_BHL, [1, HEADS.value, COLUMNS.value]),
+        describe(q_rope_BHP, [1, HEADS.value, ROTATED.value]),
         describe(latent_BSL, [1, SLOTS.value, COLUMNS.value]),
         describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
-        q_rope_BHP,
         lengths_B.contiguous(),
         partial_BHNL,
         lse_BHN,
@@ -413,7 +401,6 @@ def program(
         latent_BSL.shape[1],
         H,
         splits,
-        *q_rope_BHP.stride()[:2],
     )
     return (triton.cdiv(H, TILE.heads), splits, B), arguments
 

@@ -110,7 +110,7 @@ FAULTS = {
     "a copy is not waited for": ("    mbarrier.wait(full.index(2), phase)\n", ""),
     "a half is waited for in the wrong phase": ("(pair & 1) ^ 1", "pair & 1"),
     "a half is never given back": ("    mbarrier.arrive(empty.index(3), count=1)\n", ""),
-    "too few bytes are expected": ("(COLUMNS + HALF * ROTATED)", "COLUMNS"),
+    "too few bytes are expected": ("2 * SLOTS * (COLUMNS + ROTATED)", "2 * SLOTS * COLUMNS"),
     "a block passes its range's end": (
         "second = gl.minimum(start + 2 * SLOTS * pair + SLOTS, end - SLOTS)",
         "second = start + 2 * SLOTS * pair + SLOTS",

@@ -54,30 +54,32 @@ class Barrier:
 
 
 class Shared:
-    """Shared memory: a tensor, or barriers."""
+    """Shared memory: a tensor, or barriers. Who reads or writes it lets others go first."""
 
-    def __init__(self, content: Any) -> None:
-        self.content = content
+    def __init__(self, content: Any, rest: Callable[[], None]) -> None:
+        self.content, self.rest = content, rest
 
     @property
     def dtype(self) -> Any:
         return self.content.dtype
 
     def index(self, i: int) -> Shared:
-        return Shared(self.content[int(i)])
+        return Shared(self.content[int(i)], self.rest)
 
     def permute(self, order: Sequence[int]) -> Shared:
-        return Shared(self.content.permute(*order))
+        return Shared(self.content.permute(*order), self.rest)
 
     def load(self, layout: object) -> Tensor:
+        self.rest()
         return self.content.clone()
 
     def store(self, value: Tensor) -> None:
+        self.rest()
         assert value.shape == self.content.shape and value.dtype == self.content.dtype, (value.shape, value.dtype)
         self.content.copy_(value)
 
     def _reinterpret(self, dtype: object, shape: Sequence[int], layout: object) -> Shared:
-        return Shared(self.content.view(*shape))
+        return Shared(self.content.view(*shape), self.rest)
 
     @property
     def barrier(self) -> Barrier:
@@ -174,6 +176,7 @@ class Program:
 
     def __init__(self, place: tuple[int, int, int], seed: int) -> None:
         self.place, self.random = place, random.Random(f"{place} {seed}")
+        self.speeds: dict[object, float] = {}  # of each partition, of copies and of products: very unlike ones
         self.partitions: list[Partition] = []
         self.copies: list[Callable[[], None]] = []
 
@@ -185,11 +188,14 @@ class Program:
         self.partitions = [Partition(function, arguments) for function, arguments in functions]
         try:
             while not all(each.done for each in self.partitions):
-                able: list[Callable[[], None]] = [each.step for each in self.partitions if not each.done and each.ready()]
-                able += [functools.partial(self._copy, copy) for copy in self.copies]
-                able += [functools.partial(self._multiply, each) for each in self.partitions if each.products]
+                able: dict[Callable[[], None], object] = {
+                    each.step: each for each in self.partitions if not each.done and each.ready()
+                }
+                able |= {functools.partial(self._copy, copy): "copies" for copy in self.copies}
+                able |= {functools.partial(self._multiply, each): "products" for each in self.partitions if each.products}
                 assert able, f"program {self.place}: every partition waits for another"
-                self.random.choice(able)()
+                speeds = [self.speeds.setdefault(who, 10 ** -self.random.uniform(0, 2)) for who in able.values()]
+                self.random.choices(list(able), speeds)[0]()
         finally:
             for each in self.partitions:
                 while not each.done:
@@ -267,13 +273,13 @@ def _store(place: Pointer, value: Tensor, mask: Tensor) -> None:
     place.flat[place.offset[mask]] = value.expand(place.offset.shape)[mask].to(place.flat.dtype)
 
 
-def _allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
-    if dtype == torch.int64:
-        return Shared([[Barrier()] for _ in range(shape[0])] if len(shape) > 1 else [Barrier()])
-    return Shared(torch.full(tuple(shape), math.nan, dtype=dtype))
-
-
 def _language(program: Program, real: Any) -> types.SimpleNamespace:
+    def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        content: Any = None if dtype == torch.int64 else torch.full(tuple(shape), math.nan, dtype=dtype)
+        if dtype == torch.int64:
+            content = [[Barrier()] for _ in range(shape[0])] if len(shape) > 1 else [Barrier()]
+        return Shared(content, lambda: program.current.rest())
+
     layouts = {name: getattr(real, name) for name in dir(real) if name.endswith("Layout")}
     return types.SimpleNamespace(
         **layouts,
@@ -291,7 +297,7 @@ def _language(program: Program, real: Any) -> types.SimpleNamespace:
         static_range=range,
         load=_load,
         store=_store,
-        allocate_shared_memory=_allocate,
+        allocate_shared_memory=allocate,
         warp_specialize=program.specialize,
     )
 
