@@ -2,9 +2,9 @@
 
   heads       16,128            batch_sizes  1,32,128         contexts   1024,8192,32768 (cached tokens of every row)
   kv_lora_rank  512             qk_rope_head_dim  64          dtype      bfloat16 | float16 | float32
-  kernels     all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the
-              last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated
-              key in 16 bits)
+  kernels     all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang
+              (the last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the
+              rotated key in 16 bits)
   rounds      10                timed replays; a figure is their median with the range
   tile        null              heads,slots,warps,stages,registers in place of the table's choice, for tuning
   splits      null              ranges a row in place of the table's choice
@@ -599,7 +599,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 1, disable=None):
+    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 3, disable=None):
         tqdm.write(line)
     return 0
 
@@ -637,6 +637,26 @@ def offline_rows() -> Iterator[str]:
     constants = kernel.join_constants(n_heads=128, kv_lora_rank=512)
     found = compile_one(kernel.join_kernel, constants, {"partial": "*fp32", "lse": "*fp32", "out": "*bf16"}, 4, 2, 255)
     yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<24}{found.row(4, None)}"
+    yield from gluon_rows()
+
+
+def gluon_rows() -> Iterator[str]:
+    from triton.experimental.gluon import language as gl
+
+    from modeling.kernels import latent_decode_gluon_triton as kernel
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    wide, narrow = (f"tensordesc<bf16[1, 64, {columns}],{layout!r}>" for columns in (256, 64))
+    types = {"q_latent": wide, "q_rope": narrow, "latent": wide, "k_rope": narrow}
+    types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
+    for one in (True, False):
+        types["out"] = "*bf16" if one else "*fp32"
+        tile = kernel.TILE
+        found = compile_one(kernel.attend_kernel, {"ONE_SPLIT": one}, types, tile.warps, tile.stages, tile.registers)
+        yield (
+            f"{128:>5}{'512+64':>9}{'bf16':>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
+            f"{found.row(3 * tile.warps, tile.resident)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -664,14 +684,15 @@ def compile_one(function: object, constants: dict, types: dict[str, str], warps:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names: list[str] = function.arg_names  # type: ignore[attr-defined]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    plain = ("scale_log2", "slots", "splits")
+    plain = ("scale_log2", "slots", "heads", "splits", *(name for name in types if types[name].startswith("tensordesc")))
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and name not in plain}
     values = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(
-        ASTSource(function, signature, values, aligned),
+        (GluonASTSource if function.is_gluon() else ASTSource)(function, signature, values, aligned),  # type: ignore[attr-defined]
         target=GPUTarget("cuda", 90, 32),
         options={"num_warps": warps, "num_stages": stages, "maxnreg": registers},
     )

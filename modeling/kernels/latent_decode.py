@@ -49,14 +49,7 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 TRITON = "pip install -r requirements-kernels.txt"
 OTHERS = {
     "triton": Kernel(
-        "latent_decode_triton",
-        "triton",
-        TRITON,
-        TRITON_DTYPES,
-        range(1, 513),
-        range(65),
-        reads_8_bits=True,
-        interpreted=True,
+        "latent_decode_triton", "triton", TRITON, TRITON_DTYPES, range(1, 513), range(65), reads_8_bits=True, interpreted=True
     ),
     "gluon": Kernel("latent_decode_gluon_triton", "triton", TRITON, HALF_PRECISION, (512,), (64,), capability=9),
     "flashinfer": Kernel(

@@ -69,7 +69,7 @@ def run(wrapper: Any, q_latent_BHL: Tensor, q_rope_BHP: Tensor, caches: list[Ten
 
 
 def as_pages(*caches_BSX: Tensor) -> tuple[list[Tensor], int]:
-    """(caches as (N, Z, X), views of the same memory; pages from one row to the next). Raises ValueError where there are none."""
+    """(caches as (N, Z, X), views of the same memory; pages from one row to the next). Raises ValueError for uneven rows."""
     strides = [x.stride() for x in caches_BSX]
     slots = {per_row // per_slot if per_row % per_slot == 0 else 0 for per_row, per_slot, _ in strides}
     B, S = caches_BSX[0].shape[:2]

@@ -29,7 +29,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -56,6 +56,34 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
 
 
+class Memory(NamedTuple):
+    """What a program has in shared memory, and the barriers that say when it may be read (`full`, `ready`) or written."""
+
+    q: Any  # (2, 64, 256): the halves of the columns
+    q_rotated: Any  # (64, 64)
+    c: Any  # (4, 64, 256): the halves of the first block, and of the second
+    k: Any  # (2, 64, 64), and in their place, once multiplied, the block's weights
+    largest: Any  # (2, 64)
+    q_full: Any
+    full: Any
+    empty: Any
+    largest_ready: Any
+    weights_ready: Any
+
+
+class Place(NamedTuple):
+    """Which part of the problem a program computes."""
+
+    row: Any
+    head: Any
+    heads: Any
+    split: Any
+    splits: Any
+    start: Any
+    end: Any
+    pairs: Any
+
+
 @gluon.jit
 def _fetch(source, place, full, target):
     """Begin the copy of a block to `target`; `full` counts its bytes."""
@@ -64,34 +92,31 @@ def _fetch(source, place, full, target):
 
 
 @gluon.jit
-def _fetch_half(latent, k_rope, c, k, full, empty, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
+def _fetch_half(latent, k_rope, shared, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
     part: gl.constexpr = 2 * BLOCK + HALF
-    mbarrier.wait(empty.index(part), (pair & 1) ^ 1)
+    mbarrier.wait(shared.empty.index(part), (pair & 1) ^ 1)
     if BLOCK == HALF:
-        mbarrier.expect(full.index(part), 2 * SLOTS * COLUMNS)
+        mbarrier.expect(shared.full.index(part), 2 * SLOTS * COLUMNS)
     else:  # with the half that the other group multiplies last: then this block's weights, in the same place, are read too
-        mbarrier.expect(full.index(part), 2 * SLOTS * (COLUMNS + ROTATED))
-        _fetch(k_rope, [row, slot, 0], full.index(part), k.index(BLOCK))
-    _fetch(latent, [row, slot, HALF * COLUMNS], full.index(part), c.index(part))
+        mbarrier.expect(shared.full.index(part), 2 * SLOTS * (COLUMNS + ROTATED))
+        _fetch(k_rope, [row, slot, 0], shared.full.index(part), shared.k.index(BLOCK))
+    _fetch(latent, [row, slot, HALF * COLUMNS], shared.full.index(part), shared.c.index(part))
 
 
 @gluon.jit
-def _bring(q_latent, q_rope, latent, k_rope, buffers, barriers, place):
+def _bring(q_latent, q_rope, latent, k_rope, shared, place):
     """The copying group: in the order in which halves become free."""
-    row, head, heads, split, splits, start, end, pairs = place
-    q, q_rotated, c, k, largest = buffers
-    q_full, full, empty, largest_ready, weights_ready = barriers
-    mbarrier.expect(q_full, 2 * HEADS * (2 * COLUMNS + ROTATED))
-    _fetch(q_latent, [row, head, 0], q_full, q.index(0))
-    _fetch(q_latent, [row, head, COLUMNS], q_full, q.index(1))
-    _fetch(q_rope, [row, head, 0], q_full, q_rotated)
-    for pair in range(pairs):
-        first = gl.minimum(start + 2 * SLOTS * pair, end - SLOTS)
-        second = gl.minimum(start + 2 * SLOTS * pair + SLOTS, end - SLOTS)
-        _fetch_half(latent, k_rope, c, k, full, empty, row, first, pair, 0, 0)
-        _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 1)
-        _fetch_half(latent, k_rope, c, k, full, empty, row, first, pair, 0, 1)
-        _fetch_half(latent, k_rope, c, k, full, empty, row, second, pair, 1, 0)
+    mbarrier.expect(shared.q_full, 2 * HEADS * (2 * COLUMNS + ROTATED))
+    _fetch(q_latent, [place.row, place.head, 0], shared.q_full, shared.q.index(0))
+    _fetch(q_latent, [place.row, place.head, COLUMNS], shared.q_full, shared.q.index(1))
+    _fetch(q_rope, [place.row, place.head, 0], shared.q_full, shared.q_rotated)
+    for pair in range(place.pairs):
+        first = gl.minimum(place.start + 2 * SLOTS * pair, place.end - SLOTS)
+        second = gl.minimum(place.start + 2 * SLOTS * pair + SLOTS, place.end - SLOTS)
+        _fetch_half(latent, k_rope, shared, place.row, first, pair, 0, 0)
+        _fetch_half(latent, k_rope, shared, place.row, second, pair, 1, 1)
+        _fetch_half(latent, k_rope, shared, place.row, first, pair, 0, 1)
+        _fetch_half(latent, k_rope, shared, place.row, second, pair, 1, 0)
 
 
 @gluon.jit
@@ -116,157 +141,119 @@ def _as_operand(weights, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _left_pair(
-    buffers, barriers, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
-):
+def _left_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constexpr):
     """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
-    q, q_rotated, c, k, largest = buffers
-    q_full, full, empty, largest_ready, weights_ready = barriers
-    dtype: gl.constexpr = q.dtype
+    dtype: gl.constexpr = shared.q.dtype
     phase = pair & 1
-    first = start + 2 * SLOTS * pair
+    first = place.start + 2 * SLOTS * pair
     scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(full.index(0), phase)
-    scores = warpgroup_mma(q.index(0), c.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(1), phase)
-    scores = warpgroup_mma(q.index(1), c.index(1).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma(q_rotated, k.index(0).permute((1, 0)), scores, is_async=True)
+    mbarrier.wait(shared.full.index(0), phase)
+    scores = warpgroup_mma(shared.q.index(0), shared.c.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
+    mbarrier.wait(shared.full.index(1), phase)
+    scores = warpgroup_mma(shared.q.index(1), shared.c.index(1).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(shared.q_rotated, shared.k.index(0).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _scaled(scores, scale_log2, gl.minimum(first, end - SLOTS), first, LAST)
+    scores = _scaled(scores, scale_log2, gl.minimum(first, place.end - SLOTS), first, LAST)
     m_0 = gl.maximum(m, gl.max(scores, 1))
-    largest.index(0).store(m_0)
-    mbarrier.arrive(largest_ready.index(0), count=1)
+    shared.largest.index(0).store(m_0)
+    mbarrier.arrive(shared.largest_ready.index(0), count=1)
     shrink = gl.exp2(m - m_0)
     p = gl.exp2(scores - m_0[:, None])
     total = total * shrink + gl.sum(p, 1)
     operand = _as_operand(p, dtype)
-    sums = warpgroup_mma(operand, c.index(0), _times(sums, shrink), is_async=True)
-    mbarrier.wait(largest_ready.index(1), phase)
-    m_1 = largest.index(1).load(gl.SliceLayout(1, SCORES))
+    sums = warpgroup_mma(operand, shared.c.index(0), _times(sums, shrink), is_async=True)
+    mbarrier.wait(shared.largest_ready.index(1), phase)
+    m_1 = shared.largest.index(1).load(gl.SliceLayout(1, SCORES))
     shrink = gl.exp2(m_0 - m_1)
-    k.index(0).store((p * shrink[:, None]).to(dtype))
+    shared.k.index(0).store((p * shrink[:, None]).to(dtype))
     fence_async_shared()
-    mbarrier.arrive(weights_ready.index(0), count=1)
+    mbarrier.arrive(shared.weights_ready.index(0), count=1)
     sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(empty.index(0), count=1)
+    mbarrier.arrive(shared.empty.index(0), count=1)
     sums = _times(sums, shrink)
-    mbarrier.wait(weights_ready.index(1), phase)
-    sums = warpgroup_mma(k.index(1), c.index(2), sums, is_async=True)
+    mbarrier.wait(shared.weights_ready.index(1), phase)
+    sums = warpgroup_mma(shared.k.index(1), shared.c.index(2), sums, is_async=True)
     sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(empty.index(2), count=1)
+    mbarrier.arrive(shared.empty.index(2), count=1)
     return sums, total * shrink, m_1
 
 
 @gluon.jit
-def _right_pair(
-    buffers, barriers, scale_log2, start, end, pair, sums, total, m, LAST: gl.constexpr
-):
+def _right_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constexpr):
     """Scores of the second block of a pair, and both blocks times columns 256 to 511: (sums, total, m)."""
-    q, q_rotated, c, k, largest = buffers
-    q_full, full, empty, largest_ready, weights_ready = barriers
-    dtype: gl.constexpr = q.dtype
+    dtype: gl.constexpr = shared.q.dtype
     phase = pair & 1
-    first = start + 2 * SLOTS * pair + SLOTS
+    first = place.start + 2 * SLOTS * pair + SLOTS
     scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(full.index(3), phase)
-    scores = warpgroup_mma(q.index(1), c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(full.index(2), phase)
-    scores = warpgroup_mma(q.index(0), c.index(2).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma(q_rotated, k.index(1).permute((1, 0)), scores, is_async=True)
+    mbarrier.wait(shared.full.index(3), phase)
+    scores = warpgroup_mma(shared.q.index(1), shared.c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
+    mbarrier.wait(shared.full.index(2), phase)
+    scores = warpgroup_mma(shared.q.index(0), shared.c.index(2).permute((1, 0)), scores, is_async=True)
+    scores = warpgroup_mma(shared.q_rotated, shared.k.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _scaled(scores, scale_log2, gl.minimum(first, end - SLOTS), first, LAST)
+    scores = _scaled(scores, scale_log2, gl.minimum(first, place.end - SLOTS), first, LAST)
     own = gl.max(scores, 1)
-    mbarrier.wait(largest_ready.index(0), phase)
-    m_1 = gl.maximum(largest.index(0).load(gl.SliceLayout(1, SCORES)), own)
-    largest.index(1).store(m_1)
-    mbarrier.arrive(largest_ready.index(1), count=1)
+    mbarrier.wait(shared.largest_ready.index(0), phase)
+    m_1 = gl.maximum(shared.largest.index(0).load(gl.SliceLayout(1, SCORES)), own)
+    shared.largest.index(1).store(m_1)
+    mbarrier.arrive(shared.largest_ready.index(1), count=1)
     shrink = gl.exp2(m - m_1)
     p = gl.exp2(scores - m_1[:, None])
     total = total * shrink + gl.sum(p, 1)
-    k.index(1).store(p.to(dtype))
+    shared.k.index(1).store(p.to(dtype))
     fence_async_shared()
-    mbarrier.arrive(weights_ready.index(1), count=1)
+    mbarrier.arrive(shared.weights_ready.index(1), count=1)
     operand = _as_operand(p, dtype)
-    sums = warpgroup_mma(operand, c.index(3), _times(sums, shrink), is_async=True)
-    mbarrier.wait(weights_ready.index(0), phase)
-    sums = warpgroup_mma(k.index(0), c.index(1), sums, is_async=True)
+    sums = warpgroup_mma(operand, shared.c.index(3), _times(sums, shrink), is_async=True)
+    mbarrier.wait(shared.weights_ready.index(0), phase)
+    sums = warpgroup_mma(shared.k.index(0), shared.c.index(1), sums, is_async=True)
     sums = warpgroup_mma_wait(1, deps=[sums])
-    mbarrier.arrive(empty.index(3), count=1)
+    mbarrier.arrive(shared.empty.index(3), count=1)
     sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(empty.index(1), count=1)
+    mbarrier.arrive(shared.empty.index(1), count=1)
     return sums, total, m_1
 
 
 @gluon.jit
-def _finish(buffers, barriers, out, lse, place, sums, total, m, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
+def _finish(shared, place, out, lse, sums, total, m, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
     """Join both groups' sums of weights, and write this one's columns."""
-    row, head, heads, split, splits, start, end, pairs = place
-    q, q_rotated, c, k, largest = buffers
-    q_full, full, empty, largest_ready, weights_ready = barriers
-    largest.index(HALF).store(total)
-    mbarrier.arrive(largest_ready.index(HALF), count=1)
-    mbarrier.wait(largest_ready.index(1 - HALF), pairs & 1)
-    total += largest.index(1 - HALF).load(gl.SliceLayout(1, SCORES))
-    rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, OUTPUT))
+    shared.largest.index(HALF).store(total)
+    mbarrier.arrive(shared.largest_ready.index(HALF), count=1)
+    mbarrier.wait(shared.largest_ready.index(1 - HALF), place.pairs & 1)
+    total += shared.largest.index(1 - HALF).load(gl.SliceLayout(1, SCORES))
+    rows = place.head + gl.arange(0, HEADS, gl.SliceLayout(1, OUTPUT))
     columns = HALF * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUTPUT))
-    places = row.to(gl.int64) * heads + rows
-    filled = heads
+    places = place.row.to(gl.int64) * place.heads + rows
+    filled = place.heads
     if not ONE_SPLIT:
-        places = places * splits + split
+        places = places * place.splits + place.split
         # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
-        filled = gl.where(start < end, heads, 0)
+        filled = gl.where(place.start < place.end, place.heads, 0)
         if HALF == 0:
-            found = gl.where(start < end, m + gl.log2(total), float("-inf"))
-            gl.store(lse + places, gl.convert_layout(found, gl.SliceLayout(1, OUTPUT)), mask=rows < heads)
+            found = gl.where(place.start < place.end, m + gl.log2(total), float("-inf"))
+            gl.store(lse + places, gl.convert_layout(found, gl.SliceLayout(1, OUTPUT)), mask=rows < place.heads)
     sums = _times(sums, 1.0 / total)
     at = out + places[:, None] * (2 * COLUMNS) + columns[None, :]
     gl.store(at, sums.to(out.dtype.element_ty), mask=rows[:, None] < filled)
 
 
 @gluon.jit
-def _left(consume, place, ONE_SPLIT: gl.constexpr):
-    """The group of columns 0 to 255."""
-    buffers, barriers, out, lse, scale_log2 = consume
-    row, head, heads, split, splits, start, end, pairs = place
+def _multiply(shared, place, out, lse, scale_log2, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
+    """The group of one half of the columns."""
     sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
     total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    mbarrier.wait(barriers[0], 0)
-    for pair in range(pairs - 1):
-        sums, total, m = _left_pair(buffers, barriers, scale_log2, start, end, pair, sums, total, m, False)
-    sums, total, m = _left_pair(buffers, barriers, scale_log2, start, end, pairs - 1, sums, total, m, True)
-    _finish(buffers, barriers, out, lse, place, sums, total, m, 0, ONE_SPLIT)
-
-
-@gluon.jit
-def _right(consume, place, ONE_SPLIT: gl.constexpr):
-    """The group of columns 256 to 511."""
-    buffers, barriers, out, lse, scale_log2 = consume
-    row, head, heads, split, splits, start, end, pairs = place
-    sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
-    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
-    m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    mbarrier.wait(barriers[0], 0)
-    for pair in range(pairs - 1):
-        sums, total, m = _right_pair(buffers, barriers, scale_log2, start, end, pair, sums, total, m, False)
-    sums, total, m = _right_pair(buffers, barriers, scale_log2, start, end, pairs - 1, sums, total, m, True)
-    _finish(buffers, barriers, out, lse, place, sums, total, m, 1, ONE_SPLIT)
+    mbarrier.wait(shared.q_full, 0)
+    work: gl.constexpr = _left_pair if HALF == 0 else _right_pair
+    for pair in range(place.pairs - 1):
+        sums, total, m = work(shared, place, scale_log2, pair, sums, total, m, False)
+    sums, total, m = work(shared, place, scale_log2, place.pairs - 1, sums, total, m, True)
+    _finish(shared, place, out, lse, sums, total, m, HALF, ONE_SPLIT)
 
 
 @gluon.jit(do_not_specialize=["slots", "heads", "splits"])
 def attend_kernel(
-    q_latent,
-    q_rope,
-    latent,
-    k_rope,
-    lengths,
-    out,
-    lse,
-    scale_log2,
-    slots,
-    heads,
-    splits,
-    ONE_SPLIT: gl.constexpr,
+    q_latent, q_rope, latent, k_rope, lengths, out, lse, scale_log2, slots, heads, splits, ONE_SPLIT: gl.constexpr
 ):
     # Head blocks that read the same slots run side by side and share them in L2.
     head = gl.program_id(0) * HEADS
@@ -281,34 +268,33 @@ def attend_kernel(
     dtype: gl.constexpr = latent.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    q = gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide)  # the halves of the columns
-    q_rotated = gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide)
-    c = gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide)  # the halves of the first block, and of the second
-    k = gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide)  # and in their place, once multiplied, the weights
-    largest = gl.allocate_shared_memory(gl.float32, [2, HEADS], plain)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    largest_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    weights_ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
+    shared = Memory(
+        gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide),
+        gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide),
+        gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide),
+        gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide),
+        gl.allocate_shared_memory(gl.float32, [2, HEADS], plain),
+        gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
+    )
+    mbarrier.init(shared.q_full, count=1)
     for i in gl.static_range(4):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(shared.full.index(i), count=1)
+        mbarrier.init(shared.empty.index(i), count=1)
     for i in gl.static_range(2):
-        mbarrier.init(largest_ready.index(i), count=1)
-        mbarrier.init(weights_ready.index(i), count=1)
+        mbarrier.init(shared.largest_ready.index(i), count=1)
+        mbarrier.init(shared.weights_ready.index(i), count=1)
     fence_async_shared()
 
-    buffers = (q, q_rotated, c, k, largest)
-    barriers = (q_full, full, empty, largest_ready, weights_ready)
-    consume = (buffers, barriers, out, lse, scale_log2)
-    place = (row, head, heads, split, splits, start, end, pairs)
+    place = Place(row, head, heads, split, splits, start, end, pairs)
     gl.warp_specialize(
         [
-            (_bring, (q_latent, q_rope, latent, k_rope, buffers, barriers, place)),
-            (_left, (consume, place, ONE_SPLIT)),
-            (_right, (consume, place, ONE_SPLIT)),
+            (_bring, (q_latent, q_rope, latent, k_rope, shared, place)),
+            (_multiply, (shared, place, out, lse, scale_log2, 0, ONE_SPLIT)),
+            (_multiply, (shared, place, out, lse, scale_log2, 1, ONE_SPLIT)),
         ],
         WORKER_WARPS,
         WORKER_REGISTERS,
@@ -382,7 +368,9 @@ def program(
     """(grid, arguments of `attend_kernel` but for its constants). describe: makes a descriptor of a tensor and a block."""
     describe = describe or _descriptor
     B, H, _ = q_latent_BHL.shape
-    q_latent_BHL, q_rope_BHP = (x if _is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP))
+    q_latent_BHL, q_rope_BHP = (
+        x if _is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP)
+    )
     for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
         if not _is_copied(cache):
             raise ValueError(

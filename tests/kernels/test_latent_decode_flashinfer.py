@@ -1,11 +1,11 @@
-"""attention.kernel=flashinfer: our caches as its pages, its plan and its refusals, with a stand-in that computes what it would."""
+"""attention.kernel=flashinfer: our caches as its pages, its plan and its refusals, with a stand-in for the package."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SHAPE: dict[str, Any] = {"rank": 128, "rope": 64, "dtype": torch.float16}
 class StandIn:
     """BatchMLAPagedAttentionWrapper's two methods over pages, in float64, from nothing but what it is given."""
 
-    made: list[StandIn] = []
+    made: ClassVar[list[StandIn]] = []
 
     def __init__(self, workspace: Tensor, backend: str) -> None:
         assert workspace.dtype == torch.uint8 and backend == "fa2"
@@ -93,7 +93,9 @@ def test_rows_that_are_not_equally_far_apart_are_refused() -> None:
     inputs = make_inputs(Case(4, slots=70, lengths=(70, 1), **SHAPE), beyond=0.0)
     assert inputs.k_rope_BSP is not None
     inputs.k_rope_BSP = inputs.k_rope_BSP.contiguous()  # 70 slots apart, where the latents are 73
-    with pytest.raises(ValueError, match=r"equally many slots apart, and the strides here are \(9344, 128, 1\) and \(4480, 64, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"equally many slots apart, and the strides here are \(9344, 128, 1\) and \(4480, 64, 1\)"
+    ):
         latent_decode(*inputs.arguments, scale=inputs.scale, kernel="flashinfer")
 
 
@@ -114,7 +116,9 @@ def test_shapes_that_it_has_not_are_refused(case: Case, sentence: str) -> None:
 
 def test_without_the_package_the_sentence_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs the package flashinfer: pip install flashinfer-python, or take attention.kernel=t"):
+    with pytest.raises(
+        ValueError, match=r"needs the package flashinfer: pip install flashinfer-python, or take attention.kernel=t"
+    ):
         check_kernel("flashinfer", "cuda")
 
 

@@ -102,20 +102,23 @@ def planted(tmp_path: Path, before: str, after: str) -> ModuleType:
 WAITS = "    sums = warpgroup_mma_wait(0, deps=[sums])\n"
 FAULTS = {
     "a half is given back before it was multiplied": (
-        f"{WAITS}    mbarrier.arrive(empty.index(0), count=1)\n",
-        f"    mbarrier.arrive(empty.index(0), count=1)\n{WAITS}",
+        f"{WAITS}    mbarrier.arrive(shared.empty.index(0), count=1)\n",
+        f"    mbarrier.arrive(shared.empty.index(0), count=1)\n{WAITS}",
     ),
-    "the other group's weights are not waited for": ("    mbarrier.wait(weights_ready.index(1), phase)\n", ""),
-    "the other group's maximum is not waited for": ("    mbarrier.wait(largest_ready.index(1), phase)\n", ""),
-    "a copy is not waited for": ("    mbarrier.wait(full.index(2), phase)\n", ""),
+    "the other group's weights are not waited for": ("    mbarrier.wait(shared.weights_ready.index(1), phase)\n", ""),
+    "the other group's maximum is not waited for": ("    mbarrier.wait(shared.largest_ready.index(1), phase)\n", ""),
+    "a copy is not waited for": ("    mbarrier.wait(shared.full.index(2), phase)\n", ""),
     "a half is waited for in the wrong phase": ("(pair & 1) ^ 1", "pair & 1"),
-    "a half is never given back": ("    mbarrier.arrive(empty.index(3), count=1)\n", ""),
+    "a half is never given back": ("    mbarrier.arrive(shared.empty.index(3), count=1)\n", ""),
     "too few bytes are expected": ("2 * SLOTS * (COLUMNS + ROTATED)", "2 * SLOTS * COLUMNS"),
     "a block passes its range's end": (
-        "second = gl.minimum(start + 2 * SLOTS * pair + SLOTS, end - SLOTS)",
-        "second = start + 2 * SLOTS * pair + SLOTS",
+        "second = gl.minimum(place.start + 2 * SLOTS * pair + SLOTS, place.end - SLOTS)",
+        "second = place.start + 2 * SLOTS * pair + SLOTS",
     ),
-    "covered slots count twice": ("scores = gl.where(numbers[None, :] >= first, scores", "scores = gl.where(numbers[None, :] >= 0, scores"),
+    "covered slots count twice": (
+        "scores = gl.where(numbers[None, :] >= first, scores",
+        "scores = gl.where(numbers[None, :] >= 0, scores",
+    ),
     "a sum does not shrink with its maximum": ("return sums, total * shrink, m_1", "return sums, total, m_1"),
 }
 
@@ -140,9 +143,15 @@ def test_what_goes_wrong_in_such_kernels_is_seen_by_the_emulation(fault: str, tm
 @pytest.mark.parametrize(
     ("case", "sentence"),
     [
-        (Case(64, 256, 64, BFLOAT), "gluon takes kv_lora_rank 512 and qk_rope_head_dim 64, not 256 and 64; take attention.kernel="),
+        (
+            Case(64, 256, 64, BFLOAT),
+            "gluon takes kv_lora_rank 512 and qk_rope_head_dim 64, not 256 and 64; take attention.kernel=",
+        ),
         (Case(64, 512, 0, BFLOAT), "not 512 and 0; take attention.kernel=torch"),
-        (Case(64, 512, 64, torch.float32), "computes in bfloat16 or float16, not in torch.float32; take attention.kernel=torch"),
+        (
+            Case(64, 512, 64, torch.float32),
+            "computes in bfloat16 or float16, not in torch.float32; take attention.kernel=torch",
+        ),
     ],
     ids=["narrow", "not rotated", "float32"],
 )
@@ -156,7 +165,9 @@ def test_slots_that_the_copy_engine_cannot_reach_are_refused() -> None:
     inputs = make_inputs(Case(64, dtype=BFLOAT, **SHAPE), beyond=0.0)
     wide_BSK = torch.zeros(3, 70, 513, dtype=BFLOAT)
     inputs.latent_BSL = wide_BSK[..., :512]
-    with pytest.raises(ValueError, match=r"begin at multiples of 16 bytes, and the latents begin .* take attention.kernel=triton"):
+    with pytest.raises(
+        ValueError, match=r"begin at multiples of 16 bytes, and the latents begin .* take attention.kernel=triton"
+    ):
         latent_decode(*inputs.arguments, scale=inputs.scale, kernel="gluon")
 
 
@@ -165,7 +176,9 @@ def test_other_generations_of_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.version, "hip", None)
     for capability in ((8, 0), (10, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        with pytest.raises(ValueError, match=rf"capability 9 and this one has {capability[0]}\.0; take attention.kernel=triton"):
+        with pytest.raises(
+            ValueError, match=rf"capability 9 and this one has {capability[0]}\.0; take attention.kernel=triton"
+        ):
             check_kernel("gluon", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     check_kernel("gluon", "cuda")

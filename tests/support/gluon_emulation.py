@@ -148,7 +148,7 @@ class Partition:
                     function(*arguments)
             except Stopped:
                 pass
-            except BaseException as error:  # noqa: BLE001 - raised again by the program
+            except BaseException as error:
                 self.error = error
             self.done = True
             self.back.release()
@@ -184,7 +184,9 @@ class Program:
     def current(self) -> Partition:
         return next(each for each in self.partitions if each.thread is threading.current_thread())
 
-    def specialize(self, functions: Sequence[tuple[Callable[..., None], Sequence[Any]]], warps: object, registers: object) -> None:
+    def specialize(
+        self, functions: Sequence[tuple[Callable[..., None], Sequence[Any]]], warps: object, registers: object
+    ) -> None:
         self.partitions = [Partition(function, arguments) for function, arguments in functions]
         try:
             while not all(each.done for each in self.partitions):
@@ -308,7 +310,10 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, seed: int, 
     taken = [Pointer.to(each) if isinstance(each, Tensor) else each for each in arguments]
     for place in ((x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])):
         program = Program(place, seed)
-        scope = {name: getattr(value, "value", value) if type(value).__name__ == "constexpr" else value for name, value in module.items()}
+        scope = {
+            name: getattr(value, "value", value) if type(value).__name__ == "constexpr" else value
+            for name, value in module.items()
+        }
         scope |= {
             "gl": _language(program, module["gl"]),
             "mbarrier": types.SimpleNamespace(
