@@ -160,6 +160,7 @@ def started(place: Workplace, text: str) -> tuple[subprocess.Popen[bytes], Path]
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup's is kept by its children
     )
     run = place.runs / "run"
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics_of(run)) > 5, process)
