@@ -24,127 +24,82 @@ enter_environment()
 import contextlib
 import datetime
 import json
-from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from harness.config.compose import load_train_config
 from harness.config.identity import shared_fields
+from harness.config.schema import TrainConfig
 from harness.entry.cli import pasteable, run_hydra
+from harness.evaluation.evaluate import split_metrics
+from harness.evaluation.perplexity import SplitResult
 from harness.files.atomic import write_json
-from harness.runs.folder import Claim, begun, finished, lock_run, put_back, run_folder, short_line, writing_to
-from harness.runs.records import read_summary
-
-if TYPE_CHECKING:
-    from harness.config.schema import TrainConfig
-    from harness.evaluation.perplexity import SplitResult
-    from harness.runs.records import RunSummary
-    from harness.runs.session import Session
-    from harness.training.loop import Step
-    from harness.training.parallel import Workers
+from harness.runs.corpus import check_unchanged, load_data, refuse_other_data
+from harness.runs.folder import begun, claimed, finished, put_back, run_folder, short_line
+from harness.runs.records import RunSummary, read_summary
+from harness.runs.session import Session
+from harness.training.interruption import Interrupted, interruptible
+from harness.training.loop import Step
+from harness.training.nonfinite import NonFiniteError
+from harness.training.parallel import Workers, open_workers
+from harness.training.schedule import steps_due
 
 
 def main(overrides: list[str]) -> int:
     """Train the configured run to its end, from its newest checkpoint if there is one. The status to exit with."""
     config = load_train_config(overrides)
-
-    from harness.training.parallel import open_workers
-
     with open_workers(config.device, shared_fields(config)) as workers:
         return train_run(config, workers, overrides)
 
 
 def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> int:
     """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
-
-    from harness.runs.session import open_session
-    from harness.runs.training_data import check_unchanged, load_shared
-    from harness.training.interruption import Interrupted, interruptible
-    from harness.training.nonfinite import NonFiniteError
-    from harness.training.schedule import training_steps
-
-    steps = training_steps(config)
-    run = workers.first(lambda: checked_folder(config, workers, steps))
+    session = workers.in_turn(lambda: Session(config, workers))
+    workers.first(lambda: put_back(config))
+    run = workers.first(lambda: run_folder(config))
     if workers.first(lambda: finished(run) and not config.overwrite):
         workers.first(lambda: check_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
     # What ended an earlier attempt may have hurt the data.
-    data = load_shared(config, workers, verify=lambda: not config.overwrite and begun(run))
+    data = workers.in_turn(lambda: load_data(config, verify=workers.is_first and not config.overwrite and begun(run)))
+    refuse_other_data(config, data, workers)
 
-    with interruptible() as interruption, contextlib.ExitStack() as held:
-        claim: Claim | None = None
-
-        def claim_run() -> None:
-            nonlocal claim
-            held.enter_context(lock_run(run, workers.patience))
-            held.enter_context(writing_to(run))
-            claim = Claim(config)
-
-        workers.first(claim_run)
+    with interruptible() as session.interruption:
         try:
-            session = open_session(config, run, data, workers, steps)
-            session.interruption = interruption
-            if workers.is_first:
-                print("\n".join(session.lines()), flush=True)
-            result = session.evaluate() if session.first_step == 1 else None
-            session.poll()
-            session.writer.written = claim.settle if claim is not None else None
-            summary = train_session(session, result)
-        except BaseException as error:
-            if claim is not None:
-                claim.undo()  # unless there is a checkpoint by now
-            if isinstance(error, Interrupted):
-                kept = [each for each in overrides if each.partition("=")[0] != "overwrite"]
-                return say_interrupted(session, kept if session.saved else overrides)
-            if isinstance(error, NonFiniteError) and not workers.is_first:
+            with contextlib.ExitStack() as held:
+
+                def claim() -> None:
+                    session.writer.written = held.enter_context(claimed(config, workers.patience))
+
+                workers.first(claim)
+                session.open(data)
+                summary = train_session(session)
+                if workers.is_first:
+                    write_json(run / "summary.json", summary)
+        except Interrupted:
+            kept = [each for each in overrides if each.partition("=")[0] != "overwrite"]
+            return say_interrupted(session, kept if session.saved else overrides)
+        except NonFiniteError:
+            if not workers.is_first:
                 workers.leave()
             raise
-        if workers.is_first:
-            write_json(run / "summary.json", summary)
     if workers.is_first:
         print(short_line(summary, run / "summary.json"))
     return 0
 
 
-def checked_folder(config: TrainConfig, workers: Workers, steps: int) -> Path:
-    """The run's folder. What cannot work is refused here, before anything is prepared or written."""
-    from harness.config.build import build_model
-    from harness.tracking import check_tracking
-    from harness.training.device import select_precision
-    from harness.training.optimizer import check_optimizer
-    from harness.training.parallel import check_parallel
-    from harness.training.schedule import build_schedule
-    from modeling.shapes import shapes_only
-
-    build_schedule(config.schedule, steps)
-    check_optimizer(config.optimizer)
-    check_tracking(config.tracking)
-    check_parallel(
-        config.parallel,
-        workers,
-        optimizer=config.optimizer,
-        batch_size=config.batch_size,
-        precision=select_precision(config.precision, workers.device),
-        overwrite=config.overwrite,
-    )
-    with shapes_only():
-        build_model(config, vocab_size=64)
-    put_back(config)
-    return run_folder(config)
-
-
-def train_session(session: Session, result: SplitResult | None) -> RunSummary:
-    """The steps that are left, logged, evaluated and saved; `result` is step 0's evaluation, None when continuing.
+def train_session(session: Session) -> RunSummary:
+    """The steps that are left, logged, evaluated and saved.
 
     Every process of several takes all of these steps; the first alone has something to say, log and write. Returns the
     run's summary. Raises Interrupted when a process was asked to stop: what was trained is saved then.
     """
-    from tqdm import tqdm
-
-    from harness.evaluation.evaluate import split_metrics
-    from harness.training.interruption import Interrupted
-    from harness.training.schedule import steps_due
-
-    intervals, steps = session.config.intervals, session.steps
+    intervals, steps = session.config.intervals, session.schedule.steps
     is_first = session.workers.is_first
+    if is_first:
+        print("\n".join(session.lines()), flush=True)
+    result = session.evaluate() if session.first_step == 1 else None
+    session.poll()
     tell = say if is_first else lambda line: None
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None if is_first else True)
     # Else a line at each interval stands for it: in a log file, on a terminal without a width, as containers have.
@@ -165,12 +120,8 @@ def train_session(session: Session, result: SplitResult | None) -> RunSummary:
         for step in session.train():
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}, {step.tokens_per_second:,.0f} tokens/s", refresh=False)
-            if (line := session.time_line(step)) is not None:
+            for line in session.remarks(step):
                 tell(line)
-            if step.remark is not None:
-                tell(f"step {step.number:,}: {step.remark}")
-            if step.skipped is not None:
-                tell(session.skipped_line(step))
             if steps_due(step.number, steps, intervals.log):
                 tracker.log(step.number, step.tokens, session.step_metrics(step))
                 if not seen:
@@ -204,8 +155,6 @@ def say_interrupted(session: Session, overrides: list[str]) -> int:
 
 def say(line: str) -> None:
     """Above the bar, and at once also where the output is a file."""
-    from tqdm import tqdm
-
     tqdm.write(line)
     sys.stdout.flush()
 

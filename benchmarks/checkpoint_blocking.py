@@ -33,12 +33,15 @@ from torch import Tensor
 
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
+from harness.config.schema import Device, Precision
 from harness.entry.cli import parse_options, run_script
 from harness.runs.load import pin_execution
 from harness.training.checkpoint import snapshot
 from harness.training.device import keep_freed_memory, loss_chunk_tokens, select_device, select_precision
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
+from harness.training.parallel import OneProcess
+from harness.training.step import EagerStep
 from harness.training.writer import CheckpointWriter
 
 
@@ -51,8 +54,8 @@ class BlockingOptions:
     length: int = 128
     rounds: int = 5
     steps: int = 4
-    device: str = "auto"
-    precision: str = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
     folder: str | None = None
 
 
@@ -71,19 +74,16 @@ def main(arguments: list[str]) -> int:
         while True:
             yield torch.randint(options.vocab_size, (options.batch_size, options.length + 1), device=device)
 
-    steps = train(
-        model,
-        batches(),
-        optimizer=optimizer,
-        schedule=lambda step: 1e-3,
-        first_step=1,
-        last_step=10**9,
+    step = EagerStep(
+        OneProcess(model),
+        optimizer,
         micro_batch_size=options.batch_size,
         grad_clip=1.0,
         precision=precision,
         compile=False,
         device=device,
     )
+    steps = train(step, batches(), schedule=lambda step: 1e-3, first_step=1, last_step=10**9)
     next(steps)
 
     def step_seconds() -> float:

@@ -31,6 +31,7 @@ import torch
 
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
+from harness.config.schema import Device, Precision
 from harness.entry.cli import parse_options, run_script
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import CapturedLosses, TokenLosses
@@ -47,8 +48,8 @@ class EvaluationSpeedOptions:
     batch_size: int = 32
     windows: int = 320
     rounds: int = 5
-    device: str = "auto"
-    precision: str = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
 
 
 def main(argv: list[str]) -> int:

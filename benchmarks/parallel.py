@@ -42,7 +42,7 @@ import torch
 
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
-from harness.config.schema import ParallelConfig
+from harness.config.schema import Device, ParallelConfig, Precision, Switch
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.load import pin_execution
@@ -52,6 +52,7 @@ from harness.training.device import loss_chunk_tokens
 from harness.training.loop import train
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import Workers, open_workers, share_model
+from harness.training.step import EagerStep
 from modeling.flops import training_flops_per_token
 
 ENGINES = {
@@ -74,9 +75,9 @@ class ParallelOptions:
     steps: int = 20
     rounds: int = 3
     checkpointing: bool = False
-    device: str = "auto"
-    precision: str = "auto"
-    compile: str = "auto"
+    device: Device = "auto"
+    precision: Precision = "auto"
+    compile: Switch = "auto"
     out: str | None = None
 
 
@@ -107,20 +108,16 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     globally = [torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)]
     mine = [batch[workers.rank * share : (workers.rank + 1) * share].to(device) for batch in globally]
     hardware.reset_peak_memory(device)
-    steps = train(
-        model,
-        itertools.cycle(mine),
-        optimizer=build_optimizer(model, config.optimizer),
-        schedule=lambda step: 1.0,
-        first_step=1,
-        last_step=10**9,
+    step_by = EagerStep(
+        engine,
+        build_optimizer(model, config.optimizer),
         micro_batch_size=micro,
         grad_clip=1.0,
         precision=precision,
         compile=hardware.select_compile(options.compile, device),
         device=device,
-        engine=engine,
     )
+    steps = train(step_by, itertools.cycle(mine), schedule=lambda step: 1.0, first_step=1, last_step=10**9)
     started = time.perf_counter()
     for _ in range(5):  # compilation, allocator, caches
         step = next(steps)

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from harness.config.build import build_model
 from harness.config.compose import load_train_config, options_of
-from harness.config.schema import TrainConfig
+from harness.config.schema import Device, Precision, Switch, TrainConfig
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.load import pin_execution
@@ -49,8 +49,9 @@ from harness.runs.provenance import commit
 from harness.training import device as hardware
 from harness.training.device import loss_chunk_tokens
 from harness.training.loop import train
-from harness.training.optimizer import build_optimizer
-from harness.training.step import select_capture
+from harness.training.optimizer import build_optimizer, choose_recipe
+from harness.training.parallel import OneProcess
+from harness.training.step import CapturedStep, EagerStep, select_capture
 from modeling.flops import training_flops_per_token
 from modeling.gpt import GPT
 
@@ -64,10 +65,10 @@ class SpeedOptions:
     micro_batch_size: int | None = None
     steps: int = 10
     rounds: int = 5
-    device: str = "auto"
-    precision: str = "auto"
-    compile: str = "auto"
-    capture: str = "auto"  # ours only: the plain GPT stays as one writes it
+    device: Device = "auto"
+    precision: Precision = "auto"
+    compile: Switch = "auto"
+    capture: Switch = "auto"  # ours only: the plain GPT stays as one writes it
     backend: str = "auto"
     peer: str | None = None
     out: str | None = None
@@ -205,21 +206,18 @@ def our_steps(
     model = build_model(config, vocab_size).to(device)
     kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=precision)
     model.loss_chunk_tokens = loss_chunk_tokens(device)
-    optimizer = build_optimizer(model, config.optimizer, capturable=device.type == "cuda")
-    steps = train(
-        model,
-        batches,
-        optimizer=optimizer,
-        schedule=lambda step: 1.0,
-        first_step=1,
-        last_step=10**9,
+    recipe = choose_recipe(config.optimizer)
+    captured = select_capture(capture, device, processes=1, update_can_be=recipe.can_be_captured)
+    step_by = (CapturedStep if captured else EagerStep)(
+        OneProcess(model),
+        build_optimizer(model, config.optimizer, recipe=recipe, capturable=device.type == "cuda"),
         micro_batch_size=micro,
         grad_clip=1.0,
         precision=precision,
         compile=compiled,
         device=device,
-        capture=select_capture(capture, device, processes=1, optimizer=optimizer),
     )
+    steps = train(step_by, batches, schedule=lambda step: 1.0, first_step=1, last_step=10**9)
 
     def step() -> None:
         next(steps)

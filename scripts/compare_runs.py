@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     from harness.report.compare import scatter
     from harness.report.comparison import as_text, compare, plain_table, scatter_points, write_tables
     from harness.report.plots import save_png
-    from harness.tracking import check_tracking, open_tracker
+    from harness.tracking import Dashboard, Table, check_tracking, open_tracker
 
     check_tracking(TrackingConfig(name=options.tracking))
     comparison = compare(
@@ -96,14 +96,18 @@ def main(arguments: list[str]) -> int:
         run_id=None,
         metrics_bytes=None,
     ) as tracker:
-        tracker.log_table("comparison", *plain_table(comparison))
-        for number, table in enumerate(comparison.tables, start=1):
-            key = "scatter" if number == 1 else f"scatter_{number}"
-            for figure in ("bits_per_byte", "perplexity"):
-                tracker.log_scatter(
-                    f"{key}/{figure}", *scatter_points(table, figure), x="cache bytes per token", y=figure, title=table.heading
-                )
-        tracker.log_image("bits_per_byte_against_cache", picture, caption="; ".join(comparison.notes))
+
+        def show(dashboard: Dashboard) -> None:
+            dashboard.table("comparison", Table(*plain_table(comparison)))
+            for number, table in enumerate(comparison.tables, start=1):
+                key = "scatter" if number == 1 else f"scatter_{number}"
+                for figure in ("bits_per_byte", "perplexity"):
+                    points = Table(*scatter_points(table, figure))
+                    title = table.heading or f"{figure} against cache bytes per token"
+                    dashboard.scatter(f"{key}/{figure}", points, x="cache bytes per token", y=figure, title=title)
+            dashboard.image("bits_per_byte_against_cache", picture, caption="; ".join(comparison.notes))
+
+        tracker.mirror(show)
     print(json.dumps({"runs": len(runs), "record": str(out / "comparison.json")}))
     return 0
 

@@ -158,7 +158,7 @@ def run(command: Command) -> int:
 
 def _run(command: Command, places: Sequence[Slot]) -> int:
     from harness.report.write import report_study
-    from harness.runs.training_data import load_data
+    from harness.runs.corpus import load_data
     from harness.study.progress import Pace
     from harness.study.results import load_results
     from harness.study.runner import run_all

@@ -10,7 +10,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from harness.config.identity import SEED_FIELDS
 from harness.config.schema import EXTRAS, EvalConfig, TrainConfig
 from harness.config.typed import did_you_mean, shown, typed, typed_fields
 from harness.errors import UserError
@@ -178,11 +177,6 @@ def _check_values(config: TrainConfig) -> None:
                 f"attention={options['name']}: window={window} is longer than the context, model.max_seq_len="
                 f"{config.model.max_seq_len}: choose a shorter one, or null to see everything"
             )
-    if config.spikes.sigma is not None and config.spikes.sigma <= 0:
-        raise UserError(f"spikes.sigma={config.spikes.sigma} must be above 0, such as 6, or null to skip no spike")
-    for path in SEED_FIELDS:
-        if (seed := operator.attrgetter(path)(config)) >= 2**63:
-            raise UserError(f"{path}={seed} is too large for torch's generator; choose a seed below 2^63")
     if config.micro_batch_size is not None and config.batch_size % config.micro_batch_size:
         raise UserError(
             f"micro_batch_size={config.micro_batch_size} does not divide batch_size={config.batch_size}; choose a divisor"
@@ -196,10 +190,6 @@ def _check_values(config: TrainConfig) -> None:
     for path, rate in (("model.dropout", config.model.dropout), *rates):
         if not 0 <= rate < 1:
             raise UserError(f"{path}={rate} must be at least 0 and below 1")
-    if not 0 < config.evaluation.stride_fraction <= 1:
-        raise UserError(
-            f"evaluation.stride_fraction={config.evaluation.stride_fraction} must be above 0 and at most 1 (a window)"
-        )
     if not config.model.causal:
         raise UserError(
             "model.causal=false cannot be trained to predict the next token, which every position would then see; "
@@ -221,6 +211,4 @@ def eval_config(container: Mapping[str, Any]) -> EvalConfig:
         raise UserError(f"cache.window={config.cache.window} sees nothing; choose 1 or more, or null for the whole context")
     if config.cache.sinks < 0 or (config.cache.sinks and config.cache.window is None):
         raise UserError(f"cache.sinks={config.cache.sinks} stay visible beside a window; choose 0 or more and set cache.window")
-    if not 0 < config.stride_fraction <= 1:
-        raise UserError(f"stride_fraction={config.stride_fraction} must be above 0 and at most 1 (a window)")
     return config

@@ -6,13 +6,35 @@ none here: the YAML must say them. An attention variant's schema is read off its
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from harness.files.untrusted import Count, Figure, Positive
+from harness.files.untrusted import Figure, Positive
 from modeling.formats import read_format
 
+
+def _limit(holds: Callable[[Any], bool], otherwise: str) -> Callable[[Any], None]:
+    """What raises ValueError for a value that is none of a type's: `otherwise` goes on where the value ends."""
+
+    def check(value: Any) -> None:
+        if not holds(value):
+            raise ValueError(f"{value} {otherwise}")
+
+    return check
+
+
 CacheDtype = Annotated[str, read_format]
+Fraction = Annotated[float, _limit(lambda value: 0 <= value <= 1, "is no fraction: give a number from 0 to 1")]
+Stride = Annotated[float, _limit(lambda value: 0 < value <= 1, "must be above 0 and at most 1 (a window)")]
+Seed = Annotated[int, 0, _limit(lambda value: value < 2**63, "is too large for torch's generator; choose a seed below 2^63")]
+Betas = Annotated[
+    list[float],
+    _limit(
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+        "must be two numbers in [0, 1), such as [0.9, 0.95]",
+    ),
+]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Split = Literal["train", "validation", "test"]
@@ -85,11 +107,11 @@ class TokenizerConfig:
 @dataclass
 class OptimizerConfig:
     name: str  # adamw | muon
-    lr: float
-    betas: list[float]
-    eps: float
-    weight_decay: float
-    grad_clip: float  # 0 switches clipping off
+    lr: Annotated[float, _limit(lambda value: value > 0, "trains nothing: give a rate above 0")]
+    betas: Betas
+    eps: Annotated[float, _limit(lambda value: value > 0, "must be above 0")]
+    weight_decay: Figure
+    grad_clip: Figure  # 0 switches clipping off
     muon_lr: float | None = None  # muon only: the matrices' rate (lr is then the rate of everything else)
     muon_momentum: float | None = None
     width_base: Annotated[int, 1] | None = None  # d_model at which the rates were found: see training/optimizer.py
@@ -98,9 +120,9 @@ class OptimizerConfig:
 @dataclass
 class ScheduleConfig:
     name: Literal["cosine", "wsd"]
-    warmup_fraction: float  # of the steps
-    final_lr_fraction: float  # of the peak
-    decay_fraction: float | None = None  # wsd only: the last part of the steps, in which the rate falls
+    warmup_fraction: Fraction  # of the steps
+    final_lr_fraction: Fraction  # of the peak
+    decay_fraction: Fraction | None = None  # wsd only: the last part of the steps, in which the rate falls
 
 
 @dataclass
@@ -153,7 +175,10 @@ class CheckpointsConfig:
 class SpikesConfig:
     """Steps whose loss or gradient norm makes no update because it stands out (harness/training/nonfinite.py)."""
 
-    sigma: float | None = None  # standard deviations above the mean; None: no step is skipped for that
+    # Standard deviations above the mean; None: no step is skipped for that.
+    sigma: Annotated[float, _limit(lambda value: value > 0, "must be above 0, such as 6, or null to skip no spike")] | None = (
+        None
+    )
     window: Annotated[int, 2] = 100  # last accepted steps that mean and deviation are taken over
 
 
@@ -161,7 +186,7 @@ class SpikesConfig:
 class EvaluationConfig:
     max_tokens: Positive | None = None  # validation during training looks at this many tokens at most (None: all)
     batch_size: Positive = 32  # windows per forward pass
-    stride_fraction: float = 0.5  # of the window
+    stride_fraction: Stride = 0.5  # of the window
 
 
 @dataclass
@@ -187,8 +212,8 @@ class TrainConfig:
     name: str  # "auto" becomes dataset-model-attention-overrides-seed
     runs_dir: str
     data_dir: str
-    seed: Count
-    data_seed: Count
+    seed: Seed
+    data_seed: Seed
     device: Device
     precision: Precision
     compile: Switch
@@ -238,7 +263,7 @@ class EvalConfig:
     data_dir: str
     split: Split
     per_document: bool
-    stride_fraction: float
+    stride_fraction: Stride
     batch_size: Positive
     max_tokens: Positive | None
     device: Device

@@ -7,7 +7,6 @@ Streamed rows are the exception: of a file read in part no hash can be checked.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -154,10 +153,9 @@ def _verified(dataset: DatasetConfig, name: str, expected: str) -> Path:
     """The file in the hub's cache, downloaded if need be. One with other content is deleted, never used."""
     assert dataset.hub_name is not None
     what = f"{name} of {dataset.hub_name}"
-    where = (dataset.hub_name, name, dataset.hub_revision, "dataset")
     for _ in range(2):
-        path = hub_client.cached_file(*where) or hub_client.download_file(*where, what)
-        if _content_hash(path, expected) == expected:
+        path = hub_client.hub_file(dataset.hub_name, name, dataset.hub_revision, what)
+        if hub_client.is_whole(path, expected):
             return path
         tell(f"{what} arrived with wrong content and is deleted")
         path.resolve().unlink()
@@ -173,18 +171,9 @@ def _verified_copy(dataset: DatasetConfig, name: str, expected: str) -> Path:
     path = Path(dataset.path, name)
     if not path.is_file():
         raise UserError(f"dataset.path={dataset.path} has no {name}: it must hold the files of {dataset.hub_name}")
-    if _content_hash(path, expected) != expected:
+    if not hub_client.is_whole(path, expected):
         raise UserError(f"{path} is not the file that dataset.sha256 names: copy it again")
     return path
-
-
-def _content_hash(path: Path, like: str) -> str:
-    """SHA-256 where `like` has its length, else git's SHA-1 of a blob."""
-    digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:

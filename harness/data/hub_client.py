@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.errors import UserError, in_a_line
@@ -88,14 +88,17 @@ def cached_file(repository: str, name: str, revision: str | None, kind: str) -> 
     return Path(path) if isinstance(path, str) else None
 
 
-def download_file(repository: str, name: str, revision: str | None, kind: str, what: str) -> Path:
-    """Downloads into the hub's cache, resuming what broke off."""
+def hub_file(repository: str, name: str, revision: str | None, what: str, kind: str = "dataset") -> Path:
+    """One file in the hub's cache, downloaded into it where it is not there, resuming what broke off."""
+    repo_type = "dataset" if kind == "dataset" else "model"
+    if cached := cached_file(repository, name, revision, repo_type):
+        return cached
     folder = "datasets/" if kind == "dataset" else ""
     connect(f"{folder}{repository}/resolve/{revision or 'main'}/{name}", what, kind)
     import huggingface_hub
 
     def download() -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=kind))
+        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=repo_type))
 
     return patiently(download, what, kind)
 
@@ -104,22 +107,22 @@ def file_hashes(repository: str, names: list[str], revision: str) -> dict[str, s
     """What the hub states of a dataset's files: SHA-256, or git's SHA-1 of a blob for small files outside LFS."""
     import huggingface_hub
 
-    entries = huggingface_hub.HfApi().get_paths_info(repository, names, revision=revision, repo_type="dataset")
-    hashes = {
-        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
-        for entry in entries
-        if isinstance(entry, huggingface_hub.RepoFile)
-    }
-    return {name: hashes[name] for name in names}
+    stated = _stated(huggingface_hub.HfApi().get_paths_info(repository, names, revision=revision, repo_type="dataset"))
+    return {name: stated[name] for name in names}
+
+
+def _stated(entries: Iterable[Any]) -> dict[str, str]:
+    """The hash of each file among what the hub lists."""
+    import huggingface_hub
+
+    files = [entry for entry in entries if isinstance(entry, huggingface_hub.RepoFile)]
+    return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
 def pretrained_tokenizer(name: str) -> Path:
     """The tokenizer.json of a model on the hub: NAME or NAME@REVISION."""
     repository, _, revision = name.partition("@")
-    cached = cached_file(repository, "tokenizer.json", revision or None, "model")
-    return cached or download_file(
-        repository, "tokenizer.json", revision or None, "model", f"the tokenizer.json of {repository}"
-    )
+    return hub_file(repository, "tokenizer.json", revision or None, f"the tokenizer.json of {repository}", "model")
 
 
 def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, str]]:
@@ -136,26 +139,9 @@ def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, s
     def listed() -> tuple[str, dict[str, str]]:
         commit = hub.model_info(repository, revision=revision).sha
         assert commit is not None
-        entries = hub.list_repo_tree(repository, revision=commit, repo_type="model")
-        hashes = {
-            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
-            for entry in entries
-            if isinstance(entry, huggingface_hub.RepoFile)
-        }
-        return commit, hashes
+        return commit, _stated(hub.list_repo_tree(repository, revision=commit, repo_type="model"))
 
     return patiently(listed, what, "weights")
-
-
-def model_file(repository: str, name: str, commit: str) -> Path:
-    """One file of a model, downloaded into the hub's cache where it is not there, resuming what broke off."""
-    if cached := cached_file(repository, name, commit, "model"):
-        return cached
-    what = f"{name} of {repository}"
-    connect(f"{repository}/resolve/{commit}/{name}", what, "weights")
-    import huggingface_hub
-
-    return patiently(lambda: Path(huggingface_hub.hf_hub_download(repository, name, revision=commit)), what, "weights")
 
 
 def is_whole(path: Path, stated: str) -> bool:

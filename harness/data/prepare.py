@@ -18,10 +18,18 @@ from tqdm import tqdm
 from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data.documents import SPLITS, Source
 from harness.data.hub_client import pretrained_tokenizer
-from harness.data.prepared import FORMAT, DamagedError, PreparedData, is_prepared, open_prepared, verify_prepared
-from harness.data.sources import SOURCES, check, open_source
+from harness.data.prepared import (
+    FORMAT,
+    DamagedError,
+    Piece,
+    PreparedData,
+    SplitWriter,
+    is_prepared,
+    open_prepared,
+    verify_prepared,
+)
+from harness.data.sources import SOURCES, Opening, check, open_source
 from harness.data.tokenizer import Tokenizer
-from harness.data.writer import Piece, SplitWriter, sync
 from harness.errors import UserError, readable, tell
 from harness.files.atomic import DISK_ERRORS, flush
 from harness.files.lock import locked
@@ -53,49 +61,17 @@ def prepare(
     `verify`, or where a preparation of it was killed, every byte: one that is not whole is built again, or, where
     dataset.path names it, refused. Raises UserError (HubUnreachable where the source is out of reach).
     """
-    for_training = for_training and tokenizer_file is None
-    prepared = _open_or_build(dataset, tokenizer, data_dir, tokenizer_file, for_training, progress, verify)
-    if for_training and "train" not in prepared.splits:  # an evaluation made the folder
-        raise _nothing_to_train_on(dataset)
-    return prepared
-
-
-def _open_or_build(
-    dataset: DatasetConfig,
-    tokenizer: TokenizerConfig,
-    data_dir: Path,
-    tokenizer_file: Path | None,
-    for_training: bool,
-    progress: bool,
-    verify: bool,
-) -> PreparedData:
+    how = Opening(data_dir, for_training and tokenizer_file is None, progress)
     check(dataset, tokenizer, has_file=tokenizer_file is not None)
     settings = _tokenizer_settings(tokenizer, has_file=tokenizer_file is not None)
     replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):
-        return _open_copy(Path(dataset.path), dataset, settings, replaced, data_dir, verify)
-    source = open_source(dataset, data_dir, for_training=for_training, progress=progress)
-    identity = {"source": source.identity, "max_tokens": dataset.max_tokens, "tokenizer": settings}
-    folder = data_dir / _folder_name(dataset, identity)
-    if replaced is not None:
-        with contextlib.suppress(DamagedError):
-            if (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
-                return prepared
-        identity["tokenizer"] = {"file": replaced}
-        folder = data_dir / _folder_name(dataset, identity)
-    # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
-    with contextlib.suppress(DamagedError):
-        return _open(folder, verify)
-    with _writing(data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(data_dir / f".{folder.name}.lock"):
-        if folder.is_dir():
-            try:
-                return _open(folder, verify)
-            except DamagedError as error:
-                tell(f"{error}. Preparing it again.")
-        _build(folder, source, dataset, tokenizer, tokenizer_file, identity, for_training, progress)
-    return open_prepared(folder)
+        prepared = _open_copy(Path(dataset.path), dataset, settings, replaced, how, verify)
+    else:
+        prepared = _Preparation(dataset, tokenizer, tokenizer_file, how).open_or_build(settings, replaced, verify)
+    if how.for_training and "train" not in prepared.splits:  # an evaluation made the folder
+        raise _nothing_to_train_on(dataset)
+    return prepared
 
 
 def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: bool = False) -> PreparedData | None:
@@ -135,8 +111,8 @@ def _leftovers(folder: Path) -> str:
     return f".{folder.name}.*.partial"
 
 
-def _folder_name(dataset: DatasetConfig, identity: dict[str, Any]) -> str:
-    return f"{dataset.name}-{_digest({'format': FORMAT, **identity})[:12]}"
+def _folder_name(name: str, identity: dict[str, Any]) -> str:
+    return f"{name}-{_digest({'format': FORMAT, **identity})[:12]}"
 
 
 def _tokenizer_settings(tokenizer: TokenizerConfig, *, has_file: bool) -> dict[str, Any]:
@@ -167,7 +143,7 @@ def local_tokenizer(path: str) -> Path | None:
 
 
 def _open_copy(
-    folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, data_dir: Path, verify: bool
+    folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, how: Opening, verify: bool
 ) -> PreparedData:
     """Opens the prepared folder that dataset.path names, if it holds what the other settings ask for."""
     prepared = open_prepared(folder)
@@ -178,8 +154,7 @@ def _open_copy(
     if replaced is not None:
         asked["tokenizer"], held["tokenizer"] = replaced, prepared.meta["tokenizer"]["sha256"]
     if SOURCES[dataset.source].is_pinned:
-        source = open_source(dataclasses.replace(dataset, path=None), data_dir, for_training=False, progress=False)
-        asked["source"] = source.identity
+        asked["source"] = open_source(dataclasses.replace(dataset, path=None), how).identity
     for field, value in asked.items():
         if held[field] != value:
             raise UserError(
@@ -188,136 +163,179 @@ def _open_copy(
     return prepared
 
 
-def _build(
-    folder: Path,
-    source: Source,
-    dataset: DatasetConfig,
-    tokenizer_config: TokenizerConfig,
-    tokenizer_file: Path | None,
-    identity: dict[str, Any],
-    for_training: bool,
-    progress: bool,
-) -> None:
-    """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
-    leftovers = _leftovers(folder)
-    partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-    with _writing(folder.parent):
-        for leftover in folder.parent.glob(leftovers):
-            shutil.rmtree(leftover)
-        partial.mkdir()
-    try:
-        with _writing(folder.parent, "make room, or choose another folder", only=DISK_ERRORS):
-            tokenizer, origin = _make_tokenizer(source, dataset, tokenizer_config, tokenizer_file, progress)
-            if (tokenizer_copy := tokenizer.save(partial)) is not None:
-                with tokenizer_copy.open("rb") as copy:
-                    sync(copy)
-            dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-            writers = {
-                split: SplitWriter(partial, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
-                for split in SPLITS
-            }
-            for piece, tokens in _encoded(source, tokenizer, dataset.name, progress):
-                writers[piece.split].add(tokens, piece)
-                if writers["train"].full:
-                    break
-            splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
-            _check_splits(splits, dataset, for_training)
-            digests = {split: counts["sha256"] for split, counts in splits.items()}
-            meta = {
-                "format": FORMAT,
-                "dataset": dataset.name,
-                "identity": identity,
-                "tokenizer": {"sha256": tokenizer.sha256, **origin},
-                "vocab_size": tokenizer.vocab_size,
-                "end_of_text": tokenizer.end_of_text,
-                "dtype": dtype.str,
-                "splits": splits,
-                "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
-                "files": {file.name: file.stat().st_size for file in sorted(partial.iterdir())},
-            }
-            with (partial / "meta.json").open("w", encoding="utf-8") as file:
-                json.dump(meta, file, indent=1)
-                sync(file)
-            flush(partial)
-            if folder.exists():  # damaged, or it had been opened
-                os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
-            os.replace(partial, folder)
-            flush(folder.parent)
-    finally:
-        for leftover in folder.parent.glob(leftovers):
-            shutil.rmtree(leftover, ignore_errors=True)
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """A folder of data_dir that is opened, or made: what it is made of, and how."""
 
+    dataset: DatasetConfig
+    tokenizer: TokenizerConfig
+    tokenizer_file: Path | None
+    how: Opening
 
-def _make_tokenizer(
-    source: Source, dataset: DatasetConfig, config: TokenizerConfig, file: Path | None, progress: bool
-) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what meta.json says of where it comes from."""
-    if file is not None:
-        return Tokenizer.load(file), {"name": "file"}
-    if config.name == "bytes":
-        return Tokenizer.plain_bytes(), {"name": "bytes"}
-    if config.name == "pretrained":
-        assert config.path is not None
-        place = local_tokenizer(config.path) or pretrained_tokenizer(config.path)
-        return Tokenizer.load(place), {"name": "pretrained"}
-    assert config.vocab_size is not None
-    tokenizer, n_bytes = _train_bpe(source, dataset, config.vocab_size, progress)
-    return tokenizer, {"name": "bpe", "trained_on_first_bytes": n_bytes}
+    def open_or_build(self, settings: dict[str, Any], replaced: str | None, verify: bool) -> PreparedData:
+        """settings: what shapes the tokens; replaced: the SHA-256 of the tokenizer_file."""
+        data_dir, name = self.how.data_dir, self.dataset.name
+        source = open_source(self.dataset, self.how)
+        identity = {"source": source.identity, "max_tokens": self.dataset.max_tokens, "tokenizer": settings}
+        folder = data_dir / _folder_name(name, identity)
+        if replaced is not None:
+            with contextlib.suppress(DamagedError):
+                if (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
+                    return prepared
+            identity["tokenizer"] = {"file": replaced}
+            folder = data_dir / _folder_name(name, identity)
+        # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
+        with contextlib.suppress(DamagedError):
+            return _open(folder, verify)
+        with _writing(data_dir):
+            data_dir.mkdir(parents=True, exist_ok=True)
+        with _lock(data_dir / f".{folder.name}.lock"):
+            if folder.is_dir():
+                try:
+                    return _open(folder, verify)
+                except DamagedError as error:
+                    tell(f"{error}. Preparing it again.")
+            self._build(folder, source, identity)
+        return open_prepared(folder)
 
+    def _build(self, folder: Path, source: Source, identity: dict[str, Any]) -> None:
+        """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
+        leftovers = _leftovers(folder)
+        partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
+        with _writing(folder.parent):
+            for leftover in folder.parent.glob(leftovers):
+                shutil.rmtree(leftover)
+            partial.mkdir()
+        try:
+            with _writing(folder.parent, "make room, or choose another folder", only=DISK_ERRORS):
+                self._write(partial, source, identity)
+                if folder.exists():  # damaged, or it had been opened
+                    os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
+                os.replace(partial, folder)
+                flush(folder.parent)
+        finally:
+            for leftover in folder.parent.glob(leftovers):
+                shutil.rmtree(leftover, ignore_errors=True)
 
-def _train_bpe(source: Source, dataset: DatasetConfig, vocab_size: int, progress: bool) -> tuple[Tokenizer, int]:
-    """A BPE of the first _BPE_BYTES of the training split (to the end of a block), and how many bytes those were."""
-    limit = _BPE_BYTES
-    if dataset.max_tokens is not None:  # several times the text that will be tokenised, so that the cap saves time
-        limit = min(limit, max(_BPE_LEAST_BYTES, 8 * dataset.max_tokens))
-    n_bytes = 0
+    def _write(self, folder: Path, source: Source, identity: dict[str, Any]) -> None:
+        """All files of the folder, flushed to the disk."""
+        dataset = self.dataset
+        tokenizer, origin = self._make_tokenizer(source)
+        if (tokenizer_copy := tokenizer.save(folder)) is not None:
+            flush(tokenizer_copy)
+        dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        writers = {
+            split: SplitWriter(folder, split, dtype, tokenizer, dataset.max_tokens if split == "train" else None)
+            for split in SPLITS
+        }
+        for piece, tokens in self._encoded(source, tokenizer):
+            writers[piece.split].add(tokens, piece)
+            if writers["train"].full:
+                break
+        splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
+        self._check_splits(splits)
+        digests = {split: counts["sha256"] for split, counts in splits.items()}
+        meta = {
+            "format": FORMAT,
+            "dataset": dataset.name,
+            "identity": identity,
+            "tokenizer": {"sha256": tokenizer.sha256, **origin},
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "dtype": dtype.str,
+            "splits": splits,
+            "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
+            "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        flush(folder / "meta.json")
+        flush(folder)
 
-    def text() -> Iterator[str]:
-        nonlocal n_bytes
-        for document in source.documents():
-            if document.split != "train":
-                continue
-            for block in document.blocks:
-                size = len(_utf8(block, dataset.name))
-                n_bytes += size
-                bar.update(size)
-                yield block
-                if n_bytes >= limit:
-                    return
+    def _make_tokenizer(self, source: Source) -> tuple[Tokenizer, dict[str, Any]]:
+        """The tokenizer, and what meta.json says of where it comes from."""
+        config = self.tokenizer
+        if self.tokenizer_file is not None:
+            return Tokenizer.load(self.tokenizer_file), {"name": "file"}
+        if config.name == "bytes":
+            return Tokenizer.plain_bytes(), {"name": "bytes"}
+        if config.name == "pretrained":
+            assert config.path is not None
+            place = local_tokenizer(config.path) or pretrained_tokenizer(config.path)
+            return Tokenizer.load(place), {"name": "pretrained"}
+        assert config.vocab_size is not None
+        tokenizer, n_bytes = self._train_bpe(source, config.vocab_size)
+        return tokenizer, {"name": "bpe", "trained_on_first_bytes": n_bytes}
 
-    total = min(limit, source.text_bytes) if source.text_bytes else None
-    with _bar(f"{dataset.name}: text for the tokenizer", total, progress) as bar:
-        tokenizer = Tokenizer.train_bpe(text(), vocab_size)
-    if tokenizer.vocab_size < vocab_size:
-        tell(f"{dataset.name} has text for a vocabulary of {tokenizer.vocab_size}, not of {vocab_size}.")
-    return tokenizer, n_bytes
+    def _train_bpe(self, source: Source, vocab_size: int) -> tuple[Tokenizer, int]:
+        """A BPE of the first _BPE_BYTES of the training split (to the end of a block), and how many bytes those were."""
+        name, limit = self.dataset.name, _BPE_BYTES
+        if self.dataset.max_tokens is not None:  # several times the text that will be tokenised, so that the cap saves time
+            limit = min(limit, max(_BPE_LEAST_BYTES, 8 * self.dataset.max_tokens))
+        n_bytes = 0
 
+        def text() -> Iterator[str]:
+            nonlocal n_bytes
+            for document in source.documents():
+                if document.split != "train":
+                    continue
+                for block in document.blocks:
+                    size = len(_utf8(block, name))
+                    n_bytes += size
+                    bar.update(size)
+                    yield block
+                    if n_bytes >= limit:
+                        return
 
-def _encoded(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[tuple[Piece, list[int]]]:
-    """Every piece of every document with its tokens."""
-    for batch in _batches(source, tokenizer, name, progress):
-        yield from zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
+        total = min(limit, source.text_bytes) if source.text_bytes else None
+        with self._bar("text for the tokenizer", total) as bar:
+            tokenizer = Tokenizer.train_bpe(text(), vocab_size)
+        if tokenizer.vocab_size < vocab_size:
+            tell(f"{name} has text for a vocabulary of {tokenizer.vocab_size}, not of {vocab_size}.")
+        return tokenizer, n_bytes
 
+    def _encoded(self, source: Source, tokenizer: Tokenizer) -> Iterator[tuple[Piece, list[int]]]:
+        """Every piece of every document with its tokens."""
+        for batch in self._batches(source, tokenizer):
+            yield from zip(batch, tokenizer.encode_batch([piece.text for piece in batch]), strict=True)
 
-def _batches(source: Source, tokenizer: Tokenizer, name: str, progress: bool) -> Iterator[list[Piece]]:
-    """Every document in pieces, about _BATCH characters at a time."""
-    batch: list[Piece] = []
-    room = _BATCH
-    with _bar(f"{name}: tokens", source.text_bytes, progress) as bar:
-        for document in source.documents():
-            texts = tokenizer.pieces(_without_blank_start(document.blocks))
-            text = next(texts, None)
-            while text is not None:
-                following = next(texts, None)
-                batch.append(Piece(document.split, text, len(_utf8(text, name)), last=following is None))
-                room -= len(text)
-                bar.update(batch[-1].n_bytes)
-                if room <= 0:
-                    yield batch
-                    batch, room = [], _BATCH
-                text = following
-        if batch:
-            yield batch
+    def _batches(self, source: Source, tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+        """Every document in pieces, about _BATCH characters at a time."""
+        batch: list[Piece] = []
+        room = _BATCH
+        with self._bar("tokens", source.text_bytes) as bar:
+            for document in source.documents():
+                texts = tokenizer.pieces(_without_blank_start(document.blocks))
+                text = next(texts, None)
+                while text is not None:
+                    following = next(texts, None)
+                    batch.append(Piece(document.split, text, len(_utf8(text, self.dataset.name)), last=following is None))
+                    room -= len(text)
+                    bar.update(batch[-1].n_bytes)
+                    if room <= 0:
+                        yield batch
+                        batch, room = [], _BATCH
+                    text = following
+            if batch:
+                yield batch
+
+    def _check_splits(self, splits: dict[str, Any]) -> None:
+        dataset = self.dataset
+        if not splits:
+            raise UserError(f"{dataset.name} has no text at all: choose another dataset or another dataset.path")
+        if not self.how.for_training:
+            return
+        if "train" not in splits:
+            raise _nothing_to_train_on(dataset)
+        for split, fraction in (("validation", dataset.validation_fraction), ("test", dataset.test_fraction)):
+            if fraction and split not in splits:
+                raise UserError(
+                    f"the {split} split of {dataset.name} came out empty: raise dataset.{split}_fraction or "
+                    f"dataset.max_tokens, or set dataset.{split}_fraction=0 to do without"
+                )
+
+    def _bar(self, what: str, total: int | None) -> tqdm[Any]:
+        title = f"{self.dataset.name}: {what}"
+        return tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=not self.how.progress)
 
 
 def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
@@ -329,21 +347,6 @@ def _without_blank_start(blocks: Iterable[str]) -> Iterator[str]:
         if start.strip():
             yield start
             yield from blocks
-
-
-def _check_splits(splits: dict[str, Any], dataset: DatasetConfig, for_training: bool) -> None:
-    if not splits:
-        raise UserError(f"{dataset.name} has no text at all: choose another dataset or another dataset.path")
-    if not for_training:
-        return
-    if "train" not in splits:
-        raise _nothing_to_train_on(dataset)
-    for split, fraction in (("validation", dataset.validation_fraction), ("test", dataset.test_fraction)):
-        if fraction and split not in splits:
-            raise UserError(
-                f"the {split} split of {dataset.name} came out empty: raise dataset.{split}_fraction or "
-                f"dataset.max_tokens, or set dataset.{split}_fraction=0 to do without"
-            )
 
 
 def _nothing_to_train_on(dataset: DatasetConfig) -> UserError:
@@ -379,10 +382,6 @@ def _lock(path: Path) -> Iterator[None]:
         with _writing(path.parent):
             held.enter_context(locked(path, on_wait=lambda: tell(f"Another process prepares {name}; waiting for it.")))
         yield
-
-
-def _bar(description: str, total: int | None, progress: bool) -> tqdm[Any]:
-    return tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=not progress)
 
 
 def _digest(value: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""A tokenised corpus on disk, opened by memory map: numpy is all that reading it takes.
+"""A tokenised corpus on disk, written as tokens come and opened by memory map: numpy is all that reading it takes.
 
 Folder: SPLIT.bin (tokens, uint16 or uint32), SPLIT.{starts,bytes,words}.npy (int64, per document), tokenizer.json
 (absent for plain bytes), meta.json. Nothing in it names a path of the machine that made it.
@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harness.data.documents import SPLITS
-from harness.data.tokenizer import Tokenizer
+from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError, in_a_line, readable
 from harness.files.untrusted import is_count, read_object, stays_inside
 
@@ -266,3 +267,109 @@ def _open_array(file: Path, length: int) -> NDArray[np.int64]:
     if array.dtype != np.dtype("<i8") or array.shape != (length,):
         raise DamagedError(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
     return array
+
+
+class Piece(NamedTuple):
+    split: str
+    text: str
+    n_bytes: int
+    last: bool  # ends its document
+
+
+class SplitWriter:
+    """Appends the tokens of one split to its file as they come, and counts: memory holds no text and no document.
+
+    `room`: tokens that the split may have (None: any)."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype[Any], tokenizer: Tokenizer, room: int | None) -> None:
+        self.full = False
+        self._folder, self._split, self._dtype, self._tokenizer, self._room = folder, split, dtype, tokenizer, room
+        self._file = (folder / f"{split}.bin").open("wb")
+        self._digest = hashlib.sha256()
+        self._n_tokens = 0
+        kinds = ("starts", "bytes", "words")
+        self._starts, self._bytes, self._words = (_Column(folder / f"{split}.{kind}.npy") for kind in kinds)
+        self._starts.append(0)
+        self._document_bytes = self._document_words = 0
+        self._word_is_open = False
+
+    def add(self, tokens: list[int], piece: Piece) -> None:
+        """One piece of a document. The document that exceeds the room is cut, and nothing after it is taken."""
+        text, n_bytes, last = piece.text, piece.n_bytes, piece.last
+        if self.full:
+            return
+        if self._room is not None and self._n_tokens + len(tokens) + 1 >= self._room:
+            self.full = last = True
+            if self._n_tokens + len(tokens) + 1 > self._room:
+                room = self._room - self._n_tokens - 1
+                text = text_before(self._tokenizer.decode, tokens, room)
+                tokens = tokens[:room]
+                n_bytes = len(text.encode())
+            if not tokens and not self._document_bytes:
+                return
+        self._write(tokens)
+        self._document_bytes += n_bytes
+        # A word that a cut went through is one word.
+        self._document_words += len(text.split()) - (self._word_is_open and bool(text) and not text[0].isspace())
+        self._word_is_open = bool(text) and not text[-1].isspace()
+        if last:
+            self._write([self._tokenizer.end_of_text])
+            self._starts.append(self._n_tokens)
+            self._bytes.append(self._document_bytes)
+            self._words.append(self._document_words)
+            self._document_bytes = self._document_words = 0
+            self._word_is_open = False
+
+    def _write(self, tokens: list[int]) -> None:
+        data = np.asarray(tokens, dtype=self._dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._n_tokens += len(tokens)
+
+    def finish(self) -> dict[str, Any]:
+        """Completes the files and returns what meta.json says of the split; an empty split is {} and leaves no file."""
+        _close(self._file)
+        for column in (self._starts, self._bytes, self._words):
+            column.close()
+        if not self._n_tokens:
+            for file in self._folder.glob(f"{self._split}.*"):
+                file.unlink()
+            return {}
+        return {
+            "tokens": self._n_tokens,
+            "documents": self._bytes.n,
+            "bytes": self._bytes.total,
+            "words": self._words.total,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+class _Column:
+    """An array of int64 in a .npy file that is written value by value. `n` values so far, and their `total`."""
+
+    def __init__(self, path: Path) -> None:
+        self.n = self.total = 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        """NumPy pads a header so that it keeps its length while the first axis grows: it is written again over itself."""
+        self._file.seek(0)
+        header = {"descr": np.dtype(np.int64).str, "fortran_order": False, "shape": (self.n,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+    def append(self, value: int) -> None:
+        self._file.write(value.to_bytes(8, sys.byteorder))
+        self.n += 1
+        self.total += value
+
+    def close(self) -> None:
+        self._write_header()
+        _close(self._file)
+
+
+def _close(file: IO[Any]) -> None:
+    """Once all of it is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -74,18 +74,17 @@ SOURCES: dict[str, Origin] = {
 }
 
 
-def open_source(dataset: DatasetConfig, data_dir: Path, *, for_training: bool, progress: bool) -> Source:
+def open_source(dataset: DatasetConfig, how: Opening) -> Source:
     """The source of a checked dataset. Local and stdlib text is read at once, for its identity; the rest on demand.
 
-    dataset.path, if any, is no prepared folder: UserError where only such a folder would do. `for_training`: files
-    without a training split are a UserError.
+    dataset.path, if any, is no prepared folder: UserError where only such a folder would do.
     """
     origin = SOURCES[dataset.source]
     if dataset.path is not None and (not origin.has_path or dataset.hub_streaming):
         raise UserError(
             f"dataset.path={dataset.path} is no prepared folder, which is all that {dataset.name} can use: leave it out"
         )
-    return origin.open(dataset, Opening(data_dir, for_training, progress))
+    return origin.open(dataset, how)
 
 
 def check(dataset: DatasetConfig, tokenizer: TokenizerConfig, *, has_file: bool = False) -> None:

@@ -76,7 +76,7 @@ def find_source(text: str) -> Source:
     def fetch(name: str) -> Path | None:
         if name not in hashes:
             return None
-        path = hub_client.model_file(repository, name, commit)
+        path = hub_client.hub_file(repository, name, commit, f"{name} of {repository}", "weights")
         if not hub_client.is_whole(path, hashes[name]):
             raise UserError(f"{path} is not what the hub states of {name}: delete it and run this again")
         return path

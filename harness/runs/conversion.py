@@ -35,11 +35,11 @@ from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import read_json
 from harness.files.text import table_of
+from harness.runs.corpus import validate, validation_split
 from harness.runs.folder import finished
 from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.initial import tokens_seen
 from harness.runs.load import TrainedModel
-from harness.runs.training_data import validate, validation_split
 from harness.training.checkpoint import save_model
 from modeling.attention import EXECUTION
 from modeling.attention.gqa import GroupedQueryAttention

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def run_folder(config: TrainConfig) -> Path:
 
     Raises UserError when the name is taken by a run of another configuration, naming what differs, or by something
     that is no run. A folder in which nothing has been logged yet is free: its command failed before the first step. The
-    budget of an unfinished run may grow, see harness/runs/growth.py.
+    budget of an unfinished run may grow, see harness/runs/state.py.
     """
     folder = Path(config.runs_dir) / config.name
     with readable(str(folder), _UNSEEN):
@@ -40,9 +40,11 @@ def run_folder(config: TrainConfig) -> Path:
         if _is_foreign(folder):
             raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
     if is_run and not config.overwrite and (begun(folder) or finished(folder)):
+        from harness.runs.state import grows  # which needs torch
+
         older = load_run_config(folder)
         differing = differences(config, older)
-        if differing and not (begun(folder) and not finished(folder) and _grows(config, older, folder)):
+        if differing and not (begun(folder) and not finished(folder) and grows(config, older, folder)):
             raise UserError(
                 f"the run {folder} exists with another configuration ({first_few(differing)}): choose another name=..., or "
                 f"overwrite=true to delete it and train anew"
@@ -54,12 +56,6 @@ def _is_foreign(folder: Path) -> bool:
     """Something that is no run, nor what a killed command has left of the beginning of one."""
     holds_something = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
     return holds_something and not (folder / "config.yaml").is_file()
-
-
-def _grows(config: TrainConfig, older: TrainConfig, folder: Path) -> bool:
-    from harness.runs.growth import grows  # which needs torch
-
-    return grows(config, older, folder)
 
 
 def begun(run: Path) -> bool:
@@ -88,36 +84,34 @@ def lock_run(folder: Path, patience: float = 0.0) -> Iterator[None]:
         yield
 
 
-class Claim:
-    """A run's folder, made if absent, with this configuration inside; an older run that is overwritten lies beside it.
+@contextlib.contextmanager
+def claimed(config: TrainConfig, patience: float = 0.0) -> Iterator[Callable[[], None]]:
+    """A run's folder, locked and made if absent, with this configuration inside.
 
-    There it stays until `settle`, which is called when the new run has a checkpoint; `undo` puts it back. Killed in
-    between, `put_back` does one of the two. Raises UserError as `run_folder` and `refuse_links` do, and when the folder
+    An older run that is overwritten lies beside it until what is handed out is called: when the new run has a checkpoint.
+    What goes wrong before puts it back; without an older run the folder stays, free to be claimed again. Killed in between,
+    `put_back` does one of the two. Raises UserError as `lock_run`, `run_folder` and `refuse_links` do, and when the folder
     cannot be written.
     """
-
-    def __init__(self, config: TrainConfig) -> None:
-        """Under the run's lock."""
-        folder = run_folder(config)
-        self.root = folder.resolve()
+    folder = Path(config.runs_dir) / config.name
+    with lock_run(folder, patience), writing_to(folder):
+        run_folder(config)
+        root = folder.resolve()
         try:
-            if config.overwrite and self.root.exists():
-                self.root.rename(_older_of(self.root))
-            self.root.mkdir(parents=True, exist_ok=True)
-            refuse_links(folder)
-            save_run_config(config, self.root)
-            keep_changes(self.root)
-        except OSError as error:
-            raise _unwritable(folder, error) from None
-
-    def settle(self) -> None:
-        """The new run stands."""
-        remove(_older_of(self.root))
-
-    def undo(self) -> None:
-        """As if nothing had been claimed; without an older run the folder stays, free to be claimed again."""
-        if _older_of(self.root).exists():
-            _restore(self.root)
+            try:
+                if config.overwrite and root.exists():
+                    root.rename(_older_of(root))
+                root.mkdir(parents=True, exist_ok=True)
+                refuse_links(folder)
+                save_run_config(config, root)
+                keep_changes(root)
+            except OSError as error:
+                raise _unwritable(folder, error) from None
+            yield lambda: remove(_older_of(root))
+        except BaseException:
+            if _older_of(root).exists():
+                _restore(root)
+            raise
 
 
 def put_back(config: TrainConfig) -> None:

@@ -22,7 +22,7 @@ from harness.runs.records import read_summary
 from harness.runs.text_parts import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
-from modeling.attention import EXECUTION, attends
+from modeling.attention import EXECUTION, attends, set_execution
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
 from modeling.kernels.latent_decode import OTHERS, check_kernel, check_widths
@@ -136,6 +136,12 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
     except ValueError as error:
         raise UserError(str(error)) from None
     return ", ".join(dict.fromkeys(chosen.values())) or "none"
+
+
+def compute_like(model: GPT, other: GPT) -> None:
+    """Compute each layer of a model as that of another one is, whose execution has been pinned."""
+    for layer, pinned in zip(model.attentions, other.attentions, strict=True):
+        set_execution(layer, **{key: getattr(pinned, key) for key in EXECUTION})
 
 
 def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None = None) -> str:

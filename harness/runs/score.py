@@ -25,12 +25,12 @@ from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
 from harness.runs.evaluations import cache_label, kind_of
-from harness.runs.load import TrainedModel, decode_path, load_trained, token_losses
+from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, read_summary
 from harness.runs.summary import Computation, open_run_tracker
 from harness.training.device import select_device, select_precision
-from modeling.attention import EXECUTION, set_execution
+from modeling.attention import EXECUTION
 from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 
@@ -179,8 +179,7 @@ def lengthened(trained: TrainedModel, max_seq_len: int) -> GPT | None:
     plain = dataclasses.replace(trained.config, attention=trained.config.attention | EXECUTION)
     model = build_model(plain, trained.model.vocab_size, max_seq_len=max_seq_len)
     model.to(trained.model.embedding.weight.device).load_state_dict(trained.model.state_dict())
-    for layer, trained_layer in zip(model.attentions, trained.model.attentions, strict=True):
-        set_execution(layer, **{key: getattr(trained_layer, key) for key in EXECUTION})
+    compute_like(model, trained.model)
     return model.eval()
 
 

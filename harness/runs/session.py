@@ -1,4 +1,4 @@
-"""Everything one training run is made of, assembled from its configuration and its newest checkpoint."""
+"""Everything one training run is made of: what its configuration settles, and what its data and newest checkpoint add."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import itertools
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,17 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData, Tokenizer
 from harness.data.loader import documents_in
 from harness.errors import UserError, tell
-from harness.evaluation.facts import ModelFacts, cache_remark, model_facts
-from harness.evaluation.losses import TokenLosses
+from harness.evaluation.facts import cache_remark, model_facts
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
 from harness.files.text import duration
+from harness.runs.corpus import other_data, validate, window_loader
 from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
-from harness.runs.load import check_finite, pin_execution, token_losses
+from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
 from harness.runs.records import RunSummary, read_metrics
 from harness.runs.state import SavedState, check_resumable
 from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
-from harness.runs.training_data import other_data, validate, window_loader
-from harness.tracking import SilentTracker, Tracker
+from harness.tracking import SilentTracker, Tracker, check_tracking
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (
     auto_micro_batch_size,
@@ -48,51 +46,130 @@ from harness.training.device import (
 from harness.training.interruption import SIGNALS, Interrupted, Interruption
 from harness.training.loop import Step, train
 from harness.training.nonfinite import Guard, NonFiniteError, locate
-from harness.training.optimizer import Optimizer, build_optimizer
-from harness.training.parallel import Workers, share_model
-from harness.training.schedule import build_schedule, warmup_steps
-from harness.training.step import WARM_UP, Engine, select_capture
+from harness.training.optimizer import build_optimizer, choose_recipe
+from harness.training.parallel import Workers, check_parallel, share_model
+from harness.training.schedule import Schedule, training_steps
+from harness.training.step import WARM_UP, CapturedStep, EagerStep, select_capture
 from harness.training.writer import CheckpointWriter
-from modeling.gpt import GPT
+from modeling.shapes import shapes_only
 
 TIMED_SECONDS = 2.0  # of training, after which the rest is foretold
 
 
-@dataclass
 class Session:
-    """A run ready for its next step: a fresh one, or one that goes on from a checkpoint, which says what has a default."""
+    """One training run, from its configuration to its summary; `open` makes it ready for its next step.
 
-    config: TrainConfig
-    run: Path
-    data: PreparedData
-    tokenizer: Tokenizer
-    model: GPT
-    facts: ModelFacts
-    losses: TokenLosses  # of the validation split
-    optimizer: Optimizer
-    workers: Workers
-    engine: Engine | None  # None: one process
-    precision: torch.dtype
-    compiled: bool
-    capture: bool  # replay steps from CUDA graphs, if the model can be captured
-    kernel: str
-    micro_batch_size: int  # of each process
-    steps: int
-    writer: CheckpointWriter
-    guard: Guard
-    warmup_steps: int  # of the budget that the run began with
-    first_step: int = 1
-    seconds_before: float = 0.0
-    metrics_bytes: int = 0
-    wandb_id: str | None = None  # known once a tracker has been opened
-    first_trained: Step | None = None  # of this session, the compilation in it: speed is counted after it
-    last_step: Step | None = None  # of the checkpoint; a run killed after its last one has only its summary left to write
-    initial_tokens: int = 0  # behind the weights that it began with
-    interruption: Interruption = field(default_factory=Interruption)
-    evaluation_due: bool = False  # of last_step, which was interrupted before it was evaluated
-    best: tuple[int, float] | None = None  # the saved step that validated best, and its loss
-    saved: int = 0  # the last step that was saved
-    timed_from: Step | None = None  # until it has been said how long the rest takes
+    Only what data decide (the vocabulary, and with it the model) waits for `open`: the rest is built once, here.
+    """
+
+    def __init__(self, config: TrainConfig, workers: Workers) -> None:
+        """Refuses what cannot work, before any data are prepared, which may take hours, and writes nothing.
+
+        Raises UserError.
+        """
+        device = workers.device
+        self.config, self.workers = config, workers
+        self.run = Path(config.runs_dir) / config.name
+        self.schedule = Schedule(config.schedule, training_steps(config))
+        self.recipe = choose_recipe(config.optimizer)
+        check_tracking(config.tracking)
+        self.precision = select_precision(config.precision, device)
+        check_parallel(config, workers, self.precision)
+        self.compiled = select_compile(config.compile, device)
+        # Replay steps from CUDA graphs, if the model can be captured.
+        self.capture = select_capture(
+            config.capture, device, processes=workers.world_size, update_can_be=self.recipe.can_be_captured
+        )
+        set_deterministic(config.deterministic)  # which kernels have a say in
+        with shapes_only():
+            self.plan = build_model(config, vocab_size=64)  # which no tokenizer falls below
+        self.kernel = pin_execution(self.plan, config.attention, device=device, precision=self.precision)
+        self.writer = CheckpointWriter(
+            self.run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background
+        )
+        self.guard = Guard(
+            skip=config.on_nonfinite == "skip", sigma=config.spikes.sigma, window=config.spikes.window, limit=config.skip_limit
+        )
+        self.interruption = Interruption()
+        # As a run begins; a checkpoint says otherwise.
+        self.first_step = 1
+        self.seconds_before = 0.0
+        self.metrics_bytes = 0
+        self.wandb_id: str | None = None  # known once a tracker has been opened
+        self.initial_tokens = 0  # behind the weights that it began with
+        self.last_step: Step | None = None  # of a run killed after its last checkpoint only its summary is left to write
+        self.evaluation_due = False  # of last_step, which was interrupted before it was evaluated
+        self.best: tuple[int, float] | None = None  # the saved step that validated best, and its loss
+        self.saved = 0  # the last step that was saved
+        self.first_trained: Step | None = None  # of this session, the compilation in it: speed is counted after it
+        self.timed_from: Step | None = None  # until it has been said how long the rest takes
+
+    def open(self, data: PreparedData) -> None:
+        """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
+        config, workers, device = self.config, self.workers, self.workers.device
+        keep_freed_memory(device)
+        checkpoint = workers.first(lambda: latest_checkpoint(self.run / "checkpoints", check_resumable))
+        begins = initial_checkpoint(config, data) if checkpoint is None and config.init_from is not None else None
+        self.data, self.tokenizer = data, Tokenizer.load(data.tokenizer_file)
+        seed_everything(config.seed)
+        self.model = build_model(config, data.vocab_size).to(device)
+        compute_like(self.model, self.plan)
+        self.facts = model_facts(self.model, config)
+        self.micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
+            config.batch_size // workers.world_size,
+            config.model,
+            vocab_size=data.vocab_size,
+            parameters=self.facts.parameters["total"],
+            precision=self.precision,
+            device=device,
+        )
+        self.model.loss_chunk_tokens = loss_chunk_tokens(device)
+        self.engine = share_model(self.model, workers, config.parallel)
+        alone_on_cuda = device.type == "cuda" and workers.world_size == 1
+        self.optimizer = build_optimizer(self.model, config.optimizer, recipe=self.recipe, capturable=alone_on_cuda)
+        self.losses = token_losses(
+            self.model,
+            capture="off" if config.capture == "off" else "auto",
+            precision=self.precision,
+            device=device,
+            processes=workers.world_size,
+        )
+        if begins is not None:
+            assert config.init_from is not None
+            self.initial_tokens = tokens_seen(Path(config.init_from))
+            load_checkpoint(begins, model=self.model, optimizer=None)
+            check_finite(self.model, begins)
+        if checkpoint is not None:
+            self._continue(checkpoint)
+        workers.seed_apart(config.seed, self.first_step - 1)
+        if data.tokenizer_file is not None and workers.is_first:
+            with replacing(self.run / "tokenizer.json") as aside:
+                shutil.copyfile(data.tokenizer_file, aside)
+        reset_peak_memory(device)
+
+    def _continue(self, checkpoint: Path) -> None:
+        """From where the checkpoint was saved. Raises UserError when it is not here, or the run's data has changed."""
+        config = self.config
+        if not checkpoint.exists():
+            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
+        state = load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        if state.get("data_fingerprint") != self.data.fingerprint:
+            raise other_data(config, self.run)
+        saved = SavedState.of(checkpoint)
+        self.first_step, self.seconds_before, self.last_step = saved.step + 1, saved.seconds, saved.last_step
+        self.metrics_bytes, self.wandb_id, self.saved = saved.metrics_bytes, saved.wandb_id, saved.step
+        if saved.initial_tokens is not None:
+            self.initial_tokens = saved.initial_tokens
+        elif config.init_from is not None:
+            self.initial_tokens = tokens_seen(Path(config.init_from))
+        if saved.guard is not None and saved.warmup_steps is not None:
+            self.schedule.warmup, self.evaluation_due = saved.warmup_steps, saved.evaluation_due
+            self.best = None if saved.best is None else (int(saved.best[0]), saved.best[1])
+            self.guard.restore(dataclasses.asdict(saved.guard))
+        if self.workers.is_first:
+            tidy(self.run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+            if self.best is not None and self.best[0] == self.saved and config.checkpoints.keep_best:
+                self.writer.keep_as_best(self.saved)  # a kill may have come between the two
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +181,7 @@ class Session:
 
     def lines(self) -> list[str]:
         """What a person wants to know before waiting."""
-        train_split = self.data.splits["train"]
+        train_split, steps, processes = self.data.splits["train"], self.schedule.steps, self.workers.world_size
         remark = cache_remark(self.facts, self.config)
         return [
             f"run         {self.run}",
@@ -116,9 +193,9 @@ class Session:
             f"attention   {self.config.attention['name']}, kernel {self.kernel}; {self.device.type}, "
             f"{str(self.precision).removeprefix('torch.')}{', compiled' if self.compiled else ''}"
             + (", steps captured" if self.capture else "")
-            + (f", {self.workers.world_size} processes ({self.config.parallel.name})" if self.engine else ""),
-            f"budget      {self.steps:,} steps of {self.tokens_per_step:,} tokens, {self.steps * self.tokens_per_step:,} "
-            f"in all" + (f", from step {self.first_step}" if self.first_step > 1 else ""),
+            + (f", {processes} processes ({self.config.parallel.name})" if processes > 1 else ""),
+            f"budget      {steps:,} steps of {self.tokens_per_step:,} tokens, {steps * self.tokens_per_step:,} in all"
+            + (f", from step {self.first_step}" if self.first_step > 1 else ""),
         ]
 
     def time_line(self, step: Step) -> str | None:
@@ -126,10 +203,10 @@ class Session:
         if step.number <= self.first_step + WARM_UP:  # these compile, warm up and are captured
             self.timed_from = step
         begun = self.timed_from
-        if begun is None or step.seconds - begun.seconds < TIMED_SECONDS or step.number == self.steps:
+        if begun is None or step.seconds - begun.seconds < TIMED_SECONDS or step.number == self.schedule.steps:
             return None
         self.timed_from = None
-        left = self.steps - step.number
+        left = self.schedule.steps - step.number
         seconds = left * (step.seconds - begun.seconds) / (step.number - begun.number)
         return f"time        about {duration(seconds)} for the {left * self.tokens_per_step:,} tokens left, evaluation apart"
 
@@ -137,24 +214,24 @@ class Session:
         """The remaining steps."""
         config = self.config
         batches = window_loader(config, self.data, self.workers).iterate(self.first_step - 1, device=self.device)
-        schedule = build_schedule(config.schedule, self.steps, warmup=self.warmup_steps)
+        step_by = (CapturedStep if self.capture else EagerStep)(
+            self.engine,
+            self.optimizer,
+            micro_batch_size=self.micro_batch_size,
+            grad_clip=config.optimizer.grad_clip,
+            precision=self.precision,
+            compile=self.compiled,
+            device=self.device,
+        )
         with contextlib.closing(batches):  # ends the prefetching thread
             try:
                 for step in train(
-                    self.model,
+                    step_by,
                     batches,
-                    optimizer=self.optimizer,
-                    schedule=schedule,
+                    schedule=self.schedule,
                     first_step=self.first_step,
-                    last_step=self.steps,
-                    micro_batch_size=self.micro_batch_size,
-                    grad_clip=config.optimizer.grad_clip,
-                    precision=self.precision,
-                    compile=self.compiled,
-                    device=self.device,
+                    last_step=self.schedule.steps,
                     guard=self.guard,
-                    engine=self.engine,
-                    capture=self.capture,
                 ):
                     self.writer.check()
                     self.first_trained = self.first_trained or step
@@ -184,15 +261,20 @@ class Session:
         except Interrupted:
             return None
 
-    def skipped_line(self, step: Step) -> str:
-        """For people: a step without an update, and what it would have learned from."""
-        return f"step {step.number:,}: skipped, {step.skipped} ({self._documents(step.number)})"
+    def remarks(self, step: Step) -> Iterator[str]:
+        """Lines for people: how long the rest takes, what is said of this step, and what a skipped one has not learned from."""
+        if (line := self.time_line(step)) is not None:
+            yield line
+        if step.remark is not None:
+            yield f"step {step.number:,}: {step.remark}"
+        if step.skipped is not None:
+            yield f"step {step.number:,}: skipped, {step.skipped} ({self._documents(step.number)})"
 
     def _whereabouts(self, error: NonFiniteError) -> str:
         """Sentences: where the number first went wrong, in which documents, and what is left."""
         documents = self._documents(error.step)
         kept = f"The checkpoint of step {error.step - 1:,} is kept." if error.step > 1 else "Nothing was trained."
-        if self.engine is not None:  # a part of a sharded model cannot be computed alone
+        if self.workers.world_size > 1:  # a part of a sharded model cannot be computed alone
             return f"The batch holds {documents}; one process alone would name the module. {kept}"
         place = locate(
             self.model, error.batch, micro_batch_size=self.micro_batch_size, precision=self.precision, device=self.device
@@ -253,7 +335,7 @@ class Session:
             "metrics_bytes": tracker.metrics_bytes,
             "wandb_id": self.wandb_id,
             "data_fingerprint": self.data.fingerprint,
-            "warmup_steps": self.warmup_steps,
+            "warmup_steps": self.schedule.warmup,
             "initial_tokens": self.initial_tokens,
             "evaluation_due": evaluation_due,
             "best": self.best,
@@ -348,103 +430,6 @@ class Session:
         return run_summary(
             self.config, self.facts, self.data, result, training=training, computation=computation, wandb_id=self.wandb_id
         )
-
-
-def open_session(config: TrainConfig, run: Path, data: PreparedData, workers: Workers, steps: int) -> Session:
-    """Build the model, load the newest checkpoint. Raises UserError for what the user can mend."""
-    device = workers.device
-    set_deterministic(config.deterministic)
-    keep_freed_memory(device)
-    precision = select_precision(config.precision, device)
-    checkpoint = workers.first(lambda: latest_checkpoint(run / "checkpoints", check_resumable))
-    begins = initial_checkpoint(config, data) if checkpoint is None and config.init_from is not None else None
-    seed_everything(config.seed)
-    model = build_model(config, data.vocab_size).to(device)
-    kernel = pin_execution(model, config.attention, device=device, precision=precision)
-    facts = model_facts(model, config)
-    micro_batch_size = config.micro_batch_size or auto_micro_batch_size(
-        config.batch_size // workers.world_size,
-        config.model,
-        vocab_size=data.vocab_size,
-        parameters=facts.parameters["total"],
-        precision=precision,
-        device=device,
-    )
-    model.loss_chunk_tokens = loss_chunk_tokens(device)
-
-    engine = share_model(model, workers, config.parallel)
-    alone_on_cuda = device.type == "cuda" and workers.world_size == 1
-    optimizer = build_optimizer(model, config.optimizer, capturable=alone_on_cuda)
-    capture = select_capture(config.capture, device, processes=workers.world_size, optimizer=optimizer)
-    session = Session(
-        config=config,
-        run=run,
-        data=data,
-        tokenizer=Tokenizer.load(data.tokenizer_file),
-        model=model,
-        facts=facts,
-        losses=token_losses(
-            model,
-            capture="off" if config.capture == "off" else "auto",
-            precision=precision,
-            device=device,
-            processes=workers.world_size,
-        ),
-        optimizer=optimizer,
-        workers=workers,
-        engine=engine,
-        precision=precision,
-        compiled=select_compile(config.compile, device),
-        capture=capture,
-        kernel=kernel,
-        micro_batch_size=micro_batch_size,
-        steps=steps,
-        writer=CheckpointWriter(run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background),
-        guard=Guard(
-            skip=config.on_nonfinite == "skip", sigma=config.spikes.sigma, window=config.spikes.window, limit=config.skip_limit
-        ),
-        warmup_steps=warmup_steps(config.schedule, steps),
-    )
-    if begins is not None:
-        assert config.init_from is not None
-        session.initial_tokens = tokens_seen(Path(config.init_from))
-        load_checkpoint(begins, model=model, optimizer=None)
-        check_finite(model, begins)
-    if checkpoint is not None:
-        _continue(session, checkpoint)
-    workers.seed_apart(config.seed, session.first_step - 1)
-    if data.tokenizer_file is not None and workers.is_first:
-        with replacing(run / "tokenizer.json") as aside:
-            shutil.copyfile(data.tokenizer_file, aside)
-    reset_peak_memory(device)
-    return session
-
-
-def _continue(session: Session, checkpoint: Path) -> None:
-    """From where the checkpoint was saved. Raises UserError when it is not here, or the run's data has changed."""
-    config = session.config
-    if not checkpoint.exists():
-        raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
-    state = load_checkpoint(checkpoint, model=session.model, optimizer=session.optimizer)
-    if state.get("data_fingerprint") != session.data.fingerprint:
-        raise other_data(config, session.run)
-    saved = SavedState.of(checkpoint)
-    session.first_step, session.seconds_before = saved.step + 1, saved.seconds
-    session.last_step = saved.last_step
-    session.metrics_bytes, session.wandb_id = saved.metrics_bytes, saved.wandb_id
-    session.saved = saved.step
-    if saved.initial_tokens is not None:
-        session.initial_tokens = saved.initial_tokens
-    elif config.init_from is not None:
-        session.initial_tokens = tokens_seen(Path(config.init_from))
-    if saved.guard is not None and saved.warmup_steps is not None:
-        session.warmup_steps, session.evaluation_due = saved.warmup_steps, saved.evaluation_due
-        session.best = None if saved.best is None else (int(saved.best[0]), saved.best[1])
-        session.guard.restore(dataclasses.asdict(saved.guard))
-    if session.workers.is_first:
-        tidy(session.run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
-        if session.best is not None and session.best[0] == session.saved and config.checkpoints.keep_best:
-            session.writer.keep_as_best(session.saved)  # a kill may have come between the two
 
 
 def _or_null(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its training besides the tensors, read back."""
+"""What a checkpoint knows of its training besides the tensors, read back, and what may go on from it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.config.identity import differences
+from harness.config.schema import TrainConfig
 from harness.config.typed import typed
 from harness.errors import UserError
 from harness.files.untrusted import is_count
 from harness.tracking.wandb_run import RUN_ID
-from harness.training.checkpoint import STATE, DamagedError, check_generators, checkpoint_state
+from harness.training.checkpoint import STATE, DamagedError, check_generators, checkpoint_state, latest_checkpoint
 from harness.training.loop import Step
+from harness.training.schedule import Schedule, training_steps
 
 
 @dataclass(frozen=True)
@@ -84,3 +87,38 @@ def check_resumable(checkpoint: Path) -> None:
     """Raises DamagedError for a checkpoint that is whole and whose state no training can go on from."""
     SavedState.of(checkpoint)
     check_generators(checkpoint)
+
+
+BUDGET = ("budget.steps", "budget.tokens")
+
+
+def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
+    """May the unfinished run in this folder, begun as `older`, go on as `config`, which differs from it?
+
+    A larger budget is the one change of what a run is that a command may make. The rate of a warm-up-stable-decay schedule
+    does not depend on the budget until it falls: as long as no step of the decay has been made, under neither budget, the
+    steps that are added go between the last step made and the decay, and the warm-up keeps the length that it had when
+    the run began. Raises UserError when all that differs is a larger budget that comes too late.
+    """
+    differing = differences(config, older)
+    budgets = training_steps(config), training_steps(older)
+    if config.schedule.name != "wsd" or budgets[0] <= budgets[1]:
+        return False
+    if any(sentence.split(" ", 1)[0] not in BUDGET for sentence in differing):
+        return False
+    checkpoint = latest_checkpoint(run / "checkpoints", check_resumable)
+    if checkpoint is None:
+        return True
+    saved = SavedState.of(checkpoint)
+    if saved.warmup_steps is None:
+        raise UserError(
+            f"{checkpoint} was written by an older version, which did not note the length of its warm-up: train on with "
+            f"the budget that the run was started with ({'; '.join(differing)})"
+        )
+    decay = min(Schedule(config.schedule, budget, warmup=saved.warmup_steps).decay_begins for budget in budgets)
+    if saved.step > decay:
+        raise UserError(
+            f"the run {run} is at step {saved.step:,} and its rate has been falling since step {decay:,}, too late for "
+            f"another budget ({'; '.join(differing)}): train on with the one it has, or choose another name=..."
+        )
+    return True

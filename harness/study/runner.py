@@ -81,7 +81,7 @@ def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
 
     What it would be compared with is trained on the text of today.
     """
-    from harness.runs.training_data import load_data
+    from harness.runs.corpus import load_data
 
     known: dict[str, str] = {}  # fingerprints by what is read
     for spec in specs:

@@ -55,10 +55,11 @@ class Dashboard(Protocol):
     def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
         """A chart of two of the table's columns that can be zoomed and pointed at, where the dashboard has such."""
 
-    def image(self, key: str, path: Path, caption: str) -> None: ...
+    def image(self, key: str, path: Path, caption: str) -> None:
+        """From a PNG file."""
 
     def page(self, key: str, path: Path) -> None:
-        """An HTML page."""
+        """From an .html file."""
 
     def give_up(self) -> None:
         """From now on nothing is sent; `close` still ends what was begun."""

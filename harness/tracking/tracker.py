@@ -121,13 +121,19 @@ def log_study(
         run_id=None,
         metrics_bytes=None,
     ) as tracker:
-        tracker.log_table("results", columns, rows)
-        if scatter is not None:
-            tracker.log_scatter("scatter", columns, rows, x=scatter[0], y=scatter[1])
-        for key, path in images.items():
-            tracker.log_image(key, path, caption=key)
-        if html is not None:
-            tracker.log_page("report", html)
+
+        def show(dashboard: Dashboard) -> None:
+            table = Table(columns, rows)
+            dashboard.table("results", table)
+            if scatter is not None:
+                x, y = scatter
+                dashboard.scatter("scatter", table, x=x, y=y, title=f"{y} against {x}")
+            for key, path in images.items():
+                dashboard.image(key, path, caption=key)
+            if html is not None:
+                dashboard.page("report", html)
+
+        tracker.mirror(show)
 
 
 class Tracker:
@@ -155,7 +161,7 @@ class Tracker:
         assert self._metrics is not None, "opened with metrics_bytes=None"
         row = {"step": step, "tokens": tokens, **metrics}
         self._metrics.append(row)
-        self._mirror(lambda dashboard: dashboard.log(row, step))
+        self.mirror(lambda dashboard: dashboard.log(row, step))
 
     def catch_up(self, path: Path) -> None:
         """Rows of metrics.jsonl that a dashboard online has not, because a process was killed before they were sent."""
@@ -166,30 +172,11 @@ class Tracker:
                     values = {key: math.nan if value is None else value for key, value in row.items()}
                     dashboard.log(values, row["step"])
 
-        self._mirror(send)
+        self.mirror(send)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final figures in the dashboard; keys that are there already are replaced, the others stay."""
-        self._mirror(lambda dashboard: dashboard.summary(dict(values)))
-
-    def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A table in the dashboard."""
-        self._mirror(lambda dashboard: dashboard.table(key, Table(columns, rows)))
-
-    def log_scatter(
-        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, x: str, y: str, title: str = ""
-    ) -> None:
-        """A chart of two of these columns whose points can be looked at: in W&B only."""
-        title = title or f"{y} against {x}"
-        self._mirror(lambda dashboard: dashboard.scatter(key, Table(columns, rows), x=x, y=y, title=title))
-
-    def log_image(self, key: str, path: Path, caption: str) -> None:
-        """A picture in the dashboard, from a PNG file."""
-        self._mirror(lambda dashboard: dashboard.image(key, path, caption))
-
-    def log_page(self, key: str, path: Path) -> None:
-        """An HTML page in the dashboard, from an .html file."""
-        self._mirror(lambda dashboard: dashboard.page(key, path))
+        self.mirror(lambda dashboard: dashboard.summary(dict(values)))
 
     def check(self) -> None:
         """Raises UserError when the run's folder is no longer there to take what is written."""
@@ -204,8 +191,11 @@ class Tracker:
             self.arrived = self._dashboard.close(exit_code) and self._mirrors
             self._dashboard = None
 
-    def _mirror(self, send: Callable[[Dashboard], None]) -> None:
-        """The first failure, of any kind, ends the mirroring: hours of training must not end because of a dashboard."""
+    def mirror(self, send: Callable[[Dashboard], None]) -> None:
+        """Tell the dashboard, if there is one.
+
+        The first failure, of any kind, ends the mirroring: hours of training must not end because of a dashboard.
+        """
         if self._dashboard is None or not self._mirrors:
             return
         try:

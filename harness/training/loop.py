@@ -7,13 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from harness.training.device import generators, set_generators
 from harness.training.nonfinite import Guard, NonFiniteError
-from harness.training.optimizer import Optimizer
-from harness.training.step import CapturedStep, EagerStep, Engine, LanguageModel, OneProcess
+from harness.training.step import EagerStep
 
 SPEED_WINDOW = 20  # steps over which tokens per second are averaged
 
@@ -35,43 +33,22 @@ class Step:
 
 
 def train(
-    model: LanguageModel,
+    step: EagerStep,
     batches: Iterator[Tensor],
     *,
-    optimizer: Optimizer,
     schedule: Callable[[int], float],
     first_step: int,
     last_step: int,
-    micro_batch_size: int,
-    grad_clip: float,
-    precision: torch.dtype,
-    compile: bool,
-    device: torch.device,
     guard: Guard | None = None,
-    engine: Engine | None = None,
-    capture: bool = False,
 ) -> Iterator[Step]:
     """Make the updates first_step..last_step (1-based, inclusive) and yield each one's Step.
 
-    batches yields token ids (B, T+1) on `device`, the first for first_step. schedule gives the factor of every peak
-    rate at a step. Weights stay float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
-    capture: replay the step from CUDA graphs once it is warm (see select_capture, harness/training/step.py).
-    engine: what several processes train the model through; each then gets its share of the batches, and Steps are about
-    all shares together.
+    batches yields token ids (B, T+1) on the device, the first for first_step; each of several processes gets its share of
+    them, and Steps are about all shares together. schedule gives the factor of every peak rate at a step.
     guard: which steps make no update (None: stop at the first number that is not finite). Raises NonFiniteError before
     the update that such a number would spoil; weights and generators are then as the step before left them.
     """
-    guard = guard or Guard()
-    engine = engine or OneProcess(model)
-    step = (CapturedStep if capture else EagerStep)(
-        engine,
-        optimizer,
-        micro_batch_size=micro_batch_size,
-        grad_clip=grad_clip,
-        precision=precision,
-        compile=compile,
-        device=device,
-    )
+    guard, model = guard or Guard(), step.engine.model
     recent: deque[float] = deque(maxlen=SPEED_WINDOW)
     seconds, remark = 0.0, None
     ahead: Tensor | None = None
@@ -82,7 +59,7 @@ def train(
             model.train()
         batch = next(batches) if ahead is None else ahead
         factor = schedule(number)
-        before = generators(device)
+        before = generators(step.device)
 
         step.start(batch)
         ahead = next(batches) if number < last_step else None  # while the device computes
@@ -90,14 +67,14 @@ def train(
         skipped = guard.judge(loss, grad_norm)
         if skipped is not None and (ending := guard.ending(loss, grad_norm)) is not None:
             step.end()
-            set_generators(before, device)
+            set_generators(before, step.device)
             raise NonFiniteError(
                 f"step {number}: {skipped} (learning rate factor {factor:.3g}); {ending}: lower optimizer.lr or raise "
                 f"schedule.warmup_fraction",
                 step=number,
                 batch=batch,
             )
-        lr = optimizer.set_lr(factor)
+        lr = step.optimizer.set_lr(factor)
         if skipped is None:
             step.update()
         step.end()
@@ -107,7 +84,7 @@ def train(
         if number == first_step + 1:
             recent.clear()  # the first step compiled and warmed up
         recent.append(elapsed)
-        tokens_per_step = batch.shape[0] * (batch.shape[1] - 1) * engine.world_size
+        tokens_per_step = batch.shape[0] * (batch.shape[1] - 1) * step.engine.world_size
         yield Step(
             number=number,
             loss=loss,

@@ -47,11 +47,6 @@ class Optimizer:
         first: float = self._parts[0].param_groups[0]["peak_lr"]
         return first * factor
 
-    @property
-    def can_be_captured(self) -> bool:
-        """Can `step` be recorded in a CUDA graph?"""
-        return all(group.get("capturable", False) for group in self._groups())
-
     def step(self) -> None:
         for part in self._parts:
             part.step()
@@ -138,19 +133,28 @@ class Weights:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One choice of optimizer.name. capturable: the update is to be recorded in a CUDA graph, where the optimizer can be."""
+    """One choice of optimizer.name. build's last argument: the update is to be recorded in a CUDA graph, its rates are then
+    tensors on the device; where it can be."""
 
     check: Callable[[OptimizerConfig], None]  # UserError for settings that cannot work
     build: Callable[[Weights, OptimizerConfig, bool], list[torch.optim.Optimizer]]  # the first one's rate is logged
+    can_be_captured: bool = False
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: bool = False) -> Optimizer:
-    """The optimizer that config names, over all trained parameters of `model` on their present device.
+def choose_recipe(config: OptimizerConfig) -> Recipe:
+    """That of the optimizer which config names. Raises UserError for settings that do not fit it."""
+    if config.name not in OPTIMIZERS:
+        raise UserError(f"optimizer.name={config.name} is unknown: choose {' or '.join(OPTIMIZERS)}")
+    recipe = OPTIMIZERS[config.name]
+    recipe.check(config)
+    return recipe
 
-    capturable: AdamW's update can be recorded in a CUDA graph, its rates are tensors on the device; Muon's cannot. Raises
-    UserError when the configuration does not fit the optimizer.
-    """
-    check_optimizer(config)
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, recipe: Recipe | None = None, capturable: bool = False
+) -> Optimizer:
+    """The optimizer of a recipe (None: that of `choose_recipe`) over all trained parameters of `model` where they lie."""
+    recipe = recipe or choose_recipe(config)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = {id(module.weight) for module in embeddings}
@@ -162,23 +166,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, capturable: bo
         hidden=[p for p in matrices if p.ndim == 2 and names[p].startswith("blocks.")],
         width=embeddings[0].embedding_dim,
     )
-    return Optimizer(OPTIMIZERS[config.name].build(weights, config, capturable), names)
-
-
-def check_optimizer(config: OptimizerConfig) -> None:
-    """Raises UserError for settings that cannot work, before anything is built."""
-    if config.name not in OPTIMIZERS:
-        raise UserError(f"optimizer.name={config.name} is unknown: choose {' or '.join(OPTIMIZERS)}")
-    if config.lr <= 0.0:
-        raise UserError(f"optimizer.lr={config.lr} trains nothing: give a rate above 0")
-    if len(config.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in config.betas):
-        raise UserError(f"optimizer.betas={config.betas} must be two numbers in [0, 1), such as [0.9, 0.95]")
-    if config.eps <= 0.0 or config.weight_decay < 0.0 or config.grad_clip < 0.0:
-        raise UserError(
-            f"optimizer.eps={config.eps} must be above 0, weight_decay={config.weight_decay} and "
-            f"grad_clip={config.grad_clip} at least 0 (0 switches them off)"
-        )
-    OPTIMIZERS[config.name].check(config)
+    return Optimizer(recipe.build(weights, config, capturable), names)
 
 
 def _adamw(
@@ -233,4 +221,4 @@ def _check_muon(config: OptimizerConfig) -> None:
         raise UserError(f"optimizer.muon_momentum={config.muon_momentum} must be in [0, 1), such as 0.95")
 
 
-OPTIMIZERS = {"adamw": Recipe(_check_adamw, _build_adamw), "muon": Recipe(_check_muon, _build_muon)}
+OPTIMIZERS = {"adamw": Recipe(_check_adamw, _build_adamw, can_be_captured=True), "muon": Recipe(_check_muon, _build_muon)}

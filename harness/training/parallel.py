@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.config.schema import OptimizerConfig, ParallelConfig
+from harness.config.schema import ParallelConfig, TrainConfig
 from harness.errors import UserError
 from harness.files.text import differing, first_few
 from harness.training.device import seed_everything, select_device
@@ -83,6 +83,12 @@ class Workers:
                 self.leave()
         outcome: Outcome = told[1]
         return outcome
+
+    def in_turn(self, action: Callable[[], Outcome]) -> Outcome:
+        """`action` done by the first process, as `first` does it, and then by the others: to each what its own returned."""
+        done: list[Outcome] = []
+        self.first(lambda: done.append(action()))
+        return done[0] if done else action()
 
     def leave(self) -> NoReturn:
         """End this process, which is not the first, with status 2, and after the first: it says why.
@@ -183,46 +189,82 @@ def _check_alike(store: dist.Store, rank: int, world_size: int, fields: Mapping[
     store.set("alike", "yes")
 
 
-def check_parallel(
-    config: ParallelConfig,
-    workers: Workers,
-    *,
-    optimizer: OptimizerConfig,
-    batch_size: int,
-    precision: torch.dtype,
-    overwrite: bool,
-) -> None:
+def check_parallel(config: TrainConfig, workers: Workers, precision: torch.dtype) -> None:
     """Raises UserError for what cannot be trained by these processes, before anything is built."""
-    if overwrite and workers.may_restart:
+    if config.overwrite and workers.may_restart:
         raise UserError(
             "overwrite=true would delete, at each restart, what torchrun --max-restarts is there to keep: leave one of "
             "the two out, or choose another name=..."
         )
     if workers.world_size == 1:
         return
-    if batch_size % workers.world_size:
+    if config.batch_size % workers.world_size:
         raise UserError(
-            f"batch_size={batch_size} cannot be shared by {workers.world_size} processes: make it a multiple of them"
+            f"batch_size={config.batch_size} cannot be shared by {workers.world_size} processes: make it a multiple of them"
         )
-    if config.name == "fsdp" and optimizer.name == "muon":
+    if config.parallel.name == "fsdp" and config.optimizer.name == "muon":
         raise UserError(
             "optimizer=muon orthogonalises whole matrices, which parallel=fsdp does not have in one place: set "
             "parallel=ddp or optimizer=adamw"
         )
-    if config.name == "fsdp" and config.mixed_precision and precision != torch.bfloat16:
+    if config.parallel.name == "fsdp" and config.parallel.mixed_precision and precision != torch.bfloat16:
         raise UserError(
             "parallel.mixed_precision=true gathers weights in bfloat16 and this run computes in float32: set "
             "precision=bfloat16 or parallel.mixed_precision=false"
         )
 
 
-class Replicated:
+class LanguageModel(Protocol):
+    """What the loop asks of a model."""
+
+    training: bool
+
+    def train(self) -> nn.Module: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean nats of the targets, differentiable."""
+
+
+class OneProcess:
+    """What the loop trains a model through: here the model as it is."""
+
+    world_size = 1
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.model = model
+        self._parameters = list(model.parameters())
+
+    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """The loss of this process's part of a batch; its backward pass averages gradients over the processes."""
+        return torch.compile(self.model.loss, dynamic=False) if compile else self.model.loss
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the forward and backward pass of one micro-batch: only the last one's gradients travel."""
+        return contextlib.nullcontext()
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Clip the gradients to a norm over all parameters; the norm before."""
+        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.world_size == 1:
+            return loss
+        total = loss.clone()
+        dist.all_reduce(total)  # gloo has no average
+        return total / self.world_size
+
+
+class Replicated(OneProcess):
     """DDP: every process holds all of the model and of the optimizer's state; gradients are averaged while they come."""
 
+    model: GPT
+
     def __init__(self, model: GPT, workers: Workers) -> None:
+        super().__init__(model)
         self.world_size = workers.world_size
-        self._model = model
-        self._parameters = list(model.parameters())
         with warnings.catch_warnings():  # torch 2.13 calls broadcast_buffers old, 2.11 knows no other name
             warnings.simplefilter("ignore", FutureWarning)
             self._parallel = DistributedDataParallel(
@@ -233,36 +275,26 @@ class Replicated:
             )
 
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """The loss of this process's part of a batch; its backward pass averages gradients."""
         if compile:
-            compile_parts(self._model)
+            compile_parts(self.model)
         return self._parallel
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the forward and backward pass of one micro-batch: only the last one's gradients travel."""
         return contextlib.nullcontext() if last else self._parallel.no_sync()
 
-    def clip(self, max_norm: float) -> Tensor:
-        """Clip the gradients to a norm over all parameters; the norm before."""
-        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
 
-    def mean(self, loss: Tensor) -> Tensor:
-        """Over all processes."""
-        return _mean(loss, self.world_size)
-
-
-class Sharded:
+class Sharded(OneProcess):
     """FSDP2: weights, gradients and optimizer state are cut over the processes; a block's weights are gathered to be used.
 
     After this the model's parameters are DTensors: the optimizer is built from them, not before.
     """
 
+    model: GPT
+
     def __init__(self, model: GPT, workers: Workers, config: ParallelConfig) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        self.world_size = workers.world_size
-        self._model = model
         mesh = init_device_mesh(workers.device.type, (workers.world_size,))
         # The residual stream keeps its dtype; matrix products are in bfloat16 by autocast anyway.
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -274,39 +306,33 @@ class Sharded:
         fully_shard(model, mesh=mesh)
         for method in ("loss", "token_losses"):  # what is called instead of forward
             register_fsdp_forward_method(model, method)
-        # Taken now: after a forward pass without a backward one the root's weights still lie there gathered.
-        self._parameters = list(model.parameters())
+        # Parameters are taken now: after a forward pass without a backward one the root's weights still lie there gathered.
+        super().__init__(model)
+        self.world_size = workers.world_size
         assert all(is_sharded(parameter) for parameter in self._parameters)
 
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        """As Replicated's."""
         if compile:
-            compile_parts(self._model)
-        return self._model.loss
+            compile_parts(self.model)
+        return self.model.loss
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """As Replicated's."""
-        self._model.set_requires_gradient_sync(last)  # type: ignore[operator]  # a method that fully_shard gave it
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]  # a method that fully_shard gave it
         yield
 
     def clip(self, max_norm: float) -> Tensor:
-        """As Replicated's."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if is_sharded(norm) else norm
         nn.utils.clip_grads_with_norm_(self._parameters, max_norm, norm)
         return norm
 
-    def mean(self, loss: Tensor) -> Tensor:
-        """As Replicated's."""
-        return _mean(loss, self.world_size)
 
-
-def share_model(model: GPT, workers: Workers, config: ParallelConfig) -> Replicated | Sharded | None:
-    """What the processes train `model` through, whose weights are the same in all; None for one process alone."""
+def share_model(model: GPT, workers: Workers, config: ParallelConfig) -> OneProcess:
+    """What the processes train `model` through, whose weights are the same in all."""
     if workers.world_size == 1:
-        return None
+        return OneProcess(model)
     return Sharded(model, workers, config) if config.name == "fsdp" else Replicated(model, workers)
 
 
@@ -363,12 +389,6 @@ class _Loss(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         return self.model.loss(inputs_BT, targets_BT)
-
-
-def _mean(loss: Tensor, world_size: int) -> Tensor:
-    total = loss.clone()
-    dist.all_reduce(total)  # gloo has no average
-    return total / world_size
 
 
 def compile_parts(model: GPT) -> None:

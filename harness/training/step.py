@@ -7,74 +7,26 @@ eagerly: no number that is not finite reaches the weights, and nothing is read l
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness.errors import UserError
 from harness.training.optimizer import Optimizer
+from harness.training.parallel import OneProcess
 from modeling.graphs import CudaGraphs, Graph
 
 WARM_UP = 3  # eager steps before the capture: compilation, the optimizer's state, the libraries' workspaces
 
 
-class Engine(Protocol):
-    """What the loop asks of several processes (harness/training/parallel.py) and, as `OneProcess`, of one alone."""
-
-    world_size: int
-
-    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]: ...
-
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]: ...
-
-    def clip(self, max_norm: float) -> Tensor: ...
-
-    def mean(self, loss: Tensor) -> Tensor: ...
-
-
-class LanguageModel(Protocol):
-    """What the loop asks of a model."""
-
-    training: bool
-
-    def train(self) -> nn.Module: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean nats of the targets, differentiable."""
-
-
-class OneProcess:
-    """The model as it is."""
-
-    world_size = 1
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._parameters = list(model.parameters())
-
-    def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
-        return torch.compile(self._model.loss, dynamic=False) if compile else self._model.loss
-
-    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def clip(self, max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
-
-    def mean(self, loss: Tensor) -> Tensor:
-        return loss
-
-
 class EagerStep:
     """Operation by operation, on any device and through any engine.
 
-    Rows of a batch are split into micro-batches; loss and gradient are those of the mean over all its tokens.
+    Rows of a batch are split into micro-batches; loss and gradient are those of the mean over all its tokens. Weights stay
+    float32; precision is the autocast dtype (float32: none). grad_clip=0 only measures.
     """
 
     is_captured = False
@@ -82,7 +34,7 @@ class EagerStep:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: OneProcess,
         optimizer: Optimizer,
         *,
         micro_batch_size: int,
@@ -91,7 +43,7 @@ class EagerStep:
         compile: bool,
         device: torch.device,
     ) -> None:
-        self._engine, self._optimizer, self._device = engine, optimizer, device
+        self.engine, self.optimizer, self.device = engine, optimizer, device
         self._micro_batch_size, self._precision = micro_batch_size, precision
         self._max_norm = grad_clip if grad_clip > 0 else math.inf
         self._loss_of = engine.loss_of(compile)
@@ -111,24 +63,24 @@ class EagerStep:
 
     def update(self) -> None:
         """Change the weights by the gradient."""
-        self._optimizer.step()
+        self.optimizer.step()
 
     def end(self) -> None:
         """Give the gradient up, whether or not there was an update."""
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
 
     def _gradient(self, batch: Tensor) -> Tensor:
         """Forward, backward, clipping; loss and norm as a tensor of two."""
-        loss = torch.zeros((), device=self._device)
+        loss = torch.zeros((), device=self.device)
         micros = batch.split(self._micro_batch_size)
         for index, micro in enumerate(micros, start=1):
             share = len(micro) / len(batch)
-            with self._engine.micro_batch(last=index == len(micros)):
-                with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision != torch.float32):
+            with self.engine.micro_batch(last=index == len(micros)):
+                with torch.autocast(self.device.type, dtype=self._precision, enabled=self._precision != torch.float32):
                     micro_loss = self._loss_of(micro[:, :-1], micro[:, 1:]) * share
                 micro_loss.backward()
             loss += micro_loss.detach()
-        return torch.stack((self._engine.mean(loss), self._engine.clip(self._max_norm)))
+        return torch.stack((self.engine.mean(loss), self.engine.clip(self._max_norm)))
 
 
 class CapturedStep(EagerStep):
@@ -140,14 +92,14 @@ class CapturedStep(EagerStep):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: OneProcess,
         optimizer: Optimizer,
         *,
         capture: Callable[[Callable[[], None]], Graph] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(engine, optimizer, **options)
-        self._capture = capture or CudaGraphs(self._device).capture
+        self._capture = capture or CudaGraphs(self.device).capture
         self._warm = 0
         self._batch: Tensor | None = None
         self._graphs: tuple[Graph, Graph] | None = None
@@ -183,28 +135,26 @@ class CapturedStep(EagerStep):
 
         def gradient() -> None:
             assert self._batch is not None
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             self._figures = self._gradient(self._batch)
 
         try:
-            self._graphs = self._capture(gradient), self._capture(self._optimizer.step)
+            self._graphs = self._capture(gradient), self._capture(self.optimizer.step)
         except RuntimeError as error:
             self._batch = self._figures = None
-            self._optimizer.zero_grad()
+            self.optimizer.zero_grad()
             self.remark = f"the step is not captured, it runs eagerly: {str(error).strip().splitlines()[0]}"
 
 
-def select_capture(name: str, device: torch.device, *, processes: int, optimizer: Optimizer | None = None) -> bool:
-    """auto | on | off. auto captures on CUDA, in one process, with an optimizer (if any) whose update can be captured."""
-    if name not in ("auto", "on", "off"):
-        raise UserError(f"capture={name} is unknown: choose auto, on or off")
+def select_capture(name: str, device: torch.device, *, processes: int, update_can_be: bool = True) -> bool:
+    """auto | on | off. auto captures on CUDA, in one process, where the optimizer's update (if any) can be captured."""
     hindrance = (
         f"what {device.type} computes cannot be: it needs CUDA"
         if device.type != "cuda"
         else f"that of {processes} processes is not"
         if processes > 1
         else None
-        if optimizer is None or optimizer.can_be_captured
+        if update_can_be
         else "this optimizer's update cannot be"
     )
     if name == "on" and hindrance is not None:

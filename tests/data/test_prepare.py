@@ -389,7 +389,7 @@ def test_a_data_dir_that_became_read_only_opens_what_is_there_and_refuses_the_re
 
 SLOW_SOURCE = """
 import time
-from harness.data import writer
+from harness.data import prepared as writer
 add = writer.SplitWriter.add
 def slow(self, tokens, piece):
     time.sleep(0.05)

@@ -15,7 +15,8 @@ from harness.training.step import WARM_UP
 def said(durations: list[float], *, first_step: int = 1) -> list[tuple[int, str]]:
     """What is said after which step of a run whose steps take so long, of 1,000 tokens each."""
     last = first_step - 1 + len(durations)
-    session: Any = SimpleNamespace(first_step=first_step, steps=last, tokens_per_step=1000, timed_from=None)
+    schedule = SimpleNamespace(steps=last)
+    session: Any = SimpleNamespace(first_step=first_step, schedule=schedule, tokens_per_step=1000, timed_from=None)
     lines = []
     for count, number in enumerate(range(first_step, last + 1), start=1):
         step = Step(number, 1.0, 1.0, 1.0, 1.0, 1000 * number, seconds=sum(durations[:count]))

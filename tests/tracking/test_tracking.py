@@ -25,7 +25,7 @@ from harness.config.compose import load_eval_config, load_train_config
 from harness.config.run_config import save_run_config
 from harness.config.schema import TrackingConfig
 from harness.runs.summary import open_run_tracker
-from harness.tracking import Tracker, log_study, open_tracker
+from harness.tracking import Table, Tracker, log_study, open_tracker
 from tests.support.wandb_server import WandbServer
 
 KEY = "0123456789" * 4
@@ -230,12 +230,13 @@ def test_a_table_and_an_image_arrive(tmp_path: Path, server: WandbServer) -> Non
 
     Image.new("RGB", (4, 3), "orange").save(tmp_path / "picture.png")
     with track(tmp_path / "run", metrics_bytes=None, job_type="compare") as tracker:
-        tracker.log_table("results", ["variant", "bits per byte"], [["mla", 1.5], ["mha", 1.25]])
-        tracker.log_image("scatter", tmp_path / "picture.png", caption="a caption")
+        table = Table(["variant", "bits per byte"], [["mla", 1.5], ["mha", 1.25]])
+        tracker.mirror(lambda dashboard: dashboard.table("results", table))
+        tracker.mirror(lambda dashboard: dashboard.image("scatter", tmp_path / "picture.png", caption="a caption"))
     run = server.only_run()
     logged = {key: value for row in run.history for key, value in row.items()}
-    table = json.loads(run.files[logged["results"]["path"]])
-    assert table["columns"] == ["variant", "bits per byte"] and table["data"] == [["mla", 1.5], ["mha", 1.25]]
+    sent = json.loads(run.files[logged["results"]["path"]])
+    assert sent["columns"] == ["variant", "bits per byte"] and sent["data"] == [["mla", 1.5], ["mha", 1.25]]
     assert run.files[logged["scatter"]["path"]] == (tmp_path / "picture.png").read_bytes()
     assert run.job_type == "compare"
 

@@ -27,7 +27,9 @@ from harness.training import checkpoint
 from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, save_checkpoint, tidy
 from harness.training.loop import train
 from harness.training.optimizer import Optimizer, build_optimizer
-from harness.training.schedule import build_schedule
+from harness.training.parallel import OneProcess
+from harness.training.schedule import Schedule
+from harness.training.step import EagerStep
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
@@ -45,22 +47,18 @@ def _save(folder: Path, step: int, *, seed: int = 0, **options: Any) -> Path:
 def _steps(model: nn.Module, optimizer: Optimizer, first: int, last: int, *, total: int) -> list[float]:
     from harness.config.schema import ScheduleConfig
 
-    return [
-        step.loss
-        for step in train(
-            model,
-            tiny_batches(first),
-            optimizer=optimizer,
-            schedule=build_schedule(ScheduleConfig("cosine", 0.1, 0.1), total),
-            first_step=first,
-            last_step=last,
-            micro_batch_size=4,
-            grad_clip=1.0,
-            precision=torch.float32,
-            compile=False,
-            device=torch.device("cpu"),
-        )
-    ]
+    step_by = EagerStep(
+        OneProcess(model),
+        optimizer,
+        micro_batch_size=4,
+        grad_clip=1.0,
+        precision=torch.float32,
+        compile=False,
+        device=torch.device("cpu"),
+    )
+    schedule = Schedule(ScheduleConfig("cosine", 0.1, 0.1), total)
+    steps = train(step_by, tiny_batches(first), schedule=schedule, first_step=first, last_step=last)
+    return [step.loss for step in steps]
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -36,8 +36,6 @@ def test_auto_takes_what_is_there_and_a_missing_device_is_refused() -> None:
         if not present:
             with pytest.raises(UserError, match=f"device={name} is not available here: choose one of .*cpu"):
                 select_device(name)
-    with pytest.raises(UserError, match="device=tpu is unknown"):
-        select_device("tpu")
 
 
 def test_precision_is_bfloat16_only_where_the_processor_multiplies_it_or_it_is_asked_for() -> None:
@@ -45,15 +43,11 @@ def test_precision_is_bfloat16_only_where_the_processor_multiplies_it_or_it_is_a
     assert select_precision("auto", CPU) == (torch.bfloat16 if native else torch.float32)
     assert select_precision("bfloat16", CPU) == torch.bfloat16
     assert select_precision("float32", CPU) == torch.float32
-    with pytest.raises(UserError, match="precision=float16 is unknown"):
-        select_precision("float16", CPU)
 
 
 def test_compilation_is_off_on_a_cpu_unless_asked_for() -> None:
     assert [select_compile(name, CPU) for name in ("auto", "on", "off")] == [False, True, False]
     assert select_compile("auto", torch.device("cuda"))
-    with pytest.raises(UserError, match="compile=yes is unknown"):
-        select_compile("yes", CPU)
 
 
 def test_one_seed_sets_every_generator() -> None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from harness.training.loop import NonFiniteError, Step, train
 from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.parallel import OneProcess
+from harness.training.step import EagerStep
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
 
 CPU = torch.device("cpu")
@@ -30,19 +32,16 @@ def _train(
     precision: torch.dtype = torch.float32,
     compile: bool = False,
 ) -> Iterator[Step]:
-    return train(
-        model,
-        tiny_batches(first_step),
-        optimizer=optimizer or build_optimizer(model, optimizer_config()),
-        schedule=schedule,
-        first_step=first_step,
-        last_step=last_step,
+    step = EagerStep(
+        OneProcess(model),  # type: ignore[arg-type]
+        optimizer or build_optimizer(model, optimizer_config()),
         micro_batch_size=micro_batch_size,
         grad_clip=grad_clip,
         precision=precision,
         compile=compile,
         device=CPU,
     )
+    return train(step, tiny_batches(first_step), schedule=schedule, first_step=first_step, last_step=last_step)
 
 
 def _sgd(model: nn.Module) -> Optimizer:

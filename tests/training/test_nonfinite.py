@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from harness.training.loop import Step, train
 from harness.training.nonfinite import Guard, NonFiniteError, Place, locate
 from harness.training.optimizer import build_optimizer
+from harness.training.parallel import OneProcess
+from harness.training.step import EagerStep
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
@@ -32,20 +34,17 @@ class _Spoiled(TinyModel):
 
 
 def _train(model: nn.Module, *, guard: Guard, last_step: int = 8, first_step: int = 1, **more: Any) -> Iterator[Step]:
-    return train(
-        model,
-        tiny_batches(first_step),
-        optimizer=more.get("optimizer") or build_optimizer(model, optimizer_config()),
-        schedule=lambda step: 1.0 - step / 100,
-        first_step=first_step,
-        last_step=last_step,
+    step = EagerStep(
+        OneProcess(model),
+        more.get("optimizer") or build_optimizer(model, optimizer_config()),
         micro_batch_size=6,
         grad_clip=1.0,
         precision=torch.float32,
         compile=False,
         device=CPU,
-        guard=guard,
     )
+    steps = {"first_step": first_step, "last_step": last_step}
+    return train(step, tiny_batches(first_step), schedule=lambda step: 1.0 - step / 100, **steps, guard=guard)
 
 
 def _spoiled(factors: dict[int, float]) -> _Spoiled:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from harness.errors import UserError
 from harness.training.parallel import (
     RESTART_PATIENCE,
     TORCHRUN,
+    OneProcess,
     Workers,
     check_parallel,
     compile_parts,
@@ -40,7 +43,7 @@ def test_without_torchrun_a_process_is_alone_and_first(monkeypatch: pytest.Monke
         assert (alone.rank, alone.world_size, alone.is_first, alone.patience) == (0, 1, True, 0.0)
         assert alone.first(lambda: "done") == "done"
         assert alone.any(True) and not alone.any(False)
-        assert share_model(tiny_model(), alone, ParallelConfig()) is None  # type: ignore[arg-type]
+        assert type(share_model(tiny_model(), alone, ParallelConfig())) is OneProcess  # type: ignore[arg-type]
 
 
 def test_one_process_that_torchrun_restarted_waits_for_the_lock_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,14 +64,13 @@ def refused(
     may_restart: bool = False,
     **fields: object,
 ) -> None:
-    check_parallel(
-        dataclasses.replace(ParallelConfig(), **fields),
-        dataclasses.replace(workers(world_size=world_size), may_restart=may_restart),
+    config: Any = SimpleNamespace(
+        parallel=dataclasses.replace(ParallelConfig(), **fields),
         optimizer=optimizer_config(optimizer),
         batch_size=batch_size,
-        precision=precision,
         overwrite=overwrite,
     )
+    check_parallel(config, dataclasses.replace(workers(world_size=world_size), may_restart=may_restart), precision)
 
 
 def test_what_several_processes_cannot_train_is_refused_and_one_process_trains_it() -> None:

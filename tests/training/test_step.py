@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from harness.errors import UserError
 from harness.training.loop import Step, train
 from harness.training.nonfinite import Guard, NonFiniteError
-from harness.training.optimizer import build_optimizer
-from harness.training.step import WARM_UP, CapturedStep, EagerStep, OneProcess, select_capture
+from harness.training.optimizer import build_optimizer, choose_recipe
+from harness.training.parallel import OneProcess
+from harness.training.step import WARM_UP, CapturedStep, EagerStep, select_capture
 from modeling.graphs import Graph
 from tests.support.graphs import Again
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
@@ -81,39 +82,29 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why_once(monkeypatch: pyt
 
 def _train(model: nn.Module, *, capture: bool, device: torch.device = CPU, **more: object) -> Iterator[Step]:
     batches = (batch.to(device) for batch in tiny_batches(1))
-    return train(
-        model,
-        batches,
-        optimizer=build_optimizer(model, optimizer_config(), capturable=device.type == "cuda"),
-        schedule=lambda step: 1 / step,
-        first_step=1,
-        last_step=8,
+    step = (CapturedStep if capture else EagerStep)(
+        OneProcess(model),  # type: ignore[arg-type]
+        build_optimizer(model, optimizer_config(), capturable=device.type == "cuda"),
         micro_batch_size=4,
         grad_clip=1.0,
         precision=torch.float32,
         compile=False,
         device=device,
-        capture=capture,
-        **more,
-    )  # type: ignore[arg-type]
+    )
+    return train(step, batches, schedule=lambda step: 1 / step, first_step=1, last_step=8, **more)
 
 
 def test_capture_is_chosen_where_nothing_forbids_it() -> None:
-    plain, capturable = (build_optimizer(tiny_model(), optimizer_config()) for _ in range(2))
-    for part in capturable._parts:
-        for group in part.param_groups:
-            group["capturable"] = True
+    adamw, muon = (choose_recipe(optimizer_config(name)).can_be_captured for name in ("adamw", "muon"))
     cuda = torch.device("cuda")
-    assert select_capture("auto", cuda, processes=1, optimizer=capturable)
-    assert select_capture("on", cuda, processes=1, optimizer=capturable)
-    assert not select_capture("off", cuda, processes=1, optimizer=capturable)
-    hindered = [(CPU, 1, capturable, "cpu"), (cuda, 2, capturable, "2 processes"), (cuda, 1, plain, "optimizer")]
-    for device, processes, optimizer, why in hindered:
-        assert not select_capture("auto", device, processes=processes, optimizer=optimizer)
+    assert select_capture("auto", cuda, processes=1, update_can_be=adamw)
+    assert select_capture("on", cuda, processes=1, update_can_be=adamw)
+    assert not select_capture("off", cuda, processes=1, update_can_be=adamw)
+    hindered = [(CPU, 1, adamw, "cpu"), (cuda, 2, adamw, "2 processes"), (cuda, 1, muon, "optimizer")]
+    for device, processes, update, why in hindered:
+        assert not select_capture("auto", device, processes=processes, update_can_be=update)
         with pytest.raises(UserError, match=f"capture=on .*{why}.*capture=auto"):
-            select_capture("on", device, processes=processes, optimizer=optimizer)
-    with pytest.raises(UserError, match="capture=yes is unknown"):
-        select_capture("yes", cuda, processes=1, optimizer=capturable)
+            select_capture("on", device, processes=processes, update_can_be=update)
 
 
 def test_rates_that_lie_on_the_device_are_those_of_the_schedule() -> None:
@@ -123,7 +114,7 @@ def test_rates_that_lie_on_the_device_are_those_of_the_schedule() -> None:
     assert optimizer.set_lr(0.5) == 0.005
     assert [group["lr"].item() for group in optimizer._parts[0].param_groups] == [pytest.approx(0.005)] * 2
     assert {group["peak_lr"] for group in optimizer.settings()} == {0.01}
-    assert optimizer.can_be_captured and not build_optimizer(tiny_model(), optimizer_config()).can_be_captured
+    assert not isinstance(build_optimizer(tiny_model(), optimizer_config())._parts[0].param_groups[0]["lr"], Tensor)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
