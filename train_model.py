@@ -54,8 +54,8 @@ def main(overrides: list[str]) -> int:
 
 def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> int:
     """As `main`, by this process alone or by all of `workers`, of which the first decides and writes."""
-    session = workers.in_turn(lambda: Session(config, workers))
     workers.first(lambda: put_back(config))
+    session = workers.in_turn(lambda: Session(config, workers))
     run = workers.first(lambda: run_folder(config))
     if workers.first(lambda: finished(run) and not config.overwrite):
         workers.first(lambda: check_unchanged(config, run))
