@@ -25,21 +25,21 @@ enter_environment()
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from harness.config.compose import load_eval_config
 from harness.config.run_config import find_run
 from harness.config.schema import MOST_FIGURE, EvalConfig
 from harness.entry.cli import finished_runs, newest_run, run_hydra
 from harness.errors import UserError, tell
+from harness.evaluation.perplexity import SplitResult
+from harness.evaluation.probes import extras_rows
 from harness.files.text import visible
 from harness.runs.evaluations import cache_label
-from harness.runs.folder import finished
+from harness.runs.folder import finished, short_line
+from harness.runs.records import Evaluation
+from harness.runs.score import keep_record, score_run
 from harness.tracking import check_tracking
-
-if TYPE_CHECKING:
-    from harness.evaluation.perplexity import SplitResult
-    from harness.runs.records import Evaluation
 
 
 def main(overrides: list[str]) -> int:
@@ -47,10 +47,6 @@ def main(overrides: list[str]) -> int:
     config = load_eval_config(overrides)
     check_tracking(config.tracking)
     runs = chosen_runs(config)
-
-    from harness.runs.folder import short_line
-    from harness.runs.score import keep_record, score_run
-
     failed = []
     for run in runs:
         try:
@@ -91,8 +87,6 @@ def chosen_runs(config: EvalConfig) -> list[Path]:
 
 def print_table(record: Evaluation, result: SplitResult) -> None:
     """For people; the JSON line follows."""
-    from harness.evaluation.probes import extras_rows
-
     word = f"{MOST_FIGURE:g} or more" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
     rows = [
         ("run", record["name"]),

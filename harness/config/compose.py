@@ -28,7 +28,7 @@ from harness.config.identity import SEED_FIELDS, corpus_name, differences, ident
 from harness.config.places import CONFIGS, ROOT, user_path
 from harness.config.run_config import FREE_TEXT, find_run, load_run_config, run_folders
 from harness.config.schema import EvalConfig, TrainConfig
-from harness.config.typed import did_you_mean, shown, typed
+from harness.config.typed import did_you_mean, fields_below, shown, typed
 from harness.errors import UserError, readable
 
 _BYTES = "tokenizer=bytes"
@@ -220,7 +220,7 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
     from omegaconf import OmegaConf
 
     known: Any = OmegaConf.to_container(composed, resolve=False)
-    written, optional = _paths(known), _schema_paths(SCHEMAS[config_name])
+    written, optional = _paths(known), {path for path, _ in fields_below(SCHEMAS[config_name])}
     if mechanism := (attention := known.get("attention") or {}).get("mechanism"):
         optional |= {f"attention.{name}" for name in (*variant_schema(mechanism)[1], "layers", "kinds")}
         for kind, own in (attention.get("kinds") or {}).items():
@@ -315,17 +315,6 @@ def _paths(container: Mapping[str, Any], prefix: str = "") -> set[str]:
         found.add(f"{prefix}{key}")
         if isinstance(value, Mapping):
             found |= _paths(value, f"{prefix}{key}.")
-    return found
-
-
-def _schema_paths(kind: Any, prefix: str = "") -> set[str]:
-    """Every dotted path of a dataclass, whether its YAML mentions it or not."""
-    found: set[str] = set()
-    for name, hint in typing.get_type_hints(kind).items():
-        found.add(f"{prefix}{name}")
-        for option in (hint, *typing.get_args(hint)):
-            if dataclasses.is_dataclass(option):
-                found |= _schema_paths(option, f"{prefix}{name}.")
     return found
 
 

@@ -8,7 +8,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.config.schema import MOST_FIGURE
@@ -156,6 +156,15 @@ def _is_text(value: Any) -> bool:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
         return False
+
+
+def fields_below(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, type) of every field of a dataclass, a group's own before those inside it."""
+    for name, hint in typing.get_type_hints(kind).items():
+        yield f"{prefix}{name}", hint
+        for option in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(option):
+                yield from fields_below(option, f"{prefix}{name}.")
 
 
 def typed_fields(hints: Mapping[str, Any], required: set[str], value: Any, path: str) -> dict[str, Any]:

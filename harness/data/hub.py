@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.config.schema import DatasetConfig
 from harness.data import hub_client
-from harness.data.documents import Carving, Document, Source, carving_by_fraction, evaluation_first, split_of_name
+from harness.data.documents import Document, Source, carving_by_fraction, evaluation_first, split_of_name
 from harness.errors import UserError, in_a_line, tell
 
 _ROWS = 256
@@ -56,7 +56,8 @@ def hub_source(dataset: DatasetConfig, *, for_training: bool) -> Source:
                 yield from (Document(split, (text,)) for text in join(rows[split]()))
 
         def training() -> Iterator[Document]:
-            return _carved(join(rows["train"]()) if "train" in rows else (), carving)
+            for text in join(rows["train"]()) if "train" in rows else ():
+                yield Document(carving.split(text.encode("utf-8", errors="surrogatepass")), (text,))
 
         carved_files = (validation or test) and not dataset.hub_streaming
         yield from evaluation_first(training) if carved_files else training()
@@ -87,11 +88,6 @@ def articles(rows: Iterable[str]) -> Iterator[str]:
 
 def _non_empty(rows: Iterable[str]) -> Iterator[str]:
     return (text for text in rows if text.strip())
-
-
-def _carved(texts: Iterable[str], carving: Carving) -> Iterator[Document]:
-    for text in texts:
-        yield Document(carving.split(text.encode("utf-8", errors="surrogatepass")), (text,))
 
 
 def _downloaded_rows(dataset: DatasetConfig) -> Rows:

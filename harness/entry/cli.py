@@ -26,7 +26,7 @@ from typing import TypeVar
 from harness.config.compose import check_config, forced, implied, quoted, refuse_dashes, register_resolvers, sweep_jobs
 from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import run_folders
-from harness.config.typed import did_you_mean, typed
+from harness.config.typed import did_you_mean, fields_below, typed
 from harness.entry.streams import protect_streams
 from harness.errors import UserError, readable, sentence
 from harness.files.untrusted import read_object
@@ -44,7 +44,7 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     """
     import yaml
 
-    leaves = _leaf_types(kind)
+    leaves = {path: hint for path, hint in fields_below(kind) if not dataclasses.is_dataclass(hint)}
     container: dict[str, typing.Any] = {}
     rest: list[str] = []
     refuse_dashes(arguments, known=leaves)
@@ -84,13 +84,6 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     if rest:
         container[typing.cast(str, positional)] = rest
     return typing.cast(Options, typed(kind, container, ""))
-
-
-def _leaf_types(kind: typing.Any, prefix: str = "") -> dict[str, typing.Any]:
-    leaves: dict[str, typing.Any] = {}
-    for name, hint in typing.get_type_hints(kind).items():
-        leaves.update(_leaf_types(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint) else {f"{prefix}{name}": hint})
-    return leaves
 
 
 def _is_text(kind: typing.Any) -> bool:

@@ -82,17 +82,12 @@ def snapshot(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], *
     )
 
 
-def save_checkpoint(folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write folder/step-<state["step"]>, then delete the oldest ones beyond `keep`. Returns the new folder.
-
-    state is JSON-able and holds the step. Raises UserError when the disk is too full, OSError when it cannot be written;
-    older checkpoints stay intact.
-    """
-    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
-
-
 def write_checkpoint(folder: Path, taken: Snapshot, *, keep: int, is_best: bool = False) -> Path:
-    """As `save_checkpoint`, of a snapshot; is_best gives it the name best/ too."""
+    """Write folder/step-<its step>, then delete the oldest ones beyond `keep`. Returns the new folder.
+
+    is_best gives it the name best/ too. Raises UserError when the disk is too full, OSError when it cannot be written; older
+    checkpoints stay intact.
+    """
     assert keep >= 1
 
     def write(partial: Path) -> None:
@@ -137,7 +132,7 @@ def save_model(model: nn.Module, path: Path) -> None:
 def save_weights(folder: Path, *, write_model: Callable[[Path], None], model_bytes: int, state: Mapping[str, Any]) -> Path:
     """Write folder/step-<state["step"]> with weights alone: nothing trains on from it, everything else reads it.
 
-    write_model is handed the path of the safetensors file that it writes. Raises as save_checkpoint does.
+    write_model is handed the path of the safetensors file that it writes. Raises as write_checkpoint does.
     """
 
     def write(partial: Path) -> None:

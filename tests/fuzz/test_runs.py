@@ -12,7 +12,7 @@ import yaml
 
 from harness.report.comparison import as_text, compare, write_tables
 from harness.runs.load import load_trained
-from harness.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from harness.training.checkpoint import latest_checkpoint, load_checkpoint
 from harness.training.optimizer import build_optimizer
 from modeling.attention import EXECUTION
 from modeling.gpt import GPT
@@ -20,7 +20,7 @@ from tests.fuzz.conftest import Fuzzing
 from tests.report.test_comparison import evaluate, make_run
 from tests.support.micro import Workplace
 from tests.support.mutations import as_json, mutated_bytes, mutated_value
-from tests.support.tiny_model import optimizer_config, tiny_model
+from tests.support.tiny_model import optimizer_config, save_checkpoint, tiny_model
 
 
 def resign(folder: Path) -> None:

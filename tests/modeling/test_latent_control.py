@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from harness.config.schema import OptimizerConfig
-from harness.training.checkpoint import load_checkpoint, save_checkpoint
+from harness.training.checkpoint import load_checkpoint
 from harness.training.optimizer import build_optimizer
 from modeling.attention.contract import randomise, relative_error
+from tests.support.tiny_model import save_checkpoint
 from tests.support.variants import attention_from, gpt_from
 
 ADAMW = OptimizerConfig(name="adamw", lr=0.1, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.5, grad_clip=1.0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.config.schema import OptimizerConfig
+from harness.training.checkpoint import snapshot, write_checkpoint
+from harness.training.optimizer import Optimizer
 
 VOCAB, WIDTH = 11, 8
 
@@ -67,3 +71,8 @@ def optimizer_config(name: str = "adamw", *, lr: float = 0.01, weight_decay: flo
         muon_lr=0.02 if muon else None,
         muon_momentum=0.95 if muon else None,
     )
+
+
+def save_checkpoint(folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """As a run does after a step. state is JSON-able and holds the step."""
+    return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)

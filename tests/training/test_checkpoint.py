@@ -24,13 +24,13 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.training import checkpoint
-from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, save_checkpoint, tidy
+from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, tidy
 from harness.training.loop import train
 from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.parallel import OneProcess
 from harness.training.schedule import Schedule
 from harness.training.step import EagerStep
-from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
+from tests.support.tiny_model import TinyModel, optimizer_config, save_checkpoint, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
@@ -315,9 +315,8 @@ def test_a_write_that_fails_half_way_leaves_the_older_checkpoint_and_no_stump(tm
 ENDLESS_SAVES = """
 import sys, torch
 from pathlib import Path
-from harness.training.checkpoint import save_checkpoint
 from harness.training.optimizer import build_optimizer
-from tests.support.tiny_model import optimizer_config, tiny_model
+from tests.support.tiny_model import optimizer_config, save_checkpoint, tiny_model
 model = tiny_model()
 optimizer = build_optimizer(model, optimizer_config())
 step = 0

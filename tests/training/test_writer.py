@@ -21,12 +21,11 @@ from harness.training.checkpoint import (
     find_damage,
     latest_checkpoint,
     load_checkpoint,
-    save_checkpoint,
     snapshot,
 )
 from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.writer import CheckpointWriter
-from tests.support.tiny_model import optimizer_config, tiny_batches, tiny_model
+from tests.support.tiny_model import optimizer_config, save_checkpoint, tiny_batches, tiny_model
 
 
 @pytest.fixture
