@@ -243,14 +243,13 @@ APART = """
 import dataclasses, os, sys
 sys.path.insert(0, {root!r})
 import train_model
-from harness.runs import training_data
 from harness.entry.cli import run_script
 
-load = training_data.load_data
+load = train_model.load_data
 if os.environ["RANK"] == "1":
     sys.argv += {arguments!r}
     if {data!r}:
-        training_data.load_data = lambda *given, **options: dataclasses.replace(load(*given, **options), fingerprint="other")
+        train_model.load_data = lambda *given, **options: dataclasses.replace(load(*given, **options), fingerprint="other")
 run_script(train_model.main, description=None)
 """
 
