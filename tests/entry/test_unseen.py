@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import eval_model
 import train_model
 from harness.data.prepared import open_prepared
 from harness.errors import UserError
-from harness.runs import score
 from harness.training.optimizer import Optimizer
 from scripts import convert, export, generate, show_runs, sync_wandb
 from tests.support.micro import Workplace, contents, metrics_of, summary_of, without_clocks
@@ -40,14 +40,14 @@ def test_a_run_that_was_removed_while_it_was_scored_is_not_brought_back(
     place: Workplace, begun: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place.train("run", *OFTEN)
-    scored = score.score_run
+    scored = eval_model.score_run
 
     def removing(*arguments: Any) -> Any:
         result = scored(*arguments)
         shutil.rmtree(begun)
         return result
 
-    monkeypatch.setattr(score, "score_run", removing)
+    monkeypatch.setattr(eval_model, "score_run", removing)
     with pytest.raises(UserError, match=r"holds no config.yaml, so it is not a run"):
         place.evaluate("run=run", "split=validation")
     assert not begun.exists()
