@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from harness.config.compose import load_train_config, options_of
 from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
-from harness.config.schema import TrainConfig
+from harness.config.schema import Device, TrainConfig
 from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
@@ -93,7 +93,7 @@ class DecodeOptions:
     memory_budget_gib: Annotated[float | None, "for the largest batch, and for what is measured; null: half of the memory"] = (
         None
     )
-    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     seed: Count = 0
     out: Annotated[str | None, "gets decode.json, decode.csv and decode.png; null: artifacts/decode"] = None
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")

@@ -29,6 +29,7 @@ enter_environment()
 from harness.config.conversion import ConversionConfig, Method, check_conversion
 from harness.config.places import user_path
 from harness.config.run_config import find_run
+from harness.config.schema import Device
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
 
@@ -47,7 +48,7 @@ class RunsOptions:
 @dataclass
 class ConvertOptions(ConversionConfig, RunsOptions):
     method: Annotated[Method | None, "transmla, mha2mla, exact or gqa_mean"] = None  # type: ignore[assignment]
-    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
     dataset: DatasetOptions = field(default_factory=DatasetOptions)

@@ -28,6 +28,7 @@ import time
 from harness.config.identity import setup_hash
 from harness.config.places import user_path
 from harness.config.run_config import find_run
+from harness.config.schema import Device, Precision
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
 from harness.files.atomic import write_json
@@ -45,8 +46,8 @@ class DownstreamOptions:
     num_fewshot: Annotated[Count | None, "examples in the prompt; null: what the task says"] = None
     task_dir: Annotated[str | None, "a folder with tasks of your own; their names come before the harness's"] = None
     batch_size: Annotated[Positive, "sequences per forward pass"] = 16
-    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
-    precision: Annotated[str, "auto, float32 or bfloat16"] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
+    precision: Annotated[Precision, "auto, float32 or bfloat16"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 

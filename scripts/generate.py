@@ -17,7 +17,7 @@ enter_environment()
 
 from harness.config.places import user_path
 from harness.config.run_config import find_run
-from harness.config.schema import CacheDtype
+from harness.config.schema import CacheDtype, Device
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError, tell
 from modeling.formats import FORMS
@@ -49,7 +49,7 @@ class GenerateOptions:
     top_k: Annotated[int | None, "only among so many likeliest tokens"] = None
     top_p: Annotated[float | None, "only among the likeliest tokens that together have so much probability"] = None
     seed: int = 0
-    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     step: Annotated[str, "auto, eager, compile or graph"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     attention: AttentionOptions = field(default_factory=AttentionOptions)

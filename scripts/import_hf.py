@@ -21,6 +21,7 @@ from harness.entry.bootstrap import ROOT, enter_environment
 enter_environment()
 
 from harness.config.places import user_path
+from harness.config.schema import Device, Precision
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 
@@ -41,8 +42,8 @@ class ImportOptions:
     score: Annotated[bool, "score the validation split, so that eval_model.py and compare_runs.py take the run"] = True
     tracking: Annotated[str, "what the score is logged to: wandb, trackio or none"] = "wandb"
     data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
-    device: Annotated[str, "auto, cpu, cuda or mps"] = "auto"
-    precision: Annotated[str, "auto, float32 or bfloat16"] = "auto"
+    device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
+    precision: Annotated[Precision, "auto, float32 or bfloat16"] = "auto"
 
 
 def main(arguments: list[str]) -> int:

@@ -61,16 +61,15 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     refuse_links(run)
     summary = read_summary(run, *CARRIED, "data_fingerprint", "wandb_id")
     device = select_device(config.device)
-    precision = select_precision(config.precision, device)
-    trained = load_trained(run, device=device, precision=precision, execution=config.attention)
-    dataset = config.dataset or trained.config.dataset
+    computed: dict[str, Any] = {"device": device, "precision": select_precision(config.precision, device)}
+    trained = load_trained(run, **computed, execution=config.attention)
+    own, dataset = trained.config, config.dataset or trained.config.dataset
     data = _text(run, config, trained)
-    losses = token_losses(trained.model, capture=config.capture, precision=precision, device=device)
+    losses = token_losses(trained.model, capture=config.capture, **computed)
     kept = cache_format(config.cache.dtype)
     choice = CacheChoice(kept, config.cache.window, config.cache.sinks)
     cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
-    through = config.cache.through or choice.window is not None or kept.in_few_bits
-    mha_elements = 2 * trained.config.model.n_heads * trained.config.model.head_dim
+    through = choice if config.cache.through or choice.window is not None or kept.in_few_bits else None
 
     started = time.perf_counter()
     scoring = Scoring(
@@ -78,16 +77,15 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         config.batch_size,
         per_document=config.per_document,
         max_tokens=config.max_tokens,
-        segment_tokens=None if through else SEGMENT_TOKENS,
+        segment_tokens=SEGMENT_TOKENS if through is None else None,
         progress=True,
     )
-
-    result = evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=choice if through else None)
-    computation = Computation(device, precision, trained.kernel)
+    result = evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=through)
+    computation = Computation(**computed, kernel=trained.kernel)
     record = cast(Evaluation, {key: value for key, value in summary.items() if key in CARRIED})
     record.update(
         {
-            "trained_on": trained.config.dataset.name,
+            "trained_on": own.dataset.name,
             "dataset": dataset.name,
             "corpus": corpus_name(dataset),
             "data_fingerprint": data.fingerprint,
@@ -96,15 +94,15 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "stride_fraction": config.stride_fraction,
             "max_tokens": config.max_tokens,
             **_figures(result),
-            "through_cache": through,
+            "through_cache": through is not None,
             **cache.record(),
             "cache_dtype": config.cache.dtype,
             "cache_window": choice.window,
             "cache_sinks": choice.sinks,
-            "cache_ratio_to_mha": cache.elements_per_token_per_layer / mha_elements,
+            "cache_ratio_to_mha": cache.elements_per_token_per_layer / (2 * own.model.n_heads * own.model.head_dim),
             "seconds": time.perf_counter() - started,
             "kernel": computation.kernel,
-            "decode": decode_path(trained.model, trained.model.max_seq_len) if through else None,
+            "decode": None if through is None else decode_path(trained.model, trained.model.max_seq_len),
             "device": computation.device_name,
             "precision": computation.precision_name,
             "checkpoint": trained.checkpoint,
@@ -112,11 +110,10 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         }
     )
     started = time.perf_counter()
-    plain_extras = _extras(trained, losses, data, config, None)
-    record["extras"] = plain_extras
-    if through:
-        record["extras_without_cache"] = plain_extras
-        record["extras"] = with_floors(_extras(trained, losses, data, config, choice), plain_extras)
+    record["extras"] = plain = _extras(trained, losses, data, config, None)
+    if through is not None:
+        record["extras_without_cache"] = plain
+        record["extras"] = with_floors(_extras(trained, losses, data, config, through), plain)
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return record, result

@@ -248,28 +248,22 @@ def find_damage(path: Path) -> str | None:
     """
     try:
         with readable(str(path), _UNREADABLE, but_not=(FileNotFoundError,)):
-            return _find_damage(path)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-
-
-def _find_damage(path: Path) -> str | None:
-    try:
-        for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
-            if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
-                return f"{name} is no file of its own"
-        manifest = read_object(path / MANIFEST)
-        for name in (MODEL, OPTIMIZER, STATE):
-            if _describe(path / name) != manifest.get(name):
-                return f"{name} is not what was written"
-    except ValueError:
-        return f"{MANIFEST} is not readable"
-    try:
+            for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
+                if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
+                    return f"{name} is no file of its own"
+            manifest = read_object(path / MANIFEST)
+            for name in (MODEL, OPTIMIZER, STATE):
+                if _describe(path / name) != manifest.get(name):
+                    return f"{name} is not what was written"
         _read_state(path)
         for name in (MODEL, OPTIMIZER):
             _headers(path / name)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
     except DamagedError as error:
         return error.reason
+    except ValueError:
+        return f"{MANIFEST} is not readable"
     return None
 
 
