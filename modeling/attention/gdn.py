@@ -8,6 +8,9 @@ A layer of linear attention: all that it has read stands in one matrix a head, t
     S       = a S + k outer (b (v - a S^T k)),    o = S^T q / sqrt(K)    the gated delta rule, equation 10
     y       = (g o / rms(o) * silu(x W_G)) W_O                           the norm by head, its gain g shared by all
 
+The equation is numbered as at ICLR 2025 (8 in arXiv's first version), and its S is ours transposed; 1 / sqrt(K) is the authors'
+code's, the parameters of a are Mamba-2's, which the paper names without printing them.
+
 A value head h reads query and key head h // (H / G), H value heads for G heads of queries and keys. Nothing is rotated: order
 is in the decay and the convolution. The rule in chunks (training, prompts) and by token (decoding) is in
 modeling/kernels/delta_rule.py.
