@@ -2,6 +2,7 @@
 
 python scripts/downstream_eval.py run=runs/NAME tasks=hellaswag,arc_easy
 python scripts/downstream_eval.py run=runs/NAME tasks=mine task_dir=my_tasks      YAML files of your own
+python scripts/downstream_eval.py run=runs/NAME tasks=gsm8k cache.dtype=int8      scored and written through such a cache
 
 The harness's own tasks fetch their data from the Hugging Face hub unless it is cached. Prints a table and one JSON line;
 each task's record stands in <run>/downstream/. Needs pip install -r requirements.txt -r requirements-extra.txt.
@@ -11,7 +12,7 @@ each task's record stands in <run>/downstream/. Needs pip install -r requirement
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +29,23 @@ import time
 from harness.config.identity import setup_hash
 from harness.config.places import user_path
 from harness.config.run_config import find_run
-from harness.config.schema import Device, Precision
+from harness.config.schema import CacheDtype, Device, Precision
 from harness.entry.cli import newest_run, parse_options, run_script
 from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.files.text import aligned
 from harness.files.untrusted import Count, Positive
+from harness.runs.evaluations import cache_label
 from harness.runs.provenance import commit
+from modeling.formats import FORMS
+
+
+@dataclass
+class CacheOptions:
+    dtype: Annotated[CacheDtype | None, f"{FORMS}; null: none but for texts, and there as precision"] = None
+    window: Annotated[Positive | None, "newest positions that a query sees, its own included; null: all"] = None
+    sinks: Annotated[Count, "first positions that stay visible beside a window"] = 0
 
 
 @dataclass
@@ -49,6 +59,7 @@ class DownstreamOptions:
     device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     precision: Annotated[Precision, "auto, float32 or bfloat16"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
+    cache: CacheOptions = field(default_factory=CacheOptions)
 
 
 def main(arguments: list[str]) -> int:
@@ -58,11 +69,13 @@ def main(arguments: list[str]) -> int:
     run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
 
     from harness.data.tokenizer import tokenizer_fingerprint
+    from harness.evaluation.evaluate import CacheChoice
     from harness.hf.lm_eval import Answers, check_room, choose_tasks, run_task
     from harness.runs.load import decode_path, load_trained
     from harness.runs.summary import Computation
     from harness.training.device import select_device, select_precision
     from modeling.attention import EXECUTION
+    from modeling.attention.quantisation import cache_format
 
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
@@ -72,8 +85,18 @@ def main(arguments: list[str]) -> int:
     computation = Computation(device, precision, trained.kernel)
     for task in chosen:
         check_room(task, trained.model.max_seq_len)
+    dtype, window, sinks = options.cache.dtype, options.cache.window, options.cache.sinks
+    through = None
+    if dtype is not None or window is not None:
+        through = CacheChoice(precision if dtype is None else cache_format(dtype), window, sinks)
     answers = Answers(
-        trained.model, trained.tokenizer, precision=precision, device=device, batch_size=options.batch_size, progress=True
+        trained.model,
+        trained.tokenizer,
+        precision=precision,
+        device=device,
+        batch_size=options.batch_size,
+        progress=True,
+        through=through,
     )
 
     records = []
@@ -99,7 +122,10 @@ def main(arguments: list[str]) -> int:
         record |= {
             "seconds": time.perf_counter() - started,
             "kernel": computation.kernel,
-            "decode": decode_path(trained.model) if task.writes else None,
+            "decode": decode_path(trained.model, window=window) if task.writes or through is not None else None,
+            "cache_dtype": None if through is None else dtype or computation.precision_name,
+            "cache_window": window,
+            "cache_sinks": sinks,
             "device": computation.device_name,
             "precision": computation.precision_name,
             "checkpoint": trained.checkpoint,
@@ -117,6 +143,8 @@ def check(options: DownstreamOptions) -> list[str]:
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not names:
         raise UserError("no task is named: give tasks=hellaswag,arc_easy or whatever `lm-eval ls tasks` lists")
+    if options.cache.sinks and options.cache.window is None:
+        raise UserError(f"cache.sinks={options.cache.sinks} stay visible beside a window: set cache.window too")
     return names
 
 
@@ -125,7 +153,9 @@ def keep_record(run: Path, record: dict[str, Any]) -> None:
 
     Raises UserError when the run's folder cannot be written.
     """
-    shaping = ("fingerprint", "limit", "num_fewshot", "precision", "checkpoint")
+    shaping = ["fingerprint", "limit", "num_fewshot", "precision", "checkpoint"]
+    if record["cache_dtype"] is not None:
+        shaping += ["cache_dtype", "cache_window", "cache_sinks"]
     digest = hashlib.sha256(json.dumps([record[key] for key in shaping]).encode()).hexdigest()
     try:
         write_json(run / "downstream" / f"{record['task'].replace('/', '_')}-{digest[:8]}.json", record)
@@ -152,6 +182,8 @@ def print_table(records: list[dict[str, Any]]) -> None:
         for row in record["metrics"]
     ]
     print("\n".join(aligned(rows, left=(0, 1))))
+    if records[0]["cache_dtype"] is not None:
+        print(f"scored and written through a cache of {cache_label(records[0])}; {records[0]['decode']}")
     limited = {record["limit"] for record in records} - {None}
     if limited:
         print(f"only the first {limited.pop()} documents of each task: a try, not a result")

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from harness.data import Tokenizer
 from harness.errors import UserError
+from harness.evaluation.evaluate import CacheChoice
 from harness.evaluation.perplexity import cut_windows
 from modeling.generation import generate
 from modeling.gpt import GPT
@@ -54,7 +55,9 @@ class Writing:
 class Answers:
     """A causal model's answers to the harness's three questions; it is in evaluation mode already.
 
-    batch_size: rows a call; it does not change the answers. seed: of tasks that sample.
+    batch_size: rows a call; it does not change the answers. seed: of tasks that sample. through: the kind of cache that
+    everything is scored and written through, with the answers of decoding token by token; None: likelihoods are computed
+    without a cache, texts through one of this precision. Raises UserError for a cache that the model cannot have.
     """
 
     model: GPT
@@ -64,6 +67,14 @@ class Answers:
     batch_size: int
     seed: int = 0
     progress: bool = False
+    through: CacheChoice | None = None
+
+    def __post_init__(self) -> None:
+        if self.through is not None:
+            try:
+                self.through.cache(self.model, 1, 1)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p of the continuation in nats, and whether greedy decoding writes it.
@@ -120,8 +131,9 @@ class Answers:
             scored_BT[row, len(inputs) - len(targets) : len(inputs)] = True
         targets_N = torch.tensor([token for _, targets in windows for token in targets]).to(self.device)
         nats, likeliest = [], []
+        cache = None if self.through is None else self.through.cache(self.model, *shape)
         with torch.no_grad(), self._autocast():
-            x_ND = self.model.hidden(inputs_BT.to(self.device))[scored_BT.to(self.device)]
+            x_ND = self.model.hidden(inputs_BT.to(self.device), cache)[scored_BT.to(self.device)]
             for x, targets in zip(x_ND.split(_LOGITS_TOKENS), targets_N.split(_LOGITS_TOKENS), strict=True):
                 logits_NC = self.model.logits(x)
                 nats.append(F.cross_entropy(logits_NC, targets, reduction="none"))
@@ -133,6 +145,7 @@ class Answers:
         tokens: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         unfinished = set(range(len(prompts)))
+        cache = self.through or CacheChoice(self.precision)
         with self._autocast():
             for token_B in generate(
                 self.model,
@@ -142,7 +155,9 @@ class Answers:
                 top_k=writing.top_k,
                 top_p=writing.top_p,
                 stop=stops[0] if len(stops) == 1 else None,
-                cache_dtype=self.precision,
+                cache_dtype=cache.dtype,
+                window=cache.window,
+                sinks=cache.sinks,
                 step="eager",  # a CUDA graph would be captured anew for every batch
                 generator=generator,
             ):

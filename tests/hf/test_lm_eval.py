@@ -26,7 +26,7 @@ import yaml
 from harness.config.places import ROOT
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
-from harness.evaluation.evaluate import evaluate_model
+from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.perplexity import Scoring
 from harness.hf.lm_eval import (
     Answers,
@@ -42,16 +42,17 @@ from harness.hf.lm_eval import (
 from harness.runs.load import load_trained
 from modeling.attention import EXECUTION
 from modeling.attention.contract import randomise
+from modeling.attention.quantisation import cache_format
 from modeling.generation import generate
 from modeling.gpt import GPT
 from scripts import downstream_eval
 from tests.evaluation.test_perplexity import Split
 from tests.support.micro import WORDS, Workplace, contents, json_lines
 from tests.support.subjects import on_cpu
-from tests.support.variants import SIZES, config_at, gpt_from
+from tests.support.variants import config_at, gpt_from
 
 CPU = torch.device("cpu")
-WINDOW = 64  # of SIZES
+WINDOW = 64  # of the small models
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -70,7 +71,7 @@ def tokenizer() -> Tokenizer:
 
 
 def answers_of(tokenizer: Tokenizer, variant: str = "mla", **changes: Any) -> Answers:
-    model: GPT = randomise(gpt_from([*SIZES, f"attention={variant}"], tokenizer.vocab_size)).eval()
+    model: GPT = randomise(gpt_from([f"attention={variant}"], tokenizer.vocab_size)).eval()
     arguments: dict[str, Any] = {"precision": torch.float32, "device": CPU, "batch_size": 3}
     return Answers(model, tokenizer, **(arguments | changes))
 
@@ -302,6 +303,46 @@ def test_bfloat16_gives_nearly_the_same_likelihoods_and_writes(tokenizer: Tokeni
     assert [nats for nats, _ in found] == pytest.approx([nats for nats, _ in exact], rel=0.05)
     assert found != exact
     assert len(rounded.continuations([prose(5)], Writing((), 5, 0.0, None, None))[0]) > 0
+
+
+# --- through a cache -------------------------------------------------------------------------------------------------
+
+THROUGH = {
+    "int8": CacheChoice(cache_format("int8")),
+    "int4_rotated": CacheChoice(cache_format("int4_rotated")),
+    "window": CacheChoice(torch.float32, window=9, sinks=2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", THROUGH)
+@pytest.mark.parametrize("variant", ["gqa", "mla", "gdn_3_1"])
+def test_through_a_cache_answers_are_those_of_decoding_token_by_token(tokenizer: Tokenizer, variant: str, kind: str) -> None:
+    choice, plain = THROUGH[kind], answers_of(tokenizer, variant)
+    if choice.window is not None and variant == "gdn_3_1":
+        with pytest.raises(UserError, match="window=9 would hide tokens that state, tail of GatedDeltaNet holds"):
+            answers_of(tokenizer, variant, through=choice)
+        return
+    answers = answers_of(tokenizer, variant, through=choice)
+    pairs = [(prose(2 + 5 * seed, seed), " " + prose(3, seed + 9)) for seed in range(3)]  # of three lengths, one batch
+    found = answers.log_likelihoods(pairs)
+    for (before, after), (nats, _) in zip([encode_pair(tokenizer, *pair) for pair in pairs], found, strict=True):
+        tokens = [*before, *after]
+        assert len(tokens) <= WINDOW
+        cache = choice.cache(answers.model, 1, len(tokens))
+        logits_TC = torch.cat([answers.model(torch.tensor([[token]]), cache)[0] for token in tokens[:-1]])[-len(after) :]
+        chosen_T = logits_TC.double().log_softmax(dim=-1).gather(1, torch.tensor(after)[:, None])
+        assert nats == pytest.approx(float(chosen_T.sum()), rel=2e-4)
+    assert [nats for nats, _ in found] != pytest.approx([nats for nats, _ in plain.log_likelihoods(pairs)], rel=1e-4)
+
+    contexts, writing = [prose(20, 3), prose(4, 4)], Writing((), 30, 0.0, None, None)
+    for context, text in zip(contexts, answers.continuations(contexts, writing), strict=True):
+        settings: dict[str, Any] = {"cache_dtype": choice.dtype, "window": choice.window, "sinks": choice.sinks}
+        prompt = tokenizer.encode(context)[30 - WINDOW :]
+        written = generate(answers.model, [prompt], max_new_tokens=30, temperature=0, **settings)
+        kept = itertools.takewhile(lambda token: token != tokenizer.end_of_text, map(int, written))
+        assert text == tokenizer.decode(list(kept))
+    assert answers.continuations(contexts, writing) != plain.continuations(contexts, writing)
 
 
 @pytest.mark.parametrize(
@@ -602,6 +643,16 @@ def test_the_command_prints_a_table_and_one_json_line_and_keeps_a_record_of_each
     assert "only the first 2 documents of each task: a try, not a result" in said
     assert len(set(contents(place.runs)) - files) == 1, "another one stands beside it"
 
+    files = set(contents(place.runs))
+    assert command(place, task_dir, "tasks=chosen,written", "cache.dtype=int4") == 0
+    said = capsys.readouterr().out
+    for coarse in json_lines(said)[0]["records"]:
+        assert (coarse["cache_dtype"], coarse["cache_window"], coarse["cache_sinks"]) == ("int4", None, 0)
+        assert coarse["decode"].startswith("absorbed")
+    assert "scored and written through a cache of int4; absorbed" in said
+    assert record["cache_dtype"] is None
+    assert len(set(contents(place.runs)) - files) == 2, "and one through a cache beside both"
+
 
 @needs_harness
 def test_examples_in_the_prompt_make_it_another_question(task_dir: Path, answers: Answers) -> None:
@@ -671,6 +722,8 @@ def test_a_task_whose_data_is_nowhere_is_one_sentence(place: Workplace, task_dir
         ("run=mlaa", r"run=mlaa is no run .*did you mean mla\?"),
         ("device=gpu", r"device=gpu is unknown"),
         ("precision=half", r"precision=half is unknown"),
+        ("cache.sinks=2", r"cache.sinks=2 stay visible beside a window: set cache.window too"),
+        ("cache.dtype=int3", r"int3 is unknown; choose one of float32"),
     ],
 )
 def test_options_that_mean_nothing_are_refused_in_one_sentence(place: Workplace, option: str, sentence: str) -> None:
