@@ -284,8 +284,9 @@ class Cache:
     def take_back(self, tokens: int, states: Mapping[str, Tensor] | None = None) -> None:
         """Forget the last tokens of every row: a benchmark decodes one token again.
 
-        A window has by then forgotten those in whose slots they came, and holds them in their place. states: copies of the
-        states from before these tokens; ValueError without them where there are any.
+        A window has by then forgotten those in whose slots they came, and holds them in their place; so has the ring of keys
+        that wait for their group, where more goes back than a begun group. states: copies of the states from before these
+        tokens; ValueError without them where there are any.
         """
         if states is None and self.states:
             raise ValueError(

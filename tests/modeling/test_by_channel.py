@@ -148,6 +148,22 @@ def test_rows_of_unlike_lengths_complete_their_groups_each_at_its_own_time(stati
     assert cache.lengths_B.tolist() == taken and min(taken) > GROUP and len({n // GROUP for n in taken}) > 1
 
 
+@pytest.mark.parametrize(("taken", "back"), [(31, 1), (32, 1), (32, 32), (33, 1), (45, 13), (64, 5)])
+def test_tokens_that_are_taken_back_come_again_as_if_for_the_first_time(taken: int, back: int) -> None:
+    """A group that they had completed is unfinished again, and its keys are seen as they came."""
+    new = {name: noise(1, TOKENS, *shape) for name, shape in SHAPES.items()}
+    again, once = cache_of(), cache_of()
+    for cache, tokens in ((again, taken), (once, taken - back)):
+        for position in range(tokens):
+            cache.append(**{name: tensor[:, position : position + 1] for name, tensor in new.items()})
+    again.take_back(back)
+    assert again.lengths_B.tolist() == once.lengths_B.tolist() == [taken - back]
+    for position in range(taken - back, taken + 3):
+        other = {name: -tensor[:, position : position + 1] for name, tensor in new.items()}
+        seen = [cache.append(**other) for cache in (again, once)]
+        assert all(torch.equal(seen[0][name], seen[1][name]) for name in SHAPES), position
+
+
 VARIANTS = {
     "gqa": ["attention=gqa"],
     "a shared rotated key": ["attention=mha_decoupled"],
@@ -249,6 +265,14 @@ def test_bytes_written_out_by_hand_and_as_measured_at_any_context() -> None:
 def test_what_cannot_be_kept_by_channel_is_refused_in_a_sentence(variant: str, name: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         gpt_from([f"attention={variant}"]).new_cache(1, 4, dtype=cache_format(name), device="cpu")
+
+
+def test_a_layer_without_values_beside_others_that_have_them_keeps_its_latents_by_vector() -> None:
+    kept, int4 = cache_format("kc4v8"), cache_format("int4").keys
+    assert (
+        kept.storage("latent", sixteen_bits=(), values=()) == int4 and kept.storage("k", sixteen_bits=(), values=("v",)) != int4
+    )
+    assert kept.storage("v", sixteen_bits=(), values=("v",)) == cache_format("int8").values
 
 
 def test_a_window_at_evaluation_is_refused_too() -> None:
