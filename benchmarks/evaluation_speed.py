@@ -1,14 +1,8 @@
 """What evaluation costs, eager, captured and compiled: python benchmarks/evaluation_speed.py [key=value ...].
 
-  model       mini       configs of configs/model, separated by commas
-  attention   mha        variants, separated by commas
-  vocab_size  4096       batch_size  32 (windows a call)     windows  320 (half of each is scored, as eval_model.py does)
-  rounds      5          the forms take turns                device, precision   auto
-
 Tokens are random: speed does not depend on them. `first` is the first pass with all that it compiles, warms up and captures.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -24,14 +18,15 @@ import statistics
 import time
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
+from benchmarks.common import ModelOptions
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
-from harness.config.schema import Device, Precision
+from harness.decode.speed import machine_name
 from harness.entry.cli import parse_options, run_script
 from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import CapturedLosses, TokenLosses
@@ -41,23 +36,21 @@ from harness.training.device import select_device, select_precision
 
 
 @dataclass
-class EvaluationSpeedOptions:
-    model: str = "mini"
-    attention: str = "mha"
+class EvaluationSpeedOptions(ModelOptions):
+    model: Annotated[str, "configs of configs/model, separated by commas"] = "mini"
+    attention: Annotated[str, "variants, separated by commas"] = "mha"
     vocab_size: int = 4096
-    batch_size: int = 32
-    windows: int = 320
-    rounds: int = 5
-    device: Device = "auto"
-    precision: Precision = "auto"
+    batch_size: Annotated[int, "windows a call"] = 32
+    windows: Annotated[int, "half of each is scored, as eval_model.py does"] = 320
+    rounds: Annotated[int, "in each the forms take turns"] = 5
 
 
 def main(argv: list[str]) -> int:
     options = parse_options(EvaluationSpeedOptions, argv)
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{machine}, {precision}, torch {torch.__version__}, {options.windows} windows, {options.batch_size} a call")
+    machine, windows = machine_name(device), f"{options.windows} windows, {options.batch_size} a call"
+    print(f"{machine}, {precision}, torch {torch.__version__}, {windows}")
     print(f"{'':<32}{'scored tokens/s':>16}{'range':>26}{'of eager':>10}{'first, s':>10}{'loss':>10}")
     for model in options.model.split(","):
         for attention in options.attention.split(","):
@@ -109,4 +102,4 @@ def compare(name: str, attention: str, options: EvaluationSpeedOptions, device: 
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=EvaluationSpeedOptions)

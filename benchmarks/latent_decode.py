@@ -1,15 +1,5 @@
 """Speed of the latent decode kernel against its ceilings and its peers: python benchmarks/latent_decode.py [key=value ...].
 
-  heads       16,128            batch_sizes  1,32,128         contexts   1024,8192,32768 (cached tokens of every row)
-  kv_lora_rank  512             qk_rope_head_dim  64          dtype      bfloat16 | float16 | float32
-  kernels     all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang
-              (the last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the
-              rotated key in 16 bits)
-  rounds      10                timed replays; a figure is their median with the range
-  tile        null              heads,slots,warps,stages,registers in place of the table's choice, for tuning
-  splits      null              ranges a row in place of the table's choice
-  out         null              a JSON file for the figures
-
   --offline   compile the kernel for Hopper on a machine without a GPU: registers, spills, shared memory, instructions
 
 A call is timed inside a CUDA graph, so the host's time does not count; calls take turns on so many inputs that L2 (50 to
@@ -19,7 +9,6 @@ product. The error is ||out - exact|| / ||exact|| on the first row, exact in flo
 Letters: B batch, S slots, H heads, L kv_lora_rank, P rotated width, I the inputs in turn.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -41,6 +30,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -62,15 +52,20 @@ HOPPER_REGISTERS = 65_536
 class DecodeOptions:
     heads: str = "16,128"
     batch_sizes: str = "1,32,128"
-    contexts: str = "1024,8192,32768"
+    contexts: Annotated[str, "cached tokens of every row"] = "1024,8192,32768"
     kv_lora_rank: int = 512
     qk_rope_head_dim: int = 64
-    dtype: str = "bfloat16"
-    kernels: str = "all"
-    rounds: int = 10
-    tile: str | None = None
-    splits: int | None = None
-    out: str | None = None
+    dtype: Annotated[str, "bfloat16, float16 or float32"] = "bfloat16"
+    kernels: Annotated[
+        str,
+        "all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the "
+        "last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated key "
+        "in 16 bits)",
+    ] = "all"
+    rounds: Annotated[int, "timed replays; a figure is their median with the range"] = 10
+    tile: Annotated[str | None, "heads,slots,warps,stages,registers in place of the table's choice, for tuning"] = None
+    splits: Annotated[int | None, "ranges a row in place of the table's choice"] = None
+    out: Annotated[str | None, "a JSON file for the figures"] = None
 
 
 @dataclass(frozen=True)
@@ -708,4 +703,4 @@ def compile_one(function: object, constants: dict, types: dict[str, str], warps:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=DecodeOptions)

@@ -1,21 +1,9 @@
 """Training speed by the number of processes and how they share the model: python benchmarks/parallel.py [key=value ...].
 
-  model       gpt2       a config of configs/model (gpt2 on GPUs, tiny on a CPU)
-  attention   mha        a variant
-  processes   1,2        numbers of processes on this machine, separated by commas: one GPU each
-  engines     ddp,fsdp,fsdp_mixed   of several processes: fsdp_mixed gathers the blocks in bfloat16
-  batch_size  128        sequences per optimizer step, over all processes
-  micro_batch_size  null (automatic)                vocab_size  50257
-  steps       20         timed steps                rounds   3
-  checkpointing  false   activation checkpointing
-  device, precision, compile   auto
-  out         null       a JSON file for the figures
-
 Each line of the table is one torchrun of this file. The global batch at every step is the same, so the loss after the last
 step is too, up to rounding. Tokens are random: speed does not depend on them.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -34,22 +22,22 @@ import socket
 import statistics
 import subprocess
 import tempfile
-import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.common import ModelOptions, endless_steps, leave_record, seconds_of
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
-from harness.config.schema import Device, ParallelConfig, Precision, Switch
+from harness.config.schema import ParallelConfig, Switch
+from harness.decode.speed import machine_name
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.load import pin_execution
-from harness.runs.provenance import commit
 from harness.training import device as hardware
-from harness.training.device import loss_chunk_tokens
-from harness.training.loop import train
+from harness.training.loop import Step
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import Workers, open_workers, share_model
 from harness.training.step import EagerStep
@@ -64,21 +52,17 @@ FIGURES = "PARALLEL_BENCHMARK_FIGURES"  # where a process that torchrun started 
 
 
 @dataclass
-class ParallelOptions:
-    model: str = "gpt2"
-    attention: str = "mha"
-    processes: str = "1,2"
-    engines: str = "ddp,fsdp,fsdp_mixed"
-    batch_size: int = 128
-    micro_batch_size: int | None = None
-    vocab_size: int = 50257
-    steps: int = 20
+class ParallelOptions(ModelOptions):
+    model: Annotated[str, "a config of configs/model: gpt2 on GPUs, tiny on a CPU"] = "gpt2"
+    processes: Annotated[str, "numbers of processes on this machine, separated by commas: one GPU each"] = "1,2"
+    engines: Annotated[str, "of several processes; fsdp_mixed gathers the blocks in bfloat16"] = "ddp,fsdp,fsdp_mixed"
+    batch_size: Annotated[int, "sequences per optimizer step, over all processes"] = 128
+    micro_batch_size: Annotated[int | None, "null: automatic"] = None
+    steps: Annotated[int, "timed in each round"] = 20
     rounds: int = 3
-    checkpointing: bool = False
-    device: Device = "auto"
-    precision: Precision = "auto"
-    compile: Switch = "auto"
-    out: str | None = None
+    checkpointing: Annotated[bool, "activation checkpointing"] = False
+    compile: Annotated[Switch, "auto, on or off"] = "auto"
+    out: Annotated[str | None, "a JSON file for the figures"] = None
 
 
 def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
@@ -102,13 +86,10 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
         share, config.model, vocab_size=options.vocab_size, parameters=parameters, precision=precision, device=device
     )
     kernel = pin_execution(model, config.attention, device=device, precision=precision)
-    model.loss_chunk_tokens = loss_chunk_tokens(device)
+    model.loss_chunk_tokens = hardware.loss_chunk_tokens(device)
     engine = share_model(model, workers, ENGINES[options.engines])
-    generator = torch.Generator().manual_seed(0)
-    globally = [torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)]
-    mine = [batch[workers.rank * share : (workers.rank + 1) * share].to(device) for batch in globally]
     hardware.reset_peak_memory(device)
-    step_by = EagerStep(
+    step = EagerStep(
         engine,
         build_optimizer(model, config.optimizer),
         micro_batch_size=micro,
@@ -117,19 +98,11 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
         compile=hardware.select_compile(options.compile, device),
         device=device,
     )
-    steps = train(step_by, itertools.cycle(mine), schedule=lambda step: 1.0, first_step=1, last_step=10**9)
-    started = time.perf_counter()
-    for _ in range(5):  # compilation, allocator, caches
-        step = next(steps)
-    first = time.perf_counter() - started
-    rates = []
-    for _ in range(options.rounds):
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in range(options.steps):
-            step = next(steps)
-        synchronise(device)
-        rates.append(options.steps * options.batch_size * length / (time.perf_counter() - started))
+    steps = endless_steps(step, itertools.cycle(batches(options, length, workers)))
+    made: list[Step] = []
+    first = seconds_of(lambda: made.append(next(steps)), 5, device)  # compilation, allocator, caches
+    tokens = options.steps * options.batch_size * length
+    rates = [tokens / seconds_of(lambda: made.append(next(steps)), options.steps, device) for _ in range(options.rounds)]
     peak = hardware.peak_flops(device, precision)
     rate = statistics.median(rates)
     return {
@@ -140,16 +113,23 @@ def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
         "high": max(rates),
         "mfu": rate * flops / (peak * world_size) if peak else None,
         "peak_memory_bytes": hardware.peak_memory_bytes(device),
-        "loss": step.loss,
-        "steps": step.number,
+        "loss": made[-1].loss,
+        "steps": made[-1].number,
         "micro_batch_size": micro,
         "seconds_to_fifth_step": first,
         "parameters": parameters,
         "kernel": kernel,
         "precision": str(precision).removeprefix("torch."),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "device": machine_name(device),
     }
+
+
+def batches(options: ParallelOptions, length: int, workers: Workers) -> list[Tensor]:
+    """This process's share of four batches of random tokens, the same for any number of processes."""
+    generator, share = torch.Generator().manual_seed(0), options.batch_size // workers.world_size
+    whole = [torch.randint(options.vocab_size, (options.batch_size, length + 1), generator=generator) for _ in range(4)]
+    return [batch[workers.rank * share :][:share].to(workers.device) for batch in whole]
 
 
 def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
@@ -214,10 +194,7 @@ def main(arguments: list[str]) -> int:
     print(f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}")
     for each in measured_all:
         print(row(each, first))
-    line = json.dumps({"options": asdict(options), "commit": commit(), "figures": measured_all})
-    if options.out is not None:
-        Path(options.out).write_text(line + "\n", encoding="utf-8")
-    print(line)
+    leave_record({"options": asdict(options), "figures": measured_all}, options.out)
     return status
 
 
@@ -232,10 +209,5 @@ def row(each: dict[str, Any], first: dict[str, Any]) -> str:
     )
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=ParallelOptions)

@@ -1,19 +1,10 @@
 """Training speed of every variant against a plain GPT in the same run: python benchmarks/train_speed.py [key=value ...].
 
-  model       tiny       a config of configs/model (tiny on a CPU, gpt2 on a GPU)
-  attention   mha        variants, separated by commas, or all
-  vocab_size  4096       batch_size  16 (sequences per optimizer step)     micro_batch_size  null (automatic)
-  steps       10         timed steps a round        rounds   5 (plain and ours take turns)
-  device, precision, compile, capture   auto        backend  auto (attention kernel; several, separated by commas)
-  peer        null       nanoGPT's model.py, which you bring: one more baseline of the model's shape, in the same turns
-  out         null       a JSON file for the figures
-
 The plain GPT (class PlainGPT) is the same block with the same parameter count, written with torch's own modules and
 trained by the shortest loop there is: same batches, optimizer, precision, compilation and allocator settings. Tokens are
 random: speed does not depend on them. Figures are medians over rounds with the range.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -28,27 +19,25 @@ enter_environment()
 import gc
 import importlib.util
 import itertools
-import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.common import ModelOptions, endless_steps, leave_record, seconds_of
 from harness.config.build import build_model
 from harness.config.compose import load_train_config, options_of
-from harness.config.schema import Device, Precision, Switch, TrainConfig
+from harness.config.schema import Switch, TrainConfig
+from harness.decode.speed import machine_name
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.load import pin_execution
-from harness.runs.provenance import commit
 from harness.training import device as hardware
-from harness.training.device import loss_chunk_tokens
-from harness.training.loop import train
 from harness.training.optimizer import build_optimizer, choose_recipe
 from harness.training.parallel import OneProcess
 from harness.training.step import CapturedStep, EagerStep, select_capture
@@ -57,21 +46,21 @@ from modeling.gpt import GPT
 
 
 @dataclass
-class SpeedOptions:
-    model: str = "tiny"
-    attention: str = "mha"
+class SpeedOptions(ModelOptions):
+    model: Annotated[str, "a config of configs/model: tiny on a CPU, gpt2 on a GPU"] = "tiny"
+    attention: Annotated[str, "variants, separated by commas, or all"] = "mha"
     vocab_size: int = 4096
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    steps: int = 10
-    rounds: int = 5
-    device: Device = "auto"
-    precision: Precision = "auto"
-    compile: Switch = "auto"
-    capture: Switch = "auto"  # ours only: the plain GPT stays as one writes it
-    backend: str = "auto"
-    peer: str | None = None
-    out: str | None = None
+    batch_size: Annotated[int, "sequences per optimizer step"] = 16
+    micro_batch_size: Annotated[int | None, "null: automatic"] = None
+    steps: Annotated[int, "timed in each round"] = 10
+    rounds: Annotated[int, "in each plain and ours take turns"] = 5
+    compile: Annotated[Switch, "auto, on or off"] = "auto"
+    capture: Annotated[Switch, "auto, on or off; ours only: the plain GPT stays as one writes it"] = "auto"
+    backend: Annotated[str, "the attention kernel; several, separated by commas"] = "auto"
+    peer: Annotated[
+        str | None, "nanoGPT's model.py, which you bring: one more baseline of the model's shape, in the same turns"
+    ] = None
+    out: Annotated[str | None, "a JSON file for the figures"] = None
 
 
 @dataclass(frozen=True)
@@ -171,16 +160,32 @@ class Peer(nn.Module):
         return loss
 
 
-def baseline_steps(
-    model: PlainGPT | Peer, batches: Iterator[Tensor], micro: int, precision: torch.dtype, compiled: bool, device: torch.device
-) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Conditions:
+    """What all models of a table are trained under."""
+
+    options: SpeedOptions
+    length: int  # tokens of a sequence
+    device: torch.device
+    precision: torch.dtype
+    compiled: bool
+    micro: int
+    fixed: list[Tensor]  # the batches, in turn
+
+    @property
+    def batches(self) -> Iterator[Tensor]:
+        return itertools.cycle(self.fixed)
+
+
+def baseline_steps(model: PlainGPT | Peer, under: Conditions) -> Callable[[], None]:
     """A function that makes one optimizer step in the shortest way."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    loss_of = torch.compile(model.loss, dynamic=False) if compiled else model.loss
+    loss_of = torch.compile(model.loss, dynamic=False) if under.compiled else model.loss
+    device, precision, batches = under.device, under.precision, under.batches
 
     def step() -> None:
         batch = next(batches)
-        for part in batch.split(micro):
+        for part in batch.split(under.micro):
             with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
                 loss = loss_of(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
             loss.backward()
@@ -191,38 +196,24 @@ def baseline_steps(
     return step
 
 
-def our_steps(
-    config: TrainConfig,
-    batches: Iterator[Tensor],
-    micro: int,
-    precision: torch.dtype,
-    compiled: bool,
-    device: torch.device,
-    vocab_size: int,
-    backend: str,
-    capture: str,
-) -> tuple[GPT, str, Callable[[], None]]:
-    """The harness's model and loop as train_model.py runs them, and a function that makes one optimizer step."""
-    model = build_model(config, vocab_size).to(device)
-    kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=precision)
-    model.loss_chunk_tokens = loss_chunk_tokens(device)
+def our_steps(config: TrainConfig, backend: str, under: Conditions) -> tuple[GPT, str, Callable[[], object]]:
+    """The harness's model and loop as train_model.py runs them, its kernel, and a function that makes one optimizer step."""
+    device = under.device
+    model = build_model(config, under.options.vocab_size).to(device)
+    kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=under.precision)
+    model.loss_chunk_tokens = hardware.loss_chunk_tokens(device)
     recipe = choose_recipe(config.optimizer)
-    captured = select_capture(capture, device, processes=1, update_can_be=recipe.can_be_captured)
-    step_by = (CapturedStep if captured else EagerStep)(
+    captured = select_capture(under.options.capture, device, processes=1, update_can_be=recipe.can_be_captured)
+    step = (CapturedStep if captured else EagerStep)(
         OneProcess(model),
         build_optimizer(model, config.optimizer, recipe=recipe, capturable=device.type == "cuda"),
-        micro_batch_size=micro,
+        micro_batch_size=under.micro,
         grad_clip=1.0,
-        precision=precision,
-        compile=compiled,
+        precision=under.precision,
+        compile=under.compiled,
         device=device,
     )
-    steps = train(step_by, batches, schedule=lambda step: 1.0, first_step=1, last_step=10**9)
-
-    def step() -> None:
-        next(steps)
-
-    return model, kernel, step
+    return model, kernel, endless_steps(step, under.batches).__next__
 
 
 def main(arguments: list[str]) -> int:
@@ -239,57 +230,53 @@ def main(arguments: list[str]) -> int:
     pairs = list(itertools.product(names, options.backend.split(",")))
 
     base = load_train_config([f"model={options.model}"])
-    tokens = options.batch_size * base.model.max_seq_len
+    baselines: dict[str, PlainGPT | Peer] = {"plain": PlainGPT(base, options.vocab_size).to(device)}
+    if options.peer is not None:
+        baselines["peer"] = Peer(Path(options.peer), base, options.vocab_size).to(device)
     micro = options.micro_batch_size or hardware.auto_micro_batch_size(
-        options.batch_size, base.model, vocab_size=options.vocab_size, parameters=10**6, precision=precision, device=device
+        options.batch_size,
+        base.model,
+        vocab_size=options.vocab_size,
+        parameters=parameters_of(baselines["plain"]),
+        precision=precision,
+        device=device,
     )
     generator = torch.Generator(device).manual_seed(0)
     shape = (options.batch_size, base.model.max_seq_len + 1)
     fixed = [torch.randint(options.vocab_size, shape, generator=generator, device=device) for _ in range(4)]
-
-    baselines: dict[str, PlainGPT | Peer] = {"plain": PlainGPT(base, options.vocab_size).to(device)}
-    if options.peer is not None:
-        baselines["peer"] = Peer(Path(options.peer), base, options.vocab_size).to(device)
-    steps = {
-        name: baseline_steps(model, itertools.cycle(fixed), micro, precision, compiled, device)
-        for name, model in baselines.items()
-    }
-    plain_flops = training_flops_per_token(build_model(base, options.vocab_size), base.model.max_seq_len)
-    peak = hardware.peak_flops(device, precision)
-    rates: dict[str, list[float]] = {name: [] for name in baselines}
+    under = Conditions(options, base.model.max_seq_len, device, precision, compiled, micro, fixed)
+    steps: dict[str, Callable[[], object]] = {who: baseline_steps(model, under) for who, model in baselines.items()}
+    rounds: list[dict[str, float]] = []
     figures: list[StepTime] = []
     bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
     for name, backend in pairs:
         config = load_train_config([f"model={options.model}", f"attention={name}"])
         hardware.reset_peak_memory(device)
-        ours, kernel, steps["ours"] = our_steps(
-            config, itertools.cycle(fixed), micro, precision, compiled, device, options.vocab_size, backend, options.capture
-        )
-        started = time.perf_counter()
-        for step in steps.values():
-            timed(step, 5, device)  # compilation, capture, allocator, caches
-        first = time.perf_counter() - started
+        ours, kernel, steps["ours"] = our_steps(config, backend, under)
+        first = sum(seconds_of(step, 5, device) for step in steps.values())  # compilation, capture, allocator, caches
         bar.update()
-        rounds = []
+        tokens = options.steps * options.batch_size * under.length
         for _ in range(options.rounds):  # in turns: what slows the machine down for a while slows all of them
-            rounds.append({who: options.steps * tokens / timed(step, options.steps, device) for who, step in steps.items()})
+            rounds.append({who: tokens / seconds_of(step, options.steps, device) for who, step in steps.items()})
             bar.update()
-        for who in baselines:
-            rates[who] += [each[who] for each in rounds]
-        flops = training_flops_per_token(ours, base.model.max_seq_len)
-        figures.append(figure(name, kernel, ours, [each["ours"] for each in rounds], rounds, flops, peak, device, first))
+        flops = training_flops_per_token(ours, under.length)
+        figures.append(figure(name, kernel, ours, rounds[-options.rounds :], flops, under, first))
         bar.write(row(figures[-1]))
         del ours, steps["ours"]
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    both = [dict(zip(rates, values, strict=True)) for values in zip(*rates.values(), strict=True)]
-    for who, model in reversed(baselines.items()):
-        mine = [each | {"ours": each[who]} for each in both]
-        figures.insert(0, figure(who, "torch's choice", model, rates[who], mine, plain_flops, peak, device, 0.0))
     bar.close()
-    report(figures, options, device, precision, compiled, micro)
+    flops = training_flops_per_token(build_model(base, options.vocab_size), under.length)
+    for who, model in reversed(baselines.items()):
+        own = [each | {"ours": each[who]} for each in rounds]
+        figures.insert(0, figure(who, "torch's choice", model, own, flops, under, 0.0))
+    report(figures, under)
     return 0
+
+
+def parameters_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def row(f: StepTime) -> str:
@@ -301,52 +288,33 @@ def row(f: StepTime) -> str:
     )
 
 
-def timed(step: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Seconds for `repeats` optimizer steps, the device's work included."""
-    _synchronise(device)
-    started = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    _synchronise(device)
-    return time.perf_counter() - started
-
-
 def figure(
-    name: str,
-    kernel: str,
-    model: nn.Module,
-    rates: list[float],
-    rounds: list[dict[str, float]],
-    flops: int,
-    peak: float | None,
-    device: torch.device,
-    first: float,
+    name: str, kernel: str, model: nn.Module, rounds: list[dict[str, float]], flops: int, under: Conditions, first: float
 ) -> StepTime:
-    """Medians and ranges of the rounds."""
-    rate = statistics.median(rates)
+    """Medians and ranges of the rounds, in each of which "ours" is the model's rate."""
+    rates = [each["ours"] for each in rounds]
+    rate, peak = statistics.median(rates), hardware.peak_flops(under.device, under.precision)
     return StepTime(
         name=name,
         kernel=kernel,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters_of(model),
         median=rate,
         low=min(rates),
         high=max(rates),
         of_plain=statistics.median(each["ours"] / each["plain"] for each in rounds),
         of_peer=statistics.median(each["ours"] / each["peer"] for each in rounds) if "peer" in rounds[0] else None,
         mfu=rate * flops / peak if peak else None,
-        peak_memory_bytes=hardware.peak_memory_bytes(device),
+        peak_memory_bytes=hardware.peak_memory_bytes(under.device),
         seconds_to_first_step=first,
     )
 
 
-def report(
-    figures: list[StepTime], options: SpeedOptions, device: torch.device, precision: torch.dtype, compiled: bool, micro: int
-) -> None:
+def report(figures: list[StepTime], under: Conditions) -> None:
     """A table for people, then one JSON line."""
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    options, machine = under.options, machine_name(under.device)
     print(
-        f"{options.model}, {options.batch_size} sequences a step in pieces of {micro}, vocabulary {options.vocab_size}, "
-        f"{precision}, {'compiled' if compiled else 'eager'}, torch {torch.__version__}, {machine}"
+        f"{options.model}, {options.batch_size} sequences a step in pieces of {under.micro}, vocabulary {options.vocab_size}, "
+        f"{under.precision}, {'compiled' if under.compiled else 'eager'}, torch {torch.__version__}, {machine}"
     )
     print(
         f"{'':<16}{'kernel':<16}{'parameters':>12}{'tokens/s':>12}{'range':>22}"
@@ -357,23 +325,14 @@ def report(
     record = {
         "options": asdict(options),
         "device": machine,
-        "precision": str(precision),
-        "compiled": compiled,
-        "micro_batch_size": micro,
+        "precision": str(under.precision),
+        "compiled": under.compiled,
+        "micro_batch_size": under.micro,
         "torch": torch.__version__,
-        "commit": commit(),
         "figures": [asdict(f) for f in figures],
     }
-    line = json.dumps(record)
-    if options.out is not None:
-        Path(options.out).write_text(line + "\n", encoding="utf-8")
-    print(line)
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    leave_record(record, options.out)
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__)
+    run_script(main, description=__doc__, options=SpeedOptions)

@@ -3,7 +3,6 @@
 The overrides are train_model.py's (attention, model, and their fields). A table says what holds; status 1 if one fails.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import contextlib

@@ -5,7 +5,6 @@ python scripts/compare_runs.py runs/A runs/B runs/C     these, by folder or name
 python scripts/compare_runs.py caches=all               also through quantised and windowed caches, if so evaluated
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -11,7 +11,6 @@ Each stage is compared with the run on validation tokens: cache bytes, logit err
 an ordinary run; go on with: python eval_model.py run=NEW, python train_model.py init_from=runs/NEW optimizer.lr=...
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import dataclasses

@@ -8,7 +8,6 @@ The harness's own tasks fetch their data from the Hugging Face hub unless it is 
 each task's record stands in <run>/downstream/. Needs pip install -r requirements.txt -r requirements-extra.txt.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -10,7 +10,6 @@ project can be imported, after harness.hf.classes.register(). What was written i
 the folder appears.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

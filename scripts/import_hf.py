@@ -6,7 +6,6 @@ field. With score=false nothing is scored; the same command with score=true does
 scored on, wikitext2 unless said.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

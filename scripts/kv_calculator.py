@@ -11,7 +11,6 @@ fp8, int8, fp4, int4, int2 without scales; with their scales mxfp8, mxfp4, nvfp4
 iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit; of our configurations also k8v4, kc4v4 and their like, and int4_rotated.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -5,7 +5,6 @@ configs/local/default.yaml selects that until wikitext2 has arrived. `verify=tru
 end, compares it with its hashes and prepares it again if it is damaged. Any other key=value is one of train_model.py.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os

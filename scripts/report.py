@@ -4,7 +4,6 @@ A study that is not finished is reported as far as it is; what is missing stands
 With csv=FILE the verdicts are printed from a report.csv alone, such as those of docs/studies, whose runs are elsewhere.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

@@ -7,7 +7,6 @@ python scripts/show_runs.py runs_dir=runs/STUDY         a study's runs
 Done again, it takes what has been logged since; every run stands there once. Needs pip install -r requirements-extra.txt.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys

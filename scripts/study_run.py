@@ -6,7 +6,6 @@ python scripts/study_run.py convert [scripts/convert.py's arguments] -- [eval_mo
 It ends when its standard input does, so that no run outlives the study that started it.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import os

@@ -8,7 +8,6 @@ A run that was killed arrives whole: what W&B's client was writing then ends tor
 the run's own files. Done again, only what is new is sent. Needs an API key: wandb login, or WANDB_API_KEY.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
