@@ -6,7 +6,6 @@ Weights and caches are random, of a run too: speed does not depend on them. What
 harness/decode/speed.py. Largest batch: of the model with all its layers (level=attention: their attention).
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -39,8 +38,8 @@ from modeling.formats import FORMS, read_format
 if TYPE_CHECKING:
     import torch
 
-    from harness.decode.speed import DecodeTime, Results
-    from harness.decode.subjects import Cell, DecodePlan, DecodeSubject, Writer
+    from harness.decode.speed import DecodeTime
+    from harness.decode.subjects import DecodePlan, DecodeSubject, Writer
 
 
 def auto_or_format(name: str) -> None:
@@ -110,7 +109,8 @@ def main(arguments: list[str]) -> int:
 
     import torch
 
-    from harness.decode.speed import machine_name, swept_bytes
+    from harness.decode.speed import machine_name, measure, swept_bytes
+    from harness.decode.subjects import plan_cells
     from harness.report import decode as decode_report
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
     seed_everything(options.seed)
     notes: list[str] = []
     subjects = make_subjects(configs, vocab_size, options, plan, notes)
-    results = timed(subjects, plan)
+    results = measure(plan_cells(subjects, plan), plan)
     machine = machine_name(plan.device)
     heading = title(options, overrides, configs, plan, machine)
     limits = {
@@ -157,24 +157,6 @@ def main(arguments: list[str]) -> int:
     counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
     print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
     return 0
-
-
-def timed(subjects: list[DecodeSubject], plan: DecodePlan) -> Results:
-    """Every subject at every place of the plan, under a bar of readings."""
-    from tqdm import tqdm
-
-    from harness.decode.speed import measure
-    from harness.decode.subjects import plan_cells
-
-    cells = plan_cells(subjects, plan)
-    turns = sum(len(group) for cell in cells for group in cell.groups) * plan.rounds
-    with tqdm(total=turns, unit="reading", disable=None) as bar:
-
-        def progress(cell: Cell, subjects: int) -> None:
-            bar.set_description(f"batch {cell.batch_size}, context {cell.context:,}", refresh=False)
-            bar.update(subjects)
-
-        return measure(cells, plan, progress=progress)
 
 
 def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading: str) -> None:

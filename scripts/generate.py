@@ -1,6 +1,5 @@
 """Write text with a trained run, printing as it goes: python scripts/generate.py run=runs/NAME prompt="Once upon"."""
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import itertools
@@ -58,7 +57,8 @@ class GenerateOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(GenerateOptions, arguments)
-    check(options)
+    if abs(options.seed) >= 2**63:
+        raise UserError(f"seed={options.seed} is too large for torch's generator; choose a seed below 2^63")
     runs_dir = user_path(options.runs_dir)
     run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
 
@@ -105,12 +105,6 @@ def main(arguments: list[str]) -> int:
         shown = max(shown, text, key=len)
     print()
     return 0
-
-
-def check(options: GenerateOptions) -> None:
-    """Raises UserError for what can be refused before a run is loaded."""
-    if abs(options.seed) >= 2**63:
-        raise UserError(f"seed={options.seed} is too large for torch's generator; choose a seed below 2^63")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Every run is a fresh process. Repeating the command skips finished runs and cont
 finished elsewhere count when their folders are copied into the study's. A failed run is reported at the end.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
@@ -84,6 +83,13 @@ class Command:
     overrides: list[str]  # of every run
     declared: dict[str, list[int]] = field(default_factory=dict)  # seeds of the study's YAML, of each arm
 
+    @property
+    def places(self) -> list[Slot]:
+        """Where its runs compute on this machine, one at a time in each."""
+        from harness.study.runner import slots, visible_gpus
+
+        return slots(visible_gpus(self.plan.first.device), jobs=self.options.jobs, cores=os.cpu_count() or 1)
+
 
 def main(arguments: list[str]) -> int:
     fields = {field.name for field in dataclasses.fields(StudyOptions)}
@@ -95,6 +101,7 @@ def main(arguments: list[str]) -> int:
         if key not in of_runs and difflib.get_close_matches(key, fields, n=1, cutoff=0.85):
             raise UserError(f"{key} is not an option here; {did_you_mean(key, list(fields))}")
 
+    from harness.study.gpu_service import multi_process_service
     from harness.study.plan import build_plan, check_same_study, load_study, settle_tuning_seed
 
     config = load_study(options.study)
@@ -125,7 +132,7 @@ def main(arguments: list[str]) -> int:
         if options.arms is None:
             held.enter_context(lock_run(plan.folder))
         held.enter_context(telling_how_to_continue(arguments))
-        return run(command)
+        return run(command, held.enter_context(multi_process_service(command.places)))
 
 
 @contextlib.contextmanager
@@ -146,17 +153,8 @@ def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
             raise
 
 
-def run(command: Command) -> int:
+def run(command: Command, places: Sequence[Slot]) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
-    from harness.study.gpu_service import multi_process_service
-    from harness.study.runner import slots, visible_gpus
-
-    places = slots(visible_gpus(command.plan.first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1)
-    with multi_process_service(places) as served:
-        return _run(command, served)
-
-
-def _run(command: Command, places: Sequence[Slot]) -> int:
     from harness.report.write import report_study
     from harness.runs.corpus import load_data
     from harness.study.progress import Pace
@@ -241,7 +239,7 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
         runs = [*specs, *others]
         history = extended(
             read_study(plan.folder) if (plan.folder / STUDY_FILE).is_file() else None,
-            arms={arm: sorted({*command.declared.get(arm, ()), *plan.seeds_of(arm)}) for arm in plan.arms},
+            arms={arm: sorted({*command.declared.get(arm, ()), *plan.config.seeds_of(arm)}) for arm in plan.arms},
             contrasts=[(a, b) for a, b in plan.config.contrasts],
             margin=plan.config.margin,
             trends=[*plan.config.trends],
@@ -283,9 +281,6 @@ def measure_decoding(plan: Plan) -> None:
     write_json(plan.folder / DECODE_FILE, {"rows": rows})
 
 
-# --- before anything runs --------------------------------------------------------------------------------------------
-
-
 def print_arms(plan: Plan) -> None:
     """What is compared, and how well it is matched."""
     print(f"{plan.name}: {plan.config.question}")
@@ -307,7 +302,8 @@ def _sizes(plan: Plan, arm: str) -> list[str]:
 
 def print_runs(command: Command) -> int:
     """dry_run: every run, and by the finished ones how long the rest takes."""
-    from harness.study.runner import is_done, slots, visible_gpus
+    from harness.study.progress import Pace, trained_so_far
+    from harness.study.runner import is_done
     from harness.study.tuning import first_grid
 
     plan, arms = command.plan, command.arms
@@ -329,9 +325,8 @@ def print_runs(command: Command) -> int:
     print_table(rows)
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
-    first = plan.first
-    at_a_time = len(slots(visible_gpus(first.device), jobs=command.options.jobs, cores=os.cpu_count() or 1))
-    seconds = seconds_left(plan, todo, at_a_time)
+    at_a_time, trained = len(command.places), {spec.name: trained_so_far(plan.folder / spec.name) for spec in todo}
+    seconds = Pace(at_a_time, plan.folder).left(todo, trained, {})  # by the study's finished runs; None before there is one
     how_long = "how long is known once a run has ended" if seconds is None else f"about {duration(seconds)} by those finished"
     print(
         f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens, "
@@ -339,14 +334,6 @@ def print_runs(command: Command) -> int:
     )
     print(json.dumps({"study": plan.name, "runs": len(main_runs), "sweep": len(sweep), "todo": len(todo), "seconds": seconds}))
     return 0
-
-
-def seconds_left(plan: Plan, specs: Sequence[RunSpec], at_a_time: int) -> float | None:
-    """Until all of them have ended, evaluation included, by the study's finished runs; None before there is one."""
-    from harness.study.progress import Pace, trained_so_far
-
-    trained = {spec.name: trained_so_far(plan.folder / spec.name) for spec in specs}
-    return Pace(at_a_time, plan.folder).left(specs, trained, {})
 
 
 def write_sweep_file(command: Command) -> int:
@@ -357,7 +344,7 @@ def write_sweep_file(command: Command) -> int:
     stored = set(arms) <= set(_earlier(plan)["chosen_lr"])
     assert options.sweep_file is not None
     file = user_path(options.sweep_file)
-    seeds = sorted({seed for arm in arms for seed in plan.seeds_of(arm)})
+    seeds = sorted({seed for arm in arms for seed in plan.config.seeds_of(arm)})
     name = [f"name={options.name}"] if options.name else []
     sweep = {
         "program": "scripts/run_study.py",

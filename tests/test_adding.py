@@ -13,7 +13,7 @@ from tests.support.forks import Forks
 from tests.support.projects import copy_project
 
 PROBE = """
-from harness.evaluation.probes.probe import Probe, Subject
+from harness.evaluation.probes import Probe, Subject
 
 
 def measure(subject: Subject) -> dict[str, float] | None:

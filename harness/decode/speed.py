@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from harness.decode.subjects import (
     INPUTS,
@@ -48,9 +49,6 @@ from modeling.generation import decode_step, generate
 from modeling.gpt import GPT
 
 READING_SECONDS = 1.0  # a reading has as many steps as fit, at most DecodePlan.steps, at least one
-
-
-# --- what comes of it ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -107,21 +105,18 @@ class Job:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"first": [], "call": []})
 
 
-# --- timing ----------------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
-def measure(cells: Sequence[Cell], plan: DecodePlan, *, progress: Callable[[Cell, int], None]) -> Results:
-    """Time every cell, and the bandwidth before and after each: the best counts, since other work can only lower it.
-
-    progress(cell, n): a round of n subjects is done; there are plan.rounds of them for each group of a cell.
-    """
+def measure(cells: Sequence[Cell], plan: DecodePlan) -> Results:
+    """Time every cell, and the bandwidth before and after each: the best counts, since other work can only lower it."""
     results = Results(bandwidth=read_bandwidth(plan))
-    for cell in cells:
-        figures, skipped = measure_cell(cell, plan, progress=progress)
-        results.figures += figures
-        results.skipped += skipped
-        results.bandwidth = max(results.bandwidth, read_bandwidth(plan))
+    readings = plan.rounds * sum(len(group) for cell in cells for group in cell.groups)
+    with tqdm(total=readings, unit="reading", disable=None) as bar:
+        for cell in cells:
+            bar.set_description(f"batch {cell.batch_size}, context {cell.context:,}", refresh=False)
+            figures, skipped = measure_cell(cell, plan, progress=bar.update)
+            results.figures += figures
+            results.skipped += skipped
+            results.bandwidth = max(results.bandwidth, read_bandwidth(plan))
     results.figures = [
         dataclasses.replace(figure, of_bandwidth=figure.bytes_per_second / results.bandwidth) for figure in results.figures
     ]
@@ -130,12 +125,12 @@ def measure(cells: Sequence[Cell], plan: DecodePlan, *, progress: Callable[[Cell
 
 @torch.inference_mode()
 def measure_cell(
-    cell: Cell, plan: DecodePlan, *, seconds: float = math.inf, progress: Callable[[Cell, int], None]
+    cell: Cell, plan: DecodePlan, *, seconds: float = math.inf, progress: Callable[[int], object] = lambda readings: None
 ) -> tuple[list[DecodeTime], list[Skipped]]:
     """Time one cell; of_bandwidth is nan, since no bandwidth is measured.
 
     seconds: after so many no further round begins, the subjects of every group having had an equal share of them. The
-    first round of each group is always whole.
+    first round of each group is always whole. progress(n): n readings are done.
     """
     figures, skipped = [], list(cell.skipped)
     subjects = sum(map(len, cell.groups))
@@ -156,7 +151,7 @@ def _in_turns(
     plan: DecodePlan,
     skipped: list[Skipped],
     share: float,
-    progress: Callable[[Cell, int], None],
+    progress: Callable[[int], object],
 ) -> list[DecodeTime]:
     """The figures of subjects whose readings take turns; no round begins after `share` seconds, but for the first."""
     began = time.perf_counter()
@@ -175,7 +170,7 @@ def _in_turns(
         for _, job in jobs:
             for quantity, seconds in job.read().items():
                 job.seconds[quantity] += seconds
-        progress(cell, len(group))
+        progress(len(group))
     figures = []
     for subject, job in jobs:
         if job.path:

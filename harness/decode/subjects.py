@@ -40,9 +40,6 @@ ROTATED_AT_MOST_BYTES = 2 * 2**30
 FILLED_AT_ONCE = 1024  # tokens
 
 
-# --- what is timed ---------------------------------------------------------------------------------------------------
-
-
 class ExpandedAttention(nn.Module):
     """MLA that caches keys and values of all heads as they are used, G (K + V) elements a token, for torch's SDPA: a peer.
 
@@ -181,26 +178,23 @@ def weight_bytes(part: Part) -> int:
     return sum(parameter.nbytes for parameter in part.parameters() if id(parameter) not in tables)
 
 
-# --- at which sizes --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DecodePlan:
     """Settings of a measurement. `queries`: new tokens a call; above 1 only where a variant has both paths."""
 
     contexts: tuple[int, ...]
     batch_sizes: tuple[int, ...]
-    queries: tuple[int, ...]
-    steps: int
-    rounds: int
-    step: str  # auto | eager | compile | graph (modeling/generation.py)
     device: torch.device
     dtype: torch.dtype
     cache_dtype: torch.dtype | CacheFormat
     budget_bytes: int  # for weights and caches together
-    prefill_tokens: int  # time to first token where batch times context is at most this
-    generate: bool  # end to end too, where a whole model is timed and a prompt may be read
-    seed: int
+    queries: tuple[int, ...] = (1,)
+    steps: int = 16  # of a reading, at most
+    rounds: int = 5  # readings
+    step: str = "auto"  # eager | compile | graph (modeling/generation.py); auto: a graph on CUDA, eager elsewhere
+    prefill_tokens: int = 0  # time to first token where batch times context is at most this
+    generate: bool = False  # end to end too, where a whole model is timed and a prompt may be read
+    seed: int = 0
 
     @property
     def room(self) -> int:
@@ -230,9 +224,6 @@ class Skipped:
     context: int
     queries: int
     reason: str
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def plan_cells(subjects: Sequence[DecodeSubject], plan: DecodePlan) -> list[Cell]:

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harness.data import Tokenizer, TokenSplit
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, Texts, TokenSplit, evaluate_split
+from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, evaluate_split
 from modeling.attention.cache import Cache
 from modeling.attention.quantisation import CacheFormat
 from modeling.gpt import GPT
@@ -34,7 +35,7 @@ class CacheChoice:
 def evaluate_model(
     losses: TokenLosses,
     split: TokenSplit,
-    texts: Texts,
+    texts: Tokenizer,
     scoring: Scoring,
     *,
     through: CacheChoice | None = None,
@@ -78,10 +79,6 @@ def target_nats(
     return nats_BT
 
 
-def split_metrics(result: SplitResult, prefix: str = "val") -> dict[str, float]:
-    """The names under which a split's figures are logged."""
-    return {
-        f"{prefix}/loss": result.loss,
-        f"{prefix}/perplexity": result.perplexity,
-        f"{prefix}/bits_per_byte": result.bits_per_byte,
-    }
+def split_metrics(result: SplitResult) -> dict[str, float]:
+    """The names under which a validation's figures are logged."""
+    return {"val/loss": result.loss, "val/perplexity": result.perplexity, "val/bits_per_byte": result.bits_per_byte}

@@ -11,7 +11,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.config.schema import MOST_FIGURE
-from harness.data.tokenizer import text_before
+from harness.data.prepared import TokenSplit
+from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError
 
 Integers = NDArray[np.int64]
@@ -27,31 +27,6 @@ Integers = NDArray[np.int64]
 SEGMENT_TOKENS = 2048
 _CUT_CONTEXT = 32  # tokens, more than one character ever has
 _MOST_NATS = math.floor(math.log(MOST_FIGURE))  # whose exponential a record holds
-
-
-class TokenSplit(Protocol):
-    """What is asked of a split (harness/data): tokens with one end-of-text token after every document."""
-
-    @property
-    def tokens(self) -> NDArray[np.unsignedinteger]: ...
-
-    @property
-    def document_starts(self) -> Integers: ...  # (documents + 1,), in tokens, the last is n_tokens
-
-    @property
-    def document_bytes(self) -> Integers: ...
-
-    @property
-    def document_words(self) -> Integers: ...
-
-
-class Texts(Protocol):
-    """What is asked of a tokenizer (harness/data): which token ends a document, what a model sees before one, the text."""
-
-    end_of_text: int
-    begins: tuple[int, ...]
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -128,7 +103,7 @@ WHOLE = Share(0, 1, lambda values: values)
 def evaluate_split(
     token_losses: Callable[[Tensor, Tensor], Tensor],
     split: TokenSplit,
-    texts: Texts,
+    texts: Tokenizer,
     scoring: Scoring,
     *,
     max_seq_len: int,
@@ -171,7 +146,7 @@ def evaluate_split(
     return replace(first, beside=tuple(others))
 
 
-def _result(tally: _Tally, split: TokenSplit, n_tokens: int, texts: Texts, scoring: Scoring) -> SplitResult:
+def _result(tally: _Tally, split: TokenSplit, n_tokens: int, texts: Tokenizer, scoring: Scoring) -> SplitResult:
     nats, scored = tally.nats, tally.scored
     assert scored == n_tokens, f"{scored} targets were scored, the split has {n_tokens}"
     loss = nats / scored

@@ -190,9 +190,6 @@ def _by_formula(fields: Fields, model_type: str) -> tuple[tuple[LayerCache, ...]
     return (LayerCache({"keys": keys, "values": keys}, 2 * keys, 2 * heads * width, heads=groups),) * n, None
 
 
-# --- what is said of it ----------------------------------------------------------------------------------------------
-
-
 def _made_for(config: Mapping[str, Any]) -> int | None:
     """Tokens of the longest sequence that the file names, a stretched rotation included."""
     inner = _innermost(config)

@@ -1,9 +1,7 @@
-"""What a Hugging Face model caches, measured: transformers' own class, built on the meta device, runs a few tokens.
+"""What a Hugging Face model caches, measured: transformers' own class runs a few tokens.
 
-Nothing is allocated and no weights are read: tensors on the meta device have a shape and no memory. Layers that are built
-alike are run once. Cache layers of transformers' own kinds are read at two lengths and followed from there; others, which
-compress, are run at the context itself. Only classes that are part of transformers are built, never code beside a
-config.json.
+harness/hf/meta_model.py builds it, on the meta device. Cache layers of transformers' own kinds are read at two lengths and
+followed from there; others, which compress, are run at the context itself.
 
 A config.json may be wrong or hostile: harness/hf/cache.py asks for this in a process of its own, with limits on
 time and memory.
@@ -138,9 +136,6 @@ def measure_cache_of(config: Mapping[str, Any], context: int) -> Measurement:
     )
 
 
-# --- the configuration -----------------------------------------------------------------------------------------------
-
-
 def _sentence(error: BaseException) -> str:
     """What went wrong, on one line. Strict classes of huggingface_hub say it in their cause."""
     while error.__cause__ is not None and "validation error" in str(error).lower():
@@ -256,9 +251,6 @@ def _shape(layer: LayerCache) -> tuple[Any, ...]:
     return dict(layer.parts), layer.window, dict(layer.states), layer.kind, layer.naive, layer.mha
 
 
-# --- running it ------------------------------------------------------------------------------------------------------
-
-
 def _seen(language: Any, context: int | None) -> tuple[tuple[LayerCache, ...], Any]:
     """What each layer keeps, and the model that showed it."""
     model = on_meta(language)
@@ -311,9 +303,6 @@ def _global(language: Any, name: str) -> Any:
 
 def _names(language: Any) -> set[str]:
     return {each.name for each in dataclasses.fields(type(language))}
-
-
-# --- reading a layer of the cache ------------------------------------------------------------------------------------
 
 
 def _layer(short: Held, longer: Held, whole: Held | None, language: Any, layer_type: str, context: int | None) -> LayerCache:

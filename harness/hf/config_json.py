@@ -217,9 +217,6 @@ class Fields:
         return {name: self.optional(name) if name == "q_lora_rank" else self.count(name) for name in LATENT_SIZES}
 
 
-# --- an export of our own class --------------------------------------------------------------------------------------
-
-
 def refuse_absent(config: Mapping[str, Any]) -> None:
     """Raises UserError, naming the first field of those given that is null."""
     for name, value in config.items():

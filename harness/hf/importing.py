@@ -233,9 +233,6 @@ def score_data(plan: Plan, target: Path) -> PreparedData:
     )
 
 
-# --- weights ---------------------------------------------------------------------------------------------------------
-
-
 def _tied(said: bool, tensors: Mapping[str, Stored], notes: list[str]) -> bool:
     """Whether the head is the embedding. said: by config.json."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")

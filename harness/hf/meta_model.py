@@ -1,7 +1,7 @@
 """transformers' model of a configuration on the meta device, and the cache that it fills there with a few tokens.
 
 Nothing is allocated and no weights are read: tensors on the meta device have a shape and no memory. Layers that are built
-alike are run once. Only classes that are part of transformers are built.
+alike are run once. Only classes that are part of transformers are built, never code beside a config.json.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ def _call(model: Any, tokens: int) -> list[Held]:
             f"{type(model).__name__} keeps no cache that can be read: it is no causal language model, or keeps "
             f"its states in a form of its own"
         )
-    held = [Held(_tensors(vars(layer)), getattr(layer, "sliding_window", None), _is_own(layer)) for layer in layers]
+    held = []
+    for layer in layers:
+        own = not type(layer).__module__.endswith("cache_utils")  # of a kind that one model brings, none of transformers' few
+        held.append(Held(_tensors(vars(layer)), getattr(layer, "sliding_window", None), own))
     # MiniMax's states stand beside the layers, by layer.
     for name, beside in vars(cache).items():
         if name != "layers" and isinstance(beside, list):
@@ -125,11 +128,6 @@ def _call(model: Any, tokens: int) -> list[Held]:
             for layer, value in zip(held, beside, strict=False):
                 layer.tensors.update(_tensors({name: value}))
     return held
-
-
-def _is_own(layer: Any) -> bool:
-    """Whether a cache layer is of a kind that one model brings, and not of transformers' few."""
-    return not type(layer).__module__.endswith("cache_utils")
 
 
 def _without_data() -> Any:

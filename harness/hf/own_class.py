@@ -221,9 +221,6 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         last norm. output_attentions: weights_BHTS of each layer, as the reference backend computes them. Raises UserError
         for more tokens than the model has positions.
         """
-        asked = self.config
-        output_hidden_states = asked.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output_attentions = asked.output_attentions if output_attentions is None else output_attentions
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("give either input_ids or inputs_embeds, and not both")
         x_BTD = self.model.embedding(input_ids) if inputs_embeds is None else inputs_embeds
@@ -234,14 +231,8 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         valid_BT = _valid(attention_mask, B, past, T)
         positions_BT = _positions(position_ids, attention_mask, B, past, T)
         layers = None if past_key_values is None else past_key_values.before(self.model, B)
-        if output_attentions and layers is not None and any(layer.window is not None for layer in layers):
-            raise UserError(
-                "output_attentions=True through a cache with a window, which holds no key for each token: take use_cache=False"
-            )
-        if output_attentions and not all(map(attends, self.model.attentions)):
-            raise UserError("output_attentions=True of a model with layers that keep a state and weigh no tokens: leave it out")
-        wanted = _Wanted(self.model, bool(output_hidden_states), bool(output_attentions))
-        plain = input_ids is not None and labels is None and not (output_hidden_states or output_attentions)
+        wanted = _Wanted(self, output_hidden_states, output_attentions, layers)
+        plain = input_ids is not None and labels is None and not (wanted.hidden_states or wanted.attentions)
         decodes = past_key_values is not None and past > 0 and T == 1 and valid_BT is None and positions_BT is None
         if plain and decodes and not torch.is_grad_enabled():
             assert input_ids is not None and past_key_values is not None
@@ -256,21 +247,14 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             past_key_values.after(T)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        vocab_size = self.model.vocab_size
         logits_BTC = self._head(x_BTD[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits_BTC, labels=labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-            )
+        about = {"vocab_size": self.model.vocab_size, "num_items_in_batch": num_items_in_batch}
+        loss = None if labels is None else self.loss_function(logits=logits_BTC, labels=labels, **about)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits_BTC,
             past_key_values=cast(Any, past_key_values),
-            hidden_states=cast(Any, (*wanted.inputs, x_BTD) if output_hidden_states else None),
-            attentions=cast(
-                Any, wanted.columns(None if layers is None else attention_mask, past + T) if output_attentions else None
-            ),
+            **wanted.shown(x_BTD, None if layers is None else attention_mask, past + T),
         )
 
     def _logits(self, tokens_BT: Tensor, cache: Sequence[Cache], valid_BT: Tensor | None = None) -> Tensor:
@@ -363,24 +347,41 @@ def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, B: in
 
 
 class _Wanted:
-    """What a forward pass shows beside its result, while this is entered. inputs: x_BTD of each block."""
+    """What a forward pass shows beside its result, while this is entered: what is asked for, else what the configuration says.
 
-    def __init__(self, model: GPT, hidden_states: bool, attentions: bool) -> None:
-        self._model, self._hidden_states, self._attentions = model, hidden_states, attentions
-        self.inputs: list[Tensor] = []
-        self.weights: list[Tensor] = []
+    Raises UserError for attentions that cannot be shown, through `cache` or of layers that have none.
+    """
+
+    def __init__(
+        self,
+        own: AttentionAblationForCausalLM,
+        hidden_states: bool | None,
+        attentions: bool | None,
+        cache: Sequence[Cache] | None,
+    ) -> None:
+        self._model = own.model
+        self.hidden_states = own.config.output_hidden_states if hidden_states is None else hidden_states
+        self.attentions = own.config.output_attentions if attentions is None else attentions
+        if self.attentions and any(layer.window is not None for layer in cache or ()):
+            raise UserError(
+                "output_attentions=True through a cache with a window, which holds no key for each token: take use_cache=False"
+            )
+        if self.attentions and not all(map(attends, self._model.attentions)):
+            raise UserError("output_attentions=True of a model with layers that keep a state and weigh no tokens: leave it out")
+        self._inputs: list[Tensor] = []  # x_BTD of each block
+        self._weights: list[Tensor] = []
         self._hooks = contextlib.ExitStack()
 
     def __enter__(self) -> None:
-        if self._hidden_states:
+        if self.hidden_states:
             for block in self._model.blocks:
-                hook = block.register_forward_pre_hook(lambda _, inputs: self.inputs.append(inputs[0]))
+                hook = block.register_forward_pre_hook(lambda _, inputs: self._inputs.append(inputs[0]))
                 self._hooks.callback(hook.remove)
-        if self._attentions:
+        if self.attentions:
             for attention in self._model.attentions:
                 self._hooks.callback(setattr, attention, "backend", attention.backend)
                 hook = attention.register_forward_pre_hook(
-                    lambda _, inputs, options: (inputs, options | {"weights_out": self.weights}), with_kwargs=True
+                    lambda _, inputs, options: (inputs, options | {"weights_out": self._weights}), with_kwargs=True
                 )
                 self._hooks.callback(hook.remove)
             self._model.set_execution(backend="reference")
@@ -388,12 +389,19 @@ class _Wanted:
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
 
-    def columns(self, attention_mask: Tensor | None, S: int) -> tuple[Tensor, ...]:
+    def shown(self, x_BTD: Tensor, attention_mask: Tensor | None, S: int) -> dict[str, Any]:
+        """Fields of the output; None for what is not asked for. x_BTD: behind the last norm. The others: as `_columns`."""
+        return {
+            "hidden_states": (*self._inputs, x_BTD) if self.hidden_states else None,
+            "attentions": self._columns(attention_mask, S) if self.attentions else None,
+        }
+
+    def _columns(self, attention_mask: Tensor | None, S: int) -> tuple[Tensor, ...]:
         """weights_BHTS with a column for each of the S tokens so far, pads included, where a cache held the real ones."""
         if attention_mask is None:
-            return tuple(self.weights)
+            return tuple(self._weights)
         placed = []
-        for weights_BHTS in self.weights:
+        for weights_BHTS in self._weights:
             full_BHTS = weights_BHTS.new_zeros(*weights_BHTS.shape[:3], S)
             for row, weights_HTS in enumerate(weights_BHTS):
                 real = attention_mask[row].to(full_BHTS.device).bool().nonzero()[:, 0]

@@ -84,9 +84,6 @@ def latent_layouts(config: TrainConfig) -> dict[str, Layout]:
     return layouts
 
 
-# --- ours to theirs --------------------------------------------------------------------------------------------------
-
-
 def their_weights(model: GPT, config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under their names, rotated pairs side by side."""
     outer = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False) if name in _OUTER}
@@ -129,20 +126,8 @@ def _plain(attention: Any) -> dict[str, Tensor]:
     one has zeros.
     """
     H, groups = attention.n_heads, attention.n_kv_heads
-    names = (
-        "q_proj",
-        "q_down_proj",
-        "q_latent_norm",
-        "q_up_proj",
-        "kv_down_proj",
-        "k_rope_proj",
-        "k_up_proj",
-        "v_up_proj",
-        "o_proj",
-    )
-    modules = {name: module for name in names if (module := getattr(attention, name, None)) is not None}
-    modules["latent_norms.0"] = attention.latent_norms[0]
-    ours = {f"{name}.{key}": value.detach() for name, module in modules.items() for key, value in module.state_dict().items()}
+    state = attention.state_dict().items()
+    ours = {name: value.detach() for name, value in state if not name.startswith(("in_proj.", "rope."))}
     if attention.in_proj is not None:
         down = ("q_proj" if attention.q_lora_rank is None else "q_down_proj", "kv_down_proj", "k_rope_proj")
         for key, value in attention.in_proj.state_dict().items():
@@ -164,9 +149,6 @@ def _plain(attention: Any) -> dict[str, Tensor]:
 def _side_by_side(rows: Tensor) -> Tensor:
     """Rows of each head that are rotated in pairs (i, i + P/2), reordered for pairs (2i, 2i + 1)."""
     return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-
-
-# --- theirs to ours --------------------------------------------------------------------------------------------------
 
 
 def recipes(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[tuple[str, Recipe]]:

@@ -126,9 +126,11 @@ class ComparisonTable:
                 "perplexity": _with_deviation(setup.perplexity, setup.perplexity_deviation, 3),
                 "nats per token": _with_deviation(setup.loss, setup.loss_deviation, 4),
                 "bits per byte": _with_deviation(setup.bits_per_byte, setup.bits_per_byte_deviation, 4),
-                **({"95 %": _half_width(setup)} if has_intervals else {}),
-                "cache bytes/token": f"{setup.cache_bytes_per_token:,}",
             }
+            if has_intervals:
+                half = setup.bits_per_byte_half_width
+                row["95 %"] = "" if half is None else f"± {half:.4f}"
+            row["cache bytes/token"] = f"{setup.cache_bytes_per_token:,}"
             if has_divergence:
                 row["KL"] = "" if setup.cache_divergence is None else f"{setup.cache_divergence:.5f}"
             if self.has_caches_as_rows:
@@ -200,9 +202,6 @@ def compare(
     return Comparison(tables, notes, chosen.lacking)
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-
 def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[ComparisonTable]:
     """Records with equal conditions share a table; the largest table comes first."""
     keys = [key for key in CONDITIONS if not (every_cache and key in CACHE)]
@@ -244,11 +243,11 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
     for group in groups:
         first = group[0]
         name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
-        loss, loss_deviation = _mean_and_deviation([record["loss"] for record in group])
-        perplexity, perplexity_deviation = _mean_and_deviation([record["perplexity"] for record in group])
-        bits, bits_deviation = _mean_and_deviation([record["bits_per_byte"] for record in group])
         per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
-        divergences: list[Any] = [record.get("cache_divergence") for record in group]
+        means = {
+            key: _mean(group, key) for key in ("loss", "perplexity", "bits_per_byte", "cache_divergence", "tokens_per_second")
+        }
+        deviations = {f"{key}_deviation": _deviation(group, key) for key in ("loss", "perplexity", "bits_per_byte")}
         ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
         if every_cache:
             ratio = per_token / mha if mha else None
@@ -258,17 +257,11 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
             "cache": cache,
             "n": len(group),
             "seeds": sorted(record["seed"] for record in group),
-            "perplexity": perplexity,
-            "perplexity_deviation": perplexity_deviation,
-            "loss": loss,
-            "loss_deviation": loss_deviation,
-            "bits_per_byte": bits,
-            "bits_per_byte_deviation": bits_deviation,
+            **means,
+            **deviations,
             "bits_per_byte_half_width": None,
             "cache_bytes_per_context_token": per_token,
-            "cache_divergence": None if None in divergences else statistics.fmean(divergences),
             "cache_ratio_to_mha": ratio,
-            "tokens_per_second": _mean_speed(group),
             "runs": [record["name"] for record in group],
         }
         setups.append(Setup(**taken_over | worked_out))
@@ -291,7 +284,8 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
 
     seeds = {pair: number for number, pair in enumerate(sorted({values_of(record, SEEDS) for record in records}))}
     of_row = grouped(records, lambda record: values_of(record, _ONE_ROW))
-    plain = {setup.setup_hash: setup for setup in sorted(setups, key=_plainness)}.values()
+    plainest_last = sorted(setups, key=lambda setup: (not setup.through_cache, setup.cache_bytes_per_context_token))
+    plain = {setup.setup_hash: setup for setup in plainest_last}.values()
     values = {
         setup.variant: {
             seeds[values_of(record, SEEDS)]: record["bits_per_byte"] for record in of_row[values_of(vars(setup), _ONE_ROW)]
@@ -347,17 +341,14 @@ def _source(record: Mapping[str, Any]) -> str | None:
     return None if place is None else Path(str(place)).name
 
 
-def _plainness(setup: Setup) -> tuple[bool, float]:
-    return not setup.through_cache, setup.cache_bytes_per_context_token
+def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """None where a record lacks the figure."""
+    values: list[Any] = [record.get(key) for record in records]
+    return None if None in values else statistics.fmean(values)
 
 
-def _half_width(setup: Setup) -> str:
-    return "" if setup.bits_per_byte_half_width is None else f"± {setup.bits_per_byte_half_width:.4f}"
-
-
-def _mean_speed(records: Sequence[Mapping[str, Any]]) -> float | None:
-    speeds = [record["tokens_per_second"] for record in records]
-    return None if None in speeds else statistics.fmean(speeds)
+def _deviation(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    return statistics.stdev(record[key] for record in records) if len(records) > 1 else None
 
 
 def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
@@ -393,10 +384,6 @@ def _distinguishing_name(record: Mapping[str, Any]) -> str:
     return name.partition(f"-{record['model']}-")[2] or name
 
 
-def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def _uneven_seeds(tables: Sequence[ComparisonTable]) -> list[str]:
     """A sentence for each configuration whose caches were not scored on the same seeds."""
     notes = []
@@ -417,9 +404,6 @@ def _circumstances(records: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(values) > 1:
             notes.append(f"{key} differs ({'; '.join(values)}): {consequence}")
     return notes
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:

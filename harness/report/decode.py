@@ -8,13 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.decode.speed import DecodeTime, Results, Spread
+from harness.decode.speed import DecodeTime, Results
 from harness.files.text import aligned, csv_text, table_of, visible
 from harness.report.colours import Style, styles
 from harness.report.document import in_ms
 from harness.report.pictures import Mark, Picture, Plot, Series
-
-# --- where the paths change places -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -89,8 +87,6 @@ def sentence(crossover: Crossover) -> str:
     return f"{where}, context {crossover.context:,}: {crossover.words} ({limit})"
 
 
-# --- table and CSV ---------------------------------------------------------------------------------------------------
-
 COLUMNS: dict[str, Callable[[DecodeTime], str]] = {
     "batch": lambda f: f"{f.batch_size:,}",
     "context": lambda f: f"{f.context:,}",
@@ -134,16 +130,12 @@ def _flat(figure: DecodeTime) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in vars(figure).items():
         if name in ("first_token", "call"):
-            spread: Spread | None = value
-            flat |= {
-                f"{name}_{part}": None if spread is None else getattr(spread, part) for part in ("median", "low", "high", "n")
-            }
+            parts = dict.fromkeys(("median", "low", "high", "n")) | (vars(value) if value else {})
+            flat |= {f"{name}_{part}": seconds for part, seconds in parts.items()}
         else:
             flat[name] = value
     return flat
 
-
-# --- picture ---------------------------------------------------------------------------------------------------------
 
 _SOLID, _EXPAND, _OTHERS = (), (6.0, 3.0), (2.0, 2.5)  # dashes: the step itself, MLA's expanding path, another library
 

@@ -47,9 +47,6 @@ class Section:
     more: Sequence[str] = ()
 
 
-# --- how figures are written -----------------------------------------------------------------------------------------
-
-
 def with_error(mean: float, low: float | None, high: float | None, *, digits: int = 4) -> str:
     """mean ± half of the interval, with two significant digits of the error; `digits` decimals without one."""
     if low is None or high is None:

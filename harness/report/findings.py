@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,7 +107,7 @@ class CurvePoint:
 
 
 Curves = dict[str, list[CurvePoint]]  # by arm
-CurvesOfSeeds = dict[str, list[dict[float, float]]]  # arm -> x -> y of each seed
+CurvesOfSeeds = dict[str, dict[int, dict[float, float]]]  # arm -> seed -> x -> y
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,7 @@ class SharedRate:
     """The arms at one learning rate for all, each at its whole budget."""
 
     lr: float
-    values: dict[str, dict[int, float]]  # arm -> seed -> the metric on the test split
-    means: dict[str, Mean]
+    means: dict[str, Mean]  # of the metric on the test split
     also: dict[str, dict[str, Mean]]  # in the other units, by their names
     verdicts: list[Contrast]  # the declared pairs, not part of the declared family
 
@@ -166,11 +165,12 @@ class Findings:
         self.sigma, self.dof = residual_deviation(self.values, **self._kinds)
         self.unequal = equal_variances(self.values, **self._kinds)
         self.also = self._also()
+        scored = [run for run in results.runs if results.value(run) is not None]
         self.arms = [
             ArmFindings(
                 name,
                 info,
-                self._runs_of(name),
+                sorted((run for run in scored if run.arm == name), key=lambda run: run.seed),
                 self._mean_of(name, self.values),
                 {metric: mean for metric, values in self.also.items() if (mean := self._mean_of(name, values)) is not None},
             )
@@ -180,10 +180,6 @@ class Findings:
         references = [arm.name for arm in self.done if arm.info["reference"]]
         # Whose curves the others' are subtracted from.
         self.baseline = [*references, self.done[0].name][0] if len(self.done) > 1 else None
-
-    def _runs_of(self, name: str) -> list[RunResult]:
-        runs = [run for run in self.results.runs if run.arm == name and self.results.value(run) is not None]
-        return sorted(runs, key=lambda run: run.seed)
 
     def _also(self) -> dict[str, Values]:
         """Of a study of losses what the literature speaks besides: nats per token, for one tokenizer, and bits per byte."""
@@ -206,8 +202,6 @@ class Findings:
 
     def arm(self, name: str) -> ArmFindings:
         return next(arm for arm in self.arms if arm.name == name)
-
-    # --- comparisons -------------------------------------------------------------------------------------------------
 
     @cached_property
     def _declared_pairs(self) -> tuple[list[Pair], list[str]]:
@@ -306,28 +300,15 @@ class Findings:
             costs = {arm.name: self.metric.cost(arm.mean.mean) for arm in of_level if arm.mean is not None}
             if len(costs) > 1:
                 groups.append((level, sorted(costs, key=lambda name: costs[name])))
-        pairs = {
-            frozenset((best, name)): (best, name)
-            for _, (best, *others) in groups
-            for name in others
-            if self._comparable((best, name))
-        }
-        found = {
-            frozenset((contrast.a, contrast.b)): contrast
-            for contrast in contrasts(self.values, primary=(), other=list(pairs.values()), **self._kinds)
-        }
-        tested = sum(contrast.p is not None for contrast in found.values())
-
-        def is_worse(best: str, name: str) -> bool:
-            contrast = found.get(frozenset((best, name)))
-            if contrast is None or contrast.p is None:
-                return False
-            ahead = contrast.difference if contrast.a == best else -contrast.difference
-            return contrast.p * tested < ALPHA and self.metric.better(ahead)
-
+        compared = []
+        for _, (best, *others) in groups:
+            pairs = [(best, name) for name in others if self._comparable((best, name))]
+            compared.append(contrasts(self.values, primary=(), other=pairs, **self._kinds))
+        tested = len({frozenset((each.a, each.b)) for found in compared for each in found if each.p is not None})
         ranked = []
-        for level, (best, *others) in groups:
-            worse = [name for name in others if is_worse(best, name)]
+        for (level, (best, *others)), found in zip(groups, compared, strict=True):
+            beaten = [each for each in found if self.metric.better(each.difference)]
+            worse = [each.b for each in beaten if each.p is not None and each.p * tested < ALPHA]
             ranked.append(Best(level, [best, *others], [name for name in others if name not in worse], worse, tested))
         return ranked
 
@@ -339,8 +320,6 @@ class Findings:
         steps = [(arm, by_pair.get((arm, before))) for before, arm in zip(["", *stairs], stairs, strict=False)]
         finished = [(arm, verdict) for arm, verdict in steps if arm in self.values]
         return finished if len(finished) > 1 else []
-
-    # --- costs -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def at_length(self) -> dict[str, float]:
@@ -373,8 +352,6 @@ class Findings:
                 best[key] = row
         return list(best.values())
 
-    # --- series ------------------------------------------------------------------------------------------------------
-
     @property
     def _curve_key(self) -> str:
         tokenizers = {arm.summary("tokenizer_fingerprint") for arm in self.done}
@@ -386,38 +363,23 @@ class Findings:
 
     def _of_seeds(self, curve: Callable[[RunResult], dict[float, float]]) -> CurvesOfSeeds:
         """Of the arms all of whose seeds have it."""
-        found = {arm.name: [curve(run) for run in arm.runs] for arm in self.done}
-        return {arm: of_seeds for arm, of_seeds in found.items() if all(of_seeds)}
+        found = {arm.name: {run.seed: curve(run) for run in arm.runs} for arm in self.done}
+        return {arm: of_seeds for arm, of_seeds in found.items() if all(of_seeds.values())}
 
     @cached_property
-    def _curves(self) -> CurvesOfSeeds:
+    def curves(self) -> CurvesOfSeeds:
+        """Validation loss along the training, in curve_unit."""
         return self._of_seeds(lambda run: _curve(run, self._curve_key))
 
     @cached_property
-    def curves(self) -> Curves:
-        return _means(self._curves)
-
-    @cached_property
-    def curve_gaps(self) -> Curves:
-        return self._gaps(self._curves)
-
-    @cached_property
-    def _positions(self) -> CurvesOfSeeds:
+    def positions(self) -> CurvesOfSeeds:
+        """Test loss in nats by context tokens, within the training length."""
         return self._of_seeds(_loss_by_position)
 
     @cached_property
-    def positions(self) -> Curves:
-        """Test loss in nats by context tokens, within the training length."""
-        return _means(self._positions)
-
-    @cached_property
-    def position_gaps(self) -> Curves:
-        return self._gaps(self._positions)
-
-    @cached_property
-    def beyond(self) -> Curves:
+    def beyond(self) -> CurvesOfSeeds:
         """Loss on the same targets by context, from half the training length on."""
-        return _means(self._of_seeds(_loss_beyond))
+        return self._of_seeds(_loss_beyond)
 
     @property
     def training_length(self) -> int | None:
@@ -425,21 +387,15 @@ class Findings:
         lengths: set[int] = {arm.runs[0].config["model"]["max_seq_len"] for arm in self.done}
         return lengths.pop() if len(lengths) == 1 else None
 
-    def _gaps(self, curves: CurvesOfSeeds) -> Curves:
+    def gaps(self, curves: CurvesOfSeeds) -> Curves:
         """Differences from the baseline's curve of the same seed."""
-        if self.baseline is None or self.baseline not in curves:
-            return {}
-        seeds = {arm.name: [run.seed for run in arm.runs] for arm in self.done}
-        by_seed = {arm: dict(zip(seeds[arm], of_seeds, strict=True)) for arm, of_seeds in curves.items()}
-        reference = by_seed.pop(self.baseline)
-        gaps = {}
-        for arm, of_seeds in by_seed.items():
-            pairs = [(curve, reference[seed]) for seed, curve in of_seeds.items() if seed in reference]
-            if points := _over_seeds([{x: ours[x] - theirs[x] for x in ours if x in theirs} for ours, theirs in pairs]):
-                gaps[arm] = points
-        return gaps
-
-    # --- learning rates ----------------------------------------------------------------------------------------------
+        reference = curves.get(self.baseline or "", {})
+        differences: CurvesOfSeeds = {}
+        for arm, of_seeds in curves.items():
+            for seed in (seed for seed in of_seeds if seed in reference and arm != self.baseline):
+                ours, theirs = of_seeds[seed], reference[seed]
+                differences.setdefault(arm, {})[seed] = {x: ours[x] - theirs[x] for x in ours if x in theirs}
+        return {arm: points for arm, points in over_seeds(differences).items() if points}
 
     @cached_property
     def sweeps(self) -> list[Sweep]:
@@ -483,9 +439,7 @@ class Findings:
             return None
         pairs = [pair for pair in self._declared_pairs[0] if can_be_compared(values, *pair, self.lineages)]
         also = {name: means(at_rate(METRICS[name])) for name in self.also}
-        return SharedRate(lr, values, means(values), also, contrasts(values, primary=(), other=pairs, **self._kinds))
-
-    # --- what else there is ------------------------------------------------------------------------------------------
+        return SharedRate(lr, means(values), also, contrasts(values, primary=(), other=pairs, **self._kinds))
 
     @cached_property
     def extras(self) -> dict[str, dict[str, dict[str, Mean]]]:
@@ -612,20 +566,15 @@ def _loss_beyond(run: RunResult) -> dict[float, float]:
     return {math.sqrt(entry["low"] * entry["high"]): entry["loss"] for entry in bins}
 
 
-def _over_seeds(curves: Sequence[Mapping[float, float]]) -> list[CurvePoint]:
+def over_seeds(curves: CurvesOfSeeds) -> Curves:
     """At the places that every seed has, thinned out evenly, the last one kept."""
-    common = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    step = max(1, math.ceil(len(common) / CURVE_POINTS))
-    kept = common[::-1][::step][::-1]
-    points = []
-    for x in kept:
-        values = [curve[x] for curve in curves]
-        points.append(CurvePoint(x, statistics.fmean(values), min(values), max(values), len(values)))
-    return points
-
-
-def _means(curves: CurvesOfSeeds) -> Curves:
-    return {arm: _over_seeds(of_seeds) for arm, of_seeds in curves.items()}
+    found: Curves = {}
+    for arm, of_seeds in curves.items():
+        common = sorted(set.intersection(*map(set, of_seeds.values())))
+        step = max(1, math.ceil(len(common) / CURVE_POINTS))
+        values_at = {x: [curve[x] for curve in of_seeds.values()] for x in common[::-1][::step][::-1]}
+        found[arm] = [CurvePoint(x, statistics.fmean(ys), min(ys), max(ys), len(ys)) for x, ys in values_at.items()]
+    return found
 
 
 def _floors(figures: Any, what: str = "") -> Iterator[tuple[str, bool]]:

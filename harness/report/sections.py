@@ -50,16 +50,26 @@ EXTRA_TITLES = {
 
 def sections(findings: Findings) -> list[Section]:
     """Everything below the question, in order. A section without data is left out, with a word where it matters."""
-    parts = [_verdict, _main, _pareto, _contrasts, _decode, _curves, _positions, _staircase, _rates, _extras]
-    found = [part(findings) for part in (*parts, _confounds, _provenance)]
+    curves = pictures.curves(findings)
+    found = [
+        _verdict(findings),
+        _main(findings),
+        Section("pareto", "Quality against cache", pictures=[pictures.pareto(findings)]),
+        _contrasts(findings),
+        _decode(findings),
+        Section("curves", "Loss curves", pictures=[curves]) if curves else None,
+        _positions(findings),
+        Section("staircase", "Staircase", pictures=[pictures.staircase(findings)]) if findings.staircase else None,
+        _rates(findings),
+        _extras(findings),
+        _confounds(findings),
+        _provenance(findings),
+    ]
     return [section for section in found if section is not None]
 
 
 def _count(number: int | float | None) -> str:
     return ABSENT if number is None else f"{number:,.0f}"
-
-
-# --- question and verdict --------------------------------------------------------------------------------------------
 
 
 def _verdict(findings: Findings) -> Section:
@@ -104,9 +114,6 @@ def _best_words(findings: Findings, best: Best) -> str:
     return " ".join([found, *even, *worse])
 
 
-# --- main table ------------------------------------------------------------------------------------------------------
-
-
 def _main(findings: Findings) -> Section:
     levels = any(arm.info["level"] for arm in findings.arms)
     decode = _decode_cells(findings)
@@ -123,7 +130,7 @@ def _main(findings: Findings) -> Section:
             "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
             metric.label: mean_text(arm.mean, metric),
             **{METRICS[name].label: mean_text(arm.also.get(name), METRICS[name]) for name in findings.also},
-            "deviation": _deviation(arm.mean),
+            "deviation": _two_digits(arm.mean.deviation if arm.mean else None),
             "seeds": str(len(arm.runs)),
             "learning rate": " / ".join(dict.fromkeys(f"{run.lr:g}" for run in arm.runs)) or ABSENT,
         }
@@ -165,9 +172,6 @@ def _decode_cells(findings: Findings) -> tuple[str, dict[str, str]] | None:
     return f"one step at context {context:,}, batch {batch:,}", cells
 
 
-# --- quality against costs -------------------------------------------------------------------------------------------
-
-
 def _error_bars(findings: Findings) -> str:
     """What the ± of a mean is, and what is known of how widely runs scatter."""
     words = (
@@ -199,16 +203,6 @@ def _equals(p: float) -> str:
     return _p(p) if p < 0.001 else f"= {_p(p)}"
 
 
-def _deviation(mean: Mean | None) -> str:
-    if mean is None or mean.deviation is None:
-        return ABSENT
-    return f"{mean.deviation:.{decimals_for(mean.deviation, 2)}f}"
-
-
-def _pareto(findings: Findings) -> Section:
-    return Section("pareto", "Quality against cache", pictures=[pictures.pareto(findings)])
-
-
 def _decode(findings: Findings) -> Section:
     title = "Quality against decode time"
     if not findings.decode:
@@ -234,9 +228,6 @@ def _ms_with_quartiles(row: DecodeRow | None) -> str:
     return ABSENT if row is None else f"{in_ms(row['milliseconds'])} ({in_ms(row['low'])} to {in_ms(row['high'])})"
 
 
-# --- contrasts -------------------------------------------------------------------------------------------------------
-
-
 def _contrasts(findings: Findings) -> Section | None:
     verdicts = findings.verdicts
     if not verdicts:
@@ -249,13 +240,13 @@ def _contrasts(findings: Findings) -> Section | None:
             "declared": "yes" if contrast.primary else "exploratory" if verdict.exploratory else "no",
             f"difference, {findings.metric.unit}": change(contrast, findings.metric),
             **{f"in {METRICS[name].unit}": change(other, METRICS[name]) for name, other in verdict.also.items()},
-            "± pooled": _half(contrast.pooled_half),
-            "± own": _half(contrast.own_half),
+            "± pooled": _two_digits(contrast.pooled_half),
+            "± own": _two_digits(contrast.own_half),
             "seeds": " and ".join(dict.fromkeys(map(str, (contrast.n_a, contrast.n_b)))) + (", paired" * contrast.paired),
             "p": _p(contrast.p),
             "p after Holm": _p(contrast.p_holm),
             "resolved": _yes_or_no(contrast.resolved),
-            "detects": _half(contrast.detectable),
+            "detects": _two_digits(contrast.detectable),
             **({} if contrast.margin is None else {f"same within {contrast.margin:g}": _same_cell(contrast)}),
             "evaluation noise, no verdict": _noise_cell(verdict),
         }
@@ -268,10 +259,11 @@ def _contrasts(findings: Findings) -> Section | None:
     if noises := [verdict for verdict in verdicts if verdict.noise is not None]:
         seeds = sorted({seed for verdict in noises for seed in verdict.noise_seeds})
         units = " or ".join(dict.fromkeys(verdict.noise_units for verdict in noises))
+        others = "other places in the same documents" if "segments" in units else "other documents of the same kind"
         note += (
             f" Evaluation noise: the 95 % bootstrap interval of the difference in bits per byte over {units} of the test "
             f"split, of losses averaged over the {plural(len(seeds), 'seed')} that both arms have "
-            f"({', '.join(map(str, seeds))}). It says what {_other(units)} would have changed for these very weights, nothing "
+            f"({', '.join(map(str, seeds))}). It says what {others} would have changed for these very weights, nothing "
             f"about other seeds, so it decides nothing."
         )
     if reasons := list(dict.fromkeys(verdict.no_noise for verdict in verdicts if verdict.no_noise)):
@@ -291,8 +283,8 @@ def _trends(findings: Findings) -> TextTable:
                 "exploratory" if reason else "yes",
                 ", ".join(f"{a} − {b} at {size:g}" for (a, b), size in zip(trend.pairs, trend.at, strict=True)),
                 signed(trend.slope, trend.low, trend.high, findings.metric),
-                _half(trend.pooled_half),
-                _half(trend.own_half),
+                _two_digits(trend.pooled_half),
+                _two_digits(trend.own_half),
                 _p(trend.p),
                 _p(trend.p_holm),
                 _yes_or_no(trend.resolved),
@@ -306,16 +298,12 @@ def _trends(findings: Findings) -> TextTable:
     return TextTable("Trends", columns, lines, note, frozenset({0, 1, 2, len(columns) - 1}))
 
 
-def _half(width: float | None) -> str:
-    return ABSENT if width is None else f"{width:.{decimals_for(width, 2)}f}"
+def _two_digits(figure: float | None) -> str:
+    return ABSENT if figure is None else f"{figure:.{decimals_for(figure, 2)}f}"
 
 
 def _yes_or_no(answer: bool | None) -> str:
     return {True: "yes", False: "no", None: ABSENT}[answer]
-
-
-def _other(units: str) -> str:
-    return "other places in the same documents" if "segments" in units else "other documents of the same kind"
 
 
 def _same_cell(contrast: Contrast) -> str:
@@ -334,14 +322,6 @@ def _p(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# --- curves and staircase --------------------------------------------------------------------------------------------
-
-
-def _curves(findings: Findings) -> Section | None:
-    picture = pictures.curves(findings)
-    return Section("curves", "Loss curves", pictures=[picture]) if picture else None
-
-
 def _positions(findings: Findings) -> Section | None:
     picture = pictures.positions(findings)
     if picture is None:
@@ -353,15 +333,6 @@ def _positions(findings: Findings) -> Section | None:
     elif absent:
         words.append(f"Not measured beyond the training length: {', '.join(absent)}.")
     return Section("positions", "Loss by position", pictures=[picture], words=words)
-
-
-def _staircase(findings: Findings) -> Section | None:
-    if not findings.staircase:
-        return None
-    return Section("staircase", "Staircase", pictures=[pictures.staircase(findings)])
-
-
-# --- learning rates --------------------------------------------------------------------------------------------------
 
 
 def _rates(findings: Findings) -> Section:
@@ -427,9 +398,6 @@ def _shared_table(findings: Findings) -> TextTable:
     return TextTable(f"All arms at one learning rate, {shared.lr:g}", columns, lines, note)
 
 
-# --- extras ----------------------------------------------------------------------------------------------------------
-
-
 def _extras(findings: Findings) -> Section | None:
     tables = []
     for extra, by_arm in findings.extras.items():
@@ -475,9 +443,6 @@ def _extra_cell(mean: Mean | None) -> str:
 def _whole(number: float) -> int | None:
     """The whole number that a mean of equal ones is, but for rounding."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else None
-
-
-# --- what else differs -----------------------------------------------------------------------------------------------
 
 
 def _confounds(findings: Findings) -> Section:

@@ -10,7 +10,7 @@ from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
-from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict
+from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
@@ -20,9 +20,6 @@ OCTAVES = [float(2**k) for k in range(0, 24, 2)]
 def arm_styles(findings: Findings) -> dict[str, Style]:
     """The same in every picture."""
     return styles({arm.name: arm.info["family"] for arm in findings.arms})
-
-
-# --- quality against costs -------------------------------------------------------------------------------------------
 
 
 def pareto(findings: Findings) -> Picture:
@@ -93,9 +90,6 @@ def decode(findings: Findings) -> Picture:
     return Picture("decode", f"{capital(metric.label)} by the time that a token takes to decode", caption, panels)
 
 
-# --- differences -----------------------------------------------------------------------------------------------------
-
-
 def contrasts(findings: Findings) -> Picture:
     """Every difference between two arms, with its interval."""
     verdicts, metric = findings.verdicts, findings.metric
@@ -156,9 +150,6 @@ def staircase(findings: Findings) -> Picture:
     return Picture("staircase", title, caption, [("", Rows(metric.axis, rows))])
 
 
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
 def _lines(findings: Findings, curves: Curves, unit: str, place: str, *, dotted: bool) -> list[Series]:
     looks = arm_styles(findings)
     series = []
@@ -185,7 +176,8 @@ def _minus_baseline(findings: Findings, plot: Plot, gaps: list[Series], unit: st
 def curves(findings: Findings) -> Picture | None:
     """Validation loss along the training, and its difference from the baseline's."""
     unit = findings.curve_unit
-    series = _lines(findings, findings.curves, unit, "tokens", dotted=False)
+    drawn = over_seeds(findings.curves)
+    series = _lines(findings, drawn, unit, "tokens", dotted=False)
     if not series:
         return None
     last = max(mark.x for s in series for mark in s.marks)
@@ -194,9 +186,10 @@ def curves(findings: Findings) -> Picture | None:
     above = max(late, default=None)
     plot = Plot("training tokens", f"validation loss, {unit}", series, lines=True, above=above)
     panels = [("validation loss", plot)]
-    panels += _minus_baseline(findings, plot, _lines(findings, findings.curve_gaps, unit, "tokens", dotted=False), unit)
+    gaps = _lines(findings, findings.gaps(findings.curves), unit, "tokens", dotted=False)
+    panels += _minus_baseline(findings, plot, gaps, unit)
     cut = " What lies above the losses of the last nine tenths is cut off." if above is not None else ""
-    several = any(point.n > 1 for points in findings.curves.values() for point in points)
+    several = any(point.n > 1 for points in drawn.values() for point in points)
     bands = "Lines: means over seeds; bands: from the lowest seed to the highest." if several else "One seed each."
     return Picture("curves", "Loss while training", f"{bands}{cut}", panels)
 
@@ -206,7 +199,7 @@ def positions(findings: Findings) -> Picture | None:
     unit, place = "nats per token", "tokens of context (middle of a bin)"
     within, gaps, beyond = (
         _lines(findings, found, unit, place, dotted=True)
-        for found in (findings.positions, findings.position_gaps, findings.beyond)
+        for found in (over_seeds(findings.positions), findings.gaps(findings.positions), over_seeds(findings.beyond))
     )
     base = Plot("context, tokens (log scale)", f"test loss, {unit}", within, x_log=True, x_ticks=OCTAVES, lines=True)
     panels = [("within the training length", base)] if within else []
@@ -223,9 +216,6 @@ def positions(findings: Findings) -> Picture | None:
             "not that of the other panel."
         )
     return Picture("positions", "Loss by context", caption, panels) if panels else None
-
-
-# --- learning rates --------------------------------------------------------------------------------------------------
 
 
 def sweeps(findings: Findings) -> Picture:

@@ -12,8 +12,6 @@ from harness.report.document import Section, TextTable
 from harness.report.findings import Findings
 from harness.study.results import CIRCUMSTANCES, IDENTITY, SIZES, RunResult, StudyResults
 
-# --- Markdown --------------------------------------------------------------------------------------------------------
-
 
 def as_markdown(findings: Findings, parts: Sequence[Section]) -> str:
     """The same report for a repository or a terminal."""
@@ -62,9 +60,6 @@ def _fenced(code: str) -> list[str]:
     longest = max((len(ticks) for ticks in re.findall(r"`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}sh", visible(code), fence]
-
-
-# --- CSV -------------------------------------------------------------------------------------------------------------
 
 
 def as_csv(results: StudyResults) -> str:

@@ -58,13 +58,10 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
     return [folder / name for name in (*texts, "report.json", *pictures)]
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def as_dict(findings: Findings) -> dict[str, Any]:
     """The verdicts and the figures they rest on, for machines."""
-    results = findings.results
-    return {
+    results, shared = findings.results, findings.shared
+    content = {
         "study": results.record["name"],
         "question": results.record["question"],
         "command": results.record["command"],
@@ -78,9 +75,9 @@ def as_dict(findings: Findings) -> dict[str, Any]:
         "degrees_of_freedom": findings.dof,
         "equal_variances_p": findings.unequal,
         "lineages": findings.lineages,
-        "added": dataclasses.asdict(findings.added),
+        "added": findings.added,
         "verdicts": [_verdict(verdict) for verdict in findings.verdicts],
-        "best": [dataclasses.asdict(best) for best in findings.best],
+        "best": findings.best,
         "arms": {
             arm.name: {
                 "family": arm.info["family"],
@@ -88,7 +85,7 @@ def as_dict(findings: Findings) -> dict[str, Any]:
                 "reference": arm.info["reference"],
                 "seeds": [run.seed for run in arm.runs],
                 "learning_rates": sorted({run.lr for run in arm.runs}),
-                "mean": None if arm.mean is None else dataclasses.asdict(arm.mean),
+                "mean": arm.mean,
                 "parameters": arm.summary("parameters"),
                 "cache_bytes_per_token": arm.summary("cache_bytes_per_token"),
                 **{name: arm.test(metric) for name, metric in METRICS.items()},
@@ -96,47 +93,28 @@ def as_dict(findings: Findings) -> dict[str, Any]:
             for arm in findings.arms
         },
         "front": findings.front,
-        "staircase": [
-            {"arm": arm, "step": None if verdict is None else _verdict(verdict)} for arm, verdict in findings.staircase
-        ],
-        "sweeps": [
-            {
-                "arm": sweep.arm,
-                "tokens": sweep.tokens,
-                "losses": {f"{lr:g}": loss for lr, loss in sweep.losses.items()},
-                "best": None if sweep.best is None else dataclasses.asdict(sweep.best),
-                "chosen": sweep.chosen,
-                "doubt": None if sweep.doubt is None else dataclasses.asdict(sweep.doubt),
-            }
-            for sweep in findings.sweeps
-        ],
-        "trends": [
-            dataclasses.asdict(trend) | {"sentence": sentence, "exploratory": reason}
-            for trend, sentence, reason in findings.trends
-        ],
-        "shared_rate": None
-        if findings.shared is None
-        else {
-            "learning_rate": findings.shared.lr,
-            "means": {arm: dataclasses.asdict(mean) for arm, mean in findings.shared.means.items()},
-            "contrasts": [dataclasses.asdict(contrast) for contrast in findings.shared.verdicts],
-        },
+        "staircase": [{"arm": arm, "step": verdict and _verdict(verdict)} for arm, verdict in findings.staircase],
+        "sweeps": [vars(each) | {"losses": {f"{lr:g}": loss for lr, loss in each.losses.items()}} for each in findings.sweeps],
+        "trends": [vars(trend) | {"sentence": said, "exploratory": reason} for trend, said, reason in findings.trends],
+        "shared_rate": shared and {"learning_rate": shared.lr, "means": shared.means, "contrasts": shared.verdicts},
         "unequal": [fact.name for fact in findings.facts if not fact.equal],
     }
+    return {key: _plain(value) for key, value in content.items()}
 
 
 def _verdict(verdict: Verdict) -> dict[str, Any]:
-    noise = (
-        None
-        if verdict.noise is None
-        else dataclasses.asdict(verdict.noise) | {"seeds": verdict.noise_seeds, "over": verdict.noise_units}
-    )
-    also = {name: dataclasses.asdict(contrast) for name, contrast in verdict.also.items()}
-    more = {"sentence": verdict.sentence, "exploratory": verdict.exploratory, "also": also, "evaluation_noise": noise}
-    return dataclasses.asdict(verdict.contrast) | more
+    noise = verdict.noise and vars(verdict.noise) | {"seeds": verdict.noise_seeds, "over": verdict.noise_units}
+    more = {"sentence": verdict.sentence, "exploratory": verdict.exploratory, "also": verdict.also, "evaluation_noise": noise}
+    return vars(verdict.contrast) | more
 
 
-# --- the tracker --------------------------------------------------------------------------------------------------------
+def _plain(value: Any) -> Any:
+    """As JSON has it: a dataclass, wherever it stands, by its fields."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def tracked_table(results: StudyResults) -> tuple[list[str], list[list[Any]]]:

@@ -15,13 +15,12 @@ from tqdm import tqdm
 from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.decode.speed import DecodeTime, machine_name, measure_cell
-from harness.decode.subjects import Cell, DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
+from harness.decode.subjects import DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
 from modeling.attention import with_most_paths
 
-STEPS, ROUNDS = 16, 5  # of a reading at most, and readings: as scripts/benchmark_decode.py
 MULTIPLES = (1, 4, 16)  # of the longest sequence trained on, where no contexts are given
 
 
@@ -52,17 +51,10 @@ def decode_times(
     plan = DecodePlan(
         contexts=tuple(sorted(set(contexts))),
         batch_sizes=tuple(sorted(set(batch_sizes))),
-        queries=(1,),
-        steps=STEPS,
-        rounds=ROUNDS,
-        step="auto",
         device=device,
         dtype=dtype,
         cache_dtype=dtype,
         budget_bytes=memory_bytes(device) // 2,
-        prefill_tokens=0,
-        generate=False,
-        seed=0,
     )
     keep_freed_memory(device)
     subjects = [_subject(name, config, vocab_size, plan) for name, config in configs.items()]
@@ -72,11 +64,10 @@ def decode_times(
     for place in tqdm(range(len(cells)), desc="decode", unit="place", disable=None):
         left = max_seconds - (time.perf_counter() - began)
         if left <= 0:
-            skipped += [_too_late(cell, max_seconds) for cell in cells[place:]]
+            reason = f"the {max_seconds:g} seconds for it were over"
+            skipped += [Skipped("every arm", cell.batch_size, cell.context, 1, reason) for cell in cells[place:]]
             break
-        figures, missing = measure_cell(
-            cells[place], plan, seconds=left / (len(cells) - place), progress=lambda cell, subjects: None
-        )
+        figures, missing = measure_cell(cells[place], plan, seconds=left / (len(cells) - place))
         skipped += missing
         rows += [_row(figure, plan) for figure in figures]
     for each in skipped:
@@ -113,7 +104,3 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
         path = "absorbed" if choosing.absorbs(1) else "expand"
     sizes = footprint(model, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
     return DecodeSubject(name, model, (path,), sizes, kernel=kernel)
-
-
-def _too_late(cell: Cell, max_seconds: float) -> Skipped:
-    return Skipped("every arm", cell.batch_size, cell.context, 1, f"the {max_seconds:g} seconds for it were over")

@@ -34,8 +34,7 @@ def bootstrap(nats_a: ArrayLike, nats_b: ArrayLike, bytes_: ArrayLike, *, draws:
     nats_a, nats_b, bytes_: (clusters,), the summed loss of each model and the UTF-8 bytes of each document; or of segments
     of documents, and then it is of other places in the same documents, no other text. Clusters are drawn with replacement,
     the same for both models, and each draw is a ratio of totals in bits per byte; the interval lies between the percentiles
-    2.5 and 97.5 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13). It says nothing about other seeds, so
-    it is never a verdict on an arm.
+    2.5 and 97.5 (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13).
 
     Raises UserError for fewer than 100 clusters with text, and for figures that do not belong together.
     """

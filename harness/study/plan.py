@@ -170,10 +170,6 @@ class Plan:
         given = None if self.config.tune is None else self.config.tune.seed
         return TUNING_SEED if given is None else given
 
-    def seeds_of(self, arm: str) -> list[int]:
-        """More of them for arms that a declared contrast is about."""
-        return self.config.seeds_of(arm)
-
     def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
         """The shared rate, of arms that go on from another one's weights their own."""
         return {
@@ -184,7 +180,8 @@ class Plan:
         """A run of this study. The rate counts with three significant digits, as in the run's name."""
         lr = as_named(lr)
         config, source = self._config(arm, lr, budget), self._source(arm, seed)
-        tokens = trained_tokens(config) if self.arms[arm].convert is None else 0
+        steps = training_steps(config) if self.arms[arm].convert is None else 0
+        tokens = config.batch_size * config.model.max_seq_len * steps
         return RunSpec(arm, lr, seed, tokens, budget, setup_hash(config), None if source is None else source.name)
 
     def _config(self, arm: str, lr: float, budget: int | None = None) -> TrainConfig:
@@ -205,7 +202,7 @@ class Plan:
 
     def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
         """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
-        specs = [self.spec(arm, lr[arm], seed) for arm in arms for seed in self.seeds_of(arm)]
+        specs = [self.spec(arm, lr[arm], seed) for arm in arms for seed in self.config.seeds_of(arm)]
         return sorted(specs, key=lambda spec: spec.seed)
 
     def conversion(self, spec: RunSpec) -> list[str] | None:
@@ -246,11 +243,6 @@ class Plan:
 def _conversion(arm: str, options: Any) -> ConversionConfig:
     conversion: ConversionConfig = typed(ConversionConfig, options, f"arms.{arm}.convert")
     return conversion
-
-
-def trained_tokens(config: TrainConfig) -> int:
-    """Tokens that the budget of a run pays for, in whole steps."""
-    return config.batch_size * config.model.max_seq_len * training_steps(config)
 
 
 def merged(overrides: Sequence[str]) -> list[str]:
@@ -407,9 +399,6 @@ def vocabulary_of(config: TrainConfig) -> int:
     return Tokenizer.load(file).vocab_size
 
 
-# --- the record in the study's folder --------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def record_alone(plan: Plan) -> Iterator[None]:
     """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
@@ -474,7 +463,7 @@ def settle_tuning_seed(plan: Plan) -> None:
     if swept:
         tune.seed = swept[0]["seed"]
         return
-    if plan.tuning_seed in {seed for arm in plan.arms for seed in plan.seeds_of(arm)}:
+    if plan.tuning_seed in {seed for arm in plan.arms for seed in plan.config.seeds_of(arm)}:
         raise UserError(
             f"tune.seed={plan.tuning_seed} of {plan.name} is one of the seeds that are scored, and a rate must not be chosen "
             f"on what it is judged by: leave tune.seed out ({TUNING_SEED} is taken), or choose other seeds"

@@ -30,7 +30,8 @@ class Pace:
         self._speeds: list[float] = []  # tokens a second
         self._besides: dict[bool, list[float]] = {True: [], False: []}  # trained or converted -> seconds
         for path in folder.glob("*/summary.json"):
-            scored = [_scoring_seconds(record) for record in read_evaluations(path.parent)]
+            records: list[Mapping[str, Any]] = [*read_evaluations(path.parent)]
+            scored = [float(record.get(key) or 0.0) for record in records for key in ("seconds", "extras_seconds")]
             speed = read_summary(path.parent).get("tokens_per_second")
             if scored and speed:
                 self._speeds.append(speed)
@@ -65,10 +66,6 @@ class Pace:
                 return None
             whole.append(max(0.0, seconds - elapsed.get(spec.name, 0.0)))
         return max(max(whole, default=0.0), sum(whole) / self.places)
-
-
-def _scoring_seconds(evaluation: Mapping[str, Any]) -> float:
-    return float(evaluation.get("seconds") or 0.0) + float(evaluation.get("extras_seconds") or 0.0)
 
 
 class Progress:

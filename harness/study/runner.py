@@ -123,7 +123,7 @@ def run_all(
     running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
     with Progress(plan, todo, pace, title=title) as progress, _interruptible(running):
         while waiting or running:
-            while free and (ready := [spec for spec in waiting if _may_start(plan, spec)]):
+            while free and (ready := [each for each in waiting if each.source is None or finished(plan.folder / each.source)]):
                 spec, slot = ready[0], free.pop(0)
                 waiting.remove(spec)
                 conversion = plan.conversion(spec)
@@ -156,11 +156,6 @@ def run_all(
                 progress.ended(spec, error, time.monotonic() - started)
             progress.update([spec for spec, _, _ in running.values()])
     return failures
-
-
-def _may_start(plan: Plan, spec: RunSpec) -> bool:
-    """Whether the run that this one takes its weights from is there."""
-    return spec.source is None or finished(plan.folder / spec.source)
 
 
 def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:

@@ -75,11 +75,7 @@ class Contrast:
         """The difference in words, ± half the 95 % interval."""
         difference = self.difference if signed else abs(self.difference)
         sign = "+" if signed else ""
-        if self.low is None or self.high is None:
-            return f"{difference:{sign}z.{decimals_for(difference, 3)}f} {unit}"
-        half = (self.high - self.low) / 2
-        decimals = decimals_for(half, 2)
-        return f"{difference:{sign}z.{decimals}f} ± {half:.{decimals}f} {unit}"
+        return _with_error(difference, self.low, self.high, sign=sign) + f" {unit}"
 
     def sentence(self, metric: Metric, also: Mapping[str, Contrast] | None = None) -> str:
         """The verdict in words. also: the same difference by other metrics, which are named by METRICS' names."""
@@ -144,12 +140,10 @@ class Trend:
         where = (
             f"{self.name}: for each doubling of {over} ({', '.join(f'{size:g}' for size in self.at)}) the difference changes by"
         )
-        if self.low is None or self.high is None or self.p_holm is None:
-            return f"{where} {self.slope:+z.{decimals_for(self.slope, 3)}f} {metric.unit} (no error bar)"
-        half = (self.high - self.low) / 2
-        decimals = decimals_for(half, 2)
-        verdict = f"{_p(self.p_holm)} after Holm" if self.resolved else "not resolved"
-        return f"{where} {self.slope:+z.{decimals}f} ± {half:.{decimals}f} {metric.unit} ({verdict})"
+        verdict = "no error bar"
+        if self.p_holm is not None:
+            verdict = f"{_p(self.p_holm)} after Holm" if self.resolved else "not resolved"
+        return f"{where} {_with_error(self.slope, self.low, self.high, sign='+')} {metric.unit} ({verdict})"
 
 
 @dataclass(frozen=True)
@@ -240,23 +234,21 @@ def contrasts(
     Raises UserError for results that are missing or not finite, and for pairs that cannot be compared: an arm that is
     not there, an arm with itself, two arms of a lineage without a common seed, one pair twice.
     """
-    _check_values(values)
     lineages, pairs = lineages or {}, [*primary, *other]
-    _check_pairs(values, pairs, lineages)
     pooled = residual_deviation(values, apart=apart, lineages=lineages)
+    _check_pairs(values, pairs, lineages)
     found = [_compare(values, pair, None if {*pair} & {*apart} else pooled, lineages) for pair in pairs]
     declared = len(primary)
     p = [max((each.p for each in of_pair.estimates), default=None) for of_pair in found]
     p_holm = [*_holm(p[:declared]), *[None] * len(other)]
-    p_same = [
-        None if margin is None else max((each.p_same(margin) for each in of_pair.estimates), default=None) for of_pair in found
-    ]
-    p_same[:declared] = _holm(p_same[:declared])
+    p_same: list[float | None] = [None] * len(found)
+    if margin is not None:
+        p_same = [max((each.p_same(margin) for each in of_pair.estimates), default=None) for of_pair in found]
+        p_same[:declared] = _holm(p_same[:declared])
     unresolved = sum(each is None or each >= ALPHA for each in p_holm[:declared])
     verdicts = []
     for i, ((a, b), of_pair) in enumerate(zip(pairs, found, strict=True)):
         contrast = Contrast(a, b, i < declared, *of_pair.seeds, of_pair.paired, of_pair.difference, margin=margin)
-        same = p_same[i]
         if of_pair.estimates:
             own, wider = of_pair.estimates[0], max(of_pair.estimates, key=lambda each: each.half)
             deciding = p[i] if p_holm[i] is None else p_holm[i]
@@ -272,8 +264,8 @@ def contrasts(
                 p_holm=p_holm[i],
                 resolved=deciding < ALPHA,
                 detectable=wider.detectable(alpha),
-                p_same=same,
-                same=None if same is None else same < ALPHA,
+                p_same=p_same[i],
+                same=_below_alpha(p_same[i]),
                 seeds_for_margin=None if margin is None else _seeds_for(margin, of_pair, alpha),
             )
         verdicts.append(contrast)
@@ -322,9 +314,7 @@ def trends(
             )
         found.append(trend)
     corrected = _holm([trend.p for trend in found])
-    return [
-        replace(trend, p_holm=p, resolved=None if p is None else p < ALPHA) for trend, p in zip(found, corrected, strict=True)
-    ]
+    return [replace(trend, p_holm=p, resolved=_below_alpha(p)) for trend, p in zip(found, corrected, strict=True)]
 
 
 def _summed(figure: float, weights: Sequence[float], parts: Sequence[_Estimate], *, shared_dof: bool) -> _Estimate:
@@ -472,6 +462,10 @@ def _seeds_for(difference: float, of_pair: _Compared, alpha: float) -> int | Non
     return candidates[first] if first < len(candidates) else None
 
 
+def _below_alpha(p: float | None) -> bool | None:
+    return None if p is None else p < ALPHA
+
+
 def _root(arm: str, lineages: Lineages) -> str:
     return lineages.get(arm, arm)
 
@@ -522,6 +516,15 @@ def _check_pairs(values: Values, pairs: Sequence[Pair], lineages: Lineages) -> N
                 f"{', '.join(map(str, sorted(values[b])))}) descend from the same runs and have no seed in common: train both "
                 f"with one"
             )
+
+
+def _with_error(figure: float, low: float | None, high: float | None, *, sign: str) -> str:
+    """± half of its interval, with two digits of that; three of the figure's own without one."""
+    if low is None or high is None:
+        return f"{figure:{sign}z.{decimals_for(figure, 3)}f}"
+    half = (high - low) / 2
+    decimals = decimals_for(half, 2)
+    return f"{figure:{sign}z.{decimals}f} ± {half:.{decimals}f}"
 
 
 def decimals_for(number: float, digits: int) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modeling.attention.gqa import GroupedQueryAttention
-from modeling.attention.rope import rope_frequencies, rotate
+from modeling.attention.rope import rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class LatentLayer:
     q_bias_HK: Tensor | None = None
     k_rope_bias_P: Tensor | None = None
     o_bias_D: Tensor | None = None
-
-    @property
-    def cache_elements(self) -> int:
-        """Per token: L + P."""
-        return self.kv_down_LD.shape[0] + self.k_rope_PD.shape[0]
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -241,29 +236,3 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
         **_rotation(layer.frequencies_F, K, layer.theta, state),
     }
     return options, state
-
-
-def attention_output(layer: LatentLayer, x_BTD: Tensor) -> Tensor:
-    """What a layer computes, causally, from x_BTD to x_BTD: the formula, with no module between."""
-    H, K, _ = layer.q_HKD.shape
-    shared = H // layer.v_up_GVL.shape[0]
-    q_BTHK = torch.einsum("btd,hkd->bthk", x_BTD, layer.q_HKD)
-    if layer.q_bias_HK is not None:
-        q_BTHK = q_BTHK + layer.q_bias_HK
-    k_rope_BTP = x_BTD @ layer.k_rope_PD.T
-    if layer.k_rope_bias_P is not None:
-        k_rope_BTP = k_rope_BTP + layer.k_rope_bias_P
-    T = x_BTD.shape[1]
-    angle_TC = torch.arange(T, dtype=torch.float64, device=x_BTD.device)[:, None] * layer.frequencies_C
-    tables = angle_TC.cos()[None, :, None], angle_TC.sin()[None, :, None]
-    q_rope_BTHP = torch.einsum("bthk,hpk->bthp", q_BTHK, layer.rope_up_GPK.repeat_interleave(shared, dim=0))
-    q_rope_BTHP, k_rope_BTP = rotate(q_rope_BTHP, tables), rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
-    latent_BTL = x_BTD @ layer.kv_down_LD.T
-    k_BSHK = torch.einsum("bsl,hkl->bshk", latent_BTL, layer.k_up_GKL.repeat_interleave(shared, dim=0))
-    v_BSHV = torch.einsum("bsl,hvl->bshv", latent_BTL, layer.v_up_GVL.repeat_interleave(shared, dim=0))
-    logits_BHTS = torch.einsum("bthk,bshk->bhts", q_BTHK, k_BSHK)
-    logits_BHTS = (logits_BHTS + torch.einsum("bthp,bsp->bhts", q_rope_BTHP, k_rope_BTP)) / K**0.5
-    future_TS = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
-    weights_BHTS = logits_BHTS.masked_fill(future_TS, float("-inf")).softmax(dim=-1)
-    out_BTD = torch.einsum("bhts,bshv,dhv->btd", weights_BHTS, v_BSHV, layer.o_DHV)
-    return out_BTD if layer.o_bias_D is None else out_BTD + layer.o_bias_D

@@ -49,7 +49,7 @@ def as_many_steps_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_figures_hold_the_bytes_and_rates_that_follow_from_their_sizes() -> None:
     variants = [subject("mha"), subject("mla")]
     p = plan(contexts=(16, 40))
-    results = measure(plan_cells(variants, p), p, progress=lambda cell, subjects: None)
+    results = measure(plan_cells(variants, p), p)
     assert [(f.row, f.context) for f in results.figures] == [
         (row, context) for context in (16, 40) for row in ("mha", "mla expand", "mla absorbed")
     ]
@@ -126,7 +126,7 @@ def test_every_reading_starts_at_the_context(layers: int, seen: set[int], monkey
 
     monkeypatch.setattr(Cache, "place", noted)
     p = plan(queries=(1, 5), rounds=7, prefill_tokens=0)
-    results = measure(plan_cells([mla], p), p, progress=lambda cell, subjects: None)
+    results = measure(plan_cells([mla], p), p)
     assert {(f.path, f.queries, f.call.n) for f in results.figures} == {
         (path, queries, 21) for path in ("expand", "absorbed") for queries in (1, 5)
     }
@@ -137,7 +137,7 @@ def test_every_reading_starts_at_the_context(layers: int, seen: set[int], monkey
 def test_a_cell_whose_time_is_over_has_been_read_equally_often_for_all(seconds: float, rounds: int) -> None:
     p = plan(rounds=7, prefill_tokens=0)
     (cell,) = plan_cells([subject("mha"), subject("mla"), subject("gqa")], p)
-    figures, _ = measure_cell(cell, p, seconds=seconds, progress=lambda cell, subjects: None)
+    figures, _ = measure_cell(cell, p, seconds=seconds)
     assert [(f.row, f.call.n) for f in figures] == [
         (row, rounds * p.steps) for row in ("mha", "mla expand", "mla absorbed", "gqa")
     ]

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.evaluation.evaluate import target_nats
-from harness.evaluation.probes import with_floors
-from harness.evaluation.probes.probe import FLOOR, at_floor
+from harness.evaluation.probes import FLOOR, at_floor, with_floors
 from harness.evaluation.probes.recall import (
     CUE,
     KEY_DIGITS,

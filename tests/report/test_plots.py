@@ -19,18 +19,8 @@ from harness.report.plots import draw, save_png
 from harness.report.sections import sections
 from harness.report.svg import as_svg
 from harness.study.results import load_results
-from tests.support.study_runs import Truth, write_study
+from tests.support.study_runs import LEVELS, MANY, STAIRCASE, Truth, write_study
 
-STAIRCASE = ["mha", "gqa", "mqa", "mla_plain", "mla"]
-MANY = {
-    f"rank_{i}_of_many_arms" if i % 3 else f"r{i}": Truth("mla", 1.82 + 0.002 * (7 * i % 14), 512 + 64 * (5 * i % 14))
-    for i in range(14)
-}
-LEVELS = {
-    f"{family}_{level}": Truth(family, 1.84 - 0.01 * i + 0.003 * j, level, level=f"{level:,} bytes")
-    for i, level in enumerate((512, 1024, 1536))
-    for j, family in enumerate(("gqa", "mla", "mqa"))
-}
 LONG = "a_name_of_an_arm_that_is_as_long_as_nobody_would_write_it_without_any_space"
 HOSTILE = {
     '<b>a</b>&"x"': Truth("mha", 1.8, 2048),

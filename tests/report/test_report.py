@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
 from harness.report.document import with_error
-from harness.report.findings import Findings
+from harness.report.findings import Findings, over_seeds
 from harness.report.pictures import short
 from harness.report.sections import sections
 from harness.report.tables import as_csv, as_markdown
@@ -28,18 +28,8 @@ from harness.study.noise import bootstrap
 from harness.study.results import load_results
 from harness.study.statistics import contrasts, mean_interval, trends
 from scripts import report
-from tests.support.study_runs import ARMS, SHARED_LR, TOKENS, Truth, told, write_study
+from tests.support.study_runs import ARMS, MANY, SHARED_LR, STAIRCASE, TOKENS, Truth, told, write_study
 
-STAIRCASE = ["mha", "gqa", "mqa", "mla_plain", "mla"]
-MANY = {
-    f"rank_{i}_of_many_arms" if i % 3 else f"r{i}": Truth("mla", 1.82 + 0.002 * (7 * i % 14), 512 + 64 * (5 * i % 14))
-    for i in range(14)
-}
-LEVELS = {
-    f"{family}_{level}": Truth(family, 1.84 - 0.01 * i + 0.003 * j, level, level=f"{level:,} bytes")
-    for i, level in enumerate((512, 1024, 1536))
-    for j, family in enumerate(("gqa", "mla", "mqa"))
-}
 HOSTILE = {'<b>a</b>&"x"': Truth("mha", 1.8, 2048), "m|l*a_`x`$y$ with a very long name": Truth("mla", 1.9, 640)}
 
 
@@ -610,7 +600,8 @@ def test_the_table_at_one_shared_rate_takes_runs_with_the_whole_budget_only(full
     assert shared is not None
     assert shared.lr == SHARED_LR
     at_rate = {run.arm: run.evaluation()["bits_per_byte"] for run in load_results(full).sweep if run.lr == SHARED_LR}  # type: ignore[index]
-    assert {arm: of_seed[0] for arm, of_seed in shared.values.items()} == at_rate
+    assert {arm: mean.mean for arm, mean in shared.means.items()} == at_rate
+    assert {mean.n for mean in shared.means.values()} == {1}
     assert "All arms at one learning rate, 0.005" in (full / "report.md").read_text()
     short_sweep = write_study(tmp_path / "short", sweep=True)
     assert findings_of(short_sweep).shared is None
@@ -631,12 +622,12 @@ def test_curves_are_means_over_seeds_with_bands_and_differences_within_a_seed(fu
     last = {run.arm: [] for run in load_results(full).runs}  # type: ignore[var-annotated]
     for run in load_results(full).runs:
         last[run.arm].append(run.metrics[-1]["val/loss"])
-    for arm, points in found.curves.items():
+    for arm, points in over_seeds(found.curves).items():
         assert points[-1].x == TOKENS
         assert (points[-1].mean, points[-1].low, points[-1].high) == pytest.approx(
             (np.mean(last[arm]), min(last[arm]), max(last[arm]))
         )
-    gap = found.curve_gaps["mqa"][-1]
+    gap = found.gaps(found.curves)["mqa"][-1]
     differences = np.subtract(last["mqa"], last["mha"])
     assert (gap.mean, gap.low, gap.high) == pytest.approx((differences.mean(), differences.min(), differences.max()))
 

@@ -62,7 +62,7 @@ contrasts:""",
 
 def test_a_trend_knows_the_size_of_its_arms_and_gives_them_the_seeds_of_declared_ones(tmp_path: Path) -> None:
     planned = plan(tmp_path, WIDER)
-    assert planned.seeds_of("mla_2") == [0, 1, 2] and planned.seeds_of("mha") == [0, 1]
+    assert planned.config.seeds_of("mla_2") == [0, 1, 2] and planned.config.seeds_of("mha") == [0, 1]
     write_record(planned, chosen_lr={}, specs=[], sweep=[], failures=[])
     expected = {"over": "model.d_model", "of": [("mla", "gqa"), ("mla_2", "gqa_2")], "at": [128, 256]}
     assert read_study(planned.folder)["trends"] == {"mla - gqa": expected}

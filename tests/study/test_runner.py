@@ -55,6 +55,10 @@ def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Plan
     return build_plan(config, name=name, command="", runs_dir=place.runs)
 
 
+def carried_out(command: run_study.Command) -> int:
+    return run_study.run(command, command.places)
+
+
 def run(place: Workplace, plan: Plan, specs: list) -> list:  # type: ignore[type-arg]
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
     return run_all(plan, specs, places=[ONE_THREAD, ONE_THREAD], evaluate_overrides=machine, title="runs")
@@ -141,7 +145,7 @@ def test_a_command_for_some_arms_keeps_what_another_found_for_the_others(place: 
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
 
     def command(arms: list[str], tune: str) -> dict[str, Any]:
-        assert run_study.run(run_study.Command(plan, arms, tune, run_study.StudyOptions(report=False, jobs=2), machine)) == 0
+        assert carried_out(run_study.Command(plan, arms, tune, run_study.StudyOptions(report=False, jobs=2), machine)) == 0
         record: dict[str, Any] = json.loads((plan.folder / "study.json").read_text())
         return record
 
@@ -162,7 +166,7 @@ def test_one_seed_a_command_ends_in_a_study_of_all_of_them(place: Workplace) -> 
         plan = micro_plan(place, "by_seed")
         plan.config.seeds[:] = [seed]
         options = run_study.StudyOptions(report=False, jobs=2)
-        assert run_study.run(run_study.Command(plan, ["mha", "mqa"], "none", options, machine)) == 0
+        assert carried_out(run_study.Command(plan, ["mha", "mqa"], "none", options, machine)) == 0
     results = load_results(plan.folder)
     assert {arm: sorted(seeds) for arm, seeds in results.values().items()} == {"mha": [0, 1], "mqa": [0, 1]}
     assert results.missing == 0
@@ -175,7 +179,7 @@ def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(place: Workplace, cap
         (plan.folder / spec.name / "letter.txt").write_text("not a run")
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
     with pytest.raises(UserError, match="3 runs of lost_arm failed, the others are finished"):
-        run_study.run(run_study.Command(plan, ["mha", "mqa"], "lr", run_study.StudyOptions(report=False, jobs=2), machine))
+        carried_out(run_study.Command(plan, ["mha", "mqa"], "lr", run_study.StudyOptions(report=False, jobs=2), machine))
     said = capsys.readouterr().out
     assert "mqa: no run of its sweep has finished, so it has no rate and no runs" in said
     line = next(line for line in said.splitlines() if line.startswith("{"))
@@ -193,7 +197,7 @@ def test_where_every_run_fails_the_failures_are_told_and_not_that_there_is_no_re
         (plan.folder / spec.name / "letter.txt").write_text("not a run")
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
     with pytest.raises(UserError, match=r"2 runs of all_fail failed.* exists and is no run"):
-        run_study.run(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
+        carried_out(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
 
 
 def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:

@@ -15,17 +15,13 @@ def plan(**changes: Any) -> DecodePlan:
     settings: dict[str, Any] = {
         "contexts": (16,),
         "batch_sizes": (2,),
-        "queries": (1,),
         "steps": 3,
         "rounds": 2,
-        "step": "auto",
         "device": torch.device("cpu"),
         "dtype": torch.float32,
         "cache_dtype": torch.float32,
         "budget_bytes": 2**28,
         "prefill_tokens": 64,
-        "generate": False,
-        "seed": 0,
     }
     return DecodePlan(**(settings | changes))
 

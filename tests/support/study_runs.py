@@ -51,6 +51,16 @@ ARMS = {
     "mla_plain": Truth("mla", 1.9027, 512, best_lr=0.0045, beyond=False, milliseconds=2.2),
 }
 CONTRASTS = [["mla", "gqa"], ["mla", "mqa"], ["mla", "mla_plain"]]
+STAIRCASE = ["mha", "gqa", "mqa", "mla_plain", "mla"]
+MANY = {
+    f"rank_{i}_of_many_arms" if i % 3 else f"r{i}": Truth("mla", 1.82 + 0.002 * (7 * i % 14), 512 + 64 * (5 * i % 14))
+    for i in range(14)
+}
+LEVELS = {
+    f"{family}_{level}": Truth(family, 1.84 - 0.01 * i + 0.003 * j, level, level=f"{level:,} bytes")
+    for i, level in enumerate((512, 1024, 1536))
+    for j, family in enumerate(("gqa", "mla", "mqa"))
+}
 
 
 def write_study(

@@ -1,4 +1,4 @@
-"""What an extra looks at (harness/evaluation/probes/probe.py), around any model and any tokens."""
+"""What an extra looks at (harness/evaluation/probes), around any model and any tokens."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from harness.evaluation.evaluate import target_nats
 from harness.evaluation.losses import TokenLosses
-from harness.evaluation.probes.probe import Probe, Subject
+from harness.evaluation.probes import Probe, Subject
 
 FACTORS = (4, 2)  # times the training length: the first for which budget and text are long enough
 _STRETCHES = 8  # places in the split, at most

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.evaluation.perplexity import cut_windows, evenly, gather
-from harness.evaluation.probes.probe import Probe, Subject
+from harness.evaluation.probes import Probe, Subject
 from modeling.attention import reads_back
 from modeling.attention.rope import rotate
 from modeling.gpt import GPT

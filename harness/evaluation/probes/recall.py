@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from harness.data.synthetic import CUE, KEY_DIGITS
 from harness.evaluation.perplexity import Integers, evenly
-from harness.evaluation.probes.probe import Probe, Subject, at_floor, said_of_floor
+from harness.evaluation.probes import Probe, Subject, at_floor, said_of_floor
 from modeling.gpt import GPT
 
 _PROMPTS = 64  # of a length, at most
@@ -93,9 +93,6 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-# --- passkey ---------------------------------------------------------------------------------------------------------
-
-
 def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dict[str, Any]] | None:
     """By prompt length (input tokens): accuracy of the whole key, and nats per digit with and without it stated.
 
@@ -137,29 +134,37 @@ def measure_passkey(subject: Subject, models: dict[int, GPT | None]) -> list[dic
         places_BA = np.tile(np.arange(length + 1 - KEY_DIGITS, length + 1), (count, 1))
         nats_BA, right_BA = scored(subject, model, np.stack(shown), places_BA)
         without_BA, _ = scored(subject, model, np.stack(unshown), places_BA)
-        figures.append(
-            {
-                "length": length,
-                "accuracy": float(right_BA.all(axis=1).mean()),
-                "chance": float(len(alphabet)) ** -KEY_DIGITS,
-                "digit_accuracy": float(right_BA.mean()),
-                "at_floor": at_floor(float(right_BA.mean()), 1 / len(alphabet), right_BA.size),
-                "loss": float(nats_BA.mean()),
-                "chance_loss": math.log(len(alphabet)),
-                "unshown_loss": float(without_BA.mean()),
-                "gain": float((without_BA - nats_BA).mean()),
-                "prompts": [
-                    {
-                        "depth": float(depth),
-                        "right": bool(right.all()),
-                        "loss": float(nats.mean()),
-                        "unshown_loss": float(without.mean()),
-                    }
-                    for depth, right, nats, without in zip(depths, right_BA, nats_BA, without_BA, strict=True)
-                ],
-            }
-        )
+        figures.append({"length": length} | _passkey_figures(depths, right_BA, nats_BA, without_BA, len(alphabet)))
     return figures or None
+
+
+def _passkey_figures(
+    depths: NDArray[np.float64],
+    right_BA: NDArray[np.bool_],
+    nats_BA: NDArray[np.float64],
+    without_BA: NDArray[np.float64],
+    digits: int,
+) -> dict[str, Any]:
+    """Of one length: what `measure_passkey` says. without_BA: the nats where the key was not stated."""
+    return {
+        "accuracy": float(right_BA.all(axis=1).mean()),
+        "chance": float(digits) ** -KEY_DIGITS,
+        "digit_accuracy": float(right_BA.mean()),
+        "at_floor": at_floor(float(right_BA.mean()), 1 / digits, right_BA.size),
+        "loss": float(nats_BA.mean()),
+        "chance_loss": math.log(digits),
+        "unshown_loss": float(without_BA.mean()),
+        "gain": float((without_BA - nats_BA).mean()),
+        "prompts": [
+            {
+                "depth": float(depth),
+                "right": bool(right.all()),
+                "loss": float(nats.mean()),
+                "unshown_loss": float(without.mean()),
+            }
+            for depth, right, nats, without in zip(depths, right_BA, nats_BA, without_BA, strict=True)
+        ],
+    }
 
 
 def _texts(subject: Subject, count: int, size: int) -> list[Integers] | None:
@@ -176,9 +181,6 @@ def _texts(subject: Subject, count: int, size: int) -> list[Integers] | None:
             return None
         texts.append(piece)
     return texts
-
-
-# --- copying ---------------------------------------------------------------------------------------------------------
 
 
 def measure_copying(subject: Subject, models: dict[int, GPT | None]) -> list[dict[str, Any]] | None:
@@ -223,9 +225,6 @@ def measure_copying(subject: Subject, models: dict[int, GPT | None]) -> list[dic
             }
         )
     return figures or None
-
-
-# --- the answers of a corpus of questions ----------------------------------------------------------------------------
 
 
 def measure_answers(subject: Subject) -> dict[str, Any] | None:
@@ -328,9 +327,6 @@ def _passkey_answers(text: str) -> _Found | None:
 
 
 _FINDERS = {"mqar": _mqar_answers, "passkey": _passkey_answers}
-
-
-# --- scoring ---------------------------------------------------------------------------------------------------------
 
 
 def scored(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from harness.evaluation.evaluate import target_nats
 from harness.evaluation.perplexity import cut_windows, evenly, gather
-from harness.evaluation.probes.probe import Probe, Subject, said_of_floor
+from harness.evaluation.probes import Probe, Subject, said_of_floor
 
 N_GRAM = 5  # tokens
 
