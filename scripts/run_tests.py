@@ -1,7 +1,8 @@
 """Run the tests from any folder: `python scripts/run_tests.py [pytest's arguments]`.
 
 Alone it runs everything but the tests marked slow or gpu; `-m slow` runs those. Paths are relative to the project. Files of
-tests are shared out over the processors, eight at most; `-n 0` runs all in this process.
+tests are shared out over the processors, eight at most; `-n 0` runs all in this process. `--durations=40` says in the end which
+took longest; a test that only needs a command to run takes `forks` (tests/support/forks.py), which starts none anew.
 """
 
 from __future__ import annotations

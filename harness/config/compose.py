@@ -175,7 +175,7 @@ def compose(
     return typing.cast("dict[str, Any]", container)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _composed(config_name: str, groups: tuple[str, ...]) -> Any:
     """What Hydra makes of these choices of groups, to be copied: it takes 0.1 s, and a study asks for the same ones often."""
     from hydra import compose as hydra_compose

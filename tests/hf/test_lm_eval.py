@@ -5,6 +5,8 @@ What needs the harness itself is skipped where it is absent; it stays an extra b
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -13,7 +15,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -569,6 +571,16 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_index() -> Iterator[None]:
+    """The harness's own 14,000 tasks are read once: that takes seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        if importlib.util.find_spec("lm_eval") is not None:
+            tasks = importlib.import_module("lm_eval.tasks")
+            patched.setattr(tasks, "TaskManager", functools.cache(tasks.TaskManager))
+        yield
 
 
 def command(place: Workplace, task_dir: Path, *options: str) -> int:
