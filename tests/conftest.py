@@ -39,9 +39,9 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="session")
-def killer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
+def killer(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Killer]:
     """Starts runs that are killed, see tests/support/attempts.py; each test gives its runs names of their own."""
-    killer = Killer(Workplace(tmp_path_factory.mktemp("killed")))
+    killer = Killer(Workplace(tmp_path_factory.mktemp("killed")), forks)
     yield killer
     killer.close()
 
@@ -53,3 +53,14 @@ def trackio_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("TRACKIO_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder without a key, none of W&B's variables."""
+    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
+        monkeypatch.delenv(key, raising=False)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home

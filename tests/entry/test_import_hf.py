@@ -36,6 +36,7 @@ from modeling.conversion.stages import merge
 from modeling.generation import generate
 from scripts import convert, export, import_hf
 from scripts import generate as generate_script
+from tests.support.forks import Ended, Forks
 from tests.support.hub_server import REVISION, HubServer
 from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of
 from tests.support.subjects import on_cpu
@@ -967,26 +968,29 @@ def test_no_more_than_a_few_tensors_are_ever_in_memory(zoo: Zoo, tmp_path: Path)
 
 
 @pytest.fixture
-def hub(zoo: Zoo, tmp_path: Path) -> Iterator[HubServer]:
+def hub(zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     shutil.copytree(zoo.source("qwen2"), tmp_path / "hub/models/someone/small")
     (tmp_path / "hub/models/someone/small/pytorch_model.bin").write_bytes(b"never fetched")
+    for key in [key for key in os.environ if key.startswith("HF_") or "proxy" in key.lower()]:
+        monkeypatch.delenv(key)
     with HubServer(tmp_path / "hub") as hub:
         yield hub
 
 
-def from_hub(zoo: Zoo, hub: HubServer, name: str, to: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def from_hub(forks: Forks, zoo: Zoo, hub: HubServer, name: str, to: Path, **environment: str) -> Ended:
     """In a process of its own: the hub's library reads its environment once."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
-    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.root / "home"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "scripts" / "import_hf.py"), f"source={name}", f"to={to}", "score=false"]
-    return subprocess.run([*command, *zoo.options()], env=clean | ours | environment, capture_output=True, text=True)
+    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.root / "home")} | environment
+    options = zoo.options(f"source={name}", f"to={to}", "score=false")
+    return forks.run("scripts/import_hf.py", *options, environment=ours)
 
 
-def test_a_model_comes_from_the_hub_through_faults_and_again_offline(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+def test_a_model_comes_from_the_hub_through_faults_and_again_offline(
+    forks: Forks, zoo: Zoo, hub: HubServer, tmp_path: Path
+) -> None:
     hub.cut, hub.unavailable = 1, 1
-    first = from_hub(zoo, hub, "someone/small", tmp_path / "run")
-    assert first.returncode == 0, first.stderr
-    assert f"someone/small at {REVISION}: Qwen2ForCausalLM" in first.stdout
+    first = from_hub(forks, zoo, hub, "someone/small", tmp_path / "run")
+    assert first.status == 0, first.errors
+    assert f"someone/small at {REVISION}: Qwen2ForCausalLM" in first.output
     assert difference(loaded(tmp_path / "run"), zoo.model("qwen2")) < 1e-5
     origin = json.loads((tmp_path / "run" / "origin.json").read_text())
     assert (origin["source"], origin["revision"]) == ("someone/small", REVISION)
@@ -994,22 +998,22 @@ def test_a_model_comes_from_the_hub_through_faults_and_again_offline(zoo: Zoo, h
     hub.silent = True
     hub.requests.clear()
     named = f"someone/small@{REVISION}"
-    again = from_hub(zoo, hub, named, tmp_path / "again", HF_HUB_OFFLINE="1")
-    assert again.returncode == 0 and not hub.requests, again.stderr
+    again = from_hub(forks, zoo, hub, named, tmp_path / "again", HF_HUB_OFFLINE="1")
+    assert again.status == 0 and not hub.requests, again.errors
     first_weights, weights = weights_of(tmp_path / "run"), weights_of(tmp_path / "again")
     assert all(torch.equal(first_weights[key], weights[key]) for key in first_weights)
 
 
-def test_wrong_bytes_of_the_right_length_are_not_believed(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+def test_wrong_bytes_of_the_right_length_are_not_believed(forks: Forks, zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
     hub.corrupt = True
-    result = from_hub(zoo, hub, "someone/small", tmp_path / "run")
-    assert result.returncode == 2 and "is not what the hub states of config.json: delete it" in result.stderr
+    result = from_hub(forks, zoo, hub, "someone/small", tmp_path / "run")
+    assert result.status == 2 and "is not what the hub states of config.json: delete it" in result.errors
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_hub_does_not_have_is_said_in_one_sentence(zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
-    result = from_hub(zoo, hub, "someone/else", tmp_path / "run")
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and "does not have the model" in result.stderr
-    offline = from_hub(zoo, hub, "someone/small", tmp_path / "run", HF_HUB_OFFLINE="1")
-    assert offline.returncode == 2 and "name a folder of this machine that holds the model" in offline.stderr
-    assert len(result.stderr.splitlines()) == len(offline.stderr.splitlines()) == 1
+def test_what_the_hub_does_not_have_is_said_in_one_sentence(forks: Forks, zoo: Zoo, hub: HubServer, tmp_path: Path) -> None:
+    result = from_hub(forks, zoo, hub, "someone/else", tmp_path / "run")
+    assert result.status == 2 and result.errors.startswith("error: ") and "does not have the model" in result.errors
+    offline = from_hub(forks, zoo, hub, "someone/small", tmp_path / "run", HF_HUB_OFFLINE="1")
+    assert offline.status == 2 and "name a folder of this machine that holds the model" in offline.errors
+    assert len(result.errors.splitlines()) == len(offline.errors.splitlines()) == 1

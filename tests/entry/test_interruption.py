@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shlex
@@ -19,6 +18,7 @@ import pytest
 from harness.config.places import ROOT
 from harness.entry.cli import pasteable, run_child
 from tests.support.attempts import Killer, assert_equal_runs
+from tests.support.forks import Forks, Started
 from tests.support.micro import Workplace, contents, json_lines, metrics_of
 from tests.support.wandb_server import WandbServer
 
@@ -113,50 +113,24 @@ def test_interrupted_after_its_first_step_a_command_that_overwrites_goes_on_with
 # --- as a command ----------------------------------------------------------------------------------------------------
 
 
-RUNNING: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def as_from_a_terminal() -> Iterator[None]:
-    """Signals mean what they do there, though under nohup SIGHUP is ignored and what is started inherits that.
-
-    A run goes on when nobody reads it any more, so a test that fails ends what it has started.
-    """
+    """SIGHUP means what it does there, though under nohup it is ignored and what is started inherits that."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
-    while RUNNING:
-        process = RUNNING.pop()
-        if process.poll() is None:
-            for each in [*descendants(process.pid), process.pid]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(each, signal.SIGKILL)
-            process.communicate(timeout=60)
 
 
-def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they did: runs of a sweep have groups of their own."""
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
-    return [found for child in map(int, listed) for found in (child, *descendants(child))]
+def started(place: Workplace, forks: Forks, *arguments: str, **environment: str) -> Started:
+    """train_model.py beside the test; what it prints and says is in two files of the place."""
+    streams = [os.devnull, place.folder / "output.txt", place.folder / "errors.txt"]
+    for file in streams[1:]:
+        Path(file).touch()
+    return forks.start("train_model.py", *arguments, streams=streams, folder=place.folder, environment=environment)
 
 
-def in_a_group(command: list[str], place: Workplace, **environment: str) -> subprocess.Popen[str]:
-    """A process group of its own, as a terminal gives it."""
-    process = subprocess.Popen(
-        command,
-        cwd=place.folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,
-    )
-    RUNNING.append(process)
-    return process
-
-
-def started(place: Workplace, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return in_a_group([sys.executable, str(ROOT / "train_model.py"), *arguments], place, **environment)
+def said_by(place: Workplace) -> tuple[str, str]:
+    return (place.folder / "output.txt").read_text(), (place.folder / "errors.txt").read_text()
 
 
 def last_step(run: Path) -> int:
@@ -166,48 +140,58 @@ def last_step(run: Path) -> int:
     return json.loads(whole[-1])["step"] if whole else -1
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Any, process: Started | subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
 
 
-def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(tmp_path: Path) -> None:
+def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(tmp_path: Path, forks: Forks) -> None:
     place = Workplace(tmp_path / 'it\'s a "folder" réel')
     options = ["budget.steps=100000", "intervals.log=1", "intervals.evaluate=50", "intervals.checkpoint=50"]
-    process = started(place, *place.overrides("name=run", *options))
+    process = started(place, forks, *place.overrides("name=run", *options))
     run = place.runs / "run"
     wait_for(lambda: newest(run) != "none", process)
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    process.send_signal(TERM)
+    assert process.wait(60) == 143, said_by(place)
+    out, _ = said_by(place)
     said = json.loads(out.splitlines()[-1])
     assert newest(run) == f"step-{said['step']:08}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    again = in_a_group(["sh", "-c", f"exec {continuation(out)}"], place, PATH=path)
-    wait_for(lambda: last_step(run) > said["step"] + 5, again)
-    again.send_signal(signal.SIGINT)
-    out, err = again.communicate(timeout=60)
+    again = subprocess.Popen(
+        ["sh", "-c", f"exec {continuation(out)}"],
+        cwd=place.folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PATH": path},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
+    )
+    try:
+        wait_for(lambda: last_step(run) > said["step"] + 5, again)
+        again.send_signal(signal.SIGINT)
+        out, err = again.communicate(timeout=60)
+    finally:
+        again.kill()  # a run goes on when nobody reads it any more
     assert again.returncode == 130, err
     assert "Traceback" not in err and f"from step {said['step'] + 1}" in out
     steps = [line["step"] for line in metrics_of(run) if "train/loss" in line]
     assert steps == list(range(1, json.loads(out.splitlines()[-1])["step"] + 1))
 
 
-def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_path: Path) -> None:
+def test_ctrl_c_which_reaches_the_process_of_wandb_too_loses_no_row_there(tmp_path: Path, forks: Forks) -> None:
     place = Workplace(tmp_path)
     with WandbServer() as server:
-        online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0123456789" * 4, "HOME": str(tmp_path)}
-        process = started(
-            place, *place.overrides("name=run", "budget.steps=100000", "intervals.log=1", "tracking=wandb"), **online
-        )
+        online = server.environment | {"HOME": str(tmp_path)}
+        options = ["name=run", "budget.steps=100000", "intervals.log=1", "tracking=wandb"]
+        process = started(place, forks, *place.overrides(*options), **online)
         run = place.runs / "run"
         wait_for(lambda: last_step(run) > 10, process)
         os.killpg(process.pid, signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130, err
+        assert process.wait(60) == 130, said_by(place)
         recorded = server.only_run()
+    out, _ = said_by(place)
     steps = list(range(json.loads(out.splitlines()[-1])["step"] + 1))
     assert [row["step"] for row in recorded.history] == steps
     assert recorded.exit_code == 1
@@ -222,19 +206,20 @@ time.sleep(60)
 """
 
 
+@pytest.mark.usefixtures("as_from_a_terminal")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_sweep_passes_each_signal_on_and_waits_for_its_run(number: signal.Signals) -> None:
     assert run_child([sys.executable, "-c", RUN.format(number=int(number))]) == (7, number)
 
 
-def test_a_sweep_that_is_asked_to_stop_starts_no_other_run_and_says_how_it_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_that_is_asked_to_stop_starts_no_other_run_and_says_how_it_goes_on(tmp_path: Path, forks: Forks) -> None:
     place = Workplace(tmp_path)
     options = ["budget.steps=100000", "intervals.log=1", "dataset.max_tokens=5000"]
-    process = started(place, "-m", *place.overrides("attention=mha,mla", *options))
+    process = started(place, forks, "-m", *place.overrides("attention=mha,mla", *options))
     wait_for(lambda: any(last_step(file.parent) > 3 for file in place.runs.glob("*/metrics.jsonl")), process)
-    process.terminate()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143, err
+    process.send_signal(TERM)
+    assert process.wait(60) == 143, said_by(place)
+    out, err = said_by(place)
     (run,) = place.runs.glob("*/config.yaml")
     assert json_lines(out)[-1]["step"] == int(newest(run.parent).removeprefix("step-"))
     assert "Traceback" not in err

@@ -33,7 +33,7 @@ from harness.training.checkpoint import checkpoint_state, find_damage, latest_ch
 from harness.training.nonfinite import Guard, NonFiniteError
 from modeling.attention import EXECUTION
 from scripts import generate
-from tests.support.micro import STEPS, Workplace, contents, metrics_of, summary_of, without_clocks
+from tests.support.micro import STEPS, Workplace, contents, metrics_of, rows_of_steps, summary_of, without_clocks
 from tests.support.wandb_server import WandbServer
 
 OFTEN = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2", "model.dropout=0.1"]
@@ -535,19 +535,11 @@ def test_a_finished_run_does_not_grow(place: Workplace) -> None:
 # --- W&B -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def no_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for key in [key for key in os.environ if key.startswith("WANDB_")]:
-        monkeypatch.delenv(key)
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
 def test_online_an_interrupted_run_goes_on_in_its_own_wandb_run(
-    place: Workplace, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
+    place: Workplace, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+        server.serves(monkeypatch)
         options = [*OFTEN, "tracking=wandb"]
         run = interrupted_at(place, "run", 3, *options, monkeypatch=monkeypatch)
         recorded = server.only_run()
@@ -556,14 +548,11 @@ def test_online_an_interrupted_run_goes_on_in_its_own_wandb_run(
         recorded = server.only_run()
     assert recorded.run_id == summary_of(run)["wandb_id"]
     assert recorded.exit_code == 0 and [row["step"] for row in recorded.history] == list(range(STEPS + 1))
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in metrics_of(run):
-        by_step.setdefault(line["step"], {}).update(line)
-    assert recorded.history == list(by_step.values())
+    assert recorded.history == rows_of_steps(run)
 
 
 def test_offline_the_parts_of_an_interrupted_run_are_parts_of_one_wandb_run(
-    place: Workplace, no_wandb_key: None, monkeypatch: pytest.MonkeyPatch
+    place: Workplace, own_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*OFTEN, "tracking=wandb"]
     run = interrupted_at(place, "run", 3, *options, monkeypatch=monkeypatch)

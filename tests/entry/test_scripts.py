@@ -23,6 +23,7 @@ from modeling.attention import MECHANISMS, gqa
 from modeling.attention.contract import CHECKS
 from modeling.attention.mla import MultiheadLatentAttention
 from scripts import check_attention, compare_runs, generate, prepare_data
+from tests.support.forks import Forks
 from tests.support.micro import SIZE, Workplace, contents, records, summary_of
 
 
@@ -40,6 +41,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 CAPABILITIES = "-dac_override,-dac_read_search"  # by which permissions do not hold back the superuser
 
 
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts commands as somebody whom permissions hold back."""
+    without = [] if os.geteuid() else ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"]
+    if without and (not shutil.which(without[0]) or subprocess.run([*without, "true"], capture_output=True).returncode):
+        pytest.skip("needs setpriv, or a user whom permissions hold back")
+    forks = Forks(tmp_path_factory.mktemp("held"), held=without)
+    yield forks
+    forks.close()
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -53,25 +65,16 @@ CAPABILITIES = "-dac_override,-dac_read_search"  # by which permissions do not h
         "scripts/import_hf.py source=closed/model to=runs/new",
     ],
 )
-def test_a_folder_that_may_not_be_entered_is_one_sentence(shared: Workplace, line: str) -> None:
+def test_a_folder_that_may_not_be_entered_is_one_sentence(shared: Workplace, held: Forks, line: str) -> None:
     if "show_runs" in line:
         pytest.importorskip("trackio")
     closed = shared.folder / "closed"
     closed.mkdir(exist_ok=True, mode=0)
-    held = [] if os.geteuid() else ["setpriv", f"--bounding-set={CAPABILITIES}", f"--inh-caps={CAPABILITIES}"]
-    if held and (not shutil.which(held[0]) or subprocess.run([*held, "true"], capture_output=True).returncode):
-        pytest.skip("needs setpriv, or a user whom permissions hold back")
     name, *options = line.split()
-    done = subprocess.run(
-        [*held, sys.executable, str(ROOT / name), *options],
-        cwd=shared.folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 2, done.stderr
-    said = done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and said.startswith("error: ") and "Permission denied" in said
+    done = held.run(name, *options, folder=shared.folder)
+    assert done.status == 2, done.errors
+    said = done.errors.splitlines()[-1]
+    assert "Traceback" not in done.errors and said.startswith("error: ") and "Permission denied" in said
     assert "closed" in said
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import torch
 
 from harness.config.build import build_layer
 from harness.config.compose import load_train_config
-from harness.config.places import ROOT
 from harness.config.run_config import save_run_config
 from harness.decode.kv_calculator import FORMATS, CacheDescription, LayerCache, report, table
 from harness.errors import UserError
@@ -23,6 +20,7 @@ from harness.hf import cache
 from harness.hf.cache import describe_apart, describe_config
 from harness.hf.config_json import BY_FORMULA, OWN_TYPE
 from scripts import kv_calculator
+from tests.support.forks import Forks
 from tests.support.hf_table import MODEL_TYPES, WRAPPERS, by_table
 from tests.support.variants import SHIPPED
 
@@ -1444,25 +1442,18 @@ def test_the_table_and_the_json_object_agree(tmp_path: Path, capsys: pytest.Capt
     assert "56.9 times smaller than MHA of this shape" in text
 
 
-def test_help_explains_every_option_and_names_the_types_without_a_class(tmp_path: Path) -> None:
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/kv_calculator.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (shown.returncode, shown.stderr) == (0, "")
-    assert "python scripts/kv_calculator.py" in shown.stdout
-    for option in kv_calculator.OPTIONS:
-        assert f"\n{option}=" in shown.stdout
-    assert set(BY_FORMULA) <= set(shown.stdout.partition("By\nformula")[2].replace(".", " ").split())
-    assert all(name in shown.stdout for name in FORMATS if name not in ("float32", "float16"))
+def test_help_names_the_formats_and_the_types_without_a_class(forks: Forks) -> None:
+    """The options: tests/entry/test_help.py."""
+    shown = forks.run("scripts/kv_calculator.py", "--help").output
+    assert set(BY_FORMULA) <= set(shown.partition("By\nformula")[2].replace(".", " ").split())
+    assert all(name in shown for name in FORMATS if name not in ("float32", "float16"))
 
 
-def test_a_mistake_found_apart_is_one_sentence_and_status_2(tmp_path: Path) -> None:
+def test_a_mistake_found_apart_is_one_sentence_and_status_2(tmp_path: Path, forks: Forks) -> None:
     path = as_file(tmp_path, {"model_type": "qwen33"})
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "scripts/kv_calculator.py"), "--config", str(path)], capture_output=True, text=True
-    )
-    assert shown.returncode == 2 and shown.stdout == ""
-    assert shown.stderr.startswith("error: model_type=qwen33 is unknown here") and shown.stderr.count("\n") == 1
+    status, said, errors = forks.run("scripts/kv_calculator.py", "--config", str(path))
+    assert (status, said) == ([2], "")
+    assert errors.startswith("error: model_type=qwen33 is unknown here") and errors.count("\n") == 1
 
 
 REFUSED: dict[str, tuple[object, str]] = {

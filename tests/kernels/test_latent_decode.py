@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.quantisation import quantise
 from modeling.kernels.latent_decode import KERNELS, OTHERS, check_kernel, check_widths, latent_decode, select_kernel
+from tests.support.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -461,16 +462,6 @@ def test_a_longer_cache_of_the_same_batch_never_takes_fewer_splits() -> None:
 # --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
-def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "benchmarks/latent_decode.py", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""},
-    )
-
-
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
@@ -480,15 +471,21 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("tile=16,32", "five numbers"),
     ],
 )
-def test_the_benchmark_says_in_one_sentence_why_it_cannot_run(argument: str, sentence: str) -> None:
-    done = benchmark(argument)
-    assert done.returncode == 2 and sentence in done.stderr and done.stderr.count("\n") == 1
+def test_the_benchmark_says_in_one_sentence_why_it_cannot_run(argument: str, sentence: str, forks: Forks) -> None:
+    done = forks.run("benchmarks/latent_decode.py", argument, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.status == 2 and sentence in done.errors and done.errors.count("\n") == 1
 
 
 @needs_triton
 @pytest.mark.slow
 def test_every_tile_compiles_for_hopper_without_spilling_and_as_many_fit_as_the_table_says() -> None:
-    done = benchmark("--offline")
+    done = subprocess.run(
+        [sys.executable, "benchmarks/latent_decode.py", "--offline"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()[1:]
     assert header.split()[-9:-4] == ["spilt", "B", "KiB", "resident", "table"], "columns moved"

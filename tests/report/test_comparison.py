@@ -8,8 +8,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from harness.report.compare import scatter
 from harness.report.comparison import CONDITIONS, Comparison, as_csv, as_markdown, as_text, compare
 from harness.report.plots import PNG_WIDTH, draw, save_png
 from scripts import compare_runs
+from tests.support.forks import Forks
 from tests.support.micro import records
 from tests.support.wandb_server import WandbServer
 
@@ -700,29 +699,19 @@ def test_the_picture_is_a_whole_png_in_place(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["comparison.png"]
 
 
-def test_table_and_picture_reach_wandb(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("own_home")
+def test_table_and_picture_reach_wandb(tmp_path: Path, forks: Forks) -> None:
     for attention in ("mha", "mla"):
         make_run(tmp_path / "runs", attention)
     out = tmp_path / "out"
     with WandbServer() as server:
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")} | {
-            "WANDB_BASE_URL": server.url,
-            "WANDB_API_KEY": "0123456789" * 4,
-            "HOME": str(tmp_path),
-        }
-        process = subprocess.run(
-            [sys.executable, "scripts/compare_runs.py", f"runs_dir={tmp_path / 'runs'}", f"out={out}"],
-            cwd=PROJECT_ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert process.returncode == 0, process.stderr
+        command = ["scripts/compare_runs.py", f"runs_dir={tmp_path / 'runs'}", f"out={out}"]
+        done = forks.run(*command, environment=server.environment)
+        assert done.status == 0, done.errors
         run = server.only_run()
-    (record,) = records(process.stdout)
+    (record,) = records(done.output)
     assert [setup["attention"] for setup in record["tables"][0]["setups"]] == ["mha", "mla"]
-    assert sorted(path.name for path in out.iterdir() if str(path) in process.stdout) == [
+    assert sorted(path.name for path in out.iterdir() if str(path) in done.output) == [
         "comparison.csv",
         "comparison.json",
         "comparison.md",

@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -748,15 +746,3 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None
     (folder / "report.json").mkdir()
     with pytest.raises(UserError, match=r"the report in .* cannot be written"):
         write_report(load_results(folder), folder)
-
-
-def test_the_command_explains_itself_from_anywhere(tmp_path: Path) -> None:
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "report.py"), "--help"],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert shown.returncode == 0
-    assert "python scripts/report.py study=NAME" in shown.stdout

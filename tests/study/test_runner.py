@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
 from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
 from scripts import run_study
+from tests.support.forks import Forks
 from tests.support.micro import Workplace, summary_of
 from tests.support.small_study import forked_runs
 
@@ -224,62 +224,40 @@ def test_places_are_one_a_gpu_or_several_and_on_a_cpu_share_the_cores() -> None:
     assert slots([], jobs=2, cores=8) == [Slot({"OMP_NUM_THREADS": "4"})] * 2
 
 
-def command(place: Workplace, *more: str) -> list[str]:
-    """A study of three micro runs through the real command."""
+# A study whose runs are forked, see tests/support/small_study.py.
+FORKED = """
+import sys
+from harness.config.places import CONFIGS
+from tests.support.small_study import main
+sys.exit(main([str(CONFIGS), *sys.argv[1:]]))
+"""
+
+
+def ended_in_its_second_run(forks: Forks, place: Workplace, number: signal.Signals) -> tuple[int, str]:
+    """The status of the command of a study of three runs that got this signal, and what it said; no run has outlived it."""
+    script = place.folder / "forked.py"
+    script.write_text(FORKED)
     machine = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
-    return [
-        sys.executable,
-        str(ROOT / "scripts" / "run_study.py"),
-        "study=demo",
-        "arms=mha,mqa,mla",
-        "tune=none",
-        "seeds=0",
-        "report=false",
-        "name=killed",
-        f"runs_dir={place.runs}",
-        *machine,
-        "budget.tokens=8192",
-        "intervals.checkpoint=4",
-        *more,
-    ]
-
-
-def workers(study: Path) -> list[int]:
-    """Process ids of the runs of a study that are alive."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = entry.read_bytes().decode(errors="replace")
-            if "study_run.py" in line and str(study) in line:
-                found.append(int(entry.parent.name))
-    return found
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Iterator[Path]:
-    """The folder of a study, none of whose runs outlives the test."""
-    folder = tmp_path / "runs" / "killed"
-    yield folder
-    for process in workers(folder):
-        os.kill(process, signal.SIGKILL)
-
-
-def ended_in_its_second_run(place: Workplace, study: Path, number: signal.Signals) -> tuple[int, str]:
-    """The status of a study's command that got this signal, and what it said; none of its runs has outlived it."""
+    runs = ["arms=mha,mqa,mla", "tune=none", "seeds=0", "budget.tokens=32768", "intervals.checkpoint=16"]
+    where = ["report=false", "name=killed", f"runs_dir={place.runs}"]
     said = place.folder / "said.txt"
-    with said.open("w") as output:
-        process = subprocess.Popen(command(place), env=os.environ, stdout=output, stderr=subprocess.DEVNULL)
+    said.touch()
+    process = forks.start(script, "study=demo", *runs, *where, *machine, streams=[os.devnull, said, os.devnull])
     deadline = time.monotonic() + 200
-    while len(list(study.glob("*/metrics.jsonl"))) < 2:
+    while len(list(place.runs.glob("killed/*/metrics.jsonl"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
-    assert workers(study)
+    (run,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     process.send_signal(number)
     status = process.wait(60)
     deadline = time.monotonic() + 30
-    while workers(study):
-        assert time.monotonic() < deadline, "a run outlived its study"
-        time.sleep(0.05)
+    with contextlib.suppress(OSError):
+        while Path(f"/proc/{run}/cmdline").read_bytes():  # nothing: it has ended
+            if time.monotonic() > deadline:
+                os.kill(run, signal.SIGKILL)
+                pytest.fail("a run outlived its study")
+            time.sleep(0.05)
+    assert len(list(place.runs.glob("killed/*/summary.json"))) == 1, "nor has it gone on to its end"
     return status, said.read_text()
 
 
@@ -287,15 +265,16 @@ needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for pr
 
 
 @needs_proc
-def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path, study: Path) -> None:
+def test_no_run_outlives_a_study_that_is_killed(tmp_path: Path, forks: Forks) -> None:
     """That it goes on from there: tests/study/test_kills.py."""
-    assert ended_in_its_second_run(Workplace(tmp_path), study, signal.SIGKILL)[0] == -9
+    assert ended_in_its_second_run(forks, Workplace(tmp_path), signal.SIGKILL)[0] == -9
 
 
 @needs_proc
-def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs(tmp_path: Path, study: Path) -> None:
-    status, said = ended_in_its_second_run(Workplace(tmp_path), study, signal.SIGTERM)
+def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs(tmp_path: Path, forks: Forks) -> None:
+    status, said = ended_in_its_second_run(forks, Workplace(tmp_path), signal.SIGTERM)
     assert status == 143
+    study = tmp_path / "runs" / "killed"
     done = {path: path.stat().st_mtime_ns for path in study.glob("*/summary.json")}
     assert len(done) == 1
     assert len(re.findall(r"^started \S+; its log: ", said, flags=re.M)) == 2

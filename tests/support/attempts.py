@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from harness.config.places import ROOT
 from harness.training.checkpoint import best_checkpoint, find_damage
+from tests.support.forks import Forks
 from tests.support.micro import Workplace, metrics_of, summary_of, without_clocks
 
 STEPS = 10
@@ -30,17 +28,14 @@ LONG = [
 class Killer:
     """A process that starts a run as often as it is told to, and `whole`, a run that nobody interrupts."""
 
-    def __init__(self, place: Workplace) -> None:
+    def __init__(self, place: Workplace, forks: Forks) -> None:
         self.place = place
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "support" / "killed.py")],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        commands, answers, errors = (place.folder / name for name in ("commands", "answers", "errors.txt"))
+        os.mkfifo(commands)
+        os.mkfifo(answers)
+        errors.touch()
+        self.process = forks.start("tests/support/killed.py", streams=[commands, answers, errors])
+        self.commands, self.answers = commands.open("w"), answers.open()
         assert self.attempt("first")["status"] == 0
         whole = self.attempt("whole")
         self.whole = place.runs / "whole"
@@ -60,14 +55,15 @@ class Killer:
 
     def start(self, program: str, overrides: list[str], **how: Any) -> dict[str, Any]:
         """One start of any program."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"program": program, "overrides": overrides} | how) + "\n")
-        self.process.stdin.flush()
-        answer: dict[str, Any] = json.loads(self.process.stdout.readline())
+        self.commands.write(json.dumps({"program": program, "overrides": overrides} | how) + "\n")
+        self.commands.flush()
+        answer: dict[str, Any] = json.loads(self.answers.readline())
         return answer
 
     def close(self) -> None:
-        self.process.communicate()
+        self.commands.close()
+        self.process.wait(60)
+        self.answers.close()
 
 
 def weights(run: Path, step: int = STEPS) -> bytes:

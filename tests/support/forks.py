@@ -1,8 +1,8 @@
 """Commands as processes that need not import torch first: python tests/support/forks.py MODULES, requests on standard input.
 
 This process imports once what commands import, three seconds of work, and forks a child for each of them. What a command is
-to other processes (arguments, environment, folder, streams, status) is as ever; whatever is about the start of Python itself
-needs a process of its own.
+to other processes (arguments, environment, folder, streams, signals, status) is as ever; whatever is about the start of Python
+itself needs a process of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ IMPORTED = (
 )
 
 
+STARTED = set[int]()  # of those that run beside a test: what a test that has failed leaves is ended
 PATIENCE_SECONDS = 2.0  # with processes that leave by themselves after another one has ended badly
 
 
@@ -53,17 +54,44 @@ class Ended(NamedTuple):
         return status
 
 
+class Started:
+    """A command of one process that runs beside the test: what is used of subprocess.Popen."""
+
+    def __init__(self, forks: Forks, pid: int) -> None:
+        self._forks, self.pid = forks, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._forks.ask("ended", pid=self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Its status. Raises TimeoutExpired."""
+        until = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
 class Forks:
     """The process that forks, with the code of a project; `streams` is the folder for what commands write to theirs.
 
-    imported: more that these commands import, by the names of modules.
+    imported: more that these commands import, by the names of modules. held: a command that starts this process, and so holds
+    it and all commands.
     """
 
-    def __init__(self, streams: Path, project: Path = ROOT, *, imported: Sequence[str] = ()) -> None:
+    def __init__(self, streams: Path, project: Path = ROOT, *, imported: Sequence[str] = (), held: Sequence[str] = ()) -> None:
         self.project = project
         self._files = [streams / name for name in ("output", "errors")]
         self._server = subprocess.Popen(
-            [sys.executable, str(project / "tests" / "support" / "forks.py"), *imported],
+            [*held, sys.executable, str(project / "tests" / "support" / "forks.py"), *imported],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -79,21 +107,54 @@ class Forks:
         environment: Mapping[str, str] | None = None,
     ) -> Ended:
         """A script by one process in this folder and this environment beside os.environ, or by several as under torchrun."""
-        assert self._server.stdin is not None and self._server.stdout is not None
         for file in self._files:
             file.write_text("")
-        request = {
+        streams = [os.devnull, *map(str, self._files)]
+        given = self._request(script, arguments, folder, environment, streams)
+        statuses: list[int] = self.ask("together", processes=processes, **given)
+        return Ended(statuses, *(file.read_text() for file in self._files))
+
+    def start(
+        self,
+        script: str | Path,
+        *arguments: str,
+        streams: Sequence[str | Path | None],
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        session: bool = False,
+        ignoring: Sequence[int] = (),
+    ) -> Started:
+        """A script that runs beside the test, in a process group of its own, as a terminal gives it.
+
+        streams: what it reads, prints and says in errors: files, terminals, pipes with a name; None for a closed one. session:
+        it is alone with its terminal, if it has one. ignoring: signals that whoever starts it has told it to ignore.
+        """
+        named = [None if stream is None else str(stream) for stream in streams]
+        given = self._request(script, arguments, folder, environment, named)
+        return Started(self, self.ask("start", session=session, ignoring=list(map(int, ignoring)), **given))
+
+    def _request(
+        self,
+        script: str | Path,
+        arguments: Sequence[str],
+        folder: Path | None,
+        environment: Mapping[str, str] | None,
+        streams: Sequence[str | None],
+    ) -> dict[str, Any]:
+        return {
             "script": str(self.project / script),
             "arguments": arguments,
             "folder": str(folder or self.project),
             "environment": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-            "processes": processes,
-            "streams": list(map(str, self._files)),
+            "streams": streams,
         }
-        self._server.stdin.write(json.dumps(request) + "\n")
+
+    def ask(self, what: str, **request: Any) -> Any:
+        """What one of the functions below answers."""
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._server.stdin.write(json.dumps({"what": what} | request) + "\n")
         self._server.stdin.flush()
-        statuses: list[int] = json.loads(self._server.stdout.readline())
-        return Ended(statuses, *(file.read_text() for file in self._files))
+        return json.loads(self._server.stdout.readline())
 
     def close(self) -> None:
         self._server.communicate()
@@ -124,19 +185,42 @@ def together(request: dict[str, Any]) -> list[int]:
         store = importlib.import_module("torch.distributed").TCPStore("localhost", port, is_master=True, wait_for_workers=False)
     ended_badly: float | None = None
     while len(statuses) < processes:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child:
-            statuses[child] = os.waitstatus_to_exitcode(status)
-            if statuses[child] and ended_badly is None:
-                ended_badly = time.monotonic()
-        elif ended_badly is not None and time.monotonic() - ended_badly > PATIENCE_SECONDS:
+        for child in set(children) - set(statuses):
+            if (status := ended({"pid": child})) is not None:
+                statuses[child] = status
+                if status and ended_badly is None:
+                    ended_badly = time.monotonic()
+        if ended_badly is not None and time.monotonic() - ended_badly > PATIENCE_SECONDS:
             for other in set(children) - set(statuses):
                 os.kill(other, signal.SIGTERM)
             ended_badly = math.inf
-        else:
-            time.sleep(0.02)
+        time.sleep(0.02)
     del store
     return [statuses[child] for child in children]
+
+
+def start(request: dict[str, Any]) -> int:
+    """The number of a process that runs the script."""
+    child = os.fork()
+    if not child:
+        os.setsid() if request["session"] else os.setpgid(0, 0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        for number in request["ignoring"]:
+            signal.signal(number, signal.SIG_IGN)
+        os._exit(run(request, {}))
+    if not request["session"]:
+        os.setpgid(child, child)  # whoever is first: the group is there when this returns
+    STARTED.add(child)
+    return child
+
+
+def ended(request: dict[str, Any]) -> int | None:
+    """The status of a started process; None while it runs."""
+    child, status = os.waitpid(request["pid"], os.WNOHANG)
+    STARTED.discard(child)
+    return os.waitstatus_to_exitcode(status) if child else None
 
 
 def run(request: dict[str, Any], meeting: dict[str, str]) -> int:
@@ -144,9 +228,19 @@ def run(request: dict[str, Any], meeting: dict[str, str]) -> int:
     os.environ.clear()
     os.environ.update(request["environment"] | meeting)
     os.chdir(request["folder"])
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for file, descriptor in zip(request["streams"], (1, 2), strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    opened = dict[tuple[str, int], int]()  # once each: who opens a pipe a second time waits for another reader
+    for descriptor, (name, file) in enumerate(zip(("stdin", "stdout", "stderr"), request["streams"], strict=True)):
+        if file is not None:
+            how = file, os.O_WRONLY | os.O_APPEND if descriptor else os.O_RDONLY
+            if how not in opened:
+                opened[how] = os.open(*how)
+            os.dup2(opened[how], descriptor)
+        else:  # as Python begins with a closed one
+            setattr(sys, name, None)
+            setattr(sys, f"__{name}__", None)
+    closed = [descriptor for descriptor, file in enumerate(request["streams"]) if file is None]
+    for descriptor in (*opened.values(), *closed):
+        os.close(descriptor)
     sys.argv = [request["script"], *request["arguments"]]
     try:
         runpy.run_path(request["script"], run_name="__main__")
@@ -157,8 +251,8 @@ def run(request: dict[str, Any], meeting: dict[str, str]) -> int:
         traceback.print_exc()
         return 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
 
 
 def main() -> None:
@@ -166,7 +260,10 @@ def main() -> None:
     for module in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(module)
     for line in sys.stdin:
-        print(json.dumps(together(json.loads(line))), flush=True)
+        request = json.loads(line)
+        print(json.dumps({"together": together, "start": start, "ended": ended}[request["what"]](request)), flush=True)
+    for child in STARTED:
+        os.killpg(child, signal.SIGKILL)
 
 
 if __name__ == "__main__":

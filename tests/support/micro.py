@@ -99,6 +99,14 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def rows_of_steps(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl as W&B has it: one row a step."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in metrics_of(run):
+        rows.setdefault(row["step"], {}).update(row)
+    return list(rows.values())
+
+
 def without_clocks(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in CLOCKS}
 

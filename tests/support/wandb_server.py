@@ -16,7 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
 
+import pytest
+
 ENTITY = "tester"
+KEY = "0123456789" * 4
 
 
 @dataclass
@@ -67,6 +70,7 @@ class WandbServer:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05})
         self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self.environment = {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY}  # of a client that is to find it
 
     def __enter__(self) -> WandbServer:
         self._thread.start()
@@ -74,6 +78,11 @@ class WandbServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def serves(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Clients of this process, and of those that it starts."""
+        for name, value in self.environment.items():
+            monkeypatch.setenv(name, value)
 
     def close(self) -> None:
         """Stops listening: from now on connections are refused. Silent requests are let go."""

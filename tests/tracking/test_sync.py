@@ -7,45 +7,32 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.errors import UserError
 from harness.tracking.wandb_sync import mark_sent, pending
 from scripts import sync_wandb
-from tests.support.micro import Workplace, metrics_of, summary_of
+from tests.support.forks import Forks
+from tests.support.micro import Workplace, rows_of_steps, summary_of
 from tests.support.wandb_server import RecordedRun, WandbServer
 
-ROOT = Path(__file__).resolve().parents[2]
-KEY = "0123456789" * 4
 OPTIONS = ("tracking=wandb", "intervals.log=1", "intervals.evaluate=20")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workplace]:
-    """A workplace, a home folder without a key, none of W&B's variables."""
-    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
-        monkeypatch.delenv(key, raising=False)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    yield Workplace(tmp_path / "work")
+def place(tmp_path: Path, own_home: Path) -> Workplace:
+    return Workplace(tmp_path / "work")
 
 
-def killed_when(place: Workplace, seen: Callable[[Path], bool], *options: str) -> Path:
+def killed_when(forks: Forks, place: Workplace, seen: Callable[[Path], bool], *options: str) -> Path:
     """A training as a command of its own, killed by SIGKILL as soon as its folder looks like that."""
     run = place.runs / "run"
-    process = subprocess.Popen(
-        [sys.executable, "train_model.py", *place.overrides("name=run", *OPTIONS, *options)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    overrides = place.overrides("name=run", *OPTIONS, *options)
+    process = forks.start("train_model.py", *overrides, streams=[os.devnull] * 3, session=True)
     try:
         until = time.monotonic() + 120
         while not seen(run):
@@ -53,7 +40,7 @@ def killed_when(place: Workplace, seen: Callable[[Path], bool], *options: str) -
             time.sleep(0.005)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # W&B's own process too
-        process.wait()
+        process.wait(60)
     assert not (run / "summary.json").exists()
     return run
 
@@ -62,17 +49,9 @@ def has_rows(count: int) -> Callable[[Path], bool]:
     return lambda run: (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").read_bytes().count(b"\n") >= count
 
 
-def rows_of_steps(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as W&B has it: one row a step."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in metrics_of(run):
-        rows.setdefault(row["step"], {}).update(row)
-    return list(rows.values())
-
-
 def sync(server: WandbServer, command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Types a command where it was said, with the server and a key in the environment."""
-    environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+    environment = os.environ | server.environment
     return subprocess.run(command, shell=True, env=environment, cwd=folder, timeout=120, capture_output=True, text=True)
 
 
@@ -86,11 +65,11 @@ def assert_whole(recorded: RecordedRun, run: Path) -> None:
 
 
 def test_offline_and_killed_a_run_arrives_whole_by_the_line_that_was_said(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    forks: Forks, place: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(place.folder)  # the line works from where it was said
     options = ("budget.steps=120", "intervals.checkpoint=20")
-    killed_when(place, lambda run: any(run.glob("checkpoints/step-*")) and has_rows(30)(run), *options)
+    killed_when(forks, place, lambda run: any(run.glob("checkpoints/step-*")) and has_rows(30)(run), *options)
     run = place.train("run", *OPTIONS, *options)
     assert place.evaluate("run=run", "tracking=wandb", "extras=[]") == 0
     said = re.findall(r"upload with: (.+)\n", capfd.readouterr().err)
@@ -106,18 +85,17 @@ def test_offline_and_killed_a_run_arrives_whole_by_the_line_that_was_said(
         again = sync(server, said[0], place.folder)
         assert again.returncode == 0, again.stderr
         assert_whole(server.only_run(), run)
-        nothing = sync(server, f"{sys.executable} scripts/sync_wandb.py runs_dir={place.runs}", ROOT)
-        assert json.loads(nothing.stdout.splitlines()[-1]) == {"uploaded": 0, "failed": []}
+        nothing = forks.run("scripts/sync_wandb.py", f"runs_dir={place.runs}")
+        assert json.loads(nothing.output.splitlines()[-1]) == {"uploaded": 0, "failed": []}
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_no_second_run_in_wandb(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
+    forks: Forks, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        server.serves(monkeypatch)
         options = ("budget.steps=60", "intervals.checkpoint=60")
-        run = killed_when(place, has_rows(4), *options)
+        run = killed_when(forks, place, has_rows(4), *options)
         assert server.only_run() and not any(run.glob("checkpoints/step-*"))
         place.train("run", *OPTIONS, *options)
         recorded = server.only_run()
@@ -126,15 +104,14 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_no_second_run_in_wandb(
 
 
 def test_rows_that_a_killed_process_had_not_sent_yet_are_sent_by_the_one_that_continues(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
+    forks: Forks, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """W&B's client sends every few seconds; a checkpoint lies before that, and training goes on behind it."""
     with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        server.serves(monkeypatch)
         options = ("budget.steps=60", "intervals.checkpoint=20")
         server.trouble = lambda server: server.silent.set()
-        run = killed_when(place, lambda run: any(run.glob("checkpoints/step-*")), *options)
+        run = killed_when(forks, place, lambda run: any(run.glob("checkpoints/step-*")), *options)
         assert server.only_run().history == []
         server.trouble = None
         server.silent.clear()
@@ -143,16 +120,15 @@ def test_rows_that_a_killed_process_had_not_sent_yet_are_sent_by_the_one_that_co
 
 
 def test_constants_are_no_history_and_the_summary_has_one_shape_however_the_run_went(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch
+    forks: Forks, place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes = []
     for interrupted in (False, True):
         with WandbServer() as server:
-            monkeypatch.setenv("WANDB_BASE_URL", server.url)
-            monkeypatch.setenv("WANDB_API_KEY", KEY)
+            server.serves(monkeypatch)
             options = ("budget.steps=60", "intervals.checkpoint=20", f"overwrite={str(not interrupted).lower()}")
             if interrupted:
-                killed_when(place, lambda run: any(run.glob("checkpoints/step-*")), *options)
+                killed_when(forks, place, lambda run: any(run.glob("checkpoints/step-*")), *options)
                 run = place.train("run", *OPTIONS, *options)
             else:
                 run = place.train("plain", *OPTIONS, *options)
@@ -167,18 +143,10 @@ def test_constants_are_no_history_and_the_summary_has_one_shape_however_the_run_
     assert shapes[0] == shapes[1] and isinstance(recorded.summary["val/perplexity"], float)
 
 
-def test_without_a_key_nothing_is_said_to_be_uploaded(place: Workplace) -> None:
+def test_without_a_key_nothing_is_said_to_be_uploaded(forks: Forks, place: Workplace) -> None:
     run = place.train("run", *OPTIONS)
-    environment = {key: value for key, value in os.environ.items() if key != "WANDB_API_KEY"}
-    done = subprocess.run(
-        [sys.executable, "scripts/sync_wandb.py", str(run)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2 and "there is no API key" in done.stderr and pending(run)
+    done = forks.run("scripts/sync_wandb.py", str(run))
+    assert done.status == 2 and "there is no API key" in done.errors and pending(run)
 
 
 def test_runs_studies_and_their_runs_are_found_and_only_what_the_server_lacks_is_pending(tmp_path: Path) -> None:

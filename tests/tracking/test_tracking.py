@@ -26,9 +26,9 @@ from harness.config.run_config import save_run_config
 from harness.config.schema import TrackingConfig
 from harness.runs.summary import open_run_tracker
 from harness.tracking import Table, Tracker, log_study, open_tracker
-from tests.support.wandb_server import WandbServer
+from tests.support.forks import Forks
+from tests.support.wandb_server import KEY, WandbServer
 
-KEY = "0123456789" * 4
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -63,37 +63,31 @@ def children() -> list[str]:
 def obey(command: str, server: WandbServer) -> None:
     """Types a command that was said, with the server and a key in the environment."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        environment = os.environ | server.environment
         environment |= {"WANDB_CACHE_DIR": cache, "TMPDIR": cache}
-        subprocess.run(command, shell=True, env=environment, check=True, timeout=60, capture_output=True)
+        subprocess.run(command, shell=True, env=environment, check=True, timeout=120, capture_output=True)
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A home folder without a key. Nothing may be left behind: processes, threads, variables, files outside the run."""
-    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
-        monkeypatch.delenv(key, raising=False)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(tmp_path)
     before, processes = set(threading.enumerate()), children()  # other tests' are there as long as the session
-    yield home
+    yield own_home
     assert children() == processes
     until = time.monotonic() + 5  # a server's answer may outlive the question by a moment
     while set(threading.enumerate()) - before and time.monotonic() < until:
         time.sleep(0.02)
     assert set(threading.enumerate()) - before == set()
     assert "WANDB_SERVICE" not in os.environ and "WANDB_CACHE_DIR" not in os.environ
-    assert {path.name for path in home.rglob("*")} <= {".netrc", ".config", "wandb", "settings"}
+    assert {path.name for path in own_home.rglob("*")} <= {".netrc", ".config", "wandb", "settings"}
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     """W&B, played; the environment points to it and holds a key."""
     with WandbServer() as server:
-        monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        server.serves(monkeypatch)
         yield server
 
 
@@ -316,23 +310,22 @@ def test_without_a_key_the_one_line_said_is_the_command_that_uploads(tmp_path: P
     capfd.readouterr()
 
 
-def test_nothing_is_ever_asked_on_a_terminal(tmp_path: Path) -> None:
-    program = f"""
+def test_nothing_is_ever_asked_on_a_terminal(tmp_path: Path, forks: Forks) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 from tests.tracking.test_tracking import *
 
 with track(Path({str(tmp_path / "run")!r})) as tracker:
     tracker.log(1, 256, {{"train/loss": 5.0}})
-"""
+""")
     ours, theirs = pty.openpty()
     try:
-        process = subprocess.run(
-            [sys.executable, "-c", program], stdin=theirs, stdout=theirs, stderr=theirs, cwd=PROJECT_ROOT, timeout=120
-        )
+        status = forks.start(program, streams=[os.ttyname(theirs)] * 3, session=True).wait(120)
         shown = os.read(ours, 65536).decode()
     finally:
         os.close(ours)
         os.close(theirs)
-    assert process.returncode == 0
+    assert status == 0
     assert shown.count("\n") == 1 and "there is no API key" in shown
 
 
@@ -444,8 +437,9 @@ def test_rows_that_the_server_refuses_in_mid_run_are_said_to_have_stayed_and_can
     assert server.only_run().history == rows_of(tmp_path)
 
 
-def test_the_run_outlives_wandbs_own_process(tmp_path: Path) -> None:
-    program = f"""
+def test_the_run_outlives_wandbs_own_process(tmp_path: Path, forks: Forks) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(f"""
 import signal
 from tests.tracking.test_tracking import *
 
@@ -459,20 +453,13 @@ with track(folder / "first") as tracker:
 with track(folder / "second") as tracker:
     tracker.log(1, 256, {{"train/loss": 5.0}})
 assert children() == []
-"""
+""")
     with tempfile.TemporaryDirectory() as temporary:  # a killed service leaves its socket there
-        process = subprocess.run(
-            [sys.executable, "-c", program],
-            cwd=PROJECT_ROOT,
-            env=os.environ | {"TMPDIR": temporary},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    assert process.returncode == 0, process.stderr
+        ended = forks.run(program, environment={"TMPDIR": temporary})
+    assert ended.status == 0, ended.errors
     assert [row["step"] for row in rows_of(tmp_path / "first")] == list(range(1, 21))
     assert len(list((tmp_path / "second" / "wandb").glob("offline-run-*"))) == 1
-    first, stopped, second = process.stderr.splitlines()
+    first, stopped, second = ended.errors.splitlines()
     assert "offline" in first and "this run goes on" in stopped and "offline" in second
 
 

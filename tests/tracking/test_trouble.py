@@ -8,17 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.micro import Workplace, metrics_of, summary_of, without_clocks
-from tests.support.wandb_server import WandbServer
+from tests.support.forks import Forks
+from tests.support.micro import Workplace, metrics_of, rows_of_steps, summary_of, without_clocks
+from tests.support.wandb_server import KEY, WandbServer
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = "0123456789" * 4
 STEPS = 40
 FAULTS: dict[str, Callable[[WandbServer], object]] = {
     "gone": lambda server: threading.Thread(target=server.close).start(),
@@ -29,24 +28,11 @@ FAULTS: dict[str, Callable[[WandbServer], object]] = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workplace]:
-    """A workplace, a home folder without a key, W&B's variables set here alone."""
-    for key in [key for key in os.environ if key.startswith("WANDB_")] + ["NETRC"]:
-        monkeypatch.delenv(key, raising=False)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "3")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
-    monkeypatch.setenv("WANDB_API_KEY", KEY)
-    yield Workplace(tmp_path / "work")
-
-
-def rows_of_steps(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as W&B has it: one row a step."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in metrics_of(run):
-        rows.setdefault(row["step"], {}).update(row)
-    return list(rows.values())
+def place(tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A workplace, and W&B's variables set here alone."""
+    for name, value in (("FINISH_TIMEOUT", "3"), ("INIT_TIMEOUT", "3"), ("API_KEY", KEY)):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    return Workplace(tmp_path / "work")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -92,33 +78,26 @@ def test_a_server_out_of_reach_from_the_start_costs_seconds_and_the_fragment_is_
         assert revived.only_run().history == rows_of_steps(run)
 
 
-def test_keys_and_tokens_reach_no_file_no_output_and_no_server(place: Workplace) -> None:
-    secrets = {"WANDB_API_KEY": "5ecre7" + "0a" * 17, "HF_TOKEN": "hf_5ecre7t0ken5ecre7t0ken"}
-    password = "pa55w0rd"
-    program = [sys.executable, "train_model.py"]
+def test_keys_and_tokens_reach_no_file_no_output_and_no_server(place: Workplace, forks: Forks) -> None:
+    secrets = {"WANDB_API_KEY": "5ecre7" + "0a" * 17, "HF_TOKEN": "hf_" + "5ecre7t0ken" * 2}
+    password = "pa55" + "w0rd"  # in two: a run keeps how the project's files differ from its commit, this one among them
     with WandbServer() as server:
-        environment = (
-            os.environ
-            | secrets
-            | {
-                "WANDB_BASE_URL": server.url,
-                "HF_ENDPOINT": f"http://user:{password}@127.0.0.1:9/?token={password}",
-                "WANDB_FINISH_TIMEOUT": "20",
-                "WANDB_INIT_TIMEOUT": "20",
-                "HF_HOME": str(place.folder / "hub"),
-            }
-        )
+        environment = secrets | {
+            "WANDB_BASE_URL": server.url,
+            "HF_ENDPOINT": f"http://user:{password}@127.0.0.1:9/?token={password}",
+            "WANDB_FINISH_TIMEOUT": "20",
+            "WANDB_INIT_TIMEOUT": "20",
+            "HF_HOME": str(place.folder / "hub"),
+        }
         outputs = []
         for overrides, status in (
             (place.overrides("name=tracked", "tracking=wandb", "tracking.notes=mine"), 0),
             (place.overrides("name=hub", "dataset=wikitext2", "dataset.path=null"), 2),
             (place.overrides("name=odd", "seed=-1"), 2),
         ):
-            child = subprocess.run(
-                [*program, *overrides], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-            )
-            assert child.returncode == status, child.stderr
-            outputs.append(child.stdout + child.stderr)
+            done = forks.run("train_model.py", *overrides, environment=environment)
+            assert done.status == status, done.errors
+            outputs.append(done.output + done.errors)
         assert server.only_run().config["seed"] == 0 and len(server.bodies) > 3
     files = [path for path in place.folder.parent.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files) and "127.0.0.1:9" in outputs[1]

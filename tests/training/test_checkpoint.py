@@ -10,8 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from harness.training.optimizer import Optimizer, build_optimizer
 from harness.training.parallel import OneProcess
 from harness.training.schedule import Schedule
 from harness.training.step import EagerStep
+from tests.support.forks import Forks
 from tests.support.tiny_model import TinyModel, optimizer_config, save_checkpoint, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
@@ -346,14 +345,16 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_no_half_of_it_under_it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
-def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ENDLESS_SAVES, str(tmp_path)]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as child:
-        deadline = time.monotonic() + 60
-        while not any(tmp_path.glob("step-*")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(random.random() / 5)
-        child.send_signal(signal.SIGKILL)
+def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path: Path, forks: Forks) -> None:
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS_SAVES)
+    child = forks.start(script, str(tmp_path), streams=[os.devnull] * 3)
+    deadline = time.monotonic() + 60
+    while not any(tmp_path.glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.random() / 5)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(60) == -signal.SIGKILL
     assert all(find_damage(path) is None for path in tmp_path.glob("step-*"))
     found = latest_checkpoint(tmp_path)
     assert found is not None
