@@ -248,8 +248,14 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.quantisation import cache_format
+    from modeling.kernels.latent_decode import check_capture
 
     device = select_device(options.device)
+    if options.step == "graph" or (options.step == "auto" and device.type == "cuda"):
+        try:
+            check_capture(options.kernel)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32

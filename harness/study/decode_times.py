@@ -16,10 +16,12 @@ from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.decode.speed import DecodeTime, machine_name, measure_cell
 from harness.decode.subjects import DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
+from harness.errors import UserError
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
 from modeling.attention import with_most_paths
+from modeling.kernels.latent_decode import check_capture
 
 MULTIPLES = (1, 4, 16)  # of the longest sequence trained on, where no contexts are given
 
@@ -97,6 +99,11 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
         model = build_model(config, vocab_size, max_seq_len=plan.contexts[-1] + plan.room).to(plan.dtype).eval()
     choosing = with_most_paths(model.attentions)
     kernel = config.attention["kernel"] if "absorbed" in choosing.decode_paths else "torch"
+    if plan.step_used == "graph":
+        try:
+            check_capture(kernel)
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
     execution = {"backend": config.attention["backend"], "decode": config.attention["decode"], "kernel": kernel}
     pin_execution(model, execution, device=plan.device, precision=plan.dtype)
     path = "auto"

@@ -31,7 +31,7 @@ class Kernel:
     file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
     package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
     capability: the one major compute capability that it is written for; None: all. reads_8_bits: latents as they are stored.
-    interpreted: TRITON_INTERPRET runs it on any device.
+    interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     """
 
     file: str
@@ -43,6 +43,7 @@ class Kernel:
     capability: int | None = None
     reads_8_bits: bool = False
     interpreted: bool = False
+    plans_on_host: bool = False
 
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -53,7 +54,13 @@ OTHERS = {
     ),
     "gluon": Kernel("latent_decode_gluon_triton", "triton", TRITON, HALF_PRECISION, (512,), (64,), capability=9),
     "flashinfer": Kernel(
-        "latent_decode_flashinfer", "flashinfer", "pip install flashinfer-python", HALF_PRECISION, (128, 256, 512), (64,)
+        "latent_decode_flashinfer",
+        "flashinfer",
+        "pip install flashinfer-python",
+        HALF_PRECISION,
+        (128, 256, 512),
+        (64,),
+        plans_on_host=True,
     ),
 }
 KERNELS = ("auto", "torch", *OTHERS)
@@ -177,6 +184,15 @@ def check_kernel(name: str, device: torch.device | str) -> None:
                 f"attention.kernel={name} is for devices of compute capability {kernel.capability} and this one has "
                 f"{major}.{minor}; take attention.kernel=triton"
             )
+
+
+def check_capture(name: str) -> None:
+    """Raise ValueError if a step with attention.kernel=name cannot be a CUDA graph."""
+    if name in OTHERS and OTHERS[name].plans_on_host:
+        raise ValueError(
+            f"attention.kernel={name} plans each step on the host, which no CUDA graph can hold (step=graph, and auto on "
+            "CUDA); take step=eager or attention.kernel=triton"
+        )
 
 
 def check_widths(name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:

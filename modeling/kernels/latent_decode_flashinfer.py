@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeling.kernels.latent_decode import check_capture
+
 WORKSPACE_BYTES = 128 * 2**20  # of partial sums; what its documentation begins with
 LONGEST_PAGE = 64
 
@@ -35,10 +37,7 @@ def decode(
     """As `latent_decode`. Raises ValueError for caches whose rows are not equally far apart, and inside a capture."""
     assert q_rope_BHP is not None and k_rope_BSP is not None and latent_scale_BS is None
     if q_latent_BHL.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise ValueError(
-            "attention.kernel=flashinfer plans each step on the host and cannot be captured in a CUDA graph; take "
-            "attention.kernel=triton, or step=eager"
-        )
+        check_capture("flashinfer")
     wrapper, caches = planned(q_latent_BHL, latent_BSL, k_rope_BSP, lengths_B, scale)
     return run(wrapper, q_latent_BHL, q_rope_BHP, caches)
 

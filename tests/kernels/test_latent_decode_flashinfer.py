@@ -11,9 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.config.compose import load_train_config
+from harness.decode.subjects import DecodePlan
+from harness.errors import UserError
+from harness.study.decode_times import decode_times
+from modeling.generation import decode_step
 from modeling.kernels import latent_decode_flashinfer as kernel
 from modeling.kernels.latent_decode import check_kernel, latent_decode
 from tests.kernels.test_latent_decode import TOLERANCE, Case, make_inputs
+from tests.support.variants import gpt_from
 
 SHAPE: dict[str, Any] = {"rank": 128, "rope": 64, "dtype": torch.float16}
 
@@ -122,6 +128,19 @@ def test_without_the_package_the_sentence_says_how_to_install_it(monkeypatch: py
         check_kernel("flashinfer", "cuda")
 
 
+def test_a_step_that_is_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpt_from(["attention=mla"], n_layers=1).eval()
+    model.set_execution(decode="absorbed", kernel="flashinfer")
+    sentence = r"kernel=flashinfer plans each step on the host, which no CUDA graph can hold .* take step=eager or "
+    with pytest.raises(ValueError, match=sentence):
+        decode_step(model, [], "graph", torch.zeros(1, dtype=torch.long), None)
+    monkeypatch.setattr(DecodePlan, "step_used", "graph")
+    config = load_train_config(["attention=mla", "attention.kernel=flashinfer"])
+    where: dict[str, Any] = {"contexts": [8], "batch_sizes": [1], "device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(UserError, match=f"an arm: attention.{sentence}"):
+        decode_times({"an arm": config}, vocab_size=99, max_seconds=1.0, **where)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -131,5 +150,5 @@ def test_it_equals_float64_on_a_gpu(heads: int, dtype: torch.dtype, monkeypatch:
     inputs = make_inputs(case, beyond=0.0, device="cuda")
     assert inputs.error(latent_decode(*inputs.arguments, scale=inputs.scale, kernel="flashinfer")) < TOLERANCE[dtype]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(ValueError, match="cannot be captured in a CUDA graph"):
+    with pytest.raises(ValueError, match="plans each step on the host, which no CUDA graph can hold"):
         latent_decode(*inputs.arguments, scale=inputs.scale, kernel="flashinfer")
