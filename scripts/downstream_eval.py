@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,6 +38,9 @@ from harness.files.untrusted import Count, Positive
 from harness.runs.evaluations import cache_label
 from harness.runs.provenance import commit
 from modeling.formats import FORMS
+
+if TYPE_CHECKING:
+    from harness.runs.load import TrainedModel
 
 
 @dataclass
@@ -67,7 +70,6 @@ def main(arguments: list[str]) -> int:
     runs_dir = user_path(options.runs_dir)
     run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
 
-    from harness.data.tokenizer import tokenizer_fingerprint
     from harness.evaluation.evaluate import CacheChoice
     from harness.hf.lm_eval import Answers, check_room, choose_tasks, run_task
     from harness.runs.load import decode_path, load_trained
@@ -85,9 +87,8 @@ def main(arguments: list[str]) -> int:
     for task in chosen:
         check_room(task, trained.model.max_seq_len)
     dtype, window, sinks = options.cache.dtype, options.cache.window, options.cache.sinks
-    through = None
-    if dtype is not None or window is not None:
-        through = CacheChoice(precision if dtype is None else cache_format(dtype), window, sinks)
+    kept = precision if dtype is None else cache_format(dtype)
+    through = None if dtype is None and window is None else CacheChoice(kept, window, sinks)
     answers = Answers(
         trained.model,
         trained.tokenizer,
@@ -101,22 +102,8 @@ def main(arguments: list[str]) -> int:
     records = []
     for task in chosen:
         started = time.perf_counter()
-        config = trained.config
-        record: dict[str, Any] = {
-            "name": config.name,
-            "attention": config.attention["name"],
-            "model": config.model.name,
-            "trained_on": config.dataset.name,
-            "seed": config.seed,
-            "setup_hash": setup_hash(config),
-            "tokenizer_fingerprint": tokenizer_fingerprint(trained.tokenizer_file),
-            "steps": trained.step,
-            "tokens": trained.step * config.batch_size * config.model.max_seq_len,
-            "max_seq_len": trained.model.max_seq_len,
-            "task": task.name,
-            "limit": options.limit,
-            "num_fewshot": options.num_fewshot,
-        }
+        asked = {"task": task.name, "limit": options.limit, "num_fewshot": options.num_fewshot}
+        record: dict[str, Any] = facts_of(trained) | asked
         record |= run_task(task, answers, num_fewshot=options.num_fewshot, limit=options.limit)
         record |= {
             "seconds": time.perf_counter() - started,
@@ -135,6 +122,25 @@ def main(arguments: list[str]) -> int:
     print_table(records)
     print(json.dumps({"run": str(run), "records": records}), flush=True)
     return 0
+
+
+def facts_of(trained: TrainedModel) -> dict[str, Any]:
+    """What a record says of the run."""
+    from harness.data.tokenizer import tokenizer_fingerprint
+
+    config = trained.config
+    return {
+        "name": config.name,
+        "attention": config.attention["name"],
+        "model": config.model.name,
+        "trained_on": config.dataset.name,
+        "seed": config.seed,
+        "setup_hash": setup_hash(config),
+        "tokenizer_fingerprint": tokenizer_fingerprint(trained.tokenizer_file),
+        "steps": trained.step,
+        "tokens": trained.step * config.batch_size * config.model.max_seq_len,
+        "max_seq_len": trained.model.max_seq_len,
+    }
 
 
 def check(options: DownstreamOptions) -> list[str]:
