@@ -120,13 +120,10 @@ def _bring(q_latent, q_rope, latent, k_rope, shared, place):
 
 
 @gluon.jit
-def _scaled(scores, scale_log2, slot, first, LAST: gl.constexpr):
-    """Scores in units of log 2; of a row's last blocks those that the block before has covered are -inf."""
-    scores = scores * scale_log2
-    if LAST:
-        numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(0, SCORES))
-        scores = gl.where(numbers[None, :] >= first, scores, float("-inf"))
-    return scores
+def _seen(scores, slot, first):
+    """Scores of a block; those that the block before has covered are -inf."""
+    numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(0, SCORES))
+    return gl.where(numbers[None, :] >= first, scores, float("-inf"))
 
 
 @gluon.jit
@@ -141,7 +138,7 @@ def _as_operand(weights, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _left_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constexpr):
+def _left_pair(shared, place, scale_log2, pair, sums, total, m):
     """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
     dtype: gl.constexpr = shared.q.dtype
     phase = pair & 1
@@ -153,12 +150,12 @@ def _left_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constex
     scores = warpgroup_mma(shared.q.index(1), shared.c.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma(shared.q_rotated, shared.k.index(0).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _scaled(scores, scale_log2, gl.minimum(first, place.end - SLOTS), first, LAST)
-    m_0 = gl.maximum(m, gl.max(scores, 1))
+    scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
+    m_0 = gl.maximum(m, gl.max(scores, 1) * scale_log2)
     shared.largest.index(0).store(m_0)
     mbarrier.arrive(shared.largest_ready.index(0), count=1)
     shrink = gl.exp2(m - m_0)
-    p = gl.exp2(scores - m_0[:, None])
+    p = gl.exp2(scores * scale_log2 - m_0[:, None])
     total = total * shrink + gl.sum(p, 1)
     operand = _as_operand(p, dtype)
     sums = warpgroup_mma(operand, shared.c.index(0), _times(sums, shrink), is_async=True)
@@ -179,7 +176,7 @@ def _left_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constex
 
 
 @gluon.jit
-def _right_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.constexpr):
+def _right_pair(shared, place, scale_log2, pair, sums, total, m):
     """Scores of the second block of a pair, and both blocks times columns 256 to 511: (sums, total, m)."""
     dtype: gl.constexpr = shared.q.dtype
     phase = pair & 1
@@ -191,14 +188,14 @@ def _right_pair(shared, place, scale_log2, pair, sums, total, m, LAST: gl.conste
     scores = warpgroup_mma(shared.q.index(0), shared.c.index(2).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma(shared.q_rotated, shared.k.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _scaled(scores, scale_log2, gl.minimum(first, place.end - SLOTS), first, LAST)
-    own = gl.max(scores, 1)
+    scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
+    own = gl.max(scores, 1) * scale_log2
     mbarrier.wait(shared.largest_ready.index(0), phase)
     m_1 = gl.maximum(shared.largest.index(0).load(gl.SliceLayout(1, SCORES)), own)
     shared.largest.index(1).store(m_1)
     mbarrier.arrive(shared.largest_ready.index(1), count=1)
     shrink = gl.exp2(m - m_1)
-    p = gl.exp2(scores - m_1[:, None])
+    p = gl.exp2(scores * scale_log2 - m_1[:, None])
     total = total * shrink + gl.sum(p, 1)
     shared.k.index(1).store(p.to(dtype))
     fence_async_shared()
@@ -245,9 +242,8 @@ def _multiply(shared, place, out, lse, scale_log2, HALF: gl.constexpr, ONE_SPLIT
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     mbarrier.wait(shared.q_full, 0)
     work: gl.constexpr = _left_pair if HALF == 0 else _right_pair
-    for pair in range(place.pairs - 1):
-        sums, total, m = work(shared, place, scale_log2, pair, sums, total, m, False)
-    sums, total, m = work(shared, place, scale_log2, place.pairs - 1, sums, total, m, True)
+    for pair in range(place.pairs):
+        sums, total, m = work(shared, place, scale_log2, pair, sums, total, m)
     _finish(shared, place, out, lse, sums, total, m, HALF, ONE_SPLIT)
 
 

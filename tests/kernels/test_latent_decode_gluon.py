@@ -116,8 +116,8 @@ FAULTS = {
         "second = place.start + 2 * SLOTS * pair + SLOTS",
     ),
     "covered slots count twice": (
-        "scores = gl.where(numbers[None, :] >= first, scores",
-        "scores = gl.where(numbers[None, :] >= 0, scores",
+        "return gl.where(numbers[None, :] >= first, scores",
+        "return gl.where(numbers[None, :] >= 0, scores",
     ),
     "a sum does not shrink with its maximum": ("return sums, total * shrink, m_1", "return sums, total, m_1"),
 }
