@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -82,8 +83,9 @@ def test_offline_and_killed_a_run_arrives_whole_by_the_line_that_was_said(
         assert_whole(server.only_run(), run)
         (figure,) = (key for key in server.only_run().summary if re.fullmatch(r"eval/local_sea_\w{6}/test/loss", key))
         assert server.only_run().summary[figure] > 0 and not pending(run)
-        again = sync(server, said[0], place.folder)
-        assert again.returncode == 0, again.stderr
+        _, script, *arguments = shlex.split(said[0])
+        again = forks.run(place.folder / script, *arguments, folder=place.folder, environment=server.environment)
+        assert again.status == 0, again.errors
         assert_whole(server.only_run(), run)
         nothing = forks.run("scripts/sync_wandb.py", f"runs_dir={place.runs}")
         assert json.loads(nothing.output.splitlines()[-1]) == {"uploaded": 0, "failed": []}

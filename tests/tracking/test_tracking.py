@@ -10,6 +10,7 @@ import math
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -60,12 +61,16 @@ def children() -> list[str]:
     ]
 
 
-def obey(command: str, server: WandbServer) -> None:
-    """Types a command that was said, with the server and a key in the environment."""
+def obey(command: str, server: WandbServer, forks: Forks | None = None) -> None:
+    """A command that was said, typed into a shell or, with `forks`, its words; with the server and a key in the environment."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = os.environ | server.environment
-        environment |= {"WANDB_CACHE_DIR": cache, "TMPDIR": cache}
-        subprocess.run(command, shell=True, env=environment, check=True, timeout=120, capture_output=True)
+        environment = server.environment | {"WANDB_CACHE_DIR": cache, "TMPDIR": cache}
+        if forks is None:
+            subprocess.run(command, shell=True, env=os.environ | environment, check=True, timeout=120, capture_output=True)
+        else:
+            _, script, *arguments = shlex.split(command)
+            done = forks.run(Path.cwd() / script, *arguments, folder=Path.cwd(), environment=environment)
+            assert done.status == 0, done.errors
 
 
 @pytest.fixture(autouse=True)
@@ -397,7 +402,7 @@ def test_a_server_that_cannot_be_reached_costs_seconds_and_the_run_goes_on_offli
 
 
 def test_a_server_that_dies_in_mid_run_costs_seconds_and_loses_nothing(
-    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, server: WandbServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], forks: Forks
 ) -> None:
     monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "2")
     tracker = track(tmp_path)
@@ -413,14 +418,14 @@ def test_a_server_that_dies_in_mid_run_costs_seconds_and_loses_nothing(
     (command,) = re.findall(r"upload the rest with: (.+)\n", said.err)
     save_run_config(load_train_config(["name=a", "dataset=wikitext2"]), tmp_path)
     with WandbServer() as revived:
-        obey(command, revived)
+        obey(command, revived, forks)
         assert revived.only_run().history == rows_of(tmp_path)
     assert len(rows_of(tmp_path)) == 199
 
 
 @pytest.mark.parametrize("status", [401, 403])
 def test_rows_that_the_server_refuses_in_mid_run_are_said_to_have_stayed_and_can_be_sent(
-    status: int, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str]
+    status: int, tmp_path: Path, server: WandbServer, capfd: pytest.CaptureFixture[str], forks: Forks
 ) -> None:
     save_run_config(load_train_config(["name=a", "dataset=wikitext2"]), tmp_path)
     tracker = track(tmp_path)
@@ -433,7 +438,7 @@ def test_rows_that_the_server_refuses_in_mid_run_are_said_to_have_stayed_and_can
     assert f"the server refused what was sent (status {status}), and rows stayed on this machine" in said
     (command,) = re.findall(r"upload them with: (.+)\n", said)
     server.refusing = 0
-    obey(command, server)
+    obey(command, server, forks)
     assert server.only_run().history == rows_of(tmp_path)
 
 
@@ -517,12 +522,12 @@ def test_a_run_stays_in_its_arm_when_it_is_resumed_and_evaluated_online(tmp_path
 
 
 def test_a_run_stays_in_its_arm_when_it_is_resumed_and_evaluated_offline(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], forks: Forks
 ) -> None:
     arm_runs(tmp_path)
     command, *_ = re.findall(r"upload with: (.+)\n", capfd.readouterr().err)
     with WandbServer() as server:
-        obey(command, server)
+        obey(command, server, forks)
         assert_in_its_arm(server, tmp_path)
 
 
@@ -594,14 +599,14 @@ def test_a_studys_table_chart_picture_and_page_arrive_in_one_run(tmp_path: Path,
     assert panel["fieldSettings"] == {"x": "cache bytes", "y": "bits per byte"}
 
 
-def test_a_study_can_be_uploaded_later(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_study_can_be_uploaded_later(tmp_path: Path, capfd: pytest.CaptureFixture[str], forks: Forks) -> None:
     picture, page = study_files(tmp_path)
     log_results(tmp_path / "study", picture, page)
     said = capfd.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     (command,) = re.findall(r"upload with: (.+)\n", said.err)
     with WandbServer() as server:
-        obey(command, server)
+        obey(command, server, forks)
         run = server.only_run()
     assert run.job_type == "study" and "scatter" in run.config["_wandb"]["visualize"]
     assert run.files[{**run.history[0], **run.history[-1]}["report"]["path"]] == page.read_bytes()

@@ -18,7 +18,7 @@ from tests.support.micro import Workplace, metrics_of, rows_of_steps, summary_of
 from tests.support.wandb_server import KEY, WandbServer
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
+BUDGET = ("budget.steps=40", "intervals.log=1")
 FAULTS: dict[str, Callable[[WandbServer], object]] = {
     "gone": lambda server: threading.Thread(target=server.close).start(),
     "silent": lambda server: server.silent.set(),
@@ -35,17 +35,21 @@ def place(tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
     return Workplace(tmp_path / "work")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that those below would have been."""
+    return Workplace(tmp_path_factory.mktemp("plain")).train("plain", *BUDGET)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_in_trouble_in_mid_run_changes_nothing_that_was_trained_and_loses_nothing(
-    fault: str, place: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    fault: str, plain: Path, place: Workplace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    budget = (f"budget.steps={STEPS}", "intervals.log=1")
-    plain = place.train("plain", *budget)
     with WandbServer() as server:
         server.trouble = FAULTS[fault]
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         started = time.monotonic()
-        run = place.train("tracked", *budget, "tracking=wandb")
+        run = place.train("tracked", *BUDGET, "tracking=wandb")
         seconds = time.monotonic() - started
     assert list(map(without_clocks, metrics_of(run))) == list(map(without_clocks, metrics_of(plain)))
     assert summary_of(run)["loss"] == summary_of(plain)["loss"]
