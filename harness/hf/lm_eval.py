@@ -319,12 +319,12 @@ def choose_tasks(names: Sequence[str], task_dir: Path | None = None) -> list[Cho
     name, a task that runs what a model writes, or one that cannot be loaded.
     """
     check_lm_eval()
+    if task_dir is not None and not task_dir.is_dir():
+        raise UserError(f"task_dir={task_dir} is no folder: give one with the YAML files of your tasks")
     # A metric that lies on the hub is a program; HF_EVALUATE_OFFLINE=0 lets the `evaluate` package fetch and run it.
     os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
     from lm_eval.tasks import TaskManager
 
-    if task_dir is not None and not task_dir.is_dir():
-        raise UserError(f"task_dir={task_dir} is no folder: give one with the YAML files of your tasks")
     manager = None
     if task_dir is not None:  # reading the harness's 14,000 takes seconds
         manager = TaskManager(include_path=str(task_dir), include_defaults=False)
