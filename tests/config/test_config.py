@@ -43,7 +43,7 @@ from harness.config.identity import (
 from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
 from harness.config.schema import EXTRAS, BudgetConfig, TrainConfig
-from harness.config.typed import typed
+from harness.config.typed import fields_below, typed
 from harness.entry.cli import parse_options
 from harness.errors import UserError
 from harness.evaluation.probes import probe
@@ -793,7 +793,7 @@ def test_the_order_of_overrides_does_not_change_the_name() -> None:
 
 
 def test_every_field_of_free_text_exists_where_it_is_read() -> None:
-    fields = {path for schema in configuration.SCHEMAS.values() for path in configuration._schema_paths(schema)}
+    fields = {path for schema in configuration.SCHEMAS.values() for path, _ in fields_below(schema)}
     of_scripts = {"prompt", "path", "runs", "to", "source", "out"}
     assert set(FREE_TEXT) <= fields | of_scripts
 
