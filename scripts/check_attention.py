@@ -30,10 +30,9 @@ MODELING = ROOT / "modeling"
 def main(arguments: list[str]) -> int:
     config = load_train_config(arguments)
 
-    from harness.config.build import build_layers, build_model, layers_that_differ
+    from harness.config.build import build_layers, layers_that_differ, model_shapes
     from harness.evaluation.facts import model_facts
     from modeling.attention.contract import CHECKS
-    from modeling.shapes import shapes_only
 
     # torch.compile logs the traceback of what it fails on: its first line stands in the table.
     logging.getLogger("torch").setLevel(logging.CRITICAL)
@@ -43,8 +42,7 @@ def main(arguments: list[str]) -> int:
 
     def it_builds_into_a_model() -> None:
         nonlocal checked
-        with shapes_only():
-            model = build_model(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+        model = model_shapes(config, vocab_size=64)  # sizes that do not fit are said in one sentence
         checked = layers_that_differ(config)
         if checked > 1:
             lines.append(f"layers      the first {checked} of {config.model.n_layers} differ, and are checked together")

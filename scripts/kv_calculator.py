@@ -133,6 +133,11 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
     from harness.decode.kv_calculator import format_named
 
     if options.dtype is not None and not is_format(options.dtype):
+        if re.search(r"^kc?\d+v\d|_rotated$", options.dtype):  # of our own caches alone, and wrong
+            try:
+                read_format(options.dtype)
+            except ValueError as error:
+                raise UserError(f"dtype={error}") from None
         format_named(options.dtype)
     for key, value in (("context", tokens(options.context)), ("batch", options.batch), ("tp", options.tp)):
         if value is not None and value < 1:

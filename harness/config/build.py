@@ -14,7 +14,9 @@ from harness.config.checks import attention_options
 from harness.config.schema import TrainConfig
 from harness.errors import UserError, readable
 from modeling.attention import MODEL_OWNED, build_attentions
+from modeling.attention.cache import check_values
 from modeling.attention.layers import AttentionLayers
+from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
@@ -46,6 +48,17 @@ def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
         return GPT(**arguments)
     except ValueError as error:
         raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
+
+
+def model_shapes(config: TrainConfig, vocab_size: int) -> GPT:
+    """The same as shapes alone, without memory. Raises UserError as `build_model`, and for a cache.dtype it cannot keep."""
+    with shapes_only():
+        model = build_model(config, vocab_size)
+    try:
+        check_values(model.attentions, cache_format(config.cache.dtype))
+    except ValueError as error:
+        raise UserError(f"attention={config.attention['name']}: {error}") from None
+    return model
 
 
 def check_weights(config: TrainConfig, vocab_size: int, weights: Path) -> None:

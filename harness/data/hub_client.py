@@ -119,6 +119,19 @@ def _stated(entries: Iterable[Any]) -> dict[str, str]:
     return {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in files}
 
 
+def is_model_name(text: str) -> bool:
+    """Whether a text has the form of a model's name on the hub, NAME or NAME@REVISION; the network is not asked."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repository, at, revision = text.partition("@")
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        return False
+    return bool(revision) or not at
+
+
 def pretrained_tokenizer(name: str) -> Path:
     """The tokenizer.json of a model on the hub: NAME or NAME@REVISION."""
     repository, _, revision = name.partition("@")

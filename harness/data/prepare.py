@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data.documents import SPLITS, Source
-from harness.data.hub_client import pretrained_tokenizer
+from harness.data.hub_client import is_model_name, pretrained_tokenizer
 from harness.data.prepared import (
     FORMAT,
     DamagedError,
@@ -137,7 +137,7 @@ def local_tokenizer(path: str) -> Path | None:
     with readable(f"tokenizer.path={path}", "make it readable, or name another"):
         if place.exists():
             return place / "tokenizer.json" if place.is_dir() else place
-    if path.count("/") > 1 or path.startswith((".", "~")) or path.endswith(".json"):
+    if path.endswith(".json") or not is_model_name(path):
         raise UserError(f"tokenizer.path={path} does not exist: name a tokenizer.json, its folder, or a hub name")
     return None
 

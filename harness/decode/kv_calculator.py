@@ -178,6 +178,7 @@ class LayerCache:
     states: Mapping[str, int] = field(default_factory=dict)  # bytes of a sequence that do not grow
     state_heads: int = 1  # parts into which devices may divide the states
     at_context: int = 0  # elements of a sequence, at the context described, of what is compressed
+    mha_newest: int = 0  # bytes of a sequence that MHA would take as this takes NEWEST
 
     @property
     def elements(self) -> int:
@@ -186,6 +187,11 @@ class LayerCache:
     @property
     def state_bytes(self) -> int:
         return sum(self.states.values())
+
+    @property
+    def newest_bytes(self) -> int:
+        """Of the states, what is the format's and no property of the variant: tokens not yet stored as they stay."""
+        return self.states.get(NEWEST, 0)
 
     @property
     def is_empty(self) -> bool:
@@ -211,9 +217,11 @@ class LayerCache:
         divided = [None if size is None or size % devices else size // devices for size in (self.naive, self.mha)]
         naive = divided[0] if self.naive != self.elements else sum(parts.values())
         states = {name: size // devices for name, size in self.states.items()}
-        return replace(self, parts=parts, naive=naive, mha=divided[1], states=states)
+        mha_newest = self.mha_newest // devices
+        return replace(self, parts=parts, naive=naive, mha=divided[1], states=states, mha_newest=mha_newest)
 
 
+NEWEST = "newest keys"
 SHARED_OUT = ("keys", "values", "cached")  # parts that belong to a head
 
 
@@ -230,11 +238,12 @@ class CacheDescription:
     states_kept: str = "transformers keeps them in a bfloat16 model, whatever dtype says"
 
 
-# What is cached -> what a layer would take: as it is, MLA expanded, MHA of the same shape.
-_WAYS: dict[str, Callable[[LayerCache], int | None]] = {
-    "": lambda layer: layer.elements,
-    "naive_": lambda layer: layer.naive,
-    "mha_": lambda layer: layer.mha,
+# What is cached -> what a layer would take, in elements of a token and bytes of the newest ones: as it is, MLA expanded, MHA
+# of the same shape.
+_WAYS: dict[str, Callable[[LayerCache], tuple[int | None, int]]] = {
+    "": lambda layer: (layer.elements, 0),  # those stand among its states
+    "naive_": lambda layer: (layer.naive, layer.newest_bytes),
+    "mha_": lambda layer: (layer.mha, layer.mha_newest),
 }
 
 
@@ -247,11 +256,13 @@ def describe_model(
     """
     from modeling.attention import attends
     from modeling.attention.cache import newest_bytes_of, state_bytes_of
-    from modeling.attention.quantisation import GROUP
+    from modeling.attention.quantisation import GROUP, as_format, newest_bytes
 
+    key_storage = as_format(dtype).storage("k", sixteen_bits=(), values=("v",))
+    mha_newest = newest_bytes(key_storage, (mha_elements // 2,), GROUP)
     layers = []
     for attention in model.attentions:
-        fixed = {"state": state_bytes_of(attention, dtype), "newest keys": newest_bytes_of(attention, dtype, GROUP)}
+        fixed = {"state": state_bytes_of(attention, dtype), NEWEST: newest_bytes_of(attention, dtype, GROUP)}
         states = {name: size for name, size in fixed.items() if size}
         if not attends(attention):
             layers.append(LayerCache({}, 0, None, kind="state", states=states, state_heads=attention.n_kv_heads))
@@ -268,7 +279,17 @@ def describe_model(
         parts = {"cached": formula - shared, "one rotated key": shared}
         parts = {name: size for name, size in parts.items() if size}
         layers.append(
-            LayerCache(parts, expanded, mha_elements, window=window, kind=kind, heads=heads, states=states, state_heads=heads)
+            LayerCache(
+                parts,
+                expanded,
+                mha_elements,
+                window=window,
+                kind=kind,
+                heads=heads,
+                states=states,
+                state_heads=heads,
+                mha_newest=mha_newest,
+            )
         )
     kept = "our caches of that dtype keep them: float32 where tokens are summed, never 8 bits or fewer"
     return CacheDescription(name, variant, tuple(layers), latent, states_kept=kept)
@@ -308,12 +329,17 @@ def report(
         "window": _one_or_all([layer.window for layer in layers]),
         "cached": _one_or_all([dict(layer.parts) for layer in layers]),
     }
-    for prefix, elements_of in _WAYS.items():
-        figures |= _of_one_way(prefix, [elements_of(layer) for layer in layers], layers, stored, context, batch)
+    for prefix, taken_by in _WAYS.items():
+        known, newest = zip(*map(taken_by, layers), strict=True)
+        figures |= _of_one_way(prefix, known, layers, stored, context, batch, newest=sum(newest))
     kinds = [
         _kind(kind, [layer for layer in layers if layer.kind == kind], stored, context, batch)
         for kind in dict.fromkeys(layer.kind for layer in layers)
     ]
+    ratio = None
+    if figures["elements_per_token"] and "mha_total_bytes" in figures:  # of what is in proportion to the tokens, and the newest
+        own = figures["total_bytes"] + sum(layer.newest_bytes for layer in layers) * batch
+        ratio = figures["mha_total_bytes"] / own
     states = sum(layer.state_bytes for layer in layers) * batch
     figures |= {
         "kinds": kinds,
@@ -321,8 +347,7 @@ def report(
         "kv_bytes": figures["total_bytes"] + stored.of(sum(layer.at_context for layer in layers)) * batch,
     }
     figures["total_bytes"] = figures["kv_bytes"] + states
-    sequence, grown = figures["total_bytes"] // batch, figures["elements_per_token"]
-    ratio = figures["mha_elements_per_token"] / grown if grown and "mha_elements_per_token" in figures else None
+    sequence = figures["total_bytes"] // batch
     return figures | {
         "mha_ratio": ratio,
         "memory_gb": memory_gb,
@@ -336,9 +361,18 @@ def report(
 
 
 def _of_one_way(
-    prefix: str, known: Sequence[int | None], layers: Sequence[LayerCache], stored: Format, context: int, batch: int
+    prefix: str,
+    known: Sequence[int | None],
+    layers: Sequence[LayerCache],
+    stored: Format,
+    context: int,
+    batch: int,
+    newest: int,
 ) -> dict[str, Any]:
-    """Elements and bytes of layers that take so many elements of a token each; nothing where that is not known of all."""
+    """Elements and bytes of layers that take so many elements of a token each; nothing where that is not known of all.
+
+    newest: bytes of a sequence beside them.
+    """
     by_layer = [elements for elements in known if elements is not None]
     if len(by_layer) < len(known) or (prefix and not sum(by_layer)):
         return {}
@@ -348,7 +382,7 @@ def _of_one_way(
         "bytes_per_token_per_layer": _one_or_all([stored.of(elements) for elements in by_layer]),
         "elements_per_token": sum(by_layer),
         "bytes_per_token": stored.of(sum(by_layer)),
-        "total_bytes": stored.of(held) * batch,
+        "total_bytes": (stored.of(held) + newest) * batch,
     }
     return {f"{prefix}{name}": figure for name, figure in figures.items()}
 

@@ -61,7 +61,7 @@ def find_source(text: str) -> Source:
         return _in_folder(folder, str(folder), None, str(folder))
     if folder.exists():
         raise UserError(f"source={text} is a file: name the folder that holds its config.json")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", text) or text.startswith("."):
+    if not hub_client.is_model_name(text):
         raise UserError(f"source={text} does not exist: name a folder with a config.json, or a model on the hub")
     repository, _, revision = text.partition("@")
     if hub_client.offline():  # as it lies in the hub's cache

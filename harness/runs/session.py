@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness.config.build import build_model
+from harness.config.build import build_model, model_shapes
 from harness.config.schema import TrainConfig
 from harness.data import PreparedData, Tokenizer
 from harness.data.loader import documents_in
@@ -51,7 +51,6 @@ from harness.training.parallel import Workers, check_parallel, share_model
 from harness.training.schedule import Schedule, training_steps
 from harness.training.step import WARM_UP, CapturedStep, EagerStep, select_capture
 from harness.training.writer import CheckpointWriter
-from modeling.shapes import shapes_only
 
 TIMED_SECONDS = 2.0  # of training, after which the rest is foretold
 
@@ -81,8 +80,7 @@ class Session:
             config.capture, device, processes=workers.world_size, update_can_be=self.recipe.can_be_captured
         )
         set_deterministic(config.deterministic)  # which kernels have a say in
-        with shapes_only():
-            self.plan = build_model(config, vocab_size=64)  # which no tokenizer falls below
+        self.plan = model_shapes(config, vocab_size=64)  # which no tokenizer falls below
         self.kernel = pin_execution(self.plan, config.attention, device=device, precision=self.precision)
         self.writer = CheckpointWriter(
             self.run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background

@@ -13,15 +13,14 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from harness.config.build import build_model
+from harness.config.build import model_shapes
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
-from modeling.attention.cache import check_values, formula_bytes_at
+from modeling.attention.cache import formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
-from modeling.shapes import shapes_only
 
 QUANTITIES = {"params": "parameters", "train_flops": "training FLOPs per token", "kv_bytes": "cache bytes per token"}
 
@@ -58,13 +57,8 @@ def quantities(config: TrainConfig, vocab_size: int) -> dict[str, int]:
 
     Raises UserError for sizes that do not fit together, and for a cache.dtype that the variant cannot keep.
     """
-    with shapes_only():
-        model = build_model(config, vocab_size)
+    model = model_shapes(config, vocab_size)
     dtype, context = cache_format(config.cache.dtype), config.model.max_seq_len
-    try:
-        check_values(model.attentions, dtype)
-    except ValueError as error:
-        raise UserError(f"attention={config.attention['name']}: {error}") from None
     return {
         "params": parameters_by_block(model)["total"],
         "train_flops": training_flops_per_token(model, context),

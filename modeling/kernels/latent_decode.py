@@ -167,16 +167,16 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     kernel = OTHERS.get(name)
     if kernel is None:
         return
-    if importlib.util.find_spec(kernel.package) is None:
-        raise ValueError(
-            f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
-        )
     device = torch.device(device)
     as_triton_reads_it = ("1", "true", "on", "yes", "y")
     interpreted = kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
     if kind != "cuda" and not interpreted:
         raise ValueError(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
+    if importlib.util.find_spec(kernel.package) is None:
+        raise ValueError(
+            f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
+        )
     if kernel.capability is not None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if major != kernel.capability:

@@ -56,6 +56,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (["attention=mla", "cache.dtype=kc4v4"], "serves as key and value at once: take cache.dtype=int4"),
+        (["attention=swa_1_1", "model.n_layers=2", "cache.dtype=kc8v8"], "lets them go one by one: take cache.dtype=int8"),
+        (["attention=gqa", "attention.n_kv_heads=3"], "n_heads=2"),
+        (["tokenizer=pretrained", "tokenizer.path=/nowhere"], "tokenizer.path=/nowhere does not exist"),
+        (["tokenizer=pretrained", "tokenizer.path=no--name"], "tokenizer.path=no--name does not exist"),
+        (["optimizer=muon", "compile=on", "capture=on"], "capture=on"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_configuration_decides_is_refused_before_anything_is_written(
+    place: Workplace, wrong: list[str], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        place.train("refused", *wrong)
+    assert contents(place.folder).keys() == {"sea.txt"} and not place.runs.exists()
+
+
 def test_the_summary_has_every_promised_key_and_right_values(shared: Workplace) -> None:
     summary = summary_of(shared.runs / "done")
     assert summary.keys() >= PROMISED

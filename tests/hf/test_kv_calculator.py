@@ -1357,6 +1357,7 @@ def test_keys_by_channel_are_counted_with_the_newest_that_wait_in_16_bits(capsys
     assert found["bytes_per_token"] == found["measured"]["bytes_per_token"] == 12 * (keys + values)
     assert found["state_bytes"] == found["measured"]["state_bytes"] == 12 * newest
     assert found["total_bytes"] == 12 * (1024 * (keys + values) + newest)
+    assert found["mha_total_bytes"] == 4 * found["total_bytes"] and found["mha_ratio"] == 4  # 12 heads for 3 groups
     said = printed(capsys, "attention=gqa", "model=gpt2", "--dtype", "kc4v4")
     assert "scales, and parts kept in 16 bits, counted; the newest 32 tokens' keys, in 16 bits, are counted as states" in said
 

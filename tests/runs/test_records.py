@@ -12,7 +12,7 @@ import pytest
 
 import eval_model
 from harness.errors import UserError
-from harness.report.findings import Findings
+from harness.report.findings import Findings, over_seeds
 from harness.report.sections import sections
 from harness.runs.records import read_evaluations, read_metrics, read_study, read_summary
 from harness.study.results import load_results
@@ -191,7 +191,7 @@ def test_what_a_killed_process_left_of_a_line_is_no_line_and_a_loss_that_was_not
             metrics.write('{"step": 99, "tok')
         rows = read_metrics(study / RUN)
         assert rows[3]["val/loss"] is None and len(rows) == len(whole.splitlines())
-        assert len(Findings(load_results(study)).curves["mla"]) == len(rows) - 1
+        assert len(over_seeds(Findings(load_results(study)).curves)["mla"]) == len(rows) - 1
     finally:
         file.write_text(whole)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from harness.decode import speed
+from harness.decode.subjects import DecodePlan
 from harness.study import decode_times as module
-from harness.study.decode_times import ROUNDS, STEPS, decode_times
+from harness.study.decode_times import decode_times
 from tests.support.variants import config_at
 
 ARMS = {
@@ -47,7 +48,7 @@ def test_every_arm_has_a_row_for_each_place_on_the_path_it_takes_also_beyond_the
     ]
     for row in rows:
         assert 0 < row["low"] <= row["milliseconds"] <= row["high"] < 1e4
-        assert (row["n"], row["step"]) == (ROUNDS * STEPS, "eager") and row["device"].startswith("cpu")
+        assert (row["n"], row["step"]) == (DecodePlan.rounds * DecodePlan.steps, "eager") and row["device"].startswith("cpu")
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
