@@ -131,6 +131,16 @@ class Case:
         q_IBHK = torch.cat((self.q_latent_IBHL, self.q_rope_IBHP), dim=-1)
         return q_IBHK, torch.cat((self.latent_IBSL, self.k_rope_IBSP), dim=-1)
 
+    @functools.cached_property
+    def paged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(kv_INZ1K, table_BN, lengths_B): `joint` in pages of 64 slots. Raises ValueError where the last one is not full."""
+        _, kv_IBSK = self.joint
+        _, B, S, K = kv_IBSK.shape
+        if S % 64:
+            raise ValueError("the context must be a multiple of the page, 64 slots")
+        table_BN = torch.arange(B * S // 64, dtype=torch.int32, device=kv_IBSK.device).view(B, S // 64)
+        return kv_IBSK.view(-1, B * S // 64, 64, 1, K), table_BN, self.lengths_B.int()
+
 
 Call = Callable[[int], Tensor]  # the number of an input -> out_BHL
 
@@ -383,21 +393,16 @@ def flash_mla(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     """DeepSeek's kernel over pages of 64 slots, both parts in one buffer; its schedule is made at the first call, not timed."""
     from flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
-    q_IBHK, kv_IBSK = case.joint
-    _, B, H, _ = q_IBHK.shape
-    S, L = case.latent_IBSL.shape[2:]
-    if S % 64:
-        raise ValueError("the context must be a multiple of the page, 64 slots")
-    pages_BN = torch.arange(B * S // 64, dtype=torch.int32, device=q_IBHK.device).view(B, S // 64)
-    lengths_B = case.lengths_B.int()
-    schedule = get_mla_metadata(lengths_B, H, 1)
+    q_IBHK, _ = case.joint
+    kv_INZ1K, table_BN, lengths_B = case.paged
+    L = case.latent_IBSL.shape[-1]
+    schedule = get_mla_metadata(lengths_B, q_IBHK.shape[2], 1)
     # SGLang's wheel of it keeps the kernels for Hopper under this name.
     extra = {"use_legacy": True} if "use_legacy" in inspect.signature(flash_mla_with_kvcache).parameters else {}
 
     def call(i: int) -> Tensor:
-        cache = kv_IBSK[i].view(B * S // 64, 64, 1, -1)
         out_B1HL, _ = flash_mla_with_kvcache(
-            q_IBHK[i].unsqueeze(1), cache, pages_BN, lengths_B, L, *schedule, softmax_scale=case.scale, **extra
+            q_IBHK[i].unsqueeze(1), kv_INZ1K[i], table_BN, lengths_B, L, *schedule, softmax_scale=case.scale, **extra
         )
         return out_B1HL.squeeze(1)
 
@@ -408,13 +413,10 @@ def vllm(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     """vLLM's Triton kernel over pages of 64 slots, with the number of splits that its backend takes."""
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
-    q_IBHK, kv_IBSK = case.joint
+    q_IBHK, _ = case.joint
+    kv_INZ1K, table_BN, lengths_B = case.paged
     _, B, H, _ = q_IBHK.shape
     S, L = case.latent_IBSL.shape[2:]
-    if S % 64:
-        raise ValueError("the context must be a multiple of the page, 64 slots")
-    pages_BN = torch.arange(B * S // 64, dtype=torch.int32, device=q_IBHK.device).view(B, S // 64)
-    lengths_B = case.lengths_B.int()
     processors = torch.cuda.get_device_properties(q_IBHK.device).multi_processor_count
     splits = min(2 * processors, 2 ** max(0, (S // 512 - 1).bit_length()))
     partial = torch.empty(B, H, splits, L + 1, dtype=torch.float32, device=q_IBHK.device)
@@ -423,9 +425,9 @@ def vllm(case: Case, options: DecodeOptions) -> tuple[Call, str]:
 
     def call(i: int) -> Tensor:
         out_BHL = torch.empty_like(case.q_latent_IBHL[i])
-        cache = kv_IBSK[i].view(B * S // 64, 64, 1, -1)
+        cache = kv_INZ1K[i]
         decode_attention_fwd(
-            q_IBHK[i], cache, cache[..., :L], out_BHL, lse, pages_BN, lengths_B, partial, splits, case.scale, 64, **extra
+            q_IBHK[i], cache, cache[..., :L], out_BHL, lse, table_BN, lengths_B, partial, splits, case.scale, 64, **extra
         )
         return out_BHL
 

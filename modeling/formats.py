@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "fp8": 8, "int4": 4}  # of an element, without scales
 OF_BITS = {"16": "bfloat16", "8": "int8", "4": "int4"}  # in kXvY
+PAIR = re.compile(r"k(c?)(\d+)v(\d+)")
 ROTATED = "_rotated"
 FORMS = (
     f"{', '.join(BITS)}, or kXvY for keys in X and values in Y bits, two of {', '.join(OF_BITS)} (k8v4); {ROTATED} behind "
@@ -33,7 +34,7 @@ class FormatName:
 def read_format(name: str) -> FormatName:
     """Raises ValueError, with the forms there are, for a name that has none of them."""
     base = name.removesuffix(ROTATED)
-    pair = re.fullmatch(r"k(c?)(\d+)v(\d+)", base)
+    pair = PAIR.fullmatch(base)
     keys, values = (OF_BITS.get(bits, "") for bits in pair.groups()[1:]) if pair else (base, base)
     by_channel = pair is not None and pair[1] == "c"
     if not (keys in BITS and values in BITS) or (by_channel and BITS[keys] == 16):

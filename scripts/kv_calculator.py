@@ -38,7 +38,7 @@ from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.files.text import visible
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
-from modeling.formats import read_format
+from modeling.formats import PAIR, ROTATED, read_format
 
 if TYPE_CHECKING:
     from harness.decode.kv_calculator import CacheDescription, Format, LatentShape
@@ -133,7 +133,7 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
     from harness.decode.kv_calculator import format_named
 
     if options.dtype is not None and not is_format(options.dtype):
-        if re.search(r"^kc?\d+v\d|_rotated$", options.dtype):  # of our own caches alone, and wrong
+        if PAIR.match(options.dtype) or options.dtype.endswith(ROTATED):  # of our own caches alone, and wrong
             try:
                 read_format(options.dtype)
             except ValueError as error:

@@ -80,11 +80,17 @@ def broken_off(what: str, error: Exception, kind: str = "dataset") -> HubUnreach
 
 
 def cached_file(repository: str, name: str, revision: str | None, kind: str) -> Path | None:
-    """The file in the hub's cache on this machine, if it is there; never asks the network."""
+    """The file in the hub's cache on this machine, if it is there; never asks the network.
+
+    Raises UserError for a repository that nothing on the hub can be called.
+    """
     _set_timeouts()
     import huggingface_hub
 
-    path = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision, repo_type=kind)
+    try:
+        path = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision, repo_type=kind)
+    except huggingface_hub.errors.HFValidationError:
+        raise UserError(f"{repository} is no name on the hub: correct it to OWNER/NAME, as in its address") from None
     return Path(path) if isinstance(path, str) else None
 
 

@@ -38,16 +38,7 @@ _operator = torch.library.custom_op("latent_decode::other", _run, mutates_args=(
 
 
 @_operator.register_fake
-def _(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor | None,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor | None,
-    lengths_B: Tensor,
-    latent_scale_BS: Tensor | None,
-    scale: float,
-    kernel: str,
-) -> Tensor:
+def _(q_latent_BHL: Tensor, *others: object) -> Tensor:
     return q_latent_BHL.new_empty(q_latent_BHL.shape)
 
 

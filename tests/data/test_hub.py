@@ -247,6 +247,13 @@ def test_what_the_hub_does_not_have_is_no_outage(hub: HubServer, pinned: Dataset
     assert "does not have stories/validation-00000-of-00001.parquet of someone/else" in answer["error"]
 
 
+def test_a_name_that_nothing_on_the_hub_can_have_is_one_sentence(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
+    answer = prepared(hub, dataclasses.replace(pinned, hub_name="someone/some--thing"), tmp_path)
+    assert answer["kind"] == "UserError"
+    assert answer["error"] == "someone/some--thing is no name on the hub: correct it to OWNER/NAME, as in its address"
+    assert not hub.downloads
+
+
 def test_offline_without_a_cache_is_said_at_once(hub: HubServer, pinned: DatasetConfig, tmp_path: Path) -> None:
     answer = prepared(hub, pinned, tmp_path, HF_HUB_OFFLINE="1")
     assert answer["kind"] == "HubUnreachable" and "HF_HUB_OFFLINE is set" in answer["error"]
