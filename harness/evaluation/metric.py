@@ -62,6 +62,8 @@ METRICS: dict[str, Metric] = {
         Metric("loss", "nats per token", False, 4, ("loss",)),
         Metric("perplexity", "perplexity", False, 2, ("perplexity",)),
         Metric("bits_per_byte", "bits per byte", False, 4, ("bits_per_byte",)),
+        # On the last tokens of n-grams that stood in the context before (harness/evaluation/probes/repeats.py).
+        Metric("repeats_gain", "nats saved by repetition", True, 3, ("extras", "repeats", "gain")),
         # Of dataset=mqar and dataset=passkey, whose test text asks questions (harness/evaluation/probes/recall.py).
         Metric("answer_accuracy", "answer accuracy", True, 4, ("extras", "recall", "answers", "accuracy")),
     )

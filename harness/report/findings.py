@@ -41,6 +41,7 @@ from harness.study.statistics import (
 from harness.study.tuning import Doubt, Optimum, as_named, doubt, optimum, parabola
 
 CURVE_POINTS = 60  # of a curve, at most
+FEWEST_RUNS = 8  # that a correlation is said of
 LENGTH = 32_768  # of CACHE_CONTEXTS: where caches that are no straight line are compared once more
 
 
@@ -380,6 +381,30 @@ class Findings:
     def beyond(self) -> CurvesOfSeeds:
         """Loss on the same targets by context, from half the training length on."""
         return self._of_seeds(_loss_beyond)
+
+    @cached_property
+    def copying(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """What repetition in the context saves a run and the run's figure of the metric, of those that have both."""
+        gain = METRICS["repeats_gain"]
+        if self.metric is gain:
+            return {}
+        gains = self.results.values(gain)
+        shared = {arm: gains.get(arm, {}).keys() & of_seeds.keys() for arm, of_seeds in self.values.items()}
+        return {
+            arm: {seed: (gains[arm][seed], self.values[arm][seed]) for seed in sorted(seeds)}
+            for arm, seeds in shared.items()
+            if seeds
+        }
+
+    @property
+    def copying_correlation(self) -> tuple[float, int] | None:
+        """Of the two, each from its arm's mean, and of how many runs; None of fewer than FEWEST_RUNS or where one is flat."""
+        several = [np.array([*points.values()]) for points in self.copying.values() if len(points) > 1]
+        if sum(map(len, several)) < FEWEST_RUNS:
+            return None
+        apart = np.concatenate([points - points.mean(axis=0) for points in several])
+        spread = np.sqrt(np.square(apart).sum(axis=0))
+        return (float(np.prod(apart / spread, axis=1).sum()), len(apart)) if spread.all() else None
 
     @property
     def training_length(self) -> int | None:

@@ -332,7 +332,16 @@ def _positions(findings: Findings) -> Section | None:
         words.append("Contexts beyond the training length were not measured.")
     elif absent:
         words.append(f"Not measured beyond the training length: {', '.join(absent)}.")
-    return Section("positions", "Loss by position", pictures=[picture], words=words)
+    shown = [picture]
+    if (beside := pictures.copying(findings)) is not None:
+        shown.append(beside)
+    if found := findings.copying_correlation:
+        words.append(
+            f"Within arms the {findings.metric.label} of {found[1]} runs and what repetition in the context saves them "
+            f"correlate by {found[0]:.2f}".replace("-", "−")
+            + ": the nearer to ±1, the more seeds differ by whether they have learned to copy yet."
+        )
+    return Section("positions", "Loss by position", pictures=shown, words=words)
 
 
 def _rates(findings: Findings) -> Section:

@@ -218,6 +218,23 @@ def positions(findings: Findings) -> Picture | None:
     return Picture("positions", "Loss by context", caption, panels) if panels else None
 
 
+def copying(findings: Findings) -> Picture | None:
+    """Every run's figure of the metric by what repetition saves it, which shows what it has learned to copy."""
+    family = {arm.name: arm.info["family"] for arm in findings.arms}
+    looks, metric = styles({name: name for name in family.values()}), findings.metric
+    marks: dict[str, list[Mark]] = {}
+    for arm, points in findings.copying.items():
+        for seed, (gain, figure) in points.items():
+            hover = f"{arm}, seed {seed}: {metric.text(figure)} {metric.unit}, repetition saves {gain:.2f} nats"
+            marks.setdefault(family[arm], []).append(Mark(gain, figure, hover=hover))
+    if not marks:
+        return None
+    series = [Series(name, looks[name], of_family) for name, of_family in marks.items()]
+    plot = Plot("nats saved where an n-gram repeats", metric.axis, series)
+    caption = "A point is a run. Runs that have learned to copy from their context stand at the right (docs/STUDIES.md)."
+    return Picture("copying", f"{capital(metric.label)} by what repetition saves", caption, [("", plot)])
+
+
 def sweeps(findings: Findings) -> Picture:
     """Loss by learning rate, a panel a budget."""
     looks = arm_styles(findings)

@@ -188,7 +188,7 @@ def test_the_page_asks_nobody_for_anything(page: Path) -> None:
 
 def test_without_javascript_figures_and_names_are_there(page: Path) -> None:
     text = re.sub(r"<script>.*?</script>", "", page.read_text(), flags=re.S)
-    assert text.count('<svg class="wide"') == text.count('<svg class="narrow"') == 7
+    assert text.count('<svg class="wide"') == text.count('<svg class="narrow"') == 8
     assert re.search(r"<title>mla: 1\.8\d+ ± 0\.00\d+ bits per byte, 640 cache bytes", text)
     assert not re.search(r"<(?:section|figure|table)[^>]* hidden", text)
 

@@ -15,10 +15,11 @@ import pytest
 from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS
+from harness.report import study_pictures
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
 from harness.report.document import with_error
 from harness.report.findings import Findings, over_seeds
-from harness.report.pictures import short
+from harness.report.pictures import Plot, short
 from harness.report.sections import sections
 from harness.report.tables import as_csv, as_markdown
 from harness.report.write import write_report
@@ -71,7 +72,7 @@ def change(folder: Path, pattern: str, **values: Any) -> None:
 
 
 def test_a_whole_study_has_every_file_of_the_report_and_a_page_that_a_person_can_be_sent(full: Path) -> None:
-    figures = {"pareto", "contrasts", "curves", "positions", "staircase", "sweep", "decode"}
+    figures = {"pareto", "contrasts", "curves", "positions", "copying", "staircase", "sweep", "decode"}
     assert {path.stem for path in (full / "figures").iterdir()} == figures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (full / "figures").iterdir())
     markdown = (full / "report.md").read_text()
@@ -488,6 +489,35 @@ def test_all_runs_evaluated_again_give_the_newer_figures(tmp_path: Path) -> None
         file.with_name("a-whole.json").write_text(json.dumps(record | {"bits_per_byte": 9.0, "finished_at": "2030-01-01"}))
         os.utime(file.with_name("a-whole.json"), (0, 0))  # copied from elsewhere
     assert {bits for by_seed in load_results(folder).values().values() for bits in by_seed.values()} == {9.0}
+
+
+def test_a_study_says_how_far_its_seeds_differ_by_what_they_have_learned_to_copy(tmp_path: Path) -> None:
+    """The picture shows every run; the correlation is that of deviations from an arm's mean, whatever the arms differ by."""
+    folder = write_study(tmp_path / "copying", seeds=(0, 1, 2, 3), segments=0)
+    gains, losses = {}, {}
+    for place, path in enumerate(sorted(folder.glob("*/evaluations/*.json"))):
+        record = json.loads(path.read_text())
+        record["extras"]["repeats"]["gain"] = gains[path.parts[-3]] = 0.1 + 0.05 * (7 * place % 11)
+        losses[path.parts[-3]] = record[BITS_PER_BYTE.name]
+        path.write_text(json.dumps(record))
+    findings = findings_of(folder)
+    apart = []
+    for arm in findings.arms:
+        of_arm = np.array([(gains[run.folder.name], losses[run.folder.name]) for run in arm.runs])
+        apart.append(of_arm - of_arm.mean(axis=0))
+    x, y = np.concatenate(apart).T
+    found = findings.copying_correlation
+    assert found == (pytest.approx(np.corrcoef(x, y)[0, 1]), len(x))
+    words = " ".join(word for section in sections(findings) for word in section.words)
+    said = f"of {len(x)} runs and what repetition in the context saves them correlate by {found[0]:.2f}"
+    assert said.replace("-", "−") in words
+    picture = study_pictures.copying(findings)
+    assert picture is not None
+    plot = picture.panels[0][1]
+    assert isinstance(plot, Plot)
+    drawn = {(mark.x, mark.y) for series in plot.series for mark in series.marks}
+    assert drawn == {(gains[name], losses[name]) for name in gains}
+    assert len(plot.series) == len({arm.info["family"] for arm in findings.arms})  # a family, not an arm: few names
 
 
 def test_extras_are_means_over_seeds_and_what_is_equal_for_all_is_said_once(full: Path) -> None:
