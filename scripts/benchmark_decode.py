@@ -70,7 +70,9 @@ class DecodeOptions:
         Literal["auto", "expand", "absorbed", "both"],
         "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
     ] = "both"
-    kernel: Annotated[str, "what computes the absorbed path; auto: triton on CUDA, else torch"] = "auto"
+    kernel: Annotated[str, "what computes the absorbed path; auto: on CUDA triton, or gluon from 17 heads on; else torch"] = (
+        "auto"
+    )
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"
@@ -319,9 +321,10 @@ def make_subjects(
         execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
         pin_execution(part, execution, device=plan.device, precision=plan.dtype)
         if absorbs:
-            read = as_format(plan.cache_dtype).read_dtype(plan.dtype)
+            kept = as_format(plan.cache_dtype)
             with torch.no_grad():
-                notes.append(f"{name}: one new token absorbed is computed by {choosing.kernel_for(read, plan.device)}")
+                kernel = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device, in_words=kept.in_words)
+            notes.append(f"{name}: one new token absorbed is computed by {kernel}")
         subjects.append(subject)
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
             padded = choosing.backend == "sdpa_flash" and plan.device.type == "cpu"

@@ -99,6 +99,7 @@ def main(arguments: list[str]) -> int:
         through=through,
     )
 
+    path = decode_path(trained.model, cache=kept, precision=precision, window=window)
     records = []
     for task in chosen:
         started = time.perf_counter()
@@ -108,7 +109,7 @@ def main(arguments: list[str]) -> int:
         record |= {
             "seconds": time.perf_counter() - started,
             "kernel": computation.kernel,
-            "decode": decode_path(trained.model, window=window) if task.writes or through is not None else None,
+            "decode": path if task.writes or through is not None else None,
             "cache_dtype": None if through is None else dtype or computation.precision_name,
             "cache_window": window,
             "cache_sinks": sinks,

@@ -74,6 +74,7 @@ def main(arguments: list[str]) -> int:
         run, device=device, precision=torch.float32, execution=vars(options.attention), which=options.checkpoint
     )
     tokens = trained.tokenizer.encode_prompt(options.prompt) or [trained.tokenizer.opening]
+    kept = cache_format(options.cache.dtype)
     stream = generate(
         trained.model,
         [tokens],
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> int:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
-        cache_dtype=cache_format(options.cache.dtype),
+        cache_dtype=kept,
         window=options.cache.window,
         sinks=options.cache.sinks,
         step=options.step,
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
         first = list(itertools.islice(stream, 2))  # whatever cannot be done is found out by then
     except ValueError as error:
         raise UserError(str(error)) from None
-    tell(f"{run.name}: {decode_path(trained.model, window=options.cache.window)}")
+    tell(f"{run.name}: {decode_path(trained.model, cache=kept, window=options.cache.window)}")
     print(options.prompt, end="", flush=True)
     shown = ""
     written: list[int] = []

@@ -23,6 +23,7 @@ from harness.runs.text_parts import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
 from modeling.attention import EXECUTION, attends, set_execution
+from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
 from modeling.kernels.latent_decode import OTHERS, check_kernel, check_widths
@@ -144,17 +145,30 @@ def compute_like(model: GPT, other: GPT) -> None:
         set_execution(layer, **{key: getattr(pinned, key) for key in EXECUTION})
 
 
-def decode_path(model: GPT, new_tokens: int | None = None, *, window: int | None = None) -> str:
-    """How calls through the cache are computed, in words; with new_tokens, a call of so many tokens a row."""
-    paths = [_path_of(layer, model, new_tokens, window) for layer in model.attentions]
+def decode_path(
+    model: GPT,
+    new_tokens: int | None = None,
+    *,
+    cache: torch.dtype | CacheFormat = torch.bfloat16,
+    precision: torch.dtype = torch.float32,
+    window: int | None = None,
+) -> str:
+    """How calls through such a cache are computed, in words; with new_tokens, a call of so many tokens a row."""
+    kept = as_format(cache)
+    device = model.embedding.weight.device
+    paths = []
+    for layer in model.attentions:
+        kernel = None
+        if layer.decode_paths != ("auto",):
+            with torch.no_grad():
+                kernel = layer.kernel_for(kept.read_dtype(precision), device, window, in_words=kept.in_words)
+        paths.append(_path_of(layer, model, new_tokens, kernel))
     return "; ".join(dict.fromkeys(paths))
 
 
-def _path_of(layer: Any, model: GPT, new_tokens: int | None, window: int | None) -> str:
-    if layer.decode_paths == ("auto",):
+def _path_of(layer: Any, model: GPT, new_tokens: int | None, kernel: str | None) -> str:
+    if kernel is None:
         return str(getattr(layer, "cached_as", "keys and values as they are cached"))
-    with torch.no_grad():
-        kernel = layer.kernel_for(torch.bfloat16, model.embedding.weight.device, window)
     if new_tokens is not None:  # other kernels than torch's compute one new token alone
         kernel = kernel if new_tokens == 1 else "torch"
         return f"absorbed ({kernel} kernel)" if layer.absorbs(new_tokens) else "expanded"

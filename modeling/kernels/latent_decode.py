@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.kernels.availability import TRITON_DTYPES, runs_triton
+from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
 
@@ -30,7 +30,8 @@ class Kernel:
 
     file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
     package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
-    capability: the one major compute capability that it is written for; None: all. reads_8_bits: latents as they are stored.
+    capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
+    auto_heads: from how many heads on auto takes it, before kernels that stand above it in the table; None: never.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     """
 
@@ -41,6 +42,7 @@ class Kernel:
     latents: Sequence[int]
     rotated: Sequence[int]
     capability: int | None = None
+    auto_heads: int | None = None
     reads_8_bits: bool = False
     interpreted: bool = False
     plans_on_host: bool = False
@@ -50,9 +52,28 @@ HALF_PRECISION = (torch.bfloat16, torch.float16)
 TRITON = "pip install -r requirements-kernels.txt"
 OTHERS = {
     "triton": Kernel(
-        "latent_decode_triton", "triton", TRITON, TRITON_DTYPES, range(1, 513), range(65), reads_8_bits=True, interpreted=True
+        "latent_decode_triton",
+        "triton",
+        TRITON,
+        TRITON_DTYPES,
+        range(1, 513),
+        range(65),
+        auto_heads=1,
+        reads_8_bits=True,
+        interpreted=True,
     ),
-    "gluon": Kernel("latent_decode_gluon_triton", "triton", TRITON, HALF_PRECISION, (512,), (64,), capability=9),
+    # More than 16 heads are 64 to both kernels, and there this one is the faster in all that was measured on an H200, by 1.1
+    # to 1.9 times (docs/PERFORMANCE.md). Up to 16 Triton has a narrower tile, and is the faster where memory binds.
+    "gluon": Kernel(
+        "latent_decode_gluon_triton",
+        "triton.experimental.gluon",
+        TRITON,
+        HALF_PRECISION,
+        (512,),
+        (64,),
+        capability=9,
+        auto_heads=17,
+    ),
     "flashinfer": Kernel(
         "latent_decode_flashinfer",
         "flashinfer",
@@ -173,7 +194,7 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
     if kind != "cuda" and not interpreted:
         raise ValueError(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
-    if importlib.util.find_spec(kernel.package) is None:
+    if not _is_installed(kernel.package):
         raise ValueError(
             f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
         )
@@ -184,6 +205,13 @@ def check_kernel(name: str, device: torch.device | str) -> None:
                 f"attention.kernel={name} is for devices of compute capability {kernel.capability} and this one has "
                 f"{major}.{minor}; take attention.kernel=triton"
             )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # one that it would be in is missing
+        return False
 
 
 def check_capture(name: str) -> None:
@@ -212,19 +240,36 @@ def _in_words(widths: Sequence[int]) -> str:
 
 
 def select_kernel(
-    name: str, *, device: torch.device, dtype: torch.dtype, latent_width: int, qk_rope_head_dim: int, window: int | None = None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_heads: int,
+    latent_width: int,
+    qk_rope_head_dim: int,
+    window: int | None = None,
+    in_words: bool = False,
 ) -> str:
-    """auto is triton where that can compute a call of one new token, and torch elsewhere; another name stays.
+    """auto is a kernel of the table where one can compute a call of one new token, and torch elsewhere; another name stays.
 
-    dtype: of the cached latents as they are read. A gradient is possible in torch alone.
+    Of several it is the last that `auto_heads` allows: on Hopper gluon from 17 heads on, else triton. dtype: of the cached
+    latents as they are read; in_words: they are read as they are stored in 8 bits. n_heads: that share a latent. A
+    gradient is possible in torch alone.
     """
     if name != "auto":
         return name
-    fits = (
-        runs_triton(device, dtype)
-        and window is None
-        and latent_width in OTHERS["triton"].latents
-        and qk_rope_head_dim in OTHERS["triton"].rotated
-        and not torch.is_grad_enabled()
-    )
-    return "triton" if fits else "torch"
+    chosen = "torch"
+    if not runs_triton(device, dtype) or window is not None or torch.is_grad_enabled():
+        return chosen
+    for other, kernel in OTHERS.items():
+        fits = (
+            kernel.auto_heads is not None
+            and n_heads >= kernel.auto_heads
+            and dtype in kernel.dtypes
+            and latent_width in kernel.latents
+            and qk_rope_head_dim in kernel.rotated
+            and (kernel.reads_8_bits or not in_words)
+        )
+        if fits and (kernel.capability is None or runs_gluon(device, kernel.capability)):
+            chosen = other
+    return chosen

@@ -21,9 +21,11 @@ from harness.config.compose import load_train_config
 from harness.errors import UserError
 from harness.runs.load import decode_path
 from modeling.attention.contract import randomise
+from modeling.attention.quantisation import cache_format
 from modeling.generation import generate
 from modeling.kernels.attend import attend
 from modeling.kernels.latent_decode import latent_attend, latent_decode
+from tests.kernels.test_latent_decode import on_a_gpu
 from tests.support.variants import gpt_from
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,14 +117,45 @@ def test_sinks_are_refused_by_the_triton_kernel() -> None:
 
 @pytest.mark.parametrize("option", ["sink_logits=true", "kv_latent=split"])
 def test_where_the_triton_kernel_lacks_something_auto_takes_torch(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", True)
-    monkeypatch.setattr(torch.version, "hip", None)
+    on_a_gpu(monkeypatch, capability=9)
     kernels = []
     for more in ([], [f"attention.{option}"]):
         with torch.no_grad():
             attention = gpt_from(["attention=mla", *more], n_layers=1).attentions[0]
             kernels.append(attention.kernel_for(torch.bfloat16, torch.device("cuda")))
     assert kernels == ["triton", "torch"]
+
+
+WIDE = ["attention=mla", "model.d_model=512", "model.n_heads=32", "attention.kv_lora_rank=512", "attention.qk_rope_head_dim=64"]
+
+
+@torch.inference_mode()
+def test_auto_says_and_takes_gluon_for_many_heads_but_for_latents_that_are_read_in_8_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+
+    def decode(*arguments: Any, kernel: str, **options: Any) -> Tensor:
+        taken.append(f"absorbed ({kernel} kernel)")
+        return latent_decode(*arguments, **options)
+
+    model = gpt_from(WIDE, n_layers=1).eval()
+    on_a_gpu(monkeypatch, capability=9)
+    monkeypatch.setattr("modeling.kernels.latent_decode.runs_triton", lambda device, dtype: True)
+    monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
+    wanted = {"bfloat16": "gluon", "float16": "gluon", "float32": "triton", "int8": "triton", "fp8": "triton"}
+    for name, kernel in wanted.items():
+        kept = cache_format(name)
+        taken.clear()
+        model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=kept, device="cpu"))
+        assert taken == [decode_path(model, 1, cache=kept)] == [f"absorbed ({kernel} kernel)"]
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, kernel in {"int8": "triton", "int8_rotated": "gluon", "int4": "gluon"}.items():
+            kept = cache_format(name)
+            taken.clear()
+            model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=kept, device="cpu"))
+            said = decode_path(model, 1, cache=kept, precision=torch.bfloat16)
+            assert taken == [said] == [f"absorbed ({kernel} kernel)"]
 
 
 @needs_triton
@@ -188,6 +221,23 @@ def test_on_a_gpu_auto_decodes_with_triton_and_a_window_with_torch(cache_dtype: 
     assert torch.equal(logits("auto", window=4), logits("torch", window=4))
     model.set_execution(decode="auto", kernel="auto")
     assert decode_path(model, 1) == "absorbed (triton kernel)" and decode_path(model, 1, window=4) == "absorbed (torch kernel)"
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_on_hopper_auto_decodes_many_heads_with_gluon_in_a_compiled_step_too() -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon kernel is for devices of compute capability 9")
+    model = gpt_from(WIDE, n_layers=2).eval().to("cuda", torch.bfloat16)
+    assert decode_path(model, 1) == "absorbed (gluon kernel)"
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+
+    def written(kernel: str, step: str) -> list[list[int]]:
+        model.set_execution(decode="absorbed", kernel=kernel)
+        return torch.stack(list(generate(model, prompts, max_new_tokens=12, temperature=0, step=step))).tolist()
+
+    assert written("auto", "eager") == written("auto", "graph") == written("gluon", "eager")
+    assert len(written("auto", "compile")) == 12  # one graph, or it would raise
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.quantisation import quantise
+from modeling.kernels.availability import HAS_GLUON
 from modeling.kernels.latent_decode import KERNELS, OTHERS, check_kernel, check_widths, latent_decode, select_kernel
 from tests.support.forks import Forks
 
@@ -305,6 +307,44 @@ def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
         check_kernel("cuda", "cpu")
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *, capability: int) -> None:
+    """What the choice of a kernel asks of the machine, answered as by one with Triton and such a device."""
+    for package in ("HAS_TRITON", "HAS_GLUON"):
+        monkeypatch.setattr(f"modeling.kernels.availability.{package}", True)
+    monkeypatch.setattr(torch.version, "hip", None)
+    found = types.SimpleNamespace(major=capability, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+
+
+def choose_for_128_heads() -> str:
+    return select_kernel(
+        "auto", device=torch.device("cuda"), dtype=torch.bfloat16, n_heads=128, latent_width=512, qk_rope_head_dim=64
+    )
+
+
+@torch.no_grad()
+def test_where_gluon_cannot_run_auto_takes_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, capability=9)
+    assert choose_for_128_heads() == "gluon"
+    monkeypatch.setattr("modeling.kernels.availability.HAS_GLUON", False)
+    assert choose_for_128_heads() == "triton"
+    for capability in (8, 10):
+        on_a_gpu(monkeypatch, capability=capability)
+        assert choose_for_128_heads() == "triton"
+
+
+@torch.no_grad()
+def test_the_choice_breaks_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_gpu(monkeypatch, capability=9)
+    compiled = torch.compile(lambda x: x + len(choose_for_128_heads()), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1)).item() == len("gluon")
+
+
+@needs_triton
+def test_the_triton_that_is_required_brings_gluon() -> None:
+    assert HAS_GLUON and importlib.util.find_spec(OTHERS["gluon"].package) is not None
+
+
 @pytest.mark.parametrize(
     ("change", "chosen"),
     [
@@ -318,17 +358,26 @@ def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
         ({"window": 16}, "torch"),
         ({"latent_width": 513}, "torch"),
         ({"qk_rope_head_dim": 66}, "torch"),
+        ({"n_heads": 17}, "gluon"),
+        ({"n_heads": 128}, "gluon"),
+        ({"n_heads": 64, "dtype": torch.float16}, "gluon"),
+        ({"n_heads": 128, "name": "triton"}, "triton"),
+        ({"n_heads": 128, "dtype": torch.float32}, "triton"),
+        ({"n_heads": 128, "latent_width": 256}, "triton"),
+        ({"n_heads": 128, "qk_rope_head_dim": 0}, "triton"),
+        ({"n_heads": 128, "in_words": True}, "triton"),
+        ({"n_heads": 128, "window": 16}, "torch"),
     ],
 )
-def test_auto_takes_the_triton_kernel_where_that_can_compute_the_call(
+def test_auto_takes_a_kernel_that_can_compute_the_call_and_gluon_for_many_heads(
     change: dict[str, Any], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("modeling.kernels.availability.HAS_TRITON", True)
-    monkeypatch.setattr(torch.version, "hip", None)
+    on_a_gpu(monkeypatch, capability=9)
     call: dict[str, Any] = {
         "name": "auto",
         "device": torch.device("cuda"),
         "dtype": torch.bfloat16,
+        "n_heads": 16,
         "latent_width": 512,
         "qk_rope_head_dim": 64,
     }

@@ -361,5 +361,7 @@ def test_a_captured_step_writes_what_the_eager_one_writes(variant: str) -> None:
     prompts = [random_prompt(length, seed=length) for length in (3, 11, 1, 7)]
     eager = written(model, prompts, max_new_tokens=20, temperature=0, step="eager")
     assert written(model, prompts, max_new_tokens=20, temperature=0, step="graph") == eager
+    if any(hasattr(attention, "state_shapes") for attention in model.attentions):
+        return  # whose caches know no window: of a state nothing can be hidden
     windowed = {"window": 6, "sinks": 2, "max_new_tokens": 20, "temperature": 0.0}
     assert written(model, prompts, step="graph", **windowed) == written(model, prompts, step="eager", **windowed)
