@@ -81,7 +81,8 @@ class Cache:
 
     Keys by channel: a query sees the keys of a group once it is complete, and of its own unfinished group as they came. Where
     several tokens go in at once these differ from query to query: reads then return both, groups first (Placement.twice), and
-    the same slots of everything else. reads: the cache of the layer whose entries this layer reads.
+    the same slots of everything else. With a window the groups that it touches are held whole, the sinks' for good and the
+    others in a ring of their own. reads: the cache of the layer whose entries this layer reads.
 
     window (None: all is kept): a query sees the `window` newest positions, its own included, and the first `sinks` ones
     (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453; without its re-numbering: keys keep the positions they were
@@ -119,22 +120,17 @@ class Cache:
         if reach is not None and (window is None or reach <= window):
             window, sinks = reach, 0
         self.window, self.sinks, self.reach = window, sinks, reach
-        self.slots = max_seq_len if window is None else min(max_seq_len, sinks + window)
+        self.slots = self._entries(1)
+        self._sink_groups = min(-(-sinks // GROUP), self._entries(GROUP))
         stored_as = as_format(dtype)
-        self.stored = {
-            name: Stored(
-                stored_as.storage(name, sixteen_bits=sixteen_bits, values=values),
-                shape,
-                (batch_size, self.slots),
-                device=device,
-                rotated=stored_as.rotated,
-            )
-            for name, shape in shapes.items()
-        }
+        self.stored: dict[str, Stored] = {}
+        for name, shape in shapes.items():
+            storage = stored_as.storage(name, sixteen_bits=sixteen_bits, values=values)
+            rows_entries = batch_size, self._entries(storage.tokens)
+            waiting = min(max_seq_len, storage.tokens)
+            self.stored[name] = Stored(storage, shape, rows_entries, waiting=waiting, device=device, rotated=stored_as.rotated)
         own = any(stored.newest is not None for stored in self.stored.values())
         self.groups: bool = own or (reads is not None and reads.groups)
-        if self.groups and window is not None:
-            raise ValueError(whole_groups(stored_as, window))
         self.states = {
             name: torch.zeros(batch_size, *shape, dtype=kept, device=device) for name, (shape, kept) in (states or {}).items()
         }
@@ -193,9 +189,8 @@ class Cache:
         Raises ValueError when they do not fit.
         """
         self.check_room(new_tokens)
-        if self.groups and new_tokens > 1:
-            return self._place_twice(new_tokens, valid_BT)
-        alike = not (self.static or self._ragged or valid_BT is not None)
+        twice = self.groups and new_tokens > 1
+        alike = not (self.static or self._ragged or valid_BT is not None or twice)
         if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
             return Placement(0, None, True, None, window=self.window)
         if self._takes_one(new_tokens, valid_BT):
@@ -213,8 +208,10 @@ class Cache:
             return Placement(start, None, False, mask_BTS)
 
         slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
-        visible = self.max_seq_len if self.static else self._extent + new_tokens
-        mask_BTS = torch.arange(visible, device=device) <= slots_BT[:, :, None]
+        slots_S = torch.arange(self._slots_shown(new_tokens), device=device)
+        mask_BTS = slots_S <= slots_BT[:, :, None]
+        if twice:
+            return self._place_twice(slots_BT, slots_S.expand(self.batch_size, -1), mask_BTS)
         return Placement(0, slots_BT, False, mask_BTS, end=self._end(new_tokens))
 
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
@@ -232,30 +229,32 @@ class Cache:
         T = next(iter(new.values())).shape[1]
         self.check_room(T)
         self._ragged = self._ragged or valid_BT is not None
-        entries = {name: self.stored[name].encode(tensor) for name, tensor in new.items()}
+        encoded = {name: self.stored[name].encode(tensor) for name, tensor in new.items()}
+        entries = {name: parts for name, parts in encoded.items() if self.stored[name].newest is None}
         if self._takes_one(T, valid_BT):
             ring, place = self.slots - self.sinks, self._extent
             slot = place if place < self.slots else self.sinks + (place - self.sinks) % ring
             for name, parts in entries.items():
                 for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                     buffer[:, slot] = part[:, 0]
-            seen = {name: self._shown(self.stored[name].parts, min(place + 1, self.slots)) for name in new}
+            seen = {name: self._shown(self.stored[name].parts, min(place + 1, self.slots)) for name in entries}
         elif self.window is not None:
-            seen = self._through_window(entries, valid_BT)
+            seen = self._through_window(T, entries, valid_BT)
         else:
             visible = self._slots_shown(T)
-            buffers = {name: self.stored[name].working(visible) for name in new}
             if self.static or self._ragged:
-                self._scatter(T, valid_BT, entries, buffers)
+                self._scatter(T, valid_BT, entries)
             else:
                 for name, parts in entries.items():
-                    for buffer, part in zip(buffers[name], parts, strict=True):
+                    for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                         buffer[:, self._extent : visible] = part
-            seen = {name: self._shown(parts, visible) for name, parts in buffers.items()}
-            if self.groups:
-                seen = self._in_groups(T, valid_BT, seen)
+            seen = {name: self._shown(self.stored[name].parts, visible) for name in entries}
+        if self.groups:
+            seen = self._in_groups(
+                T, valid_BT, seen, {name: parts[0] for name, parts in encoded.items() if name not in entries}
+            )
         self.advance(T, valid_BT)
-        return seen
+        return {name: seen[name] for name in new}
 
     def keep(self, new_tokens: int, valid_BT: Tensor | None = None, **states: Tensor) -> None:
         """Count tokens as taken in, after which the states are these. Raises ValueError when the tokens do not fit."""
@@ -324,6 +323,11 @@ class Cache:
 
     # --- where entries lie -------------------------------------------------------------------------------------------
 
+    def _entries(self, tokens: int) -> int:
+        """How many are held of what is stored so many tokens together: all, or those that sinks and the window touch."""
+        whole = self.max_seq_len // tokens
+        return whole if self.window is None else min(whole, -(-self.sinks // tokens) + -(-self.window // tokens))
+
     def _slots_shown(self, new_tokens: int) -> int:
         """After a call of so many tokens, without a window."""
         return self.max_seq_len if self.static else self._extent + new_tokens
@@ -331,7 +335,7 @@ class Cache:
     def _shown(self, parts: Parts, slots: int) -> Parts:
         return parts if self.static else tuple(part[:, :slots] for part in parts)
 
-    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts], buffers: dict[str, Parts]) -> None:
+    def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts]) -> None:
         order_BT = None
         if valid_BT is not None:
             # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
@@ -340,7 +344,7 @@ class Cache:
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
         for name, parts in entries.items():
-            for buffer, part in zip(buffers[name], parts, strict=True):
+            for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                 buffer.index_put_((rows_B1, slots_BT), part if order_BT is None else part[rows_B1, order_BT])
 
     def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
@@ -358,32 +362,67 @@ class Cache:
 
     # --- keys by channel: tokens are stored in groups --------------------------------------------------------------------
 
-    def _place_twice(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
-        """A query sees the groups that are complete with it, and behind these every key as it came, its own the last."""
-        positions_BT = self._positions(new_tokens, valid_BT)
-        slots_S = torch.arange(self._slots_shown(new_tokens), device=positions_BT.device)
-        twice = len(slots_S) // GROUP * GROUP
-        query = positions_BT[:, :, None]
-        known = (query + 1) // GROUP * GROUP
-        mask_BTS = torch.cat((slots_S[:twice] < known, (slots_S >= known) & (slots_S <= query)), dim=-1)
-        keys_BS = torch.cat((slots_S[:twice], slots_S)).expand(self.batch_size, -1)
-        return Placement(0, positions_BT, False, mask_BTS, keys_BS, self._end(new_tokens), twice=twice)
+    def _place_twice(self, positions_BT: Tensor, keys_BS: Tensor, mask_BTS: Tensor) -> Placement:
+        """A query sees of these keys the groups that are complete with it, and behind them the others as they came."""
+        known_BT1 = (positions_BT[:, :, None] + 1) // GROUP * GROUP
+        grouped_BTS = (keys_BS[:, None, :] >= 0) & (keys_BS[:, None, :] < known_BT1)
+        mask_BTS = torch.cat((mask_BTS & grouped_BTS, mask_BTS & ~grouped_BTS), dim=-1)
+        twice_BS = keys_BS.clamp(min=0).repeat(1, 2)
+        end = self._end(positions_BT.shape[1])
+        return Placement(0, positions_BT, False, mask_BTS, twice_BS, end, twice=keys_BS.shape[1])
 
-    def _in_groups(self, T: int, valid_BT: Tensor | None, seen: dict[str, Parts]) -> dict[str, Parts]:
-        """Store what has become complete; what is visible then, as `_place_twice` says or to one query a row."""
-        lengths_B = self.lengths_B + (T if valid_BT is None else valid_BT.sum(dim=1))
-        groups = self._slots_shown(T) // GROUP
-        shown: dict[str, Parts] = {}
-        for name, parts in seen.items():
+    def _in_groups(self, T: int, valid_BT: Tensor | None, seen: dict[str, Parts], new: dict[str, Tensor]) -> dict[str, Parts]:
+        """Take in keys by channel; what is visible then, of all: to one query a row, or as `_place_twice` says."""
+        before_B1 = self.lengths_B[:, None]
+        after_B1 = before_B1 + (T if valid_BT is None else valid_BT.sum(dim=1, keepdim=True))
+        begun_B1, complete_B1 = before_B1 // GROUP, after_B1 // GROUP
+        keys_BS = self._keys_shown(T, valid_BT).clamp(min=0)
+        group_BS, made = keys_BS // GROUP, -(-T // GROUP)
+        shown = (
+            seen if T == 1 else {name: tuple(torch.cat((part, part), dim=1) for part in parts) for name, parts in seen.items()}
+        )
+        for name, tensor in new.items():
             stored = self.stored[name]
-            if stored.newest is None:
-                twice = tuple(torch.cat((part[:, : groups * GROUP], part), dim=1) for part in parts)
-                shown[name] = parts if T == 1 else twice
-                continue
-            stored.settle(parts[0], self.lengths_B, lengths_B, T)
-            known = () if T > 1 else (lengths_B[:, None] // GROUP * GROUP,)
-            shown[name] = (*(part[:, :groups] for part in stored.parts), *parts, *known)
+            came, groups = stored.take_in(tensor, before_B1, after_B1, None if valid_BT is None else real_first(valid_BT))
+            held = stored.parts[0].shape[1] if self.static else min(stored.parts[0].shape[1], self._extent // GROUP)
+            all_groups = tuple(
+                torch.cat((part[:, :held], more), dim=1) for part, more in zip(stored.parts, groups, strict=True)
+            )
+            slot_BS = torch.where(group_BS < begun_B1, self._group_slot(stored, group_BS), held + group_BS - begun_B1)
+            first_B1 = begun_B1 * GROUP
+            came_BS = (held + made) * GROUP + (keys_BS - first_B1).minimum(after_B1 - 1 - first_B1).clamp(min=0)
+            index_BS = torch.where(group_BS < complete_B1, slot_BS * GROUP + keys_BS % GROUP, came_BS)
+            shown[name] = (*all_groups, came, index_BS if T == 1 else torch.cat((index_BS, came_BS), dim=1))
+            self._settle(stored, groups, begun_B1, complete_B1)
         return shown
+
+    def _keys_shown(self, T: int, valid_BT: Tensor | None) -> Tensor:
+        """Position of each key that a call of T tokens shows, -1 where none; before the tokens are counted."""
+        if self.window is None:
+            return torch.arange(self._slots_shown(T), device=self.lengths_B.device)[None]
+        if self._takes_one(T, valid_BT):
+            return self._held(self.lengths_B + 1)[:, : min(self._extent + 1, self.slots)]
+        return self._keys_in_window(self._positions(T, valid_BT), valid_BT)
+
+    def _group_slot(self, stored: Stored, group: Tensor) -> Tensor:
+        """Where a group lies: the sinks' ones first, then a ring of the others."""
+        first = self._sink_groups
+        ring = max(1, stored.parts[0].shape[1] - first)
+        return torch.where((group >= 0) & (group < first), group, first + torch.remainder(group - first, ring))
+
+    def _settle(self, stored: Stored, groups: Parts, begun_B1: Tensor, complete_B1: Tensor) -> None:
+        """Store the groups from `begun` on that are complete: of those that share a slot the last one."""
+        device, made = begun_B1.device, groups[0].shape[1]
+        rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
+        newest = torch.arange(min(made, stored.parts[0].shape[1] - self._sink_groups), device=device)
+        sinks = torch.arange(self._sink_groups, device=device).expand(self.batch_size, -1)
+        group_BN = torch.cat((sinks, complete_B1 - 1 - newest), dim=1)  # neighbours: no two of them in one slot, or alike
+        slot_BN = self._group_slot(stored, group_BN)
+        is_new_BN = (group_BN >= begun_B1) & (group_BN < complete_B1)
+        source_BN = (group_BN - begun_B1).clamp(0, made - 1)
+        for buffer, part in zip(stored.parts, groups, strict=True):
+            is_new = is_new_BN.view(*is_new_BN.shape, *(1 for _ in part.shape[2:]))
+            buffer.index_put_((rows_B1, slot_BN), torch.where(is_new, part[rows_B1, source_BN], buffer[rows_B1, slot_BN]))
 
     # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
 
@@ -410,21 +449,26 @@ class Cache:
         """The visible keys are what the slots hold, then the new tokens."""
         assert self.window is not None
         positions_BT = self._positions(new_tokens, valid_BT)
-        used = self.slots if self.static else min(self._extent, self.slots)
-        new_BT = positions_BT if valid_BT is None else torch.where(valid_BT, positions_BT, -1)
-        keys_BS = torch.cat((self._held(self.lengths_B)[:, :used], new_BT), dim=1)
+        keys_BS = self._keys_in_window(positions_BT, valid_BT)
         query, key = positions_BT[:, :, None], keys_BS[:, None, :]
         mask_BTS = (key >= 0) & (key <= query) & ((key < self.sinks) | (query - key < self.window))
         if self.sinks and self.reach is not None:
             mask_BTS = mask_BTS & (query - key < self.reach)
         if valid_BT is not None:  # a pad sees itself, so that its softmax is defined
-            itself = torch.arange(used + new_tokens, device=keys_BS.device) - used
+            itself = torch.arange(new_tokens - keys_BS.shape[1], new_tokens, device=keys_BS.device)
             mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
+        if self.groups and new_tokens > 1:
+            return self._place_twice(positions_BT, keys_BS, mask_BTS)
         return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0), self._end(new_tokens))
 
-    def _through_window(self, entries: dict[str, Parts], valid_BT: Tensor | None) -> dict[str, Parts]:
+    def _keys_in_window(self, positions_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
+        """Position of what each slot holds, then of the new tokens; -1 where there is none, and of pads."""
+        used = self.slots if self.static else min(self._extent, self.slots)
+        new_BT = positions_BT if valid_BT is None else torch.where(valid_BT, positions_BT, -1)
+        return torch.cat((self._held(self.lengths_B)[:, :used], new_BT), dim=1)
+
+    def _through_window(self, T: int, entries: dict[str, Parts], valid_BT: Tensor | None) -> dict[str, Parts]:
         """What the slots held before, then the new entries; afterwards the slots hold what is still needed."""
-        T = next(iter(entries.values()))[0].shape[1]
         device = self.lengths_B.device
         used = self.slots if self.static else min(self._extent, self.slots)
         seen = {
@@ -526,13 +570,8 @@ def values_of(attention: Attention) -> tuple[str, ...]:
 
 
 def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheFormat) -> None:
-    """Raises ValueError for a format that tells keys and values apart where no layer caches values alone.
-
-    Also for one that stores several tokens together where a layer's own window lets single ones go.
-    """
+    """Raises ValueError for a format that tells keys and values apart where no layer caches values alone."""
     kept = as_format(dtype)
-    if kept.by_channel and (windows := [window for each in attentions if (window := getattr(each, "window", None))]):
-        raise ValueError(whole_groups(kept, windows[0]))
     if not kept.tells_apart or any(map(values_of, attentions)):
         return
     named = next(name for name, storage in NAMED.items() if storage == kept.keys)
@@ -540,14 +579,6 @@ def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheForm
     raise ValueError(
         f"cache.dtype={kept} keeps {asked}, and what this variant caches serves as key and value at once: take "
         f"cache.dtype={named}{ROTATED if kept.rotated else ''}, as its keys are kept"
-    )
-
-
-def whole_groups(kept: CacheFormat, window: int) -> str:
-    """Why that format goes with no window, and what does."""
-    return (
-        f"cache.dtype={kept} stores the keys of {GROUP} tokens together, and window={window} lets them go one by one: take "
-        f"cache.dtype={kept.by_vector}"
     )
 
 
@@ -571,11 +602,14 @@ def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> flo
 def formula_bytes_at(attention: Attention, dtype: torch.dtype | CacheFormat, context: int) -> int:
     """The same for a sequence of so many tokens, of which a layer with a window keeps the newest, and its states.
 
-    Of tokens that are stored together, with the room of those that are not yet.
+    Of tokens that are stored together, with the room of those that are not yet; where a window ends within such tokens, all.
     """
     held = keys_seen(attention, context)
-    grown = sum(held // storage.tokens * storage.nbytes(shape) for storage, shape in _stored(attention, dtype))
-    fixed = newest_bytes_of(attention, dtype, held) + state_bytes_of(attention, dtype)
+    grown = sum(
+        min(context // storage.tokens, math.ceil(held / storage.tokens)) * storage.nbytes(shape)
+        for storage, shape in _stored(attention, dtype)
+    )
+    fixed = newest_bytes_of(attention, dtype, context) + state_bytes_of(attention, dtype)
     return grown + held * _unlike_bytes(attention, dtype) + fixed
 
 

@@ -198,7 +198,7 @@ def caches_in_few_bits_stay_close(build: Build) -> None:
     """In each format of FEW_BITS one call gives what single tokens give, also with fixed shapes and in padded rows.
 
     Full precision is within the bound of that format, and something is lost. A format that tells keys from values is refused
-    where no layer caches values alone; keys by channel, of which enough tokens come for a group, also in a layer's own window.
+    where no layer caches values alone. Of keys by channel enough tokens come for a group.
 
     To 1e-10; to 1e-6 through states, which are rounded to float32 from one call to the next.
     """
@@ -248,13 +248,12 @@ def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
     except ValueError as refusal:
         assert f"cache.dtype={kept}" in str(refusal), f"the refusal does not name the format: {refusal}"
     else:
-        raise AssertionError(f"{kept} was taken, and no layer caches values alone, or a window lets single keys go")
+        raise AssertionError(f"{kept} was taken, and no layer caches values alone")
 
 
 def _keeps(module: AttentionLayers, kept: CacheFormat) -> bool:
-    """Whether values can be told from keys, where a format does, and keys stay together where they are by channel."""
-    single = any(getattr(attention, "window", None) for attention in module.attentions)
-    return not (kept.by_channel and single) and (not kept.tells_apart or any(map(values_of, module.attentions)))
+    """Whether values can be told from keys, where a format does."""
+    return not kept.tells_apart or any(map(values_of, module.attentions))
 
 
 @torch.no_grad()

@@ -186,12 +186,6 @@ class CacheFormat:
         """Whether keys and values are stored differently."""
         return self.by_channel or self.keys != self.values
 
-    @property
-    def by_vector(self) -> str:
-        """The name of the format that differs in this alone: nothing is stored by channel."""
-        alike = next(name for name, storage in NAMED.items() if storage == self.keys)
-        return alike if self.keys == self.values else self.name.replace("kc", "k")
-
     def storage(self, name: str, *, sixteen_bits: Collection[str], values: Collection[str]) -> Storage:
         """How the cached tensor of this name is stored; the others are those that a variant states.
 
@@ -252,29 +246,28 @@ class Stored:
     """One cached tensor of `shape` a token for all rows and slots: its parts, and how vectors go in and come out.
 
     Where several tokens are stored together, `newest` is a ring of as many, in which the token at position p lies at p
-    modulo its length: those that are not yet all there are in it, as they came. A call then writes to `working`, where every
-    slot is as that ring says, and `settle` stores what it has made complete.
+    modulo its length: those that are not yet all there are in it, as they came (`take_in`).
     """
 
     def __init__(
         self,
         storage: Storage,
         shape: tuple[int, ...],
-        rows_slots: tuple[int, int],
+        rows_entries: tuple[int, int],
         *,
+        waiting: int,
         device: torch.device | str,
         rotated: bool,
     ) -> None:
+        """rows_entries: an entry is of storage.tokens tokens. waiting: the length of `newest`, where there is one."""
         self.storage, self.shape = storage, shape
         # Zeros, not empty: slots that a mask hides still meet a weight of 0, and 0 * NaN is NaN.
-        rows, slots = rows_slots
         self.parts = tuple(
-            torch.zeros(rows, slots // storage.tokens, *part, dtype=dtype, device=device)
-            for part, dtype in storage.tensors(shape)
+            torch.zeros(*rows_entries, *part, dtype=dtype, device=device) for part, dtype in storage.tensors(shape)
         )
         self.newest: Tensor | None = None
         if storage.tokens > 1:
-            self.newest = torch.zeros(rows, min(slots, storage.tokens), *shape, dtype=SIXTEEN, device=device)
+            self.newest = torch.zeros(rows_entries[0], waiting, *shape, dtype=SIXTEEN, device=device)
         rotated = rotated and not isinstance(storage, Plain)
         self.rotation_KK = rotation(shape[-1]).to(device) if rotated else None
 
@@ -302,31 +295,28 @@ class Stored:
         together = sum(math.prod(part.shape[2:]) * part.itemsize for part in self.parts)
         return together * (GROUP // self.storage.tokens)
 
-    def working(self, slots: int) -> Parts:
-        """What a call that shows so many slots writes to, and in what form `encode` gives it."""
-        if self.newest is None:
-            return self.parts
-        return (self.newest[:, torch.arange(slots, device=self.newest.device) % self.newest.shape[1]],)
+    def take_in(self, new: Tensor, before_B1: Tensor, after_B1: Tensor, order_BT: Tensor | None) -> tuple[Tensor, Parts]:
+        """Tokens (B, T, *shape) that rows of `before` tokens take in, after which they have `after`.
 
-    def settle(self, whole: Tensor, before_B: Tensor, after_B: Tensor, new_tokens: int) -> None:
-        """Take over from `working` what a call has written: rows had so many tokens and have so many now."""
+        order_BT: indices that bring each row's real tokens to the front. Returns (tokens as they came, from the first of the
+        group that was begun; the groups from that one on, as many as T tokens can complete).
+        """
         assert self.newest is not None
-        rows_B1 = torch.arange(whole.shape[0], device=whole.device)[:, None]
-        together, ring = self.storage.tokens, torch.arange(self.newest.shape[1], device=whole.device)
-        if self.parts[0].shape[1]:
-            begun_B1, complete_B1 = before_B[:, None] // together, after_B[:, None] // together
-            some_C = torch.arange(-(-new_tokens // together), device=whole.device)  # as many as a call can complete
-            # A row that completes fewer names its last one again, or one that it leaves as it is.
-            group_BC = (begun_B1 + some_C).minimum(complete_B1 - 1).clamp(min=0)
-            made_BC = (group_BC >= begun_B1) & (group_BC < complete_B1)
-            slots_BN = (group_BC[:, :, None] * together + torch.arange(together, device=whole.device)).flatten(1)
-            groups = whole[rows_B1, slots_BN.clamp(max=whole.shape[1] - 1)].unflatten(1, (-1, together))
-            for buffer, part in zip(self.parts, self.storage.encode(groups), strict=True):
-                made = made_BC.view(*made_BC.shape, *(1 for _ in part.shape[2:]))
-                buffer.index_put_((rows_B1, group_BC), torch.where(made, part, buffer[rows_B1, group_BC]))
-        last_B1 = after_B[:, None] - 1
-        newest_BR = last_B1 - torch.remainder(last_B1 - ring, len(ring))  # below 0: no token yet, and nothing is read
-        self.newest.copy_(whole[rows_B1, newest_BR.clamp(min=0)])
+        T, R, together = new.shape[1], self.newest.shape[1], self.storage.tokens
+        rows_B1 = torch.arange(new.shape[0], device=new.device)[:, None]
+        rank_BX = torch.arange(R + T, device=new.device) - before_B1 % together  # among the new tokens
+        source_BX = rank_BX.clamp(0, T - 1)
+        if order_BT is not None:
+            source_BX = order_BT.gather(1, source_BX)
+        is_new = ((rank_BX >= 0) & (rank_BX < after_B1 - before_B1)).view(*rank_BX.shape, *(1 for _ in self.shape))
+        came = torch.where(is_new, new[rows_B1, source_BX], torch.cat((self.newest, torch.zeros_like(new)), dim=1))
+        made = -(-T // together)
+        groups = came[:, : made * together]
+        groups = F.pad(groups, (0, 0) * len(self.shape) + (0, made * together - groups.shape[1]))  # of a shorter context
+        last_B1 = after_B1 - 1 - before_B1 // together * together
+        kept_BR = last_B1 - torch.remainder(last_B1 - torch.arange(R, device=new.device), R)  # below 0: as it was
+        self.newest.copy_(came[rows_B1, torch.where(kept_BR < 0, kept_BR + R, kept_BR)])
+        return came, self.storage.encode(groups.unflatten(1, (made, together)))
 
     def encode(self, new: Tensor) -> Parts:
         """Vectors (B, T, *shape) as they are written."""
@@ -337,18 +327,12 @@ class Stored:
     def decode(self, parts: Parts, dtype: torch.dtype) -> Tensor:
         """What parts of any slots stand for; in `dtype`, unless they are stored as they are.
 
-        Of tokens that are stored together: groups, then slots of `working`, and of one query a row how many (B, 1) of them
-        it sees as groups. Without that number all of both are given, groups first.
+        Of tokens that are stored together: groups, tokens as they came, and which of all these tokens are meant.
         """
         if self.newest is not None:
-            levels = len(self.parts)
-            grouped, whole = self.storage.decode(parts[:levels], self.shape[-1], dtype), parts[levels].to(dtype)
-            if len(parts) == levels + 1:
-                return torch.cat((grouped, whole), dim=1)
-            slots = grouped.shape[1]
-            seen_BS = torch.arange(slots, device=whole.device) < parts[-1]
-            seen = seen_BS.view(*seen_BS.shape, *(1 for _ in self.shape))
-            return torch.cat((torch.where(seen, grouped, whole[:, :slots]), whole[:, slots:]), dim=1)
+            *groups, came, index_BS = parts
+            whole = torch.cat((self.storage.decode(tuple(groups), self.shape[-1], dtype), came.to(dtype)), dim=1)
+            return whole[torch.arange(whole.shape[0], device=whole.device)[:, None], index_BS]
         if self.rotation_KK is None:
             return self.storage.decode(parts, self.shape[-1], dtype)
         wide = torch.promote_types(dtype, torch.float32)

@@ -445,9 +445,12 @@ def test_keys_by_channel_are_scored_through_and_counted_as_they_lie(
     assert record["perplexity"] == pytest.approx(record["perplexity_without_cache"], rel=0.01)
     # 32 tokens of 2 heads of 16: keys one group of channels and the room of 32 in 16 bits, values 8 bytes and a scale a head.
     assert record["cache_bytes_at_context"] == 32 * (16 + 2) + 32 * 32 * 2 + 32 * 2 * (8 + 2)
-    for overrides, remedy in ((["run=mha", "cache.window=6"], "int4"), (["run=mla"], "int4, as its keys are kept")):
-        with pytest.raises(UserError, match=rf"^cache.dtype=kc4v4 .*: take cache.dtype={remedy}$"):
-            shared.evaluate(*overrides, "cache.dtype=kc4v4")
+    # Of a window of 6 tokens and 2 sinks the same group, which it touches, and the values of 8.
+    window = record_of(shared, capsys, "run=mha", "cache.dtype=kc4v4", "cache.window=6", "cache.sinks=2", "extras=[]")
+    assert window["cache_bytes_at_context"] == record["cache_bytes_at_context"] - (32 - 8) * 2 * (8 + 2)
+    assert window["loss"] != record["loss"]
+    with pytest.raises(UserError, match=r"^cache.dtype=kc4v4 .*: take cache.dtype=int4, as its keys are kept$"):
+        shared.evaluate("run=mla", "cache.dtype=kc4v4")
 
 
 def test_sixteen_bits_are_quoted_unless_asked_to_be_scored_through(

@@ -60,7 +60,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     ("wrong", "sentence"),
     [
         (["attention=mla", "cache.dtype=kc4v4"], "serves as key and value at once: take cache.dtype=int4"),
-        (["attention=swa_1_1", "model.n_layers=2", "cache.dtype=kc8v8"], "lets them go one by one: take cache.dtype=int8"),
         (["attention=gqa", "attention.n_kv_heads=3"], "n_heads=2"),
         (["tokenizer=pretrained", "tokenizer.path=/nowhere"], "tokenizer.path=/nowhere does not exist"),
         (["tokenizer=pretrained", "tokenizer.path=no--name"], "tokenizer.path=no--name does not exist"),

@@ -72,10 +72,12 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
     assert through != loss(None)
 
 
-@pytest.mark.parametrize("variant", ["gqa", "gqa_cla", "tpa", "gdn_3_1"])
-def test_keys_by_channel_are_scored_as_they_are_decoded(variant: str) -> None:
+@pytest.mark.parametrize(
+    ("variant", "window"), [("gqa", None), ("gqa", 9), ("gqa_cla", None), ("tpa", None), ("gdn_3_1", None), ("swa_3_1", None)]
+)
+def test_keys_by_channel_are_scored_as_they_are_decoded(variant: str, window: int | None) -> None:
     model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB)).eval()
-    choice = CacheChoice(cache_format("kc4v8"))
+    choice = CacheChoice(cache_format("kc4v8"), window)
     result = evaluate_model(on_cpu(model), split(), texts_of(END), Scoring(0.5, batch_size=3), through=choice)
     assert result.loss == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
     assert result.loss != result.beside[0].loss
