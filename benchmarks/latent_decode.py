@@ -596,7 +596,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 3, disable=None):
+    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 8, disable=None):
         tqdm.write(line)
     return 0
 
@@ -631,9 +631,11 @@ def offline_rows() -> Iterator[str]:
                 f"{heads:>5}{f'{rank}+{rope}':>9}{dtype:>6}  {f'{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages}':<16}"
                 f"{'one' if splits == 1 else 'several':<8}{found.row(tile.warps, tile.resident)}"
             )
-    constants = kernel.join_constants(n_heads=128, kv_lora_rank=512)
-    found = compile_one(kernel.join_kernel, constants, {"partial": "*fp32", "lse": "*fp32", "out": "*bf16"}, 4, 2, 255)
-    yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<24}{found.row(4, None)}"
+    types = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16"}
+    for splits in (2, 4, 8, 16, 32, 64):
+        constants = kernel.join_constants(n_heads=128, kv_lora_rank=512, splits=splits)
+        found = compile_one(kernel.join_kernel, constants, types, 1, 2, 255)
+        yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<16}{splits:<8}{found.row(1, None)}"
     yield from gluon_rows()
 
 

@@ -49,7 +49,7 @@ from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, par
 
 HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
 # Of one program, for the choice of splits: it takes a multiprocessor for itself, and two blocks at a time.
-TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1)
+TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1, start=385)
 # Of the two groups that multiply; what is left of three times TILE's registers, 24, is for the one that copies.
 WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 4]), gl.constexpr([240, 240])
 SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))

@@ -29,7 +29,7 @@ from modeling.kernels.latent_decode import EIGHT_BITS
 from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
 from modeling.kernels.latent_decode_words_triton import attend_words_kernel
 
-MAX_SPLITS = 128  # the joining kernel reads them one after another
+MAX_SPLITS = 128
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Tile:
     several; held to 128 it spills nothing, and four programs are resident instead of two.
     resident: programs that a Hopper multiprocessor holds at a time, by registers and shared memory
     (python benchmarks/latent_decode.py --offline compiles every tile and says).
+    start: what a program costs beside its slots, in slots: about 12 us on a full H200, fitted to docs/PERFORMANCE.md's table.
     """
 
     heads: int
@@ -48,6 +49,7 @@ class Tile:
     stages: int
     registers: int
     resident: int
+    start: int = 64
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Plan:
 # Padded latent width -> tile, the first row whose width suffices.
 # WIDE: 64 heads fill wgmma, Hopper's matrix instruction, which has no smaller tile; below it only mma.sync is left and
 # a cache row is read once per 16 heads (from L2). NARROW: enough for 16 heads, which wait for memory in any case.
-WIDE = {128: Tile(64, 64, 4, 2, 168, 3), 256: Tile(64, 64, 8, 2, 255, 1), 512: Tile(64, 64, 8, 2, 255, 1)}
+WIDE = {128: Tile(64, 64, 4, 2, 168, 3), 256: Tile(64, 64, 8, 2, 255, 1), 512: Tile(64, 64, 8, 2, 255, 1, 195)}
 NARROW = {128: Tile(16, 128, 4, 2, 128, 3), 256: Tile(16, 64, 4, 2, 128, 4), 512: Tile(16, 32, 4, 2, 128, 4)}
 # Latents of 8 bits: what is loaded ahead of its use waits in registers.
 NARROW_WORDS = {128: Tile(16, 64, 4, 2, 168, 3), 256: Tile(16, 32, 4, 2, 168, 3), 512: Tile(16, 32, 4, 2, 168, 3)}
@@ -81,16 +83,17 @@ def choose_tile(*, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, has_wgmm
 def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, multiprocessors: int) -> int:
     """How many ranges each row is split into: the number that ends first by an estimate, in slots of one program.
 
-    A program walks its range and pays for its start (64 slots, about 2 us) and, when there are several, for partial
-    sums that are written and read again (2 x 4 bytes against a slot's 2: about 4 slots a head of the tile). Programs run
-    in waves of as many as the device holds. Joining reads one partial sum after another.
+    A program walks its range and pays for its start. Programs run in waves of as many as the device holds. Several ranges
+    have to be joined, which costs another start and their partial sums, written and read again (2 x 4 bytes against a slot's
+    2: about 4 slots each, spread over the device).
     """
     blocks = batch_size * -(-n_heads // tile.heads)
     lanes = multiprocessors * tile.resident
-    best, least = 1, -(-blocks // lanes) * (slots + 64)
+    best, least = 1, float(-(-blocks // lanes) * (slots + tile.start))
     for splits in range(2, min(MAX_SPLITS, -(-slots // tile.slots)) + 1):
         per_split = -(-slots // (splits * tile.slots)) * tile.slots
-        cost = -(-blocks * splits // lanes) * (per_split + 64 + 4 * tile.heads) + splits
+        joining = tile.start + 4 * batch_size * n_heads * splits / lanes + splits
+        cost = -(-blocks * splits // lanes) * (per_split + tile.start) + joining
         if cost < least:
             best, least = splits, cost
     return best
@@ -218,6 +221,8 @@ def attend_kernel(
 def join_kernel(
     partial, lse, out, splits, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
 ):
+    # One warp: what a head's ranges have in common passes between threads without a barrier, and most devices hold 32 such
+    # programs a multiprocessor. Four warps on 16 ranges took 50 us for 4,096 heads of 2 ranges on an H200.
     columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
     row = tl.program_id(2).to(tl.int64) * HEADS + tl.program_id(1)
     lse += row * splits
@@ -228,14 +233,16 @@ def join_kernel(
     for first in range(0, splits, BLOCK_N):
         numbers = first + tl.arange(0, BLOCK_N)
         each = tl.load(lse + numbers, mask=numbers < splits, other=float("-inf"))
+        # Sums of a range beyond the row's length were never written: they are read, so as not to wait for `each`, and dropped.
+        sums = tl.load(
+            partial + numbers[:, None] * RANK + columns[None, :],
+            mask=(numbers < splits)[:, None] & (columns[None, :] < RANK),
+            other=0.0,
+        )
+        sums = tl.where((each > float("-inf"))[:, None], sums, 0.0)
         new_largest = tl.maximum(largest, tl.max(each, 0))  # finite: the first split of a row is never empty
         shrink = tl.exp2(largest - new_largest)
         weights = tl.exp2(each - new_largest)
-        sums = tl.load(
-            partial + numbers[:, None] * RANK + columns[None, :],
-            mask=(each > float("-inf"))[:, None] & (columns[None, :] < RANK),
-            other=0.0,
-        )
         total = total * shrink + tl.sum(weights, 0)
         weighted = weighted * shrink + tl.sum(weights[:, None] * sums, 0)
         largest = new_largest
@@ -306,9 +313,9 @@ def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int) ->
     """Write the output from the partial sums, where there are any; on the current device."""
     if splits > 1:
         B, H, L = out_BHL.shape
-        constants = join_constants(n_heads=H, kv_lora_rank=L)
+        constants = join_constants(n_heads=H, kv_lora_rank=L, splits=splits)
         grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
-        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=4)
+        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=1)
 
 
 def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, plan: Plan) -> dict[str, int | bool]:
@@ -336,9 +343,11 @@ def words_constants(kv_lora_rank: int, dtype: torch.dtype, *, by_bits: bool) -> 
     }
 
 
-def join_constants(*, n_heads: int, kv_lora_rank: int) -> dict[str, int]:
-    """What `join_kernel` is compiled for: 16 partial sums of 128 columns at a time."""
-    return {"HEADS": n_heads, "RANK": kv_lora_rank, "BLOCK_N": 16, "BLOCK_L": min(128, triton.next_power_of_2(kv_lora_rank))}
+def join_constants(*, n_heads: int, kv_lora_rank: int, splits: int) -> dict[str, int]:
+    """What `join_kernel` is compiled for: up to 64 partial sums at a time, 2,048 numbers, which are 64 a thread."""
+    ranges = min(64, triton.next_power_of_2(splits))
+    columns = min(2048 // ranges, triton.next_power_of_2(kv_lora_rank))
+    return {"HEADS": n_heads, "RANK": kv_lora_rank, "BLOCK_N": ranges, "BLOCK_L": columns}
 
 
 def _with_whole_rows(q: Tensor) -> Tensor:
