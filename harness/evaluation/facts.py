@@ -55,7 +55,7 @@ class ModelFacts:
         line = (
             f"KV cache    {size.bytes_per_token:,} bytes per token in {self.cache_dtype}, measured and by formula "
             f"({size.elements_per_token_per_layer:g} elements per layer, {self.cache_ratio_to_mha:.3f} of MHA's, "
-            f"as GQA with {self.gqa_groups:.3g} groups)"
+            f"as GQA with {self.gqa_groups:.3g} group{'' if self.gqa_groups == 1 else 's'})"
         )
         if len({size.bytes_at_context / size.context, *(b / c for c, b in by_context.items())}) == 1:
             return line

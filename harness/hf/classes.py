@@ -230,6 +230,8 @@ def misfits(config: TrainConfig) -> list[str]:
         differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
     if model.bias and (not grouped or attention["qk_norm"] or any(windows)):  # only Llama has them in the MLP
         differing.append("model.bias=true")
+    if not grouped and any(windows):
+        differing.append(f"attention.window={max(window or 0 for window in windows)}")
     if grouped and any(windows) and attention["projection_bias"] == "all" and not attention["qk_norm"]:
         differing.append("attention.projection_bias=all")  # with windows only Qwen3 has one on the output
     # Of their projections from x, the one to queries has no bias (the one to the queries' latent has).

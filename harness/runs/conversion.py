@@ -5,6 +5,9 @@
     exact      GQA written as MLA of the same cache (values take at most d_model dimensions); it can learn more than before
     gqa_mean   fewer key/value heads, each the mean of its neighbours (arXiv 2305.13245)
 
+Windows stay, layer by layer: what a layer sees is no matter of its weights. Sinks and heads rotated in part are refused, since
+no stage of these is exact for them, and so are layers that differ in more than their windows.
+
 After each stage the model is compared with the run on validation tokens. What a stage promises to keep exactly is checked;
 what is chosen, is chosen by validation loss, never on the test split.
 """
@@ -41,7 +44,7 @@ from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.initial import tokens_seen
 from harness.runs.load import TrainedModel
 from harness.training.checkpoint import save_model
-from modeling.attention import EXECUTION
+from modeling.attention import EXECUTION, PATTERN
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.quantisation import cache_format
 from modeling.conversion.layers import GroupedLayer, LatentLayer, exact_state, grouped_layer, grouped_state, latent_state
@@ -136,14 +139,15 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
 def _check_source(config: TrainConfig) -> None:
     if config.attention["mechanism"] != "gqa":
         raise UserError(f"attention={config.attention['name']} is no MHA, GQA or MQA, which is what conversions start from")
-    for option, plain in (("window", None), ("sink_logits", False), ("rotary_fraction", 1.0)):
+    for option, plain in (("sink_logits", False), ("rotary_fraction", 1.0)):
         if (value := config.attention[option]) != plain:
-            less = f"; a model imported with max_seq_len={value} has none" if option == "window" else ""
+            raise UserError(f"attention={config.attention['name']} has {option}={value}, which no conversion carries over")
+    for kind, own in (config.attention.get("kinds") or {}).items():
+        if more := [option for option in own if option != "window"]:
             raise UserError(
-                f"attention={config.attention['name']} has {option}={value}, which no conversion carries over{less}"
+                f"attention={config.attention['name']} has layers that differ in kinds.{kind}.{more[0]}, and conversions make "
+                f"all of them alike but for their windows"
             )
-    if "layers" in config.attention:
-        raise UserError(f"attention={config.attention['name']} has layers that differ, and conversions make all of them alike")
 
 
 class Judge:
@@ -396,7 +400,8 @@ def converted_config(source: TrainConfig, shape: dict[str, int | str], options: 
     else:
         plain = dict(attention)
     method = _SHORT.get(options.method, options.method)
-    made = plain | shape | EXECUTION | {"name": f"{attention['name']}_{method}"}
+    seen = {option: attention[option] for option in ("window", *PATTERN) if option in attention}  # no weight depends on it
+    made = plain | shape | seen | EXECUTION | {"name": f"{attention['name']}_{method}"}
     return dataclasses.replace(source, attention=made, init_from=None, init_setup=conversion_setup(source, options))
 
 

@@ -48,6 +48,12 @@ class Placement:
     window: int | None = None
     twice: int = 0
 
+    def seen(self, new_tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:
+        """(causal, mask_BTS) of so many queries for what knows no window."""
+        if self.window is None or self.window >= new_tokens:
+            return self.causal, self.mask_BTS
+        return False, band(new_tokens, self.window, device)[None]
+
     def by_token(self, weights_BHTS: Tensor) -> Tensor:
         """Weights of keys as weights of tokens, each of which has one column."""
         once_BHTS = weights_BHTS[..., self.twice :]

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
-from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
+from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank, check_reach
 from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
 
 
@@ -94,8 +94,7 @@ class GroupedQueryAttention(nn.Module):
                 f"is wider than 0 exactly when positions=decoupled"
             )
         check_query_rank(q_lora_rank, d_model, n_heads * (head_dim + qk_rope_head_dim))
-        if window is not None and (window < 1 or not causal):
-            raise ValueError(f"window={window} with causal={causal}: a window holds 1 token or more, and looks back alone")
+        check_reach(window, causal)
         self.n_heads, self.n_kv_heads, self.head_dim, self.v_head_dim = n_heads, n_kv_heads, head_dim, v_head_dim
         self.qk_rope_head_dim, self.qk_width = qk_rope_head_dim, head_dim + qk_rope_head_dim
         self.positions, self.causal, self.dropout = positions, causal, dropout

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from modeling.attention.cache import Cache, Placement, check_window, place_without_cache
 from modeling.attention.norms import widely_normed
 from modeling.attention.output import attend_as, gate_projection, project_out
-from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank
+from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank, check_reach
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.latent_decode import OTHERS, latent_attend, latent_decode, select_kernel
 
@@ -71,6 +71,7 @@ class MultiheadLatentAttention(nn.Module):
     rope_scaling: modeling/attention/rope.py, scaled_frequencies. rope_frequencies: `computed` from rope_theta, or `stored`
         with the weights (converted layers, modeling/conversion/).
     gate: on what the heads give, modeling/attention/output.py. sink_logits: a learned sink a head, 0 at first (gqa.py).
+    window: how many of the newest tokens, its own included, a query sees; None for all (gqa.py).
     Raises ValueError for sizes and choices that do not fit together.
     """
 
@@ -107,6 +108,7 @@ class MultiheadLatentAttention(nn.Module):
         gate: str = "none",
         qk_norm: bool = False,
         sink_logits: bool = False,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         N, P, V, L, R = qk_nope_head_dim, qk_rope_head_dim, v_head_dim, kv_lora_rank, q_lora_rank
@@ -173,6 +175,7 @@ class MultiheadLatentAttention(nn.Module):
                 f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
             )
         check_query_rank(R, d_model, n_heads * (N + P))
+        check_reach(window, causal)
         on_latent = latent_norm_place == "latent"
         if qk_norm and not on_latent and latent_norm != "none":
             raise ValueError(
@@ -184,7 +187,7 @@ class MultiheadLatentAttention(nn.Module):
         self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.qk_width = N, P, V, N + P
         self.positions, self.causal, self.dropout = positions, causal, dropout
         self.backend, self.decode, self.kernel = "auto", "auto", "auto"
-        self.latent, self.sharing, self.follows = latent, sharing, False
+        self.latent, self.sharing, self.follows, self.window = latent, sharing, False, window
         # Of the heads as they are compared, never of the latent.
         self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
         self.has_positions = positions in ("decoupled", "rope_after_up")
@@ -252,7 +255,7 @@ class MultiheadLatentAttention(nn.Module):
     @property
     def _read(self) -> dict[str, Any]:
         """What up-projections and queries take latents and rotated keys to be."""
-        options = ("kv_lora_rank", "latent_widths", "qk_rope_head_dim", "positions")
+        options = ("kv_lora_rank", "latent_widths", "qk_rope_head_dim", "positions", "window")
         rotation = {} if self.rope is None else {"rope_theta": self.rope.theta, "rope_scaling": self.rope.scaling}
         return {option: getattr(self, option) for option in options} | rotation
 
@@ -292,6 +295,8 @@ class MultiheadLatentAttention(nn.Module):
         """Why no kernel but torch's is for this layer, on any device; None where others may be."""
         if self.kv_latent == "split":
             return "reads one latent as key and value; with kv_latent=split"
+        if self.window is not None:
+            return f"reads caches without a window; with window={self.window}"
         return None if self.sink_logits is None else "has no sinks; with sink_logits=true"
 
     @property
@@ -331,7 +336,10 @@ class MultiheadLatentAttention(nn.Module):
         others read.
         """
         T = x_BTD.shape[1]
-        place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
+        if cache is None:
+            place = place_without_cache(T, valid_BT, causal=self.causal, window=self.window)
+        else:
+            place = cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
             raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
         tables = None
@@ -503,6 +511,7 @@ class MultiheadLatentAttention(nn.Module):
         )
         if kernel == "torch":
             read_BSL = key_BSL.to(dtype)
+            causal, mask_BTS = place.seen(T, key_BSL.device)
             return latent_attend(
                 q_latent_BTHL.to(dtype),
                 q_rope_BTHP,
@@ -510,8 +519,8 @@ class MultiheadLatentAttention(nn.Module):
                 None if k_rope_BSP is None else k_rope_BSP.to(dtype),
                 read_BSL if value_BSL is key_BSL else value_BSL.to(dtype),
                 scale=self.scale,
-                causal=place.causal,
-                mask_BTS=place.mask_BTS,
+                causal=causal,
+                mask_BTS=mask_BTS,
                 sinks_H=sinks_H,
             )
         check_window(kernel, cache.window)

@@ -18,6 +18,12 @@ def check_heads(n_heads: int, n_kv_heads: int) -> None:
         raise ValueError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose one of {possible}")
 
 
+def check_reach(window: int | None, causal: bool) -> None:
+    """Of the newest tokens that a query sees: its own at least, and none behind it."""
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"window={window} with causal={causal}: a window holds 1 token or more, and looks back alone")
+
+
 def check_query_rank(q_lora_rank: int | None, d_model: int, width: int) -> None:
     """A latent of queries is no wider than what it joins: d_model and the queries of all heads."""
     if q_lora_rank is not None and not 1 <= q_lora_rank <= min(d_model, width):

@@ -26,6 +26,7 @@ from harness.config.conversion import ConversionConfig
 from harness.config.identity import setup_hash
 from harness.config.run_config import load_run_config
 from harness.errors import UserError
+from harness.hf.classes import misfits
 from harness.report.comparison import compare
 from harness.runs import conversion
 from harness.runs.conversion import converted_from, possible_folds
@@ -60,6 +61,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         "mla": ["attention=mla"],
         "learned": ["attention=mha_learned"],
         "normed": ["attention=mha", "attention.qk_norm=true"],
+        "windows": ["attention=swa_1_1", "model.n_layers=2", "attention.kinds.local.window=5", "tokenizer=bpe"],
+        "kinds": ["attention=swa_1_1", "model.n_layers=2", "attention.kinds.local.qk_norm=true"],
+        "sinks": ["attention=swa_sinks", "model.n_layers=2"],
     }.items():
         place.train(name, "budget.steps=1", *overrides)
     return place
@@ -122,6 +126,44 @@ def test_decoding_through_the_small_cache_gives_the_logits_of_the_whole_text(pla
             whole = trained.model(tokens_BT)[..., :300]
             steps = torch.cat([trained.model(tokens_BT[:, i : i + 1], cache) for i in range(20)], dim=1)[..., :300]
         assert float((steps - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["exact", "exact, one table", "transmla, full rank", "gqa_mean"])
+def test_windows_stay_layer_by_layer_and_at_full_rank_the_model_with_them(place: Workplace, method: str) -> None:
+    full = ["method=transmla", "kv_lora_rank=32", "qk_rope_head_dim=16", "fold=1"]
+    options = (METHODS | {"transmla, full rank": (full, 0), "exact": (["method=exact"], 0)})[method][0]
+    to = f"windows-{method.replace(', ', '-').replace(' ', '_')}"
+    if not (place.runs / to).exists():
+        assert convert.main(arguments_of(place, to, *options, run="windows")) == 0
+    source, target = (
+        load_trained(place.runs / name, device=torch.device("cpu"), precision=torch.float32, execution=dict(EXECUTION))
+        for name in ("windows", to)
+    )
+    assert [attention.window for attention in target.model.attentions] == [5, None]
+    latent = "kv_lora_rank" in target.config.attention
+    assert ("attention.window=5" in misfits(target.config)) is latent, "no stock class has latents and windows"
+    vocab, exact = source.model.vocab_size, all(stage["exact"] for stage in stages_of(place.runs / to))
+    assert exact is (method == "exact")
+    tokens_BT = torch.randint(vocab, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        before, after = (each.model(tokens_BT)[..., :vocab] for each in (source, target))
+        for decode in target.model.attentions[0].decode_paths:
+            target.model.set_execution(decode=decode)
+            cache = target.model.new_cache(2, 24, dtype=torch.float32, device="cpu")
+            assert [layer.slots for layer in cache] == [5, 24]
+            split = [3, 9, *[1] * 12]
+            pieces = torch.cat([target.model(piece, cache) for piece in tokens_BT.split(split, dim=1)], dim=1)[..., :vocab]
+            assert float((pieces - after).norm() / after.norm()) < 1e-5
+    assert (float((after - before).norm() / before.norm()) < 1e-5) is exact
+
+
+def test_what_no_stage_carries_over_is_refused_with_its_value(place: Workplace) -> None:
+    for run, sentence in (
+        ("kinds", r"layers that differ in kinds.local.qk_norm, and conversions make all of them alike but for their windows$"),
+        ("sinks", r"has sink_logits=True, which no conversion carries over$"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            convert.main(arguments_of(place, "refused", "method=exact", run=run))
 
 
 def test_the_fold_is_the_one_that_validation_prefers(place: Workplace) -> None:

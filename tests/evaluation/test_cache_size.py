@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from harness.config.build import build_model
+from harness.config.compose import load_train_config
 from harness.evaluation.cache_size import measure_cache
+from harness.evaluation.facts import model_facts
 from modeling.attention import attends
 from modeling.gpt import GPT
 from tests.support.live_bytes import live_bytes_slope
@@ -82,3 +85,9 @@ def test_the_buffers_hold_what_the_formula_says_in_the_dtype_asked_for(attention
         assert size.bytes_per_token == width * elements and size.bytes_at_context == 64 * size.bytes_per_token
         assert size.elements_per_token_per_layer == elements / len(formula)
         assert isinstance(size.elements_per_token_per_layer, int) == (elements / len(formula)).is_integer()
+
+
+def test_one_group_is_said_as_one() -> None:
+    for variant, said in (("mqa", "as GQA with 1 group)"), ("gqa", "as GQA with 2 groups)")):
+        config = load_train_config([f"attention={variant}", "model=tiny"])
+        assert said in model_facts(build_model(config, 64), config).cache_line

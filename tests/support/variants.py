@@ -152,6 +152,12 @@ KNOBS: dict[str, tuple[list[str], int]] = {
     "gqa, a window in uneven blocks": (["attention=gqa", "attention.window=7"], 2 * 2 * 12),
     "gqa, a window by a mask": (["attention=gqa", "attention.window=16"], 2 * 2 * 12),
     "mha decoupled, a window of 3": (["attention=mha_decoupled", "attention.window=3"], 2 * 4 * 12 + 6),
+    "mla, a window in blocks": (["attention=mla", "attention.window=6"], 24 + 6),
+    "mla, rotated after up, a window by a mask": (
+        ["attention=mla_plain", "attention.positions=rope_after_up", "attention.window=16"],
+        24,
+    ),
+    "gla, sinks, a window of 3": (["attention=gla", "attention.sink_logits=true", "attention.window=3"], 24 + 6),
     "gqa, sinks": (["attention=gqa", "attention.sink_logits=true"], 2 * 2 * 12),
     "mha, sinks, a window, narrow values, QK-norm": (
         [
