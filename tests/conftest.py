@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, help="tests/entry/test_kills.py: so many kills of each kind, not a few")
 
 
+def pytest_configure() -> None:
+    """Python's collector looks through all of torch and transformers by itself, a tenth of the time: more rarely."""
+    gc.set_threshold(*gc.get_threshold()[:2], 100)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     """The models here are so small that more than two threads only wait for each other; processes, likewise."""
@@ -28,6 +34,13 @@ def few_threads() -> None:
     torch.set_num_threads(threads)
     if workers > 1:
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the commands that tests start
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected() -> None:
+    """What tests have left is collected before those of the next file; what is there then stays, and is not looked at again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

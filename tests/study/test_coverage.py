@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import statsmodels.stats.multitest  # noqa: F401  whose every call collects garbage: loaded before the fixture `collected`
 
 from harness.study.statistics import contrasts
-
-pytestmark = pytest.mark.usefixtures("quick_collection")
 
 CORRELATION = 0.05  # of two arms over the seeds that both have
 CONTROL = "a0"

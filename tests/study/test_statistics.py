@@ -33,8 +33,6 @@ from harness.study.statistics import (
     trends,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_collection")
-
 SIGMA = 0.0045  # of a run, in bits per byte
 EFFECTS = {"mha": 0.0, "gqa": 0.003, "mqa": 0.012, "mla": -0.004, "mla_plain": 0.020, "mha_learned": 0.035}
 BALANCED = dict.fromkeys(EFFECTS, 3)

@@ -29,7 +29,6 @@ def _live_bytes(decode_to: Callable[[int], object], context: int) -> int:
     with storages:
         held = decode_to(context)
     gc.collect()
-    gc.unfreeze()
     live = storages.live_bytes()
     del held  # alive until here, or there would be nothing to count
     return live
