@@ -58,9 +58,9 @@ class DecodeOptions:
     dtype: Annotated[str, "bfloat16, float16 or float32"] = "bfloat16"
     kernels: Annotated[
         str,
-        "all, or some of triton,triton_int8,triton_fp8,gluon,torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the "
-        "last four where they are installed; int8 and fp8: latents that are stored so, with a scale a slot, the rotated key "
-        "in 16 bits)",
+        "all, or some of triton,triton_int8,triton_fp8,gluon,gluon_int8,gluon_fp8,torch,torch_compiled,sdpa,flashinfer,"
+        "flash_mla,vllm,sglang (the last four where they are installed; int8 and fp8: latents that are stored so, with a scale "
+        "a slot, the rotated key in 16 bits)",
     ] = "all"
     rounds: Annotated[int, "timed replays; a figure is their median with the range"] = 10
     tile: Annotated[str | None, "heads,slots,warps,stages,registers in place of the table's choice, for tuning"] = None
@@ -331,11 +331,23 @@ def ours(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = Non
     return call, name
 
 
-def gluon(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def gluon(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_gluon_triton as kernel
+    from modeling.kernels import latent_decode_gluon_words_triton as in_words
 
     check_kernel("gluon", case.latent_IBSL.device)
     check_widths("gluon", options.kv_lora_rank, options.qk_rope_head_dim)
+    if stored is not None:
+        latents, scales = case.quantised(stored)
+        programs = options.splits or in_words.programs_for(case.q_latent_IBHL[0], latents[0])
+
+        def call_in_words(i: int) -> Tensor:
+            q_latent_BHL, q_rope_BHP, _, k_rope_BSP, lengths_B = case.arguments(i)
+            assert q_rope_BHP is not None and k_rope_BSP is not None
+            caches = latents[i], k_rope_BSP, lengths_B, scales[i]
+            return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=case.scale, programs=programs)
+
+        return call_in_words, f"{in_words.TILE.heads}x{in_words.TILE.slots} /{programs}"
     splits = options.splits or kernel.splits_for(case.q_latent_IBHL[0], case.latent_IBSL[0])
 
     def call(i: int) -> Tensor:
@@ -461,11 +473,12 @@ def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, f"/{splits}"
 
 
-STORED = {"triton_int8": torch.int8, "triton_fp8": torch.float8_e4m3fn}  # latents of 8 bits
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of latents
+STORED = {f"{kernel}_{name}": dtype for kernel in ("triton", "gluon") for name, dtype in EIGHT_BITS.items()}
 KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
     "triton": ours,
-    **{name: functools.partial(ours, stored=dtype) for name, dtype in STORED.items()},
     "gluon": gluon,
+    **{name: functools.partial(ours if name.startswith("triton") else gluon, stored=dtype) for name, dtype in STORED.items()},
     "torch": torch_eager,
     "torch_compiled": torch_compiled,
     "sdpa": sdpa,
@@ -596,7 +609,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 8, disable=None):
+    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 10, disable=None):
         tqdm.write(line)
     return 0
 
@@ -656,6 +669,20 @@ def gluon_rows() -> Iterator[str]:
             f"{128:>5}{'512+64':>9}{'bf16':>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
             f"{found.row(3 * tile.warps, tile.resident)}"
         )
+    yield from gluon_words_rows(types["k_rope"])
+
+
+def gluon_words_rows(k_rope: str) -> Iterator[str]:
+    from modeling.kernels import latent_decode_gluon_words_triton as kernel
+
+    latent, tile = k_rope.replace("bf16[1, 64, 64]", "i16[1, 64, 256]"), kernel.TILE
+    types = {"q_latent": "*bf16", "q_rope": "*bf16", "latent": latent, "k_rope": k_rope, "latent_scale": "*bf16"}
+    types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32", "out": "*fp32"}
+    for name, dtype in EIGHT_BITS.items():
+        constants = {"INT8": dtype == torch.int8}
+        found = compile_one(kernel.attend_words_kernel, constants, types, tile.warps, tile.stages, tile.registers)
+        shape = f"{16:>5}{'512+64':>9}{name:>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'several':<8}"
+        yield f"{shape}{found.row(3 * tile.warps, tile.resident)}"
 
 
 @dataclass(frozen=True)
@@ -687,7 +714,14 @@ def compile_one(function: object, constants: dict, types: dict[str, str], warps:
 
     names: list[str] = function.arg_names  # type: ignore[attr-defined]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    plain = ("scale_log2", "slots", "heads", "splits", *(name for name in types if types[name].startswith("tensordesc")))
+    plain = (
+        "scale_log2",
+        "slots",
+        "heads",
+        "splits",
+        "programs",
+        *(name for name in types if types[name].startswith("tensordesc")),
+    )
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and name not in plain}
     values = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(

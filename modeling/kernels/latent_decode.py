@@ -32,6 +32,7 @@ class Kernel:
     package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto_heads: from how many heads on auto takes it, before kernels that stand above it in the table; None: never.
+    auto_8_bits: auto takes it for latents that are read in 8 bits too.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     """
 
@@ -43,6 +44,7 @@ class Kernel:
     rotated: Sequence[int]
     capability: int | None = None
     auto_heads: int | None = None
+    auto_8_bits: bool = False
     reads_8_bits: bool = False
     interpreted: bool = False
     plans_on_host: bool = False
@@ -59,6 +61,7 @@ OTHERS = {
         range(1, 513),
         range(65),
         auto_heads=1,
+        auto_8_bits=True,
         reads_8_bits=True,
         interpreted=True,
     ),
@@ -73,6 +76,7 @@ OTHERS = {
         (64,),
         capability=9,
         auto_heads=17,
+        reads_8_bits=True,
     ),
     "flashinfer": Kernel(
         "latent_decode_flashinfer",
@@ -268,7 +272,7 @@ def select_kernel(
             and dtype in kernel.dtypes
             and latent_width in kernel.latents
             and qk_rope_head_dim in kernel.rotated
-            and (kernel.reads_8_bits or not in_words)
+            and (kernel.auto_8_bits or not in_words)
         )
         if fits and (kernel.capability is None or runs_gluon(device, kernel.capability)):
             chosen = other

@@ -43,8 +43,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from modeling.kernels import latent_decode_gluon_words_triton as in_words
+from modeling.kernels.latent_decode_parts_gluon_triton import check_copied, descriptor, is_copied
 from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, partial_sums, rounded_slots, size_of
 
 HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
@@ -307,7 +308,11 @@ def decode(
     scale: float,
 ) -> Tensor:
     """As `latent_decode`. Raises ValueError for caches that the copy engine cannot read."""
-    assert q_rope_BHP is not None and k_rope_BSP is not None and latent_scale_BS is None
+    assert q_rope_BHP is not None and k_rope_BSP is not None
+    if latent_scale_BS is not None:
+        caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
+        programs = in_words.programs_for(q_latent_BHL, latent_BSL)
+        return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs)
     splits = splits_for(q_latent_BHL, latent_BSL)
     return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, splits=splits)
 
@@ -362,17 +367,12 @@ def program(
     describe: Callable[[Tensor, list[int]], Any] | None = None,
 ) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
     """(grid, arguments of `attend_kernel` but for its constants). describe: makes a descriptor of a tensor and a block."""
-    describe = describe or _descriptor
+    describe = describe or descriptor
     B, H, _ = q_latent_BHL.shape
     q_latent_BHL, q_rope_BHP = (
-        x if _is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP)
+        x if is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP)
     )
-    for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
-        if not _is_copied(cache):
-            raise ValueError(
-                f"attention.kernel=gluon copies slots that begin at multiples of 16 bytes, and the {name} begin at "
-                f"{cache.data_ptr()} with strides {cache.stride()} of {cache.itemsize} bytes; take attention.kernel=triton"
-            )
+    check_copied(latent_BSL, k_rope_BSP)
     arguments = (
         describe(q_latent_BHL, [1, HEADS.value, COLUMNS.value]),
         describe(q_rope_BHP, [1, HEADS.value, ROTATED.value]),
@@ -387,16 +387,3 @@ def program(
         splits,
     )
     return (triton.cdiv(H, TILE.heads), splits, B), arguments
-
-
-def _is_copied(x: Tensor) -> bool:
-    """Whether the copy engine reads blocks of a three-dimensional tensor: rows that are whole, at multiples of 16 bytes."""
-    between = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in between)
-
-
-def _descriptor(x: Tensor, block_shape: list[int]) -> TensorDescriptor:
-    # A dimension of one row may have any stride in torch; the copy engine checks it all the same.
-    strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True)]
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], block_shape, layout)

@@ -149,6 +149,17 @@ def test_auto_says_and_takes_gluon_for_many_heads_but_for_latents_that_are_read_
         taken.clear()
         model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=kept, device="cpu"))
         assert taken == [decode_path(model, 1, cache=kept)] == [f"absorbed ({kernel} kernel)"]
+    given: list[torch.dtype] = []
+    model.set_execution(kernel="gluon")
+    monkeypatch.setattr(
+        "modeling.attention.mla.latent_decode",
+        lambda *arguments, kernel, **options: given.append(arguments[2].dtype) or latent_decode(*arguments, **options),
+    )
+    for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):  # by name it reads 8 bits as they are stored
+        model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=dtype, device="cpu"))
+        assert given.pop() == dtype
+    model.set_execution(kernel="auto")
+    monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
     with torch.autocast("cpu", torch.bfloat16):
         for name, kernel in {"int8": "triton", "int8_rotated": "gluon", "int4": "gluon"}.items():
             kept = cache_format(name)

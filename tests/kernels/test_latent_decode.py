@@ -582,14 +582,18 @@ def test_every_tile_compiles_for_hopper_without_spilling_and_as_many_fit_as_the_
     assert header.split()[-9:-4] == ["spilt", "B", "KiB", "resident", "table"], "columns moved"
     joining = [line for line in lines if "joining" in line]
     assert len(joining) == 6 and all(line.split()[6] == "0" for line in joining), joining
-    for line in lines[:-8]:  # then the joining kernel, and the one in Gluon
+    for line in lines[:-10]:  # then the joining kernel, and those in Gluon
         widths, dtype, tile = line.split()[1:4]
         spilt, _, resident, table, wgmma = line.split()[-8:-3]
         assert int(spilt) < 100 and int(resident) >= int(table), line
         assert (int(wgmma) > 0) == tile.startswith("64x"), line
         in_words = dtype in ("int8", "fp8")  # whose queries are taken apart before the loop: that alone spills
         assert widths != "512+64" or in_words or int(spilt) == 0, line
-    for line in lines[-2:]:
+    for line in lines[-2:]:  # of latents of 8 bits
+        spilt, shared, resident, table, wgmma, _, _, ldmatrix = line.split()[-8:]
+        assert "gluon" in line and int(spilt) < 32 and float(shared) <= 227 and resident == table == "1", line
+        assert int(wgmma) == 2 * (4 + 32 + 32) and int(ldmatrix) == 2 * 32, line
+    for line in lines[-4:-2]:
         spilt, shared, resident, table, wgmma = line.split()[-8:-3]
         # What it spills are the descriptors of operands, before a loop.
         assert "gluon" in line and int(spilt) < 300 and float(shared) <= 227 and resident == table == "1", line

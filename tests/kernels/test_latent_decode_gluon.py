@@ -59,8 +59,11 @@ def emulated(kernel: Any, inputs: Inputs, splits: int, seed: int) -> Tensor:
         describe=gluon_emulation.Descriptor,
     )
     gluon_emulation.launch(kernel.attend_kernel, grid, *arguments, seed=seed, ONE_SPLIT=splits == 1)
-    if splits == 1:
-        return out_BHL
+    return out_BHL if splits == 1 else joined(partial_BHNL, lse_BHN)
+
+
+def joined(partial_BHNL: Tensor, lse_BHN: Tensor) -> Tensor:
+    """out_BHL of ranges, of which those with nothing in them were not written."""
     weights_BHN1 = (lse_BHN - lse_BHN.amax(-1, keepdim=True)).exp2().unsqueeze(-1)
     sums_BHNL = torch.where(weights_BHN1 > 0, partial_BHNL, 0.0)
     return (weights_BHN1 * sums_BHNL).sum(2) / weights_BHN1.sum(2)
@@ -86,9 +89,9 @@ def test_nan_within_a_row_is_seen_and_in_no_other_row() -> None:
     assert out_BHL[0].isnan().all() and not out_BHL[1].isnan().any()
 
 
-def planted(tmp_path: Path, before: str, after: str) -> ModuleType:
-    """The kernel's module with one place of its source changed."""
-    source = Path(kernel_module().__file__).read_text(encoding="utf-8")
+def planted(kernel: Any, tmp_path: Path, before: str, after: str) -> ModuleType:
+    """A kernel's module with one place of its source changed."""
+    source = Path(kernel.__file__).read_text(encoding="utf-8")
     assert source.count(before) == 1, source.count(before)
     file = tmp_path / "planted_gluon.py"
     file.write_text(source.replace(before, after), encoding="utf-8")
@@ -126,7 +129,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_goes_wrong_in_such_kernels_is_seen_by_the_emulation(fault: str, tmp_path: Path) -> None:
     inputs = make_inputs(replace(GRID[0], slots=500, lengths=(500, 400)), beyond=float("nan"))
-    kernel = planted(tmp_path, *FAULTS[fault])
+    kernel = planted(kernel_module(), tmp_path, *FAULTS[fault])
 
     def is_wrong(seed: int) -> bool:
         try:

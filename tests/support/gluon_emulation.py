@@ -5,7 +5,7 @@ with what makes such a kernel wrong on a GPU left in: barriers count arrivals an
 target when it begins and fills it at some later time; a product reads its operands at some time until it is waited for.
 So a buffer that is released too early, a phase that is off by one or a barrier that nobody reaches shows as a NaN or as a
 deadlock, in one order of events or another: `seed` chooses the order. What it does not know: layouts, registers, fences
-and the time that anything takes.
+the time that anything takes, and assembly: a function that holds some has a stand-in in torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import random
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,9 @@ class Shared:
 
     def index(self, i: int) -> Shared:
         return Shared(self.content[int(i)], self.rest)
+
+    def slice(self, start: int, length: int, dim: int) -> Shared:
+        return Shared(self.content.narrow(dim, start, length), self.rest)
 
     def permute(self, order: Sequence[int]) -> Shared:
         return Shared(self.content.permute(*order), self.rest)
@@ -214,6 +217,11 @@ class Program:
     def _multiply(self, partition: Partition) -> None:
         partition.products.pop(0).finish()  # a warpgroup's products follow each other
 
+    def rest(self) -> None:
+        """Let others go first, where there are any: before the partitions there are none."""
+        if self.partitions:
+            self.current.rest()
+
     # --- what a kernel calls ---------------------------------------------------------------------------------------------
 
     def wait(self, bar: Shared, phase: int) -> None:
@@ -226,7 +234,7 @@ class Program:
     def fetch(self, source: Descriptor, place: Sequence[Any], full: Shared, target: Shared) -> None:
         block = source.block(place)
         assert block.shape == target.content.shape
-        target.content.fill_(math.nan)
+        target.content.fill_(garbage(block.dtype))
 
         def arrived() -> None:
             target.content.copy_(block)
@@ -256,6 +264,11 @@ class Program:
         return found[0] if len(found) == 1 else tuple(found)
 
 
+def garbage(dtype: torch.dtype) -> float:
+    """What stands where nothing was written yet: NaN, or a large number where there is none."""
+    return math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 def _tensor(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.tensor(value)
 
@@ -277,15 +290,18 @@ def _store(place: Pointer, value: Tensor, mask: Tensor) -> None:
 
 def _language(program: Program, real: Any) -> types.SimpleNamespace:
     def allocate(dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
-        content: Any = None if dtype == torch.int64 else torch.full(tuple(shape), math.nan, dtype=dtype)
+        content: Any = None if dtype == torch.int64 else torch.full(tuple(shape), garbage(dtype), dtype=dtype)
         if dtype == torch.int64:
             content = [[Barrier()] for _ in range(shape[0])] if len(shape) > 1 else [Barrier()]
-        return Shared(content, lambda: program.current.rest())
+        return Shared(content, program.rest)
 
     layouts = {name: getattr(real, name) for name in dir(real) if name.endswith("Layout")}
     return types.SimpleNamespace(
         **layouts,
-        **{name: getattr(torch, name) for name in ("float32", "int32", "int64", "exp2", "log2", "where")},
+        **{
+            name: getattr(torch, name)
+            for name in ("float32", "float16", "int32", "int64", "exp2", "log2", "where", "abs", "floor")
+        },
         program_id=lambda axis: torch.tensor(program.place[axis]),
         arange=lambda start, end, layout: torch.arange(start, end),
         zeros=lambda shape, dtype, layout: torch.zeros(*shape, dtype=dtype),
@@ -304,8 +320,18 @@ def _language(program: Program, real: Any) -> types.SimpleNamespace:
     )
 
 
-def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, seed: int, **constants: Any) -> None:
-    """Run the kernel of a module for every program of a grid. Tensors are pointers to their first element."""
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    *arguments: Any,
+    seed: int,
+    stand_ins: Mapping[str, Callable[..., Any]] | None = None,
+    **constants: Any,
+) -> None:
+    """Run the kernel of a module for every program of a grid. Tensors are pointers to their first element.
+
+    stand_ins: by name, what is called in place of a function of the module that holds assembly.
+    """
     module = kernel.fn.__globals__
     taken = [Pointer.to(each) if isinstance(each, Tensor) else each for each in arguments]
     for place in ((x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])):
@@ -331,4 +357,5 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, seed: int, 
         for name, value in module.items():
             if type(value).__name__ == "GluonJITFunction":
                 scope[name] = types.FunctionType(value.fn.__code__, scope, name, value.fn.__defaults__)
+        scope |= stand_ins or {}
         scope[kernel.fn.__name__](*taken, **constants)
