@@ -1,19 +1,32 @@
-"""What the benchmarks share: options, optimizer steps without an end, their clock and their record."""
+"""What the benchmarks share: options, optimizer steps without an end, their clock and their record.
+
+No command: python benchmarks/train_speed.py, evaluation_speed.py, latent_decode.py, checkpoint_blocking.py and parallel.py are.
+"""
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.entry.bootstrap import enter_environment
+
+enter_environment()
 
 import functools
 import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from harness.config.schema import Device, Precision
 from harness.decode.speed import synchronise
+from harness.entry.cli import run_script
+from harness.errors import UserError
 from harness.runs.provenance import commit
 from harness.training.loop import train
 
@@ -49,3 +62,11 @@ def leave_record(record: Mapping[str, Any], out: str | None) -> None:
     if out is not None:
         Path(out).write_text(line + "\n", encoding="utf-8")
     print(line)
+
+
+def main(arguments: list[str]) -> int:
+    raise UserError("benchmarks/common.py measures nothing: start one of those that it serves, see --help")
+
+
+if __name__ == "__main__":
+    run_script(main, description=__doc__)

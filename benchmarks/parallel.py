@@ -33,7 +33,7 @@ from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.config.schema import ParallelConfig, Switch
 from harness.decode.speed import machine_name
-from harness.entry.cli import parse_options, run_script
+from harness.entry.cli import parse_options, run_script, whole_numbers
 from harness.errors import UserError
 from harness.runs.load import pin_execution
 from harness.training import device as hardware
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> int:
 
     measured_all: list[dict[str, Any]] = []
     status = 0
-    for processes in map(int, options.processes.split(",")):
+    for processes in whole_numbers("processes", options.processes):
         for engine in options.engines.split(",") if processes > 1 else ["ddp"]:
             figures = launch(options, processes, engine)
             if figures is None:

@@ -22,7 +22,6 @@ enter_environment()
 import dataclasses
 import functools
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 from harness.config.compose import load_train_config, options_of
@@ -30,7 +29,7 @@ from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
 from harness.config.schema import Device, TrainConfig
 from harness.config.typed import did_you_mean
-from harness.entry.cli import parse_options, run_script
+from harness.entry.cli import parse_options, run_script, whole_numbers
 from harness.errors import UserError
 from harness.files.untrusted import Count, Positive
 from modeling.formats import FORMS, read_format
@@ -191,7 +190,7 @@ def check(options: DecodeOptions, overrides: list[str]) -> None:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
     if options.kernel not in KERNELS:
         raise UserError(f"kernel={options.kernel} is unknown; {did_you_mean(options.kernel, KERNELS)}")
-    if options.kernel in OTHERS and whole_numbers("queries", options.queries) != (1,):
+    if options.kernel in OTHERS and whole_numbers("queries", options.queries) != [1]:
         raise UserError(
             f"kernel={options.kernel} computes calls of one new token, not queries={options.queries}: take kernel=torch or "
             "queries=1"
@@ -202,13 +201,6 @@ def check(options: DecodeOptions, overrides: list[str]) -> None:
             raise UserError(f"{word} is not of the form key=value; write {word}=...")
         if key in ("attention.decode", "attention.kernel", "attention.backend"):
             raise UserError(f"{key} is an option of its own here; write {key.removeprefix('attention.')}=...")
-
-
-def whole_numbers(key: str, text: str) -> tuple[int, ...]:
-    """The positive whole numbers of a list with commas, each once, in order."""
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise UserError(f"{key}={text} must be positive whole numbers, separated by commas")
-    return tuple(sorted({int(number) for number in text.split(",")}))
 
 
 def configurations(options: DecodeOptions, overrides: list[str], arguments: list[str]) -> tuple[list[TrainConfig], int]:
@@ -264,9 +256,9 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     dtype = automatic if options.dtype == "auto" else getattr(torch, options.dtype)
     gib = options.memory_budget_gib
     return DecodePlan(
-        contexts=whole_numbers("contexts", options.contexts),
-        batch_sizes=whole_numbers("batch_sizes", options.batch_sizes),
-        queries=whole_numbers("queries", options.queries),
+        contexts=tuple(sorted(whole_numbers("contexts", options.contexts))),
+        batch_sizes=tuple(sorted(whole_numbers("batch_sizes", options.batch_sizes))),
+        queries=tuple(sorted(whole_numbers("queries", options.queries))),
         steps=options.steps,
         rounds=options.rounds,
         step=options.step,

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +24,10 @@ enter_environment()
 from harness.config.compose import load_train_config
 from harness.entry.cli import run_script
 from harness.errors import UserError
+
+if TYPE_CHECKING:
+    from harness.config.schema import TrainConfig
+    from modeling.gpt import GPT
 
 MODELING = ROOT / "modeling"
 
@@ -43,6 +48,7 @@ def main(arguments: list[str]) -> int:
     def it_builds_into_a_model() -> None:
         nonlocal checked
         model = model_shapes(config, vocab_size=64)  # sizes that do not fit are said in one sentence
+        check_execution(model, config)
         checked = layers_that_differ(config)
         if checked > 1:
             lines.append(f"layers      the first {checked} of {config.model.n_layers} differ, and are checked together")
@@ -67,6 +73,20 @@ def main(arguments: list[str]) -> int:
         failures += found is not None
     print(f"{rows - failures} of {rows} hold")
     return 1 if failures else 0
+
+
+def check_execution(model: GPT, config: TrainConfig) -> None:
+    """Raises UserError for what cannot compute the checks: a kernel is no part of a variant, and no reason to fail one."""
+    import torch
+
+    from harness.runs.load import pin_execution
+
+    if (kernel := config.attention["kernel"]) not in ("auto", "torch"):
+        raise UserError(
+            f"attention.kernel={kernel} cannot compute the checks, which are made on a CPU, with windows and in float64 too; "
+            "take attention.kernel=torch"
+        )
+    pin_execution(model, config.attention, device=torch.device("cpu"), precision=torch.float32)
 
 
 def mistake(check: Callable[[], None]) -> str | None:

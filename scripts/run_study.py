@@ -34,7 +34,7 @@ from harness.config.compose import refuse_dashes
 from harness.config.places import user_path
 from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean
-from harness.entry.cli import parse_options, pasteable, run_script
+from harness.entry.cli import parse_options, pasteable, run_script, whole_numbers
 from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.files.text import aligned, duration, visible
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"study={options.study} declares no sweep (tune: in its YAML), so tune=lr has no rates to try")
     declared = {arm: config.seeds_of(arm) for arm in config.arms}
     if options.seeds is not None:
-        config.seeds, config.primary_seeds = _whole_numbers("seeds", options.seeds), None
+        config.seeds, config.primary_seeds = whole_numbers("seeds", options.seeds, least=0), None
     config.base += overrides
     plan = build_plan(
         config,
@@ -381,16 +381,6 @@ def _chosen_arms(plan: Plan, text: str | None) -> list[str]:
         if arm not in plan.arms:
             raise UserError(f"arms={text}: {arm} is no arm of {plan.name}; {did_you_mean(arm, list(plan.arms))}")
     return list(dict.fromkeys(arms))
-
-
-def _whole_numbers(key: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{key}={text} must be whole numbers separated by commas") from None
-    if len(set(numbers)) != len(numbers) or min(numbers) < 0:
-        raise UserError(f"{key}={text} must be different whole numbers from 0 on")
-    return numbers
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

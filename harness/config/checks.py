@@ -92,12 +92,10 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     hints, defaults = variant_schema(mechanism)
     # Absent where all layers are alike, so that such a variant is what it was before layers could differ.
     pattern = {"layers": list[str], "kinds": dict[str, dict[str, Any]]}
-    hints |= {"name": str, "mechanism": str} | dict.fromkeys(EXECUTION, str)
+    hints |= {"name": str, "mechanism": str, "decode": str}
+    hints |= {"backend": typing.Literal[BACKENDS], "kernel": typing.Literal[KERNELS]}  # type: ignore[valid-type]
     required = set(hints) - set(defaults) - set(EXECUTION)
     options = defaults | EXECUTION | typed_fields(hints | pattern, required, attention, "attention")
-    for field, choices in (("backend", BACKENDS), ("kernel", KERNELS)):
-        if options[field] not in choices:
-            raise UserError(f"attention.{field}={options[field]} is unknown; {did_you_mean(options[field], choices)}")
     for kind, own in options.get("kinds", {}).items():
         options["kinds"][kind] = _typed_kind(options, own, f"attention.kinds.{kind}")
     return options

@@ -6,9 +6,10 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.config.schema import MOST_FIGURE
@@ -41,6 +42,7 @@ _WORDS = {
     list: "a list like [a, b]",
     dict: "a group of fields",
 }
+_DIGITS = {int: r"-?[0-9]+", float: r"-?[0-9]+(\.[0-9]*)?"}
 
 
 def typed(kind: Any, value: Any, path: str) -> Any:
@@ -55,7 +57,8 @@ def typed(kind: Any, value: Any, path: str) -> Any:
     if origin is typing.Annotated:
         return _bounded(parts, value, path)
     if origin is typing.Literal:
-        if (word := typed(str, value, path)) not in parts:
+        word = typed(str, value, path) if isinstance(value, str) else shown(value)
+        if word not in parts:
             raise UserError(f"{path}={word} is unknown; {did_you_mean(word, parts)}")
         return word
     if origin in (types.UnionType, typing.Union):
@@ -86,16 +89,23 @@ def typed(kind: Any, value: Any, path: str) -> Any:
 def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
     """What an Annotated type allows: its notes are a number's least value, what raises ValueError for others, or help."""
     of, *notes = parts
+    checks = [note for note in notes if callable(note)]
+    for check in checks if of is str and value is None else ():
+        _refused_by(check, shown(value), path)  # it names the choices
     number = typed(of, value, path)
-    for check in filter(callable, notes):
-        try:
-            check(number)
-        except ValueError as error:
-            raise UserError(f"{path}={error}") from None
+    for check in checks:
+        _refused_by(check, number, path)
     for least in (note for note in notes if not isinstance(note, str) and not callable(note)):
         if not least <= number < MOST_FIGURE:
             raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
     return number
+
+
+def _refused_by(check: Callable[[Any], object], value: Any, path: str) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise UserError(f"{path}={error}") from None
 
 
 def _plain(kind: Any, value: Any, path: str) -> Any:
@@ -114,6 +124,8 @@ def _plain(kind: Any, value: Any, path: str) -> Any:
         return value
     if kind is int and is_number and isinstance(value, int) and value.bit_length() < 1000:
         raise UserError(f"{path}={value} is too large; choose a whole number below 2^63")
+    if isinstance(value, str) and re.fullmatch(_DIGITS.get(kind, ""), value):  # nobody would see why it is none
+        raise UserError(f'{path}="{value}" is text: write {path}={value}, without quotes')
     raise UserError(f"{path}={shown(value)} must be {_WORDS[kind]}")
 
 

@@ -13,6 +13,7 @@ import errno
 import importlib.util
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -42,8 +43,6 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
 
     What has no `=`, or one behind no option and nothing like one (the default names of runs hold some), is positional.
     """
-    import yaml
-
     leaves = {path: hint for path, hint in fields_below(kind) if not dataclasses.is_dataclass(hint)}
     container: dict[str, typing.Any] = {}
     rest: list[str] = []
@@ -64,26 +63,56 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
             remedy = f"write {argument}=..." if argument in leaves else did_you_mean(argument, list(leaves))
             raise UserError(f"{argument} is not of the form key=value; {remedy}")
         if key not in leaves:
-            raise UserError(f"{key} is not an option here; {did_you_mean(key, list(leaves))}")
-        is_text = _is_text(leaves[key]) and (value != "null" or type(None) not in typing.get_args(leaves[key]))
-        try:
-            parsed = value if is_text else yaml.safe_load(value)
-        # No such date, a tag, 1,000 brackets.
-        except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError):
-            raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
-        if isinstance(parsed, str) and leaves[key] in (float, float | None):
-            try:  # YAML 1.1 reads 1e-3 as text
-                parsed = float(parsed)
-            except ValueError:
-                raise UserError(f"{key}={value} must be a number") from None
+            inside = [path for path in leaves if path.startswith(f"{key}.")]
+            remedy = _of_group(key, value, inside, kind) if inside else did_you_mean(key, list(leaves))
+            raise UserError(f"{key} is not an option here; {remedy}")
         here = container
         *groups, last = key.split(".")
         for group in groups:
             here = here.setdefault(group, {})
-        here[last] = parsed
+        here[last] = _parsed(key, value, leaves[key])
     if rest:
         container[typing.cast(str, positional)] = rest
     return typing.cast(Options, typed(kind, container, ""))
+
+
+def _of_group(group: str, value: str, inside: Sequence[str], kind: type) -> str:
+    """The remedy for a value given to a group of options: the one of them that takes it, where that is one alone."""
+    taking = []
+    for path in inside:
+        with contextlib.suppress(UserError):
+            parse_options(kind, [f"{path}={value}"])
+            taking.append(path)
+    return f"did you mean {taking[0]}={value}?" if len(taking) == 1 else f"it is a group of {', '.join(inside)}"
+
+
+def _parsed(key: str, value: str, kind: typing.Any) -> typing.Any:
+    """A value as it stands where its option is text, else as YAML has it. Raises UserError for what is none."""
+    import yaml
+
+    if _is_text(kind) and (value != "null" or type(None) not in typing.get_args(kind)):
+        return value
+    try:
+        parsed = yaml.safe_load(value)
+    # No such date, a tag, 1,000 brackets.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{key}={value} cannot be read; give a number, true, false or null") from None
+    if isinstance(parsed, str) and kind in (float, float | None):
+        try:  # YAML 1.1 reads 1e-3 as text
+            return float(parsed)
+        except ValueError:
+            raise UserError(f"{key}={value} must be a number") from None
+    return parsed
+
+
+def whole_numbers(key: str, text: str, *, least: int = 1) -> list[int]:
+    """The different whole numbers of a list with commas, as they stand. Raises UserError for anything else."""
+    if not re.fullmatch(r"-?[0-9]+(,-?[0-9]+)*", text):
+        raise UserError(f"{key}={text} must be whole numbers separated by commas")
+    numbers = [int(number) for number in text.split(",")]
+    if len(set(numbers)) != len(numbers) or min(numbers) < least:
+        raise UserError(f"{key}={text} must be different whole numbers from {least} on")
+    return numbers
 
 
 def _is_text(kind: typing.Any) -> bool:

@@ -7,25 +7,14 @@ until there are enough of them: the cache is a curve over the context, and bytes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
 
 import torch
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
-from harness.files.untrusted import Count, Figure, Positive
+from harness.evaluation.size_records import CacheRecord
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
-
-
-class CacheRecord(TypedDict, total=False):
-    """As it stands in a run's and an evaluation's record."""
-
-    cache_context: Positive | None
-    cache_bytes_per_token: Count
-    cache_bytes_at_context: Count | None
-    cache_bytes_by_context: dict[str, Count] | None  # whose tokens stand there as text
-    cache_elements_per_token_per_layer: Figure | None
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,12 @@ from dataclasses import dataclass
 
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
-from harness.evaluation.cache_size import CacheRecord, CacheSize, measure_cache
-from harness.files.untrusted import Count, Figure, Positive
+from harness.evaluation.cache_size import CacheSize, measure_cache
+from harness.evaluation.size_records import Facts
 from modeling.attention.cache import formula_bytes, formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT
-
-
-class Facts(CacheRecord, total=False):
-    """As they stand in summary.json, and under the same names in a dashboard's configuration and summary."""
-
-    parameters: Positive
-    parameters_by_block: dict[str, Count]
-    training_flops_per_token: Count
-    cache_dtype: str
-    cache_ratio_to_mha: Figure | None
-    mha_cache_bytes_per_token: Figure | None
 
 
 @dataclass(frozen=True)

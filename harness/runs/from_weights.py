@@ -29,9 +29,10 @@ from harness.files.folders import refuse_links
 from harness.runs.corpus import validate
 from harness.runs.folder import writing_to
 from harness.runs.load import load_trained
+from harness.runs.mirror import open_run_tracker
 from harness.runs.provenance import keep_changes
 from harness.runs.records import RunSummary
-from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
+from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.text_parts import TheirText
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION

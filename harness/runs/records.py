@@ -12,8 +12,8 @@ from typing import Any, NotRequired, TypedDict, TypeVar, cast
 from harness.config.run_config import read_run_config
 from harness.config.typed import typed
 from harness.errors import UserError
-from harness.evaluation.facts import Facts
 from harness.evaluation.metric import METRICS
+from harness.evaluation.size_records import Facts
 from harness.files.atomic import read_json
 from harness.files.folders import listed
 from harness.files.untrusted import Count, Figure, Positive, Rate, is_count, parse_object, stays_inside, whole_lines

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +23,11 @@ from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
-from harness.runs.evaluations import cache_label, kind_of
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
+from harness.runs.mirror import dashboard_figures, open_run_tracker
 from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, read_summary
-from harness.runs.summary import Computation, open_run_tracker
+from harness.runs.summary import Computation
 from harness.training.device import select_device, select_precision
 from modeling.attention import EXECUTION
 from modeling.attention.quantisation import cache_format
@@ -203,29 +202,6 @@ def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Seg
     ) as tracker:
         tracker.summary(dashboard_figures(record, summary))
     return file
-
-
-def dashboard_figures(record: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dashboard shows of an evaluation: eval/corpus/split/loss and so on.
-
-    Whatever tells its file from that of a plain evaluation of the run's own corpus stands between: two evaluations never
-    share a key. summary: of the run.
-    """
-    corpus, kind = str(record.get("corpus", record["dataset"])), kind_of(record)
-    if record["data_fingerprint"] != summary["data_fingerprint"]:
-        corpus += f"@{record['data_fingerprint'][:8]}"
-    apart = {
-        "per_document": kind.per_document,
-        f"stride_fraction={kind.stride_fraction}": not kind.has_usual_stride,
-        f"max_tokens={kind.max_tokens}": kind.max_tokens is not None,
-        str(record.get("precision")): record.get("precision") != summary.get("precision"),
-        f"cache_dtype={kind.cache_dtype}": not kind.through_cache and kind.cache_dtype != summary["cache_dtype"],
-        f"through {cache_label(record)}" if kind.through_cache else "": kind.through_cache,
-    }
-    place = "/".join(["eval", corpus, record["split"], *(name for name, applies in apart.items() if applies)])
-    return {
-        f"{place}/{key}": record[key] for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte") if key in record
-    }
 
 
 def record_name(record: Evaluation) -> str:

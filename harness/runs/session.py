@@ -26,9 +26,10 @@ from harness.files.text import duration
 from harness.runs.corpus import other_data, validate, window_loader
 from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
 from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
+from harness.runs.mirror import open_run_tracker
 from harness.runs.records import RunSummary, read_metrics
 from harness.runs.state import SavedState, check_resumable
-from harness.runs.summary import Computation, Training, open_run_tracker, run_summary
+from harness.runs.summary import Computation, Training, run_summary
 from harness.tracking import SilentTracker, Tracker, check_tracking
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.device import (

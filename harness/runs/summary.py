@@ -1,23 +1,19 @@
-"""What a finished run says of itself: summary.json, and the same in a dashboard."""
+"""What a finished run says of itself: summary.json."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from harness.config.identity import corpus_name, setup_hash
-from harness.config.schema import TrackingConfig, TrainConfig
+from harness.config.identity import setup_hash
+from harness.config.schema import TrainConfig
 from harness.data import PreparedData
 from harness.data.tokenizer import tokenizer_fingerprint
 from harness.evaluation.facts import ModelFacts
 from harness.evaluation.perplexity import SplitResult
 from harness.runs.provenance import commit, now
 from harness.runs.records import RunSummary
-from harness.tracking import Tracker, open_tracker
 from harness.training.device import peak_memory_bytes
 
 
@@ -109,46 +105,3 @@ def run_summary(
     if training.skipped_steps is not None:
         summary["skipped_steps"] = training.skipped_steps
     return summary
-
-
-def open_run_tracker(
-    config: TrainConfig,
-    tracking: TrackingConfig,
-    run: Path,
-    *,
-    run_config: dict[str, Any],
-    run_id: str | None,
-    metrics_bytes: int | None,
-    online: bool = False,
-) -> Tracker:
-    """The tracker of a training run, first opened or continued: always the same project, name, group and tags.
-
-    `tracking` of another command than the one that trains (an evaluation) says how to track and what to add. Without a
-    tracking.group, runs of one corpus and model size share a group in W&B, whose dashboard has filters for the rest, and
-    runs of one variant in trackio.
-    """
-    corpus, variant = corpus_name(config.dataset), config.attention["name"]
-    return open_tracker(
-        _with_the_runs_own(tracking, config.tracking),
-        run_dir=run,
-        name=config.name,
-        run_config=run_config,
-        group=variant if tracking.name == "trackio" else f"{corpus}-{config.model.name}",
-        job_type="train",
-        tags=[variant, config.dataset.name, config.model.name],
-        run_id=run_id,
-        metrics_bytes=metrics_bytes,
-        online=online,
-    )
-
-
-def _with_the_runs_own(tracking: TrackingConfig, own: TrackingConfig) -> TrackingConfig:
-    """`tracking` where it says something, and what the run was trained with where it leaves its defaults."""
-    return dataclasses.replace(
-        tracking,
-        project=own.project if tracking.project == TrackingConfig.project else tracking.project,
-        entity=tracking.entity or own.entity,
-        group=tracking.group or own.group,
-        notes=tracking.notes or own.notes,
-        tags=[*own.tags, *tracking.tags],
-    )

@@ -44,12 +44,14 @@ from harness.config.places import CONFIGS, ROOT
 from harness.config.run_config import FREE_TEXT, load_run_config, save_run_config
 from harness.config.schema import EXTRAS, BudgetConfig, TrainConfig
 from harness.config.typed import fields_below, typed
-from harness.entry.cli import parse_options
+from harness.entry.cli import parse_options, whole_numbers
 from harness.errors import UserError
 from harness.evaluation.probes import probe
 from modeling.attention import MECHANISMS
 from modeling.formats import FORMS
 from modeling.shapes import shapes_only
+from scripts.downstream_eval import DownstreamOptions
+from scripts.generate import GenerateOptions
 from tests.support.projects import copy_project
 
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
@@ -202,7 +204,12 @@ REFUSED = {
     "optimizer.betas=[0.9,x]": "optimizer.betas[1]=x must be a finite number",
     "overwrite=yes": "overwrite=yes must be true or false",
     "attention.qk_norm=1": "attention.qk_norm=1 must be true or false",
-    "attention.backend=null": "attention.backend=null must be text",
+    "attention.backend=null": "attention.backend=null is unknown; choose from "
+    "auto, reference, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math",
+    "device=null": "device=null is unknown; choose from auto, cpu, cuda, mps",
+    "cache.dtype=null": f"cache.dtype=null is unknown; choose one of {FORMS}",
+    'batch_size="3"': 'batch_size="3" is text: write batch_size=3, without quotes',
+    'optimizer.lr="0.1"': 'optimizer.lr="0.1" is text: write optimizer.lr=0.1, without quotes',
     "budget=5": "budget=5 must be a group of fields: tokens, steps",
     "device=gpu": "device=gpu is unknown; did you mean cpu?",
     "device=cuda:1": "device=cuda:1 is unknown; did you mean cuda?",
@@ -759,6 +766,27 @@ def test_the_default_name_of_a_run_is_positional_though_it_holds_an_equals_sign(
     assert parse_options(Options, [*names, "caches=all"], positional="runs") == Options(names, "all")
     with pytest.raises(UserError, match=r"cache is not an option here; did you mean caches\?"):
         parse_options(Options, ["cache=all"], positional="runs")
+
+
+def test_a_value_given_to_a_group_is_hinted_at_the_option_that_takes_it() -> None:
+    for given, sentence in {
+        "cache=int8": "cache is not an option here; did you mean cache.dtype=int8?",
+        "cache=-1": "cache is not an option here; it is a group of cache.dtype, cache.window, cache.sinks",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            parse_options(DownstreamOptions, [given])
+        assert str(refused.value) == sentence
+    with pytest.raises(UserError, match=r'^limit="3" is text: write limit=3, without quotes$'):
+        parse_options(DownstreamOptions, ['limit="3"'])
+    with pytest.raises(UserError, match=r"^cache.dtype=null is unknown; choose one of float32, "):
+        parse_options(GenerateOptions, ["cache.dtype=null"])
+
+
+def test_whole_numbers_of_a_list_are_different_and_large_enough() -> None:
+    assert whole_numbers("seeds", "3,0,12", least=0) == [3, 0, 12]
+    for text in ("", "1,", "1, 2", "x", "1.5", "1,1", "0", "-1", "٣"):
+        with pytest.raises(UserError, match=f"^contexts={text} must be (different )?whole numbers "):
+            whole_numbers("contexts", text)
 
 
 def test_text_that_was_quoted_for_hydra_is_not_quoted_again() -> None:

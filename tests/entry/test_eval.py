@@ -22,7 +22,8 @@ from harness.data import Tokenizer, open_prepared
 from harness.errors import UserError
 from harness.report.comparison import compare
 from harness.runs.load import load_trained
-from harness.runs.score import dashboard_figures, lengthened, record_name
+from harness.runs.mirror import dashboard_figures
+from harness.runs.score import lengthened, record_name
 from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of, write_corpus
 
 VARIANTS = ("mha", "mla")

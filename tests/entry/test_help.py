@@ -99,6 +99,19 @@ def test_help_names_every_option_and_runs_nothing(name: str, command: Command) -
     assert all(re.search(rf"\b{study}\b", shown.output) for study in studies)
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("benchmarks/*.py")))
+def test_help_of_a_benchmark_is_its_docstring_and_runs_nothing(name: str, command: Command) -> None:
+    shown = command(f"benchmarks/{name}", "--help")
+    assert (shown.status, shown.errors) == (0, "")
+    assert "python benchmarks/" in shown.output
+
+
+def test_what_the_benchmarks_share_is_refused_as_a_command(command: Command) -> None:
+    refused = command("benchmarks/common.py")
+    assert (refused.status, refused.output) == (2, "")
+    assert refused.errors.startswith("error: benchmarks/common.py measures nothing")
+
+
 @pytest.mark.parametrize(("name", "kind"), [("train", TrainConfig), ("eval", EvalConfig)])
 def test_help_of_the_entrances_names_every_field_and_their_own_groups(name: str, kind: Any, command: Command) -> None:
     shown = command(f"{name}_model.py", "--help")

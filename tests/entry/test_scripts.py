@@ -213,6 +213,21 @@ def test_check_attention_refuses_sizes_that_do_not_fit() -> None:
         check_attention.main(["attention=gqa", *SIZE, "attention.n_kv_heads=3"])
 
 
+@pytest.mark.parametrize("kernel", ["triton", "flashinfer", "gluon"])
+def test_check_attention_refuses_kernels_that_cannot_compute_the_checks(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for interpreted in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", interpreted)
+        with pytest.raises(
+            UserError, match=f"^attention.kernel={kernel} cannot compute the checks, .*take attention.kernel=torch"
+        ):
+            check_attention.main(["attention=mla", *SIZE, f"attention.kernel={kernel}"])
+    with pytest.raises(UserError, match=r"attention.backend=sdpa_cudnn .*cpu"):
+        check_attention.main(["attention=gqa", *SIZE, "attention.backend=sdpa_cudnn"])
+    assert capsys.readouterr().out == ""
+
+
 def rows_with(
     changes: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, tuple[str, str]]:

@@ -8,12 +8,14 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.tracking.wandb_sync import mark_sent, pending
 from scripts import sync_wandb
@@ -176,3 +178,8 @@ def test_runs_studies_and_their_runs_are_found_and_only_what_the_server_lacks_is
 def test_a_folder_without_anything_to_upload_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run, and nothing that was tracked"):
         sync_wandb.main([str(tmp_path)])
+
+
+def test_an_upload_does_not_wait_for_torch() -> None:
+    read = "import sys, scripts.sync_wandb, harness.runs.mirror; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", read], cwd=ROOT, check=False).returncode == 0
