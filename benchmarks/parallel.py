@@ -176,6 +176,7 @@ def main(arguments: list[str]) -> int:
 
     measured_all: list[dict[str, Any]] = []
     status = 0
+    print(f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}")
     for processes in whole_numbers("processes", options.processes):
         for engine in options.engines.split(",") if processes > 1 else ["ddp"]:
             figures = launch(options, processes, engine)
@@ -191,9 +192,6 @@ def main(arguments: list[str]) -> int:
         f"\n{options.model}, {options.attention}, {first['parameters']:,} parameters, {options.batch_size} sequences a "
         f"step, {first['precision']}, {first['kernel']}, torch {first['torch']}, {first['device']}"
     )
-    print(f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}")
-    for each in measured_all:
-        print(row(each, first))
     leave_record({"options": asdict(options), "figures": measured_all}, options.out)
     return status
 

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@|(?<=[?&])(?:access_token|api_key|auth|key|token)=[^&\s]*", re.IGNORECASE)
 _MOST_CHARACTERS = 2000
@@ -47,6 +47,26 @@ def tell(message: str) -> None:
 def without_credentials(text: str) -> str:
     """The text with `user:password@` and `token=...` cut out of every address in it."""
     return _CREDENTIALS.sub("", text)
+
+
+@contextlib.contextmanager
+def as_user_error(before: str = "") -> Iterator[None]:
+    """A ValueError inside, as modeling raises it, becomes a UserError: the same sentence behind `before`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{before}{error}") from None
+
+
+@contextlib.contextmanager
+def writable(what: str, remedy: str, *, only: Collection[int] = ()) -> Iterator[None]:
+    """What the system does not let be written inside becomes one sentence, a UserError. only: the errors that it is about."""
+    try:
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        raise UserError(f"{what} cannot be written ({error.strerror or error}): {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ from harness.config.run_config import find_run, load_run_config
 from harness.config.schema import Device, TrainConfig
 from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, run_script, whole_numbers
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.files.untrusted import Count, Positive
 from modeling.formats import FORMS, read_format
 
@@ -246,10 +246,8 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
 
     device = select_device(options.device)
     if options.step == "graph" or (options.step == "auto" and device.type == "cuda"):
-        try:
+        with as_user_error():
             check_capture(options.kernel)
-        except ValueError as error:
-            raise UserError(str(error)) from None
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -294,10 +292,8 @@ def make_subjects(
             part = build_part(config, vocab_size, options.level, count, longest).eval()
         if count < (kinds := layers_that_differ(config)) and "layers" in config.attention:
             notes.append(f"{name}: timed is {count} of its first {kinds} layers, which differ; layers={kinds} times all kinds")
-        try:
+        with as_user_error(f"attention={name}: "):
             check_values(part.attentions, plan.cache_dtype)
-        except ValueError as error:
-            raise UserError(f"attention={name}: {error}") from None
         choosing = with_most_paths(part.attentions)
         paths = paths_of(choosing, options.decode)
         if not paths:

@@ -21,9 +21,8 @@ enter_environment()
 import json
 
 from harness.config.places import ROOT, user_path
-from harness.config.run_config import find_run
 from harness.config.schema import Split, Tracker, TrackingConfig
-from harness.entry.cli import parse_options, run_script
+from harness.entry.cli import chosen_folders, parse_options, run_script
 
 
 @dataclass
@@ -54,8 +53,7 @@ class CompareOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(CompareOptions, arguments, positional="runs")
-    runs_dir = user_path(options.runs_dir)
-    folders = [path if (path := user_path(text)).is_dir() else find_run(text, runs_dir) for text in options.runs]
+    folders = chosen_folders(options.runs, options.runs_dir)
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "comparison"
 
     from harness.files.atomic import written_together
@@ -66,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
     check_tracking(TrackingConfig(name=options.tracking))
     comparison = compare(
-        folders or [runs_dir],
+        folders or [user_path(options.runs_dir)],
         split=options.split,
         dataset=options.dataset,
         evaluation=options.evaluation,
@@ -92,8 +90,6 @@ def main(arguments: list[str]) -> int:
         group="comparison",
         job_type="compare",
         tags=[],
-        run_id=None,
-        metrics_bytes=None,
     ) as tracker:
 
         def show(dashboard: Dashboard) -> None:

@@ -27,9 +27,8 @@ enter_environment()
 
 from harness.config.conversion import ConversionConfig, Method, check_conversion
 from harness.config.places import user_path
-from harness.config.run_config import find_run
 from harness.config.schema import Device
-from harness.entry.cli import newest_run, parse_options, run_script
+from harness.entry.cli import chosen_run, parse_options, run_script
 from harness.errors import UserError
 
 
@@ -58,10 +57,8 @@ def main(arguments: list[str]) -> int:
     for name, example in (("to", "to=runs/NEW"), ("method", "method=transmla")):
         if not getattr(options, name):
             raise UserError(f"{name}= is missing, as in {example}; --help lists all options")
-    runs_dir = user_path(options.runs_dir)
-    run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
+    run = chosen_run(options.run, options.runs_dir)
     assert options.to is not None
-    target = Path(options.to).expanduser().absolute()
     method = ConversionConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(ConversionConfig)})
     check_conversion(method)
 
@@ -73,14 +70,12 @@ def main(arguments: list[str]) -> int:
     from harness.runs import conversion
     from harness.runs.corpus import data_of
     from harness.runs.folder import short_line
-    from harness.runs.from_weights import ORIGIN_FILE, check_name, score
+    from harness.runs.from_weights import score, target_folder
     from harness.runs.load import load_trained
     from harness.training.device import select_device
     from modeling.attention import EXECUTION
 
-    check_name(target)
-    if not (target / ORIGIN_FILE).is_file():  # an earlier conversion is looked at below
-        check_target(target)
+    target = target_folder(options.to)
     device = select_device(options.device)
     trained = load_trained(run, device=device, precision=torch.float32, execution=EXECUTION)
     tokens, data_dir = conversion.tokens_behind(run, trained), user_path(options.data_dir)

@@ -27,15 +27,15 @@ import time
 
 from harness.config.identity import setup_hash
 from harness.config.places import user_path
-from harness.config.run_config import find_run
 from harness.config.schema import CacheDtype, Device, Precision
-from harness.entry.cli import newest_run, parse_options, run_script
+from harness.entry.cli import chosen_run, parse_options, run_script
 from harness.errors import UserError
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.files.text import aligned
 from harness.files.untrusted import Count, Positive
 from harness.runs.evaluations import cache_label
+from harness.runs.folder import storing
 from harness.runs.provenance import commit
 from modeling.formats import FORMS
 
@@ -67,8 +67,7 @@ class DownstreamOptions:
 def main(arguments: list[str]) -> int:
     options = parse_options(DownstreamOptions, arguments)
     names = check(options)
-    runs_dir = user_path(options.runs_dir)
-    run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
+    run = chosen_run(options.run, options.runs_dir)
 
     from harness.evaluation.evaluate import CacheChoice
     from harness.hf.lm_eval import Answers, check_room, choose_tasks, run_task
@@ -163,13 +162,8 @@ def keep_record(run: Path, record: dict[str, Any]) -> None:
     if record["cache_dtype"] is not None:
         shaping += ["cache_dtype", "cache_window", "cache_sinks"]
     digest = hashlib.sha256(json.dumps([record[key] for key in shaping]).encode()).hexdigest()
-    try:
+    with storing(record["task"], run):
         write_json(run / "downstream" / f"{record['task'].replace('/', '_')}-{digest[:8]}.json", record)
-    except OSError as error:
-        raise UserError(
-            f"the record of {record['task']} cannot be stored in {run} ({error.strerror}): make the folder writable, or "
-            f"copy the run to one that is"
-        ) from None
 
 
 def print_table(records: list[dict[str, Any]]) -> None:

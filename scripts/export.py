@@ -23,9 +23,7 @@ from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.config.places import user_path
-from harness.config.run_config import find_run
-from harness.entry.cli import newest_run, parse_options, run_script
+from harness.entry.cli import chosen_run, parse_options, run_script
 from harness.errors import UserError
 
 
@@ -45,8 +43,7 @@ def main(arguments: list[str]) -> int:
     options = parse_options(ExportOptions, arguments)
     if not options.to:
         raise UserError("to= is missing: name the folder to write, as in to=exported/NAME")
-    runs_dir = user_path(options.runs_dir)
-    run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
+    run = chosen_run(options.run, options.runs_dir)
 
     from harness.hf.export import export_run
 

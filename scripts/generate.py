@@ -14,11 +14,9 @@ from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.config.places import user_path
-from harness.config.run_config import find_run
 from harness.config.schema import CacheDtype, Device
-from harness.entry.cli import newest_run, parse_options, run_script
-from harness.errors import UserError, tell
+from harness.entry.cli import chosen_run, parse_options, run_script
+from harness.errors import UserError, as_user_error, tell
 from modeling.formats import FORMS
 
 
@@ -59,8 +57,7 @@ def main(arguments: list[str]) -> int:
     options = parse_options(GenerateOptions, arguments)
     if abs(options.seed) >= 2**63:
         raise UserError(f"seed={options.seed} is too large for torch's generator; choose a seed below 2^63")
-    runs_dir = user_path(options.runs_dir)
-    run = find_run(options.run, runs_dir) if options.run is not None else newest_run(runs_dir)
+    run = chosen_run(options.run, options.runs_dir)
 
     import torch
 
@@ -88,10 +85,8 @@ def main(arguments: list[str]) -> int:
         step=options.step,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
-    try:
+    with as_user_error():
         first = list(itertools.islice(stream, 2))  # whatever cannot be done is found out by then
-    except ValueError as error:
-        raise UserError(str(error)) from None
     tell(f"{run.name}: {decode_path(trained.model, cache=kept, window=options.cache.window)}")
     print(options.prompt, end="", flush=True)
     shown = ""

@@ -57,7 +57,6 @@ def main(arguments: list[str]) -> int:
     if options.dataset.path is not None:
         overrides.append(f"dataset.path={options.dataset.path}")
 
-    from harness.files.atomic import check_target
     from harness.hf import importing
     from harness.hf.source import find_source
     from harness.runs import from_weights
@@ -66,10 +65,7 @@ def main(arguments: list[str]) -> int:
 
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
-    target = Path(options.to).expanduser().absolute()
-    from_weights.check_name(target)
-    if not (target / from_weights.ORIGIN_FILE).is_file():  # an earlier import is looked at below
-        check_target(target)
+    target = from_weights.target_folder(options.to)
     plan = importing.plan_import(find_source(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len)
     there = importing.already_imported(plan, target)
     if not there:

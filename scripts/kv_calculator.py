@@ -14,7 +14,7 @@ iq4_nl and mlx-lm's 8bit 6bit 5bit 4bit 3bit 2bit; of our configurations also k8
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +24,6 @@ from harness.entry.bootstrap import ROOT, enter_environment
 enter_environment()
 
 import dataclasses
-import difflib
 import json
 import re
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,8 +33,8 @@ from harness.config.compose import load_train_config
 from harness.config.places import user_path
 from harness.config.run_config import find_run, load_run_config
 from harness.config.schema import TrainConfig
-from harness.entry.cli import parse_options, run_script
-from harness.errors import UserError
+from harness.entry.cli import options_and_overrides, run_script
+from harness.errors import UserError, as_user_error
 from harness.files.text import visible
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
 from modeling.formats import PAIR, ROTATED, read_format
@@ -59,14 +58,11 @@ class CalculatorOptions:
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
 
 
-OPTIONS = [option.name for option in fields(CalculatorOptions)]
 HF_CONTEXT = 4096
 
 
 def main(arguments: list[str]) -> int:
-    given = without_flags(arguments)
-    options = parse_options(CalculatorOptions, [word for word in given if word.partition("=")[0] in OPTIONS])
-    overrides = [word for word in given if word.partition("=")[0] not in OPTIONS]
+    options, overrides = options_and_overrides(CalculatorOptions, without_flags(arguments))
     check(options, overrides)
 
     from harness.decode.kv_calculator import report, table
@@ -134,10 +130,8 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
 
     if options.dtype is not None and not is_format(options.dtype):
         if PAIR.match(options.dtype) or options.dtype.endswith(ROTATED):  # of our own caches alone, and wrong
-            try:
+            with as_user_error("dtype="):
                 read_format(options.dtype)
-            except ValueError as error:
-                raise UserError(f"dtype={error}") from None
         format_named(options.dtype)
     for key, value in (("context", tokens(options.context)), ("batch", options.batch), ("tp", options.tp)):
         if value is not None and value < 1:
@@ -148,9 +142,6 @@ def check(options: CalculatorOptions, overrides: list[str]) -> None:
         raise UserError(f"config={options.config} and run={options.run} are two models; give one")
     whole = next((f"{key}=..." for key in ("config", "run") if getattr(options, key) is not None), None)
     for key, equals, _ in (word.partition("=") for word in overrides):
-        near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.75)
-        if near and key not in {field.name for field in fields(TrainConfig)}:
-            raise UserError(f"{key} is not an option here; did you mean {near[0]}?")
         if whole is not None:
             remedy = f"it stands beside {whole}, which is a whole model: leave one out"
             raise UserError(f"{key}{equals}{'...' if equals else ''} changes one of our configurations, and {remedy}")

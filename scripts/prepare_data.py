@@ -7,7 +7,6 @@ end, compares it with its hashes and prepares it again if it is damaged. Any oth
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.config.typed import typed
 from harness.data import HubUnreachable, prepare
 from harness.entry.cli import run_script
+from harness.files.atomic import write_text
 
 DEFAULT, FALLBACK = "wikitext2", "stdlib"
 LOCAL_CONFIG = ROOT / "configs" / "local" / "default.yaml"
@@ -74,10 +74,7 @@ def select_fallback(path: Path) -> None:
 defaults:
   - override /dataset: {FALLBACK}
 """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text)
     print(f"!! Until wikitext2 can be downloaded, runs use {FALLBACK}: {path} says so.", file=sys.stderr, flush=True)
 
 

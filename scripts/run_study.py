@@ -20,8 +20,6 @@ from harness.entry.bootstrap import ROOT, enter_environment
 enter_environment()
 
 import contextlib
-import dataclasses
-import difflib
 import json
 import math
 import os
@@ -30,12 +28,10 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from harness.config.compose import refuse_dashes
 from harness.config.places import user_path
-from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean
-from harness.entry.cli import parse_options, pasteable, run_script, whole_numbers
-from harness.errors import UserError
+from harness.entry.cli import options_and_overrides, pasteable, run_script, whole_numbers
+from harness.errors import UserError, writable
 from harness.files.atomic import write_json
 from harness.files.text import aligned, duration, visible
 from harness.files.untrusted import Positive
@@ -92,14 +88,7 @@ class Command:
 
 
 def main(arguments: list[str]) -> int:
-    fields = {field.name for field in dataclasses.fields(StudyOptions)}
-    options = parse_options(StudyOptions, [a for a in arguments if a.partition("=")[0] in fields])
-    overrides = [a for a in arguments if a.partition("=")[0] not in fields]
-    of_runs = {field.name for field in dataclasses.fields(TrainConfig)}
-    refuse_dashes(arguments, known=fields | of_runs)
-    for key in (a.partition("=")[0] for a in overrides):
-        if key not in of_runs and difflib.get_close_matches(key, fields, n=1, cutoff=0.85):
-            raise UserError(f"{key} is not an option here; {did_you_mean(key, list(fields))}")
+    options, overrides = options_and_overrides(StudyOptions, arguments)
 
     from harness.study.gpu_service import multi_process_service
     from harness.study.plan import build_plan, check_same_study, load_study, settle_tuning_seed
@@ -365,10 +354,8 @@ def write_sweep_file(command: Command) -> int:
             "${args_no_hyphens}",
         ],
     }
-    try:
+    with writable(f"sweep_file={file}", "choose another file"):
         file.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"sweep_file={file} cannot be written ({error.strerror}): choose another file") from None
     print(f"written: {file}; start it with: wandb sweep {shlex.quote(str(file))}")
     return 0
 

@@ -24,9 +24,9 @@ enter_environment()
 import json
 
 from harness.config.places import ROOT, user_path
-from harness.config.run_config import find_run, is_run, run_folders
+from harness.config.run_config import is_run, run_folders
 from harness.config.schema import TrackingConfig
-from harness.entry.cli import parse_options, run_script
+from harness.entry.cli import chosen_folders, parse_options, run_script
 from harness.errors import UserError, tell
 from harness.files.folders import refuse_links
 from harness.files.text import visible
@@ -43,9 +43,8 @@ class SyncOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse_options(SyncOptions, arguments, positional="runs")
-    runs_dir = user_path(options.runs_dir)
-    given = [path if (path := user_path(text)).is_dir() else find_run(text, runs_dir) for text in options.runs]
-    folders = [folder for path in given or [runs_dir] for folder in tracked_folders(path)]
+    given = chosen_folders(options.runs, options.runs_dir)
+    folders = [folder for path in given or [user_path(options.runs_dir)] for folder in tracked_folders(path)]
     if not given:
         folders = [folder for folder in folders if pending(folder)]
     elif not folders:

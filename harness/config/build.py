@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.config.checks import attention_options
 from harness.config.schema import TrainConfig
-from harness.errors import UserError, readable
+from harness.errors import UserError, as_user_error, readable
 from modeling.attention import MODEL_OWNED, build_attentions
 from modeling.attention.cache import check_values
 from modeling.attention.layers import AttentionLayers
@@ -41,23 +41,19 @@ def build_model(config: TrainConfig, vocab_size: int, **changes: Any) -> GPT:
         "attention": attention_options(config.attention),
     }
     arguments |= changes
-    try:
+    with as_user_error(f"model={config.model.name} attention={config.attention['name']}: "):
         if _may_be_huge(arguments):
             with shapes_only():
                 _check_memory(GPT(**arguments), config)
         return GPT(**arguments)
-    except ValueError as error:
-        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
 
 
 def model_shapes(config: TrainConfig, vocab_size: int) -> GPT:
     """The same as shapes alone, without memory. Raises UserError as `build_model`, and for a cache.dtype it cannot keep."""
     with shapes_only():
         model = build_model(config, vocab_size)
-    try:
+    with as_user_error(f"attention={config.attention['name']}: "):
         check_values(model.attentions, cache_format(config.cache.dtype))
-    except ValueError as error:
-        raise UserError(f"attention={config.attention['name']}: {error}") from None
     return model
 
 
@@ -150,12 +146,10 @@ def attentions_of(config: TrainConfig, first: int, **changes: Any) -> list[Any]:
     """
     owned = {name: getattr(config.model, name) for name in MODEL_OWNED} | changes
     n_layers = max(first, config.model.n_layers)
-    try:
+    with as_user_error(f"model={config.model.name} attention={config.attention['name']}: "):
         return build_attentions(
             config.attention["mechanism"], attention_options(config.attention), n_layers, first=first, **owned
         )
-    except ValueError as error:
-        raise UserError(f"model={config.model.name} attention={config.attention['name']}: {error}") from None
 
 
 def _described(layer: Any, earlier: set[int]) -> str:

@@ -9,11 +9,11 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from harness.config.schema import MOST_FIGURE
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 
 
 def did_you_mean(word: str, choices: Sequence[str]) -> str:
@@ -90,22 +90,16 @@ def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
     """What an Annotated type allows: its notes are a number's least value, what raises ValueError for others, or help."""
     of, *notes = parts
     checks = [note for note in notes if callable(note)]
-    for check in checks if of is str and value is None else ():
-        _refused_by(check, shown(value), path)  # it names the choices
-    number = typed(of, value, path)
-    for check in checks:
-        _refused_by(check, number, path)
+    with as_user_error(f"{path}="):
+        for check in checks if of is str and value is None else ():
+            check(shown(value))  # it names the choices
+        number = typed(of, value, path)
+        for check in checks:
+            check(number)
     for least in (note for note in notes if not isinstance(note, str) and not callable(note)):
         if not least <= number < MOST_FIGURE:
             raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
     return number
-
-
-def _refused_by(check: Callable[[Any], object], value: Any, path: str) -> None:
-    try:
-        check(value)
-    except ValueError as error:
-        raise UserError(f"{path}={error}") from None
 
 
 def _plain(kind: Any, value: Any, path: str) -> Any:
@@ -125,7 +119,7 @@ def _plain(kind: Any, value: Any, path: str) -> Any:
     if kind is int and is_number and isinstance(value, int) and value.bit_length() < 1000:
         raise UserError(f"{path}={value} is too large; choose a whole number below 2^63")
     if isinstance(value, str) and re.fullmatch(_DIGITS.get(kind, ""), value):  # nobody would see why it is none
-        raise UserError(f'{path}="{value}" is text: write {path}={value}, without quotes')
+        raise UserError(f'{path}="{value}" must be {_WORDS[kind]}, without quotes')
     raise UserError(f"{path}={shown(value)} must be {_WORDS[kind]}")
 
 

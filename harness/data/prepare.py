@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from harness.data.prepared import (
 )
 from harness.data.sources import SOURCES, Opening, check, open_source
 from harness.data.tokenizer import Tokenizer
-from harness.errors import UserError, readable, tell
+from harness.errors import UserError, readable, tell, writable
 from harness.files.atomic import DISK_ERRORS, flush
 from harness.files.lock import locked
 from harness.files.untrusted import read_object
@@ -38,6 +38,7 @@ from harness.files.untrusted import read_object
 _BATCH = 1_000_000  # characters encoded at once; the encodings take forty times as much memory
 _BPE_BYTES = 100_000_000  # a BPE is trained on the first so many bytes of the training split
 _BPE_LEAST_BYTES = 1_000_000
+_ELSEWHERE = "choose another folder"
 
 
 def prepare(
@@ -187,7 +188,7 @@ class _Preparation:
         # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
         with contextlib.suppress(DamagedError):
             return _open(folder, verify)
-        with _writing(data_dir):
+        with writable(f"data_dir={data_dir}", _ELSEWHERE):
             data_dir.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir / f".{folder.name}.lock"):
             if folder.is_dir():
@@ -202,12 +203,12 @@ class _Preparation:
         """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
         leftovers = _leftovers(folder)
         partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
-        with _writing(folder.parent):
+        with writable(f"data_dir={folder.parent}", _ELSEWHERE):
             for leftover in folder.parent.glob(leftovers):
                 shutil.rmtree(leftover)
             partial.mkdir()
         try:
-            with _writing(folder.parent, "make room, or choose another folder", only=DISK_ERRORS):
+            with writable(f"data_dir={folder.parent}", f"make room, or {_ELSEWHERE}", only=DISK_ERRORS):
                 self._write(partial, source, identity)
                 if folder.exists():  # damaged, or it had been opened
                     os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
@@ -364,22 +365,11 @@ def _utf8(text: str, name: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _writing(data_dir: Path, remedy: str = "choose another folder", *, only: Collection[int] = ()) -> Iterator[None]:
-    """What data_dir refuses is said in one sentence. only: the numbers of the errors that are its own; none: all are."""
-    try:
-        yield
-    except OSError as error:
-        if only and error.errno not in only:
-            raise
-        raise UserError(f"data_dir={data_dir} cannot be written ({error.strerror}): {remedy}") from error
-
-
-@contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process at a time; the system frees the lock of a killed one."""
     name = path.name.removeprefix(".").removesuffix(".lock")
     with contextlib.ExitStack() as held:
-        with _writing(path.parent):
+        with writable(f"data_dir={path.parent}", _ELSEWHERE):
             held.enter_context(locked(path, on_wait=lambda: tell(f"Another process prepares {name}; waiting for it.")))
         yield
 

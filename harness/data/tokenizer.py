@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError, in_a_line
+from harness.errors import UserError, in_a_line, readable
 from harness.files.untrusted import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
@@ -74,13 +74,11 @@ class Tokenizer:
         import tokenizers
 
         file = path / "tokenizer.json" if path.is_dir() else path
-        try:
+        with readable(str(file), "give a tokenizer.json or its folder"):
             size = file.stat().st_size
             if not file.is_file() or size > _MOST_BYTES:
                 raise UserError(f"{file} is no tokenizer.json ({size:,} bytes): give a tokenizer.json or its folder")
             content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}): give a tokenizer.json or its folder") from error
         with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
             specification = parse_object(content)
             _check_vocabulary(specification)

@@ -336,10 +336,7 @@ def report(
         _kind(kind, [layer for layer in layers if layer.kind == kind], stored, context, batch)
         for kind in dict.fromkeys(layer.kind for layer in layers)
     ]
-    ratio = None
-    if figures["elements_per_token"] and "mha_total_bytes" in figures:  # of what is in proportion to the tokens, and the newest
-        own = figures["total_bytes"] + sum(layer.newest_bytes for layer in layers) * batch
-        ratio = figures["mha_total_bytes"] / own
+    ratio = _mha_ratio(figures, layers, batch)  # while total_bytes are those in proportion to the tokens
     states = sum(layer.state_bytes for layer in layers) * batch
     figures |= {
         "kinds": kinds,
@@ -358,6 +355,14 @@ def report(
         "macs_per_cached_token": latent and latent.macs_per_cached_token,
         "notes": [*description.notes, *_notes(description, stored, context, batch, tp)],
     }
+
+
+def _mha_ratio(figures: Mapping[str, Any], layers: Sequence[LayerCache], batch: int) -> float | None:
+    """How many times as much MHA of the same shape takes, of what is in proportion to the tokens and of the newest ones."""
+    if not figures["elements_per_token"] or "mha_total_bytes" not in figures:
+        return None
+    own = figures["total_bytes"] + sum(layer.newest_bytes for layer in layers) * batch
+    return float(figures["mha_total_bytes"] / own)
 
 
 def _of_one_way(

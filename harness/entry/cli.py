@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from harness.config.compose import check_config, forced, implied, quoted, refuse_dashes, register_resolvers, sweep_jobs
-from harness.config.places import CONFIGS, ROOT
-from harness.config.run_config import run_folders
+from harness.config.places import CONFIGS, ROOT, user_path
+from harness.config.run_config import find_run, run_folders
+from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean, fields_below, typed
 from harness.entry.streams import protect_streams
 from harness.errors import UserError, readable, sentence
@@ -74,6 +75,18 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
     if rest:
         container[typing.cast(str, positional)] = rest
     return typing.cast(Options, typed(kind, container, ""))
+
+
+def options_and_overrides(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, list[str]]:
+    """A script's own options, and the other words, which are train_model.py's. Raises UserError for one nearly its own."""
+    own = [field.name for field in dataclasses.fields(typing.cast(typing.Any, kind))]
+    of_runs = {field.name for field in dataclasses.fields(TrainConfig)}
+    refuse_dashes(arguments, known={*own, *of_runs})
+    overrides = [argument for argument in arguments if argument.partition("=")[0] not in own]
+    for key in (override.partition("=")[0] for override in overrides):
+        if key not in of_runs and difflib.get_close_matches(key, own, n=1, cutoff=0.8):
+            raise UserError(f"{key} is not an option here; {did_you_mean(key, own)}")
+    return parse_options(kind, [argument for argument in arguments if argument not in overrides]), overrides
 
 
 def _of_group(group: str, value: str, inside: Sequence[str], kind: type) -> str:
@@ -315,6 +328,17 @@ def _prepare_launcher(chosen: str | None, overwrites: bool) -> None:
             f"run; choose another name=..., or delete the runs yourself"
         )
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def chosen_run(run: str | None, runs_dir: str) -> Path:
+    """The run that a script is about, by folder or name; none named: the newest finished one. Raises UserError."""
+    place = user_path(runs_dir)
+    return newest_run(place) if run is None else find_run(run, place)
+
+
+def chosen_folders(runs: Sequence[str], runs_dir: str) -> list[Path]:
+    """Of each word the folder, a run's or another one, or else the run of that name below runs_dir. Raises UserError."""
+    return [path if (path := user_path(run)).is_dir() else find_run(run, user_path(runs_dir)) for run in runs]
 
 
 def newest_run(runs_dir: Path) -> Path:

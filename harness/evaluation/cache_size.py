@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from harness.config.schema import CACHE_CONTEXTS
-from harness.errors import UserError
+from harness.errors import as_user_error
 from harness.evaluation.size_records import CacheRecord
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
@@ -49,11 +49,9 @@ def measure_cache(model: GPT, *, dtype: torch.dtype | CacheFormat, window: int |
     keep.
     """
     context = model.max_seq_len
-    try:
+    with as_user_error():
         plain = model.new_cache(1, context, dtype=dtype, device="meta")
         caches = model.new_cache(1, context, dtype=dtype, device="cpu", window=window, sinks=sinks)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     state_bytes = sum(cache.state_bytes for cache in plain)
     held = sum(cache.elements_per_token * cache.slots for cache in plain) + state_bytes / as_format(dtype).keys.itemsize
     mean = held / context / len(plain)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, writable
 from harness.files.untrusted import read_object
 
 # What a disk, or what lies in the place of a file of ours, refuses.
@@ -68,7 +68,8 @@ def written_together(folder: Path, *, record: str, stale: Sequence[str] = (), wh
     and `remedy`.
     """
     aside = folder / f".unfinished-{os.getpid()}"
-    try:
+    with writable(what, remedy), contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(shutil.rmtree, aside, ignore_errors=True)
         aside.mkdir(parents=True, exist_ok=True)
         yield aside
         new = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_file()]
@@ -81,10 +82,6 @@ def written_together(folder: Path, *, record: str, stale: Sequence[str] = (), wh
         for old in [path for pattern in stale for path in folder.glob(pattern) if path.relative_to(folder) not in new]:
             old.unlink()
         os.replace(aside / record, folder / record)
-    except OSError as error:
-        raise UserError(f"{what} cannot be written ({error.strerror or error}): {remedy}") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -96,14 +93,11 @@ def new_folder(target: Path) -> Iterator[Path]:
     check_target(target)
     _remove_leftovers(target)
     aside = _partial(target)
-    try:
+    with writable(f"to={target}", "choose another folder"), contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(shutil.rmtree, aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         os.replace(aside, target)
-    except OSError as error:
-        raise UserError(f"to={target} cannot be written ({error.strerror}): choose another folder") from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def check_target(target: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import TrainConfig
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.files.atomic import read_json, write_json
 from harness.hf.config_json import LATENT_SIZES, OWN_TYPE, SIZES
 from harness.hf.weights import their_weights
@@ -90,10 +90,8 @@ def generation_cache(max_seq_len: int, dtype: str) -> Any:
     from harness.hf.own_class import GenerationCache
     from modeling.attention.quantisation import cache_format
 
-    try:
+    with as_user_error("cache.dtype="):
         return GenerationCache(max_seq_len, cache_format(dtype))
-    except ValueError as error:
-        raise UserError(f"cache.dtype={error}") from None
 
 
 def as_own(model: GPT, config: TrainConfig) -> Any:

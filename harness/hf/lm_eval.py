@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from harness.data import Tokenizer
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.evaluation.evaluate import CacheChoice
 from harness.evaluation.perplexity import cut_windows
 from modeling.generation import generate
@@ -71,10 +71,8 @@ class Answers:
 
     def __post_init__(self) -> None:
         if self.through is not None:
-            try:
+            with as_user_error():
                 self.through.cache(self.model, 1, 1)
-            except ValueError as error:
-                raise UserError(str(error)) from None
 
     def log_likelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): log p of the continuation in nats, and whether greedy decoding writes it.
@@ -103,10 +101,8 @@ class Answers:
         generator = torch.Generator(self.device).manual_seed(self.seed)
         texts = [""] * len(prompts)
         for batch in self._batches([len(prompt) for prompt in prompts], "generate"):
-            try:
+            with as_user_error("the task's generation_kwargs do not fit: "):
                 written = self._write([prompts[number] for number in batch], writing, generator)
-            except ValueError as error:
-                raise UserError(f"the task's generation_kwargs do not fit: {error}") from None
             for number, text in zip(batch, written, strict=True):
                 texts[number] = text
         return texts

@@ -27,7 +27,7 @@ from harness.config.build import build_model
 from harness.config.checks import typed_attention
 from harness.config.schema import ModelConfig, TrainConfig
 from harness.config.typed import typed
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent
 from modeling.attention import attends
 from modeling.attention.cache import Cache
@@ -113,10 +113,8 @@ class GenerationCache:
         if not self.layers:
             weight = model.embedding.weight
             dtype = self._kept or weight.dtype
-            try:
+            with as_user_error():
                 self.layers = model.new_cache(batch_size, self.max_seq_len, dtype=dtype, device=weight.device)
-            except ValueError as error:
-                raise UserError(str(error)) from None
         if self.layers[0].batch_size != batch_size:
             raise UserError(f"past_key_values hold {self.layers[0].batch_size} rows and input_ids {batch_size}")
         return self.layers
@@ -239,11 +237,8 @@ class AttentionAblationForCausalLM(PreTrainedModel, GenerationMixin):
             logits_BC = past_key_values.decode(self.model, self._logits, input_ids[:, 0])
             past_key_values.after(1)
             return CausalLMOutputWithPast(logits=logits_BC[:, None], past_key_values=cast(Any, past_key_values))
-        try:
-            with wanted:
-                x_BTD = self.model.hidden_of(x_BTD, layers, positions_BT, valid_BT)
-        except ValueError as error:  # of positions, in one sentence
-            raise UserError(str(error)) from None
+        with as_user_error(), wanted:
+            x_BTD = self.model.hidden_of(x_BTD, layers, positions_BT, valid_BT)
         if past_key_values is not None:
             past_key_values.after(T)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -18,7 +18,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from harness.errors import UserError
+from harness.errors import UserError, readable
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,10 +60,8 @@ def open_shards(files: Sequence[Path]) -> dict[str, Stored]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
+        with readable(str(path), "fetch it again"), safetensors.safe_open(path, framework="pt") as file:
             yield file
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}): fetch it again") from None
     except safetensors.SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
         raise UserError(f"{path} is no safetensors file (its header: {reason}): fetch it again") from None

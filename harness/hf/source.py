@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.data import hub_client
-from harness.errors import UserError
+from harness.errors import UserError, readable
 from harness.hf.config_json import their_json
 from harness.hf.options import describe
 
@@ -41,11 +41,8 @@ class Source:
         """SHA-256 of each file, by name. Raises UserError for one that cannot be read."""
         hashes = {}
         for path in self.files:
-            try:
-                with path.open("rb") as file:
-                    hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise UserError(f"{path} cannot be read ({error.strerror}): fetch it again") from None
+            with readable(str(path), "fetch it again"), path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
         return hashes
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
+from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, listed, values_of
 from harness.runs.evaluations import USUAL, cache_label, in_few_bits
@@ -153,10 +154,6 @@ class Comparison:
     tables: list[ComparisonTable]
     notes: list[str]
     lacking: list[str]  # names of the runs without the evaluation that the others are compared on
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as the JSON line has them."""
-        return dataclasses.asdict(self)
 
 
 def compare(
@@ -460,12 +457,11 @@ def as_csv(comparison: Comparison) -> str:
 
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     """comparison.md, comparison.csv and comparison.json in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {
         "comparison.md": as_markdown(comparison),
         "comparison.csv": as_csv(comparison),
-        "comparison.json": json.dumps(comparison.as_dict(), indent=2) + "\n",
+        "comparison.json": json.dumps(dataclasses.asdict(comparison), indent=2) + "\n",
     }
     for name, text in contents.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     return [folder / name for name in contents]

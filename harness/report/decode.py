@@ -1,4 +1,4 @@
-"""What the figures of decode_speed.py say: where MLA's paths change places, a table, a CSV and a picture."""
+"""What the figures of harness/decode/speed.py say: where MLA's paths change places, a table, a CSV and a picture."""
 
 from __future__ import annotations
 

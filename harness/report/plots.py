@@ -38,16 +38,14 @@ PNG_WIDTH, PNG_COLUMN, DOTS_PER_INCH = 620.0, 440.0, 200  # points: of one colum
 
 
 def save_png(picture: Picture, path: Path, *, columns: int = 1) -> None:
-    """Write the PNG with the picture's title, whole or not at all."""
+    """Write the PNG with the picture's title; folders above it are made."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.stem}.unfinished.png")
     figure = draw(picture, max(PNG_WIDTH, PNG_COLUMN * columns), columns=columns, titled=True).figure
     figure.set_dpi(DOTS_PER_INCH)
     with conventions():
-        FigureCanvasAgg(figure).print_png(unfinished)
-    unfinished.replace(path)
+        FigureCanvasAgg(figure).print_png(path)
 
 
 def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = False, crowded: bool = False) -> Drawing:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from harness.files.text import visible
-from harness.report.canvas import Drawing, conventions, marker_look
+from harness.report.canvas import Drawing, conventions, line_style, marker_look
 from harness.report.colours import Style
 from harness.report.pictures import Picture
 from harness.report.plots import draw
@@ -34,8 +34,8 @@ def sample(style: Style, number: int) -> Markup:
 
     with conventions():
         figure = Figure(figsize=(30 / 72, 14 / 72), dpi=72)
-        dash: Any = (0, style.dash) if style.dash else "solid"
-        for x, look in (([1, 29], {"linestyle": dash, "linewidth": 1.8}), ([15], marker_look(style, size=9))):
+        line: dict[str, Any] = {"linestyle": line_style(style), "linewidth": 1.8}
+        for x, look in (([1, 29], line), ([15], marker_look(style, size=9))):
             figure.add_artist(Line2D(x, [7] * len(x), color=style.colour, transform=Drawing(figure).points, **look))
     return _element(Drawing(figure), {}, {"width": "30", "height": "14", "aria-hidden": "true"}, f"sample {number}")
 

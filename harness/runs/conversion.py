@@ -33,7 +33,7 @@ from harness.config.identity import origin_hash, setup_hash
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrainConfig
 from harness.data import PreparedData, TokenSplit
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import read_json
@@ -119,15 +119,13 @@ def convert(trained: TrainedModel, data: PreparedData, options: ConversionConfig
     _check_source(config)
     judge = Judge(trained, data, options, device=device)
     before = judge.report("the run", trained.model, exact=True)
-    try:
+    with as_user_error(f"{config.name} does not convert so: "):
         layers = [grouped_layer(copy.deepcopy(attention).double()) for attention in trained.model.attentions]
         calibration = None
         if options.kv_lora_rank is not None:
             tokens = max(options.calibration_tokens, 4 * options.kv_lora_rank)
             calibration = _calibrate(trained.model, data, tokens, device)
         stages, details = _PLANS[options.method](_Source(layers, calibration, options, judge))
-    except ValueError as error:
-        raise UserError(f"{config.name} does not convert so: {error}") from None
     reports, model = [before], trained.model
     for stage, exact, states in stages:
         model = judge.build(states)
@@ -425,11 +423,9 @@ def converted_from(source: TrainConfig, options: ConversionConfig) -> TrainConfi
         assert options.qk_rope_head_dim is not None
         way = dataclasses.replace(options, fold=possible_folds(attention.head_dim, options.qk_rope_head_dim)[0])
     white = [weight_moments(source.model.d_model)]
-    try:
+    with as_user_error(f"{source.attention['name']} does not convert so: "):
         layer = grouped_layer(attention.double())
         stages, _ = _PLANS[options.method](_Source([layer], Calibration(white, white), way, None))
-    except ValueError as error:
-        raise UserError(f"{source.attention['name']} does not convert so: {error}") from None
     return converted_config(source, stages[-1][2][0][0], options)
 
 

@@ -71,14 +71,14 @@ def check_unchanged(config: TrainConfig, run: Path) -> None:
         tell(f"{run.name}: its data cannot be compared with what it was trained on ({error})")
         return
     if data.fingerprint != trained_on:
-        raise other_data(config, run)
+        raise other_data(config.dataset.name, run, ANEW)
 
 
-def other_data(config: TrainConfig, run: Path) -> UserError:
-    return UserError(
-        f"the data of dataset={config.dataset.name} is not what {run} was trained on; bring that data back, or train anew "
-        f"with overwrite=true or another name=..."
-    )
+ANEW = "train anew with overwrite=true or another name=..."
+
+
+def other_data(dataset: str, run: Path | str, remedy: str) -> UserError:
+    return UserError(f"the data of dataset={dataset} is not what {run} was trained on; bring that data back, or {remedy}")
 
 
 def window_loader(config: TrainConfig, data: PreparedData, workers: Workers | None = None) -> WindowLoader:
@@ -167,8 +167,5 @@ def data_of(
         return find_data(run, config.dataset, data_dir, tokenizer_file=tokenizer_file)
     data = prepare(dataset, config.tokenizer, data_dir, tokenizer_file=tokenizer_file, for_training=for_training)
     if fingerprint_of(run) not in (None, data.fingerprint):
-        raise UserError(
-            f"the data of dataset={dataset.name} ({path or data.folder}) is not what {run} was trained on; bring that data "
-            f"back, or name where it lies now with dataset.path=..."
-        )
+        raise other_data(f"{dataset.name} ({path or data.folder})", run, "name where it lies now with dataset.path=...")
     return data

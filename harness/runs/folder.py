@@ -17,7 +17,7 @@ from typing import Any
 from harness.config.identity import differences
 from harness.config.run_config import load_run_config, save_run_config
 from harness.config.schema import TrainConfig
-from harness.errors import UserError, readable
+from harness.errors import UserError, readable, writable
 from harness.files.atomic import DISK_ERRORS
 from harness.files.folders import checkpoint_folders, listed, refuse_links, remove, step_of
 from harness.files.lock import locked
@@ -73,14 +73,13 @@ def lock_run(folder: Path, patience: float = 0.0) -> Iterator[None]:
     written.
     """
     with contextlib.ExitStack() as held:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            root = folder.resolve()  # a run that is reached under two names is one run
-            held.enter_context(locked(root.with_name(f".{root.name}.lock"), patience=patience))
-        except TimeoutError:
-            raise UserError(f"another process is training {folder}: wait for its end, or choose another name=...") from None
-        except OSError as error:
-            raise _unwritable(folder, error) from None
+        with _made(folder):
+            try:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                root = folder.resolve()  # a run that is reached under two names is one run
+                held.enter_context(locked(root.with_name(f".{root.name}.lock"), patience=patience))
+            except TimeoutError:
+                raise UserError(f"another process is training {folder}: wait for its end, or choose another name=...") from None
         yield
 
 
@@ -98,15 +97,13 @@ def claimed(config: TrainConfig, patience: float = 0.0) -> Iterator[Callable[[],
         run_folder(config)
         root = folder.resolve()
         try:
-            try:
+            with _made(folder):
                 if config.overwrite and root.exists():
                     root.rename(_older_of(root))
                 root.mkdir(parents=True, exist_ok=True)
                 refuse_links(folder)
                 save_run_config(config, root)
                 keep_changes(root)
-            except OSError as error:
-                raise _unwritable(folder, error) from None
             yield lambda: remove(_older_of(root))
         except BaseException:
             if _older_of(root).exists():
@@ -143,8 +140,8 @@ def _older_of(root: Path) -> Path:
     return root.with_name(f".{root.name}.overwritten")
 
 
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"the run's folder {folder} cannot be written ({error.strerror}): choose another runs_dir=...")
+def _made(folder: Path) -> contextlib.AbstractContextManager[None]:
+    return writable(f"the run's folder {folder}", "choose another runs_dir=...")
 
 
 @contextlib.contextmanager
@@ -165,6 +162,18 @@ def writing_to(run: Path) -> Iterator[None]:
         raise UserError(
             f"the run {run} cannot be written ({error.strerror}{f': {error.filename}' if error.filename else ''}); {kept}: "
             f"make room or make it writable, and start the same command again"
+        ) from None
+
+
+@contextlib.contextmanager
+def storing(what: str, run: Path) -> Iterator[None]:
+    """A record that a finished run's folder does not take becomes one sentence, a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the record of {what} cannot be stored in {run} ({error.strerror}): make the folder writable, or copy the run to "
+            f"one that is"
         ) from None
 
 

@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.evaluation.evaluate import split_metrics
 from harness.evaluation.facts import model_facts
 from harness.evaluation.losses import TokenLosses
-from harness.files.atomic import new_folder, read_json, write_json
+from harness.files.atomic import check_target, new_folder, read_json, write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import validate
 from harness.runs.folder import writing_to
@@ -40,10 +40,17 @@ from modeling.attention import EXECUTION
 ORIGIN_FILE = "origin.json"
 
 
-def check_name(target: Path) -> None:
-    """Raises UserError unless the folder's name is one that a run may have."""
+def target_folder(to: str) -> Path:
+    """The folder of a run that is to be made. Raises UserError for a name that no run may have, and where something lies.
+
+    What an earlier import or conversion left there is looked at by the one that finds it.
+    """
+    target = Path(to).expanduser().absolute()
     if not re.fullmatch(RUN_NAME, target.name):
         raise UserError(f"to={target} must end in one plain folder name: letters, digits and . _ = , + - only")
+    if not (target / ORIGIN_FILE).is_file():
+        check_target(target)
+    return target
 
 
 def make_run(
@@ -92,7 +99,6 @@ def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, p
             config.tracking,
             run,
             run_config=dataclasses.asdict(config) | facts.record() | {"origin": origin},
-            run_id=None,
             metrics_bytes=0,
         ) as tracker:
             tracker.log(trained.step, tokens, split_metrics(result))

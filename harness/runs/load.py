@@ -14,7 +14,7 @@ from harness.config.build import build_model, check_weights
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrainConfig
 from harness.data import Tokenizer
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.files.folders import step_of
 from harness.runs.folder import finished
@@ -114,7 +114,7 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
     none. Raises UserError if one of them cannot run.
     """
     chosen: dict[tuple[Any, ...], str] = {}
-    try:
+    with as_user_error():
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
         for layer in filter(attends, model.attentions):
@@ -134,8 +134,6 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
             layer.backend = chosen[shape]
             if layer.kernel in OTHERS:
                 check_widths(layer.kernel, layer.latent_widths[0], layer.qk_rope_head_dim)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     return ", ".join(dict.fromkeys(chosen.values())) or "none"
 
 

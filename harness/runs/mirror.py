@@ -36,7 +36,6 @@ def mirror(run: Path, tracking: TrackingConfig, *, run_id: str | None = None) ->
         tracking,
         run,
         run_config=dataclasses.asdict(config) | facts,
-        metrics_bytes=None,
         online=by_wandb,
         run_id=run_id or summary.get("wandb_id"),
     ) as tracker:
@@ -79,8 +78,8 @@ def open_run_tracker(
     run: Path,
     *,
     run_config: dict[str, Any],
-    run_id: str | None,
-    metrics_bytes: int | None,
+    run_id: str | None = None,
+    metrics_bytes: int | None = None,
     online: bool = False,
 ) -> Tracker:
     """The tracker of a training run, first opened or continued: always the same project, name, group and tags.

@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict, TypeVar, cast
 
 from harness.config.run_config import read_run_config
 from harness.config.typed import typed
-from harness.errors import UserError
+from harness.errors import UserError, readable
 from harness.evaluation.metric import METRICS
 from harness.evaluation.size_records import Facts
 from harness.files.atomic import read_json
@@ -313,10 +313,8 @@ def read_segments(run: Path, evaluation: str) -> SegmentRecord | None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; another process may be writing the last one. None where there is no file."""
     path = run / "metrics.jsonl"
-    try:
+    with readable(str(path), _METRICS_REMEDY):
         lines = whole_lines(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): {_METRICS_REMEDY}") from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -23,6 +23,7 @@ from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
+from harness.runs.folder import storing
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.mirror import dashboard_figures, open_run_tracker
 from harness.runs.provenance import commit, now
@@ -65,10 +66,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     own, dataset = trained.config, config.dataset or trained.config.dataset
     data = _text(run, config, trained)
     losses = token_losses(trained.model, capture=config.capture, **computed)
-    kept = cache_format(config.cache.dtype)
-    choice = CacheChoice(kept, config.cache.window, config.cache.sinks)
-    cache = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
-    through = choice if config.cache.through or choice.window is not None or kept.in_few_bits else None
+    through, cache = _cache(trained, config)
 
     started = time.perf_counter()
     scoring = Scoring(
@@ -93,12 +91,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
             "stride_fraction": config.stride_fraction,
             "max_tokens": config.max_tokens,
             **_figures(result),
-            "through_cache": through is not None,
-            **cache.record(),
-            "cache_dtype": config.cache.dtype,
-            "cache_window": choice.window,
-            "cache_sinks": choice.sinks,
-            "cache_ratio_to_mha": cache.elements_per_token_per_layer / (2 * own.model.n_heads * own.model.head_dim),
+            **cache,
             "seconds": time.perf_counter() - started,
             "kernel": computation.kernel,
             "decode": None if through is None else decode_path(trained.model, trained.model.max_seq_len),
@@ -116,6 +109,23 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return record, result
+
+
+def _cache(trained: TrainedModel, config: EvalConfig) -> tuple[CacheChoice | None, Evaluation]:
+    """What everything is scored through, if anything, and what the record says of the cache."""
+    kept, shape = cache_format(config.cache.dtype), trained.config.model
+    choice = CacheChoice(kept, config.cache.window, config.cache.sinks)
+    size = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
+    through = choice if config.cache.through or choice.window is not None or kept.in_few_bits else None
+    record: Evaluation = {
+        "through_cache": through is not None,
+        **size.record(),
+        "cache_dtype": config.cache.dtype,
+        "cache_window": choice.window,
+        "cache_sinks": choice.sinks,
+        "cache_ratio_to_mha": size.elements_per_token_per_layer / (2 * shape.n_heads * shape.head_dim),
+    }
+    return through, record
 
 
 def _figures(result: SplitResult) -> Evaluation:
@@ -187,18 +197,13 @@ def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Seg
     trained, summary = load_run_config(run), read_summary(run)  # a run that was removed is not brought back
     name = record_name(record)
     file = run / "evaluations" / f"{name}.json"
-    try:
+    with storing("this evaluation", run):
         if segments is not None:  # before the record: one that is there is whole
             kept = {"record": name, "segment_tokens": SEGMENT_TOKENS} | dataclasses.asdict(segments)
             write_json(run / "segments" / f"{name}.json", kept)
         write_json(file, record)
-    except OSError as error:
-        raise UserError(
-            f"the record of this evaluation cannot be stored in {run} ({error.strerror}): make the folder writable, or "
-            f"copy the run to one that is"
-        ) from None
     with open_run_tracker(
-        trained, config.tracking, run, run_config=dataclasses.asdict(trained), run_id=summary["wandb_id"], metrics_bytes=None
+        trained, config.tracking, run, run_config=dataclasses.asdict(trained), run_id=summary["wandb_id"]
     ) as tracker:
         tracker.summary(dashboard_figures(record, summary))
     return file

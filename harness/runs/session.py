@@ -23,7 +23,7 @@ from harness.evaluation.facts import cache_remark, model_facts
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
 from harness.files.text import duration
-from harness.runs.corpus import other_data, validate, window_loader
+from harness.runs.corpus import ANEW, other_data, validate, window_loader
 from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
 from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
 from harness.runs.mirror import open_run_tracker
@@ -153,7 +153,7 @@ class Session:
             raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
         state = load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
         if state.get("data_fingerprint") != self.data.fingerprint:
-            raise other_data(config, self.run)
+            raise other_data(config.dataset.name, self.run, ANEW)
         saved = SavedState.of(checkpoint)
         self.first_step, self.seconds_before, self.last_step = saved.step + 1, saved.seconds, saved.last_step
         self.metrics_bytes, self.wandb_id, self.saved = saved.metrics_bytes, saved.wandb_id, saved.step

@@ -13,7 +13,7 @@ from harness.config.identity import differences
 from harness.config.schema import TrainConfig
 from harness.config.typed import typed
 from harness.errors import UserError
-from harness.files.untrusted import is_count
+from harness.files.untrusted import Count, is_count
 from harness.tracking.wandb_run import RUN_ID
 from harness.training.checkpoint import STATE, DamagedError, check_generators, checkpoint_state, latest_checkpoint
 from harness.training.loop import Step
@@ -24,8 +24,8 @@ from harness.training.schedule import Schedule, training_steps
 class SavedGuard:
     """Guard.state()."""
 
-    skipped: int
-    in_a_row: int
+    skipped: Count
+    in_a_row: Count
     losses: list[float]
     norms: list[float]
 
@@ -40,10 +40,10 @@ class SavedState:
     step: int
     last_step: Step
     seconds: float
-    metrics_bytes: int
+    metrics_bytes: Count
     wandb_id: str | None
-    warmup_steps: int | None = None
-    initial_tokens: int | None = None
+    warmup_steps: Count | None = None
+    initial_tokens: Count | None = None
     evaluation_due: bool = False
     best: list[float] | None = None  # step and loss
     guard: SavedGuard | None = None
@@ -63,15 +63,7 @@ class SavedState:
             saved: SavedState = typed(cls, content, "state")
         except UserError as error:
             raise DamagedError(checkpoint, f"{STATE}: {error}") from None
-        counts = {
-            "metrics_bytes": saved.metrics_bytes,
-            "last_step.tokens": saved.last_step.tokens,
-            "warmup_steps": saved.warmup_steps or 0,
-            "initial_tokens": saved.initial_tokens or 0,
-            "guard.skipped": saved.guard.skipped if saved.guard else 0,
-            "guard.in_a_row": saved.guard.in_a_row if saved.guard else 0,
-        }
-        odd = [f"{name}={value}, no count" for name, value in counts.items() if not is_count(value)]
+        odd = [] if is_count(saved.last_step.tokens) else [f"last_step.tokens={saved.last_step.tokens}, no count"]
         if saved.last_step.number != saved.step:
             odd.append(f"last_step.number={saved.last_step.number} after step {saved.step}")
         if saved.best is not None and (len(saved.best) != 2 or saved.best[0] not in range(1, saved.step + 1)):

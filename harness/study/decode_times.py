@@ -16,7 +16,7 @@ from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.decode.speed import DecodeTime, machine_name, measure_cell
 from harness.decode.subjects import DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
-from harness.errors import UserError
+from harness.errors import as_user_error
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
@@ -100,10 +100,8 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
     choosing = with_most_paths(model.attentions)
     kernel = config.attention["kernel"] if "absorbed" in choosing.decode_paths else "torch"
     if plan.step_used == "graph":
-        try:
+        with as_user_error(f"{name}: "):
             check_capture(kernel)
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
     execution = {"backend": config.attention["backend"], "decode": config.attention["decode"], "kernel": kernel}
     pin_execution(model, execution, device=plan.device, precision=plan.dtype)
     path = "auto"

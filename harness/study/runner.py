@@ -81,7 +81,7 @@ def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
 
     What it would be compared with is trained on the text of today.
     """
-    from harness.runs.corpus import load_data
+    from harness.runs.corpus import load_data, other_data
 
     known: dict[str, str] = {}  # fingerprints by what is read
     for spec in specs:
@@ -90,10 +90,7 @@ def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
         if read not in known:
             known[read] = load_data(config).fingerprint
         if read_summary(plan.folder / spec.name).get("data_fingerprint") != known[read]:
-            raise UserError(
-                f"the data of dataset={config.dataset.name} is not what {plan.folder / spec.name} was trained on; bring that "
-                f"data back, or give the study another name=..."
-            )
+            raise other_data(config.dataset.name, plan.folder / spec.name, "give the study another name=...")
 
 
 def run_all(

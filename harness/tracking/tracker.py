@@ -43,8 +43,8 @@ def open_tracker(
     group: str,
     job_type: str,
     tags: Sequence[str],
-    run_id: str | None,
-    metrics_bytes: int | None,
+    run_id: str | None = None,
+    metrics_bytes: int | None = None,
     online: bool = False,
 ) -> Tracker:
     """Starts or continues the tracking of a run.
@@ -111,15 +111,7 @@ def log_study(
     if config.name == "none":
         return
     with open_tracker(
-        config,
-        run_dir=folder,
-        name=study,
-        run_config={"study": study},
-        group=study,
-        job_type="study",
-        tags=[study],
-        run_id=None,
-        metrics_bytes=None,
+        config, run_dir=folder, name=study, run_config={"study": study}, group=study, job_type="study", tags=[study]
     ) as tracker:
 
         def show(dashboard: Dashboard) -> None:

@@ -208,8 +208,8 @@ REFUSED = {
     "auto, reference, sdpa, sdpa_cudnn, sdpa_efficient, sdpa_flash, sdpa_math",
     "device=null": "device=null is unknown; choose from auto, cpu, cuda, mps",
     "cache.dtype=null": f"cache.dtype=null is unknown; choose one of {FORMS}",
-    'batch_size="3"': 'batch_size="3" is text: write batch_size=3, without quotes',
-    'optimizer.lr="0.1"': 'optimizer.lr="0.1" is text: write optimizer.lr=0.1, without quotes',
+    'batch_size="3"': 'batch_size="3" must be a whole number, without quotes',
+    'optimizer.lr="0.1"': 'optimizer.lr="0.1" must be a finite number, without quotes',
     "budget=5": "budget=5 must be a group of fields: tokens, steps",
     "device=gpu": "device=gpu is unknown; did you mean cpu?",
     "device=cuda:1": "device=cuda:1 is unknown; did you mean cuda?",
@@ -776,7 +776,7 @@ def test_a_value_given_to_a_group_is_hinted_at_the_option_that_takes_it() -> Non
         with pytest.raises(UserError) as refused:
             parse_options(DownstreamOptions, [given])
         assert str(refused.value) == sentence
-    with pytest.raises(UserError, match=r'^limit="3" is text: write limit=3, without quotes$'):
+    with pytest.raises(UserError, match=r'^limit="3" must be a whole number, without quotes$'):
         parse_options(DownstreamOptions, ['limit="3"'])
     with pytest.raises(UserError, match=r"^cache.dtype=null is unknown; choose one of float32, "):
         parse_options(GenerateOptions, ["cache.dtype=null"])

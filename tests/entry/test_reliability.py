@@ -219,14 +219,14 @@ WRONG: dict[str, Callable[[dict[str, Any]], object]] = {
     r"last_step\.tokens=-4, no count": lambda state: state["last_step"].update(tokens=-4),
     r"state\.metrics_bytes=x must be a whole number": lambda state: state.update(metrics_bytes="x"),
     r"state\.metrics_bytes=1e\+308 must be a whole number": lambda state: state.update(metrics_bytes=1e308),
-    r"metrics_bytes=-1, no count": lambda state: state.update(metrics_bytes=-1),
-    r"warmup_steps=-1, no count": lambda state: state.update(warmup_steps=-1),
+    r"state\.metrics_bytes=-1 must be 0 or more": lambda state: state.update(metrics_bytes=-1),
+    r"state\.warmup_steps=-1 must be 0 or more": lambda state: state.update(warmup_steps=-1),
     r"best=\[3.0\], no pair of a step up to 6": lambda state: state.update(best=[3]),
     r"best=\[1e\+308, 1.0\], no pair": lambda state: state.update(best=[1e308, 1]),
     r"best=\[7.0, 1.0\], no pair": lambda state: state.update(best=[7, 1]),
     r"wandb_id=../x, no name": lambda state: state.update(wandb_id="../x"),
     r"state\.guard=5 must be a group": lambda state: state.update(guard=5),
-    r"guard\.skipped=-1, no count": lambda state: state["guard"].update(skipped=-1),
+    r"state\.guard\.skipped=-1 must be 0 or more": lambda state: state["guard"].update(skipped=-1),
     r"state\.guard\.losses\[0\]=x must be": lambda state: state["guard"].update(losses=["x"]),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -593,7 +594,7 @@ def test_every_form_holds_every_row(tmp_path: Path) -> None:
     for text in (as_text(comparison), as_markdown(comparison)):
         assert all(f"{setup.bits_per_byte:.4f} ± 0.0014" in text for setup in comparison.tables[0].setups)
         assert "1,664" in text and comparison.tables[0].heading in text
-    assert json.loads(json.dumps(comparison.as_dict()))["tables"][0]["setups"][0]["attention"] == "mha_wide"
+    assert json.loads(json.dumps(dataclasses.asdict(comparison)))["tables"][0]["setups"][0]["attention"] == "mha_wide"
 
 
 def test_caches_follow_into_every_form(tmp_path: Path) -> None:
@@ -606,7 +607,7 @@ def test_caches_follow_into_every_form(tmp_path: Path) -> None:
     assert (row["cache_dtype"], row["cache_window"], row["through_cache"]) == ("bfloat16", "64", "True")
     assert float(row["cache_bytes_per_context_token"]) == int(row["cache_bytes_at_context"]) / 256 == 640 * 68 / 256
     assert all(row["variant"] in text for row in rows for text in (as_text(every), as_markdown(every)))
-    (table,) = json.loads(json.dumps(every.as_dict()))["tables"]
+    (table,) = json.loads(json.dumps(dataclasses.asdict(every)))["tables"]
     assert {setup["variant"]: setup["cache"] for setup in table["setups"]}["mla, int8"] == "int8"
 
 

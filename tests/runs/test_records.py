@@ -62,7 +62,7 @@ WRONG: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("study", ("shared_lr",), -1, "shared_lr=-1 must be"),
     ("study", ("failures",), [{"run": "x"}], "failures[0].error is missing"),
     ("study", ("question",), GONE, "question is missing"),
-    ("summary", ("loss",), "3.4", "loss=3.4 must be a finite number"),
+    ("summary", ("loss",), "3.4", 'loss="3.4" must be a finite number'),
     ("summary", ("loss",), GONE, "lacks loss"),
     ("summary", ("loss",), -1, "loss=-1 must be 0 or more"),
     ("summary", ("bits_per_byte",), None, "bits_per_byte=null must be"),
