@@ -130,7 +130,6 @@ def tracked_table(results: StudyResults) -> tuple[list[str], list[list[Any]]]:
 
 def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> None:
     """Log what write_report has written to the folder. Does nothing for tracking=none."""
-    page = folder / "report.html"
     columns, rows = tracked_table(results)
     unit = results.metric.unit if results.metric.unit in columns else BITS_PER_BYTE.unit
     log_study(
@@ -140,6 +139,6 @@ def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> No
         columns=columns,
         rows=rows,
         images={path.stem: path for path in sorted((folder / "figures").glob("*.png"))},
-        html=page if page.is_file() else None,
+        html=folder / "report.html",
         scatter=("cache bytes per token", unit),
     )

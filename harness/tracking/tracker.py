@@ -97,14 +97,14 @@ def log_study(
     columns: Sequence[str],
     rows: Sequence[Sequence[Any]],
     images: Mapping[str, Path],
-    html: Path | None,
-    scatter: tuple[str, str] | None = None,
+    html: Path,
+    scatter: tuple[str, str],
 ) -> None:
     """A study's results as one run of the dashboard, named after the study, with job type "study".
 
-    It holds the table `results`, the pictures under their names (PNG files), the page `report` (an .html file), and with
-    scatter=(column of x, column of y) a chart of these columns of the table in which points can be looked at: W&B only,
-    trackio has no such chart and shows the pictures. Called again for the same folder it adds to the same run: W&B shows
+    It holds the table `results`, the pictures under their names (PNG files), the page `report` (an .html file), and a chart
+    of the columns scatter=(of x, of y) of the table in which points can be looked at: W&B only, trackio has no such chart and
+    shows the pictures. Called again for the same folder it adds to the same run: W&B shows
     the newest, trackio keeps the newest. A file that is missing ends the mirroring with one line; nothing is raised but
     what check_tracking raises. tracking=none: does nothing.
     """
@@ -117,13 +117,11 @@ def log_study(
         def show(dashboard: Dashboard) -> None:
             table = Table(columns, rows)
             dashboard.table("results", table)
-            if scatter is not None:
-                x, y = scatter
-                dashboard.scatter("scatter", table, x=x, y=y, title=f"{y} against {x}")
+            x, y = scatter
+            dashboard.scatter("scatter", table, x=x, y=y, title=f"{y} against {x}")
             for key, path in images.items():
                 dashboard.image(key, path, caption=key)
-            if html is not None:
-                dashboard.page("report", html)
+            dashboard.page("report", html)
 
         tracker.mirror(show)
 
