@@ -75,8 +75,8 @@ class DatasetConfig:
 
     name: str
     source: str  # a name in SOURCES (harness/data/sources.py)
-    # local: a file, folder or glob; classic_books: a folder with its parquet files; hub: a folder with the files that
-    # sha256 names; all: a folder prepared on this or another machine
+    # local: a file, folder or glob; classic_books: a folder with its parquet files; linux: an archive; hub: a folder with
+    # the files that sha256 names; all: a folder prepared on this or another machine
     path: str | None = None
     text_column: str = "text"
     max_tokens: int | None = None  # cap on the training split

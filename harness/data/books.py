@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import http.client
 import os
-import time
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -22,6 +19,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from harness.config.schema import DatasetConfig
+from harness.data import download
 from harness.data.documents import Document, Source
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.data.parquet import read_parquet
@@ -32,8 +30,6 @@ COMMIT = "944882722e9a96fa6cf2739dc2ea757e101f412f"
 _REPOSITORY = "https://raw.githubusercontent.com/mlschmitt/classic-books-markdown"
 _URL_VARIABLE = "ATTENTION_BOOKS_URL"  # a mirror of the line above: it must answer URL/COMMIT/PATH
 _PARALLEL = 8
-_ATTEMPTS = 4
-_TIMEOUT = 10  # seconds without a byte
 _HEADER_END = "-------"
 _HEADER_CHARACTERS = 600
 
@@ -136,20 +132,9 @@ def _download(books: list[Book], downloads: Path, progress: bool) -> None:
 
 def _fetch(base: str, book: Book, downloads: Path) -> None:
     """One book, tried several times. Raises UserError for other content, HubUnreachable if it does not come whole."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            with urllib.request.urlopen(f"{base}/{urllib.parse.quote(book.path)}", timeout=_TIMEOUT) as answer:
-                raw = answer.read()
-        except (OSError, http.client.HTTPException) as error:
-            status = error.code if isinstance(error, urllib.error.HTTPError) else None
-            gone = status is not None and status < 500 and status != 429
-            if gone or attempt == _ATTEMPTS - 1:
-                raise HubUnreachable(
-                    f"{book.path} of classic_books could not be had from {base} ({error}): run it again to continue, "
-                    f"or set {_URL_VARIABLE} to a mirror"
-                ) from error
-            time.sleep(2**attempt / 2)
-            continue
+    url = f"{base}/{urllib.parse.quote(book.path)}"
+    for _ in range(download.ATTEMPTS):
+        raw = download.patiently(lambda: _read(url), f"{book.path} of classic_books", base, _URL_VARIABLE)
         text = clean(raw).encode()
         blob = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
         if (blob, _sha256(text)) == (book.git_blob_sha1, book.text_sha256):
@@ -158,9 +143,15 @@ def _fetch(base: str, book: Book, downloads: Path) -> None:
             os.replace(partial, downloads / book.text_sha256)
             return
     raise UserError(
-        f"{book.path} arrived from {base} {_ATTEMPTS} times with content other than the manifest's: something on the "
+        f"{book.path} arrived from {base} {download.ATTEMPTS} times with content other than the manifest's: something on the "
         f"way changes it; use another network, or set {_URL_VARIABLE} to a mirror"
     )
+
+
+def _read(url: str) -> bytes:
+    with urllib.request.urlopen(url, timeout=download.TIMEOUT) as answer:
+        content: bytes = answer.read()
+    return content
 
 
 def _sha256(data: bytes) -> str:

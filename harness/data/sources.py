@@ -11,6 +11,7 @@ from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data.books import books_source
 from harness.data.documents import Source
 from harness.data.hub import hub_source
+from harness.data.linux import linux_source
 from harness.data.local import local_source
 from harness.data.stdlib import stdlib_source
 from harness.data.synthetic import synthetic_problems, synthetic_source
@@ -68,6 +69,7 @@ SOURCES: dict[str, Origin] = {
     "classic_books": Origin(
         lambda dataset, how: books_source(dataset, how.data_dir, progress=how.progress), has_path=True, is_pinned=True
     ),
+    "linux": Origin(lambda dataset, how: linux_source(dataset, how.data_dir, progress=how.progress), has_path=True),
     "stdlib": Origin(lambda dataset, how: stdlib_source(dataset)),
     "synthetic": Origin(lambda dataset, how: synthetic_source(dataset), synthetic_problems),
     "local": Origin(lambda dataset, how: local_source(dataset, for_training=how.for_training), _path_problems, has_path=True),

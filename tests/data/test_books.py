@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from harness.config.schema import DatasetConfig
-from harness.data import HubUnreachable, PreparedData, books, prepare
+from harness.data import HubUnreachable, PreparedData, books, download, prepare
 from harness.errors import UserError
 from tests.support.corpora import BYTES, documents_of, text
 from tests.support.file_server import FileServer
@@ -44,7 +44,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with manifest.open("w", newline="") as handle:
         csv.writer(handle).writerows([books.Book._fields, *rows])
     monkeypatch.setattr(books, "MANIFEST", manifest)
-    monkeypatch.setattr(books, "_TIMEOUT", 2)
+    monkeypatch.setattr(download, "TIMEOUT", 2)
     return tmp_path / "served"
 
 

@@ -39,6 +39,7 @@ def test_all_datasets_of_the_readme_are_there() -> None:
     assert [file.stem for file in DATASETS] == [
         "classic_books",
         "fineweb_edu",
+        "linux",
         "local",
         "mqar",
         "passkey",

@@ -170,6 +170,21 @@ def test_a_folder_takes_more_seeds_and_arms_but_no_other_setup(tmp_path: Path) -
         check_same_study(plan(tmp_path, GOOD.replace("model=tiny", "model=mini")))
 
 
+def test_the_same_study_of_another_corpus_takes_a_folder_of_its_own(tmp_path: Path) -> None:
+    write_record(plan(tmp_path), chosen_lr={}, specs=[], sweep=[], failures=[])
+    config = study(tmp_path, GOOD)
+    config.base += ["dataset=linux"]  # as the command line adds it
+    with pytest.raises(UserError, match=r"another setup \(3 of its arms changed, .*the base differs\): choose another name="):
+        check_same_study(build_plan(config, name="given", command="", runs_dir=tmp_path / "runs"))
+    other = build_plan(config, name="given_linux", command="", runs_dir=tmp_path / "runs")
+    check_same_study(other)
+    assert {arm.config.dataset.name for arm in other.arms.values()} == {"linux"}
+    overrides = other.overrides(other.spec("mla", 0.004, 0))
+    assert [one for one in overrides if one.startswith("dataset")] == ["dataset=linux"]
+    write_record(other, chosen_lr={}, specs=[], sweep=[], failures=[])
+    assert read_study(other.folder)["base"][-1] == "dataset=linux" and "linux" not in str(read_study(tmp_path / "runs/given"))
+
+
 def test_rates_are_tuned_on_a_seed_that_is_not_scored(tmp_path: Path) -> None:
     planned = plan(tmp_path)
     settle_tuning_seed(planned)

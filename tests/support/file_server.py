@@ -14,7 +14,8 @@ class FileServer:
     """Serves the files below a folder; use it as a context manager.
 
     Faults, which may be set at any time: cut and unavailable: so many answers break off half way, or are 503; corrupt:
-    every answer has one wrong byte; silent: nothing is ever answered. `requests` counts them by path.
+    every answer has one wrong byte; silent: nothing is ever answered; parts, unset: every answer is the whole file. `requests`
+    counts them by path, `sent` the bytes of all answers.
     """
 
     def __init__(self, root: Path) -> None:
@@ -23,6 +24,8 @@ class FileServer:
         self.unavailable = 0
         self.corrupt = False
         self.silent = False
+        self.parts = True
+        self.sent = 0
         self.requests: Counter[str] = Counter()
         self.lock = threading.Lock()
         self.closing = threading.Event()
@@ -55,7 +58,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urllib.parse.unquote(self.path).lstrip("/")
-        probe = "Range" in self.headers  # the question whether the server is there meets no fault but silence
+        part = self.headers.get("Range", "")
+        probe = part == "bytes=0-0"  # the question whether the server is there meets no fault but silence
         self.files.requests[path] += 0 if probe else 1
         if self.files.silent:
             self.files.closing.wait()
@@ -69,10 +73,13 @@ class _Handler(BaseHTTPRequestHandler):
         if self.files.corrupt and not probe:
             middle = len(content) // 2
             content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        if part and not probe and status == 200 and self.files.parts:
+            status, content = 206, content[int(part.removeprefix("bytes=").removesuffix("-")) :]
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if status == 200 and not probe and self.files.take("cut"):
+        if status < 300 and not probe and self.files.take("cut"):
             content = content[: len(content) // 2]
             self.close_connection = True
+        self.files.sent += len(content)
         self.wfile.write(content)
