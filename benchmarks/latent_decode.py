@@ -714,14 +714,8 @@ def compile_one(function: object, constants: dict, types: dict[str, str], warps:
 
     names: list[str] = function.arg_names  # type: ignore[attr-defined]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    plain = (
-        "scale_log2",
-        "slots",
-        "heads",
-        "splits",
-        "programs",
-        *(name for name in types if types[name].startswith("tensordesc")),
-    )
+    as_they_come = [each.name for each in function.params if each.do_not_specialize]  # type: ignore[attr-defined]
+    plain = ("scale_log2", *as_they_come, *(name for name in types if types[name].startswith("tensordesc")))
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants and name not in plain}
     values = {(names.index(name),): value for name, value in constants.items()}
     made = triton.compile(

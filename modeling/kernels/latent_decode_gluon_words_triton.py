@@ -260,7 +260,8 @@ def _load_queries(source, head, heads, stride, step, WIDTH: gl.constexpr):
     return gl.load(source + rows[:, None] * stride + columns[None, :] * step, mask=rows[:, None] < heads, other=0.0)
 
 
-@gluon.jit(do_not_specialize=["slots", "heads", "programs"])
+# A stride of 1 would become a constant, which the groups cannot be given as a number.
+@gluon.jit(do_not_specialize=["slots", "heads", "programs", "latent_scale_stride_s"])
 def attend_words_kernel(
     q_latent,
     q_rope,
