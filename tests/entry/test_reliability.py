@@ -9,11 +9,9 @@ import math
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 
 import train_model
-from harness.config.places import ROOT
 from harness.config.run_config import load_run_config
 from harness.data.prepared import open_prepared
 from harness.errors import UserError
@@ -33,6 +30,7 @@ from harness.training.checkpoint import checkpoint_state, find_damage, latest_ch
 from harness.training.nonfinite import Guard, NonFiniteError
 from modeling.attention import EXECUTION
 from scripts import generate
+from tests.support.forks import Forks
 from tests.support.micro import STEPS, Workplace, contents, metrics_of, rows_of_steps, summary_of, without_clocks
 from tests.support.wandb_server import WandbServer
 
@@ -120,45 +118,31 @@ def test_metrics_that_a_full_disk_takes_a_part_of_are_cut_there_and_written_whol
     assert_equal(run, whole)
 
 
-def in_a_small_disk(place: Workplace, size: str, command: str) -> subprocess.CompletedProcess[str] | None:
-    """A shell command with `runs` on a disk of its own, which it takes out of a copy and brings back; None: not here."""
-    script = (
-        f"mount -t tmpfs -o size={size} tmpfs '{place.runs}' && cp -a '{place.folder}/kept/.' '{place.runs}' && "
-        f"{{ {command}; }}; status=$?; cp -a '{place.runs}/.' '{place.folder}/kept'; exit $status"
-    )
-    place.runs.mkdir(exist_ok=True)
-    (place.folder / "kept").mkdir(exist_ok=True)
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-r", "-m", "true"], capture_output=True).returncode:
-        return None
-    return subprocess.run(
-        ["unshare", "-r", "-m", "sh", "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
-
-
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_a_real_disk_that_is_full_or_read_only_keeps_the_last_good_checkpoint(place: Workplace, trouble: str) -> None:
+def test_a_real_disk_that_is_full_or_read_only_keeps_the_last_good_checkpoint(
+    place: Workplace, trouble: str, forks: Forks
+) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-r", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("no name spaces of its own for an ordinary user here")
     options = [*OFTEN, "checkpoints.keep=100", "checkpoints.keep_best=false", "budget.steps=1000"]
-    train = shlex.join([sys.executable, str(ROOT / "train_model.py"), *place.overrides("name=run", *options)])
+    kept = place.folder / "kept"
+    place.runs.mkdir(exist_ok=True)
+    kept.mkdir()
     if trouble == "full":  # a checkpoint takes 250 kB
-        result = in_a_small_disk(place, "2m", train)
+        size, meanwhile = "2m", "true"
     else:
         folder = f"'{place.runs}'/run/checkpoints"
         wait = f"while [ ! -d {folder}/step-00000004 ]; do sleep 0.02; done"
         # Read-only before it is put in place: a mount cannot be made so while a checkpoint is being written in it.
         locked = f"'{place.runs}'/locked"
         lock = f"mkdir {locked} && mount --bind {folder} {locked} && mount -o remount,bind,ro {locked}"
-        lock += f" && mount --bind {locked} {folder}"
-        result = in_a_small_disk(place, "64m", f"( {wait}; {lock} ) & {train}")
-    if result is None:
-        pytest.skip("no name spaces of its own for an ordinary user here")
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode == 2 and len(errors) == 1 and "Traceback" not in result.stderr, result.stderr
+        size, meanwhile = "64m", f"{wait}; {lock} && mount --bind {locked} {folder}"
+    disk = [size, str(place.runs), str(kept), meanwhile]
+    result = forks.run("tests/support/small_disk.py", *disk, *place.overrides("name=run", *options))
+    errors = [line for line in result.errors.splitlines() if line.startswith("error: ")]
+    assert result.status == 2 and len(errors) == 1 and "Traceback" not in result.errors, result.errors
     assert re.search(r"make room", errors[0]) and re.search(r"No space left|bytes and the disk|Read-only", errors[0])
-    run = place.folder / "kept" / "run"
+    run = kept / "run"
     assert latest_checkpoint(run / "checkpoints") is not None
     assert all(find_damage(path) is None for path in run.glob("checkpoints/step-*"))
 
