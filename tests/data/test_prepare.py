@@ -574,7 +574,7 @@ def test_a_document_more_takes_16_bytes_of_memory_at_most(tmp_path: Path) -> Non
     ("dataset", "tokenizer", "message"),
     [
         ({"name": "a/b"}, {}, "dataset.name=a/b"),
-        ({"source": "web"}, {}, "dataset.source=web is unknown.*hub, classic_books, stdlib, synthetic, local"),
+        ({"source": "web"}, {}, "dataset.source=web is unknown.*hub, classic_books, linux, stdlib, synthetic, local"),
         ({"path": None}, {}, "needs dataset.path"),
         ({"path": "/nowhere/at/all"}, {}, "/nowhere/at/all does not exist"),
         ({"test_fraction": 1.0}, {}, "test_fraction=1.0 must lie"),
