@@ -151,6 +151,8 @@ def run(command: Command, places: Sequence[Slot]) -> int:
     from harness.study.runner import run_all
 
     plan, arms, first = command.plan, command.arms, command.plan.first
+    if command.tune == "stored":
+        _stored_rates(command)  # refused before the data, which may take long
     load_data(first)  # once, before many processes ask for it
     evaluate = [a for a in command.overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
@@ -194,10 +196,15 @@ def _rates(command: Command, train: Callable[[Sequence[RunSpec]], list[FailureRe
         return tuned(plan, arms, train)
     if command.tune == "none":
         return Rates(plan.untuned_rates(arms))
-    stored = _earlier(plan)["chosen_lr"]
-    if lacking := [arm for arm in arms if arm not in stored]:
-        raise UserError(f"{plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
-    return Rates({arm: stored[arm] for arm in arms})
+    return Rates(_stored_rates(command))
+
+
+def _stored_rates(command: Command) -> dict[str, float]:
+    """What an earlier sweep chose. Raises UserError for arms that none has."""
+    stored = _earlier(command.plan)["chosen_lr"]
+    if lacking := [arm for arm in command.arms if arm not in stored]:
+        raise UserError(f"{command.plan.folder} holds no tuned rate of {', '.join(lacking)}; sweep them with tune=lr")
+    return {arm: stored[arm] for arm in command.arms}
 
 
 def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Sequence[FailureRecord]) -> None:

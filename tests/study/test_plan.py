@@ -287,9 +287,11 @@ def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
         ("modle=tiny", r"modle is not a field of the configuration; did you mean model\?"),
     ],
 )
-def test_a_wrong_command_is_refused_in_one_sentence(tmp_path: Path, argument: str, sentence: str) -> None:
+def test_a_wrong_command_is_refused_in_one_sentence_before_the_data(tmp_path: Path, argument: str, sentence: str) -> None:
+    data = tmp_path / "data"
     with pytest.raises(UserError, match=sentence):
-        run_study.main(["study=demo", f"runs_dir={tmp_path}", "tracking=none", argument])
+        run_study.main(["study=demo", f"runs_dir={tmp_path / 'runs'}", f"data_dir={data}", "tracking=none", argument])
+    assert not data.exists()
 
 
 STARTED = """
