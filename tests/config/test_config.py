@@ -504,7 +504,7 @@ ANOTHER: dict[str, Any] = {
     "spikes.sigma": 6.0,
 }
 # Numbers that are absent (null) by default.
-NUMBERS = ("max_tokens", "micro_batch_size", "muon_lr", "muon_momentum", "decay_fraction", "vocab_size")
+NUMBERS = ("attention.window", "max_tokens", "micro_batch_size", "muon_lr", "muon_momentum", "decay_fraction", "vocab_size")
 
 
 def changed(value: Any, path: str) -> Any:
