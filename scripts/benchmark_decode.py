@@ -116,6 +116,7 @@ def main(arguments: list[str]) -> int:
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
     from modeling.attention import with_most_paths
+    from modeling.attention.quantisation import as_format
 
     plan = make_plan(options)
     keep_freed_memory(plan.device)  # or a step's temporaries are mapped and zeroed anew each time
@@ -139,8 +140,8 @@ def main(arguments: list[str]) -> int:
         "options": dataclasses.asdict(options),
         "overrides": overrides,
         "device": machine,
-        "dtype": str(plan.dtype),
-        "cache_dtype": str(plan.cache_dtype),
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "cache_dtype": str(as_format(plan.cache_dtype)),
         "step": plan.step_used,
         "torch": torch.__version__,
         "commit": commit(),
@@ -384,13 +385,15 @@ def title(options: DecodeOptions, overrides: list[str], configs: list[TrainConfi
     """What was measured, in a line."""
     import torch
 
+    from modeling.attention.quantisation import as_format
+
     model = configs[0].model
     layers = options.layers or (model.n_layers if options.level == "model" else 1)
     part = "whole model" if options.level == "model" else "attention alone"
-    weights, cache = (str(dtype).removeprefix("torch.") for dtype in (plan.dtype, plan.cache_dtype))
+    weights = str(plan.dtype).removeprefix("torch.")
     what = " ".join([f"run {options.run}" if options.run is not None else model.name, *overrides])
     return (
-        f"{what}, {part}, {layers} of {model.n_layers} layers; {weights}, cache {cache}, "
+        f"{what}, {part}, {layers} of {model.n_layers} layers; {weights}, cache {as_format(plan.cache_dtype)}, "
         f"{plan.step_used}; {machine}, torch {torch.__version__}"
     )
 

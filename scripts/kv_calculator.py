@@ -75,7 +75,7 @@ def main(arguments: list[str]) -> int:
         name, config_json = read_config_json(options.config)
         dtype, context = options.dtype or "bfloat16", asked or HF_CONTEXT
         if config_json.get("model_type") == OWN_TYPE:
-            description, measured, stored = describe_ours(exported(config_json), name=name, dtype=dtype)
+            description, measured, stored = describe_ours(exported(config_json), name=name, dtype=dtype, context=context)
         else:
             description = describe_apart(config_json, name=name, context=context)
     else:
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
             name = " ".join([f"attention={config.attention['name']} model={config.model.name}", *more])
         dtype = options.dtype or config.cache.dtype
         context = asked or config.model.max_seq_len
-        description, measured, stored = describe_ours(config, name=name, dtype=dtype)
+        description, measured, stored = describe_ours(config, name=name, dtype=dtype, context=context)
     figures = report(
         description,
         dtype=dtype,
@@ -168,7 +168,9 @@ def read_config_json(text: str) -> tuple[str, dict[str, Any]]:
     return (file.resolve().parent.name if file.name == "config.json" else file.stem), their_json(file)
 
 
-def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheDescription, dict[str, Any], Format | None]:
+def describe_ours(
+    config: TrainConfig, *, name: str, dtype: str, context: int
+) -> tuple[CacheDescription, dict[str, Any], Format | None]:
     """The cache of one of our configurations by formula, and what its allocated buffers hold.
 
     Besides, of a format that our caches alone are kept in: what it takes of them.
@@ -190,6 +192,7 @@ def describe_ours(config: TrainConfig, *, name: str, dtype: str) -> tuple[CacheD
         name=name,
         variant=config.attention["name"],
         dtype=kept,
+        context=context,
         latent=latent_shape(config),
         mha_elements=2 * config.model.n_heads * config.model.head_dim,
     )

@@ -248,21 +248,31 @@ _WAYS: dict[str, Callable[[LayerCache], tuple[int | None, int]]] = {
 
 
 def describe_model(
-    model: GPT, *, name: str, variant: str, dtype: torch.dtype | CacheFormat, mha_elements: int, latent: LatentShape | None
+    model: GPT,
+    *,
+    name: str,
+    variant: str,
+    dtype: torch.dtype | CacheFormat,
+    context: int,
+    mha_elements: int,
+    latent: LatentShape | None,
 ) -> CacheDescription:
     """The cache of one of our models by its layers' formulas, states and the newest of tokens in groups in a cache of `dtype`.
 
-    mha_elements: of MHA with the same heads, a layer; a layer that attends to no tokens is compared with nothing.
+    context: tokens of a sequence, by which tokens that are stored in groups are in whole ones or wait. mha_elements: of MHA
+    with the same heads, a layer; a layer that attends to no tokens is compared with nothing.
     """
     from modeling.attention import attends
-    from modeling.attention.cache import newest_bytes_of, state_bytes_of
+    from modeling.attention.cache import formula_bytes, formula_bytes_at, keys_seen, state_bytes_of
     from modeling.attention.quantisation import GROUP, as_format, newest_bytes
 
     key_storage = as_format(dtype).storage("k", sixteen_bits=(), values=("v",))
     mha_newest = newest_bytes(key_storage, (mha_elements // 2,), GROUP)
     layers = []
     for attention in model.attentions:
-        fixed = {"state": state_bytes_of(attention, dtype), NEWEST: newest_bytes_of(attention, dtype, GROUP)}
+        state = state_bytes_of(attention, dtype)
+        in_proportion = math.floor(formula_bytes(attention, dtype) * keys_seen(attention, context))
+        fixed = {"state": state, NEWEST: formula_bytes_at(attention, dtype, context) - state - in_proportion}
         states = {name: size for name, size in fixed.items() if size}
         if not attends(attention):
             layers.append(LayerCache({}, 0, None, kind="state", states=states, state_heads=attention.n_kv_heads))

@@ -19,6 +19,8 @@ from harness.errors import UserError
 from harness.hf import cache
 from harness.hf.cache import describe_apart, describe_config
 from harness.hf.config_json import BY_FORMULA, OWN_TYPE
+from modeling.attention.cache import new_cache
+from modeling.attention.quantisation import cache_format
 from scripts import kv_calculator
 from tests.support.forks import Forks
 from tests.support.hf_table import MODEL_TYPES, WRAPPERS, by_table
@@ -1360,6 +1362,18 @@ def test_keys_by_channel_are_counted_with_the_newest_that_wait_in_16_bits(capsys
     assert found["mha_total_bytes"] == 4 * found["total_bytes"] and found["mha_ratio"] == 4  # 12 heads for 3 groups
     said = printed(capsys, "attention=gqa", "model=gpt2", "--dtype", "kc4v4")
     assert "scales, and parts kept in 16 bits, counted; the newest 32 tokens' keys, in 16 bits, are counted as states" in said
+
+
+@pytest.mark.parametrize(("window", "context"), [(None, 1024), (None, 40), (100, 1024), (100, 100), (100, 40), (64, 1000)])
+def test_keys_by_channel_through_a_window_are_what_a_cache_of_that_length_allocates(
+    window: int | None, context: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a window ends within a group of 32 tokens the whole group is kept."""
+    overrides = ["attention=gqa", "model=mini", *([f"attention.window={window}"] if window else [])]
+    found = json.loads(printed(capsys, *overrides, "--dtype", "kc4v4", "--context", str(context), "--json"))
+    layer = build_layer(load_train_config(["name=tested", *overrides]))
+    cache = new_cache(layer, 1, context, dtype=cache_format("kc4v4"), device="meta")
+    assert found["total_bytes"] == 4 * cache.nbytes
 
 
 @pytest.mark.parametrize(
