@@ -42,7 +42,8 @@ from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 from harness.runs.provenance import commit
 from modeling.attention.quantisation import quantise
-from modeling.kernels.latent_decode import check_kernel, check_widths, latent_decode
+from modeling.kernels.decode_kernels import check_kernel, check_widths
+from modeling.kernels.latent_decode import latent_decode
 
 HOPPER_SHARED_BYTES = 228 * 1024  # of one multiprocessor; a program takes 1 KiB more than it asks for
 HOPPER_REGISTERS = 65_536
@@ -592,7 +593,7 @@ OFFLINE = (
 
 def compile_offline() -> int:
     """What the compiler makes of the table's tiles on Hopper (sm_90a)."""
-    from modeling.kernels.latent_decode import check_kernel
+    from modeling.kernels.decode_kernels import check_kernel
 
     try:
         check_kernel("triton", "cuda")

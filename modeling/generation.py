@@ -14,7 +14,7 @@ from modeling.attention.cache import Cache
 from modeling.attention.positions import beyond
 from modeling.attention.quantisation import CacheFormat
 from modeling.gpt import GPT
-from modeling.kernels.latent_decode import check_capture
+from modeling.kernels.decode_kernels import check_capture
 
 COLDEST, HOTTEST = 1e-3, 1e30  # logits divided by less, or a temperature above, leave the range of float32
 

@@ -185,7 +185,7 @@ def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading:
 
 def check(options: DecodeOptions, overrides: list[str]) -> None:
     """Raises UserError for options that are impossible or do not go together."""
-    from modeling.kernels.latent_decode import KERNELS, OTHERS
+    from modeling.kernels.decode_kernels import KERNELS, OTHERS
 
     if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
@@ -243,7 +243,7 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.quantisation import cache_format
-    from modeling.kernels.latent_decode import check_capture
+    from modeling.kernels.decode_kernels import check_capture
 
     device = select_device(options.device)
     if options.step == "graph" or (options.step == "auto" and device.type == "cuda"):

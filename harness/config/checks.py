@@ -86,7 +86,7 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     """
     from modeling.attention import EXECUTION
     from modeling.kernels.attend import BACKENDS
-    from modeling.kernels.latent_decode import KERNELS
+    from modeling.kernels.decode_kernels import KERNELS
 
     mechanism = attention.get("mechanism") if isinstance(attention, Mapping) else None
     hints, defaults = variant_schema(mechanism)

@@ -26,7 +26,7 @@ from modeling.attention import EXECUTION, attends, set_execution
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
-from modeling.kernels.latent_decode import OTHERS, check_kernel, check_widths
+from modeling.kernels.decode_kernels import OTHERS, check_kernel, check_widths
 
 CHECKPOINTS = ("last", "best")
 

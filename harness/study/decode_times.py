@@ -21,7 +21,7 @@ from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
 from modeling.attention import with_most_paths
-from modeling.kernels.latent_decode import check_capture
+from modeling.kernels.decode_kernels import check_capture
 
 MULTIPLES = (1, 4, 16)  # of the longest sequence trained on, where no contexts are given
 

@@ -102,7 +102,7 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 # How attention is computed, not what it is: no constructor takes these, `set_execution` may change them at any time.
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
-#   kernel   auto | torch | one of OTHERS in modeling/kernels/latent_decode.py: what computes the absorbed path of one new token
+#   kernel   auto | torch | one of OTHERS in modeling/kernels/decode_kernels.py: the absorbed path of one new token
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 

@@ -42,7 +42,8 @@ from modeling.attention.norms import widely_normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank, check_reach
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
-from modeling.kernels.latent_decode import OTHERS, latent_attend, latent_decode, select_kernel
+from modeling.kernels.decode_kernels import OTHERS, select_kernel
+from modeling.kernels.latent_decode import latent_attend, latent_decode
 
 MANY = 2**31 - 1  # queries
 

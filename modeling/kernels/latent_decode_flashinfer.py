@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.kernels.latent_decode import check_capture
+from modeling.kernels.decode_kernels import check_capture
 
 WORKSPACE_BYTES = 128 * 2**20  # of partial sums; what its documentation begins with
 LONGEST_PAGE = 64

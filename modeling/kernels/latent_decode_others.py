@@ -1,4 +1,4 @@
-"""One new token by one of the kernels of latent_decode.py's table: what they have in common, and torch.compile's view of them.
+"""One new token by one of the kernels of decode_kernels.py's table: what they have in common, and torch.compile's view of them.
 
 Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling.kernels.latent_decode import EIGHT_BITS, OTHERS, check_widths
+from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_widths
 
 
 @functools.cache

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modeling.kernels.latent_decode import EIGHT_BITS
+from modeling.kernels.decode_kernels import EIGHT_BITS
 from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
 from modeling.kernels.latent_decode_words_triton import attend_words_kernel
 

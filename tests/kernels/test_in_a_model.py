@@ -141,7 +141,7 @@ def test_auto_says_and_takes_gluon_for_many_heads_but_for_latents_that_are_read_
 
     model = gpt_from(WIDE, n_layers=1).eval()
     on_a_gpu(monkeypatch, capability=9)
-    monkeypatch.setattr("modeling.kernels.latent_decode.runs_triton", lambda device, dtype: True)
+    monkeypatch.setattr("modeling.kernels.decode_kernels.runs_triton", lambda device, dtype: True)
     monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
     wanted = {"bfloat16": "gluon", "float16": "gluon", "float32": "triton", "int8": "triton", "fp8": "triton"}
     for name, kernel in wanted.items():

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.quantisation import quantise
 from modeling.kernels.availability import HAS_GLUON
-from modeling.kernels.latent_decode import KERNELS, OTHERS, check_kernel, check_widths, latent_decode, select_kernel
+from modeling.kernels.decode_kernels import KERNELS, OTHERS, check_kernel, check_widths, select_kernel
+from modeling.kernels.latent_decode import latent_decode
 from tests.support.forks import Forks
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,8 @@ from harness.errors import UserError
 from harness.study.decode_times import decode_times
 from modeling.generation import decode_step
 from modeling.kernels import latent_decode_flashinfer as kernel
-from modeling.kernels.latent_decode import check_kernel, latent_decode
+from modeling.kernels.decode_kernels import check_kernel
+from modeling.kernels.latent_decode import latent_decode
 from tests.kernels.test_latent_decode import TOLERANCE, Case, make_inputs
 from tests.support.variants import gpt_from
 

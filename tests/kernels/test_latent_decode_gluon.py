@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.kernels.latent_decode import check_kernel, latent_decode
+from modeling.kernels.decode_kernels import check_kernel
+from modeling.kernels.latent_decode import latent_decode
 from tests.kernels.test_latent_decode import HAS_TRITON, TOLERANCE, Case, Inputs, exact_rows, make_inputs
 from tests.support import gluon_emulation
 

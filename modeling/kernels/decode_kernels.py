@@ -1,0 +1,178 @@
+"""The kernels that decode with latents beside torch's: what each needs and takes, and the choice among them.
+
+A further one is a file with a function `decode` and an entry of the table; each is imported only when chosen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for one new token beside torch's: where it stands, what it needs and what it takes.
+
+    file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
+    package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
+    capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
+    auto_heads: from how many heads on auto takes it, before kernels that stand above it in the table; None: never.
+    auto_8_bits: auto takes it for latents that are read in 8 bits too.
+    interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
+    """
+
+    file: str
+    package: str
+    install: str
+    dtypes: Sequence[torch.dtype]
+    latents: Sequence[int]
+    rotated: Sequence[int]
+    capability: int | None = None
+    auto_heads: int | None = None
+    auto_8_bits: bool = False
+    reads_8_bits: bool = False
+    interpreted: bool = False
+    plans_on_host: bool = False
+
+
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+TRITON = "pip install -r requirements-kernels.txt"
+OTHERS = {
+    "triton": Kernel(
+        "latent_decode_triton",
+        "triton",
+        TRITON,
+        TRITON_DTYPES,
+        range(1, 513),
+        range(65),
+        auto_heads=1,
+        auto_8_bits=True,
+        reads_8_bits=True,
+        interpreted=True,
+    ),
+    # More than 16 heads are 64 to both kernels, and there this one is the faster in all that was measured on an H200, by 1.1
+    # to 1.9 times (docs/PERFORMANCE.md). Up to 16 Triton has a narrower tile, and is the faster where memory binds.
+    "gluon": Kernel(
+        "latent_decode_gluon_triton",
+        "triton.experimental.gluon",
+        TRITON,
+        HALF_PRECISION,
+        (512,),
+        (64,),
+        capability=9,
+        auto_heads=17,
+        reads_8_bits=True,
+    ),
+    "flashinfer": Kernel(
+        "latent_decode_flashinfer",
+        "flashinfer",
+        "pip install flashinfer-python",
+        HALF_PRECISION,
+        (128, 256, 512),
+        (64,),
+        plans_on_host=True,
+    ),
+}
+KERNELS = ("auto", "torch", *OTHERS)
+
+
+def check_kernel(name: str, device: torch.device | str) -> None:
+    """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
+    if name not in KERNELS:
+        raise ValueError(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
+    kernel = OTHERS.get(name)
+    if kernel is None:
+        return
+    device = torch.device(device)
+    as_triton_reads_it = ("1", "true", "on", "yes", "y")
+    interpreted = kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
+    kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
+    if kind != "cuda" and not interpreted:
+        raise ValueError(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
+    if not _is_installed(kernel.package):
+        raise ValueError(
+            f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
+        )
+    if kernel.capability is not None and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major != kernel.capability:
+            raise ValueError(
+                f"attention.kernel={name} is for devices of compute capability {kernel.capability} and this one has "
+                f"{major}.{minor}; take attention.kernel=triton"
+            )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # one that it would be in is missing
+        return False
+
+
+def check_capture(name: str) -> None:
+    """Raise ValueError if a step with attention.kernel=name cannot be a CUDA graph."""
+    if name in OTHERS and OTHERS[name].plans_on_host:
+        raise ValueError(
+            f"attention.kernel={name} plans each step on the host, which no CUDA graph can hold (step=graph, and auto on "
+            "CUDA); take step=eager or attention.kernel=triton"
+        )
+
+
+def check_widths(name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """Raise ValueError if a kernel of the table has nothing for a latent and a rotated key of these widths."""
+    kernel = OTHERS[name]
+    if kv_lora_rank not in kernel.latents or qk_rope_head_dim not in kernel.rotated:
+        raise ValueError(
+            f"attention.kernel={name} takes kv_lora_rank {_in_words(kernel.latents)} and qk_rope_head_dim "
+            f"{_in_words(kernel.rotated)}, not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
+        )
+
+
+def _in_words(widths: Sequence[int]) -> str:
+    if isinstance(widths, range):
+        return f"up to {widths[-1]}"
+    return " or ".join(map(str, widths))
+
+
+def select_kernel(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_heads: int,
+    latent_width: int,
+    qk_rope_head_dim: int,
+    window: int | None = None,
+    in_words: bool = False,
+) -> str:
+    """auto is a kernel of the table where one can compute a call of one new token, and torch elsewhere; another name stays.
+
+    Of several it is the last that `auto_heads` allows: on Hopper gluon from 17 heads on, else triton. dtype: of the cached
+    latents as they are read; in_words: they are read as they are stored in 8 bits. n_heads: that share a latent. A
+    gradient is possible in torch alone.
+    """
+    if name != "auto":
+        return name
+    chosen = "torch"
+    if not runs_triton(device, dtype) or window is not None or torch.is_grad_enabled():
+        return chosen
+    for other, kernel in OTHERS.items():
+        fits = (
+            kernel.auto_heads is not None
+            and n_heads >= kernel.auto_heads
+            and dtype in kernel.dtypes
+            and latent_width in kernel.latents
+            and qk_rope_head_dim in kernel.rotated
+            and (kernel.auto_8_bits or not in_words)
+        )
+        if fits and (kernel.capability is None or runs_gluon(device, kernel.capability)):
+            chosen = other
+    return chosen
