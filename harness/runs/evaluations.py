@@ -56,6 +56,11 @@ def kind_of(record: Mapping[str, Any]) -> Kind:
     )
 
 
+def judges(record: Evaluation, dataset: str) -> bool:
+    """Whether a run trained on that dataset is judged by it: on the test split of its own corpus, without a cache."""
+    return (record["split"], record["dataset"]) == ("test", dataset) and not record.get("through_cache")
+
+
 def common_kind(pools: Sequence[Sequence[Mapping[str, Any]]]) -> Kind | None:
     """The kind of evaluation to compare runs by; a pool holds one run's records. None where there are none.
 

@@ -45,6 +45,7 @@ from harness.runs.records import (
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
+from modeling.formats import read_format
 
 
 @dataclass
@@ -320,7 +321,13 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     """
     if not re.fullmatch(RUN_NAME, name):
         raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
-    load_eval_config(merged(config.evaluate))  # refused before hours of training, not after
+    scoring = load_eval_config(merged(config.evaluate))  # refused before hours of training, not after
+    with_cache = scoring.cache.through or scoring.cache.window is not None or read_format(scoring.cache.dtype).in_few_bits
+    if scoring.split != "test" or scoring.dataset is not None or with_cache:
+        raise UserError(
+            f"evaluate={config.evaluate}: a study judges its runs on the test split of their own corpus, without a cache; "
+            f"leave that out, and score them otherwise afterwards: python eval_model.py run=all runs_dir=..."
+        )
     arms: dict[str, Arm] = {}
     for arm_name, arm in _in_order(config):
         source = None if arm.starts_from is None else arms[arm.starts_from].config

@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS, Metric
-from harness.runs.evaluations import by_preference
+from harness.runs.evaluations import by_preference, judges
 from harness.runs.folder import finished
 from harness.runs.records import (
     DecodeRow,
@@ -53,11 +53,7 @@ class RunResult:
 
         Of several the one that harness/runs/evaluations.py chooses for the whole study.
         """
-        found = [
-            record
-            for record in self.evaluations
-            if (record["split"], record["dataset"]) == ("test", self.summary["dataset"]) and not record.get("through_cache")
-        ]
+        found = [record for record in self.evaluations if judges(record, self.summary["dataset"])]
         return found[-1] if found else None
 
     def segments(self) -> SegmentRecord | None:

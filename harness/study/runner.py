@@ -20,8 +20,9 @@ from typing import Any
 
 from harness.config.places import ROOT
 from harness.errors import UserError
+from harness.runs.evaluations import judges
 from harness.runs.folder import finished
-from harness.runs.records import FailureRecord, evaluation_files, read_summary
+from harness.runs.records import FailureRecord, read_evaluations, read_summary
 from harness.study.plan import Plan, RunSpec, merged
 from harness.study.progress import Pace, Progress
 
@@ -63,7 +64,7 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def is_done(plan: Plan, spec: RunSpec) -> bool:
-    """Trained to its end and evaluated on the test split. Raises UserError for a run that is not what the plan says."""
+    """Trained to its end and evaluated as a study judges. Raises UserError for a run that is not what the plan says."""
     folder = plan.folder / spec.name
     if not finished(folder):
         return False
@@ -73,7 +74,7 @@ def is_done(plan: Plan, spec: RunSpec) -> bool:
             f"{folder} is a run of another setup than this study's arm {spec.arm}: move it away, or give the study "
             f"another name=..."
         )
-    return any("-test-" in path.name for path in evaluation_files(folder))
+    return any(judges(record, summary["dataset"]) for record in read_evaluations(folder))
 
 
 def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:

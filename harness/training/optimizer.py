@@ -11,7 +11,7 @@ on any device and one of other settings is refused.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ class Optimizer:
     def __init__(self, parts: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> None:
         self._parts = parts
         self._names = names
+        for part in parts:
+            _kept(part, part.param_groups[0], (2, 2))  # before training: what cannot be saved is known now
         for group in self._groups():
             group["peak_lr"] = group["lr"]
             if group.get("capturable"):  # a captured update reads the rate where it lies
@@ -61,7 +63,7 @@ class Optimizer:
             {
                 "optimizer": type(part).__name__,
                 "peak_lr": group["peak_lr"],
-                "weight_decay": group["weight_decay"],
+                "weight_decay": group.get("weight_decay", 0.0),
                 "parameters": [self._names[parameter] for parameter in group["params"]],
             }
             for part in self._parts
@@ -70,13 +72,13 @@ class Optimizer:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what `state_dict` gives after a step, the whole of what is sharded."""
-        return {
-            f"{key}/{self._names[parameter]}": tuple(parameter.shape) if whole else ()
-            for part in self._parts
-            for key, whole in _kept(part).items()
-            for group in part.param_groups
-            for parameter in group["params"]
-        }
+        found: dict[str, tuple[int, ...]] = {}
+        for part in self._parts:
+            for group in part.param_groups:
+                kept = {shape: _kept(part, group, shape) for shape in {parameter.shape for parameter in group["params"]}}
+                for parameter in group["params"]:
+                    found |= {f"{key}/{self._names[parameter]}": shape for key, shape in kept[parameter.shape].items()}
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """All state as tensors, keyed `<state>/<parameter name>` (exp_avg/blocks.0.mlp.up_proj.weight).
@@ -106,15 +108,24 @@ class Optimizer:
             part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
 
 
-def _kept(part: torch.optim.Optimizer) -> dict[str, bool]:
-    """What a torch optimizer keeps of a parameter, and whether in its shape or as one number: seen on a small one."""
-    trial = nn.Parameter(torch.zeros(2, 2))
-    trial.grad = torch.zeros(2, 2)
+def _kept(part: torch.optim.Optimizer, group: Mapping[str, Any], shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a torch optimizer keeps of a parameter of that shape in a group, seen on one that steps once.
+
+    Raises TypeError for what is no tensor, which a checkpoint does not hold.
+    """
+    trial = nn.Parameter(torch.zeros(shape))
+    trial.grad = torch.zeros(shape)
     taken = inspect.signature(type(part)).parameters.keys() - {"capturable"}  # the trial is on the CPU
-    options = {key: value for key, value in part.param_groups[0].items() if key in taken - {"params"}} | {"lr": 0.0}
-    small = type(part)([trial], **options)
-    small.step()
-    return {key: tuple(value.shape) == (2, 2) for key, value in small.state[trial].items()}
+    options = {key: value for key, value in group.items() if key in taken - {"params"}} | {"lr": 0.0}
+    alone = type(part)([trial], **options)
+    alone.step()
+    state = alone.state[trial]
+    if odd := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise TypeError(
+            f"{type(part).__name__} keeps {odd[0]} as a {type(state[odd[0]]).__name__}, and a checkpoint holds tensors: "
+            f"make it one"
+        )
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 @dataclass(frozen=True)

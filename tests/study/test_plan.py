@@ -107,6 +107,14 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
         ("[attention=gqa]", "[attention=gqa, optimizer.lr=0.1]", "start from different learning rates [0.004, 0.1]"),
         ("question: which?", "question: which?\nevaluate: [foo=1]", "foo is not a field of the configuration"),
         ("question: which?", "question: which?\nevaluate: [max_tokens=0]", "max_tokens=0 must be 1 or more"),
+        *(
+            (
+                "question: which?",
+                f"question: which?\nevaluate: [{otherwise}]",
+                f"evaluate=['{otherwise}']: a study judges its runs on the test split of their own corpus, without a cache",
+            )
+            for otherwise in ("split=validation", "cache.dtype=int8", "cache.window=8", "cache.through=true", "dataset=stdlib")
+        ),
         ("question: which?", "question: which?\ndecode_contexts: [64, 0]", "decode_contexts[1]=0 must be 1 or more"),
         ("question: which?", "question: which?\ndecode_batch_sizes: [-1]", "decode_batch_sizes[0]=-1 must be 1 or more"),
         (

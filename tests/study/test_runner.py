@@ -77,6 +77,12 @@ def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_
     assert "exists and is no run (it has no config.yaml)" in failure["error"]
     assert is_done(plan, specs[1])
     assert "[2/2]" in capfd.readouterr().out
+    (scored,) = (plan.folder / "mqa-lr0.01-seed0" / "evaluations").glob("*.json")
+    record = scored.read_text()
+    for field, other in (("split", "validation"), ("dataset", "my-test-text"), ("through_cache", True)):
+        scored.write_text(json.dumps(json.loads(record) | {field: other}))
+        assert not is_done(plan, specs[1]), "what judges a run is its record, not the name of a file"
+    scored.write_text(record)
 
     finished = plan.folder / "mqa-lr0.01-seed0" / "summary.json"
     before = finished.stat().st_mtime_ns

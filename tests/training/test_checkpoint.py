@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -11,6 +12,7 @@ import resource
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from harness.errors import UserError
 from harness.training import checkpoint
 from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, tidy
 from harness.training.loop import train
-from harness.training.optimizer import Optimizer, build_optimizer
+from harness.training.optimizer import OPTIMIZERS, Optimizer, Recipe, build_optimizer
 from harness.training.parallel import OneProcess
 from harness.training.schedule import Schedule
 from harness.training.step import EagerStep
@@ -89,6 +91,64 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, name
     assert again == losses
     for a, b in zip(model.parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+class Signs(torch.optim.Optimizer):
+    """Written as briefly as it goes: no decay in its groups, and a state in no parameter's shape."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["seen"] = state.get("seen", self.first()) + 1
+                p.add_(p.grad.sign(), alpha=-group["lr"] / float(state["seen"]))
+
+    def first(self) -> Any:
+        return torch.zeros(1)
+
+
+class Counting(Signs):
+    def first(self) -> Any:
+        return 0
+
+
+def recipe_of(kind: Callable[..., torch.optim.Optimizer]) -> Recipe:
+    return Recipe(
+        lambda config: None, lambda weights, config, capturable: [kind([*weights.vectors, *weights.matrices], lr=0.01)]
+    )
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adafactor, torch.optim.Rprop, Signs])
+def test_an_optimizer_of_any_state_goes_on_as_if_it_had_not_been_stopped(
+    kind: Callable[..., torch.optim.Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adafactor keeps rows and columns of a matrix and one number an element of a vector, Rprop knows no decay."""
+    monkeypatch.setitem(OPTIMIZERS, "added", recipe_of(kind))
+
+    def fresh(seed: int) -> tuple[nn.Module, Optimizer]:
+        torch.manual_seed(seed)
+        model = gpt_from(["attention=mla"], vocab_size=11)
+        return model, build_optimizer(model, dataclasses.replace(optimizer_config(), name="added"))
+
+    whole = _steps(*fresh(0), 1, 6, total=6)
+    model, optimizer = fresh(0)
+    halves = _steps(model, optimizer, 1, 3, total=6)
+    save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 3})
+    model, optimizer = fresh(7)
+    found = latest_checkpoint(tmp_path)
+    assert found is not None
+    load_checkpoint(found, model=model, optimizer=optimizer)
+    assert halves + _steps(model, optimizer, 4, 6, total=6) == whole
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_known_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "added", recipe_of(Counting))
+    with pytest.raises(TypeError, match="Counting keeps seen as a int, and a checkpoint holds tensors"):
+        build_optimizer(tiny_model(), dataclasses.replace(optimizer_config(), name="added"))
 
 
 def test_every_global_generator_goes_on_where_it_was(tmp_path: Path) -> None:
