@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from harness.evaluation.metric import METRICS, PERPLEXITY
 from harness.files.text import counted, plural
@@ -17,34 +17,43 @@ from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
 from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for
 
-# What a figure of an extra is called in a table.
-FIGURE_NAMES = {
-    "n": "tokens in an n-gram",
-    "count": "repeats",
-    "share": "share of tokens that repeat",
-    "first_loss": "nats, first time",
-    "repeat_loss": "nats, repeated",
-    "gain": "gain, nats",
-    "distance": "tokens between",
-    "scored_tokens": "tokens scored",
-    "training_length": "training length",
-    "longest_context": "longest context",
-    "targets": "tokens predicted",
-    "in_length_loss": "nats at the training length",
-    "ratio_2x": "of that, up to twice the length",
-    "ratio_4x": "of that, up to four times",
-    "sampled_tokens": "tokens sampled",
-    "width": "latent width",
-    "effective_rank": "effective rank of latents",
-    "key_effective_rank": "of key weights",
-    "value_effective_rank": "of value weights",
-    "rotated_share": "score variance of the rotated part",
-}
-EXTRA_TITLES = {
-    "beyond": "Beyond the training length: the same tokens with more and more context",
-    "repeats": "Repeated n-grams: what the context saves the second time",
-    "recall": "Recall from the context",
-    "latents": "Latents: how much of them is used",
+# The tables of the extras that are read by name: the title, and what their figures are called. Others bear their own names.
+EXTRA_WORDS: dict[str, tuple[str, dict[str, str]]] = {
+    "beyond": (
+        "Beyond the training length: the same tokens with more and more context",
+        {
+            "longest_context": "longest context",
+            "targets": "tokens predicted",
+            "in_length_loss": "nats at the training length",
+            "ratio_2x": "of that, up to twice the length",
+            "ratio_4x": "of that, up to four times",
+        },
+    ),
+    "repeats": (
+        "Repeated n-grams: what the context saves the second time",
+        {
+            "n": "tokens in an n-gram",
+            "count": "repeats",
+            "share": "share of tokens that repeat",
+            "first_loss": "nats, first time",
+            "repeat_loss": "nats, repeated",
+            "gain": "gain, nats",
+            "distance": "tokens between",
+            "scored_tokens": "tokens scored",
+        },
+    ),
+    "recall": ("Recall from the context", {}),
+    "latents": (
+        "Latents: how much of them is used",
+        {
+            "sampled_tokens": "tokens sampled",
+            "width": "latent width",
+            "effective_rank": "effective rank of latents",
+            "key_effective_rank": "of key weights",
+            "value_effective_rank": "of value weights",
+            "rotated_share": "score variance of the rotated part",
+        },
+    ),
 }
 
 
@@ -410,6 +419,7 @@ def _shared_table(findings: Findings) -> TextTable:
 def _extras(findings: Findings) -> Section | None:
     tables = []
     for extra, by_arm in findings.extras.items():
+        title, called = EXTRA_WORDS.get(extra, (extra, {}))
         names = list(dict.fromkeys(figure for figures in by_arm.values() for figure in figures))
         values = {name: {_whole(figures[name].mean) for figures in by_arm.values() if name in figures} for name in names}
         same = [name for name in names if len(values[name]) == 1 and next(iter(values[name])) is not None]
@@ -422,7 +432,7 @@ def _extras(findings: Findings) -> Section | None:
         notes = []
         if same:
             notes.append(
-                "For all: " + "; ".join(f"{_figure_name(name)} {next(iter(values[name])):,.0f}" for name in same) + "."
+                "For all: " + "; ".join(f"{_figure_name(name, called)} {next(iter(values[name])):,.0f}" for name in same) + "."
             )
         if any(arm.runs and arm.name not in by_arm for arm in findings.arms):
             notes.append(f"{ABSENT}: does not apply to this arm.")
@@ -430,13 +440,13 @@ def _extras(findings: Findings) -> Section | None:
             said = "; ".join(f"{what or extra} of {', '.join(arms)}" for what, arms in floors.items())
             notes.append(f"At its floor, where a figure says nothing: {said}.")
         if shown:
-            title = EXTRA_TITLES.get(extra, extra)
-            tables.append(TextTable(title, ["arm", *map(_figure_name, shown)], lines, " ".join(notes)))
+            columns = ["arm", *(_figure_name(name, called) for name in shown)]
+            tables.append(TextTable(title, columns, lines, " ".join(notes)))
     return Section("extras", "What the loss does not show", tables=tables) if tables else None
 
 
-def _figure_name(figure: str) -> str:
-    return FIGURE_NAMES.get(figure, figure.replace("_", " "))
+def _figure_name(figure: str, called: Mapping[str, str]) -> str:
+    return called.get(figure, figure.replace("_", " "))
 
 
 def _extra_cell(mean: Mean | None) -> str:

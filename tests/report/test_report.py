@@ -580,10 +580,13 @@ def test_an_extra_that_this_file_has_never_heard_of_is_shown_too(tmp_path: Path)
     folder = write_study(tmp_path / "new")
     for path in folder.glob("*/evaluations/*.json"):
         record = json.loads(path.read_text())
-        record["extras"] = {"telepathy": {"hit_rate": 0.25 + 0.01 * len(path.parts[-3]), "cards": [1, 2]}, "absent": None}
+        record["extras"] = {
+            "telepathy": {"hit_rate": 0.25 + 0.01 * len(path.parts[-3]), "share": 0.5, "cards": [1, 2]},
+            "absent": None,
+        }
         path.write_text(json.dumps(record))
     markdown = told(folder)[0]
-    assert "| arm | hit rate |" in markdown
+    assert "| arm | hit rate | share |" in markdown  # its own word, not the one that another extra's share has
     assert "cards" not in markdown
 
 
