@@ -376,9 +376,9 @@ def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _distinguishing_name(record: Mapping[str, Any]) -> str:
-    """dataset-model-attention-overrides-seed0-data1, the default name of a run, without its dataset and seeds."""
+    """The run's own name without its seeds, and where it is the default one, dataset-model-attention-overrides, from there on."""
     name = re.sub(r"-seed\d+(-data\d+)?$", "", record["name"])
-    return name.partition(f"-{record['model']}-")[2] or name
+    return name.removeprefix(f"{record.get('trained_on') or record['dataset']}-{record['model']}-")
 
 
 def _uneven_seeds(tables: Sequence[ComparisonTable]) -> list[str]:

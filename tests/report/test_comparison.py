@@ -506,6 +506,15 @@ def test_caches_of_one_dtype_are_told_apart(tmp_path: Path) -> None:
     assert set(quoted) == {"mha, bfloat16", "gqa, int8, quoted"}
 
 
+def test_setups_of_one_variant_are_told_apart_by_the_names_of_their_runs(tmp_path: Path) -> None:
+    """A default name without what all of them share; one that a user chose as it stands, whatever words it has."""
+    chosen = {"ablation-tiny-of-mine-1": "a", "ablation-tiny-of-mine-2": "b", "books-tiny-gqa-n_kv_heads=1": "c"}
+    for name, setup in chosen.items():
+        evaluate(make_run(tmp_path, "gqa", 3, name=f"{name}-seed3", setup_hash=setup))
+    (table,) = compare([tmp_path]).tables
+    assert {setup.variant for setup in table.setups} == {*list(chosen)[:2], "gqa-n_kv_heads=1"}
+
+
 def test_an_evaluation_done_again_is_one_row(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mha")
     evaluate(run, file="named-otherwise-then", bits_per_byte=1.4)
