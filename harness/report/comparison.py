@@ -376,7 +376,7 @@ def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _distinguishing_name(record: Mapping[str, Any]) -> str:
-    """The run's own name without its seeds, and where it is the default one, dataset-model-attention-overrides, from there on."""
+    """The run's own name without its seeds, and of a default one, dataset-model-attention-overrides, from the attention on."""
     name = re.sub(r"-seed\d+(-data\d+)?$", "", record["name"])
     return name.removeprefix(f"{record.get('trained_on') or record['dataset']}-{record['model']}-")
 

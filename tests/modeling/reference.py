@@ -114,6 +114,12 @@ def visible(T: int, *, causal: bool, window: int | None, sinks: int) -> Tensor:
     return torch.tensor(rows)
 
 
+def within(seen_TS: Tensor, window: int | None) -> Tensor:
+    """What a layer's own window leaves of that."""
+    T = len(seen_TS)
+    return seen_TS if window is None else seen_TS & torch.tensor([[t - s < window for s in range(T)] for t in range(T)])
+
+
 def softmax_attention(
     q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, scale: float, seen_TS: Tensor, sinks_H: Tensor | None = None
 ) -> Tensor:
@@ -167,10 +173,7 @@ def grouped(
         q_own = torch.cat([q_own, rotate(q_rope, *turned)], dim=-1)
         k_BTGK = torch.cat([k_BTGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
     sinks_H = weights.take("sink_logits") if o["sink_logits"] else None
-    if o["window"] is not None:
-        T = x_BTD.shape[1]
-        seen_TS = seen_TS & torch.tensor([[t - s < o["window"] for s in range(T)] for t in range(T)])
-    heads = softmax_attention(q_own, k_BTGK, v_BTGV, 1 / math.sqrt(K + P), seen_TS, sinks_H)
+    heads = softmax_attention(q_own, k_BTGK, v_BTGV, 1 / math.sqrt(K + P), within(seen_TS, o["window"]), sinks_H)
     on_output = sizes["bias"] or o["projection_bias"] == "all"
     out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=on_output), bias=on_output)
     weights.all_taken()
@@ -308,7 +311,7 @@ def latent(
         k_BSGK = torch.cat([k_BSGK, k_rope_BT1P.repeat(1, 1, G, 1)], dim=-1)
     scale = deepseek_factor(o["rope_scaling"]) / math.sqrt(N + P)
     sinks_H = weights.take("sink_logits") if o["sink_logits"] else None
-    heads = softmax_attention(q_own, k_BSGK, v_BSGV, scale, seen_TS, sinks_H)
+    heads = softmax_attention(q_own, k_BSGK, v_BSGV, scale, within(seen_TS, o["window"]), sinks_H)
     out_BTD = weights.linear("o_proj", gated(weights, o, heads, x_BTD, H, bias=bias), bias=bias)
     weights.all_taken()
     return out_BTD, cached

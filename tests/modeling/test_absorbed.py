@@ -21,6 +21,7 @@ BLOCKED = (
     "mla, QK-norm",
     "mla, QK-norm, a query rank, grouped up-projection, rotation after it",
     "mla, rotation after up-projection",
+    "mla, rotated after up, a window by a mask",
     "gla, two heads out of two latents, rotation after up-projection",
 )
 

@@ -132,6 +132,7 @@ def _latent(draw: random.Random) -> dict[str, Any]:
         "rope_frequencies": "stored" if stored else "computed",
         "qk_norm": draw.random() < 0.3,
         "sink_logits": draw.random() < 0.4,
+        "window": draw.choice([None, None, 1, 2, 4, 5, 20]),
     }
 
 
