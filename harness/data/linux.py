@@ -16,7 +16,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from harness.config.schema import DatasetConfig
@@ -32,6 +32,23 @@ _URL_VARIABLE = "ATTENTION_LINUX_URL"  # a mirror: the address of the same file 
 _READERS: dict[str, Callable[[Path], IO[bytes]]] = {".xz": lzma.open, ".gz": gzip.open}  # type: ignore[dict-item]
 _KINDS = [".c", ".h"]
 _COPIES = "tools/"
+_TREE = {
+    "arch",
+    "block",
+    "crypto",
+    "drivers",
+    "fs",
+    "include",
+    "init",
+    "ipc",
+    "kernel",
+    "lib",
+    "mm",
+    "net",
+    "security",
+    "sound",
+}
+_PACK = "tar -czf linux.tar.gz -C PARENT FOLDER"
 _MOST_BYTES = 1 << 21  # of a file; all larger ones of 6.12 are tables
 # A line of a table: a #define, a number (perhaps in brackets), or NAME = NUMBER with a comma.
 _ROW = re.compile(r"[ \t{(\[]*[-+]?\d|[ \t]*(?:#[ \t]*define\b|\[?\w+\]?[ \t]*=[ \t]*[-+]?\d\w*[ \t]*,)")
@@ -82,8 +99,7 @@ def _checked(archive: Path) -> str:
     """The SHA-256 of an archive that can be meant."""
     if archive.is_dir() or archive.suffix not in _READERS:
         raise UserError(
-            f"dataset.path={archive} is no .tar.xz or .tar.gz of the kernel's sources: pack their folder first, with "
-            f"tar -czf linux.tar.gz FOLDER"
+            f"dataset.path={archive} is no .tar.xz or .tar.gz of the kernel's sources: pack their folder first, with {_PACK}"
         )
     with readable(f"dataset.path={archive}", "name an archive of the kernel's sources, or none"), archive.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -110,27 +126,33 @@ def _files(archive: Path) -> Iterator[tuple[str, str]]:
     Nothing is written to the disk; links, devices and the like are no files. Raises UserError for a path that leads out of
     the archive, and where nothing is taken.
     """
-    found = False
+    top, below = set[str](), set[str]()  # of what is taken: the archive's folder, and the folders in it
     try:
         with _READERS[archive.suffix](archive) as stream, tarfile.open(fileobj=stream, mode="r|") as members:
             for member in members:
-                if not stays_inside(member.name):
+                if not stays_inside(member.name) and not (member.isdir() and member.name == "."):
                     raise UserError(f"{archive} has a file {member.name}, which leads out of it: take another archive")
-                text = _text(members, member)
+                first, *path = PurePosixPath(member.name).parts or ("",)  # without a "." in front
+                text = _text(members, member, "/".join(path))
                 if text is not None:
-                    found = True
-                    yield member.name.partition("/")[2], text
+                    top.add(first)
+                    below.update(path[:-1][:1])
+                    yield "/".join(path), text
             while stream.read(_MOST_BYTES):  # the checksum comes at the end
                 pass
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive} cannot be unpacked ({in_a_line(error)}): copy it anew") from error
-    if not found:
+    if len(top) > 1 or (below and not below & _TREE):
+        raise UserError(
+            f"{archive} does not begin with the one folder of the kernel's sources, so what lies where cannot be told: pack "
+            f"that folder from the one above it, {_PACK}"
+        )
+    if not top:
         raise UserError(f"{archive} has no *.c or *.h file below its folder: name an archive of the kernel's sources")
 
 
-def _text(members: tarfile.TarFile, member: tarfile.TarInfo) -> str | None:
-    """Of a file that is taken. Those that are not UTF-8 (none in 6.12) are not."""
-    name = member.name.partition("/")[2]
+def _text(members: tarfile.TarFile, member: tarfile.TarInfo, name: str) -> str | None:
+    """Of a file that is taken, by its name below the archive's folder. Those that are not UTF-8 (none in 6.12) are not."""
     if not member.isreg() or member.size > _MOST_BYTES or not name.endswith(tuple(_KINDS)) or name.startswith(_COPIES):
         return None
     file: Any = members.extractfile(member)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import shutil
+import subprocess
 import tarfile
 import time
 from collections.abc import Iterator, Mapping
@@ -157,10 +158,28 @@ def test_nothing_is_written_or_read_outside_the_archive(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("out.c"))
 
 
+def test_however_the_folder_was_packed_it_is_read_as_one_or_refused(tmp_path: Path) -> None:
+    """By tar itself: splits and left-out folders hang on where a file lies below the sources' own folder."""
+    sources = tmp_path / "src" / "linux-6.12"
+    for name, text in (tree() | {"fs/a.c": code(1), "tools/b.c": code(2)}).items():
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_text(text)
+    ways = {"named": ["-C", tmp_path / "src", "linux-6.12"], "dotted": ["-C", tmp_path / "src", "./linux-6.12"]}
+    data = []
+    for way, arguments in ways.items():
+        subprocess.run(["tar", "-czf", tmp_path / f"{way}.tar.gz", *arguments], check=True)
+        data.append(prepared(tmp_path, tmp_path / f"{way}.tar.gz"))
+    assert [len(each.splits["train"].tokens) for each in data] == [len(data[0].splits["train"].tokens)] * 2
+    for way, arguments in {"deep": ["-C", tmp_path, "src/linux-6.12"], "inside": ["-C", sources, "."]}.items():
+        subprocess.run(["tar", "-czf", tmp_path / f"{way}.tar.gz", *arguments], check=True)
+        with pytest.raises(UserError, match=r"does not begin with the one folder of the kernel's sources.* -C PARENT FOLDER"):
+            prepared(tmp_path, tmp_path / f"{way}.tar.gz")
+
+
 def test_what_is_no_archive_of_sources_is_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "linux-6.12").mkdir()
     for path in (tmp_path / "linux-6.12", tmp_path / "linux.zip"):
-        with pytest.raises(UserError, match=r"is no \.tar\.xz or \.tar\.gz .* tar -czf linux\.tar\.gz FOLDER"):
+        with pytest.raises(UserError, match=r"is no \.tar\.xz or \.tar\.gz .* tar -czf linux\.tar\.gz -C PARENT FOLDER"):
             prepared(tmp_path, path)
     with pytest.raises(UserError, match=r"linux\.tar\.xz cannot be read \(No such file"):
         prepared(tmp_path, tmp_path / "linux.tar.xz")
