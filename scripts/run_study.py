@@ -172,7 +172,7 @@ def run(command: Command, places: Sequence[Slot]) -> int:
     keep(command, rates, specs, failures)
     report: str | None = None
     # Where nothing has finished the failures are what there is to say.
-    if command.options.report and load_results(plan.folder).values():
+    if command.options.report and any(run.evaluation() for run in load_results(plan.folder).runs):
         if plan.config.decode_contexts:
             measure_decoding(plan)
         _, files = report_study(plan.folder, first.tracking)

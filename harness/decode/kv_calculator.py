@@ -269,9 +269,12 @@ def describe_model(
     key_storage = as_format(dtype).storage("k", sixteen_bits=(), values=("v",))
     mha_newest = newest_bytes(key_storage, (mha_elements // 2,), GROUP)
     layers = []
+    grown = 0  # bytes that are in proportion to the tokens, times GROUP
     for attention in model.attentions:
         state = state_bytes_of(attention, dtype)
-        in_proportion = math.floor(formula_bytes(attention, dtype) * keys_seen(attention, context))
+        before = -(-grown // GROUP)  # as `report` rounds the sum of all layers up
+        grown += round(formula_bytes(attention, dtype) * GROUP) * keys_seen(attention, context)
+        in_proportion = -(-grown // GROUP) - before
         fixed = {"state": state, NEWEST: formula_bytes_at(attention, dtype, context) - state - in_proportion}
         states = {name: size for name, size in fixed.items() if size}
         if not attends(attention):

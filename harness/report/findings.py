@@ -151,9 +151,14 @@ class Findings:
     """All that is reported of a study. What takes more than a look is worked out when it is first asked for."""
 
     def __init__(self, results: StudyResults) -> None:
-        """Raises UserError when no run has finished."""
+        """Raises UserError when no run has finished, or none has the metric."""
         self.results, self.metric, self.values = results, results.metric, results.values()
         infos = results.record["arms"]
+        if not self.values and any(run.evaluation() for run in results.runs):
+            raise UserError(
+                f"no finished run of {results.folder} has {self.metric.unit} (metric={self.metric.name}) in its test evaluation: "
+                f"give the study a text and extras that measure it, or another metric"
+            )
         if not self.values:
             raise UserError(
                 f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "

@@ -328,6 +328,9 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
             f"evaluate={config.evaluate}: a study judges its runs on the test split of their own corpus, without a cache; "
             f"leave that out, and score them otherwise afterwards: python eval_model.py run=all runs_dir=..."
         )
+    probe = METRICS[config.metric].path[1] if METRICS[config.metric].path[0] == "extras" else None
+    if probe is not None and probe not in scoring.extras:
+        raise UserError(f"metric={config.metric} is measured by {probe}: name it in the extras of evaluate={config.evaluate}")
     arms: dict[str, Arm] = {}
     for arm_name, arm in _in_order(config):
         source = None if arm.starts_from is None else arms[arm.starts_from].config

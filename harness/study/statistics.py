@@ -81,7 +81,10 @@ class Contrast:
         """The verdict in words. also: the same difference by other metrics, which are named by METRICS' names."""
 
         def size(*, signed: bool = True) -> str:
-            others = [other.size(METRICS[name].unit, signed=signed) for name, other in (also or {}).items()]
+            others = []
+            for name, other in (also or {}).items():  # a difference that speaks for the other arm keeps its sign
+                unlike = METRICS[name].better(other.difference) != metric.better(self.difference)
+                others.append(other.size(METRICS[name].unit, signed=signed or unlike))
             return self.size(metric.unit, signed=signed) + (f" ({', '.join(others)})" if others else "")
 
         against = f"{self.a} against {self.b}"

@@ -122,7 +122,7 @@ class Cache:
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
             raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
         self.batch_size, self.max_seq_len, self.static = batch_size, max_seq_len, static
-        self._endless = window is not None and sinks + window <= max_seq_len
+        fits = window is not None and sinks + window <= max_seq_len
         if reach is not None and (window is None or reach <= window):
             window, sinks = reach, 0
         self.window, self.sinks, self.reach = window, sinks, reach
@@ -135,6 +135,10 @@ class Cache:
             rows_entries = batch_size, self._entries(storage.tokens)
             waiting = min(max_seq_len, storage.tokens)
             self.stored[name] = Stored(storage, shape, rows_entries, waiting=waiting, device=device, rotated=stored_as.rotated)
+        # Tokens may come without end where whatever is stored together, once touched by the window, has a place of its own.
+        together = {1, *(stored.storage.tokens for stored in self.stored.values())}
+        ends = any(self._touched(tokens) > max_seq_len // tokens for tokens in together) if fits else True
+        self._endless: bool = not ends and (reads is None or reads._endless)
         own = any(stored.newest is not None for stored in self.stored.values())
         self.groups: bool = own or (reads is not None and reads.groups)
         self.states = {
@@ -332,7 +336,12 @@ class Cache:
     def _entries(self, tokens: int) -> int:
         """How many are held of what is stored so many tokens together: all, or those that sinks and the window touch."""
         whole = self.max_seq_len // tokens
-        return whole if self.window is None else min(whole, -(-self.sinks // tokens) + -(-self.window // tokens))
+        return whole if self.window is None else min(whole, self._touched(tokens))
+
+    def _touched(self, tokens: int) -> int:
+        """Of so many tokens together: how many sinks and a window can touch."""
+        assert self.window is not None
+        return -(-self.sinks // tokens) + -(-self.window // tokens)
 
     def _slots_shown(self, new_tokens: int) -> int:
         """After a call of so many tokens, without a window."""

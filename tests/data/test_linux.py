@@ -161,9 +161,9 @@ def test_nothing_is_written_or_read_outside_the_archive(tmp_path: Path) -> None:
 def test_however_the_folder_was_packed_it_is_read_as_one_or_refused(tmp_path: Path) -> None:
     """By tar itself: splits and left-out folders hang on where a file lies below the sources' own folder."""
     sources = tmp_path / "src" / "linux-6.12"
-    for name, text in (tree() | {"fs/a.c": code(1), "tools/b.c": code(2)}).items():
+    for name, content in (tree() | {"fs/a.c": code(1), "tools/b.c": code(2)}).items():
         (sources / name).parent.mkdir(parents=True, exist_ok=True)
-        (sources / name).write_text(text)
+        (sources / name).write_text(content)
     ways = {"named": ["-C", tmp_path / "src", "linux-6.12"], "dotted": ["-C", tmp_path / "src", "./linux-6.12"]}
     data = []
     for way, arguments in ways.items():

@@ -1364,12 +1364,23 @@ def test_keys_by_channel_are_counted_with_the_newest_that_wait_in_16_bits(capsys
     assert "scales, and parts kept in 16 bits, counted; the newest 32 tokens' keys, in 16 bits, are counted as states" in said
 
 
-@pytest.mark.parametrize(("window", "context"), [(None, 1024), (None, 40), (100, 1024), (100, 100), (100, 40), (64, 1000)])
+@pytest.mark.parametrize(
+    ("variant", "window", "context"),
+    [
+        ("gqa", None, 1024),
+        ("gqa", None, 40),
+        ("gqa", 100, 1024),
+        ("gqa", 100, 100),
+        ("gqa", 100, 40),
+        ("gqa", 64, 1000),
+        ("tpa", None, 33),
+    ],
+)
 def test_keys_by_channel_through_a_window_are_what_a_cache_of_that_length_allocates(
-    window: int | None, context: int, capsys: pytest.CaptureFixture[str]
+    variant: str, window: int | None, context: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where a window ends within a group of 32 tokens the whole group is kept."""
-    overrides = ["attention=gqa", "model=mini", *([f"attention.window={window}"] if window else [])]
+    """Where a window ends within a group of 32 tokens the whole group is kept; tpa's groups are no whole bytes a token."""
+    overrides = [f"attention={variant}", "model=mini", *([f"attention.window={window}"] if window else [])]
     found = json.loads(printed(capsys, *overrides, "--dtype", "kc4v4", "--context", str(context), "--json"))
     layer = build_layer(load_train_config(["name=tested", *overrides]))
     cache = new_cache(layer, 1, context, dtype=cache_format("kc4v4"), device="meta")

@@ -370,3 +370,32 @@ def test_a_model_decodes_through_a_window_what_one_call_gives() -> None:
         cache = model.new_cache(2, 64, static=static, **options)
         pieces = torch.cat([model(piece, cache) for piece in tokens.split(split, dim=1)], dim=1)[..., :100]
         assert relative_error(pieces, whole) <= 1e-6, (static, split)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "sinks"), [(64, 60, 4), (64, 31, 33), (64, 64, 0), (128, 60, 4), (100, 96, 4), (50, 40, 4)]
+)
+def test_tokens_come_without_end_or_are_refused_where_a_group_has_no_place(length: int, window: int, sinks: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 200, 1, 4, generator=generator) for _ in range(2))
+
+    def fresh(slots: int) -> Cache:
+        shapes = {"k": (1, 4), "v": (1, 4)}
+        return Cache(1, slots, shapes, dtype=cache_format("kc8v8"), device="cpu", values=("v",), window=window, sinks=sinks)
+
+    short, ample = fresh(length), fresh(300)
+    fits = -(-sinks // GROUP) - (-window // GROUP) <= length // GROUP
+    for t in range(200):
+        if t == length and not fits:
+            with pytest.raises(ValueError, match=f"holds {length} tokens a row and {length} are taken"):
+                short.place(1, None)
+            return
+        seen = []
+        for cache in (short, ample):
+            placed = cache.place(1, None)
+            shown = cache.append(k=keys[:, t : t + 1], v=values[:, t : t + 1])
+            positions = placed.key_positions_BS[0]
+            may = torch.ones(len(positions), dtype=torch.bool) if placed.mask_BTS is None else placed.mask_BTS[0, 0]
+            seen.append({int(at): shown["k"][0, place] for place, at in enumerate(positions.tolist()) if may[place]})
+        assert seen[0].keys() == seen[1].keys()
+        assert all(torch.equal(seen[0][at], seen[1][at]) for at in seen[0])

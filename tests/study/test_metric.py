@@ -153,6 +153,12 @@ def test_runs_whose_evaluation_lacks_the_metric_are_left_out_and_named(tmp_path:
     found = Findings(load_results(folder))
     assert [run.seed for run in found.arm("gqa").runs] == [0, 2]
     assert any("has no answer accuracy, so left out: gqa-lr0.005-seed1" in note for note in found.notes)
+    for path in folder.glob("*/evaluations/*.json"):
+        record = json.loads(path.read_text())
+        record["extras"]["recall"] = None
+        path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"no finished run of .* has answer accuracy \(metric=answer_accuracy\)"):
+        Findings(load_results(folder))
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -115,6 +115,11 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
             )
             for otherwise in ("split=validation", "cache.dtype=int8", "cache.window=8", "cache.through=true", "dataset=stdlib")
         ),
+        (
+            "question: which?",
+            "question: which?\nmetric: repeats_gain\nevaluate: ['extras=[beyond]']",
+            "metric=repeats_gain is measured by repeats: name it in the extras of evaluate=['extras=[beyond]']",
+        ),
         ("question: which?", "question: which?\ndecode_contexts: [64, 0]", "decode_contexts[1]=0 must be 1 or more"),
         ("question: which?", "question: which?\ndecode_batch_sizes: [-1]", "decode_batch_sizes[0]=-1 must be 1 or more"),
         (

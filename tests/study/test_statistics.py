@@ -458,6 +458,11 @@ def test_a_metric_of_which_more_is_better_turns_the_verdict_round() -> None:
         "mla is 0.120 ± 0.030 answer accuracy better than gqa (5 seeds, p = 0.004 after Holm)"
     )
     assert "worse" in recall.sentence(METRICS["loss"])
+    dearer, cheaper = (Contrast(**DECLARED | {"difference": d, "low": d - 0.002, "high": d + 0.002}) for d in (0.006, -0.006))
+    said = recall.sentence(METRICS["answer_accuracy"], {"loss": dearer, "bits_per_byte": cheaper})
+    assert (
+        "(+0.0060 ± 0.0020 nats per token, 0.0060 ± 0.0020 bits per byte) better than gqa" in said
+    )  # the first speaks for gqa
 
 
 RESULTS = {"mla": {0: 1.5, 1: 1.6}, "gqa": {0: 1.7, 2: 1.8}, "mha": {3: 1.9}}
