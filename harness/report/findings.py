@@ -156,8 +156,8 @@ class Findings:
         infos = results.record["arms"]
         if not self.values and any(run.evaluation() for run in results.runs):
             raise UserError(
-                f"no finished run of {results.folder} has {self.metric.unit} (metric={self.metric.name}) in its test evaluation: "
-                f"give the study a text and extras that measure it, or another metric"
+                f"no finished run of {results.folder} has {self.metric.unit} (metric={self.metric.name}) in its test evaluation"
+                f": give the study a text and extras that measure it, or another metric"
             )
         if not self.values:
             raise UserError(
