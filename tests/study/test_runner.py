@@ -211,8 +211,10 @@ def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(plac
     spec = plan.spec("mqa", 0.01, 0)
     folder = plan.folder / spec.name
     (folder / "evaluations").mkdir(parents=True)
-    (folder / "evaluations" / "local-test-0.json").write_text("{}")
-    summary = {"setup_hash": spec.setup_hash, "seed": 0}
+    figures = dict.fromkeys(("evaluated_tokens", "loss", "perplexity", "bits_per_byte"), 1)
+    record = {"dataset": "local", "split": "test", "data_fingerprint": "d", **figures}
+    (folder / "evaluations" / "local-test-0.json").write_text(json.dumps(record))
+    summary = {"setup_hash": spec.setup_hash, "seed": 0, "dataset": "local"}
     (folder / "summary.json").write_text(json.dumps(summary))
     assert is_done(plan, spec)
     (folder / "summary.json").write_text(json.dumps(summary | {"setup_hash": "another"}))
