@@ -204,6 +204,11 @@ class EvalCacheConfig(CacheConfig):
     window: int | None = None  # newest positions a query sees, its own included; None: all
     sinks: int = 0  # first positions that stay visible beside a window
 
+    @property
+    def scores(self) -> bool:
+        """Whether the split is scored through it."""
+        return self.through or self.window is not None or read_format(self.dtype).in_few_bits
+
 
 @dataclass
 class TrainConfig:

@@ -36,6 +36,11 @@ class Metric:
         """What the best figure is among others."""
         return "highest" if self.higher_is_better else "lowest"
 
+    @property
+    def probe(self) -> str | None:
+        """The extra that measures it (harness/evaluation/probes); None: every evaluation has it."""
+        return self.path[1] if self.path[0] == "extras" else None
+
     def of(self, record: Mapping[str, Any] | None) -> float | None:
         """The figure in an evaluation's record; None where there is none, as of an extra that was not measured."""
         found: Any = record

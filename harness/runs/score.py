@@ -113,10 +113,10 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
 
 def _cache(trained: TrainedModel, config: EvalConfig) -> tuple[CacheChoice | None, Evaluation]:
     """What everything is scored through, if anything, and what the record says of the cache."""
-    kept, shape = cache_format(config.cache.dtype), trained.config.model
-    choice = CacheChoice(kept, config.cache.window, config.cache.sinks)
+    shape = trained.config.model
+    choice = CacheChoice(cache_format(config.cache.dtype), config.cache.window, config.cache.sinks)
     size = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
-    through = choice if config.cache.through or choice.window is not None or kept.in_few_bits else None
+    through = choice if config.cache.scores else None
     record: Evaluation = {
         "through_cache": through is not None,
         **size.record(),

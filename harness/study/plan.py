@@ -45,7 +45,6 @@ from harness.runs.records import (
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named
 from harness.training.schedule import training_steps
-from modeling.formats import read_format
 
 
 @dataclass
@@ -322,13 +321,12 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     if not re.fullmatch(RUN_NAME, name):
         raise UserError(f"name={name} must be one plain folder name: letters, digits and . _ = , + - only")
     scoring = load_eval_config(merged(config.evaluate))  # refused before hours of training, not after
-    with_cache = scoring.cache.through or scoring.cache.window is not None or read_format(scoring.cache.dtype).in_few_bits
-    if scoring.split != "test" or scoring.dataset is not None or with_cache:
+    if scoring.split != "test" or scoring.dataset is not None or scoring.cache.scores:
         raise UserError(
             f"evaluate={config.evaluate}: a study judges its runs on the test split of their own corpus, without a cache; "
             f"leave that out, and score them otherwise afterwards: python eval_model.py run=all runs_dir=..."
         )
-    probe = METRICS[config.metric].path[1] if METRICS[config.metric].path[0] == "extras" else None
+    probe = METRICS[config.metric].probe
     if probe is not None and probe not in scoring.extras:
         raise UserError(f"metric={config.metric} is measured by {probe}: name it in the extras of evaluate={config.evaluate}")
     arms: dict[str, Arm] = {}

@@ -137,8 +137,8 @@ class Cache:
             self.stored[name] = Stored(storage, shape, rows_entries, waiting=waiting, device=device, rotated=stored_as.rotated)
         # Tokens may come without end where whatever is stored together, once touched by the window, has a place of its own.
         together = {1, *(stored.storage.tokens for stored in self.stored.values())}
-        ends = any(self._touched(tokens) > max_seq_len // tokens for tokens in together) if fits else True
-        self._endless: bool = not ends and (reads is None or reads._endless)
+        fits = fits and all(self._touched(tokens) <= max_seq_len // tokens for tokens in together)
+        self._endless: bool = fits and (reads is None or reads._endless)
         own = any(stored.newest is not None for stored in self.stored.values())
         self.groups: bool = own or (reads is not None and reads.groups)
         self.states = {
