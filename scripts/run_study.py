@@ -300,13 +300,12 @@ def print_runs(command: Command) -> int:
     """dry_run: every run, and by the finished ones how long the rest takes."""
     from harness.study.progress import Pace, trained_so_far
     from harness.study.runner import is_done
-    from harness.study.tuning import first_grid
 
     plan, arms = command.plan, command.arms
     sweep: list[RunSpec] = []
     if command.tune == "lr" and plan.config.tune is not None:
         settings, seed = plan.config.tune, plan.tuning_seed
-        grid = first_grid(plan.shared_lr, settings.factors)
+        grid = plan.first_rates()
         sweep = [plan.spec(arm, lr, seed, settings.tokens) for lr in grid for arm in arms]
         if settings.tokens is not None:
             sweep += [plan.spec(arm, lr, seed) for arm in settings.transfer_arms if arm in arms for lr in grid]

@@ -361,6 +361,8 @@ def _rates(findings: Findings) -> Section:
         words = ["The sweep that the rates come from is not in this folder."]
         if not record["chosen_lr"] and shared is not None:
             words = [f"Every arm ran at the rate {shared:g}: no rate was tuned, which favours the arms that it suits."]
+        elif not record["chosen_lr"]:
+            words = ["Every arm ran at the rate that the study's file gives it: no rate was tuned in this study."]
         return Section("rates", title, words=words)
     columns = ["arm", "tokens a run", "rates", "range", "best rate", "loss there", "at the edge", "rate of the study"]
     columns += ["95 % of it", "nats that costs", "by a cubic", "nats apart"]

@@ -43,7 +43,7 @@ from harness.runs.records import (
     read_study,
 )
 from harness.study.matching import MatchConfig, match_arm, quantities
-from harness.study.tuning import as_named
+from harness.study.tuning import as_named, first_grid
 from harness.training.schedule import training_steps
 
 
@@ -156,7 +156,7 @@ class Plan:
     folder: Path
     config: StudyConfig
     arms: dict[str, Arm]
-    shared_lr: float
+    shared_lr: float | None  # None: the arms say different ones
     trends: dict[str, TrendRecord]  # by what they are called
 
     @property
@@ -171,10 +171,13 @@ class Plan:
         return TUNING_SEED if given is None else given
 
     def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
-        """The shared rate, of arms that go on from another one's weights their own."""
-        return {
-            arm: self.shared_lr if self.arms[arm].starts_from is None else self.arms[arm].config.optimizer.lr for arm in arms
-        }
+        """What each of them says itself."""
+        return {arm: self.arms[arm].config.optimizer.lr for arm in arms}
+
+    def first_rates(self) -> list[float]:
+        """Of the sweep, before it grows."""
+        assert self.shared_lr is not None and self.config.tune is not None, "a plan with a sweep has one rate to begin at"
+        return first_grid(self.shared_lr, self.config.tune.factors)
 
     def spec(self, arm: str, lr: float, seed: int, budget: int | None = None) -> RunSpec:
         """A run of this study. The rate counts with three significant digits, as in the run's name."""
@@ -355,9 +358,12 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     arms = {arm_name: arms[arm_name] for arm_name in config.arms}
     trends = {key: _trend(key, trend, arms) for key, trend in config.trends.items()}
     rates = {arm.config.optimizer.lr for arm in arms.values() if arm.starts_from is None}
-    if len(rates) > 1:
-        raise UserError(f"the arms start from different learning rates {sorted(rates)}: set optimizer.lr in the base only")
-    return Plan(name, command, runs_dir / name, config, arms, rates.pop(), trends)
+    if len(rates) > 1 and config.tune is not None:
+        raise UserError(
+            f"the arms say different learning rates {sorted(rates)}, and a sweep tries the same ones for every arm: set "
+            f"optimizer.lr in the base only, or leave tune out"
+        )
+    return Plan(name, command, runs_dir / name, config, arms, rates.pop() if len(rates) == 1 else None, trends)
 
 
 def _trend(name: str, trend: TrendConfig, arms: Mapping[str, Arm]) -> TrendRecord:

@@ -230,11 +230,11 @@ def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], li
     fails counts as infinitely bad. An arm without a finished run gets no rate and a sentence; the others go on. Raises
     UserError when no arm has one.
     """
-    from harness.study.tuning import first_grid, grown_grid, optimum
+    from harness.study.tuning import grown_grid, optimum
 
     tune = plan.config.tune
     assert tune is not None
-    grid, failures, notes = first_grid(plan.shared_lr, tune.factors), [], []  # type: ignore[var-annotated]
+    grid, failures, notes = plan.first_rates(), [], []  # type: ignore[var-annotated]
     for extension in range(tune.extensions + 1):
         specs = [plan.spec(arm, lr, plan.tuning_seed, tune.tokens) for lr in grid for arm in arms]
         failed = {failure["run"] for failure in failures}

@@ -104,7 +104,11 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
         ("factors: [0.5, 1, 2]", "factors: [0.5, 1]", "must be three or more, positive and rising"),
         ("question: which?", "questoin: which?", "questoin is not a field of the configuration; did you mean question?"),
         ("attention=gqa", "attention=gqqa", "attention=gqqa does not exist; did you mean gqa?"),
-        ("[attention=gqa]", "[attention=gqa, optimizer.lr=0.1]", "start from different learning rates [0.004, 0.1]"),
+        (
+            "[attention=gqa]",
+            "[attention=gqa, optimizer.lr=0.1]",
+            "the arms say different learning rates [0.004, 0.1], and a sweep tries the same ones",
+        ),
         ("question: which?", "question: which?\nevaluate: [foo=1]", "foo is not a field of the configuration"),
         ("question: which?", "question: which?\nevaluate: [max_tokens=0]", "max_tokens=0 must be 1 or more"),
         *(
