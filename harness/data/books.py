@@ -24,6 +24,7 @@ from harness.data.documents import Document, Source
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.data.parquet import read_parquet
 from harness.errors import UserError, readable
+from harness.files.hashes import file_sha256
 
 MANIFEST = Path(__file__).with_name("classic_books.csv")
 COMMIT = "944882722e9a96fa6cf2739dc2ea757e101f412f"
@@ -48,7 +49,7 @@ def books_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
     Either way the texts are those of the manifest, so both have one identity. Nothing is read before it is asked for.
     """
     books = read_manifest()
-    identity = {"source": "classic_books", "manifest": hashlib.sha256(MANIFEST.read_bytes()).hexdigest()}
+    identity = {"source": "classic_books", "manifest": file_sha256(MANIFEST)}
     folder = Path(dataset.path) if dataset.path is not None else None
     downloads = data_dir / "downloads" / f"classic_books-{COMMIT[:12]}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import time
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from harness.data.network import HubUnreachable
 from harness.errors import UserError
 from harness.files.atomic import DISK_ERRORS
+from harness.files.hashes import file_sha256
 
 TIMEOUT = 10  # seconds without a byte
 ATTEMPTS = 4
@@ -58,7 +58,7 @@ def download(url: str, to: Path, sha256: str, *, what: str, mirror: str, progres
             partial.write_bytes(b"")
             with tqdm(unit="B", unit_scale=True, desc=f"{what}: download", disable=not progress) as bar:
                 patiently(lambda bar=bar: _go_on(url, partial, bar), what, url, mirror)  # type: ignore[misc]
-            if has_sha256(partial, sha256):
+            if file_sha256(partial) == sha256:
                 os.replace(partial, to)
                 return
     finally:
@@ -67,11 +67,6 @@ def download(url: str, to: Path, sha256: str, *, what: str, mirror: str, progres
         f"{what} arrived twice from {url} with content other than its SHA-256 ({sha256[:12]}...): something on the way changes "
         f"it; use another network, or set {mirror} to a mirror"
     )
-
-
-def has_sha256(path: Path, sha256: str) -> bool:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _go_on(url: str, partial: Path, bar: tqdm[Any]) -> None:

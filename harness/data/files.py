@@ -20,6 +20,7 @@ from typing import IO, Any, NamedTuple, cast
 
 from harness.data.parquet import open_zstd
 from harness.errors import UserError, in_a_line, readable
+from harness.files.hashes import file_sha256
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}  # by suffix
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -174,9 +175,9 @@ def opened(path: Path, name: str) -> CorpusFile:
     """The file, read once for its hash. Raises UserError when it cannot be read or changes meanwhile."""
     kind, compression = _kind(name)
     assert kind is not None
-    with readable(str(path), "make it readable, or leave it out"), path.open("rb") as file:
-        state = FileState.of(os.fstat(file.fileno()))
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    with readable(str(path), "make it readable, or leave it out"):
+        state = FileState.of(path.stat())
+        sha256 = file_sha256(path)
         if FileState.of(path.stat()) != state:
             raise changed(path)
     return CorpusFile(path, name, kind, compression, state, sha256)

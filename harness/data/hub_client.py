@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.errors import UserError, in_a_line
 from harness.files.atomic import DISK_ERRORS
+from harness.files.hashes import file_sha256
 
 _DEFAULT_ENDPOINT = "https://huggingface.co"
 _READ_TIMEOUT = "5"  # seconds without a byte, after which a download is resumed
@@ -165,13 +166,11 @@ def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, s
 
 def is_whole(path: Path, stated: str) -> bool:
     """Whether a file is the one of which the hub states this SHA-256, or this SHA-1 of a git blob."""
+    if len(stated) == 64:
+        return file_sha256(path) == stated
+    blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
-        if len(stated) == 64:
-            return hashlib.file_digest(file, "sha256").hexdigest() == stated
-        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        while block := file.read(2**20):
-            blob.update(block)
-        return blob.hexdigest() == stated
+        return hashlib.file_digest(file, lambda: blob).hexdigest() == stated
 
 
 def _remedies(kind: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import gzip
-import hashlib
 import lzma
 import os
 import re
@@ -21,9 +20,10 @@ from typing import IO, Any
 
 from harness.config.schema import DatasetConfig
 from harness.data.documents import SPLITS, Document, Source, carving_by_fraction, seeded_hash
-from harness.data.download import download, has_sha256
+from harness.data.download import download
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.errors import UserError, in_a_line, readable
+from harness.files.hashes import file_sha256
 from harness.files.untrusted import stays_inside
 
 RELEASE = "https://cdn.kernel.org/pub/linux/kernel/v6.x/linux-6.12.tar.xz"
@@ -78,7 +78,7 @@ def linux_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
     def packed() -> dict[str, list[bytes]]:
         """The texts of each split; packed they take a fifth of the memory."""
         archive = _downloaded(data_dir, progress) if given is None else given
-        if not has_sha256(archive, sha256):
+        if file_sha256(archive) != sha256:
             raise UserError(f"{archive} changed while it was read: let whatever writes it come to its end, and start again")
         texts = {name: zlib.compress(text.encode(), 1) for name, text in _files(archive)}
         splits: dict[str, list[bytes]] = {split: [] for split in SPLITS}
@@ -101,14 +101,14 @@ def _checked(archive: Path) -> str:
         raise UserError(
             f"dataset.path={archive} is no .tar.xz or .tar.gz of the kernel's sources: pack their folder first, with {_PACK}"
         )
-    with readable(f"dataset.path={archive}", "name an archive of the kernel's sources, or none"), archive.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with readable(f"dataset.path={archive}", "name an archive of the kernel's sources, or none"):
+        return file_sha256(archive)
 
 
 def _downloaded(data_dir: Path, progress: bool) -> Path:
     """The release, fetched where it is not there or damaged."""
     archive = data_dir / "downloads" / RELEASE.rpartition("/")[2]
-    if archive.is_file() and has_sha256(archive, SHA256):
+    if archive.is_file() and file_sha256(archive) == SHA256:
         return archive
     url = os.environ.get(_URL_VARIABLE) or RELEASE
     if reason := reason_unreachable(url):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, in_a_line, readable
+from harness.files.hashes import file_sha256
 from harness.files.untrusted import is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
@@ -343,4 +344,4 @@ def text_before(decode: Callable[[Sequence[int]], str], tokens: Sequence[int], c
 
 def tokenizer_fingerprint(file: Path | None) -> str:
     """SHA-256 of a tokenizer.json; "bytes" where tokens are plain bytes."""
-    return "bytes" if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+    return "bytes" if file is None else file_sha256(file)

@@ -5,7 +5,6 @@ config.json is understood before gigabytes are fetched, and weights that are pic
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from harness.data import hub_client
 from harness.errors import UserError, readable
+from harness.files.hashes import file_sha256
 from harness.hf.config_json import their_json
 from harness.hf.options import describe
 
@@ -41,8 +41,8 @@ class Source:
         """SHA-256 of each file, by name. Raises UserError for one that cannot be read."""
         hashes = {}
         for path in self.files:
-            with readable(str(path), "fetch it again"), path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            with readable(str(path), "fetch it again"):
+                hashes[path.name] = file_sha256(path)
         return hashes
 
 

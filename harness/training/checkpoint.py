@@ -13,7 +13,6 @@ where the file system has them; it is never taken for the newest.
 from __future__ import annotations
 
 import base64
-import hashlib
 import itertools
 import json
 import os
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 from harness.errors import UserError, in_a_line, readable, tell
 from harness.files.atomic import flush
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
+from harness.files.hashes import file_sha256
 from harness.files.untrusted import is_count, read_object
 from harness.training.optimizer import Optimizer
 from harness.training.parallel import gathered, sharded_like
@@ -363,8 +363,7 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _check_room(folder: Path, tensor_bytes: int) -> None:

@@ -23,6 +23,7 @@ from harness.config.places import ROOT
 from harness.data import prepare
 from harness.data.files import CorpusFile, find, opened
 from harness.errors import UserError
+from harness.files.hashes import file_sha256
 from tests.data.test_local import everything, prepared, write_jsonl, write_parquet
 from tests.support.corpora import BYTES, folder_of_texts, local, text
 
@@ -274,17 +275,14 @@ def test_a_corpus_that_changes_after_it_was_found_is_refused_and_nothing_is_kept
 def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "a.txt"
     file.write_text("a text")
-    import hashlib
 
-    original = hashlib.file_digest
-
-    def grow(*arguments: Any) -> Any:
-        digest = original(*arguments)
-        with file.open("a") as writing:
+    def grow(path: Path) -> str:
+        digest = file_sha256(path)
+        with path.open("a") as writing:
             writing.write(" that goes on")
         return digest
 
-    monkeypatch.setattr("harness.data.files.hashlib.file_digest", grow)
+    monkeypatch.setattr("harness.data.files.file_sha256", grow)
     with pytest.raises(UserError, match=r"a.txt changed while it was read"):
         opened(file, "a.txt")
 
