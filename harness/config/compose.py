@@ -291,15 +291,21 @@ def _parsed(parser: Any, arguments: Sequence[str]) -> list[Any]:
 def sweep_jobs(arguments: Sequence[str]) -> list[list[str]]:
     """The overrides of each job that -m makes of lists of choices. Raises UserError for what Hydra cannot read."""
     from hydra import initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        batches = BasicSweeper.split_arguments(_parsed(parser, list(map(quoted, arguments))), None)
-    return [list(job) for batch in batches for job in batch]
+        parsed = _parsed(parser, list(map(quoted, arguments)))
+    choices = {}
+    for override in parsed:
+        key, swept = override.get_key_element(), override.is_sweep_override()
+        if swept and not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line} has no end of values: name some, as {key}=1,2")
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        choices[key] = [f"{key}={value}" for value in values]
+    return [list(job) for job in itertools.product(*choices.values())]
 
 
 def forced(config_name: str, argument: str) -> str:

@@ -210,7 +210,6 @@ def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *
         _leave(lambda: _tell(config_help(description, config_name, words)))
 
     import hydra
-    from hydra._internal.utils import get_args_parser
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
@@ -235,7 +234,7 @@ def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *
                 raise UserError(f"the run failed: {failed[-1]}")
 
     with refusals_said():
-        refuse_dashes(given, {flag: action.nargs != 0 for flag, action in get_args_parser()._option_string_actions.items()})
+        refuse_dashes(given, hydra_flags())
         sys.argv[1:] = _for_hydra(script, config_name, given, flags)
         job()
     if failed:
@@ -243,7 +242,14 @@ def run_hydra(script: str, config_name: str, main: Callable[[list[str]], int], *
     sys.exit(1 if failed else 0)
 
 
-# Hydra's own flags.
+def hydra_flags() -> dict[str, bool]:
+    """Every flag of Hydra's command line, True for those with a value."""
+    from hydra._internal.utils import get_args_parser  # private: Hydra has no public list, and one copied here would age
+
+    return {flag: action.nargs != 0 for flag, action in get_args_parser()._option_string_actions.items()}
+
+
+# Those that something here depends on.
 _MANY, _CONFIG, _INFO = {"-m", "--multirun"}, {"-c", "--cfg"}, {"-i", "--info"}
 _COMPLETION, _RUN = {"-sc", "--shell-completion"}, {"-r", "--run"}
 

@@ -29,6 +29,7 @@ from harness.config.compose import (
     load_train_config,
     options_of,
     quoted,
+    sweep_jobs,
 )
 from harness.config.identity import (
     EXECUTION_FIELDS,
@@ -737,6 +738,12 @@ TEXTS = [
     "-m",
     "trailing\\",
 ]
+
+
+def test_a_sweep_is_the_product_of_its_lists_in_the_order_of_hydras_own() -> None:
+    jobs = sweep_jobs(["attention=glob(m*a)", "optimizer.lr=0.1,2", "seed=range(0,2)", "name='a,b'"])
+    product = itertools.product(("mfa", "mha", "mla", "mqa"), ("0.1", "2"), ("0", "1"))
+    assert jobs == [[f"attention={a}", f"optimizer.lr={lr}", f"seed={seed}", "name='a,b'"] for a, lr, seed in product]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -14,6 +14,7 @@ import pytest
 from harness.config.compose import default_options, options_of
 from harness.config.places import ROOT
 from harness.config.schema import EvalConfig, TrainConfig
+from harness.entry.cli import hydra_flags
 from scripts import (
     benchmark_decode,
     compare_runs,
@@ -156,3 +157,9 @@ def test_help_shows_the_fields_of_what_was_chosen_beside_it(command: Command) ->
 )
 def test_an_option_with_dashes_or_a_sign_gets_the_one_without(arguments: list[str], sentence: str, command: Command) -> None:
     assert command(*arguments) == ([2], "", f"error: {sentence}\n")
+
+
+def test_hydras_flags_are_found_where_hydra_keeps_them() -> None:
+    flags = hydra_flags()  # of a private function of Hydra's, which another version may move
+    assert {flag for flag, takes_value in flags.items() if takes_value} >= {"-c", "--cfg", "-i", "--info", "-p", "--package"}
+    assert not any(flags[flag] for flag in ("-m", "--multirun", "-sc", "--shell-completion", "-r", "--run", "--hydra-help"))

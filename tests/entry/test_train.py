@@ -477,6 +477,10 @@ def test_a_sweep_gives_each_run_a_process_of_its_own_and_a_failing_one_does_not_
         (["-m", "attention=mha,mlaa"], "attention=mlaa does not exist; did you mean mla?"),
         (["-m", "attention=glob(m*a)", "optimizer.lr=0.1,fast"], "optimizer.lr=fast must be a finite number"),
         (["-m", "attention=mla,mha", "attention.kv_lora_rank=8"], "attention.kv_lora_rank is not a field"),
+        (
+            ["-m", "optimizer.lr=interval(0.1,1)"],
+            "optimizer.lr=interval(0.1,1) has no end of values: name some, as optimizer.lr=",
+        ),
         (["-m", "mla"], "mla cannot be read as key=value (missing EQUAL at '<EOF>')"),
         (["-m", "attention=mha,mla", "--cfg", "job"], "-m and --cfg cannot stand together; leave one out"),
         (["--cfg", "job", "attention=mlaa"], "attention=mlaa does not exist; did you mean mla?"),
