@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import torch
 from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
+ANY, NONE = (1, sys.maxsize), (1, 0)  # numbers of heads, from and to; a range would not be traced by torch.compile
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Kernel:
     file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
     package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
-    auto_heads: from how many heads on auto takes it, before kernels that stand above it in the table; None: never.
-    auto_8_bits: auto takes it for latents that are read in 8 bits too.
+    auto_heads: from and to how many heads auto takes it, before kernels that stand above it in the table.
+    auto_heads_8_bits: the same of latents that are read in 8 bits.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     """
 
@@ -36,8 +38,8 @@ class Kernel:
     latents: Sequence[int]
     rotated: Sequence[int]
     capability: int | None = None
-    auto_heads: int | None = None
-    auto_8_bits: bool = False
+    auto_heads: tuple[int, int] = NONE
+    auto_heads_8_bits: tuple[int, int] = NONE
     reads_8_bits: bool = False
     interpreted: bool = False
     plans_on_host: bool = False
@@ -53,13 +55,14 @@ OTHERS = {
         TRITON_DTYPES,
         range(1, 513),
         range(65),
-        auto_heads=1,
-        auto_8_bits=True,
+        auto_heads=ANY,
+        auto_heads_8_bits=ANY,
         reads_8_bits=True,
         interpreted=True,
     ),
-    # More than 16 heads are 64 to both kernels, and there this one is the faster in all that was measured on an H200, by 1.1
-    # to 1.9 times (docs/PERFORMANCE.md). Up to 16 Triton has a narrower tile, and is the faster where memory binds.
+    # As measured on an H200 (docs/PERFORMANCE.md). More than 16 heads are 64 to both kernels, and there this one is the faster
+    # in every cell, by 1.1 to 1.8 times. Up to 16 Triton has a narrower tile: up to 1.4 times as fast, and at most 5 % behind.
+    # Of 8 bits it takes 16 heads at a time: 1.3 to 2 times as fast up to there, but for one short row, where they are even.
     "gluon": Kernel(
         "latent_decode_gluon_triton",
         "triton.experimental.gluon",
@@ -68,7 +71,8 @@ OTHERS = {
         (512,),
         (64,),
         capability=9,
-        auto_heads=17,
+        auto_heads=(17, sys.maxsize),
+        auto_heads_8_bits=(1, 16),
         reads_8_bits=True,
     ),
     "flashinfer": Kernel(
@@ -155,9 +159,9 @@ def select_kernel(
 ) -> str:
     """auto is a kernel of the table where one can compute a call of one new token, and torch elsewhere; another name stays.
 
-    Of several it is the last that `auto_heads` allows: on Hopper gluon from 17 heads on, else triton. dtype: of the cached
-    latents as they are read; in_words: they are read as they are stored in 8 bits. n_heads: that share a latent. A
-    gradient is possible in torch alone.
+    Of several it is the last that takes so many heads: on Hopper gluon from 17 on, and up to 16 of latents in 8 bits; else
+    triton. dtype: of the cached latents as they are read; in_words: they are read as they are stored in 8 bits. n_heads: that
+    share a latent. A gradient is possible in torch alone.
     """
     if name != "auto":
         return name
@@ -165,13 +169,12 @@ def select_kernel(
     if not runs_triton(device, dtype) or window is not None or torch.is_grad_enabled():
         return chosen
     for other, kernel in OTHERS.items():
+        fewest, most = kernel.auto_heads_8_bits if in_words else kernel.auto_heads
         fits = (
-            kernel.auto_heads is not None
-            and n_heads >= kernel.auto_heads
+            fewest <= n_heads <= most
             and dtype in kernel.dtypes
             and latent_width in kernel.latents
             and qk_rope_head_dim in kernel.rotated
-            and (kernel.auto_8_bits or not in_words)
         )
         if fits and (kernel.capability is None or runs_gluon(device, kernel.capability)):
             chosen = other

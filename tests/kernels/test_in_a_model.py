@@ -127,10 +127,11 @@ def test_where_the_triton_kernel_lacks_something_auto_takes_torch(option: str, m
 
 
 WIDE = ["attention=mla", "model.d_model=512", "model.n_heads=32", "attention.kv_lora_rank=512", "attention.qk_rope_head_dim=64"]
+FEW = [*WIDE, "model.n_heads=16", "attention.qk_nope_head_dim=32", "attention.v_head_dim=32"]
 
 
 @torch.inference_mode()
-def test_auto_says_and_takes_gluon_for_many_heads_but_for_latents_that_are_read_in_8_bits(
+def test_auto_says_and_takes_gluon_for_many_heads_and_for_few_where_latents_are_read_in_8_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     taken: list[str] = []
@@ -160,12 +161,15 @@ def test_auto_says_and_takes_gluon_for_many_heads_but_for_latents_that_are_read_
         assert given.pop() == dtype
     model.set_execution(kernel="auto")
     monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
-    with torch.autocast("cpu", torch.bfloat16):
-        for name, kernel in {"int8": "triton", "int8_rotated": "gluon", "int4": "gluon"}.items():
+    many = {"int8": "triton", "int8_rotated": "gluon", "int4": "gluon"}
+    few = {"bfloat16": "triton", "int8": "gluon", "fp8": "gluon", "int8_rotated": "triton", "int4": "triton"}
+    for heads, kernels in ((model, many), (gpt_from(FEW, n_layers=1).eval(), few)):
+        for name, kernel in kernels.items():
             kept = cache_format(name)
             taken.clear()
-            model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=kept, device="cpu"))
-            said = decode_path(model, 1, cache=kept, precision=torch.bfloat16)
+            with torch.autocast("cpu", torch.bfloat16):
+                heads(torch.zeros(1, 1, dtype=torch.long), heads.new_cache(1, 4, dtype=kept, device="cpu"))
+                said = decode_path(heads, 1, cache=kept, precision=torch.bfloat16)
             assert taken == [said] == [f"absorbed ({kernel} kernel)"]
 
 
@@ -236,16 +240,19 @@ def test_on_a_gpu_auto_decodes_with_triton_and_a_window_with_torch(cache_dtype: 
 
 @pytest.mark.gpu
 @torch.inference_mode()
-def test_on_hopper_auto_decodes_many_heads_with_gluon_in_a_compiled_step_too() -> None:
+@pytest.mark.parametrize(("heads", "kept"), [(WIDE, "bfloat16"), (FEW, "int8"), (FEW, "fp8")], ids=["many", "int8", "fp8"])
+def test_on_hopper_auto_decodes_with_gluon_in_a_compiled_step_too(heads: list[str], kept: str) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the Gluon kernel is for devices of compute capability 9")
-    model = gpt_from(WIDE, n_layers=2).eval().to("cuda", torch.bfloat16)
-    assert decode_path(model, 1) == "absorbed (gluon kernel)"
+    model, cache_dtype = gpt_from(heads, n_layers=2).eval().to("cuda", torch.bfloat16), cache_format(kept)
+    assert decode_path(model, 1, cache=cache_dtype, precision=torch.bfloat16) == "absorbed (gluon kernel)"
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 
     def written(kernel: str, step: str) -> list[list[int]]:
         model.set_execution(decode="absorbed", kernel=kernel)
-        return torch.stack(list(generate(model, prompts, max_new_tokens=12, temperature=0, step=step))).tolist()
+        return torch.stack(
+            list(generate(model, prompts, max_new_tokens=12, temperature=0, step=step, cache_dtype=cache_dtype))
+        ).tolist()
 
     assert written("auto", "eager") == written("auto", "graph") == written("gluon", "eager")
     assert len(written("auto", "compile")) == 12  # one graph, or it would raise
