@@ -50,7 +50,7 @@ HOPPER_REGISTERS = 65_536
 
 
 @dataclass
-class DecodeOptions:
+class LatentDecodeOptions:
     heads: str = "16,128"
     batch_sizes: str = "1,32,128"
     contexts: Annotated[str, "cached tokens of every row"] = "1024,8192,32768"
@@ -149,7 +149,7 @@ Call = Callable[[int], Tensor]  # the number of an input -> out_BHL
 def main(arguments: list[str]) -> int:
     if "--offline" in arguments:
         return compile_offline()
-    options = parse_options(DecodeOptions, arguments)
+    options = parse_options(LatentDecodeOptions, arguments)
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if options.dtype not in dtypes:
         raise UserError(f"dtype={options.dtype} is unknown; choose {', '.join(dtypes)}")
@@ -219,7 +219,7 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
 
 
-def make_case(options: DecodeOptions, H: int, B: int, S: int, dtype: torch.dtype, device: torch.device) -> Case | None:
+def make_case(options: LatentDecodeOptions, H: int, B: int, S: int, dtype: torch.dtype, device: torch.device) -> Case | None:
     """Random inputs, at least two and four times L2 together; None if they do not fit with what the kernels add."""
     L, P = options.kv_lora_rank, options.qk_rope_head_dim
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
@@ -302,7 +302,7 @@ def best_seconds(function: Callable[[], Tensor]) -> float:
     return min(times[3:])
 
 
-def ours(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
+def ours(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_triton as kernel
 
     latents = case.latent_IBSL if stored is None else case.quantised(stored)[0]
@@ -332,7 +332,7 @@ def ours(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = Non
     return call, name
 
 
-def gluon(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
+def gluon(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_gluon_triton as kernel
     from modeling.kernels import latent_decode_gluon_words_triton as in_words
 
@@ -359,16 +359,16 @@ def gluon(case: Case, options: DecodeOptions, *, stored: torch.dtype | None = No
     return call, f"{kernel.TILE.heads}x{kernel.TILE.slots} /{splits}"
 
 
-def torch_eager(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def torch_eager(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     return lambda i: latent_decode(*case.arguments(i), scale=case.scale), ""
 
 
-def torch_compiled(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def torch_compiled(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     compiled = torch.compile(latent_decode, dynamic=False, fullgraph=True)
     return lambda i: compiled(*case.arguments(i), scale=case.scale), ""
 
 
-def sdpa(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def sdpa(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """The heads as queries of one head; of the fused kernels whichever takes keys of L + P (flash ends at 256)."""
     q_IBHK, kv_IBSK = case.joint
     L = case.latent_IBSL.shape[-1]
@@ -382,7 +382,7 @@ def sdpa(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, ""
 
 
-def flashinfer(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def flashinfer(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """FlashInfer's kernel over our own caches; its plan is made beforehand and not timed."""
     from modeling.kernels import latent_decode_flashinfer as kernel
 
@@ -402,7 +402,7 @@ def flashinfer(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, f"pages of {caches[0][0].shape[1]}"
 
 
-def flash_mla(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def flash_mla(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """DeepSeek's kernel over pages of 64 slots, both parts in one buffer; its schedule is made at the first call, not timed."""
     from flash_mla import flash_mla_with_kvcache, get_mla_metadata
 
@@ -422,7 +422,7 @@ def flash_mla(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, ""
 
 
-def vllm(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def vllm(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """vLLM's Triton kernel over pages of 64 slots, with the number of splits that its backend takes."""
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
 
@@ -447,7 +447,7 @@ def vllm(case: Case, options: DecodeOptions) -> tuple[Call, str]:
     return call, f"/{splits}"
 
 
-def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
+def sglang(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """SGLang's Triton kernel over single slots, 8 splits as by default there."""
     from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
 
@@ -476,7 +476,7 @@ def sglang(case: Case, options: DecodeOptions) -> tuple[Call, str]:
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of latents
 STORED = {f"{kernel}_{name}": dtype for kernel in ("triton", "gluon") for name, dtype in EIGHT_BITS.items()}
-KERNELS: dict[str, Callable[[Case, DecodeOptions], tuple[Call, str]]] = {
+KERNELS: dict[str, Callable[[Case, LatentDecodeOptions], tuple[Call, str]]] = {
     "triton": ours,
     "gluon": gluon,
     **{name: functools.partial(ours if name.startswith("triton") else gluon, stored=dtype) for name, dtype in STORED.items()},
@@ -526,7 +526,7 @@ def row(f: KernelTime) -> str:
 
 
 def report(
-    figures: list[KernelTime], remarks: list[str], ceilings: Ceilings, options: DecodeOptions, device: torch.device
+    figures: list[KernelTime], remarks: list[str], ceilings: Ceilings, options: LatentDecodeOptions, device: torch.device
 ) -> None:
     """Remarks, JSON if asked for, and the table last."""
     machine = torch.cuda.get_device_name(device)
@@ -736,4 +736,4 @@ def compile_one(function: object, constants: dict, types: dict[str, str], warps:
 
 
 if __name__ == "__main__":
-    run_script(main, description=__doc__, options=DecodeOptions)
+    run_script(main, description=__doc__, options=LatentDecodeOptions)

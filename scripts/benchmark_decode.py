@@ -48,7 +48,7 @@ def auto_or_format(name: str) -> None:
 
 
 @dataclass
-class CacheOptions:
+class DecodeCacheOptions:
     dtype: Annotated[str, auto_or_format, f"of the cache: {FORMS}; auto: as dtype"] = "auto"
 
 
@@ -79,7 +79,7 @@ class DecodeOptions:
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], "of weights and arithmetic; auto: bfloat16 on CUDA, else float32"
     ] = "auto"
-    cache: CacheOptions = field(default_factory=CacheOptions)
+    cache: DecodeCacheOptions = field(default_factory=DecodeCacheOptions)
     steps: Annotated[Positive, "of a reading, fewer where they take longer than a second together"] = 16
     rounds: Annotated[Positive, "readings; a figure is the median over their steps with quartiles; variants take turns"] = 5
     prefill_tokens: Annotated[

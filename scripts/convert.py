@@ -33,7 +33,7 @@ from harness.errors import UserError
 
 
 @dataclass
-class DatasetOptions:
+class RunTextOptions:
     path: Annotated[str | None, "where the run's own text lies; null: its prepared data lies in data_dir"] = None
 
 
@@ -49,7 +49,7 @@ class ConvertOptions(ConversionConfig, RunsOptions):
     device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    dataset: RunTextOptions = field(default_factory=RunTextOptions)
 
 
 def main(arguments: list[str]) -> int:

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class CacheOptions:
+class DownstreamCacheOptions:
     dtype: Annotated[CacheDtype | None, f"{FORMS}; null: none but for texts, and there as precision"] = None
     window: Annotated[Positive | None, "newest positions that a query sees, its own included; null: all"] = None
     sinks: Annotated[Count, "first positions that stay visible beside a window"] = 0
@@ -61,7 +61,7 @@ class DownstreamOptions:
     device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     precision: Annotated[Precision, "auto, float32 or bfloat16"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
-    cache: CacheOptions = field(default_factory=CacheOptions)
+    cache: DownstreamCacheOptions = field(default_factory=DownstreamCacheOptions)
 
 
 def main(arguments: list[str]) -> int:

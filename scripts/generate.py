@@ -30,7 +30,7 @@ class AttentionOptions:
 
 
 @dataclass
-class CacheOptions:
+class GenerateCacheOptions:
     dtype: Annotated[CacheDtype, FORMS] = "float32"
     window: Annotated[int | None, "newest positions that a query sees, its own included; null: all"] = None
     sinks: Annotated[int, "first positions that stay visible beside a window"] = 0
@@ -50,7 +50,7 @@ class GenerateOptions:
     step: Annotated[str, "auto, eager, compile or graph"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     attention: AttentionOptions = field(default_factory=AttentionOptions)
-    cache: CacheOptions = field(default_factory=CacheOptions)
+    cache: GenerateCacheOptions = field(default_factory=GenerateCacheOptions)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ from harness.errors import UserError
 
 
 @dataclass
-class DatasetOptions:
+class ImportDatasetOptions:
     path: Annotated[str | None, "of dataset=local, or a folder with prepared data"] = None
 
 
@@ -36,7 +36,7 @@ class ImportOptions:
         str | None, "a folder with config.json, tokenizer.json and safetensors, or NAME or NAME@REVISION on the hub"
     ] = None
     to: Annotated[str | None, "the run's folder: absent, or empty"] = None
-    dataset: DatasetOptions = field(default_factory=DatasetOptions)
+    dataset: ImportDatasetOptions = field(default_factory=ImportDatasetOptions)
     max_seq_len: Annotated[int | None, "positions; null: the model's whole context (fewer take less memory)"] = None
     score: Annotated[bool, "score the validation split, so that eval_model.py and compare_runs.py take the run"] = True
     tracking: Annotated[str, "what the score is logged to: wandb, trackio or none"] = "wandb"
@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
         overrides.append(f"dataset.path={options.dataset.path}")
 
     from harness.hf import importing
-    from harness.hf.source import find_source
+    from harness.hf.checkpoint_files import find_checkpoint
     from harness.runs import from_weights
     from harness.runs.folder import finished, short_line
     from harness.training.device import select_device, select_precision
@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
     target = from_weights.target_folder(options.to)
-    plan = importing.plan_import(find_source(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len)
+    plan = importing.plan_import(find_checkpoint(options.source), target, overrides=overrides, max_seq_len=options.max_seq_len)
     there = importing.already_imported(plan, target)
     if not there:
         importing.import_model(plan, target)

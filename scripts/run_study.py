@@ -40,7 +40,7 @@ from harness.runs.records import DECODE_FILE, STUDY_FILE, FailureRecord, SpecRec
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
-    from harness.study.plan import Plan, RunSpec
+    from harness.study.plan import RunSpec, StudyPlan
     from harness.study.runner import Rates, Slot
 
 SIZES = ("parameters", "MFLOP/token", "cache bytes/token")  # columns
@@ -72,7 +72,7 @@ class StudyOptions:
 class Command:
     """What of a study this command does."""
 
-    plan: Plan
+    plan: StudyPlan
     arms: list[str]
     tune: str  # lr, none or stored
     options: StudyOptions
@@ -244,18 +244,18 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
         write_record(plan, chosen_lr=chosen, specs=runs, sweep=[*rates.sweep, *sweep], failures=failures, history=history)
 
 
-def _earlier(plan: Plan) -> Mapping[str, Any]:
+def _earlier(plan: StudyPlan) -> Mapping[str, Any]:
     """What the folder's record holds of commands before this one."""
     is_there = (plan.folder / STUDY_FILE).is_file()
     return read_study(plan.folder) if is_there else {"chosen_lr": {}, "runs": [], "sweep": []}
 
 
-def _specs_of(plan: Plan, recorded: Sequence[SpecRecord]) -> list[RunSpec]:
+def _specs_of(plan: StudyPlan, recorded: Sequence[SpecRecord]) -> list[RunSpec]:
     """The recorded runs of arms that the study has."""
     return [plan.spec(run["arm"], run["lr"], run["seed"], run["budget"]) for run in recorded if run["arm"] in plan.arms]
 
 
-def measure_decoding(plan: Plan) -> None:
+def measure_decoding(plan: StudyPlan) -> None:
     """decode.json, once: what a token costs to decode for each arm, on this machine."""
     if read_decode_times(plan.folder) is not None:
         return
@@ -277,7 +277,7 @@ def measure_decoding(plan: Plan) -> None:
     write_json(plan.folder / DECODE_FILE, {"rows": rows})
 
 
-def print_arms(plan: Plan) -> None:
+def print_arms(plan: StudyPlan) -> None:
     """What is compared, and how well it is matched."""
     print(f"{plan.name}: {plan.config.question}")
     rows = [["arm", *SIZES, "matched"]]
@@ -290,7 +290,7 @@ def print_arms(plan: Plan) -> None:
     print_table(rows)
 
 
-def _sizes(plan: Plan, arm: str) -> list[str]:
+def _sizes(plan: StudyPlan, arm: str) -> list[str]:
     """The cells of an arm in the columns of SIZES."""
     sizes = plan.arms[arm].quantities
     return [f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}"]
@@ -366,7 +366,7 @@ def write_sweep_file(command: Command) -> int:
     return 0
 
 
-def _chosen_arms(plan: Plan, text: str | None) -> list[str]:
+def _chosen_arms(plan: StudyPlan, text: str | None) -> list[str]:
     if text is None:
         return list(plan.arms)
     arms = [arm.strip() for arm in text.split(",")]

@@ -20,7 +20,7 @@ from harness.data.documents import SPLITS, Source
 from harness.data.hub_client import is_model_name, pretrained_tokenizer
 from harness.data.prepared import (
     FORMAT,
-    DamagedError,
+    DamagedData,
     Piece,
     PreparedData,
     SplitWriter,
@@ -78,7 +78,7 @@ def prepare(
 def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: bool = False) -> PreparedData | None:
     """The prepared data in data_dir of this fingerprint and this tokenizer's SHA-256, whatever made it; None: there is none.
 
-    Raises UserError where data_dir may not be listed, and DamagedError where that data is not whole.
+    Raises UserError where data_dir may not be listed, and DamagedData where that data is not whole.
     """
     with readable(f"data_dir={data_dir}", "make it readable, or name another"):
         try:
@@ -180,13 +180,13 @@ class _Preparation:
         identity = {"source": source.identity, "max_tokens": self.dataset.max_tokens, "tokenizer": settings}
         folder = data_dir / _folder_name(name, identity)
         if replaced is not None:
-            with contextlib.suppress(DamagedError):
+            with contextlib.suppress(DamagedData):
                 if (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
                     return prepared
             identity["tokenizer"] = {"file": replaced}
             folder = data_dir / _folder_name(name, identity)
         # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
-        with contextlib.suppress(DamagedError):
+        with contextlib.suppress(DamagedData):
             return _open(folder, verify)
         with writable(f"data_dir={data_dir}", _ELSEWHERE):
             data_dir.mkdir(parents=True, exist_ok=True)
@@ -194,7 +194,7 @@ class _Preparation:
             if folder.is_dir():
                 try:
                     return _open(folder, verify)
-                except DamagedError as error:
+                except DamagedData as error:
                     tell(f"{error}. Preparing it again.")
             self._build(folder, source, identity)
         return open_prepared(folder)

@@ -27,14 +27,14 @@ _HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': ("
 _BLOCK = 1 << 22  # tokens read at once
 
 
-class DamagedError(UserError):
+class DamagedData(UserError):
     """A prepared folder that is not what its meta.json says."""
 
 
 class Mapped(np.memmap):  # type: ignore[type-arg]
     """A mapped file whose size is looked at before each reading by index: where it was cut, the system would end the process.
 
-    That costs 2 microseconds. A file that was replaced or deleted is read on as it was. Raises DamagedError.
+    That costs 2 microseconds. A file that was replaced or deleted is read on as it was. Raises DamagedData.
     """
 
     _opened: BinaryIO | None
@@ -54,7 +54,7 @@ class Mapped(np.memmap):  # type: ignore[type-arg]
         if self._opened is not None:
             size = os.fstat(self._opened.fileno()).st_size
             if size < self._whole:
-                raise DamagedError(
+                raise DamagedData(
                     f"{self._opened.name} was cut while it was in use and has {size:,} bytes, not {self._whole:,}: start the "
                     f"same command again, which prepares the data again, or put the file back first"
                 )
@@ -115,19 +115,19 @@ def is_prepared(folder: Path) -> bool:
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
-    """meta.json, after comparing the size of every file with what it says. Raises DamagedError, naming the file."""
+    """meta.json, after comparing the size of every file with what it says. Raises DamagedData, naming the file."""
     file = folder / "meta.json"
     try:
         meta = read_object(file)
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{file} cannot be read ({error}): prepare the data again") from error
+        raise DamagedData(f"{file} cannot be read ({error}): prepare the data again") from error
     if meta.get("format") != FORMAT:
-        raise DamagedError(
+        raise DamagedData(
             f"{folder} has format {str(meta.get('format'))[:20]}, this program reads {FORMAT}: prepare the data again"
         )
     problem = _problem_of(meta)
     if problem is not None:
-        raise DamagedError(f"{file} is not what `prepare` writes ({problem}): prepare the data again")
+        raise DamagedData(f"{file} is not what `prepare` writes ({problem}): prepare the data again")
     for name, size in meta["files"].items():
         _check_size(folder / name, size)
     return meta
@@ -175,11 +175,11 @@ def _check_size(file: Path, size: int) -> None:
     actual = file.stat().st_size if file.is_file() else None
     if actual != size:
         found = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
-        raise DamagedError(f"{file} {found}: prepare the data again, or copy the folder again")
+        raise DamagedData(f"{file} {found}: prepare the data again, or copy the folder again")
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """Opens a folder that `prepare` made; raises DamagedError, naming it, for a file missing or of another size.
+    """Opens a folder that `prepare` made; raises DamagedData, naming it, for a file missing or of another size.
 
     Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything.
     """
@@ -198,7 +198,7 @@ def open_prepared(folder: Path) -> PreparedData:
 
 
 def verify_prepared(prepared: PreparedData) -> None:
-    """Reads every file of an open folder, a block at a time. Raises DamagedError, naming the first that is not whole.
+    """Reads every file of an open folder, a block at a time. Raises DamagedData, naming the first that is not whole.
 
     Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; the
     tokenizer must be the one that made them.
@@ -206,9 +206,9 @@ def verify_prepared(prepared: PreparedData) -> None:
     try:
         made_by = Tokenizer.load(prepared.tokenizer_file).sha256
     except UserError as error:
-        raise DamagedError(str(error)) from None
+        raise DamagedData(str(error)) from None
     if made_by != prepared.meta["tokenizer"]["sha256"]:
-        raise DamagedError(
+        raise DamagedData(
             f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says: prepare the data again"
         )
     for name, split in prepared.splits.items():
@@ -219,9 +219,9 @@ def verify_prepared(prepared: PreparedData) -> None:
             digest.update(block.tobytes())
             largest = max(largest, int(block.max()))
         if digest.hexdigest() != counts.get("sha256"):
-            raise DamagedError(f"{file} has other content than meta.json says: prepare the data again")
+            raise DamagedData(f"{file} has other content than meta.json says: prepare the data again")
         if largest >= prepared.vocab_size:
-            raise DamagedError(f"{file} holds a token outside the vocabulary: prepare the data again")
+            raise DamagedData(f"{file} holds a token outside the vocabulary: prepare the data again")
         starts = split.document_starts
         whole = {
             "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
@@ -231,7 +231,7 @@ def verify_prepared(prepared: PreparedData) -> None:
         for kind, is_whole in whole.items():
             if not is_whole:
                 file = prepared.folder / f"{name}.{kind}.npy"
-                raise DamagedError(f"{file} has other content than meta.json says: prepare the data again")
+                raise DamagedData(f"{file} has other content than meta.json says: prepare the data again")
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
@@ -250,7 +250,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
         n_words=counts["words"],
     )
     if split.document_starts[0] != 0 or split.document_starts[-1] != split.n_tokens:
-        raise DamagedError(f"{folder / f'{name}.starts.npy'} does not fit {file.name}: prepare the data again")
+        raise DamagedData(f"{folder / f'{name}.starts.npy'} does not fit {file.name}: prepare the data again")
     return split
 
 
@@ -263,9 +263,9 @@ def _open_array(file: Path, length: int) -> NDArray[np.int64]:
             raise ValueError("it does not begin as an array of int64")
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
-        raise DamagedError(f"{file} cannot be read ({in_a_line(error)}): prepare the data again, or copy it again") from error
+        raise DamagedData(f"{file} cannot be read ({in_a_line(error)}): prepare the data again, or copy it again") from error
     if array.dtype != np.dtype("<i8") or array.shape != (length,):
-        raise DamagedError(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
+        raise DamagedData(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
     return array
 
 

@@ -26,11 +26,11 @@ from harness.config.schema import TokenizerConfig, TrainConfig
 from harness.data import PreparedData, Tokenizer, check, prepare
 from harness.errors import UserError
 from harness.files.atomic import check_target, read_json
+from harness.hf.checkpoint_files import TOKENIZER, CheckpointFiles
 from harness.hf.config_json import FAMILIES, their_json
 from harness.hf.options import Description, describe
-from harness.hf.shards import DTYPES, ShardWriter, Slot, Stored, open_shards
-from harness.hf.source import TOKENIZER, Source
-from harness.hf.weights import Recipe, recipes
+from harness.hf.shards import DTYPES, ShardWriter, TensorInFile, TensorSpec, open_shards
+from harness.hf.weights import TensorMapping, tensor_mappings
 from harness.runs.from_weights import ORIGIN_FILE, make_run
 from harness.runs.text_parts import TheirText, read_text
 from harness.training.checkpoint import unique_tensors
@@ -46,14 +46,14 @@ _COMPUTED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """What an import will write. notes: what a user must know of it, a sentence each."""
 
-    source: Source
+    source: CheckpointFiles
     config: TrainConfig
     model: GPT  # on the meta device
-    recipes: Mapping[str, Recipe]  # by the name of our tensor
-    tensors: Mapping[str, Stored]
+    mappings: Mapping[str, TensorMapping]  # by the name of our tensor
+    tensors: Mapping[str, TensorInFile]
     model_type: str
     text: TheirText
     notes: tuple[str, ...]
@@ -88,7 +88,7 @@ class Plan:
         ]
 
 
-def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_seq_len: int | None) -> Plan:
+def plan_import(source: CheckpointFiles, target: Path, *, overrides: Sequence[str], max_seq_len: int | None) -> ImportPlan:
     """Read and check everything but the weights' values. Writes nothing.
 
     overrides: dataset and data_dir as train_model.py takes them. max_seq_len: a shorter context than config.json's.
@@ -132,9 +132,9 @@ def plan_import(source: Source, target: Path, *, overrides: Sequence[str], max_s
     check(config.dataset, config.tokenizer, has_file=True)
     with shapes_only():
         meta = build_model(config, tokenizer.vocab_size)
-    made_of = dict(recipes(meta, config, interleaved=theirs.interleaved))
+    made_of = dict(tensor_mappings(meta, config, interleaved=theirs.interleaved))
     _check_tensors(made_of, tensors, theirs, notes)
-    return Plan(source, config, meta, made_of, tensors, theirs.model_type, text, tuple(notes))
+    return ImportPlan(source, config, meta, made_of, tensors, theirs.model_type, text, tuple(notes))
 
 
 def _tokenizer_notes(tokenizer: Tokenizer, text: TheirText) -> list[str]:
@@ -155,12 +155,12 @@ def _tokens(numbers: Sequence[int]) -> str:
     return f"token{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def import_model(plan: Plan, target: Path) -> None:
+def import_model(plan: ImportPlan, target: Path) -> None:
     """Write the run. Raises UserError when `target` is taken or cannot be written, or a file is not what it should be."""
     check_target(target)
     writer = ShardWriter(
         {
-            name: Slot(tuple(tensor.shape), _dtype(plan, plan.recipes[name]))
+            name: TensorSpec(tuple(tensor.shape), _dtype(plan, plan.mappings[name]))
             for name, tensor in unique_tensors(plan.model).items()
         }
     )
@@ -170,7 +170,7 @@ def import_model(plan: Plan, target: Path) -> None:
         from tqdm import tqdm
 
         bar = tqdm(writer.names, desc="import", unit="tensor", leave=False, disable=None)
-        writer.write(path, (_made(plan, plan.recipes[name], writer.slots[name]) for name in bar))
+        writer.write(path, (_made(plan, plan.mappings[name], writer.specs[name]) for name in bar))
 
     make_run(
         _with_origin(plan.config, hashes),
@@ -189,7 +189,7 @@ def _with_origin(config: TrainConfig, hashes: Mapping[str, str]) -> TrainConfig:
     return dataclasses.replace(config, init_setup=origin_hash(dict(hashes)))
 
 
-def origin(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
+def origin(plan: ImportPlan, hashes: Mapping[str, str]) -> dict[str, Any]:
     """The content of origin.json."""
     return {
         "kind": "import",
@@ -202,7 +202,7 @@ def origin(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def already_imported(plan: Plan, target: Path) -> bool:
+def already_imported(plan: ImportPlan, target: Path) -> bool:
     """Whether `target` holds this very import: the same files by SHA-256, imported with the same settings.
 
     Raises UserError where it holds an import of the same name that differs.
@@ -222,7 +222,7 @@ def already_imported(plan: Plan, target: Path) -> bool:
     return True
 
 
-def score_data(plan: Plan, target: Path) -> PreparedData:
+def score_data(plan: ImportPlan, target: Path) -> PreparedData:
     """What the import in `target` is scored on, in its own tokens: as this command names it."""
     return prepare(
         plan.config.dataset,
@@ -233,7 +233,7 @@ def score_data(plan: Plan, target: Path) -> PreparedData:
     )
 
 
-def _tied(said: bool, tensors: Mapping[str, Stored], notes: list[str]) -> bool:
+def _tied(said: bool, tensors: Mapping[str, TensorInFile], notes: list[str]) -> bool:
     """Whether the head is the embedding. said: by config.json."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if head is None:
@@ -248,29 +248,31 @@ def _tied(said: bool, tensors: Mapping[str, Stored], notes: list[str]) -> bool:
     return same
 
 
-def _check_tensors(recipes: Mapping[str, Recipe], tensors: Mapping[str, Stored], theirs: Description, notes: list[str]) -> None:
+def _check_tensors(
+    mappings: Mapping[str, TensorMapping], tensors: Mapping[str, TensorInFile], theirs: Description, notes: list[str]
+) -> None:
     """Raises UserError unless every tensor that is needed is there in the shape that config.json asks for, and no other."""
-    for name, recipe in recipes.items():
-        if recipe.source is None:
+    for name, mapping in mappings.items():
+        if mapping.source is None:
             if name.startswith("blocks.0."):
                 notes.append(f"there is no such bias as {name}, so it is zeros")
             continue
-        stored = tensors.get(recipe.source)
+        stored = tensors.get(mapping.source)
         if stored is None:
             raise UserError(
-                f"{recipe.source} is in none of the weight files: the checkpoint is not whole, or not of "
+                f"{mapping.source} is in none of the weight files: the checkpoint is not whole, or not of "
                 f"model_type={theirs.model_type}"
             )
-        if stored.shape != recipe.shape:
+        if stored.shape != mapping.shape:
             raise UserError(
-                f"{recipe.source} is {stored.shape} in {stored.file.name} and {recipe.shape} by config.json: "
+                f"{mapping.source} is {stored.shape} in {stored.file.name} and {mapping.shape} by config.json: "
                 f"the two are not of one model"
             )
         if stored.dtype not in DTYPES:
             raise UserError(
-                f"{recipe.source} is of {stored.dtype}, which is not read: convert the weights to one of {', '.join(DTYPES)}"
+                f"{mapping.source} is of {stored.dtype}, which is not read: convert the weights to one of {', '.join(DTYPES)}"
             )
-    used = {recipe.source for recipe in recipes.values()} | {"lm_head.weight"}
+    used = {mapping.source for mapping in mappings.values()} | {"lm_head.weight"}
     odd = [name for name in tensors if name not in used and not _COMPUTED.fullmatch(name)]
     layers = theirs.sizes["n_layers"]
     if theirs.model_type == "deepseek_v3":  # their modules for multi-token prediction stand behind the last layer
@@ -285,15 +287,15 @@ def _check_tensors(recipes: Mapping[str, Recipe], tensors: Mapping[str, Stored],
         )
 
 
-def _dtype(plan: Plan, recipe: Recipe) -> torch.dtype:
+def _dtype(plan: ImportPlan, mapping: TensorMapping) -> torch.dtype:
     """Theirs; float32 for a product, which their dtype would round."""
-    if recipe.source is None or recipe.factor != 1.0:
+    if mapping.source is None or mapping.factor != 1.0:
         return torch.float32
-    return DTYPES[plan.tensors[recipe.source].dtype]
+    return DTYPES[plan.tensors[mapping.source].dtype]
 
 
-def _made(plan: Plan, recipe: Recipe, slot: Slot) -> Tensor:
-    if recipe.source is None:
-        return torch.zeros(slot.shape, dtype=slot.dtype)
-    made = recipe.make(plan.tensors[recipe.source].read())
-    return made if recipe.factor == 1.0 else (made.double() * recipe.factor).to(slot.dtype)
+def _made(plan: ImportPlan, mapping: TensorMapping, spec: TensorSpec) -> Tensor:
+    if mapping.source is None:
+        return torch.zeros(spec.shape, dtype=spec.dtype)
+    made = mapping.make(plan.tensors[mapping.source].read())
+    return made if mapping.factor == 1.0 else (made.double() * mapping.factor).to(spec.dtype)

@@ -26,7 +26,7 @@ _ZEROS = bytes(2**20)
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorInFile:
     """One tensor of a file. dtype: as the header calls it."""
 
     file: Path
@@ -41,19 +41,19 @@ class Stored:
             return tensor
 
 
-def open_shards(files: Sequence[Path]) -> dict[str, Stored]:
+def open_shards(files: Sequence[Path]) -> dict[str, TensorInFile]:
     """The tensors of all files by name; only the headers are read.
 
     Raises UserError for a file that is not whole or not safetensors, and for a name that stands in two of them.
     """
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, TensorInFile] = {}
     for path in files:
         with _opened(path) as file:
             for name in file.offset_keys():
                 if name in tensors:
                     raise UserError(f"{name} stands in {tensors[name].file} and in {path}: remove the shard that is not needed")
                 entry = file.get_slice(name)
-                tensors[name] = Stored(path, name, entry.get_dtype(), tuple(entry.get_shape()))
+                tensors[name] = TensorInFile(path, name, entry.get_dtype(), tuple(entry.get_shape()))
     return tensors
 
 
@@ -68,7 +68,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSpec:
     """A tensor to be written."""
 
     shape: tuple[int, ...]
@@ -82,33 +82,34 @@ class Slot:
 class ShardWriter:
     """One safetensors file whose tensors are known beforehand and then given one by one, in `names`' order."""
 
-    def __init__(self, slots: Mapping[str, Slot]) -> None:
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         # The widest dtype first: every tensor then begins at a multiple of its own item size.
-        self.names = sorted(slots, key=lambda name: -slots[name].dtype.itemsize)
-        self.slots = slots
+        self.names = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+        self.specs = specs
         entries: dict[str, Any] = {}
         start = 0
         for name in self.names:
-            end = start + slots[name].nbytes
-            entries[name] = {"dtype": _NAMES[slots[name].dtype], "shape": list(slots[name].shape), "data_offsets": [start, end]}
+            spec = specs[name]
+            end = start + spec.nbytes
+            entries[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
             start = end
         header = json.dumps(entries).encode()
         self.header = header + b" " * (-len(header) % 8)
         self.nbytes = 8 + len(self.header) + start
 
     def write(self, path: Path, tensors: Iterable[Tensor]) -> None:
-        """tensors: one for each of `names`, in their slots' dtypes; one with fewer rows than its slot ends in zeros.
+        """tensors: one for each of `names`, in their specs' dtypes; one with fewer rows than its spec ends in zeros.
 
         Raises OSError when the file cannot be written.
         """
         with path.open("wb") as file:
             file.write(len(self.header).to_bytes(8, "little") + self.header)
             for name, tensor in zip(self.names, tensors, strict=True):
-                slot = self.slots[name]
-                assert tensor.dtype == slot.dtype and tensor.shape[1:] == slot.shape[1:], name
-                assert tensor.shape[0] <= slot.shape[0], name
+                spec = self.specs[name]
+                assert tensor.dtype == spec.dtype and tensor.shape[1:] == spec.shape[1:], name
+                assert tensor.shape[0] <= spec.shape[0], name
                 file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-                missing = slot.nbytes - tensor.nbytes
+                missing = spec.nbytes - tensor.nbytes
                 while missing:
                     missing -= file.write(_ZEROS[:missing])
         assert path.stat().st_size == self.nbytes

@@ -27,7 +27,7 @@ _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layer
 
 
 @dataclass(frozen=True)
-class Rows:
+class HeadRows:
     """The next `width` rows, in each head, of one of our tensors. factor: ours are theirs times that."""
 
     ours: str
@@ -41,7 +41,7 @@ class Layout:
     """What a tensor of theirs consists of."""
 
     heads: int
-    parts: tuple[Rows, ...]
+    parts: tuple[HeadRows, ...]
 
     @property
     def rows(self) -> int:
@@ -49,7 +49,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TensorMapping:
     """How one of our tensors is made of one of theirs, which has this shape. source None: zeros."""
 
     source: str | None
@@ -70,17 +70,17 @@ def latent_layouts(config: TrainConfig) -> dict[str, Layout]:
     factor = (config.model.norm_eps / LATENT_NORM_EPS) ** 0.5
     query, theirs = ("q_proj.weight", "q_proj.weight") if R is None else ("q_up_proj.weight", "q_b_proj.weight")
     layouts = {
-        theirs: Layout(H, (Rows(query, N), Rows(query, P, rotated=True))),
-        "kv_b_proj.weight": Layout(H, (Rows("k_up_proj.weight", N), Rows("v_up_proj.weight", V))),
-        "kv_a_layernorm.weight": Layout(1, (Rows("latent_norms.0.weight", L),)),
+        theirs: Layout(H, (HeadRows(query, N), HeadRows(query, P, rotated=True))),
+        "kv_b_proj.weight": Layout(H, (HeadRows("k_up_proj.weight", N), HeadRows("v_up_proj.weight", V))),
+        "kv_a_layernorm.weight": Layout(1, (HeadRows("latent_norms.0.weight", L),)),
     }
     if R is not None:
-        layouts["q_a_layernorm.weight"] = Layout(1, (Rows("q_latent_norm.weight", R),))
+        layouts["q_a_layernorm.weight"] = Layout(1, (HeadRows("q_latent_norm.weight", R),))
     for key in ("weight", "bias"):
-        latent, rotated = Rows(f"kv_down_proj.{key}", L, factor=factor), Rows(f"k_rope_proj.{key}", P, rotated=True)
+        latent, rotated = HeadRows(f"kv_down_proj.{key}", L, factor=factor), HeadRows(f"k_rope_proj.{key}", P, rotated=True)
         layouts[f"kv_a_proj_with_mqa.{key}"] = Layout(1, (latent, rotated))
         if R is not None:
-            layouts[f"q_a_proj.{key}"] = Layout(1, (Rows(f"q_down_proj.{key}", R, factor=factor),))
+            layouts[f"q_a_proj.{key}"] = Layout(1, (HeadRows(f"q_down_proj.{key}", R, factor=factor),))
     return layouts
 
 
@@ -151,32 +151,32 @@ def _side_by_side(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def recipes(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[tuple[str, Recipe]]:
+def tensor_mappings(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[tuple[str, TensorMapping]]:
     """For each of our tensors, theirs. interleaved: rotated pairs stand side by side there."""
     latent = dict(_parted(latent_layouts(config), interleaved)) if config.attention["mechanism"] == "mla" else {}
     for name, tensor in unique_tensors(model).items():
         shape = tuple(tensor.shape)
         if name in _OUTER:
-            yield name, Recipe(_OUTER[name], shape if name == "norm.weight" else (model.vocab_size, *shape[1:]))
+            yield name, TensorMapping(_OUTER[name], shape if name == "norm.weight" else (model.vocab_size, *shape[1:]))
             continue
         _, number, part, key = name.split(".", 3)
         prefix = f"model.layers.{number}.{_INNER[part]}."
         if part == "attention" and key in latent:
-            recipe = latent[key]
-            assert recipe.source is not None
-            yield name, dataclasses.replace(recipe, source=prefix + recipe.source, shape=(*recipe.shape, *shape[1:]))
+            mapping = latent[key]
+            assert mapping.source is not None
+            yield name, dataclasses.replace(mapping, source=prefix + mapping.source, shape=(*mapping.shape, *shape[1:]))
         elif part == "attention" and key == "q_proj.bias" and latent:  # beside biases of latents, theirs has none
-            yield name, Recipe(None, shape)
+            yield name, TensorMapping(None, shape)
         else:
-            yield name, Recipe(prefix + key, shape)
+            yield name, TensorMapping(prefix + key, shape)
 
 
-def _parted(layouts: Mapping[str, Layout], interleaved: bool) -> Iterator[tuple[str, Recipe]]:
+def _parted(layouts: Mapping[str, Layout], interleaved: bool) -> Iterator[tuple[str, TensorMapping]]:
     """Recipes by our name in a layer; of a shape the rows alone."""
     for name, layout in layouts.items():
         for ours in dict.fromkeys(part.ours for part in layout.parts):
             factor = next(part.factor for part in layout.parts if part.ours == ours)
-            yield ours, Recipe(name, (layout.rows,), _taker(layout, ours, interleaved), factor)
+            yield ours, TensorMapping(name, (layout.rows,), _taker(layout, ours, interleaved), factor)
 
 
 def _taker(layout: Layout, ours: str, interleaved: bool) -> Callable[[Tensor], Tensor]:

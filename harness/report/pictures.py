@@ -58,8 +58,8 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a Rows."""
+class ForestRow:
+    """A line of a ForestPlot."""
 
     label: str
     arms: tuple[str, ...]
@@ -75,11 +75,11 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Rows:
+class ForestPlot:
     """Intervals below one another: a forest plot, or a waterfall where bars lead from one row to the next."""
 
     x_label: str
-    rows: Sequence[Row]
+    rows: Sequence[ForestRow]
     level: float | None = None  # a vertical line
     sides: tuple[str, str] | None = None  # words for the left and the right of it
 
@@ -91,7 +91,7 @@ class Picture:
     name: str  # of its file
     title: str
     caption: str
-    panels: Sequence[tuple[str, Plot | Rows]]  # heading and panel
+    panels: Sequence[tuple[str, Plot | ForestPlot]]  # heading and panel
 
 
 def short(value: float) -> str:

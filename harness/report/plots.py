@@ -26,9 +26,9 @@ from harness.report.canvas import (
     wrapped,
 )
 from harness.report.colours import INK, PALE, QUIET, RULE
+from harness.report.forest_plot import draw_forest_plot, forest_plot_height, settle_rows
 from harness.report.names import Names, legend_height, names_of, place_of_names
-from harness.report.pictures import Mark, Picture, Plot, Rows, Series
-from harness.report.rows import draw_rows, rows_height, settle_rows
+from harness.report.pictures import ForestPlot, Mark, Picture, Plot, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,8 +72,8 @@ def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = Fal
         names = []
         for axes, (heading, panel), place in zip(cells, picture.panels, places, strict=False):
             _draw_heading(axes, heading, panel, wide)
-            if isinstance(panel, Rows):
-                draw_rows(drawing, axes, panel, wide)
+            if isinstance(panel, ForestPlot):
+                draw_forest_plot(drawing, axes, panel, wide)
             else:
                 _draw_plot(drawing, axes, panel, wide)
                 names.append(Names(drawing, axes, panel, place, wide))
@@ -83,18 +83,18 @@ def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = Fal
         layout.execute(figure)  # so that names are placed where the points really are
         figure.set_layout_engine("none")
         for axes, (_, panel) in zip(cells, picture.panels, strict=False):
-            if isinstance(panel, Rows):
+            if isinstance(panel, ForestPlot):
                 settle_rows(axes)
         if all(of_plot.settle() for of_plot in names):
             return drawing
         return draw(picture, width, columns=columns, titled=titled, crowded=True)
 
 
-def _height(heading: str, panel: Plot | Rows, place: str, width: float) -> float:
+def _height(heading: str, panel: Plot | ForestPlot, place: str, width: float) -> float:
     """Of a panel with all its words, in points."""
     words = LINE * (line_count(wrapped(heading, BOLD * (width - 50))) + line_count(wrapped(panel.x_label, width - 50)) + 1) + 24
-    if isinstance(panel, Rows):
-        return words + rows_height(panel, width)
+    if isinstance(panel, ForestPlot):
+        return words + forest_plot_height(panel, width)
     body = min(300.0, max(215.0, 0.52 * width))
     if place == "below":
         words += legend_height(panel, width)
@@ -103,7 +103,7 @@ def _height(heading: str, panel: Plot | Rows, place: str, width: float) -> float
     return body + words + LINE * line_count(wrapped(panel.y_label, width - 30))
 
 
-def _draw_heading(axes: Axes, heading: str, panel: Plot | Rows, width: float) -> None:
+def _draw_heading(axes: Axes, heading: str, panel: Plot | ForestPlot, width: float) -> None:
     """What the panel is, and below it what its y axis is, both written across."""
     across = wrapped(panel.y_label, width - 30) if isinstance(panel, Plot) else ""
     if across:

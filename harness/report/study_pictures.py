@@ -11,7 +11,7 @@ from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
 from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict, over_seeds
-from harness.report.pictures import Mark, Picture, Plot, Row, Rows, Series, short
+from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
 OCTAVES = [float(2**k) for k in range(0, 24, 2)]
@@ -104,13 +104,13 @@ def contrasts(findings: Findings) -> Picture:
         caption += " Grey ink and *: not declared beforehand, not corrected."
     if in_bits and any(verdict.noise for verdict in verdicts):
         caption += " Grey bars: noise of the evaluation given these weights (see the table), which is no verdict."
-    panel = Rows(f"difference in {metric.label}", rows, level=0.0, sides=sides)
+    panel = ForestPlot(f"difference in {metric.label}", rows, level=0.0, sides=sides)
     return Picture("contrasts", "Differences between arms", caption, [("", panel)])
 
 
-def _contrast_row(verdict: Verdict, metric: Metric, *, with_noise: bool) -> Row:
+def _contrast_row(verdict: Verdict, metric: Metric, *, with_noise: bool) -> ForestRow:
     contrast, noise = verdict.contrast, verdict.noise
-    return Row(
+    return ForestRow(
         f"{contrast.a} − {contrast.b}" + ("" if contrast.primary else " *"),
         (contrast.a, contrast.b),
         f"{verdict.sentence}.",
@@ -126,13 +126,13 @@ def _contrast_row(verdict: Verdict, metric: Metric, *, with_noise: bool) -> Row:
 
 def staircase(findings: Findings) -> Picture:
     """What each change does, on top of those before it."""
-    rows: list[Row] = []
+    rows: list[ForestRow] = []
     metric = findings.metric
     for arm, verdict in findings.staircase:
         mean = findings.arm(arm).mean
         assert mean is not None
         hover = f"{arm}: {mean_text(mean, metric)} {metric.unit}"
-        row = Row(arm, (arm,), hover, metric.text(mean.mean), mean.mean)
+        row = ForestRow(arm, (arm,), hover, metric.text(mean.mean), mean.mean)
         if verdict is not None and rows:
             contrast = verdict.contrast
             if contrast.low is not None and contrast.high is not None:
@@ -147,7 +147,7 @@ def staircase(findings: Findings) -> Picture:
         "the step."
     )
     title = "What each change does, on top of those before it"
-    return Picture("staircase", title, caption, [("", Rows(metric.axis, rows))])
+    return Picture("staircase", title, caption, [("", ForestPlot(metric.axis, rows))])
 
 
 def _lines(findings: Findings, curves: Curves, unit: str, place: str, *, dotted: bool) -> list[Series]:

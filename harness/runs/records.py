@@ -226,14 +226,14 @@ class StudyRecord(TypedDict):
     history: NotRequired[list[DeclarationRecord]]  # absent from older records
 
 
-class ModelConfig(TypedDict):
+class ModelRecord(TypedDict):
     max_seq_len: Positive
 
 
 class RunConfig(TypedDict):
     """What a report needs of config.yaml, whose version may be an older one."""
 
-    model: ModelConfig
+    model: ModelRecord
 
 
 class DecodeRow(TypedDict):

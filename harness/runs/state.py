@@ -15,7 +15,7 @@ from harness.config.typed import typed
 from harness.errors import UserError
 from harness.files.untrusted import Count, is_count
 from harness.tracking.wandb_run import RUN_ID
-from harness.training.checkpoint import STATE, DamagedError, check_generators, checkpoint_state, latest_checkpoint
+from harness.training.checkpoint import STATE, DamagedCheckpoint, check_generators, checkpoint_state, latest_checkpoint
 from harness.training.loop import Step
 from harness.training.schedule import Schedule, training_steps
 
@@ -50,7 +50,7 @@ class SavedState:
 
     @classmethod
     def of(cls, checkpoint: Path) -> SavedState:
-        """Raises DamagedError, naming the field, for what is no such state."""
+        """Raises DamagedCheckpoint, naming the field, for what is no such state."""
         state = checkpoint_state(checkpoint)
         known = {field.name for field in dataclasses.fields(cls)}
         try:
@@ -62,7 +62,7 @@ class SavedState:
                 content["last_step"] = {**step, **dict.fromkeys(lost, 0.0)}
             saved: SavedState = typed(cls, content, "state")
         except UserError as error:
-            raise DamagedError(checkpoint, f"{STATE}: {error}") from None
+            raise DamagedCheckpoint(checkpoint, f"{STATE}: {error}") from None
         odd = [] if is_count(saved.last_step.tokens) else [f"last_step.tokens={saved.last_step.tokens}, no count"]
         if saved.last_step.number != saved.step:
             odd.append(f"last_step.number={saved.last_step.number} after step {saved.step}")
@@ -71,12 +71,12 @@ class SavedState:
         if saved.wandb_id is not None and not RUN_ID.fullmatch(saved.wandb_id):
             odd.append(f"wandb_id={saved.wandb_id}, no name of a W&B run")
         if odd:
-            raise DamagedError(checkpoint, f"{STATE}: {odd[0]}")
+            raise DamagedCheckpoint(checkpoint, f"{STATE}: {odd[0]}")
         return dataclasses.replace(saved, last_step=dataclasses.replace(saved.last_step, **lost))
 
 
 def check_resumable(checkpoint: Path) -> None:
-    """Raises DamagedError for a checkpoint that is whole and whose state no training can go on from."""
+    """Raises DamagedCheckpoint for a checkpoint that is whole and whose state no training can go on from."""
     SavedState.of(checkpoint)
     check_generators(checkpoint)
 

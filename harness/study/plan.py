@@ -148,7 +148,7 @@ class RunSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study ready to run in a folder of its own."""
 
     name: str
@@ -316,7 +316,7 @@ def _check(config: StudyConfig, study: str) -> None:
         raise UserError(f"tune.factors={config.tune.factors} of study={study} must be three or more, positive and rising")
 
 
-def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) -> Plan:
+def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) -> StudyPlan:
     """Compose every arm and solve what is matched. Writes nothing.
 
     Raises UserError when an arm or the evaluation does not compose, or a mismatch achieved is above its tolerance.
@@ -363,7 +363,7 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
             f"the arms say different learning rates {sorted(rates)}, and a sweep tries the same ones for every arm: set "
             f"optimizer.lr in the base only, or leave tune out"
         )
-    return Plan(name, command, runs_dir / name, config, arms, rates.pop() if len(rates) == 1 else None, trends)
+    return StudyPlan(name, command, runs_dir / name, config, arms, rates.pop() if len(rates) == 1 else None, trends)
 
 
 def _trend(name: str, trend: TrendConfig, arms: Mapping[str, Arm]) -> TrendRecord:
@@ -414,7 +414,7 @@ def vocabulary_of(config: TrainConfig) -> int:
 
 
 @contextlib.contextmanager
-def record_alone(plan: Plan) -> Iterator[None]:
+def record_alone(plan: StudyPlan) -> Iterator[None]:
     """Nobody else reads and rewrites the record meanwhile: commands for different arms may end at once. Waits for it."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / ".record.lock"):
@@ -422,7 +422,7 @@ def record_alone(plan: Plan) -> Iterator[None]:
 
 
 def write_record(
-    plan: Plan,
+    plan: StudyPlan,
     *,
     chosen_lr: Mapping[str, float],
     specs: Sequence[RunSpec],
@@ -465,7 +465,7 @@ def write_record(
     write_json(plan.folder / STUDY_FILE, record)
 
 
-def settle_tuning_seed(plan: Plan) -> None:
+def settle_tuning_seed(plan: StudyPlan) -> None:
     """The seed of the sweep: of one that the folder holds already that one's, whichever it is.
 
     Raises UserError for a new sweep on a seed that is scored.
@@ -484,7 +484,7 @@ def settle_tuning_seed(plan: Plan) -> None:
         )
 
 
-def check_same_study(plan: Plan) -> None:
+def check_same_study(plan: StudyPlan) -> None:
     """Raises UserError when the folder holds another study: an arm of the same name that is something else."""
     path = plan.folder / STUDY_FILE
     if not path.is_file():

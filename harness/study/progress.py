@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.files.text import counted, duration
 from harness.runs.records import read_evaluations, read_summary
-from harness.study.plan import Plan, RunSpec
+from harness.study.plan import RunSpec, StudyPlan
 
 WORDS_SECONDS = 300.0  # from one line to the next where output is no terminal and no run ends
 
@@ -71,7 +71,7 @@ class Pace:
 class Progress:
     """One display: a bar over all tokens that are to be trained, what runs now and what has ended."""
 
-    def __init__(self, plan: Plan, specs: Sequence[RunSpec], pace: Pace, *, title: str) -> None:
+    def __init__(self, plan: StudyPlan, specs: Sequence[RunSpec], pace: Pace, *, title: str) -> None:
         from tqdm import tqdm
 
         self._folder, self._specs, self._title, self._pace = plan.folder, list(specs), title, pace

@@ -23,7 +23,7 @@ from harness.errors import UserError
 from harness.runs.evaluations import judges
 from harness.runs.folder import finished
 from harness.runs.records import FailureRecord, read_evaluations, read_summary
-from harness.study.plan import Plan, RunSpec, merged
+from harness.study.plan import RunSpec, StudyPlan, merged
 from harness.study.progress import Pace, Progress
 
 WORKER = ROOT / "scripts" / "study_run.py"
@@ -63,7 +63,7 @@ def visible_gpus(device: str) -> list[str]:
     return given.split(",")[:count] if given else [str(gpu) for gpu in range(count)]
 
 
-def is_done(plan: Plan, spec: RunSpec) -> bool:
+def is_done(plan: StudyPlan, spec: RunSpec) -> bool:
     """Trained to its end and evaluated as a study judges. Raises UserError for a run that is not what the plan says."""
     folder = plan.folder / spec.name
     if not finished(folder):
@@ -77,7 +77,7 @@ def is_done(plan: Plan, spec: RunSpec) -> bool:
     return any(judges(record, summary["dataset"]) for record in read_evaluations(folder))
 
 
-def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
+def check_unchanged(plan: StudyPlan, specs: Sequence[RunSpec]) -> None:
     """Raises UserError when a finished run was trained on another text than its arm's corpus holds now.
 
     What it would be compared with is trained on the text of today.
@@ -95,7 +95,7 @@ def check_unchanged(plan: Plan, specs: Sequence[RunSpec]) -> None:
 
 
 def run_all(
-    plan: Plan,
+    plan: StudyPlan,
     specs: Sequence[RunSpec],
     *,
     places: Sequence[Slot],
@@ -223,7 +223,7 @@ class Rates:
     notes: list[str] = field(default_factory=list)  # sentences for the reader
 
 
-def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
+def tuned(plan: StudyPlan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], list[FailureRecord]]) -> Rates:
     """The sweep of tune=lr.
 
     Every arm gets the same rates. The sweep's rates are judged by the validation loss at the end of each run; a run that
@@ -265,6 +265,6 @@ def tuned(plan: Plan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]], li
     return Rates({arm: best.lr for arm, best in chosen.items()}, specs, failures, notes)
 
 
-def _final_loss(plan: Plan, spec: RunSpec) -> float:
+def _final_loss(plan: StudyPlan, spec: RunSpec) -> float:
     folder = plan.folder / spec.name
     return float(read_summary(folder, "loss")["loss"]) if finished(folder) else float("inf")

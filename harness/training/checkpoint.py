@@ -44,7 +44,7 @@ _UNREADABLE = "make it readable (is its disk failing?), or move it away to go on
 _LEFTOVER = re.compile(r"\.partial-(?:removed-|replaced-)?(.+)")
 
 
-class DamagedError(UserError):
+class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was written. `reason`: why, in half a sentence."""
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -219,7 +219,7 @@ def checkpoint_state(path: Path) -> dict[str, Any]:
 def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda path: None) -> Path | None:
     """The newest whole checkpoint, None if there is none at all. A damaged one is reported on stderr and passed over.
 
-    check: raises DamagedError for what the caller finds wrong in one that is whole. Raises UserError when all of them are
+    check: raises DamagedCheckpoint for what the caller finds wrong in one that is whole. Raises UserError when all of them are
     damaged, and as `checkpoint_folders` does; nothing is deleted.
     """
     damages = []
@@ -229,7 +229,7 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda pat
             try:
                 check(path)
                 return path
-            except DamagedError as error:
+            except DamagedCheckpoint as error:
                 damage = error.reason
         damages.append(f"{path.name}: {damage}")
         tell(f"WARNING: checkpoint {path} is damaged ({damage}); looking for an earlier one")
@@ -260,7 +260,7 @@ def find_damage(path: Path) -> str | None:
             _headers(path / name)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except DamagedError as error:
+    except DamagedCheckpoint as error:
         return error.reason
     except ValueError:
         return f"{MANIFEST} is not readable"
@@ -275,7 +275,7 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
     """
     damage = find_damage(path)
     if damage is not None:
-        raise DamagedError(path, damage)
+        raise DamagedCheckpoint(path, damage)
     content = _read_state(path)
     if optimizer is not None and content["optimizer"] is None:
         raise UserError(f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=...")
@@ -303,22 +303,22 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """state.json, of the form that _save gives it and of the step that the folder is named after. Raises DamagedError."""
+    """state.json, of the form that _save gives it and of the step that the folder is named after. Raises DamagedCheckpoint."""
     try:
         content = read_object(path / STATE)
     except (OSError, ValueError) as error:
-        raise DamagedError(path, f"{STATE} is not readable: {error}") from None
+        raise DamagedCheckpoint(path, f"{STATE} is not readable: {error}") from None
     caller, optimizer, generators = (content.get(key, path) for key in ("caller", "optimizer", "generators"))
     step = caller.get("step") if isinstance(caller, dict) else None
     if not is_count(step) or (path.name != BEST and step != step_of(path.name)):
-        raise DamagedError(path, f"{STATE} is not readable: it has no step, or another one's")
+        raise DamagedCheckpoint(path, f"{STATE} is not readable: it has no step, or another one's")
     if optimizer is not None and not (isinstance(optimizer, list) and isinstance(generators, dict)):
-        raise DamagedError(path, f"{STATE} is not readable: it has no optimizer or no generators")
+        raise DamagedCheckpoint(path, f"{STATE} is not readable: it has no optimizer or no generators")
     return content
 
 
 def _headers(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in a safetensors file, of which the header alone is read. Raises DamagedError.
+    """The shape of every tensor in a safetensors file, of which the header alone is read. Raises DamagedCheckpoint.
 
     The library compares the header with the size of the file before it reads or allocates anything.
     """
@@ -328,10 +328,10 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
             odd = sorted(name for name, part in parts.items() if part.get_dtype() not in _DTYPES)
             if odd:
                 kind = parts[odd[0]].get_dtype()
-                raise DamagedError(path.parent, f"{path.name} holds {odd[0]} as {kind}, no {', '.join(_DTYPES)}")
+                raise DamagedCheckpoint(path.parent, f"{path.name} holds {odd[0]} as {kind}, no {', '.join(_DTYPES)}")
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise DamagedError(path.parent, f"{path.name}: {in_a_line(error)}") from None
+        raise DamagedCheckpoint(path.parent, f"{path.name}: {in_a_line(error)}") from None
 
 
 def _check_optimizer_state(path: Path, saved: Mapping[str, tuple[int, ...]], optimizer: Optimizer) -> None:
@@ -390,7 +390,7 @@ def _generator_states() -> dict[str, Any]:
 
 
 def check_generators(path: Path) -> None:
-    """Raises DamagedError unless the random generators can be set to what a checkpoint holds; they stay as they are."""
+    """Raises DamagedCheckpoint unless the random generators can be set to what a checkpoint holds; they stay as they are."""
     content = _read_state(path)
     if content["optimizer"] is not None:
         before = _generator_states()
@@ -401,14 +401,14 @@ def check_generators(path: Path) -> None:
 def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
     """The reverse. A GPU that was not there when the states were taken keeps its seed.
 
-    Raises DamagedError for what is no state; then all are as they were.
+    Raises DamagedCheckpoint for what is no state; then all are as they were.
     """
     before = _generator_states()
     try:
         _set_generators(states)
     except Exception:  # whatever three libraries make of foreign states
         _set_generators(before)
-        raise DamagedError(path, f"generators in {STATE}") from None
+        raise DamagedCheckpoint(path, f"generators in {STATE}") from None
 
 
 def _set_generators(states: Mapping[str, Any]) -> None:

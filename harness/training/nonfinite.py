@@ -97,7 +97,7 @@ def _finite(*values: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class FirstNonFinite:
     """Where a number that is not finite first appears: in words, and in which rows of the batch (all: not known)."""
 
     where: str
@@ -106,7 +106,7 @@ class Place:
 
 def locate(
     model: nn.Module, batch: Tensor, *, micro_batch_size: int, precision: torch.dtype, device: torch.device
-) -> Place | None:
+) -> FirstNonFinite | None:
     """Compute the step once more, uncompiled and watched, and find its first number that is not finite.
 
     The generators must stand where they stood before the step; they and the weights are left as they are. None: it does
@@ -114,18 +114,18 @@ def locate(
     """
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            return Place(f"the parameter {name}, before the step", list(range(len(batch))))
+            return FirstNonFinite(f"the parameter {name}, before the step", list(range(len(batch))))
     before = generators(device)
     try:
         for start in range(0, len(batch), micro_batch_size):
             micro = batch[start : start + micro_batch_size]
             everything = list(range(start, start + len(micro)))
-            found: list[Place] = []
+            found: list[FirstNonFinite] = []
             with _watched(model, found, start, everything):
                 with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
                     loss = model.loss(micro[:, :-1], micro[:, 1:])  # type: ignore[operator]
                 if not found and not math.isfinite(loss.item()):
-                    found.append(Place("the loss, after modules whose outputs are all finite", everything))
+                    found.append(FirstNonFinite("the loss, after modules whose outputs are all finite", everything))
                 if not found:
                     (loss * (len(micro) / len(batch))).backward()
             if found:
@@ -137,7 +137,7 @@ def locate(
 
 
 @contextlib.contextmanager
-def _watched(model: nn.Module, found: list[Place], start: int, everything: list[int]) -> Iterator[None]:
+def _watched(model: nn.Module, found: list[FirstNonFinite], start: int, everything: list[int]) -> Iterator[None]:
     """Inside, the first bad output of a module and the first bad gradient, in the order of computation, go to `found`."""
     handles: list[Any] = []
 
@@ -147,7 +147,7 @@ def _watched(model: nn.Module, found: list[Place], start: int, everything: list[
                 if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or found:
                     continue
                 if not bool(torch.isfinite(tensor).all()):
-                    found.append(Place(f"the output of {name}", _bad_rows(tensor, start, everything)))
+                    found.append(FirstNonFinite(f"the output of {name}", _bad_rows(tensor, start, everything)))
                 elif tensor.requires_grad:
                     handles.append(tensor.register_hook(look_at_gradient(f"the gradient of the output of {name}")))
 
@@ -156,7 +156,7 @@ def _watched(model: nn.Module, found: list[Place], start: int, everything: list[
     def look_at_gradient(name: str) -> Any:
         def look(gradient: Tensor) -> None:
             if not found and not bool(torch.isfinite(gradient).all()):
-                found.append(Place(name, everything))
+                found.append(FirstNonFinite(name, everything))
 
         return look
 

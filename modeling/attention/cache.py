@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.attention.positions import in_graph
-from modeling.attention.quantisation import GROUP, NAMED, CacheFormat, Parts, Storage, Stored, as_format, newest_bytes
+from modeling.attention.quantisation import GROUP, NAMED, CachedTensor, CacheFormat, Parts, Storage, as_format, newest_bytes
 from modeling.formats import ROTATED
 from modeling.kernels.attend import band
 
@@ -129,12 +129,14 @@ class Cache:
         self.slots = self._entries(1)
         self._sink_groups = min(-(-sinks // GROUP), self._entries(GROUP))
         stored_as = as_format(dtype)
-        self.stored: dict[str, Stored] = {}
+        self.stored: dict[str, CachedTensor] = {}
         for name, shape in shapes.items():
             storage = stored_as.storage(name, sixteen_bits=sixteen_bits, values=values)
             rows_entries = batch_size, self._entries(storage.tokens)
             waiting = min(max_seq_len, storage.tokens)
-            self.stored[name] = Stored(storage, shape, rows_entries, waiting=waiting, device=device, rotated=stored_as.rotated)
+            self.stored[name] = CachedTensor(
+                storage, shape, rows_entries, waiting=waiting, device=device, rotated=stored_as.rotated
+            )
         # Tokens may come without end where whatever is stored together, once touched by the window, has a place of its own.
         together = {1, *(stored.storage.tokens for stored in self.stored.values())}
         fits = fits and all(self._touched(tokens) <= max_seq_len // tokens for tokens in together)
@@ -419,13 +421,13 @@ class Cache:
             return self._held(self.lengths_B + 1)[:, : min(self._extent + 1, self.slots)]
         return self._keys_in_window(self._positions(T, valid_BT), valid_BT)
 
-    def _group_slot(self, stored: Stored, group: Tensor) -> Tensor:
+    def _group_slot(self, stored: CachedTensor, group: Tensor) -> Tensor:
         """Where a group lies: the sinks' ones first, then a ring of the others."""
         first = self._sink_groups
         ring = max(1, stored.parts[0].shape[1] - first)
         return torch.where((group >= 0) & (group < first), group, first + torch.remainder(group - first, ring))
 
-    def _settle(self, stored: Stored, groups: Parts, begun_B1: Tensor, complete_B1: Tensor) -> None:
+    def _settle(self, stored: CachedTensor, groups: Parts, begun_B1: Tensor, complete_B1: Tensor) -> None:
         """Store the groups from `begun` on that are complete: of those that share a slot the last one."""
         device, made = begun_B1.device, groups[0].shape[1]
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]

@@ -242,7 +242,7 @@ def newest_bytes(storage: Storage, shape: tuple[int, ...], tokens: int) -> int:
     return 0 if storage.tokens == 1 else min(tokens, storage.tokens) * math.prod(shape) * SIXTEEN.itemsize
 
 
-class Stored:
+class CachedTensor:
     """One cached tensor of `shape` a token for all rows and slots: its parts, and how vectors go in and come out.
 
     Where several tokens are stored together, `newest` is a ring of as many, in which the token at position p lies at p

@@ -20,7 +20,7 @@ import pytest
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import PreparedData, Tokenizer, open_prepared, prepare, verify_prepared
-from harness.data.prepared import DamagedError
+from harness.data.prepared import DamagedData
 from harness.errors import UserError
 from tests.support.corpora import BPE, BYTES, documents_of, folder_of_texts, local, text
 from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
@@ -285,7 +285,7 @@ def test_a_damaged_folder_is_refused_by_name_and_built_again(
         file.unlink()
     else:
         os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(DamagedError, match=name):
+    with pytest.raises(DamagedData, match=name):
         open_prepared(whole.folder)
     again = prepared(tmp_path, BPE)
     assert name in capsys.readouterr().err
@@ -340,7 +340,7 @@ def test_a_copied_folder_with_other_content_is_refused_on_demand_and_left_as_it_
     folder = prepared(tmp_path, BYTES).folder
     flip_a_byte(folder / "train.bin")
     before = contents(folder)
-    with pytest.raises(DamagedError, match=r"train\.bin has other content"):
+    with pytest.raises(DamagedData, match=r"train\.bin has other content"):
         prepare(local(folder), BYTES, tmp_path / "other", progress=False, verify=True)
     assert contents(folder) == before
 
@@ -349,7 +349,7 @@ def test_a_folder_of_an_older_format_is_built_again(tmp_path: Path, texts: dict[
     folder = prepared(tmp_path).folder
     meta = json.loads((folder / "meta.json").read_text())
     (folder / "meta.json").write_text(json.dumps(meta | {"format": 0}))
-    with pytest.raises(DamagedError, match="format 0"):
+    with pytest.raises(DamagedData, match="format 0"):
         open_prepared(folder)
     assert prepared(tmp_path).meta["format"] == meta["format"]
 

@@ -923,7 +923,7 @@ _MEASURED = """
 import re, sys
 from pathlib import Path
 from harness.hf import importing
-from harness.hf.source import find_source
+from harness.hf.checkpoint_files import find_source
 
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -28,7 +28,7 @@ from harness.config.compose import load_train_config
 from harness.config.run_config import load_run_config, save_run_config
 from harness.config.schema import DatasetConfig, TrackingConfig
 from harness.data import Tokenizer, open_prepared, prepare
-from harness.data.prepared import DamagedError
+from harness.data.prepared import DamagedData
 from harness.errors import UserError, without_credentials
 from harness.evaluation.probes import probe
 from harness.files.atomic import read_json, write_json
@@ -371,11 +371,11 @@ def test_an_array_or_a_count_that_claims_more_than_is_there_is_refused(tmp_path:
     files = whole["files"] | {"train.starts.npy": len(huge.getvalue())}
     for meta in (whole | {"files": files}, whole | {"files": files, "dtype": "|O"}):
         (folder / "meta.json").write_text(json.dumps(meta))
-        with pytest.raises(DamagedError):
+        with pytest.raises(DamagedData):
             open_prepared(folder)
     for changed in ({"dtype": "|O"}, {"dtype": "<u8"}, {"vocab_size": 2**40}, {"splits": whole["splits"] | {"../x": {}}}):
         (folder / "meta.json").write_text(json.dumps(whole | changed))
-        with pytest.raises(DamagedError, match="not what `prepare` writes"):
+        with pytest.raises(DamagedData, match="not what `prepare` writes"):
             open_prepared(folder)
 
 

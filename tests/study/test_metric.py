@@ -16,7 +16,7 @@ from harness.evaluation.metric import METRICS
 from harness.report.colours import BETTER, WORSE
 from harness.report.findings import Findings
 from harness.report.page import page
-from harness.report.pictures import Plot, Rows
+from harness.report.pictures import ForestPlot, Plot
 from harness.report.sections import sections
 from harness.report.tables import as_csv, as_markdown
 from harness.report.write import as_dict
@@ -87,7 +87,7 @@ def test_axes_forest_and_staircase_say_and_show_the_direction(pair: tuple[Findin
             assert isinstance(low, Plot) and low.y_label == "test bits per byte, lower is better"
             assert high.y_label == "test answer accuracy, higher is better"
     (low,), (high,) = panels(bits, "contrasts"), panels(accuracy, "contrasts")
-    assert isinstance(low, Rows) and low.sides == ("← first arm better", "second arm better →")
+    assert isinstance(low, ForestPlot) and low.sides == ("← first arm better", "second arm better →")
     assert high.sides == ("← second arm better", "first arm better →")
     assert all(row.noise is None for row in high.rows), "the bootstrap is in bits per byte"
     (low,), (high,) = panels(bits, "staircase"), panels(accuracy, "staircase")

@@ -15,8 +15,8 @@ from harness.errors import UserError
 from harness.runs.records import DeclarationRecord, read_study
 from harness.study.history import additions
 from harness.study.plan import (
-    Plan,
     StudyConfig,
+    StudyPlan,
     build_plan,
     check_same_study,
     load_study,
@@ -47,7 +47,7 @@ def study(folder: Path, text: str) -> StudyConfig:
     return load_study("given", folder)
 
 
-def plan(folder: Path, text: str = GOOD) -> Plan:
+def plan(folder: Path, text: str = GOOD) -> StudyPlan:
     return build_plan(study(folder, text), name="given", command="command", runs_dir=folder / "runs")
 
 
@@ -221,7 +221,7 @@ def test_a_sweep_that_was_begun_on_a_scored_seed_goes_on_with_it(tmp_path: Path)
     assert planned.tuning_seed == 0
 
 
-def keep(planned: Plan) -> list[DeclarationRecord]:
+def keep(planned: StudyPlan) -> list[DeclarationRecord]:
     """What a command writes down before it trains, and the history that it leaves."""
     arms = [*planned.arms]
     rates = Rates(planned.untuned_rates(arms))

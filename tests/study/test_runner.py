@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from harness.errors import UserError
-from harness.study.plan import ArmConfig, Plan, StudyConfig, TuneConfig, build_plan
+from harness.study.plan import ArmConfig, StudyConfig, StudyPlan, TuneConfig, build_plan
 from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
 from scripts import run_study
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("study"))
 
 
-def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Plan:
+def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> StudyPlan:
     base = [o for o in place.overrides() if not o.startswith(("runs_dir", "budget"))]
     config = StudyConfig(
         question="which?",
@@ -59,7 +59,7 @@ def carried_out(command: run_study.Command) -> int:
     return run_study.run(command, command.places)
 
 
-def run(place: Workplace, plan: Plan, specs: list) -> list:  # type: ignore[type-arg]
+def run(place: Workplace, plan: StudyPlan, specs: list) -> list:  # type: ignore[type-arg]
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
     return run_all(plan, specs, places=[ONE_THREAD, ONE_THREAD], evaluate_overrides=machine, title="runs")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.training.loop import Step, train
-from harness.training.nonfinite import Guard, NonFiniteError, Place, locate
+from harness.training.nonfinite import FirstNonFinite, Guard, NonFiniteError, locate
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import OneProcess
 from harness.training.step import EagerStep
@@ -149,7 +149,7 @@ def test_a_run_that_stopped_stands_where_the_step_before_left_it() -> None:
 # --- where -----------------------------------------------------------------------------------------------------------
 
 
-def _locate(model: nn.Module, batch: Tensor, micro_batch_size: int = 2) -> Place | None:
+def _locate(model: nn.Module, batch: Tensor, micro_batch_size: int = 2) -> FirstNonFinite | None:
     before = [parameter.detach().clone() for parameter in model.parameters()]
     state = torch.get_rng_state()
     place = locate(model, batch, micro_batch_size=micro_batch_size, precision=torch.float32, device=CPU)
@@ -173,7 +173,7 @@ def test_the_module_whose_output_is_the_first_bad_one_is_named_with_its_rows(var
     seen: list[Tensor] = []
     model.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.blocks[1].mlp.up_proj.register_forward_hook(spoil)
-    assert _locate(model, batch) == Place("the output of blocks.1.mlp.up_proj", [3])
+    assert _locate(model, batch) == FirstNonFinite("the output of blocks.1.mlp.up_proj", [3])
 
 
 def test_a_parameter_that_is_bad_before_the_step_is_named() -> None:
@@ -181,7 +181,7 @@ def test_a_parameter_that_is_bad_before_the_step_is_named() -> None:
     with torch.no_grad():
         model.blocks[1].mlp.up_proj.weight[3, 2] = math.nan
     batch = torch.arange(2 * 9).reshape(2, 9)
-    assert _locate(model, batch) == Place("the parameter blocks.1.mlp.up_proj.weight, before the step", [0, 1])
+    assert _locate(model, batch) == FirstNonFinite("the parameter blocks.1.mlp.up_proj.weight, before the step", [0, 1])
 
 
 def test_a_bad_loss_after_good_modules_and_a_bad_gradient_after_a_good_loss_are_told_apart() -> None:
@@ -198,7 +198,7 @@ def test_a_bad_loss_after_good_modules_and_a_bad_gradient_after_a_good_loss_are_
     torch.manual_seed(0)
     batch = next(tiny_batches(1))
     place = _locate(Overflows(), batch, 6)
-    assert place == Place("the loss, after modules whose outputs are all finite", [0, 1, 2, 3, 4, 5])
+    assert place == FirstNonFinite("the loss, after modules whose outputs are all finite", [0, 1, 2, 3, 4, 5])
     model = TinyModel()
     model.norm = nn.Sequential(nn.RMSNorm(8), Root())
-    assert _locate(model, batch, 6) == Place("the gradient of the output of norm.0", [0, 1, 2, 3, 4, 5])
+    assert _locate(model, batch, 6) == FirstNonFinite("the gradient of the output of norm.0", [0, 1, 2, 3, 4, 5])

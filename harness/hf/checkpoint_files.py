@@ -22,7 +22,7 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointFiles:
     """A checkpoint's files on this machine. revision: the hub's commit, None for a local folder."""
 
     name: str
@@ -46,7 +46,7 @@ class Source:
         return hashes
 
 
-def find_source(text: str) -> Source:
+def find_checkpoint(text: str) -> CheckpointFiles:
     """The files of a local folder, or of NAME or NAME@REVISION on the hub, downloaded into the hub's cache.
 
     A path that exists wins. Raises UserError (HubUnreachable where the hub is out of reach), in one sentence, for files
@@ -81,14 +81,16 @@ def find_source(text: str) -> Source:
     return _source(repository, commit, fetch, sorted(hashes), f"{repository} on the hub")
 
 
-def _in_folder(folder: Path, name: str, revision: str | None, place: str) -> Source:
+def _in_folder(folder: Path, name: str, revision: str | None, place: str) -> CheckpointFiles:
     def fetch(file: str) -> Path | None:
         return folder / file if (folder / file).is_file() else None
 
     return _source(name, revision, fetch, sorted(path.name for path in folder.iterdir()), place)
 
 
-def _source(name: str, revision: str | None, fetch: Callable[[str], Path | None], names: Sequence[str], place: str) -> Source:
+def _source(
+    name: str, revision: str | None, fetch: Callable[[str], Path | None], names: Sequence[str], place: str
+) -> CheckpointFiles:
     """names: of all files, to say what is there instead."""
 
     def needed(file: str, remedy: str) -> Path:
@@ -119,7 +121,7 @@ def _source(name: str, revision: str | None, fetch: Callable[[str], Path | None]
             raise UserError(f"{shard}, a shard that {INDEX} names, is not in {place}: fetch it too")
         shards.append(path)
     text = {each: path for each in _TEXT_FILES if each in names and (path := fetch(each)) is not None}
-    return Source(name, revision, config, tokenizer, tuple(shards), index, text)
+    return CheckpointFiles(name, revision, config, tokenizer, tuple(shards), index, text)
 
 
 def _shards_of(index: Path) -> list[str]:

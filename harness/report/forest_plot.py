@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.report.canvas import BEHIND_WORDS, LETTER, LINE, Drawing, limits, line_count, marker_look, set_x_ticks, shortened
 from harness.report.colours import INK, PALE, QUIET, RULE, Style
-from harness.report.pictures import Row, Rows
+from harness.report.pictures import ForestPlot, ForestRow
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -26,7 +26,7 @@ class _Layout:
     interval: float  # what is left to the intervals
 
 
-def _layout(panel: Rows, width: float) -> _Layout:
+def _layout(panel: ForestPlot, width: float) -> _Layout:
     label, words = (LETTER * max(map(len, texts)) for texts in zip(*((r.label, r.words) for r in panel.rows), strict=True))
     pitch = 30.0 if any(row.noise is not None for row in panel.rows) else 25.0
     interval = width - label - words - 28
@@ -37,16 +37,16 @@ def _layout(panel: Rows, width: float) -> _Layout:
     return _Layout(False, room, lines, pitch + 6 + LINE * lines, width - 12)
 
 
-def _label(row: Row, room: float) -> str:
+def _label(row: ForestRow, room: float) -> str:
     lines = textwrap.wrap(row.label, max(8, int(room / LETTER)), break_long_words=False)
     return "\n".join(shortened(line, room) for line in lines)
 
 
-def rows_height(panel: Rows, width: float) -> float:
+def forest_plot_height(panel: ForestPlot, width: float) -> float:
     return _layout(panel, width).pitch * len(panel.rows)
 
 
-def draw_rows(drawing: Drawing, axes: Axes, panel: Rows, width: float) -> None:
+def draw_forest_plot(drawing: Drawing, axes: Axes, panel: ForestPlot, width: float) -> None:
     """The y axis is in points, from the top."""
     layout = _layout(panel, width)
     ends = [v for row in panel.rows for v in (row.value, row.low, row.high, row.begin, *(row.noise or ()))]
@@ -82,7 +82,7 @@ def settle_rows(axes: Axes) -> None:
             text.remove()
 
 
-def _draw_words(drawing: Drawing, axes: Axes, row: Row, layout: _Layout, y: float) -> None:
+def _draw_words(drawing: Drawing, axes: Axes, row: ForestRow, layout: _Layout, y: float) -> None:
     """Name and figures."""
     common: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "color": INK, "zorder": 3, "bbox": BEHIND_WORDS}
     label = _label(row, layout.room)
@@ -97,7 +97,7 @@ def _draw_words(drawing: Drawing, axes: Axes, row: Row, layout: _Layout, y: floa
     drawing.part(texts, row.arms, [row.hover])
 
 
-def _draw_interval(drawing: Drawing, axes: Axes, row: Row, y: float) -> None:
+def _draw_interval(drawing: Drawing, axes: Axes, row: ForestRow, y: float) -> None:
     """What a row shows between its words."""
     from matplotlib.patches import Rectangle
 
