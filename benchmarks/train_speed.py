@@ -200,7 +200,9 @@ def our_steps(config: TrainConfig, backend: str, under: Conditions) -> tuple[GPT
     """The harness's model and loop as train_model.py runs them, its kernel, and a function that makes one optimizer step."""
     device = under.device
     model = build_model(config, under.options.vocab_size).to(device)
-    kernel = pin_execution(model, config.attention | {"backend": backend}, device=device, precision=under.precision)
+    kernel = pin_execution(
+        model, config.attention | {"backend": backend}, device=device, precision=under.precision, trains=True
+    )
     model.loss_chunk_tokens = hardware.loss_chunk_tokens(device)
     recipe = choose_recipe(config.optimizer)
     captured = select_capture(under.options.capture, device, processes=1, update_can_be=recipe.can_be_captured)

@@ -280,7 +280,7 @@ def make_subjects(
     from harness.config.build import layers_that_differ
     from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
-    from modeling.attention import with_most_paths
+    from modeling.attention import names_kernel, with_most_paths
     from modeling.attention.cache import check_values
     from modeling.attention.layers import AttentionLayers
     from modeling.attention.quantisation import as_format
@@ -305,7 +305,7 @@ def make_subjects(
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
         absorbs = "absorbed" in choosing.decode_paths and paths != ("expand",)
-        if absorbs:
+        if absorbs or names_kernel(part.attentions, options.kernel):
             subject.kernel = options.kernel
         execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
         pin_execution(part, execution, device=plan.device, precision=plan.dtype)

@@ -24,7 +24,7 @@ from modeling.formats import FORMS
 class AttentionOptions:
     backend: Annotated[str, "the attention kernel"] = "auto"
     decode: Annotated[str, "auto, expand or absorbed: how latents are read back from a cache"] = "auto"
-    kernel: Annotated[str, "what computes the absorbed path: auto, torch or another of modeling/kernels/decode_kernels.py"] = (
+    kernel: Annotated[str, "what reads latents, or states: auto, torch or another of modeling/kernels/decode_kernels.py"] = (
         "auto"
     )
 

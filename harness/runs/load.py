@@ -26,7 +26,7 @@ from modeling.attention import EXECUTION, attends, set_execution
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
-from modeling.kernels.decode_kernels import OTHERS, check_kernel, check_widths
+from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS, check_dtype, check_gradient, check_kernel, check_widths
 
 CHECKPOINTS = ("last", "best")
 
@@ -107,16 +107,24 @@ def token_losses(model: GPT, *, capture: str, precision: torch.dtype, device: to
     return TokenLosses(model, precision=precision, device=device)
 
 
-def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype) -> str:
-    """Choose backend, decode path and decode kernel once, set them in every layer and return the backend's name.
+def pin_execution(
+    model: GPT, execution: Mapping[str, Any], *, device: torch.device, precision: torch.dtype, trains: bool = False
+) -> str:
+    """Choose backend, decode path and kernel once, set them in every layer and return what computes attention.
 
     Where layers differ, each has the backend that fits it, and the name is all of theirs; layers that attend to no tokens need
-    none. Raises UserError if one of them cannot run.
+    none, and are named where a kernel was chosen for them. trains: gradients are wanted too. Raises UserError if one of them
+    cannot run.
     """
     chosen: dict[tuple[Any, ...], str] = {}
     with as_user_error():
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
+        rules = [layer.kernel for layer in model.attentions if layer.kernel in DELTA_RULES]
+        for kernel in set(rules):
+            check_dtype(kernel, precision)
+            if trains:
+                check_gradient(kernel, device)
         for layer in filter(attends, model.attentions):
             qk_width = layer.qk_width + (0 if getattr(layer, "sink_logits", None) is None else SINK_WIDTH)
             shape = (layer.n_heads, layer.n_kv_heads, qk_width, layer.v_head_dim, layer.dropout)
@@ -134,7 +142,7 @@ def pin_execution(model: GPT, execution: Mapping[str, Any], *, device: torch.dev
             layer.backend = chosen[shape]
             if layer.kernel in OTHERS:
                 check_widths(layer.kernel, layer.latent_widths[0], layer.qk_rope_head_dim)
-    return ", ".join(dict.fromkeys(chosen.values())) or "none"
+    return ", ".join(dict.fromkeys([*chosen.values(), *rules])) or "none"
 
 
 def compute_like(model: GPT, other: GPT) -> None:

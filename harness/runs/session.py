@@ -82,7 +82,7 @@ class Session:
         )
         set_deterministic(config.deterministic)  # which kernels have a say in
         self.plan = model_shapes(config, vocab_size=64)  # which no tokenizer falls below
-        self.kernel = pin_execution(self.plan, config.attention, device=device, precision=self.precision)
+        self.kernel = pin_execution(self.plan, config.attention, device=device, precision=self.precision, trains=True)
         self.writer = CheckpointWriter(
             self.run / "checkpoints", keep=config.checkpoints.keep, background=config.checkpoints.background
         )

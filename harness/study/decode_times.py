@@ -98,7 +98,7 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
     with torch.device(plan.device):
         model = build_model(config, vocab_size, max_seq_len=plan.contexts[-1] + plan.room).to(plan.dtype).eval()
     choosing = with_most_paths(model.attentions)
-    kernel = config.attention["kernel"] if "absorbed" in choosing.decode_paths else "torch"
+    kernel = config.attention["kernel"]
     if plan.step_used == "graph":
         with as_user_error(f"{name}: "):
             check_capture(kernel)

@@ -21,6 +21,7 @@ from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.tied import TiedKeyValueAttention
 from modeling.attention.tpa import TensorProductAttention
+from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS
 
 
 class Attention(Protocol):
@@ -42,7 +43,8 @@ class Attention(Protocol):
     With an absorbed path also: `absorbs(new_tokens)`, whether a call of so many takes it; `absorbs_up_to`, where `auto` stops;
     `kernel_for`, what computes it; `kernels_lack`, why no kernel but torch's is for the layer, as the middle of a sentence, or
     None; and where that is more than 3, `numbers_absorbed`: how many float32 numbers of one query, head and cached token it
-    holds at once.
+    holds at once. `kernels`, `kernels_lack`: what else than torch computes
+    a layer without such a path, and why not this one.
 
     A layer that keeps something of constant size states `state_shapes`, the shape of each such tensor by name; `wide_states`,
     those of them that are in float32 at least whatever the cache's dtype; and `state_formula`, the elements of these and of the
@@ -102,7 +104,8 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 # How attention is computed, not what it is: no constructor takes these, `set_execution` may change them at any time.
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
-#   kernel   auto | torch | one of OTHERS in modeling/kernels/decode_kernels.py: the absorbed path of one new token
+#   kernel   auto | torch | one of OTHERS in modeling/kernels/decode_kernels.py: the absorbed path of one new token; or of
+#            DELTA_RULES there: every call of a layer that names it in `kernels`
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
@@ -224,6 +227,11 @@ def with_most_paths(attentions: Sequence[Any]) -> Any:
     return max(attentions, key=lambda attention: len(attention.decode_paths))
 
 
+def names_kernel(attentions: Sequence[Any], kernel: str) -> bool:
+    """Whether some of the layers name a kernel as one for their every call."""
+    return any(kernel in getattr(attention, "kernels", ()) for attention in attentions)
+
+
 def execute(attentions: Sequence[Any], **changes: str) -> None:
     """Choose how layers are computed: backend, decode, kernel; what is not named stays.
 
@@ -257,7 +265,11 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
             f"{' or '.join(paths)}"
         )
-    if kernel not in ("auto", "torch") and ("absorbed" not in paths or decode == "expand"):
+    if kernel in DELTA_RULES and not names_kernel([attention], kernel):
+        return (
+            f"attention.kernel={kernel} computes the gated delta rule, which is not in this variant; use attention.kernel=torch"
+        )
+    if kernel in OTHERS and ("absorbed" not in paths or decode == "expand"):
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
     if kernel not in ("auto", "torch") and attention.kernels_lack is not None:
         return f"attention.kernel={kernel} {attention.kernels_lack} use attention.kernel=torch"

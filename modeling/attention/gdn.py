@@ -8,12 +8,12 @@ A layer of linear attention: all that it has read stands in one matrix a head, t
     S       = a S + k outer (b (v - a S^T k)),    o = S^T q / sqrt(K)    the gated delta rule, equation 10
     y       = (g o / rms(o) * silu(x W_G)) W_O                           the norm by head, its gain g shared by all
 
-The equation is numbered as at ICLR 2025 (8 in arXiv's first version), and its S is ours transposed; 1 / sqrt(K) is the authors'
-code's, the parameters of a are Mamba-2's, which the paper names without printing them.
+The equation is numbered as at ICLR 2025, and its S is ours transposed; 1 / sqrt(K) is the authors' code's, the parameters of a
+are Mamba-2's, which the paper names without printing them.
 
 A value head h reads query and key head h // (H / G), H value heads for G heads of queries and keys. Nothing is rotated: order
 is in the decay and the convolution. The rule in chunks (training, prompts) and by token (decoding) is in
-modeling/kernels/delta_rule.py.
+modeling/kernels/delta_rule.py, and by another library's kernels (attention.kernel=fla) in delta_rule_fla.py beside it.
 
 Letters: B batch, T new tokens, S those and the tail, D d_model, H value heads, G heads of queries and keys, K their width, V
 width of a value, W width of the convolution, C its channels, 2 G K + H V.
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, real_first
 from modeling.attention.norms import widely_normed
+from modeling.kernels.decode_kernels import DELTA_RULES
 from modeling.kernels.delta_rule import CHUNK, delta_rule, delta_rule_step
+from modeling.kernels.delta_rule_fla import WIDEST, delta_rule_by_fla
 
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at first
 RATE_RANGE = (1e-2, 16.0)  # of exp(a_log) at first
@@ -55,6 +57,7 @@ class GatedDeltaNet(nn.Module):
     decode_paths = ("auto",)
     cached_as = "a state, changed by every token"
     wide_states = ("state",)  # sums over all tokens so far
+    kernels = tuple(DELTA_RULES)
 
     def __init__(
         self,
@@ -104,6 +107,13 @@ class GatedDeltaNet(nn.Module):
         self.dt_bias = nn.Parameter(step.expm1_().log_())  # softplus undone
         self.o_norm = nn.RMSNorm(V, eps=norm_eps)
         self.o_proj = nn.Linear(H * V, d_model, bias=bias)
+
+    @property
+    def kernels_lack(self) -> str | None:
+        """Why no kernel but torch's is for this layer, as the middle of a sentence."""
+        if self.head_dim <= WIDEST:
+            return None
+        return f"takes heads of up to {WIDEST} dimensions, and this variant's head_dim is {self.head_dim}:"
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -200,14 +210,18 @@ class GatedDeltaNet(nn.Module):
         self, q_BTGK: Tensor, k_BTGK: Tensor, v_BTHV: Tensor, log_decay_BTH: Tensor, beta_BTH: Tensor, state_BHKV: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(out_BTHV, the state afterwards), in float32 at least: a state is a sum over all tokens."""
-        dtype = log_decay_BTH.dtype
+        dtype, device = log_decay_BTH.dtype, q_BTGK.device.type
+        products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BTGK.dtype
         repeats = self.n_v_heads // self.n_k_heads
         q_BTHK, k_BTHK = (
             (x * (x.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt()).repeat_interleave(repeats, dim=2)
             for x in (q_BTGK.to(dtype), k_BTGK.to(dtype))
         )
         v_BTHV, state_BHKV = v_BTHV.to(dtype), state_BHKV.to(dtype)
-        with torch.autocast(q_BTHK.device.type, enabled=False):  # which would round the operands
+        with torch.autocast(device, enabled=False):  # which would round the operands
+            if self.kernel == "fla":
+                q, k, v = (x.to(products) for x in (q_BTHK, k_BTHK, v_BTHV))
+                return delta_rule_by_fla(q, k, v, log_decay_BTH, beta_BTH, state_BHKV, scale=self.scale)
             if q_BTHK.shape[1] > 1:
                 return delta_rule(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, scale=self.scale)
             q_BHK, k_BHK, v_BHV, log_decay_BH, beta_BH = (

@@ -2,12 +2,14 @@
 
 Equations 9-19 of the paper, in row-vector convention (W_x is the module's weight, transposed):
 
-    c_KV = norm(x W_DKV)                  kv_down_proj    the latent that is cached, L wide
-    k_C  = c_KV W_UK,  v_C = c_KV W_UV    k_up_proj, v_up_proj
-    k_R  = rotate(x W_KR)                 k_rope_proj     P wide, one for all heads, cached after rotation
-    c_Q  = norm(x W_DQ)                   q_down_proj     R wide; absent without q_lora_rank
-    [q_C ; q_R] = c_Q [W_UQ ; W_QR]       q_up_proj, or q_proj on x without q_lora_rank; q_R is rotated
-    o    = softmax([q_C ; q_R] [k_C ; k_R]^T / sqrt(N + P)) v_C,  out = o W_O
+    c_KV = norm(x W_DKV)                  (9)         kv_down_proj    the latent that is cached, L wide
+    k_C  = c_KV W_UK,  v_C = c_KV W_UV    (10, 11)    k_up_proj, v_up_proj
+    k_R  = rotate(x W_KR)                 (15)        k_rope_proj     P wide, one for all heads, cached after rotation
+    c_Q  = norm(x W_DQ)                   (12)        q_down_proj     R wide; absent without q_lora_rank
+    [q_C ; q_R] = c_Q [W_UQ ; W_QR]       (13, 14)    q_up_proj, or q_proj on x without q_lora_rank; q_R is rotated
+    o    = softmax([q_C ; q_R] [k_C ; k_R]^T / sqrt(N + P)) v_C,  out = o W_O      (16 to 19)
+
+The norms are section 3.1.2's. That W_UK and W_UV can be absorbed is said in words: section 2.1.2 and appendix C.
 
 Two execution paths, one set of weights (attention.decode):
 

@@ -1,10 +1,11 @@
-"""The kernels that decode with latents beside torch's: what each needs and takes, and the choice among them.
+"""The kernels beside torch's, to decode with latents and for the gated delta rule: what each needs and takes, and the choice.
 
-A further one is a file with a function `decode` and an entry of the table; each is imported only when chosen.
+A further one that decodes is a file with a function `decode` and an entry of the table; each is imported only when chosen.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.torch_version import TorchVersion
 
 from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
 
@@ -21,10 +23,11 @@ ANY, NONE = (1, sys.maxsize), (1, 0)  # numbers of heads, from and to; a range w
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel for one new token beside torch's: where it stands, what it needs and what it takes.
+    """A kernel beside torch's: where it stands, what it needs and what it takes.
 
-    file: in modeling/kernels, with a function `decode` of the positional arguments of `latent_decode` and the scale.
-    package: that it imports; install: how to get that. dtypes: of queries and latents. latents, rotated: widths L and P.
+    file: in modeling/kernels; for a new token with a function `decode` of the positional arguments of `latent_decode` and the
+    scale. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys and values.
+    latents, rotated: widths L and P.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto_heads: from and to how many heads auto takes it, before kernels that stand above it in the table.
     auto_heads_8_bits: the same of latents that are read in 8 bits.
@@ -35,8 +38,8 @@ class Kernel:
     package: str
     install: str
     dtypes: Sequence[torch.dtype]
-    latents: Sequence[int]
-    rotated: Sequence[int]
+    latents: Sequence[int] = ()
+    rotated: Sequence[int] = ()
     capability: int | None = None
     auto_heads: tuple[int, int] = NONE
     auto_heads_8_bits: tuple[int, int] = NONE
@@ -85,14 +88,16 @@ OTHERS = {
         plans_on_host=True,
     ),
 }
-KERNELS = ("auto", "torch", *OTHERS)
+# Of gated DeltaNet's layers: every call, training included. auto never takes one.
+DELTA_RULES = {"fla": Kernel("delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION)}
+KERNELS = ("auto", "torch", *OTHERS, *DELTA_RULES)
 
 
 def check_kernel(name: str, device: torch.device | str) -> None:
     """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
     if name not in KERNELS:
         raise ValueError(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
-    kernel = OTHERS.get(name)
+    kernel = (OTHERS | DELTA_RULES).get(name)
     if kernel is None:
         return
     device = torch.device(device)
@@ -119,6 +124,28 @@ def _is_installed(package: str) -> bool:
         return importlib.util.find_spec(package) is not None
     except ModuleNotFoundError:  # one that it would be in is missing
         return False
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError if a kernel of the tables does not compute in this type."""
+    known = (OTHERS | DELTA_RULES)[name].dtypes
+    if dtype not in known:
+        *names, last = (str(each).removeprefix("torch.") for each in known)
+        raise ValueError(
+            f"attention.kernel={name} computes in {', '.join(names)} or {last}, not in {dtype}; take attention.kernel=torch"
+        )
+
+
+def check_gradient(name: str, device: torch.device) -> None:
+    """Raise ValueError if nothing can be trained with attention.kernel=name on this device, for which it is a kernel."""
+    if name not in DELTA_RULES or _is_installed("tilelang"):  # which fla takes in Triton's place
+        return
+    triton = TorchVersion(importlib.metadata.version("triton"))
+    if torch.cuda.get_device_capability(device)[0] == 9 and "3.4" <= triton < "3.7.1":
+        raise ValueError(
+            f"attention.kernel={name} has no right gradient on Hopper with Triton {triton} (fla-org/flash-linear-attention, "
+            "issue 640): train with Triton 3.7.1, install tilelang, or take attention.kernel=torch"
+        )
 
 
 def check_capture(name: str) -> None:

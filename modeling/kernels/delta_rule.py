@@ -5,8 +5,8 @@ For each head, with a decay a_t in (0, 1] and a writing strength b_t in (0, 1), 
     S_t = a_t S_(t-1) + k_t outer (b_t (v_t - a_t S_(t-1)^T k_t)),      o_t = scale S_t^T q_t
 
 which is equation 10 with S transposed. `delta_rule` takes chunks of C tokens at once (section 3.3 and appendix A, which extend
-the WY form of arXiv 2406.06484). With g_t the sum of log a from the chunk's first token to t, what the chunk writes is
-U = (I + A)^-1 (b v - b exp(g) k S_0) with A_ij = b_i (k_i . k_j) exp(g_i - g_j) for j < i, and then
+equations 8 and 9, the WY form of arXiv 2406.06484). With g_t the sum of log a from the chunk's first token to t, what the chunk
+writes is U = (I + A)^-1 (b v - b exp(g) k S_0) with A_ij = b_i (k_i . k_j) exp(g_i - g_j) for j < i, and then
 
     o_i = scale (exp(g_i) S_0^T q_i + sum over j <= i of (q_i . k_j) exp(g_i - g_j) U_j),
     S_C = exp(g_C) S_0 + sum over j of exp(g_C - g_j) k_j outer U_j

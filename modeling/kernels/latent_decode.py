@@ -1,6 +1,6 @@
 """Decoding with latent attention, absorbed: one new token a row against the cached latents, in torch or by another kernel.
 
-All heads share the cached row as key and its latent part as value (DeepSeek-V2, arXiv 2405.04434, section 2.1):
+All heads share the cached row as key and its latent part as value (DeepSeek-V2, arXiv 2405.04434, appendix C):
 
     p_hs = softmax over s of  scale * (q_latent_h . latent_s + q_rope_h . k_rope_s),    out_h = sum over s of p_hs latent_s
 

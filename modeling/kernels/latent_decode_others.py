@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_widths
+from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_widths
 
 
 @functools.cache
@@ -58,11 +58,7 @@ def decode_by(
     assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
     assert kept in EIGHT_BITS if latent_scale_BS is not None else kept == dtype, (kept, dtype)
     check_widths(kernel, latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
-    if dtype not in OTHERS[kernel].dtypes:
-        *names, last = (str(each).removeprefix("torch.") for each in OTHERS[kernel].dtypes)
-        raise ValueError(
-            f"attention.kernel={kernel} computes in {', '.join(names)} or {last}, not in {dtype}; take attention.kernel=torch"
-        )
+    check_dtype(kernel, dtype)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, latent_BSL)):
         raise ValueError(
             f"attention.kernel={kernel} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
