@@ -348,6 +348,14 @@ def test_a_section_without_data_is_left_out_with_a_word_where_it_matters(tmp_pat
         assert said in markdown
 
 
+def test_rates_that_a_study_gives_its_arms_are_called_neither_shared_nor_tuned(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "own", extras=False, segments=0)
+    record = json.loads((folder / "study.json").read_text())
+    (folder / "study.json").write_text(json.dumps(record | {"shared_lr": None}))
+    markdown, _, _ = written(folder)
+    assert "Every arm ran at the rate that the study's file gives it: no rate was tuned in this study." in markdown
+
+
 def test_a_study_without_a_finished_run_has_no_report(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "none", unfinished=[(arm, seed) for arm in ARMS for seed in (0, 1, 2)])
     with pytest.raises(UserError, match="no finished and evaluated run yet, so there is nothing to report"):

@@ -60,6 +60,18 @@ contrasts:""",
 )
 
 
+def test_an_arm_without_a_sweep_may_say_its_own_rate(tmp_path: Path) -> None:
+    untuned = GOOD.replace("tune: {factors: [0.5, 1, 2]}\n", "")
+    own = plan(tmp_path, untuned.replace("[attention=gqa]", "[attention=gqa, optimizer.lr=0.002]"))
+    assert own.shared_lr is None and plan(tmp_path, untuned).shared_lr == 0.004
+    rates = own.untuned_rates(own.arms)
+    assert rates == {"mha": 0.004, "gqa": 0.002, "mla": 0.004}
+    runs = own.main_runs(rates, ["mla", "gqa"])
+    assert [spec.name for spec in runs[:2]] == ["mla-lr0.004-seed0", "gqa-lr0.002-seed0"]
+    write_record(own, chosen_lr={}, specs=runs, sweep=[], failures=[])
+    assert read_study(own.folder)["shared_lr"] is None
+
+
 def test_a_trend_knows_the_size_of_its_arms_and_gives_them_the_seeds_of_declared_ones(tmp_path: Path) -> None:
     planned = plan(tmp_path, WIDER)
     assert planned.config.seeds_of("mla_2") == [0, 1, 2] and planned.config.seeds_of("mha") == [0, 1]
