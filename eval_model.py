@@ -51,7 +51,7 @@ def main(overrides: list[str]) -> int:
     for run in runs:
         try:
             record, result = score_run(run, config)
-            print_table(record, result)
+            print_evaluation(record, result)
             try:
                 file = keep_record(run, record, config, result.segments)
             except BaseException:  # what could not be stored is at least said
@@ -85,7 +85,7 @@ def chosen_runs(config: EvalConfig) -> list[Path]:
     return [newest]
 
 
-def print_table(record: Evaluation, result: SplitResult) -> None:
+def print_evaluation(record: Evaluation, result: SplitResult) -> None:
     """For people; the JSON line follows."""
     word = f"{MOST_FIGURE:g} or more" if result.word_perplexity is None else f"{result.word_perplexity:,.2f}"
     rows = [

@@ -34,7 +34,7 @@ from harness.entry.cli import pasteable, run_hydra
 from harness.evaluation.evaluate import split_metrics
 from harness.evaluation.perplexity import SplitResult
 from harness.files.atomic import write_json
-from harness.runs.corpus import check_unchanged, load_data, refuse_other_data
+from harness.runs.corpus import check_text_unchanged, load_data, refuse_other_data
 from harness.runs.folder import begun, claimed, finished, put_back, run_folder, short_line
 from harness.runs.records import RunSummary, read_summary
 from harness.runs.session import Session
@@ -58,7 +58,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     session = workers.in_turn(lambda: Session(config, workers))
     run = workers.first(lambda: run_folder(config))
     if workers.first(lambda: finished(run) and not config.overwrite):
-        workers.first(lambda: check_unchanged(config, run))
+        workers.first(lambda: check_text_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
     # What ended an earlier attempt may have hurt the data.
     data = workers.in_turn(lambda: load_data(config, verify=workers.is_first and not config.overwrite and begun(run)))
@@ -100,7 +100,7 @@ def train_session(session: Session) -> RunSummary:
         print("\n".join(session.lines()), flush=True)
     result = session.evaluate() if session.first_step == 1 else None
     session.poll()
-    tell = say if is_first else lambda line: None
+    tell = say_above_bar if is_first else lambda line: None
     bar = tqdm(total=steps, initial=session.first_step - 1, unit="step", disable=None if is_first else True)
     # Else a line at each interval stands for it: in a log file, on a terminal without a width, as containers have.
     seen = sys.stdout.isatty() and not bar.disable and (bar.ncols is None or bar.ncols > 0)
@@ -153,7 +153,7 @@ def say_interrupted(session: Session, overrides: list[str]) -> int:
     return session.interruption.exit_code
 
 
-def say(line: str) -> None:
+def say_above_bar(line: str) -> None:
     """Above the bar, and at once also where the output is a file."""
     tqdm.write(line)
     sys.stdout.flush()

@@ -84,19 +84,19 @@ def main(arguments: list[str]) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{options.model}, {parameters:,} parameters, {take({'step': 0}).size / 1e9:.2f} GB a checkpoint")
     print(f"{machine_name(device)}, torch {torch.__version__}")
-    print(f"a step alone                    {shown(alone)}")
+    print(f"a step alone                    {median_and_range(alone)}")
     try:
         for background in (False, True):
             writer = CheckpointWriter(folder, keep=2, background=background)
             # The first one makes the memory that the others use again.
-            saved = [save(writer, take, number, step_seconds, device) for number in range(options.rounds + 1)][1:]
+            saved = [timed_save(writer, take, number, step_seconds, device) for number in range(options.rounds + 1)][1:]
             writer.close()
             name = "beside training" if background else "waiting for it"
-            print(f"{name:<15} blocked         {shown([each.blocked for each in saved])}")
+            print(f"{name:<15} blocked         {median_and_range([each.blocked for each in saved])}")
             if background:
-                print(f"                until on disk   {shown([each.whole for each in saved])}")
+                print(f"                until on disk   {median_and_range([each.whole for each in saved])}")
                 if beside := [seconds for each in saved for seconds in each.beside]:
-                    print(f"                a step meanwhile {shown(beside)[1:]}")
+                    print(f"                a step meanwhile {median_and_range(beside)[1:]}")
     finally:
         shutil.rmtree(folder if options.folder else folder.parent)
     return 0
@@ -111,7 +111,7 @@ class Saved:
     beside: list[float]
 
 
-def save(
+def timed_save(
     writer: CheckpointWriter,
     take: Callable[[dict[str, int]], Snapshot],
     number: int,
@@ -130,7 +130,7 @@ def save(
     return Saved(blocked, whole, beside[:-1])  # the last step may have outlasted the writing
 
 
-def shown(seconds: list[float]) -> str:
+def median_and_range(seconds: list[float]) -> str:
     """Median and range."""
     return f"{statistics.median(seconds):8.3f} s  ({min(seconds):.3f} to {max(seconds):.3f})"
 

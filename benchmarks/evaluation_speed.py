@@ -54,11 +54,13 @@ def main(argv: list[str]) -> int:
     print(f"{'':<32}{'scored tokens/s':>16}{'range':>26}{'of eager':>10}{'first, s':>10}{'loss':>10}")
     for model in options.model.split(","):
         for attention in options.attention.split(","):
-            compare(model, attention, options, device, precision)
+            measure_forms(model, attention, options, device, precision)
     return 0
 
 
-def compare(name: str, attention: str, options: EvaluationSpeedOptions, device: torch.device, precision: torch.dtype) -> None:
+def measure_forms(
+    name: str, attention: str, options: EvaluationSpeedOptions, device: torch.device, precision: torch.dtype
+) -> None:
     """One model in every form, a row each."""
     config = load_train_config([f"model={name}", f"attention={attention}"])
     model = build_model(config, options.vocab_size).to(device).eval()

@@ -157,8 +157,10 @@ def main(arguments: list[str]) -> int:
     for name in names:
         if name not in KERNELS:
             raise UserError(f"kernels={name} is unknown; choose all or some of {','.join(KERNELS)}")
-    heads, batch_sizes, contexts = (whole_numbers(key, getattr(options, key)) for key in ("heads", "batch_sizes", "contexts"))
-    if options.tile is not None and len(whole_numbers("tile", options.tile)) != 5:
+    heads, batch_sizes, contexts = (
+        positive_numbers(key, getattr(options, key)) for key in ("heads", "batch_sizes", "contexts")
+    )
+    if options.tile is not None and len(positive_numbers("tile", options.tile)) != 5:
         raise UserError(f"tile={options.tile} must be five numbers: heads,slots,warps,stages,registers")
     if not torch.cuda.is_available():
         raise UserError(
@@ -191,12 +193,12 @@ def main(arguments: list[str]) -> int:
                 call, plan = KERNELS[name](case, options)
                 error = float((call(0)[0].double() - exact).norm() / exact.norm())
                 times = timed(call, case.inputs, options.rounds)
-                figures.append(figure(name, plan, case, times, ceilings, error))
+                figures.append(kernel_time(name, plan, case, times, ceilings, error))
                 bar.write(row(figures[-1]))
             except ImportError as missing:
                 remarks.append(f"{name}: not installed ({missing})")
             except (RuntimeError, ValueError, TypeError) as reason:  # a peer that does not take this shape, or no memory
-                remarks.append(f"{name}, {H} heads, batch {B}, context {S}: {first_line(reason)}")
+                remarks.append(f"{name}, {H} heads, batch {B}, context {S}: {kind_and_message(reason)}")
             gc.collect()
             torch.cuda.empty_cache()
             bar.update()
@@ -204,18 +206,18 @@ def main(arguments: list[str]) -> int:
         gc.collect()
         torch.cuda.empty_cache()
     bar.close()
-    report(figures, remarks, ceilings, options, device)
+    print_report(figures, remarks, ceilings, options, device)
     return int(failed)
 
 
-def whole_numbers(key: str, text: str) -> list[int]:
-    """The positive whole numbers of a list with commas."""
+def positive_numbers(key: str, text: str) -> list[int]:
+    """Of a list with commas, in which a number may come twice."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
         raise UserError(f"{key}={text} must be positive whole numbers, separated by commas")
     return [int(number) for number in text.split(",")]
 
 
-def first_line(error: Exception) -> str:
+def kind_and_message(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:160]}"
 
 
@@ -309,7 +311,7 @@ def ours(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None
     plan = kernel.plan_for(case.q_latent_IBHL[0], latents[0])
     tile, splits = plan.tile, options.splits or plan.splits
     if options.tile is not None:
-        tile = kernel.Tile(*whole_numbers("tile", options.tile), resident=1)
+        tile = kernel.Tile(*positive_numbers("tile", options.tile), resident=1)
         if options.splits is None:
             query, latent = case.q_latent_IBHL[0], latents[0]
             splits = kernel.choose_splits(
@@ -490,7 +492,7 @@ KERNELS: dict[str, Callable[[Case, LatentDecodeOptions], tuple[Call, str]]] = {
 }
 
 
-def figure(name: str, plan: str, case: Case, times: list[float], ceilings: Ceilings, error: float) -> KernelTime:
+def kernel_time(name: str, plan: str, case: Case, times: list[float], ceilings: Ceilings, error: float) -> KernelTime:
     """Times and what they mean."""
     q_latent, q_rope, latent, k_rope, lengths_B = case.arguments(0)
     B, H, L = q_latent.shape
@@ -525,7 +527,7 @@ def row(f: KernelTime) -> str:
     )
 
 
-def report(
+def print_report(
     figures: list[KernelTime], remarks: list[str], ceilings: Ceilings, options: LatentDecodeOptions, device: torch.device
 ) -> None:
     """Remarks, JSON if asked for, and the table last."""

@@ -65,7 +65,7 @@ class ParallelOptions(ModelOptions):
     out: Annotated[str | None, "a JSON file for the figures"] = None
 
 
-def measure(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
+def measure_rates(options: ParallelOptions, workers: Workers) -> dict[str, Any]:
     """Tokens per second of these processes together: median and range over the rounds."""
     device, world_size = workers.device, workers.world_size
     hardware.keep_freed_memory(device)
@@ -132,7 +132,7 @@ def batches(options: ParallelOptions, length: int, workers: Workers) -> list[Ten
     return [batch[workers.rank * share :][:share].to(workers.device) for batch in whole]
 
 
-def launch(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
+def run_torchrun(options: ParallelOptions, processes: int, engine: str) -> dict[str, Any] | None:
     """The figures of one torchrun of this file, None if it failed."""
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
@@ -169,7 +169,7 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"engines={engine} is unknown; choose from {', '.join(ENGINES)}")
     if FIGURES in os.environ:
         with open_workers(options.device) as workers:
-            measured = measure(options, workers)
+            measured = measure_rates(options, workers)
             if workers.is_first:
                 Path(os.environ[FIGURES]).write_text(json.dumps(measured))
         return 0
@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> int:
     print(f"{'processes':<10}{'engine':<12}{'tokens/s':>12}{'range':>22}{'times one':>11}{'MFU':>8}{'GiB':>7}{'loss':>9}")
     for processes in whole_numbers("processes", options.processes):
         for engine in options.engines.split(",") if processes > 1 else ["ddp"]:
-            figures = launch(options, processes, engine)
+            figures = run_torchrun(options, processes, engine)
             if figures is None:
                 status = 1
                 continue

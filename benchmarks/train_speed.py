@@ -262,7 +262,7 @@ def main(arguments: list[str]) -> int:
             rounds.append({who: tokens / seconds_of(step, options.steps, device) for who, step in steps.items()})
             bar.update()
         flops = training_flops_per_token(ours, under.length)
-        figures.append(figure(name, kernel, ours, rounds[-options.rounds :], flops, under, first))
+        figures.append(step_time(name, kernel, ours, rounds[-options.rounds :], flops, under, first))
         bar.write(row(figures[-1]))
         del ours, steps["ours"]
         gc.collect()
@@ -272,8 +272,8 @@ def main(arguments: list[str]) -> int:
     flops = training_flops_per_token(build_model(base, options.vocab_size), under.length)
     for who, model in reversed(baselines.items()):
         own = [each | {"ours": each[who]} for each in rounds]
-        figures.insert(0, figure(who, "torch's choice", model, own, flops, under, 0.0))
-    report(figures, under)
+        figures.insert(0, step_time(who, "torch's choice", model, own, flops, under, 0.0))
+    print_report(figures, under)
     return 0
 
 
@@ -290,7 +290,7 @@ def row(f: StepTime) -> str:
     )
 
 
-def figure(
+def step_time(
     name: str, kernel: str, model: nn.Module, rounds: list[dict[str, float]], flops: int, under: Conditions, first: float
 ) -> StepTime:
     """Medians and ranges of the rounds, in each of which "ours" is the model's rate."""
@@ -311,7 +311,7 @@ def figure(
     )
 
 
-def report(figures: list[StepTime], under: Conditions) -> None:
+def print_report(figures: list[StepTime], under: Conditions) -> None:
     """A table for people, then one JSON line."""
     options, machine = under.options, machine_name(under.device)
     print(

@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> int:
         subject.name: with_most_paths(subject.part.attentions).absorbs_up_to for subject in subjects if len(subject.paths) > 1
     }
     crossovers = decode_report.crossovers(results.figures, limits)
-    print("\n".join([heading, *decode_report.table(results), *map(decode_report.sentence, crossovers), *notes]))
+    print("\n".join([heading, *decode_report.speed_table(results), *map(decode_report.crossover_sentence, crossovers), *notes]))
     print(
         f"bandwidth: {results.bandwidth / 1e9:,.1f} GB/s, reading {swept_bytes(plan) / 2**20:,.0f} MiB in this run; "
         f"largest batch: within {plan.budget_bytes / 2**30:,.1f} GiB"
@@ -154,14 +154,14 @@ def main(arguments: list[str]) -> int:
         "notes": notes,
     }
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "decode"
-    write(out, record, results.figures, heading)
+    write_files(out, record, results.figures, heading)
     said = {key: record[key] for key in ("device", "dtype", "cache_dtype", "step")}
     counts = {"rows": len(results.figures), "left_out": len(results.skipped)}
     print(json.dumps(said | counts | {"record": str(out / "decode.json")}))
     return 0
 
 
-def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading: str) -> None:
+def write_files(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading: str) -> None:
     """decode.json, decode.csv and, where anything was timed, decode.png."""
     from harness.files.atomic import write_json, write_text, written_together
     from harness.report import decode as decode_report
@@ -176,7 +176,7 @@ def write(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading:
         remedy="make room or choose another folder with out=...; what lay there is as it was",
     ) as aside:
         write_json(aside / "decode.json", record | {"files": files})
-        write_text(aside / "decode.csv", decode_report.as_csv(figures))
+        write_text(aside / "decode.csv", decode_report.speed_csv(figures))
         if figures:
             picture = decode_report.picture(figures, title=heading)
             save_png(picture, aside / "decode.png", columns=len(picture.panels) // 2)
@@ -375,8 +375,8 @@ def transformers_writer(model: Any, config: TrainConfig, dtype: torch.dtype, not
         theirs = classes.as_transformers(model.to(dtype), config)
     return Writer(
         "transformers",
-        functools.partial(classes.write, theirs),
-        functools.partial(classes.cache_bytes, theirs),
+        functools.partial(classes.generate_with_theirs, theirs),
+        functools.partial(classes.their_cache_bytes, theirs),
         sum(parameter.nbytes for parameter in theirs.parameters()),
     )
 

@@ -117,9 +117,9 @@ def main(arguments: list[str]) -> int:
             "checkpoint": trained.checkpoint,
             "commit": commit(),
         }
-        keep_record(run, record)
+        keep_task_record(run, record)
         records.append(record)
-    print_table(records)
+    print_tasks(records)
     print(json.dumps({"run": str(run), "records": records}), flush=True)
     return 0
 
@@ -153,7 +153,7 @@ def check(options: DownstreamOptions) -> list[str]:
     return names
 
 
-def keep_record(run: Path, record: dict[str, Any]) -> None:
+def keep_task_record(run: Path, record: dict[str, Any]) -> None:
     """Store a task's record in the run; the same one done again replaces its file, another stands beside it.
 
     Raises UserError when the run's folder cannot be written.
@@ -166,7 +166,7 @@ def keep_record(run: Path, record: dict[str, Any]) -> None:
         write_json(run / "downstream" / f"{record['task'].replace('/', '_')}-{digest[:8]}.json", record)
 
 
-def print_table(records: list[dict[str, Any]]) -> None:
+def print_tasks(records: list[dict[str, Any]]) -> None:
     """For people; the JSON line follows."""
     head = ("task", "metric", "value", "+-", "shots", "documents")
     rows = [head] + [

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     options, overrides = options_and_overrides(CalculatorOptions, without_flags(arguments))
     check(options, overrides)
 
-    from harness.decode.kv_calculator import report, table
+    from harness.decode.kv_calculator import cache_figures, cache_table
     from harness.hf.cache import describe_apart
 
     asked = tokens(options.context)
@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
         dtype = options.dtype or config.cache.dtype
         context = asked or config.model.max_seq_len
         description, measured, stored = describe_ours(config, name=name, dtype=dtype, context=context)
-    figures = report(
+    figures = cache_figures(
         description,
         dtype=dtype,
         context=context,
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(figures))
     else:
-        print("\n".join(map(visible, table(figures))))
+        print("\n".join(map(visible, cache_table(figures))))
     return 0
 
 

@@ -121,7 +121,7 @@ def main(arguments: list[str]) -> int:
         if options.arms is None:
             held.enter_context(lock_run(plan.folder))
         held.enter_context(telling_how_to_continue(arguments))
-        return run(command, held.enter_context(multi_process_service(command.places)))
+        return run_study(command, held.enter_context(multi_process_service(command.places)))
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def telling_how_to_continue(arguments: Sequence[str]) -> Iterator[None]:
             raise
 
 
-def run(command: Command, places: Sequence[Slot]) -> int:
+def run_study(command: Command, places: Sequence[Slot]) -> int:
     """Sweep, train, evaluate, measure decoding, report."""
     from harness.report.write import report_study
     from harness.runs.corpus import load_data

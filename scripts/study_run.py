@@ -39,11 +39,11 @@ def end_with_standard_input() -> None:
 def main(arguments: list[str]) -> int:
     threading.Thread(target=end_with_standard_input, daemon=True).start()
     make, evaluate = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
-    made = convert(make[1:]) if make[0] == "convert" else train_model.main(make)
+    made = convert_run(make[1:]) if make[0] == "convert" else train_model.main(make)
     return made or eval_model.main(evaluate)
 
 
-def convert(arguments: list[str]) -> int:
+def convert_run(arguments: list[str]) -> int:
     """A conversion that was finished before is kept; what a killed one left is made again."""
     from scripts import convert as script
 

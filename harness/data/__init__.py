@@ -3,7 +3,7 @@
 from harness.data.network import HubUnreachable
 from harness.data.prepare import prepare, prepared_as
 from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared
-from harness.data.sources import check
+from harness.data.sources import check_corpus
 from harness.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "PreparedData",
     "TokenSplit",
     "Tokenizer",
-    "check",
+    "check_corpus",
     "open_prepared",
     "prepare",
     "prepared_as",

@@ -135,7 +135,7 @@ def _fetch(base: str, book: Book, downloads: Path) -> None:
     """One book, tried several times. Raises UserError for other content, HubUnreachable if it does not come whole."""
     url = f"{base}/{urllib.parse.quote(book.path)}"
     for _ in range(download.ATTEMPTS):
-        raw = download.patiently(lambda: _read(url), f"{book.path} of classic_books", base, _URL_VARIABLE)
+        raw = download.retried_download(lambda: _read(url), f"{book.path} of classic_books", base, _URL_VARIABLE)
         text = clean(raw).encode()
         blob = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
         if (blob, _sha256(text)) == (book.git_blob_sha1, book.text_sha256):

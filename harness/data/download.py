@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 Result = TypeVar("Result")
 
 
-def patiently(read: Callable[[], Result], what: str, place: str, mirror: str) -> Result:
+def retried_download(read: Callable[[], Result], what: str, place: str, mirror: str) -> Result:
     """What `read` downloads, tried several times. Raises HubUnreachable where it does not come whole.
 
     place: its server, as the user knows it; mirror: the environment variable that names another one.
@@ -57,7 +57,7 @@ def download(url: str, to: Path, sha256: str, *, what: str, mirror: str, progres
         for _ in range(2):
             partial.write_bytes(b"")
             with tqdm(unit="B", unit_scale=True, desc=f"{what}: download", disable=not progress) as bar:
-                patiently(lambda bar=bar: _go_on(url, partial, bar), what, url, mirror)  # type: ignore[misc]
+                retried_download(lambda bar=bar: _go_on(url, partial, bar), what, url, mirror)  # type: ignore[misc]
             if file_sha256(partial) == sha256:
                 os.replace(partial, to)
                 return

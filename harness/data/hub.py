@@ -117,7 +117,7 @@ def _files_on_hub(dataset: DatasetConfig) -> tuple[dict[str, list[str]], dict[st
     name, revision = dataset.hub_name, dataset.hub_revision
     splits = _split_files(_builder(dataset), dataset)
     files = [file for files in splits.values() for file in files]
-    return splits, hub_client.patiently(lambda: hub_client.file_hashes(name, files, revision), f"the hashes of {name}")
+    return splits, hub_client.retried_hub_call(lambda: hub_client.file_hashes(name, files, revision), f"the hashes of {name}")
 
 
 def _builder(dataset: DatasetConfig) -> Any:
@@ -134,7 +134,7 @@ def _builder(dataset: DatasetConfig) -> Any:
                 raise
             raise UserError(f"dataset.hub_config={dataset.hub_config}: {error}") from error
 
-    return hub_client.patiently(ask, what)
+    return hub_client.retried_hub_call(ask, what)
 
 
 def _split_files(builder: Any, dataset: DatasetConfig) -> dict[str, list[str]]:
@@ -151,7 +151,7 @@ def _verified(dataset: DatasetConfig, name: str, expected: str) -> Path:
     what = f"{name} of {dataset.hub_name}"
     for _ in range(2):
         path = hub_client.hub_file(dataset.hub_name, name, dataset.hub_revision, what)
-        if hub_client.is_whole(path, expected):
+        if hub_client.is_as_stated(path, expected):
             return path
         tell(f"{what} arrived with wrong content and is deleted")
         path.resolve().unlink()
@@ -167,7 +167,7 @@ def _verified_copy(dataset: DatasetConfig, name: str, expected: str) -> Path:
     path = Path(dataset.path, name)
     if not path.is_file():
         raise UserError(f"dataset.path={dataset.path} has no {name}: it must hold the files of {dataset.hub_name}")
-    if not hub_client.is_whole(path, expected):
+    if not hub_client.is_as_stated(path, expected):
         raise UserError(f"{path} is not the file that dataset.sha256 names: copy it again")
     return path
 

@@ -52,7 +52,7 @@ def connect(path: str, what: str, kind: str = "dataset") -> None:
     _set_timeouts()
 
 
-def patiently(call: Callable[[], Result], what: str, kind: str = "dataset") -> Result:
+def retried_hub_call(call: Callable[[], Result], what: str, kind: str = "dataset") -> Result:
     """The result of a library call, tried three times.
 
     Raises UserError at once for what the hub does not have, HubUnreachable for what it breaks off every time.
@@ -107,7 +107,7 @@ def hub_file(repository: str, name: str, revision: str | None, what: str, kind: 
     def download() -> Path:
         return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=repo_type))
 
-    return patiently(download, what, kind)
+    return retried_hub_call(download, what, kind)
 
 
 def file_hashes(repository: str, names: list[str], revision: str) -> dict[str, str]:
@@ -148,7 +148,7 @@ def pretrained_tokenizer(name: str) -> Path:
 def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, str]]:
     """The commit that a revision of a model is (None: its newest), and what the hub states of each file of it.
 
-    That is SHA-256, or git's SHA-1 of a blob for small files outside LFS: see `is_whole`.
+    That is SHA-256, or git's SHA-1 of a blob for small files outside LFS: see `is_as_stated`.
     """
     what = f"the model {repository}"
     connect(f"api/models/{repository}/revision/{revision or 'main'}", what, "weights")
@@ -161,10 +161,10 @@ def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, s
         assert commit is not None
         return commit, _stated(hub.list_repo_tree(repository, revision=commit, repo_type="model"))
 
-    return patiently(listed, what, "weights")
+    return retried_hub_call(listed, what, "weights")
 
 
-def is_whole(path: Path, stated: str) -> bool:
+def is_as_stated(path: Path, stated: str) -> bool:
     """Whether a file is the one of which the hub states this SHA-256, or this SHA-1 of a git blob."""
     if len(stated) == 64:
         return file_sha256(path) == stated

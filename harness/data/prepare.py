@@ -28,7 +28,7 @@ from harness.data.prepared import (
     open_prepared,
     verify_prepared,
 )
-from harness.data.sources import SOURCES, Opening, check, open_source
+from harness.data.sources import SOURCES, Opening, check_corpus, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError, readable, tell, writable
 from harness.files.atomic import DISK_ERRORS, flush
@@ -63,7 +63,7 @@ def prepare(
     dataset.path names it, refused. Raises UserError (HubUnreachable where the source is out of reach).
     """
     how = Opening(data_dir, for_training and tokenizer_file is None, progress)
-    check(dataset, tokenizer, has_file=tokenizer_file is not None)
+    check_corpus(dataset, tokenizer, has_file=tokenizer_file is not None)
     settings = _tokenizer_settings(tokenizer, has_file=tokenizer_file is not None)
     replaced = Tokenizer.load(tokenizer_file).sha256 if tokenizer_file else None
     if dataset.path is not None and is_prepared(Path(dataset.path)):

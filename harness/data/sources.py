@@ -89,7 +89,7 @@ def open_source(dataset: DatasetConfig, how: Opening) -> Source:
     return origin.open(dataset, how)
 
 
-def check(dataset: DatasetConfig, tokenizer: TokenizerConfig, *, has_file: bool = False) -> None:
+def check_corpus(dataset: DatasetConfig, tokenizer: TokenizerConfig, *, has_file: bool = False) -> None:
     """Raises UserError for settings that cannot work, before anything is read or fetched.
 
     has_file: the tokenizer is a file that is there, such as a run's own.

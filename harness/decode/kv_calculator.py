@@ -272,7 +272,7 @@ def describe_model(
     grown = 0  # bytes that are in proportion to the tokens, times GROUP
     for attention in model.attentions:
         state = state_bytes_of(attention, dtype)
-        before = -(-grown // GROUP)  # as `report` rounds the sum of all layers up
+        before = -(-grown // GROUP)  # as `cache_figures` rounds the sum of all layers up
         grown += round(formula_bytes(attention, dtype) * GROUP) * keys_seen(attention, context)
         in_proportion = -(-grown // GROUP) - before
         fixed = {"state": state, NEWEST: formula_bytes_at(attention, dtype, context) - state - in_proportion}
@@ -308,7 +308,7 @@ def describe_model(
     return CacheDescription(name, variant, tuple(layers), latent, states_kept=kept)
 
 
-def report(
+def cache_figures(
     description: CacheDescription,
     *,
     dtype: str,
@@ -445,7 +445,7 @@ def _one_or_all(values: list[Any]) -> Any:
     return values[0] if all(value == values[0] for value in values) else values
 
 
-def table(figures: Mapping[str, Any]) -> list[str]:
+def cache_table(figures: Mapping[str, Any]) -> list[str]:
     """The lines that say the same to a person. figures["measured"], if it is there, gets a column beside the formula's."""
     width = figures["bytes_per_element"]
     columns: list[tuple[str, str, Mapping[str, Any]]] = [("cached", "", figures)]

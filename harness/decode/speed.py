@@ -40,8 +40,8 @@ from harness.decode.subjects import (
     Writer,
     cache_bytes,
     caches_in_rotation,
-    draw,
     filled_cache,
+    random_inputs,
     weight_bytes,
 )
 from modeling.attention.cache import Cache
@@ -207,7 +207,7 @@ def _jobs(subject: DecodeSubject, cell: Cell, plan: DecodePlan, generator: torch
     """All that is timed of a subject in a cell, warmed up."""
     part, B, S, T = subject.part, cell.batch_size, cell.context, cell.queries
     sizes = functools.partial(cache_bytes, part, plan.cache_dtype)
-    inputs = [draw(part, B, T, plan, generator) for _ in range(INPUTS)]
+    inputs = [random_inputs(part, B, T, plan, generator) for _ in range(INPUTS)]
     count = caches_in_rotation(part, B * sizes(S), plan) if T == 1 else 1
     caches = [filled_cache(part, B, S, plan, generator) for _ in range(count)]
     for path in subject.paths:
@@ -223,11 +223,11 @@ def _jobs(subject: DecodeSubject, cell: Cell, plan: DecodePlan, generator: torch
     if T > 1 or plan.prefill_tokens < B * S:
         return
     if subject.prefills:
-        read = _prefill(subject, draw(part, B, S, plan, generator), plan)
+        read = _prefill(subject, random_inputs(part, B, S, plan, generator), plan)
         read()
         yield Job(tuple(map(subject.row, subject.paths)), read)
     if isinstance(part, GPT) and plan.generate:
-        prompts_BT = draw(part, B, S, plan, generator)
+        prompts_BT = random_inputs(part, B, S, plan, generator)
         writers = [Writer("generate", _our_writing(subject, part, plan), sizes, 0)]
         for writer in writers if subject.writer is None else [*writers, subject.writer]:
             read = _writing(writer, prompts_BT, plan)

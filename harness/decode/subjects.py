@@ -340,7 +340,7 @@ def filled_cache(part: Part, B: int, S: int, plan: DecodePlan, generator: torch.
     return caches
 
 
-def draw(part: Part, B: int, T: int, plan: DecodePlan, generator: torch.Generator) -> Tensor:
+def random_inputs(part: Part, B: int, T: int, plan: DecodePlan, generator: torch.Generator) -> Tensor:
     """Random tokens for a model, (B, T); random activations for attention alone, (B, T, D)."""
     if isinstance(part, GPT):
         return torch.randint(part.vocab_size, (B, T), device=plan.device, generator=generator)

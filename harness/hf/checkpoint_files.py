@@ -74,7 +74,7 @@ def find_checkpoint(text: str) -> CheckpointFiles:
         if name not in hashes:
             return None
         path = hub_client.hub_file(repository, name, commit, f"{name} of {repository}", "weights")
-        if not hub_client.is_whole(path, hashes[name]):
+        if not hub_client.is_as_stated(path, hashes[name]):
             raise UserError(f"{path} is not what the hub states of {name}: delete it and run this again")
         return path
 

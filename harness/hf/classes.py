@@ -96,9 +96,9 @@ def generation_cache(max_seq_len: int, dtype: str) -> Any:
 
 def as_own(model: GPT, config: TrainConfig) -> Any:
     """`model`, built from `config`, as a PreTrainedModel of our own class: any variant, the same tensors."""
-    from harness.hf.own_class import wrapped
+    from harness.hf.own_class import as_own_class
 
-    return wrapped(model, config.model, config.attention | EXECUTION)
+    return as_own_class(model, config.model, config.attention | EXECUTION)
 
 
 def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) -> Any:
@@ -244,7 +244,7 @@ def misfits(config: TrainConfig) -> list[str]:
     return differing
 
 
-def save(theirs: Any, folder: Path, stops: Sequence[int], begins: Sequence[int] = ()) -> None:
+def save_theirs(theirs: Any, folder: Path, stops: Sequence[int], begins: Sequence[int] = ()) -> None:
     """config.json, generation_config.json and model.safetensors.
 
     begins: tokens that the tokenizer puts before a text, with which `generate` begins one where nothing is given; it stops
@@ -322,7 +322,7 @@ def difference(model: GPT, theirs: Any) -> float:
 
 
 @torch.inference_mode()
-def write(theirs: Any, prompts_BT: Tensor, new_tokens: int, stamp: Callable[[], None]) -> None:
+def generate_with_theirs(theirs: Any, prompts_BT: Tensor, new_tokens: int, stamp: Callable[[], None]) -> None:
     """Greedy `generate` with its own cache; `stamp` is called as each new token is there."""
     theirs.generate(
         input_ids=prompts_BT,
@@ -350,7 +350,7 @@ class _Stamper:
 
 
 @torch.inference_mode()
-def cache_bytes(theirs: Any, tokens: int) -> int:
+def their_cache_bytes(theirs: Any, tokens: int) -> int:
     """Bytes that so many tokens of one row take in their cache, all layers: one token's, read off its tensors, times as many.
 
     A layer with a window keeps one token less than that, since it is given the newest beside them.

@@ -100,7 +100,7 @@ def export_run(run: Path, target: Path, *, kind: str = "auto") -> Exported:
         _check_room(aside, sum(parameter.nbytes for parameter in theirs.parameters()))
         _take_their_dtype(trained, theirs)
         exported.dtype = str(theirs.dtype).removeprefix("torch.")
-        classes.save(theirs, aside, trained.tokenizer.stops, trained.tokenizer.begins)
+        classes.save_theirs(theirs, aside, trained.tokenizer.stops, trained.tokenizer.begins)
         exported.difference = _verify(trained, aside)
         (aside / "README.md").write_text(model_card(run, trained, exported), encoding="utf-8")
         for weights in aside.glob("*.safetensors"):  # written for the owner's eyes only

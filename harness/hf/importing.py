@@ -23,7 +23,7 @@ from harness.config.compose import load_train_config
 from harness.config.identity import differences, origin_hash
 from harness.config.run_config import load_run_config
 from harness.config.schema import TokenizerConfig, TrainConfig
-from harness.data import PreparedData, Tokenizer, check, prepare
+from harness.data import PreparedData, Tokenizer, check_corpus, prepare
 from harness.errors import UserError
 from harness.files.atomic import check_target, read_json
 from harness.hf.checkpoint_files import TOKENIZER, CheckpointFiles
@@ -129,7 +129,7 @@ def plan_import(source: CheckpointFiles, target: Path, *, overrides: Sequence[st
         tokenizer=TokenizerConfig(name="pretrained"),
     )
     config = train_config(dataclasses.asdict(config))
-    check(config.dataset, config.tokenizer, has_file=True)
+    check_corpus(config.dataset, config.tokenizer, has_file=True)
     with shapes_only():
         meta = build_model(config, tokenizer.vocab_size)
     made_of = dict(tensor_mappings(meta, config, interleaved=theirs.interleaved))

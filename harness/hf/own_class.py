@@ -405,7 +405,7 @@ class _Wanted:
         return tuple(placed)
 
 
-def wrapped(model: GPT, shape: ModelConfig, attention: dict[str, Any]) -> AttentionAblationForCausalLM:
+def as_own_class(model: GPT, shape: ModelConfig, attention: dict[str, Any]) -> AttentionAblationForCausalLM:
     """A model of this class around `model`, whose options are given: the same tensors, nothing is copied."""
     sizes = dataclasses.asdict(shape) | {"vocab_size": None}  # which stands once, beside it
     config = AttentionAblationConfig(model=sizes, attention=attention, vocab_size=model.vocab_size)

@@ -77,7 +77,7 @@ def shortened(name: str, width: float) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1 - tail]}…{name[-tail:]}"
 
 
-def wrapped(text: str, width: float) -> str:
+def folded(text: str, width: float) -> str:
     return textwrap.fill(text, max(12, int(width / LETTER)))
 
 

@@ -132,7 +132,7 @@ class Request:
         return " && ".join(commands)
 
     def nothing_found(self, runs: Sequence[_Run]) -> UserError:
-        others = listed(_other_evaluations(runs, set()))
+        others = some_of(_other_evaluations(runs, set()))
         if self.evaluation is not None:
             known = others or "none; make one with: python eval_model.py run=all"
             return UserError(f"no run has an evaluation={self.evaluation}; there are: {known}")
@@ -165,7 +165,7 @@ def choose(folders: Sequence[Path], request: Request) -> Chosen:
     validated: list[_Run] = []
     lacking: list[tuple[str, list[_Run]]] = []
     asks_for_none = request.evaluation is None and request.dataset is None and request.split in (None, "validation")
-    for group in grouped(runs, lambda run: values_of(run.summary, _SAME_TRAINING)).values():
+    for group in grouped(runs, lambda run: values_at(run.summary, _SAME_TRAINING)).values():
         found = [request.of(run) for run in group]
         kind = common_kind(found)
         if kind is None and asks_for_none:
@@ -191,16 +191,16 @@ def choose(folders: Sequence[Path], request: Request) -> Chosen:
         notes.append(f"figures of eval_model.py on {asked}")
     if validated:
         remedy = " (for the test split first run: python eval_model.py run=all)" if request.split is None else ""
-        which = "" if len(validated) == len(runs) else f", of {listed([run.folder.name for run in validated])}"
+        which = "" if len(validated) == len(runs) else f", of {some_of([run.folder.name for run in validated])}"
         notes.append(f"final validation figures of each run{which}{remedy}")
     notes += [
-        f"without this evaluation, so in no table: {listed([run.folder.name for run in absent])}"
+        f"without this evaluation, so in no table: {some_of([run.folder.name for run in absent])}"
         + (f"; make it with: {command}" if request.evaluation is None else "")
         for command, absent in lacking
     ]
     others = _other_evaluations(runs, {record.get("record") for record in records})
     if others and request.evaluation is None:
-        notes.append(f"other evaluations of these runs, shown with evaluation=NAME or =max_tokens=N: {listed(others)}")
+        notes.append(f"other evaluations of these runs, shown with evaluation=NAME or =max_tokens=N: {some_of(others)}")
     return Chosen(records, [run.folder.name for _, absent in lacking for run in absent], notes + left_out, repeated)
 
 
@@ -208,9 +208,9 @@ def _on_every_cache(run: _Run, chosen: Evaluation) -> list[Evaluation]:
     """The newest evaluation of each cache that differs from the chosen one in nothing else."""
     alike = ("split", "data_fingerprint", "precision")
     newest = {
-        values_of(record, CACHE): record
+        values_at(record, CACHE): record
         for record in run.evaluations
-        if values_of(record, alike) == values_of(chosen, alike) and kind_of(record).protocol == kind_of(chosen).protocol
+        if values_at(record, alike) == values_at(chosen, alike) and kind_of(record).protocol == kind_of(chosen).protocol
     }
     return list(newest.values())
 
@@ -224,7 +224,7 @@ def _other_evaluations(runs: Sequence[_Run], shown: set[Any]) -> list[str]:
     ]
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def some_of(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -236,7 +236,7 @@ def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, 
     return groups
 
 
-def values_of(record: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+def values_at(record: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
     return tuple(record.get(key) for key in keys)
 
 
@@ -245,7 +245,7 @@ def _without_repeats(runs: Sequence[_Run]) -> tuple[list[_Run], list[str]]:
     kept: dict[tuple[Any, ...], _Run] = {}
     notes = []
     for run in runs:
-        first = kept.setdefault(values_of(run.summary, ("setup_hash", *SEEDS)), run)
+        first = kept.setdefault(values_at(run.summary, ("setup_hash", *SEEDS)), run)
         if first is not run:
             name, other = run.summary["name"], first.summary["name"]
             notes.append(f"left out: {name} repeats {other}, setup and seed are the same")

@@ -24,7 +24,7 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
-from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, listed, values_of
+from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
 from harness.runs.evaluations import USUAL, cache_label, in_few_bits
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
@@ -182,7 +182,7 @@ def compare(
     tables = _tables(chosen.records, every_cache)
     if strict and chosen.lacking:
         raise UserError(
-            f"{len(chosen.lacking)} runs lack the evaluation that the others have ({listed(chosen.lacking)}): evaluate them "
+            f"{len(chosen.lacking)} runs lack the evaluation that the others have ({some_of(chosen.lacking)}): evaluate them "
             f"(python eval_model.py run=NAME), name the others alone, or leave out strict=true"
         )
     if len(tables) > 1:
@@ -202,7 +202,7 @@ def compare(
 def _tables(records: Sequence[Mapping[str, Any]], every_cache: bool) -> list[ComparisonTable]:
     """Records with equal conditions share a table; the largest table comes first."""
     keys = [key for key in CONDITIONS if not (every_cache and key in CACHE)]
-    groups = grouped(records, lambda record: values_of(record, keys))
+    groups = grouped(records, lambda record: values_at(record, keys))
     all_conditions = [dict(zip(keys, values, strict=True)) for values in groups]
     differing = _differing(all_conditions)
     # What is not the usual way of scoring is said even where all tables have it; older records do not know their stride.
@@ -234,7 +234,7 @@ def _heading(conditions: Mapping[str, Any], shown: Sequence[str]) -> str:
 
 def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str | None) -> list[Setup]:
     """Records of one setup on one cache folded into one row each."""
-    groups = list(grouped(records, lambda record: values_of(record, _ONE_ROW)).values())
+    groups = list(grouped(records, lambda record: values_at(record, _ONE_ROW)).values())
     names = _names([group[0] for group in groups])
     setups = []
     for group in groups:
@@ -279,13 +279,13 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         )
     from harness.study.statistics import can_be_compared, contrasts, mean_interval, residual_deviation
 
-    seeds = {pair: number for number, pair in enumerate(sorted({values_of(record, SEEDS) for record in records}))}
-    of_row = grouped(records, lambda record: values_of(record, _ONE_ROW))
+    seeds = {pair: number for number, pair in enumerate(sorted({values_at(record, SEEDS) for record in records}))}
+    of_row = grouped(records, lambda record: values_at(record, _ONE_ROW))
     plainest_last = sorted(setups, key=lambda setup: (not setup.through_cache, setup.cache_bytes_per_context_token))
     plain = {setup.setup_hash: setup for setup in plainest_last}.values()
     values = {
         setup.variant: {
-            seeds[values_of(record, SEEDS)]: record["bits_per_byte"] for record in of_row[values_of(vars(setup), _ONE_ROW)]
+            seeds[values_at(record, SEEDS)]: record["bits_per_byte"] for record in of_row[values_at(vars(setup), _ONE_ROW)]
         }
         for setup in plain
     }
@@ -416,7 +416,7 @@ def as_text(comparison: Comparison) -> str:
     return "\n".join(lines + [f"note: {visible(note)}" for note in comparison.notes])
 
 
-def as_markdown(comparison: Comparison) -> str:
+def comparison_markdown(comparison: Comparison) -> str:
     """One section a table."""
     lines = []
     for table in comparison.tables:
@@ -449,7 +449,7 @@ def scatter_points(table: ComparisonTable, figure: str) -> tuple[list[str], list
     return ["variant", "cache bytes per token", figure, "seeds"], rows
 
 
-def as_csv(comparison: Comparison) -> str:
+def comparison_csv(comparison: Comparison) -> str:
     """`plain_table` as comma-separated values."""
     columns, rows = plain_table(comparison)
     return csv_text([columns, *rows])
@@ -458,8 +458,8 @@ def as_csv(comparison: Comparison) -> str:
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     """comparison.md, comparison.csv and comparison.json in a folder."""
     contents = {
-        "comparison.md": as_markdown(comparison),
-        "comparison.csv": as_csv(comparison),
+        "comparison.md": comparison_markdown(comparison),
+        "comparison.csv": comparison_csv(comparison),
         "comparison.json": json.dumps(dataclasses.asdict(comparison), indent=2) + "\n",
     }
     for name, text in contents.items():

@@ -78,7 +78,7 @@ def crossovers(figures: Sequence[DecodeTime], absorbs_up_to: Mapping[str, int]) 
     ]
 
 
-def sentence(crossover: Crossover) -> str:
+def crossover_sentence(crossover: Crossover) -> str:
     """For a person."""
     where = f"{crossover.variant}, batch {crossover.batch_size:,}"
     if crossover.axis == "context":
@@ -104,7 +104,7 @@ COLUMNS: dict[str, Callable[[DecodeTime], str]] = {
 _LEFT = list(COLUMNS).index("variant")
 
 
-def table(results: Results) -> list[str]:
+def speed_table(results: Results) -> list[str]:
     """Aligned columns, a batch size, context and number of new tokens together; what was skipped has its line there."""
     rows = [((0, 0, 0), list(COLUMNS), "")]
     rows += [((f.batch_size, f.context, f.queries), [of(f) for of in COLUMNS.values()], "") for f in results.figures]
@@ -121,7 +121,7 @@ def table(results: Results) -> list[str]:
     return [line + remark for line, (_, _, remark) in zip(lines, rows, strict=True)]
 
 
-def as_csv(figures: Sequence[DecodeTime]) -> str:
+def speed_csv(figures: Sequence[DecodeTime]) -> str:
     """One line a figure, unrounded, times in seconds."""
     return csv_text(table_of([_flat(figure) for figure in figures]) if figures else [["row"]])
 

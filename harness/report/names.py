@@ -14,11 +14,11 @@ from harness.report.canvas import (
     LETTERS,
     LINE,
     Drawing,
+    folded,
     line_count,
     line_style,
     marker_look,
     shortened,
-    wrapped,
 )
 from harness.report.colours import INK, RULE, darker
 from harness.report.pictures import Mark, Plot, Point, Series
@@ -97,7 +97,7 @@ class Names:
 
         first = {series.arm: series for series in reversed(self.plot.series)}
         handles = [_handle(first[arm], lines=self.plot.lines) for arm in self.names]
-        below = 26 + LINE * line_count(wrapped(self.plot.x_label, self.width - 50))
+        below = 26 + LINE * line_count(folded(self.plot.x_label, self.width - 50))
         moved = self.axes.transAxes + ScaledTranslation(0, -below / 72, self.drawing.figure.dpi_scale_trans)
         at: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": moved, "handlelength": 2}
         legend = self.axes.legend(

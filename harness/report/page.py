@@ -16,7 +16,7 @@ from harness.report.document import Section
 from harness.report.findings import Findings
 from harness.report.pictures import Picture
 from harness.report.study_pictures import arm_styles
-from harness.report.svg import as_svg, colour_variable, sample
+from harness.report.svg import as_svg, colour_variable, legend_sample
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -39,7 +39,7 @@ def page(findings: Findings, parts: Sequence[Section]) -> str:
         notes=findings.notes,
         sections=parts,
         numbers=numbers,
-        samples={arm: sample(style, numbers[arm]) for arm, style in arm_styles(findings).items()},
+        samples={arm: legend_sample(style, numbers[arm]) for arm, style in arm_styles(findings).items()},
         drawn={picture.name: _drawn(picture, numbers) for picture in pictures},
         colours=_colours(),
     )

@@ -16,6 +16,7 @@ from harness.report.canvas import (
     LINE,
     Drawing,
     conventions,
+    folded,
     limits,
     line_count,
     line_style,
@@ -23,7 +24,6 @@ from harness.report.canvas import (
     round_ticks,
     set_x_ticks,
     tick_texts,
-    wrapped,
 )
 from harness.report.colours import INK, PALE, QUIET, RULE
 from harness.report.forest_plot import draw_forest_plot, forest_plot_height, settle_rows
@@ -60,7 +60,7 @@ def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = Fal
         places = [place_of_names(panel, wide, crowded) if isinstance(panel, Plot) else "" for _, panel in picture.panels]
         heights = [_height(*panel, place, wide) for panel, place in zip(picture.panels, places, strict=True)]
         tall = [max(heights[first : first + columns]) for first in range(0, len(heights), columns)]
-        title = wrapped(picture.title, BOLD * (width - 10)) if titled else ""
+        title = folded(picture.title, BOLD * (width - 10)) if titled else ""
         height = sum(tall) + (LINE * line_count(title) + 10 if title else 0)
         layout = ConstrainedLayoutEngine(h_pad=5 / 72)
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout=layout)
@@ -92,7 +92,7 @@ def draw(picture: Picture, width: float, *, columns: int = 1, titled: bool = Fal
 
 def _height(heading: str, panel: Plot | ForestPlot, place: str, width: float) -> float:
     """Of a panel with all its words, in points."""
-    words = LINE * (line_count(wrapped(heading, BOLD * (width - 50))) + line_count(wrapped(panel.x_label, width - 50)) + 1) + 24
+    words = LINE * (line_count(folded(heading, BOLD * (width - 50))) + line_count(folded(panel.x_label, width - 50)) + 1) + 24
     if isinstance(panel, ForestPlot):
         return words + forest_plot_height(panel, width)
     body = min(300.0, max(215.0, 0.52 * width))
@@ -100,18 +100,18 @@ def _height(heading: str, panel: Plot | ForestPlot, place: str, width: float) ->
         words += legend_height(panel, width)
     else:
         body = max(body, LINE * (len(names_of(panel, width)) + 1))
-    return body + words + LINE * line_count(wrapped(panel.y_label, width - 30))
+    return body + words + LINE * line_count(folded(panel.y_label, width - 30))
 
 
 def _draw_heading(axes: Axes, heading: str, panel: Plot | ForestPlot, width: float) -> None:
     """What the panel is, and below it what its y axis is, both written across."""
-    across = wrapped(panel.y_label, width - 30) if isinstance(panel, Plot) else ""
+    across = folded(panel.y_label, width - 30) if isinstance(panel, Plot) else ""
     if across:
         axes.set_title(across)
     if heading:
         above = 10 + LINE * line_count(across)
         axes.annotate(
-            wrapped(heading, BOLD * (width - 50)),
+            folded(heading, BOLD * (width - 50)),
             (0, 1),
             (0, above),
             xycoords="axes fraction",
@@ -120,7 +120,7 @@ def _draw_heading(axes: Axes, heading: str, panel: Plot | ForestPlot, width: flo
             color=INK,
             va="bottom",
         )
-    axes.set_xlabel(wrapped(panel.x_label, width - 50))
+    axes.set_xlabel(folded(panel.x_label, width - 50))
 
 
 def _draw_plot(drawing: Drawing, axes: Axes, plot: Plot, width: float) -> None:

@@ -230,7 +230,7 @@ def _decode(findings: Findings) -> Section:
         "this implementation; of several paths of one arm the fastest is shown."
     )
     table = TextTable("Decode times", columns, lines, note, frozenset({0, len(columns) - 2, len(columns) - 1}))
-    return Section("decode", title, pictures=[pictures.decode(findings)], tables=[table])
+    return Section("decode", title, pictures=[pictures.decode_picture(findings)], tables=[table])
 
 
 def _ms_with_quartiles(row: DecodeRow | None) -> str:
@@ -281,7 +281,7 @@ def _contrasts(findings: Findings) -> Section | None:
     tables = [TextTable("", list(cells), lines, note, words_in)]
     if findings.trends:
         tables.append(_trends(findings))
-    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts(findings)], tables=tables)
+    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts_picture(findings)], tables=tables)
 
 
 def _trends(findings: Findings) -> TextTable:

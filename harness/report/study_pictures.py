@@ -72,7 +72,7 @@ def _far_out(means: Mapping[str, float], metric: Metric) -> dict[str, float]:
     return {name: y for name, y in means.items() if metric.cost(y) > upper + 3 * (upper - lower)}
 
 
-def decode(findings: Findings) -> Picture:
+def decode_picture(findings: Findings) -> Picture:
     """The metric against the time of a token at the longest context, a panel a batch size."""
     looks, metric = arm_styles(findings), findings.metric
     context = max(row["context"] for row in findings.decode)
@@ -90,7 +90,7 @@ def decode(findings: Findings) -> Picture:
     return Picture("decode", f"{capital(metric.label)} by the time that a token takes to decode", caption, panels)
 
 
-def contrasts(findings: Findings) -> Picture:
+def contrasts_picture(findings: Findings) -> Picture:
     """Every difference between two arms, with its interval."""
     verdicts, metric = findings.verdicts, findings.metric
     in_bits = metric is BITS_PER_BYTE  # as the bootstrap is

@@ -27,7 +27,7 @@ def as_svg(picture: Picture, width: float, numbers: Mapping[str, int], *, column
     return _element(drawing, numbers, {"class": kind, "role": "img", "aria-label": visible(label)}, f"{picture.name} {kind}")
 
 
-def sample(style: Style, number: int) -> Markup:
+def legend_sample(style: Style, number: int) -> Markup:
     """An arm's line and marker, for the page's legend."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

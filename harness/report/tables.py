@@ -13,7 +13,7 @@ from harness.report.findings import Findings
 from harness.study.results import CIRCUMSTANCES, IDENTITY, SIZES, RunResult, StudyResults
 
 
-def as_markdown(findings: Findings, parts: Sequence[Section]) -> str:
+def study_markdown(findings: Findings, parts: Sequence[Section]) -> str:
     """The same report for a repository or a terminal."""
     record = findings.results.record
     lines = [f"# {_md(record['question'])}", "", f"Study {_md(record['name'])}.", ""]
@@ -62,7 +62,7 @@ def _fenced(code: str) -> list[str]:
     return [f"{fence}sh", visible(code), fence]
 
 
-def as_csv(results: StudyResults) -> str:
+def study_csv(results: StudyResults) -> str:
     """One row a run, unrounded, those that only the sweep has at the end."""
     counted = {run.folder for run in results.runs}
     rows = [_row(results, run, "study") for run in results.runs]

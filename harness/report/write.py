@@ -14,7 +14,7 @@ from harness.report.findings import Findings, Verdict
 from harness.report.page import page
 from harness.report.plots import save_png
 from harness.report.sections import sections
-from harness.report.tables import as_csv, as_markdown
+from harness.report.tables import study_csv, study_markdown
 from harness.study.results import StudyResults, load_results
 from harness.tracking import log_study
 
@@ -42,7 +42,11 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
     findings = Findings(results)
     parts = sections(findings)
     pictures = {f"figures/{picture.name}.png": picture for section in parts for picture in section.pictures}
-    texts = {"report.html": page(findings, parts), "report.md": as_markdown(findings, parts), "report.csv": as_csv(results)}
+    texts = {
+        "report.html": page(findings, parts),
+        "report.md": study_markdown(findings, parts),
+        "report.csv": study_csv(results),
+    }
     with written_together(
         folder,
         record="report.json",

@@ -59,7 +59,7 @@ def refuse_other_data(config: TrainConfig, data: PreparedData, workers: Workers)
     workers.first(refuse)
 
 
-def check_unchanged(config: TrainConfig, run: Path) -> None:
+def check_text_unchanged(config: TrainConfig, run: Path) -> None:
     """Raises UserError when the corpus of a finished run is no longer the text that it was trained on.
 
     A corpus that cannot be had (moved, out of reach) makes no run another one: that is said on stderr.

@@ -77,7 +77,7 @@ def is_done(plan: StudyPlan, spec: RunSpec) -> bool:
     return any(judges(record, summary["dataset"]) for record in read_evaluations(folder))
 
 
-def check_unchanged(plan: StudyPlan, specs: Sequence[RunSpec]) -> None:
+def check_texts_unchanged(plan: StudyPlan, specs: Sequence[RunSpec]) -> None:
     """Raises UserError when a finished run was trained on another text than its arm's corpus holds now.
 
     What it would be compared with is trained on the text of today.
@@ -110,7 +110,7 @@ def run_all(
     """
     pace = pace or Pace(len(places), plan.folder)
     todo = [spec for spec in specs if not is_done(plan, spec)]
-    check_unchanged(plan, [spec for spec in specs if spec not in todo])
+    check_texts_unchanged(plan, [spec for spec in specs if spec not in todo])
     if len(todo) < len(specs):
         print(f"{title}: {len(specs) - len(todo)} of {len(specs)} runs are finished already", flush=True)
     if not todo:

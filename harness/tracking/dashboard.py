@@ -73,7 +73,7 @@ def metrics_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole_lines(path)]
 
 
-def say(label: str, message: str) -> None:
+def tell_as(label: str, message: str) -> None:
     """One line for people."""
     tell(f"{label}: {message}")
 
@@ -96,7 +96,7 @@ def _refused_setting(details: Mapping[str, Any]) -> str:
     return f"{variable if variable in os.environ else name}{value}: {message.rstrip('.')}"
 
 
-def program(name: str, module: str) -> list[str]:
+def command_of(name: str, module: str) -> list[str]:
     """The beginning of a command that can be typed: `name` if it is on the path, else its module, if it is one."""
     return [name] if shutil.which(name) else [sys.executable, *(["-m", module] if module else [])]
 

@@ -19,7 +19,7 @@ from typing import Any
 from harness.config.schema import TrackingConfig
 from harness.errors import UserError
 from harness.files.folders import refuse_links
-from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, metrics_rows, say, without_repeats
+from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, metrics_rows, tell_as, without_repeats
 from harness.tracking.wandb_run import RUN_ID, open_wandb
 
 
@@ -192,7 +192,7 @@ class Tracker:
             send(self._dashboard)
         except Exception as error:
             kept = "this run goes on and is recorded in metrics.jsonl alone" if self._metrics else "the files are whole"
-            say(self._dashboard.label, f"stopped ({first_line(error)}); {kept}")
+            tell_as(self._dashboard.label, f"stopped ({first_line(error)}); {kept}")
             self._mirrors = False
             self._dashboard.give_up()
 
@@ -222,7 +222,7 @@ def _whole_lines(file: FileIO, size: int) -> int:
     if whole < size:
         last = content[:whole].splitlines()[-1:]
         ending = f", the last of them {last[0].decode(errors='replace')[:40]}..." if last else ""
-        say(
+        tell_as(
             str(file.name),
             f"it held {size:,} bytes when the checkpoint was written and holds {whole:,} of whole rows now{ending}; those "
             f"between are lost, what is there stays, and the run goes on",

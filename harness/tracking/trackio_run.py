@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.dashboard import RunDescription, Table, first_line, metrics_rows, program, say
+from harness.tracking.dashboard import RunDescription, Table, command_of, first_line, metrics_rows, tell_as
 
 # Variables that make trackio's storage fetch or push something. TRACKIO_DIR, _STORAGE_MODE and _SQLITE_* are the user's.
 _REMOTE = ("TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "SPACE_REPO_NAME")
@@ -36,7 +36,7 @@ def open_trackio(described: RunDescription, *, run_dir: Path, anew: bool) -> Tra
     try:
         return TrackioRun(described, run_dir=run_dir, anew=anew)
     except Exception as error:
-        say("trackio", f"not in use ({first_line(error)}); this run is recorded in {run_dir} alone")
+        tell_as("trackio", f"not in use ({first_line(error)}); this run is recorded in {run_dir} alone")
         return None
 
 
@@ -134,10 +134,10 @@ class TrackioRun:
                 figures = {key: value for key, value in self._summary.items() if "/" in key and isinstance(value, (int, float))}
                 self._write([self._last | figures], [_now()], numbered=False)
         except Exception as error:
-            say(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
+            tell_as(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
             return False
-        command = shlex.join([*program("trackio", "trackio.cli"), "show", "--project", self._project])
-        say(self.label, f"{self._name}: look at it with: {command}")
+        command = shlex.join([*command_of("trackio", "trackio.cli"), "show", "--project", self._project])
+        tell_as(self.label, f"{self._name}: look at it with: {command}")
         return True
 
     def _file(self, key: str, media: Any) -> None:

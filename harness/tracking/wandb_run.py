@@ -16,7 +16,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files.atomic import write_text
-from harness.tracking.dashboard import RunDescription, Table, first_line, program, say, without_repeats
+from harness.tracking.dashboard import RunDescription, Table, command_of, first_line, tell_as, without_repeats
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
 ID_FILE = "wandb_id"  # in a run's folder
@@ -110,7 +110,7 @@ class WandbRun:
         except Exception as error:
             if online:
                 raise UserError(f"Weights & Biases cannot be used ({first_line(error)}); nothing was changed") from None
-            say(self.label, f"not in use ({first_line(error)}); this run is recorded in metrics.jsonl alone")
+            tell_as(self.label, f"not in use ({first_line(error)}); this run is recorded in metrics.jsonl alone")
         finally:
             if self._run is None:
                 self._leave()
@@ -135,7 +135,7 @@ class WandbRun:
             try:
                 if self._wandb.login(prompt=False, verify=False):
                     run = self._wandb.init(**options)
-                    say(self.label, run.url)
+                    tell_as(self.label, run.url)
                     return _with_metrics(run)
                 reason = "there is no API key"
             except Exception as error:
@@ -145,7 +145,7 @@ class WandbRun:
             raise ConnectionError(reason)
         self._set_up({"mode": "offline"})
         run = _with_metrics(self._wandb.init(**options))
-        say(self.label, f"offline ({reason}); upload with: {sync_command(self._folder)}")
+        tell_as(self.label, f"offline ({reason}); upload with: {sync_command(self._folder)}")
         return run
 
     def _set_up(self, extra: Mapping[str, Any]) -> Any:
@@ -207,16 +207,16 @@ class WandbRun:
                 refusal = _refusal(Path(run.settings.log_internal))
                 whole = refusal is None
                 if refusal is not None:
-                    say(
+                    tell_as(
                         self.label,
                         f"the server refused what was sent (status {refusal}), and rows stayed on this machine; with a key "
                         f"and a project that it takes, upload them with: {sync_command(self._folder)}",
                     )
         except TimeoutError:
             command = sync_command(self._folder)
-            say(self.label, f"the server did not take everything in time; upload the rest with: {command}")
+            tell_as(self.label, f"the server did not take everything in time; upload the rest with: {command}")
         except Exception as error:
-            say(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
+            tell_as(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
         finally:
             if not whole:
                 with contextlib.suppress(OSError):
@@ -256,4 +256,4 @@ def sync_command(folder: Path) -> str:
     """What a person types to upload what W&B lacks of a folder."""
     here = Path.cwd()
     script, shown = (os.path.relpath(path) if path.is_relative_to(here) else str(path) for path in (SCRIPT, folder.absolute()))
-    return shlex.join([*program("python", ""), script, shown])
+    return shlex.join([*command_of("python", ""), script, shown])

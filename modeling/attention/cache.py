@@ -546,7 +546,7 @@ def new_cache(
         dtype=dtype,
         device=device,
         sixteen_bits=sixteen_bits_of(attention),
-        values=values_of(attention),
+        values=value_names(attention),
         static=static,
         window=window,
         sinks=sinks,
@@ -581,7 +581,7 @@ def state_bytes_of(attention: Attention, dtype: torch.dtype | CacheFormat) -> in
     return int(wide * torch.promote_types(kept, torch.float32).itemsize + others * kept.itemsize)
 
 
-def values_of(attention: Attention) -> tuple[str, ...]:
+def value_names(attention: Attention) -> tuple[str, ...]:
     """The cached tensors that are values and nothing else, as the class states them."""
     return getattr(attention, "cached_values", ())
 
@@ -589,7 +589,7 @@ def values_of(attention: Attention) -> tuple[str, ...]:
 def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheFormat) -> None:
     """Raises ValueError for a format that tells keys and values apart where no layer caches values alone."""
     kept = as_format(dtype)
-    if not kept.tells_apart or any(map(values_of, attentions)):
+    if not kept.tells_apart or any(map(value_names, attentions)):
         return
     named = next(name for name, storage in NAMED.items() if storage == kept.keys)
     asked = "keys by channel" if kept.by_channel else "values in bits of their own"
@@ -637,7 +637,7 @@ def newest_bytes_of(attention: Attention, dtype: torch.dtype | CacheFormat, cont
 
 def _stored(attention: Attention, dtype: torch.dtype | CacheFormat) -> list[tuple[Storage, tuple[int, ...]]]:
     """How each cached tensor is stored, and its shape."""
-    kept, sixteen_bits, values = as_format(dtype), sixteen_bits_of(attention), values_of(attention)
+    kept, sixteen_bits, values = as_format(dtype), sixteen_bits_of(attention), value_names(attention)
     shapes = attention.cache_shapes
     return [(kept.storage(name, sixteen_bits=sixteen_bits, values=values), shape) for name, shape in shapes.items()]
 

@@ -23,7 +23,7 @@ from modeling.attention.cache import (
     new_cache,
     sixteen_bits_of,
     states_of,
-    values_of,
+    value_names,
 )
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.quantisation import GROUP, NAMED, CacheFormat, cache_format
@@ -253,7 +253,7 @@ def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
 
 def _keeps(module: AttentionLayers, kept: CacheFormat) -> bool:
     """Whether values can be told from keys, where a format does."""
-    return not kept.tells_apart or any(map(values_of, module.attentions))
+    return not kept.tells_apart or any(map(value_names, module.attentions))
 
 
 @torch.no_grad()
@@ -288,7 +288,7 @@ def measured_cache_bytes_equal_the_formula(build: Build) -> None:
     """
     module = _layers(build)
     for index, attention in enumerate(module.attentions):
-        for stated, what in ((sixteen_bits_of(attention), "to stay in 16 bits"), (values_of(attention), "to be values")):
+        for stated, what in ((sixteen_bits_of(attention), "to stay in 16 bits"), (value_names(attention), "to be values")):
             unknown = set(stated) - attention.cache_shapes.keys()
             assert not unknown, f"{_of_layer(module, index)}{sorted(unknown)} are stated {what} and are not cached"
         unknown = set(getattr(attention, "wide_states", ())) - states_of(attention, torch.bfloat16).keys()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
-from harness.data import check
+from harness.data import check_corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATASETS = sorted((CONFIGS / "dataset").glob("*.yaml"))
@@ -22,7 +22,7 @@ def test_a_dataset_is_a_valid_choice_and_has_the_name_of_its_file(file: Path) ->
     assert dataset.name == file.stem
     if dataset.source == "local":
         dataset = dataclasses.replace(dataset, path="text.txt")
-    check(dataset, TokenizerConfig(name="bytes"))
+    check_corpus(dataset, TokenizerConfig(name="bytes"))
     assert all(len(hash_) == 64 for hash_ in dataset.sha256.values())
 
 
@@ -32,7 +32,7 @@ def test_a_tokenizer_is_a_valid_choice_and_has_the_name_of_its_file(file: Path) 
     assert tokenizer.name == file.stem
     if tokenizer.name == "pretrained":
         tokenizer = dataclasses.replace(tokenizer, path="gpt2")
-    check(DatasetConfig(name="stdlib", source="stdlib"), tokenizer)
+    check_corpus(DatasetConfig(name="stdlib", source="stdlib"), tokenizer)
 
 
 def test_all_datasets_of_the_readme_are_there() -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import prepare
-from harness.data.sources import check
+from harness.data.sources import check_corpus
 from harness.data.synthetic import CUE, FILLER, KEY_DIGITS, KEYS, VALUES, split_sizes, synthetic_source
 from harness.errors import UserError
 from tests.support.corpora import BYTES, documents_of
@@ -36,7 +36,7 @@ def all_texts(dataset: DatasetConfig) -> list[str]:
 
 def refusal(dataset: DatasetConfig, tokenizer: TokenizerConfig = BYTES) -> str:
     with pytest.raises(UserError) as refused:
-        check(dataset, tokenizer)
+        check_corpus(dataset, tokenizer)
     return str(refused.value)
 
 
@@ -158,7 +158,7 @@ def test_what_cannot_be_made_is_refused_with_the_numbers() -> None:
         "dataset.synthetic_tokens=128 have no room for 32 pairs and as many queries, which take 130: raise it or lower "
         "dataset.synthetic_pairs"
     )
-    check(small("mqar", synthetic_tokens=130), BYTES)
+    check_corpus(small("mqar", synthetic_tokens=130), BYTES)
     assert "dataset.synthetic_tokens=131 must be even" in refusal(small("mqar", synthetic_tokens=131))
     assert refusal(small("passkey", synthetic_tokens=45)) == (
         "dataset.synthetic_tokens=45 have no room for a statement and a question, which take 46: raise it"

@@ -370,7 +370,7 @@ def test_an_empty_target_is_filled(place: Workplace, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-SAVE = classes.save
+SAVE = classes.save_theirs
 
 
 def break_weights(theirs: Any, folder: Path, stops: Sequence[int], begins: Sequence[int]) -> None:
@@ -391,7 +391,7 @@ def fill_the_disk(theirs: Any, folder: Path, stops: Sequence[int], begins: Seque
 def test_a_failed_export_leaves_no_folder(
     place: Workplace, tmp_path: Path, failing: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(classes, "save", failing)
+    monkeypatch.setattr(classes, "save_theirs", failing)
     with pytest.raises(UserError, match=sentence):
         main([f"run={place.runs / 'gqa'}", f"to={tmp_path / 'out'}"])
     assert list(tmp_path.iterdir()) == []

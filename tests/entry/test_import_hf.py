@@ -923,12 +923,12 @@ _MEASURED = """
 import re, sys
 from pathlib import Path
 from harness.hf import importing
-from harness.hf.checkpoint_files import find_source
+from harness.hf.checkpoint_files import find_checkpoint
 
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
-plan = importing.plan_import(find_source(sys.argv[1]), Path(sys.argv[2]), overrides=[], max_seq_len=None)
+plan = importing.plan_import(find_checkpoint(sys.argv[1]), Path(sys.argv[2]), overrides=[], max_seq_len=None)
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = kilobytes("VmRSS")
 importing.import_model(plan, Path(sys.argv[2]))

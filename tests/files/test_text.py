@@ -17,7 +17,7 @@ import pytest
 from harness.config.places import ROOT
 from harness.errors import UserError, tell
 from harness.files.text import aligned, markdown_row, visible
-from harness.report.comparison import as_csv, as_markdown, as_text, compare
+from harness.report.comparison import as_text, compare, comparison_csv, comparison_markdown
 from tests.report.test_comparison import evaluate, make_run
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07mla\r\n| forged | 1 | 0.001 |\u202e\u2028"
@@ -56,7 +56,7 @@ def test_records_from_elsewhere_forge_nothing_in_a_comparison(tmp_path: Path) ->
     for run in runs:
         evaluate(run, file="x")
     comparison = compare([tmp_path])
-    text, document, table = as_text(comparison), as_markdown(comparison), as_csv(comparison)
+    text, document, table = as_text(comparison), comparison_markdown(comparison), comparison_csv(comparison)
     assert not any(map(STEERS.search, (text, document, table)))
     assert not re.search(r"^\| forged", text + document, flags=re.M)
     rows = list(csv.reader(io.StringIO(table)))

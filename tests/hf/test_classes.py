@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.hf.classes import SINCE_5, as_transformers, cache_bytes, difference, families, load, misfits, save, write
+from harness.hf.classes import (
+    SINCE_5,
+    as_transformers,
+    difference,
+    families,
+    generate_with_theirs,
+    load,
+    misfits,
+    save_theirs,
+    their_cache_bytes,
+)
 from modeling.attention.contract import randomise, relative_error
 from modeling.generation import generate
 from tests.support import transformers4
@@ -204,14 +214,14 @@ def test_both_write_the_same_text(overrides: list[str]) -> None:
 def test_each_written_token_is_stamped_once() -> None:
     theirs = as_transformers(gpt_from(["attention=mha"]).eval(), config_at("attention=mha"))
     stamps: list[int] = []
-    write(theirs, torch.zeros(2, 5, dtype=torch.long), 4, lambda: stamps.append(len(stamps)))
+    generate_with_theirs(theirs, torch.zeros(2, 5, dtype=torch.long), 4, lambda: stamps.append(len(stamps)))
     assert stamps == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("attention", "elements"), [("mha", 2 * 4 * 12), ("gqa", 2 * 2 * 12), ("mla", 24 + 6)])
 def test_their_cache_is_measured(attention: str, elements: int) -> None:
     theirs = as_transformers(gpt_from([f"attention={attention}"]).eval(), config_at(f"attention={attention}"))
-    assert cache_bytes(theirs, 10) == 10 * 2 * 4 * elements  # layers, float32
+    assert their_cache_bytes(theirs, 10) == 10 * 2 * 4 * elements  # layers, float32
 
 
 def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
@@ -220,7 +230,7 @@ def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
     with torch.no_grad():
         held = theirs(input_ids=torch.zeros(1, 40, dtype=torch.long), use_cache=True).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
-    assert cache_bytes(theirs, 40) == held == 4 * 2 * 2 * 12 * (40 + 15)
+    assert their_cache_bytes(theirs, 40) == held == 4 * 2 * 2 * 12 * (40 + 15)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +304,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
 def saved(name: str, folder: Path, **changes: Any) -> float:
     """The difference of a randomised model and of what its folder gives, once its config.json has been changed."""
     model = randomise(gpt_from(CLASSES[name])).eval()
-    save(as_transformers(model, config_at(*CLASSES[name])), folder, stops=[99])
+    save_theirs(as_transformers(model, config_at(*CLASSES[name])), folder, stops=[99])
     (folder / "tokenizer.json").write_text(json.dumps(WORDS))
     file = folder / "config.json"
     written = json.loads(file.read_text())
@@ -386,7 +396,7 @@ def test_transformers_4_computes_the_same_from_a_saved_folder(tmp_path: Path) ->
         folders.append(tmp_path / str(number))
         config = config_at(*overrides)
         family = next(name for name in families(config) if f"{name}ForCausalLM" not in SINCE_5)
-        save(as_transformers(model, config, family), folders[-1], stops=[99])
+        save_theirs(as_transformers(model, config, family), folders[-1], stops=[99])
         with torch.inference_mode():
             expected.append(model(prompt_BT)[..., : model.vocab_size])
     errors = {

@@ -14,7 +14,7 @@ import torch
 from harness.config.build import build_layer
 from harness.config.compose import load_train_config
 from harness.config.run_config import save_run_config
-from harness.decode.kv_calculator import FORMATS, CacheDescription, LayerCache, report, table
+from harness.decode.kv_calculator import FORMATS, CacheDescription, LayerCache, cache_figures, cache_table
 from harness.errors import UserError
 from harness.hf import cache
 from harness.hf.cache import describe_apart, describe_config
@@ -238,7 +238,7 @@ def described(config: dict[str, Any], context: int = 4096) -> CacheDescription:
 
 def figures(config: dict[str, Any], **options: Any) -> dict[str, Any]:
     given: dict[str, Any] = {"dtype": "bfloat16", "context": 4096, "batch": 1, "memory_gb": None} | options
-    return report(described(config, given["context"]), **given)
+    return cache_figures(described(config, given["context"]), **given)
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -299,7 +299,7 @@ def test_bytes_follow_from_dtype_context_and_batch(dtype: str, width: int) -> No
     found = figures(LLAMA_3_8B, dtype=dtype, context=1000, batch=3, memory_gb=1)
     assert found["total_bytes"] == 32 * 2048 * 1000 * 3 * width
     assert found["largest_batch"] == 10**9 // (32 * 2048 * 1000 * width)
-    assert any("scales" in line for line in table(found)) == (width == 1)
+    assert any("scales" in line for line in cache_table(found)) == (width == 1)
 
 
 # --- windows and layers that differ ----------------------------------------------------------------------------------
@@ -1260,7 +1260,7 @@ def test_a_format_counts_the_scales_that_it_fixes_and_says_so(dtype: str, bits: 
     found = figures(LLAMA_3_8B, dtype=dtype)
     assert found["total_bytes"] * 8 == 65_536 * 4096 * bits
     assert said in found["scales"] and (said == "") == (found["scales"] == "")
-    assert any(line.startswith("note: ") and said in line for line in table(found)) or not said
+    assert any(line.startswith("note: ") and said in line for line in cache_table(found)) or not said
 
 
 @pytest.mark.parametrize(

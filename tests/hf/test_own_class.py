@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from harness.data.tokenizer import END_OF_TEXT, bytes_specification
 from harness.errors import UserError
-from harness.hf.classes import as_own, generation_cache, misfits, register, save
+from harness.hf.classes import as_own, generation_cache, misfits, register, save_theirs
 from modeling.attention.cache import formula_bytes
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.quantisation import cache_format
@@ -56,7 +56,7 @@ class Folders:
         folder = self.root / name.replace(" ", "_")
         model = build(name)
         if not folder.exists():
-            save(as_own(model, config_at(*VARIANTS[name])), folder, stops=[99])
+            save_theirs(as_own(model, config_at(*VARIANTS[name])), folder, stops=[99])
         return model, folder
 
 
@@ -376,7 +376,7 @@ BYTES = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT,
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of our class with a tokenizer of plain bytes, as an export."""
     folder, overrides = tmp_path_factory.mktemp("text"), ["attention=mla_plain", "model.vocab_size=257"]
-    save(as_own(randomise(gpt_from(overrides)).eval(), config_at(*overrides)), folder, stops=[256])
+    save_theirs(as_own(randomise(gpt_from(overrides)).eval(), config_at(*overrides)), folder, stops=[256])
     (folder / "tokenizer.json").write_text(json.dumps(bytes_specification()))
     (folder / "tokenizer_config.json").write_text(json.dumps(BYTES))
     register()

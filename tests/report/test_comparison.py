@@ -20,7 +20,7 @@ from scipy import stats
 from harness.errors import UserError
 from harness.report.colours import COLOURS, MARKERS, PAPER
 from harness.report.compare import scatter
-from harness.report.comparison import CONDITIONS, Comparison, as_csv, as_markdown, as_text, compare
+from harness.report.comparison import CONDITIONS, Comparison, as_text, compare, comparison_csv, comparison_markdown
 from harness.report.plots import PNG_WIDTH, draw, save_png
 from scripts import compare_runs
 from tests.support.forks import Forks
@@ -158,7 +158,7 @@ def test_means_over_few_seeds_carry_their_count_an_interval_and_a_caution(tmp_pa
     low, high = stats.ttest_ind(bits["mla"], bits["mha"], equal_var=False).confidence_interval()
     assert table.caution.startswith("n = 3 seeds a row") and "(0.0235, 4 degrees of freedom)" in table.caution
     assert table.caution.endswith(f"not told apart from mha: mla (+0.0100 ± {(high - low) / 2:.4f})")
-    for text in (as_text(comparison), as_markdown(comparison)):
+    for text in (as_text(comparison), comparison_markdown(comparison)):
         assert table.caution in text and f"± {halves['mha']:.4f}" in text
 
 
@@ -428,7 +428,7 @@ def test_the_size_of_a_cache_among_others_is_that_of_a_token_of_context(tmp_path
     assert sizes["mha, int8"] == 2048 / 2 + 8
     assert sizes["mha, window 64, 4 sinks"] == 2048 * 68 / 256 != rows["mha, window 64, 4 sinks"].cache_bytes_per_token
     assert all(row.cache_ratio_to_mha == sizes[name] / 2048 for name, row in rows.items())
-    text = as_markdown(comparison)
+    text = comparison_markdown(comparison)
     assert "| cache bytes at 256 tokens | x MHA |" in text and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
 
 
@@ -443,12 +443,12 @@ def test_the_cache_of_a_long_context_stands_in_the_table_the_csv_and_a_picture(t
     make_run(tmp_path, "mla")
     evaluate(tmp_path / "books-tiny-mla-seed0")  # older: it says none
     comparison = compare([tmp_path])
-    lines = as_markdown(comparison).splitlines()
+    lines = comparison_markdown(comparison).splitlines()
     assert "| x MHA | MiB at 32k | tokens/s |" in lines[2]
     rows_of = {cells[0].strip("| "): cells for line in lines if len(cells := line.split(" | ")) > 5}
     cells = {name: rows_of[name][-2] for name in ("mha", "gqa", "mla")}
     assert cells == {"mha": "64", "gqa": "0.125", "mla": ""}
-    rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     assert {(row["variant"], row["cache_bytes_at_1024"], row["cache_bytes_at_131072"]) for row in rows} == {
         ("mha", str(2048 * 1024), str(2048 * 131072)),
         ("gqa", str(2048 * 64), str(2048 * 64)),
@@ -465,7 +465,7 @@ def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
     evaluate_on_caches(make_run(tmp_path, "mla"))
     evaluate(make_run(tmp_path, "mqa"), cache_context=512, cache_bytes_at_context=512 * 512)
     evaluate(make_run(tmp_path, "gqa"))
-    text = as_markdown(compare([tmp_path], every_cache=True))
+    text = comparison_markdown(compare([tmp_path], every_cache=True))
     assert "| cache bytes at context |" in text
     assert f"| {640 * 256:,} at 256 |" in text and f"| {512 * 512:,} at 512 |" in text
     (old,) = (line for line in text.splitlines() if line.startswith("| gqa |"))
@@ -594,13 +594,13 @@ def test_every_form_holds_every_row(tmp_path: Path) -> None:
         for seed in (0, 1):
             make_run(tmp_path, attention, seed, bits_per_byte=EIGHT_VARIANTS[attention][1] + seed / 512)
     comparison = compare([tmp_path])
-    rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     assert [row["variant"] for row in rows] == [setup.variant for setup in comparison.tables[0].setups]
     assert all(
         float(row["bits_per_byte"]) == setup.bits_per_byte for row, setup in zip(rows, comparison.tables[0].setups, strict=True)
     )
     assert {row["tokens"] for row in rows} == {"2000000"} and {row["split"] for row in rows} == {"validation"}
-    for text in (as_text(comparison), as_markdown(comparison)):
+    for text in (as_text(comparison), comparison_markdown(comparison)):
         assert all(f"{setup.bits_per_byte:.4f} ± 0.0014" in text for setup in comparison.tables[0].setups)
         assert "1,664" in text and comparison.tables[0].heading in text
     assert json.loads(json.dumps(dataclasses.asdict(comparison)))["tables"][0]["setups"][0]["attention"] == "mha_wide"
@@ -610,12 +610,12 @@ def test_caches_follow_into_every_form(tmp_path: Path) -> None:
     for attention in ("mha", "mla"):
         evaluate_on_caches(make_run(tmp_path, attention))
     plain, every = compare([tmp_path]), compare([tmp_path], every_cache=True)
-    rows = list(csv.DictReader(io.StringIO(as_csv(every))))
-    assert len(rows) == 8 and list(rows[0]) == list(csv.DictReader(io.StringIO(as_csv(plain))).fieldnames or [])
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(every))))
+    assert len(rows) == 8 and list(rows[0]) == list(csv.DictReader(io.StringIO(comparison_csv(plain))).fieldnames or [])
     (row,) = (row for row in rows if row["variant"] == "mla, window 64, 4 sinks")
     assert (row["cache_dtype"], row["cache_window"], row["through_cache"]) == ("bfloat16", "64", "True")
     assert float(row["cache_bytes_per_context_token"]) == int(row["cache_bytes_at_context"]) / 256 == 640 * 68 / 256
-    assert all(row["variant"] in text for row in rows for text in (as_text(every), as_markdown(every)))
+    assert all(row["variant"] in text for row in rows for text in (as_text(every), comparison_markdown(every)))
     (table,) = json.loads(json.dumps(dataclasses.asdict(every)))["tables"]
     assert {setup["variant"]: setup["cache"] for setup in table["setups"]}["mla, int8"] == "int8"
 

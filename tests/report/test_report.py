@@ -21,7 +21,7 @@ from harness.report.document import with_error
 from harness.report.findings import Findings, over_seeds
 from harness.report.pictures import Plot, short
 from harness.report.sections import sections
-from harness.report.tables import as_csv, as_markdown
+from harness.report.tables import study_csv, study_markdown
 from harness.report.write import write_report
 from harness.study.noise import bootstrap
 from harness.study.results import load_results
@@ -182,7 +182,7 @@ def test_arms_from_the_same_runs_are_one_lineage_in_verdicts_and_words(tmp_path:
     markdown, content = told(folder)
     assert "Arms that descend from the same runs (mla, mla\\_plain from runs of gqa) are compared seed by seed" in markdown
     assert content["lineages"] == found.lineages and "3, paired" in markdown
-    rows = csv.DictReader(as_csv(load_results(folder)).splitlines())
+    rows = csv.DictReader(study_csv(load_results(folder)).splitlines())
     assert {(row["arm"], row["lineage"]) for row in rows if row["arm"] in ("mla_plain", "mha")} == {
         ("mla_plain", "gqa"),
         ("mha", "mha"),
@@ -442,7 +442,7 @@ def test_the_command_of_the_report_does_the_whole_study_whatever_part_the_last_o
     record = json.loads((folder / "study.json").read_text())
     record["command"] = "python scripts/run_study.py study=part report=false arms=mha,gqa 'name=a b' data_dir=artifacts/data"
     (folder / "study.json").write_text(json.dumps(record))
-    markdown = as_markdown(found := findings_of(folder), sections(found))
+    markdown = study_markdown(found := findings_of(folder), sections(found))
     assert "\npython scripts/run_study.py study=part 'name=a b' data_dir=artifacts/data\n" in markdown
     assert "report=false" not in markdown
 
@@ -603,7 +603,7 @@ def test_a_run_that_the_sweep_shares_with_the_study_has_one_row(tmp_path: Path) 
     record = json.loads((folder / "study.json").read_text())
     record["sweep"].append(record["runs"][0])
     (folder / "study.json").write_text(json.dumps(record))
-    rows = list(csv.DictReader(as_csv(load_results(folder)).splitlines()))
+    rows = list(csv.DictReader(study_csv(load_results(folder)).splitlines()))
     assert len({row["run"] for row in rows}) == len(rows) == 30
 
 
@@ -702,10 +702,10 @@ def test_nothing_in_a_record_can_leave_its_place_in_the_markdown_or_compute_in_a
     record["command"] = "python scripts/run_study.py '```\n# forged\n```'"
     (folder / "study.json").write_text(json.dumps(record))
     found = findings_of(folder)
-    markdown = as_markdown(found, sections(found))
+    markdown = study_markdown(found, sections(found))
     assert "\x1b" not in markdown and r"\\x1b\[2Jm" in markdown
     assert not re.search(r"^# forged", markdown, flags=re.M) and "\n````sh\n" in markdown
-    rows = list(csv.DictReader(as_csv(found.results).splitlines()))
+    rows = list(csv.DictReader(study_csv(found.results).splitlines()))
     assert {row["arm"] for row in rows} == {"'=1+1", r"\x1b[2Jm"}
     assert all(not cell.startswith(("=", "+", "@")) for row in rows for cell in row.values())
 

@@ -18,7 +18,7 @@ from harness.report.findings import Findings
 from harness.report.page import page
 from harness.report.pictures import ForestPlot, Plot
 from harness.report.sections import sections
-from harness.report.tables import as_csv, as_markdown
+from harness.report.tables import study_csv, study_markdown
 from harness.report.write import as_dict
 from harness.study.plan import load_study
 from harness.study.results import load_results
@@ -100,14 +100,14 @@ def test_axes_forest_and_staircase_say_and_show_the_direction(pair: tuple[Findin
 def test_no_word_of_the_report_says_the_other_direction(pair: tuple[Findings, Findings]) -> None:
     _, accuracy = pair
     parts = sections(accuracy)
-    words = as_markdown(accuracy, parts).partition("## Learning rates")[0] + page(accuracy, parts).partition('id="rates"')[0]
+    words = study_markdown(accuracy, parts).partition("## Learning rates")[0] + page(accuracy, parts).partition('id="rates"')[0]
     assert "lower is better" not in words and "Lowest" not in words
     # The bootstrap's note and its column alone speak of bits.
     assert words.count("bits per byte") == words.count("interval of the difference in bits per byte over segments")
     content = as_dict(accuracy)
     assert (content["metric"], content["higher_is_better"]) == ("answer_accuracy", True)
     assert content["arms"]["mla"]["answer_accuracy"] == pytest.approx(HALF - content["arms"]["mla"]["bits_per_byte"])
-    assert "test_answer_accuracy" in as_csv(accuracy.results).splitlines()[0]
+    assert "test_answer_accuracy" in study_csv(accuracy.results).splitlines()[0]
 
 
 def test_an_arm_far_on_the_bad_side_leaves_the_picture_and_is_named(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_runs_whose_evaluation_lacks_the_metric_are_left_out_and_named(tmp_path:
 @pytest.mark.parametrize("name", METRICS)
 def test_every_metric_makes_a_whole_report(name: str, tmp_path: Path) -> None:
     found = Findings(load_results(write_study(tmp_path / name, metric=name, segments=0)))
-    text = as_markdown(found, sections(found))
+    text = study_markdown(found, sections(found))
     assert METRICS[name].axis.partition(",")[0] in text and f"{METRICS[name].unit} " in text
     assert set(found.results.values()) == set(ARMS)
 

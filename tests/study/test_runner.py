@@ -56,7 +56,7 @@ def micro_plan(place: Workplace, name: str, *, tokens: int = 4 * 32 * 6) -> Stud
 
 
 def carried_out(command: run_study.Command) -> int:
-    return run_study.run(command, command.places)
+    return run_study.run_study(command, command.places)
 
 
 def run(place: Workplace, plan: StudyPlan, specs: list) -> list:  # type: ignore[type-arg]

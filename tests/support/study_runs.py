@@ -14,7 +14,7 @@ import yaml
 
 from harness.report.findings import Findings
 from harness.report.sections import sections
-from harness.report.tables import as_markdown
+from harness.report.tables import study_markdown
 from harness.report.write import as_dict
 from harness.study.results import load_results
 
@@ -149,7 +149,7 @@ def told(folder: Path) -> tuple[str, dict[str, Any]]:
     """The Markdown and the JSON of a study's report made now, for which nothing is drawn."""
     findings = Findings(load_results(folder))
     content: dict[str, Any] = json.loads(json.dumps(as_dict(findings)))
-    return as_markdown(findings, sections(findings)), content
+    return study_markdown(findings, sections(findings)), content
 
 
 def _spec(arm: str, lr: float, seed: int, tokens: int, budget: int | None) -> dict[str, Any]:
