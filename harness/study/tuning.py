@@ -26,7 +26,10 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Parabola:
-    """In x = log(rate) through three points, by Newton's divided differences."""
+    """In x = log(rate) through three points, by Newton's divided differences.
+
+    Not numpy.polyfit, which gives a plateau a curvature of rounding errors and says nothing of the vertex's own error.
+    """
 
     x: tuple[float, float, float]  # rising
     y: tuple[float, float, float]

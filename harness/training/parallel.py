@@ -358,6 +358,7 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 def gathered(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Whole tensors of sharded ones, one after the other, on the CPU; tensors that are whole as they are.
 
+    Not torch.distributed.checkpoint.state_dict, which lets an optimizer without state make a step before it names that state.
     All processes take part; with keep=False the result is thrown away and empty.
     """
     whole: dict[str, Tensor] = {}
