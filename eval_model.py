@@ -35,10 +35,10 @@ from harness.errors import UserError, tell
 from harness.evaluation.perplexity import SplitResult
 from harness.evaluation.probes import extras_rows
 from harness.files.text import visible
+from harness.runs.evaluate_run import keep_record, score_run
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import finished, short_line
 from harness.runs.records import Evaluation
-from harness.runs.score import keep_record, score_run
 from harness.tracking import check_tracking
 
 

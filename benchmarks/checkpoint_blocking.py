@@ -27,18 +27,18 @@ from typing import Annotated
 
 import torch
 
-from benchmarks.common import ModelOptions, endless_steps
+from benchmarks.measuring import ModelOptions, endless_steps
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.decode.speed import machine_name, synchronise
 from harness.entry.cli import parse_options, run_script
 from harness.runs.load import pin_execution
 from harness.training.checkpoint import Snapshot, snapshot
+from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.device import keep_freed_memory, loss_chunk_tokens, select_device, select_precision
 from harness.training.optimizer import build_optimizer
 from harness.training.parallel import OneProcess
 from harness.training.step import EagerStep
-from harness.training.writer import CheckpointWriter
 
 
 @dataclass

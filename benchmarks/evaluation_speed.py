@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 
-from benchmarks.common import ModelOptions
+from benchmarks.measuring import ModelOptions
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.decode.speed import machine_name

@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ModelOptions, endless_steps, leave_record, seconds_of
+from benchmarks.measuring import ModelOptions, endless_steps, leave_record, seconds_of
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.config.schema import ParallelConfig, Switch

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.common import ModelOptions, endless_steps, leave_record, seconds_of
+from benchmarks.measuring import ModelOptions, endless_steps, leave_record, seconds_of
 from harness.config.build import build_model
 from harness.config.compose import load_train_config, options_of
 from harness.config.schema import Switch, TrainConfig

@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
 
     from harness.decode.speed import machine_name, measure, swept_bytes
     from harness.decode.subjects import plan_cells
-    from harness.report import decode as decode_report
+    from harness.report import decode_speed as decode_report
     from harness.runs.provenance import commit
     from harness.training.device import keep_freed_memory, seed_everything
     from modeling.attention import with_most_paths
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> int:
 def write_files(out: Path, record: dict[str, Any], figures: list[DecodeTime], heading: str) -> None:
     """decode.json, decode.csv and, where anything was timed, decode.png."""
     from harness.files.atomic import write_json, write_text, written_together
-    from harness.report import decode as decode_report
+    from harness.report import decode_speed as decode_report
     from harness.report.plots import save_png
 
     files = [str(out / f"decode.{suffix}") for suffix in ("json", "csv", *(["png"] if figures else []))]

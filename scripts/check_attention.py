@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     config = load_train_config(arguments)
 
     from harness.config.build import build_layers, layers_that_differ, model_shapes
-    from harness.evaluation.facts import model_facts
+    from harness.evaluation.model_facts import model_facts
     from modeling.attention.contract import CHECKS
 
     # torch.compile logs the traceback of what it fails on: its first line stands in the table.

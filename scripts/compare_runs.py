@@ -57,8 +57,8 @@ def main(arguments: list[str]) -> int:
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "comparison"
 
     from harness.files.atomic import written_together
-    from harness.report.compare import scatter
     from harness.report.comparison import as_text, compare, plain_table, scatter_points, write_tables
+    from harness.report.comparison_picture import scatter
     from harness.report.plots import save_png
     from harness.tracking import Dashboard, Table, check_tracking, open_tracker
 

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     folder = user_path(options.runs_dir) / (options.name or options.study)
 
     if options.csv is not None:
-        from harness.report.restated import restated
+        from harness.report.verdicts_from_csv import restated
 
         print(restated(user_path(options.csv), options.study, _pairs(options.pairs)))
         return 0

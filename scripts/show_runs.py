@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
     if not runs:
         raise UserError(f"runs_dir={options.runs_dir} holds no run; train one with python train_model.py")
 
-    from harness.runs.mirror import mirror
+    from harness.runs.to_dashboard import mirror
 
     for run in runs:
         mirror(run, tracking)

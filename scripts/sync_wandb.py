@@ -74,7 +74,7 @@ def tracked_folders(path: Path, levels: int = 2) -> list[Path]:
 
 def send(folder: Path) -> bool:
     """Upload a folder's parts, then, of a run, what they lack. Whether all of it arrived."""
-    from harness.runs.mirror import mirror
+    from harness.runs.to_dashboard import mirror
 
     refuse_links(folder, ["wandb"])
     parts = pending(folder)

@@ -199,7 +199,7 @@ def test_a_forbidden_arrow_would_be_noticed() -> None:
         "harness.training.loop": "def f():\n    from harness.data import prepare",
         "harness.data.loader": "import harness.training.device",
         "harness.tracking": "from harness.runs import folder",
-        "harness.runs.score": "from harness.hf import export",
+        "harness.runs.evaluate_run": "from harness.hf import export",
         "harness.files.text": "from harness.config.schema import TrainConfig",
         "modeling.gpt": "from harness.errors import UserError",
         "modeling.kernels.attend": "from modeling.attention import rope",

@@ -16,8 +16,8 @@ import numpy as np
 
 from harness.config.schema import DatasetConfig
 from harness.data import encoding
+from harness.data.corpus_files import BLOCK, CorpusFile, Found, check_majority, find, lines, listing, opened
 from harness.data.documents import Carving, Document, Source, carving_by_rank, evaluation_first, seeded_hash, split_of_name
-from harness.data.files import BLOCK, CorpusFile, Found, check_majority, find, lines, listing, opened
 from harness.data.parquet import MOST_VALUE, read_parquet
 from harness.errors import UserError, readable, tell
 from harness.files.text import plural

@@ -32,7 +32,7 @@ from harness.hf.options import Description, describe
 from harness.hf.shards import DTYPES, ShardWriter, TensorInFile, TensorSpec, open_shards
 from harness.hf.weights import TensorMapping, tensor_mappings
 from harness.runs.from_weights import ORIGIN_FILE, make_run
-from harness.runs.text_parts import TheirText, read_text
+from harness.runs.text_settings import TheirText, read_text
 from harness.training.checkpoint import unique_tensors
 from modeling.attention import EXECUTION
 from modeling.attention.quantisation import cache_format

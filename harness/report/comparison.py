@@ -24,7 +24,7 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
-from harness.report.choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
+from harness.report.run_choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
 from harness.runs.evaluations import USUAL, cache_label, in_few_bits
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.

@@ -20,8 +20,8 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS, PERPLEXITY, Metric
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
 from harness.runs.records import ArmRecord, DecodeRow
+from harness.study.evaluation_noise import FEWEST_CLUSTERS, Noise, bootstrap
 from harness.study.history import additions
-from harness.study.noise import FEWEST_CLUSTERS, Noise, bootstrap
 from harness.study.results import RunResult, StudyResults
 from harness.study.statistics import (
     ALPHA,

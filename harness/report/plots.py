@@ -27,8 +27,8 @@ from harness.report.canvas import (
 )
 from harness.report.colours import INK, PALE, QUIET, RULE
 from harness.report.forest_plot import draw_forest_plot, forest_plot_height, settle_rows
-from harness.report.names import Names, legend_height, names_of, place_of_names
 from harness.report.pictures import ForestPlot, Mark, Picture, Plot, Series
+from harness.report.plot_labels import Names, legend_height, names_of, place_of_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -41,7 +41,7 @@ from harness.files.text import table_of
 from harness.runs.corpus import validate, validation_split
 from harness.runs.folder import finished
 from harness.runs.from_weights import ORIGIN_FILE, make_run
-from harness.runs.initial import tokens_seen
+from harness.runs.init_from import tokens_seen
 from harness.runs.load import TrainedModel
 from harness.training.checkpoint import save_model
 from modeling.attention import EXECUTION, PATTERN

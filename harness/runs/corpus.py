@@ -19,7 +19,7 @@ from harness.evaluation.evaluate import evaluate_model
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import WHOLE, Scoring, Share, SplitResult
 from harness.runs.folder import finished
-from harness.runs.initial import brought
+from harness.runs.init_from import brought
 from harness.runs.records import read_summary
 from harness.training.checkpoint import checkpoint_state, latest_checkpoint
 from harness.training.parallel import Workers

@@ -32,7 +32,7 @@ def run_folder(config: TrainConfig) -> Path:
 
     Raises UserError when the name is taken by a run of another configuration, naming what differs, or by something
     that is no run. A folder in which nothing has been logged yet is free: its command failed before the first step. The
-    budget of an unfinished run may grow, see harness/runs/state.py.
+    budget of an unfinished run may grow, see harness/runs/training_state.py.
     """
     folder = Path(config.runs_dir) / config.name
     with readable(str(folder), _UNSEEN):
@@ -40,7 +40,7 @@ def run_folder(config: TrainConfig) -> Path:
         if _is_foreign(folder):
             raise UserError(f"{folder} exists and is no run (it has no config.yaml): choose another name=...")
     if is_run and not config.overwrite and (begun(folder) or finished(folder)):
-        from harness.runs.state import grows  # which needs torch
+        from harness.runs.training_state import grows  # which needs torch
 
         older = load_run_config(folder)
         differing = differences(config, older)

@@ -22,18 +22,18 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData
 from harness.errors import UserError
 from harness.evaluation.evaluate import split_metrics
-from harness.evaluation.facts import model_facts
 from harness.evaluation.losses import TokenLosses
+from harness.evaluation.model_facts import model_facts
 from harness.files.atomic import check_target, new_folder, read_json, write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import validate
 from harness.runs.folder import writing_to
 from harness.runs.load import load_trained
-from harness.runs.mirror import open_run_tracker
 from harness.runs.provenance import keep_changes
 from harness.runs.records import RunSummary
 from harness.runs.summary import Computation, Training, run_summary
-from harness.runs.text_parts import TheirText
+from harness.runs.text_settings import TheirText
+from harness.runs.to_dashboard import open_run_tracker
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION
 

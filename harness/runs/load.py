@@ -19,7 +19,7 @@ from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.files.folders import step_of
 from harness.runs.folder import finished
 from harness.runs.records import read_summary
-from harness.runs.text_parts import TheirText, load_text
+from harness.runs.text_settings import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
 from modeling.attention import EXECUTION, attends, set_execution

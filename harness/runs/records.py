@@ -113,7 +113,7 @@ class Extras(TypedDict, total=False):
 
 
 class Evaluation(RunSummary, total=False):
-    """evaluations/NAME.json (harness/runs/score.py: score_run), some of it taken over from the run's summary."""
+    """evaluations/NAME.json (harness/runs/evaluate_run.py: score_run), some of it taken over from the run's summary."""
 
     record: str  # the name of its file, without ending
     trained_on: str

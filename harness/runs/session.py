@@ -19,19 +19,20 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData, Tokenizer
 from harness.data.loader import documents_in
 from harness.errors import UserError, tell
-from harness.evaluation.facts import cache_remark, model_facts
+from harness.evaluation.model_facts import cache_remark, model_facts
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
 from harness.files.text import duration
 from harness.runs.corpus import ANEW, other_data, validate, window_loader
-from harness.runs.initial import initial_checkpoint, initial_line, tokens_seen
+from harness.runs.init_from import initial_checkpoint, initial_line, tokens_seen
 from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
-from harness.runs.mirror import open_run_tracker
 from harness.runs.records import RunSummary, read_metrics
-from harness.runs.state import SavedState, check_resumable
 from harness.runs.summary import Computation, Training, run_summary
+from harness.runs.to_dashboard import open_run_tracker
+from harness.runs.training_state import SavedState, check_resumable
 from harness.tracking import SilentTracker, Tracker, check_tracking
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
+from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.device import (
     auto_micro_batch_size,
     keep_freed_memory,
@@ -51,7 +52,6 @@ from harness.training.optimizer import build_optimizer, choose_recipe
 from harness.training.parallel import Workers, check_parallel, share_model
 from harness.training.schedule import Schedule, training_steps
 from harness.training.step import WARM_UP, CapturedStep, EagerStep, select_capture
-from harness.training.writer import CheckpointWriter
 
 TIMED_SECONDS = 2.0  # of training, after which the rest is foretold
 

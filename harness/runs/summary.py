@@ -10,7 +10,7 @@ from harness.config.identity import setup_hash
 from harness.config.schema import TrainConfig
 from harness.data import PreparedData
 from harness.data.tokenizer import tokenizer_fingerprint
-from harness.evaluation.facts import ModelFacts
+from harness.evaluation.model_facts import ModelFacts
 from harness.evaluation.perplexity import SplitResult
 from harness.runs.provenance import commit, now
 from harness.runs.records import RunSummary

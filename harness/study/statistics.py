@@ -17,7 +17,7 @@ pooled variance and in the test of equal variances.
 The declared comparisons are one family, corrected by Holm's method (Scandinavian Journal of Statistics 6, 1979), and so are
 their tests of equivalence: two one-sided tests at a declared margin (Schuirmann, Journal of Pharmacokinetics and
 Biopharmaceutics 15, 1987). Whatever else is looked at is marked as such and uncorrected. Noise of the evaluation, given the
-weights, is another thing (harness/study/noise.py).
+weights, is another thing (harness/study/evaluation_noise.py).
 """
 
 from __future__ import annotations

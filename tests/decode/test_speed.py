@@ -15,7 +15,7 @@ from harness.decode import speed
 from harness.decode.speed import Clock, DecodeTime, Spread, measure, measure_cell
 from harness.decode.subjects import plan_cells, weight_bytes
 from harness.errors import UserError
-from harness.report.decode import cache_lines, compared, crossings
+from harness.report.decode_speed import cache_lines, compared, crossings
 from harness.report.document import in_ms
 from modeling.attention.cache import Cache, Placement
 from scripts import benchmark_decode

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import eval_model
-import harness.runs.score
+import harness.runs.evaluate_run
 from harness.config.compose import check_config, load_eval_config
 from harness.config.schema import EXTRAS
 from harness.data import Tokenizer, open_prepared
 from harness.errors import UserError
 from harness.report.comparison import compare
+from harness.runs.evaluate_run import lengthened, record_name
 from harness.runs.load import load_trained
-from harness.runs.mirror import dashboard_figures
-from harness.runs.score import lengthened, record_name
+from harness.runs.to_dashboard import dashboard_figures
 from tests.support.micro import PROMISED, Workplace, contents, json_lines, records, summary_of, write_corpus
 
 VARIANTS = ("mha", "mla")
@@ -259,7 +259,7 @@ def test_what_cannot_be_stored_is_at_least_printed(
     def full(path: Path, values: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("harness.runs.score.write_json", full)
+    monkeypatch.setattr("harness.runs.evaluate_run.write_json", full)
     with pytest.raises(UserError, match=r"cannot be stored in .*mla .*: make the folder writable"):
         copied.evaluate("run=mla")
     assert [record["name"] for record in json_lines(capsys.readouterr().out)] == ["mla"]
@@ -371,7 +371,7 @@ def test_killed_between_its_files_an_evaluation_is_not_there(
     copied: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record stands for the whole: without its segments a study's report would leave out the noise in silence."""
-    write, written = harness.runs.score.write_json, []
+    write, written = harness.runs.evaluate_run.write_json, []
 
     def killed_after_the_first(path: Path, values: Any) -> None:
         if written:
@@ -379,7 +379,7 @@ def test_killed_between_its_files_an_evaluation_is_not_there(
         written.append(path)
         write(path, values)
 
-    monkeypatch.setattr(harness.runs.score, "write_json", killed_after_the_first)
+    monkeypatch.setattr(harness.runs.evaluate_run, "write_json", killed_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         copied.evaluate("run=mla", "extras=[]")
     assert [path.parent.name for path in written] == ["segments"]

@@ -108,9 +108,9 @@ def test_help_of_a_benchmark_is_its_docstring_and_runs_nothing(name: str, comman
 
 
 def test_what_the_benchmarks_share_is_refused_as_a_command(command: Command) -> None:
-    refused = command("benchmarks/common.py")
+    refused = command("benchmarks/measuring.py")
     assert (refused.status, refused.output) == (2, "")
-    assert refused.errors.startswith("error: benchmarks/common.py measures nothing")
+    assert refused.errors.startswith("error: benchmarks/measuring.py measures nothing")
 
 
 @pytest.mark.parametrize(("name", "kind"), [("train", TrainConfig), ("eval", EvalConfig)])

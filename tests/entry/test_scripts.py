@@ -18,7 +18,7 @@ from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.config.places import ROOT
 from harness.errors import UserError
-from harness.evaluation.facts import model_facts
+from harness.evaluation.model_facts import model_facts
 from modeling.attention import MECHANISMS, gqa
 from modeling.attention.contract import CHECKS
 from modeling.attention.mla import MultiheadLatentAttention

@@ -10,7 +10,7 @@ import torch
 from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.evaluation.cache_size import measure_cache
-from harness.evaluation.facts import model_facts
+from harness.evaluation.model_facts import model_facts
 from modeling.attention import attends
 from modeling.gpt import GPT
 from tests.support.live_bytes import live_bytes_slope

@@ -19,8 +19,8 @@ from scipy import stats
 
 from harness.errors import UserError
 from harness.report.colours import COLOURS, MARKERS, PAPER
-from harness.report.compare import scatter
 from harness.report.comparison import CONDITIONS, Comparison, as_text, compare, comparison_csv, comparison_markdown
+from harness.report.comparison_picture import scatter
 from harness.report.plots import PNG_WIDTH, draw, save_png
 from scripts import compare_runs
 from tests.support.forks import Forks

@@ -12,9 +12,9 @@ import pytest
 from harness.report.canvas import Drawing
 from harness.report.colours import INK, PALE, Style
 from harness.report.findings import Findings
-from harness.report.names import MOST_ASIDE, spread
 from harness.report.page import NARROW, WIDE
 from harness.report.pictures import Mark, Picture, Plot, Series
+from harness.report.plot_labels import MOST_ASIDE, spread
 from harness.report.plots import draw, save_png
 from harness.report.sections import sections
 from harness.report.svg import as_svg

@@ -23,7 +23,7 @@ from harness.report.pictures import Plot, short
 from harness.report.sections import sections
 from harness.report.tables import study_csv, study_markdown
 from harness.report.write import write_report
-from harness.study.noise import bootstrap
+from harness.study.evaluation_noise import bootstrap
 from harness.study.results import load_results
 from harness.study.statistics import contrasts, mean_interval, trends
 from scripts import report

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "train_model",
     "eval_model",
-    "harness.runs.score",
+    "harness.runs.evaluate_run",
     "harness.runs.session",
     "hydra",
     "torch._dynamo",

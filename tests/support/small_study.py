@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch._dynamo
 
-import harness.runs.score
+import harness.runs.evaluate_run
 import harness.runs.session
 import harness.study.plan
 import harness.study.runner

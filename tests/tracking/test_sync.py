@@ -181,5 +181,5 @@ def test_a_folder_without_anything_to_upload_is_said(tmp_path: Path) -> None:
 
 
 def test_an_upload_does_not_wait_for_torch() -> None:
-    read = "import sys, scripts.sync_wandb, harness.runs.mirror; assert 'torch' not in sys.modules"
+    read = "import sys, scripts.sync_wandb, harness.runs.to_dashboard; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", read], cwd=ROOT, check=False).returncode == 0

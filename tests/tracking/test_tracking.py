@@ -25,7 +25,7 @@ import pytest
 from harness.config.compose import load_eval_config, load_train_config
 from harness.config.run_config import save_run_config
 from harness.config.schema import TrackingConfig
-from harness.runs.mirror import open_run_tracker
+from harness.runs.to_dashboard import open_run_tracker
 from harness.tracking import Table, Tracker, log_study, open_tracker
 from tests.support.forks import Forks
 from tests.support.wandb_server import KEY, WandbServer

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from harness.errors import UserError
-from harness.study.noise import bootstrap
+from harness.study.evaluation_noise import bootstrap
 
 
 def within_binomial_error(successes: int, trials: int, probability: float) -> bool:

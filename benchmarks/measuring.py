@@ -65,7 +65,7 @@ def leave_record(record: Mapping[str, Any], out: str | None) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    raise UserError("benchmarks/common.py measures nothing: start one of those that it serves, see --help")
+    raise UserError("benchmarks/measuring.py measures nothing: start one of those that it serves, see --help")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
 from harness.runs.folder import storing
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
-from harness.runs.mirror import dashboard_figures, open_run_tracker
 from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, read_summary
 from harness.runs.summary import Computation
+from harness.runs.to_dashboard import dashboard_figures, open_run_tracker
 from harness.training.device import select_device, select_precision
 from modeling.attention import EXECUTION
 from modeling.attention.quantisation import cache_format

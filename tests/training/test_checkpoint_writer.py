@@ -23,8 +23,8 @@ from harness.training.checkpoint import (
     load_checkpoint,
     snapshot,
 )
+from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.optimizer import Optimizer, build_optimizer
-from harness.training.writer import CheckpointWriter
 from tests.support.tiny_model import optimizer_config, save_checkpoint, tiny_batches, tiny_model
 
 

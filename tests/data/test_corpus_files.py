@@ -21,7 +21,7 @@ import pytest
 
 from harness.config.places import ROOT
 from harness.data import prepare
-from harness.data.files import CorpusFile, find, opened
+from harness.data.corpus_files import CorpusFile, find, opened
 from harness.errors import UserError
 from harness.files.hashes import file_sha256
 from tests.data.test_local import everything, prepared, write_jsonl, write_parquet
@@ -282,7 +282,7 @@ def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeyp
             writing.write(" that goes on")
         return digest
 
-    monkeypatch.setattr("harness.data.files.file_sha256", grow)
+    monkeypatch.setattr("harness.data.corpus_files.file_sha256", grow)
     with pytest.raises(UserError, match=r"a.txt changed while it was read"):
         opened(file, "a.txt")
 
