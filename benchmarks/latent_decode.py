@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from harness.entry.cli import parse_options, run_script
-from harness.errors import UserError
+from harness.errors import UserError, as_user_error
 from harness.runs.provenance import commit
 from modeling.attention.quantisation import quantise
 from modeling.kernels.decode_kernels import check_kernel, check_widths
@@ -166,12 +166,10 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             "this benchmark needs a CUDA device; python benchmarks/latent_decode.py --offline compiles the kernel without"
         )
-    try:
+    with as_user_error():
         check_widths("triton", options.kv_lora_rank, options.qk_rope_head_dim)
         if any(name.startswith("triton") for name in names):
             check_kernel("triton", "cuda")
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings = measure_ceilings(device)
@@ -597,10 +595,8 @@ def compile_offline() -> int:
     """What the compiler makes of the table's tiles on Hopper (sm_90a)."""
     from modeling.kernels.decode_kernels import check_kernel
 
-    try:
+    with as_user_error():
         check_kernel("triton", "cuda")
-    except ValueError as error:
-        raise UserError(str(error)) from None
     import triton
 
     from modeling.kernels import latent_decode_triton as kernel

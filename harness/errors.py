@@ -6,6 +6,8 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 
+from modeling.refusal import Refusal
+
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@|(?<=[?&])(?:access_token|api_key|auth|key|token)=[^&\s]*", re.IGNORECASE)
 _MOST_CHARACTERS = 2000
 
@@ -51,10 +53,10 @@ def without_credentials(text: str) -> str:
 
 @contextlib.contextmanager
 def as_user_error(before: str = "") -> Iterator[None]:
-    """A ValueError inside, as modeling raises it, becomes a UserError: the same sentence behind `before`."""
+    """A Refusal inside, as modeling raises it, becomes a UserError: the same sentence behind `before`."""
     try:
         yield
-    except ValueError as error:
+    except Refusal as error:
         raise UserError(f"{before}{error}") from None
 
 

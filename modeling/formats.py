@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from modeling.refusal import Refusal
+
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8, "fp8": 8, "int4": 4}  # of an element, without scales
 OF_BITS = {"16": "bfloat16", "8": "int8", "4": "int4"}  # in kXvY
 PAIR = re.compile(r"k(c?)(\d+)v(\d+)")
@@ -32,18 +34,18 @@ class FormatName:
 
 
 def read_format(name: str) -> FormatName:
-    """Raises ValueError, with the forms there are, for a name that has none of them."""
+    """Raises Refusal, with the forms there are, for a name that has none of them."""
     base = name.removesuffix(ROTATED)
     pair = PAIR.fullmatch(base)
     keys, values = (OF_BITS.get(bits, "") for bits in pair.groups()[1:]) if pair else (base, base)
     by_channel = pair is not None and pair[1] == "c"
     if not (keys in BITS and values in BITS) or (by_channel and BITS[keys] == 16):
-        raise ValueError(f"{name} is unknown; choose one of {FORMS}")
+        raise Refusal(f"{name} is unknown; choose one of {FORMS}")
     if pair and keys == values and not by_channel:
-        raise ValueError(f"{name} is {keys}{name.removeprefix(base)} by another name: write that")
+        raise Refusal(f"{name} is {keys}{name.removeprefix(base)} by another name: write that")
     read = FormatName(keys, values, rotated=base != name, by_channel=by_channel)
     if read.rotated and not read.in_few_bits:
-        raise ValueError(f"{name} would turn what is stored as it is: write {base}")
+        raise Refusal(f"{name} would turn what is stored as it is: write {base}")
     if read.rotated and by_channel:
-        raise ValueError(f"{name} would mix the channels that have scales of their own: write {base}")
+        raise Refusal(f"{name} would mix the channels that have scales of their own: write {base}")
     return read

@@ -15,6 +15,7 @@ from modeling.attention.positions import beyond
 from modeling.attention.quantisation import CacheFormat
 from modeling.gpt import GPT
 from modeling.kernels.decode_kernels import check_capture
+from modeling.refusal import Refusal
 
 COLDEST, HOTTEST = 1e-3, 1e30  # logits divided by less, or a temperature above, leave the range of float32
 
@@ -63,7 +64,7 @@ def generate(
     stop: a row that has drawn this token is finished, takes no more room and yields it again; when all have, that is
     the end. cache_dtype: what the cache holds (None: the parameters' dtype; modeling/attention/quantisation.py has all), window
     and sinks likewise. step: how one token is computed, `eager`, `compile` (torch.compile) or `graph` (a CUDA graph);
-    `auto` takes the graph on CUDA and eager elsewhere. Raises ValueError for an empty prompt, for settings out of range,
+    `auto` takes the graph on CUDA and eager elsewhere. Raises Refusal for an empty prompt, for settings out of range,
     when prompt and new tokens exceed the model's max_seq_len, and for a model whose logits are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
@@ -83,7 +84,7 @@ def generate(
     last_B = valid_BT.sum(dim=1) - 1  # the head sees one position a row, not the whole prompt
     logits_BC = model.logits(x_BTD[torch.arange(len(prompts), device=device), last_B])
     if not logits_BC[:, : model.vocab_size].isfinite().all():
-        raise ValueError("the model's logits are not finite: its weights are broken, use an earlier checkpoint")
+        raise Refusal("the model's logits are not finite: its weights are broken, use an earlier checkpoint")
     running_B = torch.ones(len(prompts), dtype=torch.bool, device=device)
     decode: Callable[[Tensor, Tensor | None], Tensor] | None = None
     for number in range(max_new_tokens):
@@ -115,18 +116,18 @@ def decode_step(
 
     Rows that are not running take in nothing. `compile` and `graph` make the cache static. token_B and running_B are
     examples of what the function will be given. forward: (tokens_BT, cache, valid_BT=) -> logits_BTC, of the model's own unless
-    given. Raises ValueError where `step` cannot run; the function raises it for a token beyond the cache or the model.
+    given. Raises Refusal where `step` cannot run; the function raises it for a token beyond the cache or the model.
     """
     device = token_B.device
     if step == "auto":
         step = "graph" if device.type == "cuda" else "eager"
     if step not in ("eager", "compile", "graph"):
-        raise ValueError(f"step={step} is unknown; choose auto, eager, compile or graph")
+        raise Refusal(f"step={step} is unknown; choose auto, eager, compile or graph")
     if step == "graph":
         for attention in model.attentions:
             check_capture(attention.kernel)
         if device.type != "cuda":
-            raise ValueError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
+            raise Refusal(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
 
     def eager(token_B: Tensor, running_B: Tensor | None) -> Tensor:
         valid_BT = None if running_B is None else running_B[:, None]
@@ -160,7 +161,7 @@ def _counted(
 
 
 def _check_fits(model: GPT, cache: Sequence[Cache]) -> None:
-    """Raises ValueError unless the cache, whose layers grow together, and the model have a place for one more token a row."""
+    """Raises Refusal unless the cache, whose layers grow together, and the model have a place for one more token a row."""
     for layer in cache:  # those with a window always have
         layer.check_room(1)
     if isinstance(model, GPT) and any(attention.positions != "none" for attention in model.attentions):
@@ -211,23 +212,23 @@ def _check(
     top_p: float | None,
 ) -> None:
     if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("a prompt has no tokens; give at least one (the end-of-text token starts a fresh text)")
+        raise Refusal("a prompt has no tokens; give at least one (the end-of-text token starts a fresh text)")
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise Refusal(f"max_new_tokens={max_new_tokens} must be at least 1")
     if temperature != 0 and not COLDEST <= temperature <= HOTTEST:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or from {COLDEST} to {HOTTEST:g}")
+        raise Refusal(f"temperature={temperature} must be 0 (greedy) or from {COLDEST} to {HOTTEST:g}")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1, or null for no cut")
+        raise Refusal(f"top_k={top_k} must be at least 1, or null for no cut")
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be in (0, 1], or null for no cut")
+        raise Refusal(f"top_p={top_p} must be in (0, 1], or null for no cut")
     longest = max(len(prompt) for prompt in prompts)
     if longest > model.max_seq_len:
-        raise ValueError(
+        raise Refusal(
             f"a prompt of {longest} tokens exceeds the model's {model.max_seq_len} positions; shorten it to at most "
             f"{model.max_seq_len} tokens"
         )
     if longest + max_new_tokens - 1 > model.max_seq_len:
-        raise ValueError(
+        raise Refusal(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {model.max_seq_len} "
             f"positions; ask for at most {model.max_seq_len - longest + 1} new tokens"
         )

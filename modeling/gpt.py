@@ -19,6 +19,7 @@ from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
 from modeling.kernels.cross_entropy import mask_padding
 from modeling.loss import mean_nats, token_nats, token_nats_beside
+from modeling.refusal import Refusal
 
 VOCAB_MULTIPLE = 64  # a head of aligned width keeps matrix products on the fast path
 
@@ -29,7 +30,7 @@ class MLP(nn.Module):
     def __init__(self, *, d_model: int, hidden: int, kind: str, bias: bool) -> None:
         super().__init__()
         if kind not in ("swiglu", "relu2"):
-            raise ValueError(f"mlp={kind} is unknown; choose swiglu or relu2")
+            raise Refusal(f"mlp={kind} is unknown; choose swiglu or relu2")
         self.gate_proj = nn.Linear(d_model, hidden, bias=bias) if kind == "swiglu" else None
         self.up_proj = nn.Linear(d_model, hidden, bias=bias)
         self.down_proj = nn.Linear(hidden, d_model, bias=bias)
@@ -113,7 +114,7 @@ class GPT(HasAttentions):
     ) -> None:
         super().__init__()
         if init not in ("normal", "fan_in", "xavier"):
-            raise ValueError(f"init={init} is unknown; choose normal, fan_in or xavier")
+            raise Refusal(f"init={init} is unknown; choose normal, fan_in or xavier")
         self.vocab_size, self.max_seq_len, self.causal = vocab_size, max_seq_len, causal
         self.activation_checkpointing = activation_checkpointing
         self.loss_chunk_tokens: int | None = None  # how the loss is computed, not what it is: set by the trainer

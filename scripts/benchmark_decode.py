@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 def auto_or_format(name: str) -> None:
-    """Raises ValueError for what is neither."""
+    """Raises Refusal for what is neither."""
     if name != "auto":
         read_format(name)
 

@@ -38,6 +38,7 @@ from harness.errors import UserError, as_user_error
 from harness.files.text import visible
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
 from modeling.formats import PAIR, ROTATED, read_format
+from modeling.refusal import Refusal
 
 if TYPE_CHECKING:
     from harness.decode.kv_calculator import CacheDescription, Format, LatentShape
@@ -216,7 +217,7 @@ def is_format(name: str) -> bool:
     """Whether our caches can be kept so."""
     try:
         read_format(name)
-    except ValueError:
+    except Refusal:
         return False
     return True
 

@@ -142,6 +142,38 @@ def test_the_variant_is_an_arm_of_a_study(project: Path, forks: Forks) -> None:
     assert list((project / "runs" / "own").glob("**/report.html")), sorted((project / "runs" / "own").rglob("*"))[:40]
 
 
+# A constructor whose rotation ends in what is put in its place.
+FAULTY = """
+import train_model
+from harness.entry.cli import run_script
+from modeling.attention import shared
+from modeling.refusal import Refusal
+
+def rotation(**sizes):
+    FAULT
+shared.RotaryEmbedding = rotation
+run_script(train_model.main, description=None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "last"),
+    [
+        ('raise Refusal("width=32 is odd: take 31")', 2, "error: model=tiny attention=shared: width=32 is odd: take 31"),
+        ('raise ValueError("width=32 is odd: take 31")', 1, "ValueError: width=32 is odd: take 31"),
+        ("width, theta = sizes", 1, "ValueError: too many values to unpack (expected 2"),
+    ],
+    ids=["refusal", "ValueError", "unpacking"],
+)
+def test_what_a_class_refuses_is_a_sentence_and_its_bug_a_traceback(
+    project: Path, forks: Forks, fault: str, status: int, last: str
+) -> None:
+    (project / "faulty.py").write_text(FAULTY.replace("FAULT", fault))
+    done = forks.run("faulty.py", "attention=shared", "name=faulty", *setup(project))
+    assert done.status == status and done.errors.splitlines()[-1].startswith(last), done.errors
+    assert ('faulty.py", line' in done.errors) is ("Traceback (most recent call last)" in done.errors) is (status == 1)
+
+
 def test_a_variant_of_ones_own_turns_no_test_of_the_documents_red(forks: Forks) -> None:
     """Of those of single variants its own, if it had one."""
     chosen = "readme_offers or sizes or option or [shared]"

@@ -12,14 +12,15 @@ from typing import Annotated, Any, Literal
 
 from harness.files.untrusted import Figure, Positive
 from modeling.formats import read_format
+from modeling.refusal import Refusal
 
 
 def _limit(holds: Callable[[Any], bool], otherwise: str) -> Callable[[Any], None]:
-    """What raises ValueError for a value that is none of a type's: `otherwise` goes on where the value ends."""
+    """What raises Refusal for a value that is none of a type's: `otherwise` goes on where the value ends."""
 
     def check(value: Any) -> None:
         if not holds(value):
-            raise ValueError(f"{value} {otherwise}")
+            raise Refusal(f"{value} {otherwise}")
 
     return check
 

@@ -87,7 +87,7 @@ def typed(kind: Any, value: Any, path: str) -> Any:
 
 
 def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
-    """What an Annotated type allows: its notes are a number's least value, what raises ValueError for others, or help."""
+    """What an Annotated type allows: its notes are a number's least value, what raises Refusal for others, or help."""
     of, *notes = parts
     checks = [note for note in notes if callable(note)]
     with as_user_error(f"{path}="):

@@ -63,6 +63,7 @@ from modeling.conversion.stages import (
     weight_moments,
 )
 from modeling.gpt import GPT
+from modeling.refusal import Refusal
 
 _SHORT = {"gqa_mean": "mean"}  # in the names of variants
 # ||logits - logits before|| / ||logits before|| in float32, of stages that promise to change nothing.
@@ -281,7 +282,7 @@ def _mha2mla(source: _Source) -> Planned:
     assert calibration is not None and options.qk_rope_head_dim is not None
     heads, width = layers[0].k_GKD.shape[0], options.qk_rope_head_dim
     if width % (2 * heads):
-        raise ValueError(
+        raise Refusal(
             f"qk_rope_head_dim={width} cannot be shared by {heads} key/value heads, each of which keeps an even width: "
             f"choose a multiple of {2 * heads}"
         )

@@ -14,6 +14,7 @@ from typing import Any
 from harness.files.text import counted
 from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
 from modeling.formats import read_format
+from modeling.refusal import Refusal
 
 # How a split is scored where nothing else is said.
 USUAL: dict[str, Any] = {**PLAIN_CACHE, "per_document": False, "stride_fraction": 0.5}
@@ -110,5 +111,5 @@ def in_few_bits(record: Mapping[str, Any]) -> bool:
     """Whether its cache stores something in less than 16 bits; a format of another version is not known to."""
     try:
         return read_format(record["cache_dtype"]).in_few_bits
-    except ValueError:
+    except Refusal:
         return False

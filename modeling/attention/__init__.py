@@ -22,13 +22,14 @@ from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.tied import TiedKeyValueAttention
 from modeling.attention.tpa import TensorProductAttention
 from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS
+from modeling.refusal import Refusal
 
 
 class Attention(Protocol):
     """What the GPT, the cache measurement and the contract tests (contract.py) ask of a variant.
 
     The constructor takes keyword arguments only, each typed and explicit: the six that the model owns (MODEL_OWNED),
-    the rest from the variant's YAML. It raises ValueError with both numbers and the remedy when they do not fit.
+    the rest from the variant's YAML. It raises Refusal with both numbers and the remedy when they do not fit.
 
     Besides, where there is something to state: `frozen`, the names of parameters that are never trained (all others must
     get a gradient); `products_per_token`, multiplications of a token in which no weight and no other token takes part
@@ -131,19 +132,19 @@ def kind_options(mechanism: str, options: Mapping[str, Any], kind: str | None) -
 
 
 def kinds_of_layers(options: Mapping[str, Any], n_layers: int) -> list[str | None]:
-    """The kind of each layer. Raises ValueError for kinds that are unknown, and for more of them than there are layers."""
+    """The kind of each layer. Raises Refusal for kinds that are unknown, and for more of them than there are layers."""
     pattern, kinds = options.get("layers"), options.get("kinds") or {}
     if pattern is None:
         if kinds:
-            raise ValueError(f"kinds={list(kinds)} are of no use without layers, which says where they stand: add layers")
+            raise Refusal(f"kinds={list(kinds)} are of no use without layers, which says where they stand: add layers")
         return [None] * n_layers
     if not pattern:
-        raise ValueError("layers=[] names no kind: name one for each layer, or a pattern of them, or leave layers out")
+        raise Refusal("layers=[] names no kind: name one for each layer, or a pattern of them, or leave layers out")
     if unknown := [kind for kind in pattern if kind not in kinds]:
         known = ", ".join(kinds) or "nothing"
-        raise ValueError(f"layers names {unknown[0]}, which is not in kinds ({known}): define it there, or correct the name")
+        raise Refusal(f"layers names {unknown[0]}, which is not in kinds ({known}): define it there, or correct the name")
     if len(pattern) > n_layers:
-        raise ValueError(
+        raise Refusal(
             f"layers names {len(pattern)} layers and the model has {n_layers}: shorten the pattern, or raise model.n_layers"
         )
     return list(itertools.islice(itertools.cycle(pattern), n_layers))
@@ -155,7 +156,7 @@ def build_attentions(
     """The attention of every layer, from its YAML's options and the model's own numbers. A name, never code, selects it.
 
     options may hold the keys of EXECUTION and of PATTERN. Layers that share (options["sharing"]) are joined to their group's
-    first. first: build only so many of the n_layers, from the first one on. Raises ValueError for what does not fit.
+    first. first: build only so many of the n_layers, from the first one on. Raises Refusal for what does not fit.
     """
     layers: list[Any] = []
     kinds = kinds_of_layers(options, n_layers)[:first]
@@ -165,7 +166,7 @@ def build_attentions(
         layer: Any = MECHANISMS[name](**owned, **{key: value for key, value in chosen.items() if key not in EXECUTION})
         group = chosen.get("sharing_layers", 1)
         if group > 1 and kind is not None:
-            raise ValueError(
+            raise Refusal(
                 f"sharing_layers={group} groups neighbours that are all alike, and layers={options['layers']} makes them "
                 f"differ: leave one of the two out"
             )
@@ -183,11 +184,11 @@ def _layer_read(options_of: Mapping[str, Mapping[str, Any]], kinds: Sequence[str
     kind = kinds[index]
     if read not in options_of or "reads" in options_of[read]:
         what = "reads another kind's itself" if read in options_of else f"is not in kinds ({', '.join(options_of)})"
-        raise ValueError(f"kinds.{kind}.reads={read}, which {what}: name a kind that computes keys and values")
+        raise Refusal(f"kinds.{kind}.reads={read}, which {what}: name a kind that computes keys and values")
     earlier = [number for number in range(index) if kinds[number] == read]
     if not earlier:
         place = f"layer {kinds.index(read)} is the first" if read in kinds else "no layer is"
-        raise ValueError(
+        raise Refusal(
             f"layer {index} ({kind}) reads keys and values of kind {read}, and {place} of that kind: a layer reads an earlier "
             f"one"
         )
@@ -198,7 +199,7 @@ def _join(layer: Any, layers: Sequence[Any], back: int) -> None:
     """Have a layer follow the one so many places before it."""
     leader = layers[len(layers) - back]
     if not hasattr(layer, "follow") or type(leader) is not type(layer):
-        raise ValueError(
+        raise Refusal(
             f"{type(layer).__name__} cannot read what {type(leader).__name__} caches: a layer reads one of its own mechanism, "
             f"gqa or mla"
         )
@@ -236,12 +237,12 @@ def execute(attentions: Sequence[Any], **changes: str) -> None:
     """Choose how layers are computed: backend, decode, kernel; what is not named stays.
 
     A path or kernel that some of the layers lack is for the others, and these stay as they choose themselves. Raises
-    ValueError, and changes nothing, where no layer has it.
+    Refusal, and changes nothing, where no layer has it.
     """
     wanted = [{key: getattr(each, key, default) for key, default in EXECUTION.items()} | changes for each in attentions]
     refusals = [_refusal(attention, **choice) for attention, choice in zip(attentions, wanted, strict=True)]
     if refusals and all(refusals):
-        raise ValueError(refusals[0])
+        raise Refusal(refusals[0])
     for attention, choice, refusal in zip(attentions, wanted, refusals, strict=True):
         if refusal is not None:
             choice |= {"decode": "auto", "kernel": "auto"}
@@ -249,7 +250,7 @@ def execute(attentions: Sequence[Any], **changes: str) -> None:
 
 
 def set_execution(attention: Any, *, backend: str, decode: str, kernel: str) -> None:
-    """Choose how a layer is computed. Raises ValueError for a path that it does not have."""
+    """Choose how a layer is computed. Raises Refusal for a path that it does not have."""
     execute([attention], backend=backend, decode=decode, kernel=kernel)
 
 

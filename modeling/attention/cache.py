@@ -20,6 +20,7 @@ from modeling.attention.positions import in_graph
 from modeling.attention.quantisation import GROUP, NAMED, CachedTensor, CacheFormat, Parts, Storage, as_format, newest_bytes
 from modeling.formats import ROTATED
 from modeling.kernels.attend import band
+from modeling.refusal import Refusal
 
 if TYPE_CHECKING:
     from modeling.attention import Attention
@@ -60,7 +61,7 @@ class Placement:
         return once_BHTS + F.pad(weights_BHTS[..., : self.twice], (0, once_BHTS.shape[-1] - self.twice))
 
     def tables(self, rope: RotaryEmbedding, new_tokens: int, positions_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos, sin of the new tokens, or of other positions where they are given. Raises ValueError beyond the model's."""
+        """cos, sin of the new tokens, or of other positions where they are given. Raises Refusal beyond the model's."""
         if positions_BT is not None:
             return rope.tables(0, new_tokens, positions_BT)
         return rope.tables(self.start, new_tokens, self.positions_BT, self.end)
@@ -120,7 +121,7 @@ class Cache:
         reads: Cache | None = None,
     ) -> None:
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
-            raise ValueError(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
+            raise Refusal(f"window={window} and sinks={sinks}: a window holds at least 1 token, sinks need a window")
         self.batch_size, self.max_seq_len, self.static = batch_size, max_seq_len, static
         fits = window is not None and sinks + window <= max_seq_len
         if reach is not None and (window is None or reach <= window):
@@ -198,7 +199,7 @@ class Cache:
     def place(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
         """Positions and visibility of the next `new_tokens` tokens a row. Call it before `append`.
 
-        Raises ValueError when they do not fit.
+        Raises Refusal when they do not fit.
         """
         self.check_room(new_tokens)
         twice = self.groups and new_tokens > 1
@@ -229,7 +230,7 @@ class Cache:
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
         """Take in (B, T, ...) tensors at each row's own next positions; returns what is visible afterwards, by name.
 
-        valid_BT marks real tokens (True) where rows are padded, on either side; pads take no slot. Raises ValueError
+        valid_BT marks real tokens (True) where rows are padded, on either side; pads take no slot. Raises Refusal
         when the tokens do not fit.
         """
         seen = self.append_stored(valid_BT, **new)
@@ -269,7 +270,7 @@ class Cache:
         return {name: seen[name] for name in new}
 
     def keep(self, new_tokens: int, valid_BT: Tensor | None = None, **states: Tensor) -> None:
-        """Count tokens as taken in, after which the states are these. Raises ValueError when the tokens do not fit."""
+        """Count tokens as taken in, after which the states are these. Raises Refusal when the tokens do not fit."""
         assert states.keys() == self.states.keys(), f"cache holds {set(self.states)}, got {set(states)}"
         self.check_room(new_tokens)
         for name, state in states.items():
@@ -323,12 +324,12 @@ class Cache:
         return longest
 
     def check_room(self, new_tokens: int) -> None:
-        """Raises ValueError unless so many more tokens a row fit. Inside a step that is compiled or captured: nothing."""
+        """Raises Refusal unless so many more tokens a row fit. Inside a step that is compiled or captured: nothing."""
         if self._endless or (self.static and in_graph(self.lengths_B.device)):
             return
         taken = self.longest(self.max_seq_len - new_tokens) if self.static else self._extent
         if taken + new_tokens > self.max_seq_len:
-            raise ValueError(
+            raise Refusal(
                 f"the cache holds {self.max_seq_len} tokens a row and {taken} are taken: "
                 f"{new_tokens} more do not fit; allocate a longer cache"
             )
@@ -528,14 +529,14 @@ def new_cache(
     """An empty cache for one layer, of the shapes that the variant states, and no longer than the layer sees.
 
     reads: that of the layer whose keys and values, or latents, it reads in place of its own.
-    Raises ValueError for a window where the layer has states: all that was taken in is in them.
+    Raises Refusal for a window where the layer has states: all that was taken in is in them.
     """
     if not attention.causal:
-        raise ValueError("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
+        raise Refusal("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
     check_window(attention.kernel, window)
     states = states_of(attention, dtype)
     if window is not None and states:
-        raise ValueError(
+        raise Refusal(
             f"window={window} would hide tokens that {', '.join(states)} of {type(attention).__name__} holds: leave "
             f"cache.window and cache.sinks out for layers with a state"
         )
@@ -587,13 +588,13 @@ def value_names(attention: Attention) -> tuple[str, ...]:
 
 
 def check_values(attentions: Sequence[Attention], dtype: torch.dtype | CacheFormat) -> None:
-    """Raises ValueError for a format that tells keys and values apart where no layer caches values alone."""
+    """Raises Refusal for a format that tells keys and values apart where no layer caches values alone."""
     kept = as_format(dtype)
     if not kept.tells_apart or any(map(value_names, attentions)):
         return
     named = next(name for name, storage in NAMED.items() if storage == kept.keys)
     asked = "keys by channel" if kept.by_channel else "values in bits of their own"
-    raise ValueError(
+    raise Refusal(
         f"cache.dtype={kept} keeps {asked}, and what this variant caches serves as key and value at once: take "
         f"cache.dtype={named}{ROTATED if kept.rotated else ''}, as its keys are kept"
     )
@@ -605,9 +606,9 @@ def per_token(group_bytes: int) -> float:
 
 
 def check_window(kernel: str, window: int | None) -> None:
-    """Raises ValueError for a window that the decode kernel cannot read."""
+    """Raises Refusal for a window that the decode kernel cannot read."""
     if window is not None and kernel not in ("auto", "torch"):
-        raise ValueError(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
+        raise Refusal(f"attention.kernel={kernel} reads caches without a window: take attention.kernel=torch")
 
 
 def formula_bytes(attention: Attention, dtype: torch.dtype | CacheFormat) -> float:

@@ -27,6 +27,7 @@ from modeling.attention.cache import (
 )
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.quantisation import GROUP, NAMED, CacheFormat, cache_format
+from modeling.refusal import Refusal
 
 BATCH, TOKENS = 3, 24
 # In few bits: the largest relative error of outputs against full precision, with logits as large as these.
@@ -168,7 +169,7 @@ def a_window_hides_what_it_should(build: Build) -> None:
     if any(states_of(attention, x_BTD.dtype) for attention in module.attentions):
         try:
             _poisoned_cache(module, TOKENS, window=window, sinks=sinks)
-        except ValueError as refusal:
+        except Refusal as refusal:
             assert f"window={window}" in str(refusal), f"the message does not name the window: {refusal}"
             return
         raise AssertionError("a layer with a state took a window, in which that state does not fit")
@@ -245,7 +246,7 @@ def _positions(module: AttentionLayers) -> int:
 def _refused(module: AttentionLayers, kept: CacheFormat) -> None:
     try:
         module.new_cache(1, 1, dtype=kept, device="cpu")
-    except ValueError as refusal:
+    except Refusal as refusal:
         assert f"cache.dtype={kept}" in str(refusal), f"the refusal does not name the format: {refusal}"
     else:
         raise AssertionError(f"{kept} was taken, and no layer caches values alone")
@@ -308,13 +309,13 @@ def measured_cache_bytes_equal_the_formula(build: Build) -> None:
 
 @torch.no_grad()
 def a_full_cache_refuses_another_token(build: Build) -> None:
-    """One token too many is a ValueError that names both numbers, and nothing is written."""
+    """One token too many is a Refusal that names both numbers, and nothing is written."""
     module, x_BTD = _module_and_input(build)
     cache = _poisoned_cache(module, TOKENS - 1)
     module(x_BTD[:, 1:], cache)
     try:
         module(x_BTD[:, :1], cache)
-    except ValueError as error:
+    except Refusal as error:
         assert str(TOKENS - 1) in str(error), f"the message does not say how many fit: {error}"
     else:
         raise AssertionError(f"a cache for {TOKENS - 1} tokens took {TOKENS}")

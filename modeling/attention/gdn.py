@@ -32,6 +32,7 @@ from modeling.attention.norms import widely_normed
 from modeling.kernels.decode_kernels import DELTA_RULES
 from modeling.kernels.delta_rule import CHUNK, delta_rule, delta_rule_step
 from modeling.kernels.delta_rule_fla import WIDEST, delta_rule_by_fla
+from modeling.refusal import Refusal
 
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at first
 RATE_RANGE = (1e-2, 16.0)  # of exp(a_log) at first
@@ -51,7 +52,7 @@ class GatedDeltaNet(nn.Module):
     Names elsewhere: q_proj, k_proj, v_proj and gate_proj are rows of Qwen3-Next's in_proj_qkvz, beta_proj and decay_proj of its
     in_proj_ba, o_norm and o_proj its norm and out_proj; beta_proj, decay_proj and gate_proj the authors' b_proj, a_proj and
     g_proj.
-    Raises ValueError for sizes that do not fit together.
+    Raises Refusal for sizes that do not fit together.
     """
 
     decode_paths = ("auto",)
@@ -77,16 +78,16 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         for name, size in (("n_k_heads", n_k_heads), ("head_dim", head_dim), ("v_head_dim", v_head_dim)):
             if size < 1:
-                raise ValueError(f"{name}={size} leaves nothing of the state: choose 1 or more")
+                raise Refusal(f"{name}={size} leaves nothing of the state: choose 1 or more")
         if n_v_heads < 1 or n_v_heads % n_k_heads:
-            raise ValueError(
+            raise Refusal(
                 f"n_v_heads={n_v_heads} do not share n_k_heads={n_k_heads} heads of queries and keys evenly: choose a multiple "
                 f"of {n_k_heads}"
             )
         if conv_width < 2:
-            raise ValueError(f"conv_width={conv_width} sees no token but the newest: choose 2 or more, such as 4")
+            raise Refusal(f"conv_width={conv_width} sees no token but the newest: choose 2 or more, such as 4")
         if not causal:
-            raise ValueError("a state knows the tokens before alone: with model.causal=false choose another mechanism")
+            raise Refusal("a state knows the tokens before alone: with model.causal=false choose another mechanism")
         G, H, K, V = n_k_heads, n_v_heads, head_dim, v_head_dim
         self.n_k_heads, self.n_v_heads, self.head_dim, self.v_head_dim, self.conv_width = G, H, K, V, conv_width
         self.n_heads, self.n_kv_heads, self.qk_width = H, G, K

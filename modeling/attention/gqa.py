@@ -36,6 +36,7 @@ from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank, check_reach
 from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
+from modeling.refusal import Refusal
 
 
 class GroupedQueryAttention(nn.Module):
@@ -50,7 +51,7 @@ class GroupedQueryAttention(nn.Module):
     projection_bias: which projections have biases: as the model's other matrices (`model`), besides on queries, keys and
     values (`qkv`, as in Qwen2) or on all four (`all`). rope_scaling: modeling/attention/rope.py, scaled_frequencies.
     gate: on what the heads give, modeling/attention/output.py.
-    Raises ValueError for sizes that do not fit together.
+    Raises Refusal for sizes that do not fit together.
     """
 
     decode_paths = ("auto",)  # keys and values are cached as they are used
@@ -85,11 +86,11 @@ class GroupedQueryAttention(nn.Module):
         check_choice("positions", positions, ("rope", "learned", "none", "decoupled"))
         check_choice("projection_bias", projection_bias, ("model", "qkv", "all"))
         if rope_scaling is not None and positions not in ("rope", "decoupled"):
-            raise ValueError(f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out")
+            raise Refusal(f"rope_scaling does not go with positions={positions}, which rotates nothing: leave it out")
         if head_dim < 1 or v_head_dim < 1:
-            raise ValueError(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
+            raise Refusal(f"head_dim={head_dim} and v_head_dim={v_head_dim} must be at least 1")
         if (positions == "decoupled") != (qk_rope_head_dim > 0) or qk_rope_head_dim < 0:
-            raise ValueError(
+            raise Refusal(
                 f"positions={positions} does not go with qk_rope_head_dim={qk_rope_head_dim}: the shared rotated key "
                 f"is wider than 0 exactly when positions=decoupled"
             )
@@ -133,7 +134,7 @@ class GroupedQueryAttention(nn.Module):
     def follow(self, leader: GroupedQueryAttention) -> None:
         """Read an earlier layer's keys and values, rotated and normed there (Brandon et al. 2024, arXiv 2405.12981).
 
-        Raises ValueError where these are not what the queries of this layer expect.
+        Raises Refusal where these are not what the queries of this layer expect.
         """
         check_alike("keys and values", self._read, leader._read)
         self.follows = True
@@ -230,11 +231,11 @@ class GroupedQueryAttention(nn.Module):
 def _turned(head_dim: int, fraction: float, positions: str) -> int:
     """Dimensions of a head that are rotated where not all are."""
     if positions != "rope":
-        raise ValueError(f"rotary_fraction={fraction} does not go with positions={positions}, another scheme: leave it out")
+        raise Refusal(f"rotary_fraction={fraction} does not go with positions={positions}, another scheme: leave it out")
     width = round(head_dim * fraction)
     if not 0 < fraction < 1 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
         possible = [f"{even / head_dim:g}" for even in range(2, head_dim + 1, 2)]
-        raise ValueError(
+        raise Refusal(
             f"rotary_fraction={fraction} of head_dim={head_dim} is {head_dim * fraction:g} dimensions, which are turned in "
             f"pairs: choose one of {', '.join(possible[:16])}{' and so on' if len(possible) > 16 else ''}"
         )

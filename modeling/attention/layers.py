@@ -27,7 +27,7 @@ class HasAttentions(nn.Module):
     def set_execution(self, **changes: str) -> None:
         """Choose how attention is computed in every layer: backend, decode, kernel; what is not named stays.
 
-        Where layers differ, a path is for those that have it (modeling/attention/__init__.py, execute). Raises ValueError
+        Where layers differ, a path is for those that have it (modeling/attention/__init__.py, execute). Raises Refusal
         for one that none has.
         """
         execute(self.attentions, **changes)
@@ -45,7 +45,7 @@ class HasAttentions(nn.Module):
     ) -> list[Cache]:
         """One empty cache per layer (modeling/attention/cache.py); that of a layer reading another's is empty.
 
-        Raises ValueError for a format that the variant cannot keep.
+        Raises Refusal for a format that the variant cannot keep.
         """
         check_values(self.attentions, dtype)
         options: dict[str, Any] = {"dtype": dtype, "device": device, "static": static, "window": window, "sinks": sinks}

@@ -46,6 +46,7 @@ from modeling.attention.refusals import check_alike, check_choice, check_heads, 
 from modeling.attention.rope import RotaryEmbedding, StoredRotaryEmbedding, logit_factor, rotate
 from modeling.kernels.decode_kernels import OTHERS, select_kernel
 from modeling.kernels.latent_decode import latent_attend, latent_decode
+from modeling.refusal import Refusal
 
 MANY = 2**31 - 1  # queries
 
@@ -75,7 +76,7 @@ class MultiheadLatentAttention(nn.Module):
         with the weights (converted layers, modeling/conversion/).
     gate: on what the heads give, modeling/attention/output.py. sink_logits: a learned sink a head, 0 at first (gqa.py).
     window: how many of the newest tokens, its own included, a query sees; None for all (gqa.py).
-    Raises ValueError for sizes and choices that do not fit together.
+    Raises Refusal for sizes and choices that do not fit together.
     """
 
     def __init__(
@@ -124,40 +125,40 @@ class MultiheadLatentAttention(nn.Module):
         check_choice("projection_bias", projection_bias, ("model", "all"))
         check_choice("rope_frequencies", rope_frequencies, ("computed", "stored"))
         if rope_scaling is not None and (rope_frequencies == "stored" or positions in ("learned", "none")):
-            raise ValueError(
+            raise Refusal(
                 f"rope_scaling changes computed frequencies, which rope_frequencies={rope_frequencies} with "
                 f"positions={positions} does not have: leave it out"
             )
         if (sharing_layers < 2) if sharing != "none" else (sharing_layers != 1):
-            raise ValueError(
+            raise Refusal(
                 f"sharing={sharing} does not go with sharing_layers={sharing_layers}: groups of layers have at least 2, "
                 f"and without sharing each layer is on its own (1)"
             )
         if sharing != "none" and fused_down_projections:
-            raise ValueError(
+            raise Refusal(
                 f"sharing={sharing} takes the key/value down-projections apart from the queries': set "
                 f"fused_down_projections=false"
             )
         if latent != "learned" and (fused_down_projections or sharing == "weights"):
-            raise ValueError(
+            raise Refusal(
                 f"latent={latent} has no learned down-projection, which fused_down_projections=true and sharing=weights "
                 f"are about: set fused_down_projections=false and sharing=none"
             )
         check_heads(n_heads, n_kv_heads)
         if (positions == "decoupled") != (P > 0) or P < 0:
-            raise ValueError(
+            raise Refusal(
                 f"positions={positions} does not go with qk_rope_head_dim={P}: the rotated part is wider than 0 "
                 f"exactly when positions=decoupled"
             )
         if min(N, V, L) < 1:
-            raise ValueError(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
+            raise Refusal(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
         if kv_latent == "split" and latent_groups != 1:
-            raise ValueError(
+            raise Refusal(
                 f"kv_latent=split does not go with latent_groups={latent_groups}: either keys and values or groups of heads "
                 f"have a latent each; set kv_latent=joint or latent_groups=1"
             )
         if latent_groups < 1 or n_kv_heads % latent_groups or L % latent_groups:
-            raise ValueError(
+            raise Refusal(
                 f"latent_groups={latent_groups} does not divide n_kv_heads={n_kv_heads} and kv_lora_rank={L}; choose one of "
                 f"{[groups for groups in range(1, n_kv_heads + 1) if n_kv_heads % groups == 0 and L % groups == 0]}"
             )
@@ -167,21 +168,21 @@ class MultiheadLatentAttention(nn.Module):
         widest = min(d_model, heads_joined * (N + V) if kv_latent == "joint" else heads_joined * min(N, V))
         if share > widest:
             recommended = min(4 * N, d_model // 2, widest) * parts
-            raise ValueError(
+            raise Refusal(
                 f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
                 f"{heads_joined} heads of {N}+{V}) is {widest} wide; {recommended} would"
             )
         if kv_latent == "split" and L % 2:
-            raise ValueError(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
+            raise Refusal(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
         if latent == "slice" and d_model < L:
-            raise ValueError(
+            raise Refusal(
                 f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
             )
         check_query_rank(R, d_model, n_heads * (N + P))
         check_reach(window, causal)
         on_latent = latent_norm_place == "latent"
         if qk_norm and not on_latent and latent_norm != "none":
-            raise ValueError(
+            raise Refusal(
                 "qk_norm=true norms the up-projected keys, which latent_norm_place=up_projected does already: choose one"
             )
 
@@ -243,10 +244,10 @@ class MultiheadLatentAttention(nn.Module):
     def follow(self, leader: MultiheadLatentAttention) -> None:
         """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do.
 
-        Raises ValueError where its latents are others than this layer's.
+        Raises Refusal where its latents are others than this layer's.
         """
         if self.in_proj is not None:
-            raise ValueError("fused_down_projections=true makes latents with the queries, which are never another layer's")
+            raise Refusal("fused_down_projections=true makes latents with the queries, which are never another layer's")
         check_alike("latents", self._read, leader._read)
         self.follows = True
         if self.sharing == "weights":
@@ -344,7 +345,7 @@ class MultiheadLatentAttention(nn.Module):
         else:
             place = cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
-            raise ValueError("rope_after_up turns cached keys by their slots: leave positions_BT out")
+            raise Refusal("rope_after_up turns cached keys by their slots: leave positions_BT out")
         tables = None
         if self.rope is not None:
             tables = place.tables(self.rope, T, positions_BT)

@@ -44,7 +44,7 @@ def attend_as(
 
 
 def gate_projection(gate: str, *, d_model: int, n_heads: int, v_head_dim: int, bias: bool) -> nn.Linear | None:
-    """W_G; None for gate=none. Raises ValueError for a gate that is none of the three."""
+    """W_G; None for gate=none. Raises Refusal for a gate that is none of the three."""
     check_choice("gate", gate, ("none", "element", "head"))
     if gate == "none":
         return None

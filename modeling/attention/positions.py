@@ -1,9 +1,11 @@
-"""Whether tokens stand at positions that the model has: said as a ValueError, without waiting for a device at every step."""
+"""Whether tokens stand at positions that the model has: said as a Refusal, without waiting for a device at every step."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from modeling.refusal import Refusal
 
 
 def in_graph(device: torch.device) -> bool:
@@ -14,7 +16,7 @@ def in_graph(device: torch.device) -> bool:
 
 
 def check_positions(positions_BT: Tensor, end: int | None, max_seq_len: int) -> None:
-    """Raises ValueError unless 0 <= position < max_seq_len for all.
+    """Raises Refusal unless 0 <= position < max_seq_len for all.
 
     end: a bound that is known without looking, one above the largest; None where nobody knows one. Where it does not
     settle the matter the tensor is looked at, which waits for its device. In a step that is compiled or captured nothing is
@@ -26,14 +28,14 @@ def check_positions(positions_BT: Tensor, end: int | None, max_seq_len: int) -> 
         return
     lowest, highest = (int(each) for each in positions_BT.aminmax())
     if lowest < 0:
-        raise ValueError(f"position {lowest} is below 0, the first of the {max_seq_len} positions of this model")
+        raise Refusal(f"position {lowest} is below 0, the first of the {max_seq_len} positions of this model")
     if highest >= max_seq_len:
         raise beyond(highest, max_seq_len)
 
 
-def beyond(position: int, max_seq_len: int) -> ValueError:
+def beyond(position: int, max_seq_len: int) -> Refusal:
     """What to raise for a position that the model does not have."""
-    return ValueError(
+    return Refusal(
         f"position {position} is beyond the {max_seq_len} positions of this model; use at most {max_seq_len} tokens, or "
         f"raise model.max_seq_len"
     )

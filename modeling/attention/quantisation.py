@@ -223,7 +223,7 @@ NAMED: dict[str, Storage] = {
 
 
 def cache_format(name: str) -> CacheFormat:
-    """The format of that name. Raises ValueError, with the forms there are, for any other (modeling/formats.py)."""
+    """The format of that name. Raises Refusal, with the forms there are, for any other (modeling/formats.py)."""
     read = read_format(name)
     return CacheFormat(name, NAMED[read.keys], NAMED[read.values], read.rotated, read.by_channel)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention.positions import beyond, check_positions
+from modeling.refusal import Refusal
 
 # The fields of each kind of scaling, in Hugging Face's words, and those that may be left out.
 SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -36,7 +37,7 @@ def scaled_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | No
 
     scaling names its rope_type and that type's fields, as in Hugging Face's rope_parameters: `linear` (arXiv 2306.15595),
     `yarn` (arXiv 2309.00071, section 3; mscale and mscale_all_dim as in DeepSeek-V2) or `llama3` (Llama 3.1). None: as trained.
-    Raises ValueError for another type, or fields that it lacks or does not have.
+    Raises Refusal for another type, or fields that it lacks or does not have.
     """
     frequencies_F = rope_frequencies(width, theta)
     if scaling is None:
@@ -85,20 +86,20 @@ def _yarn_factor(scaling: Mapping[str, Any]) -> float:
 def _check_scaling(scaling: Mapping[str, Any]) -> None:
     kind = scaling.get("rope_type")
     if kind not in SCALINGS:
-        raise ValueError(f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling")
+        raise Refusal(f"rope_scaling.rope_type={kind} is unknown here; choose linear, llama3 or yarn, or no rope_scaling")
     needed, optional = SCALINGS[kind]
     given = set(scaling) - {"rope_type"}
     lacking, odd = sorted(set(needed) - given), sorted(given - {*needed, *optional})
     if lacking or odd:
         problem = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(odd)}, which it does not know"
-        raise ValueError(f"rope_scaling of rope_type={kind} {problem}; its fields are {', '.join((*needed, *optional))}")
+        raise Refusal(f"rope_scaling of rope_type={kind} {problem}; its fields are {', '.join((*needed, *optional))}")
     for field in sorted(given - {"truncate"}):
         value = scaling[field]
         absent = field in optional and value in (None, 0)
         if not absent and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-            raise ValueError(f"rope_scaling.{field}={value} must be a number above 0")
+            raise Refusal(f"rope_scaling.{field}={value} must be a number above 0")
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
-        raise ValueError(
+        raise Refusal(
             f"rope_scaling.high_freq_factor={scaling['high_freq_factor']} must be above "
             f"low_freq_factor={scaling['low_freq_factor']}"
         )
@@ -116,11 +117,11 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, *, width: int, max_seq_len: int, theta: float, scaling: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         if width <= 0 or width % 2:
-            raise ValueError(
+            raise Refusal(
                 f"a rotated width of {width} cannot be paired; choose an even head_dim (qk_rope_head_dim if decoupled)"
             )
         if theta <= 0:
-            raise ValueError(f"rope_theta={theta} must be positive; 10000 is usual")
+            raise Refusal(f"rope_theta={theta} must be positive; 10000 is usual")
         self.width, self.max_seq_len, self.theta, self.scaling = width, max_seq_len, theta, scaling
         self.frequencies_F, self.factor = scaled_frequencies(width, theta, scaling)
         self._build(torch.get_default_device(), torch.float32)
@@ -153,7 +154,7 @@ class RotaryEmbedding(nn.Module):
     def tables(self, start: int, length: int, positions_BT: Tensor | None, end: int | None = None) -> tuple[Tensor, Tensor]:
         """cos, sin of shape (1 or B, T, 1, F): of positions_BT where given, else of start..start+length-1.
 
-        end: one above the largest of positions_BT, if a bound is known without looking (positions.py). Raises ValueError for
+        end: one above the largest of positions_BT, if a bound is known without looking (positions.py). Raises Refusal for
         positions that the model does not have.
         """
         if positions_BT is not None:
@@ -177,7 +178,7 @@ class StoredRotaryEmbedding(RotaryEmbedding):
 
     def set_extra_state(self, state: Tensor) -> None:
         if state.shape != self.frequencies_F.shape:
-            raise ValueError(
+            raise Refusal(
                 f"{tuple(state.shape)} frequencies were stored for a rotated width of {self.width}: the weights are of "
                 f"another model"
             )

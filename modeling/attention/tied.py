@@ -27,6 +27,7 @@ from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
 from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.refusal import Refusal
 
 
 class TiedKeyValueAttention(nn.Module):
@@ -38,7 +39,7 @@ class TiedKeyValueAttention(nn.Module):
 
     Names elsewhere: kv_proj and k_rope_proj are GTA's kv_proj and W_rope_k; kv_proj, q_norm and k_gain Gemma 4's k_proj,
     q_norm and k_norm; kv_proj and kv_norm DeepSeek-V4's kv_proj and kv_norm.
-    Raises ValueError for sizes that do not fit together.
+    Raises Refusal for sizes that do not fit together.
     """
 
     decode_paths = ("auto",)  # a key costs no matrix product with what is cached
@@ -66,9 +67,9 @@ class TiedKeyValueAttention(nn.Module):
         check_choice("keys", keys, ("joined", "turned", "stored"))
         K, P, joined = head_dim, qk_rope_head_dim, keys == "joined"
         if qk_norm and not joined:
-            raise ValueError(f"qk_norm=true does not go with keys={keys}, which norms queries and keys already: leave it out")
+            raise Refusal(f"qk_norm=true does not go with keys={keys}, which norms queries and keys already: leave it out")
         if not 0 < P <= K - joined:
-            raise ValueError(
+            raise Refusal(
                 f"qk_rope_head_dim={P} does not fit head_dim={K}: with keys={keys} the rotated part of a head is wider than 0 "
                 f"and {'narrower than' if joined else 'at most'} the head; {max(2, K // 4 * 2)} would fit"
             )
@@ -131,7 +132,7 @@ class TiedKeyValueAttention(nn.Module):
         B, T, _ = x_BTD.shape
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.keys == "turned":
-            raise ValueError("keys=turned rotates cached keys by their slots: leave positions_BT out")
+            raise Refusal("keys=turned rotates cached keys by their slots: leave positions_BT out")
         cos, sin = tables = place.tables(self.rope, T, positions_BT)
         q_BTHK = normed_first(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
         kv_BTGK = normed(self.kv_norm, self.kv_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim))

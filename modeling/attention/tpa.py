@@ -31,6 +31,7 @@ from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.latent_decode import masked_softmax, wide_product
+from modeling.refusal import Refusal
 
 
 class TensorProductAttention(nn.Module):
@@ -39,7 +40,7 @@ class TensorProductAttention(nn.Module):
     gate: on what the heads give, modeling/attention/output.py. qk_norm: an RMSNorm over each head's K dimensions of queries and
     keys before rotation. The paper's W^a and W^b of queries, keys and values are
     q_a_proj and q_b_proj, k_a_proj and k_b_proj, v_a_proj and v_b_proj.
-    Raises ValueError for ranks and widths that do not fit together.
+    Raises Refusal for ranks and widths that do not fit together.
     """
 
     decode_paths = ("auto", "expand", "absorbed")
@@ -71,7 +72,7 @@ class TensorProductAttention(nn.Module):
         for name, rank in (("q_rank", q_rank), ("k_rank", k_rank), ("v_rank", v_rank)):
             most = min(n_heads, head_dim)
             if not 1 <= rank <= most:
-                raise ValueError(
+                raise Refusal(
                     f"{name}={rank} is no low rank: {n_heads} heads of {head_dim} are a matrix of rank {most} at most; choose "
                     f"1 to {most}"
                 )

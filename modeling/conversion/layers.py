@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.rope import rope_frequencies
+from modeling.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -77,22 +78,22 @@ class LatentLayer:
 def grouped_layer(attention: GroupedQueryAttention) -> GroupedLayer:
     """The weights of a module.
 
-    Raises ValueError where no stage is exact: QK-norm, a gate, a query rank, keys that are not rotated throughout.
+    Raises Refusal where no stage is exact: QK-norm, a gate, a query rank, keys that are not rotated throughout.
     """
     if attention.q_norm is not None:
-        raise ValueError(
+        raise Refusal(
             "qk_norm=true normalises keys after their projection, so that projections cannot be joined, pooled or compressed "
             "in their place: convert a model with qk_norm=false"
         )
     if attention.q_lora_rank is not None:
-        raise ValueError(
+        raise Refusal(
             f"q_lora_rank={attention.q_lora_rank} puts a norm between the two factors of the queries, so that heads "
             f"cannot be turned in their projection: convert a model with q_lora_rank=null"
         )
     if attention.gate_proj is not None:
-        raise ValueError("a gate between heads and o_proj has no place in a converted layer: convert a model with gate=none")
+        raise Refusal("a gate between heads and o_proj has no place in a converted layer: convert a model with gate=none")
     if attention.positions != "rope" or attention.rope is None:
-        raise ValueError(f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts")
+        raise Refusal(f"positions={attention.positions} leaves no rotation to convert; positions=rope is what converts")
     H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
     q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     biased, rope = q.bias is not None, attention.rope
@@ -197,7 +198,7 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
 
     The latent is keys and values one after the other, the up-projections select (TransMLA, arXiv 2502.07864):
     the same cache, a larger family to train on. Where keys and values are together wider than x, the latent is x itself,
-    and narrower. Raises ValueError for biases in that case: no latent bias gives all of them.
+    and narrower. Raises Refusal for biases in that case: no latent bias gives all of them.
     """
     layer = layer.with_plain_rotation()
     _, K, D = layer.q_HKD.shape
@@ -205,7 +206,7 @@ def exact_state(layer: GroupedLayer) -> tuple[dict[str, int | str], dict[str, Te
     kv_ED = torch.cat((layer.k_GKD.flatten(0, 1), layer.v_GVD.flatten(0, 1)))
     joined = kv_ED.shape[0] <= D
     if not joined and layer.k_bias_GK is not None:
-        raise ValueError(
+        raise Refusal(
             f"{kv_ED.shape[0]} biased key and value dimensions do not fit a latent of d_model={D}, whose up-projections have "
             f"no bias: convert a model without biases, or with fewer key/value heads"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modeling.attention.rope import rope_frequencies
 from modeling.conversion.layers import GroupedLayer, LatentLayer
+from modeling.refusal import Refusal
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def gqa_mean(layer: GroupedLayer, n_kv_heads: int) -> GroupedLayer:
     """Fewer key/value heads, each the mean of its neighbours. Exact only where these were equal."""
     G = layer.k_GKD.shape[0]
     if n_kv_heads < 1 or G % n_kv_heads:
-        raise ValueError(f"{G} key/value heads do not pool into n_kv_heads={n_kv_heads}; choose a divisor of {G}")
+        raise Refusal(f"{G} key/value heads do not pool into n_kv_heads={n_kv_heads}; choose a divisor of {G}")
 
     def pooled(heads: Tensor | None) -> Tensor | None:
         return None if heads is None else heads.unflatten(0, (n_kv_heads, G // n_kv_heads)).mean(dim=1)
@@ -120,13 +121,13 @@ def rotate_heads(layer: LatentLayer, moments: Moments, *, fold: int = 1) -> Late
 
     One orthogonal matrix for real and imaginary parts commutes with the rotation: exact for fold=1. fold > 1 (FreqFold)
     mixes that many neighbouring frequencies too, as if they were equal: approximate. Takes what merge gives.
-    Raises ValueError for a fold that does not divide the number of frequencies.
+    Raises Refusal for a fold that does not divide the number of frequencies.
     """
     K, G = layer.q_HKD.shape[1], layer.v_up_GVL.shape[0]
     if layer.keys != 0 or layer.k_rope_PD.shape[0] != G * K or layer.fold:
         raise ValueError("rotate_heads takes a merged layer that has not been turned: all keys rotated, head by head")
     if fold < 1 or K // 2 % fold:
-        raise ValueError(f"fold={fold} does not divide the {K // 2} frequencies of a head: choose a divisor")
+        raise Refusal(f"fold={fold} does not divide the {K // 2} frequencies of a head: choose a divisor")
     k_PE = _with_bias(layer)
     width = G * fold
     k_2MWE = k_PE.view(2, -1, width, k_PE.shape[1])
@@ -152,12 +153,12 @@ def drop_rope(layer: LatentLayer, width: int) -> LatentLayer:
 
     The pairs that stay get every c-th frequency of the head's, c = K / width: theta^(-2i/width) where that had theta^(-2i/K).
     Exact for one head, fold=1 and width = K. Takes what rotate_heads gives, or merge (the first head stays).
-    Raises ValueError where c or the fold do not divide.
+    Raises Refusal where c or the fold do not divide.
     """
     K, G = layer.q_HKD.shape[1], layer.v_up_GVL.shape[0]
     fold = max(layer.fold, 1)
     if width < 2 or width % 2 or K % width or fold % (K // width):
-        raise ValueError(
+        raise Refusal(
             f"a rotated width of {width} does not go with head_dim={K} and fold={fold}: it must be head_dim / c, even, "
             f"with c a divisor of fold"
         )
@@ -173,12 +174,12 @@ def keep_strongest_pairs(layer: LatentLayer, moments: Moments, width: int) -> La
 
     Norms are root mean squares over the moments, summed over the queries of a group (the paper: means of products over
     tokens). Every head's key stays its own: the rotated part of the cache is G * width. Takes what merge gives; exact for
-    width = K. Raises ValueError for a width that is not even or above K.
+    width = K. Raises Refusal for a width that is not even or above K.
     """
     H, K, _ = layer.q_HKD.shape
     G = layer.v_up_GVL.shape[0]
     if width < 2 or width % 2 or width > K:
-        raise ValueError(f"a rotated width of {width} a head must be even and at most head_dim={K}")
+        raise Refusal(f"a rotated width of {width} a head must be even and at most head_dim={K}")
     if layer.keys != 0 or layer.k_rope_PD.shape[0] != G * K or layer.fold:
         raise ValueError("keep_strongest_pairs takes a merged layer that has not been turned: all keys rotated, head by head")
     bias_HK = layer.q_HKD.new_zeros(H, K) if layer.q_bias_HK is None else layer.q_bias_HK
@@ -206,7 +207,7 @@ def low_rank(
     Joint principal components of keys and values, uncentred; balance scales keys first so that both have the same energy
     (TransMLA does so by another ratio, MHA2MLA does not). split: those of keys and of values apart, half the rank for each.
     On `weight_moments` it is the singular value decomposition of the weights. Exact at full rank, which is at most D (split:
-    of each half). Raises ValueError for ranks that compress nothing, and for fewer calibration tokens than four times the
+    of each half). Raises Refusal for ranks that compress nothing, and for fewer calibration tokens than four times the
     rank, which would be reconstructed however little was learned from them.
     """
     L, D = layer.kv_down_LD.shape
@@ -215,9 +216,9 @@ def low_rank(
     widest = 2 * min(layer.keys, L - layer.keys, D) if split else min(L, D)
     if not 1 <= rank <= widest or (split and rank % 2):
         even = ", even" if split else ""
-        raise ValueError(f"kv_lora_rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {widest}{even}")
+        raise Refusal(f"kv_lora_rank={rank} does not fit a latent of {L} made from d_model={D}: choose 1 to {widest}{even}")
     if moments.tokens is not None and moments.tokens < 4 * rank:
-        raise ValueError(f"{moments.tokens} calibration tokens are too few for kv_lora_rank={rank}: take at least {4 * rank}")
+        raise Refusal(f"{moments.tokens} calibration tokens are too few for kv_lora_rank={rank}: take at least {4 * rank}")
     down_LD = layer.kv_down_LD.double()
 
     def energy(of: Moments) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from modeling.refusal import Refusal
+
 # "sdpa" leaves the kernel to torch; the others pin one. A pinned kernel is used for every call without an explicit mask
 # (all of training); calls with a mask (ragged batches, chunked prefill) leave it to torch, since flash takes no mask.
 PINNED = {
@@ -64,7 +66,7 @@ def attend(
         out_BTHV, weights_BHTS = _reference(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, sink_logits_H, dropout)
         return out_BTHV, weights_BHTS if return_weights else None
     if return_weights:
-        raise ValueError(f"attention weights come from backend='reference' only, not from '{backend}'")
+        raise Refusal(f"attention weights come from backend='reference' only, not from '{backend}'")
     options: dict[str, Any] = {"scale": scale, "dropout": dropout, "backend": backend}
     if window is not None and 2 * window < T:
         return _in_blocks(q_BTHK, k_BSGK, v_BSGV, window, sink_logits_H, **options), None
@@ -209,10 +211,10 @@ def choose_backend(
     """The concrete backend that `requested` ("auto" or a name) means for these shapes, found by running it once.
 
     "auto" tries the fused kernels in the order in which they were fastest for training (docs/PERFORMANCE.md) and ends
-    at the unfused one, which takes anything. Raises ValueError when a kernel asked for by name cannot run them.
+    at the unfused one, which takes anything. Raises Refusal when a kernel asked for by name cannot run them.
     """
     if requested not in BACKENDS:
-        raise ValueError(f"attention.backend={requested} is unknown; choose one of {', '.join(BACKENDS)}")
+        raise Refusal(f"attention.backend={requested} is unknown; choose one of {', '.join(BACKENDS)}")
     if requested in ("reference", "sdpa"):
         return requested
     order = {"cuda": ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math"), "cpu": ("sdpa_flash", "sdpa_math")}
@@ -220,7 +222,7 @@ def choose_backend(
     for candidate in candidates:
         if _runs(candidate, n_heads, n_kv_heads, qk_width, v_width, dropout, device, dtype):
             return candidate
-    raise ValueError(
+    raise Refusal(
         f"attention.backend={requested} cannot run {n_heads} heads of width {qk_width}/{v_width} in {dtype} on "
         f"{device.type}; attention.backend=auto picks a kernel that can"
     )

@@ -16,6 +16,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
+from modeling.refusal import Refusal
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
 ANY, NONE = (1, sys.maxsize), (1, 0)  # numbers of heads, from and to; a range would not be traced by torch.compile
@@ -94,9 +95,9 @@ KERNELS = ("auto", "torch", *OTHERS, *DELTA_RULES)
 
 
 def check_kernel(name: str, device: torch.device | str) -> None:
-    """Raise ValueError, with the remedy, if attention.kernel=name cannot run on this device."""
+    """Raise Refusal, with the remedy, if attention.kernel=name cannot run on this device."""
     if name not in KERNELS:
-        raise ValueError(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
+        raise Refusal(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
     kernel = (OTHERS | DELTA_RULES).get(name)
     if kernel is None:
         return
@@ -105,15 +106,15 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     interpreted = kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
     if kind != "cuda" and not interpreted:
-        raise ValueError(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
+        raise Refusal(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
     if not _is_installed(kernel.package):
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={name} needs the package {kernel.package}: {kernel.install}, or take attention.kernel=torch"
         )
     if kernel.capability is not None and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         if major != kernel.capability:
-            raise ValueError(
+            raise Refusal(
                 f"attention.kernel={name} is for devices of compute capability {kernel.capability} and this one has "
                 f"{major}.{minor}; take attention.kernel=triton"
             )
@@ -127,41 +128,41 @@ def _is_installed(package: str) -> bool:
 
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise ValueError if a kernel of the tables does not compute in this type."""
+    """Raise Refusal if a kernel of the tables does not compute in this type."""
     known = (OTHERS | DELTA_RULES)[name].dtypes
     if dtype not in known:
         *names, last = (str(each).removeprefix("torch.") for each in known)
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={name} computes in {', '.join(names)} or {last}, not in {dtype}; take attention.kernel=torch"
         )
 
 
 def check_gradient(name: str, device: torch.device) -> None:
-    """Raise ValueError if nothing can be trained with attention.kernel=name on this device, for which it is a kernel."""
+    """Raise Refusal if nothing can be trained with attention.kernel=name on this device, for which it is a kernel."""
     if name not in DELTA_RULES or _is_installed("tilelang"):  # which fla takes in Triton's place
         return
     triton = TorchVersion(importlib.metadata.version("triton"))
     if torch.cuda.get_device_capability(device)[0] == 9 and "3.4" <= triton < "3.7.1":
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={name} has no right gradient on Hopper with Triton {triton} (fla-org/flash-linear-attention, "
             "issue 640): train with Triton 3.7.1, install tilelang, or take attention.kernel=torch"
         )
 
 
 def check_capture(name: str) -> None:
-    """Raise ValueError if a step with attention.kernel=name cannot be a CUDA graph."""
+    """Raise Refusal if a step with attention.kernel=name cannot be a CUDA graph."""
     if name in OTHERS and OTHERS[name].plans_on_host:
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={name} plans each step on the host, which no CUDA graph can hold (step=graph, and auto on "
             "CUDA); take step=eager or attention.kernel=triton"
         )
 
 
 def check_widths(name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
-    """Raise ValueError if a kernel of the table has nothing for a latent and a rotated key of these widths."""
+    """Raise Refusal if a kernel of the table has nothing for a latent and a rotated key of these widths."""
     kernel = OTHERS[name]
     if kv_lora_rank not in kernel.latents or qk_rope_head_dim not in kernel.rotated:
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={name} takes kv_lora_rank {_in_words(kernel.latents)} and qk_rope_head_dim "
             f"{_in_words(kernel.rotated)}, not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
         )

@@ -36,7 +36,7 @@ def latent_decode(
     All kernels compute logits, softmax and sums in float32 at least (torch keeps float64; on a CPU it rounds logits to
     the inputs' dtype first). kernel="triton" and "gluon" never look beyond a row's length; kernel="torch" gives those slots
     weight 0, so they must hold finite numbers, as those of a `Cache` do: 0 * NaN is NaN.
-    Raises ValueError for what another kernel cannot do: see `Kernel`; none has float64 or a backward pass.
+    Raises Refusal for what another kernel cannot do: see `Kernel`; none has float64 or a backward pass.
     """
     assert (q_rope_BHP is None) == (k_rope_BSP is None)
     if kernel != "torch":

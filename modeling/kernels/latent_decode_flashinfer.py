@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from modeling.kernels.decode_kernels import check_capture
+from modeling.refusal import Refusal
 
 WORKSPACE_BYTES = 128 * 2**20  # of partial sums; what its documentation begins with
 LONGEST_PAGE = 64
@@ -34,7 +35,7 @@ def decode(
     latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As `latent_decode`. Raises ValueError for caches whose rows are not equally far apart, and inside a capture."""
+    """As `latent_decode`. Raises Refusal for caches whose rows are not equally far apart, and inside a capture."""
     assert q_rope_BHP is not None and k_rope_BSP is not None and latent_scale_BS is None
     if q_latent_BHL.is_cuda and torch.cuda.is_current_stream_capturing():
         check_capture("flashinfer")
@@ -68,14 +69,14 @@ def run(wrapper: Any, q_latent_BHL: Tensor, q_rope_BHP: Tensor, caches: list[Ten
 
 
 def as_pages(*caches_BSX: Tensor) -> tuple[list[Tensor], int]:
-    """(caches as (N, Z, X), views of the same memory; pages from one row to the next). Raises ValueError for uneven rows."""
+    """(caches as (N, Z, X), views of the same memory; pages from one row to the next). Raises Refusal for uneven rows."""
     strides = [x.stride() for x in caches_BSX]
     slots = {per_row // per_slot if per_row % per_slot == 0 else 0 for per_row, per_slot, _ in strides}
     B, S = caches_BSX[0].shape[:2]
     if B == 1:  # nothing follows the one row
         slots = {S}
     if len(slots) != 1 or 0 in slots or any(per_element != 1 for _, _, per_element in strides):
-        raise ValueError(
+        raise Refusal(
             "attention.kernel=flashinfer reads latents and rotated keys whose rows are equally many slots apart, and the "
             f"strides here are {' and '.join(map(str, strides))}; take attention.kernel=torch"
         )

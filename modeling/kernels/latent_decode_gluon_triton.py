@@ -307,7 +307,7 @@ def decode(
     latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As `latent_decode`. Raises ValueError for caches that the copy engine cannot read."""
+    """As `latent_decode`. Raises Refusal for caches that the copy engine cannot read."""
     assert q_rope_BHP is not None and k_rope_BSP is not None
     if latent_scale_BS is not None:
         caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_widths
+from modeling.refusal import Refusal
 
 
 @functools.cache
@@ -52,7 +53,7 @@ def decode_by(
     latent_scale_BS: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As `latent_decode`. Raises ValueError for widths, dtypes and gradients that the kernel does not have."""
+    """As `latent_decode`. Raises Refusal for widths, dtypes and gradients that the kernel does not have."""
     tensors = [x for x in (q_latent_BHL, q_rope_BHP, k_rope_BSP) if x is not None]
     dtype, kept = q_latent_BHL.dtype, latent_BSL.dtype
     assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
@@ -60,7 +61,7 @@ def decode_by(
     check_widths(kernel, latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
     check_dtype(kernel, dtype)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, latent_BSL)):
-        raise ValueError(
+        raise Refusal(
             f"attention.kernel={kernel} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
         )
     run = _operator if torch.compiler.is_compiling() else _run

@@ -6,12 +6,14 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from modeling.refusal import Refusal
+
 
 def check_copied(latent_BSL: Tensor, k_rope_BSP: Tensor) -> None:
-    """Raise ValueError for caches that the copy engine cannot read."""
+    """Raise Refusal for caches that the copy engine cannot read."""
     for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
         if not is_copied(cache):
-            raise ValueError(
+            raise Refusal(
                 f"attention.kernel=gluon copies slots that begin at multiples of 16 bytes, and the {name} begin at "
                 f"{cache.data_ptr()} with strides {cache.stride()} of {cache.itemsize} bytes; take attention.kernel=triton"
             )
