@@ -6,9 +6,10 @@ Streamed rows are the exception: of a file read in part no hash can be checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +180,14 @@ def _read_file(path: Path, name: str, dataset: DatasetConfig) -> Iterator[str]:
     if reader is None:
         raise UserError(f"{name} of {dataset.hub_name} is none of {', '.join(_READERS)}: convert it for dataset=local")
     options = {"keep_linebreaks": True} if reader == "text" else {}
-    try:
-        rows = datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
-        yield from _column(rows, dataset)
-    except UserError:
-        raise
-    except Exception as error:  # a file with the right hash, and whatever its reader makes of its content
-        raise UserError(f"{name} of {dataset.hub_name} cannot be read ({in_a_line(error)}): choose another dataset") from error
+
+    def opened() -> Any:
+        return datasets.load_dataset(reader, data_files=[str(path)], split="train", streaming=True, **options)
+
+    def unreadable(error: Exception) -> UserError:  # a file with the right hash, and whatever its reader makes of its content
+        return UserError(f"{name} of {dataset.hub_name} cannot be read ({in_a_line(error)}): choose another dataset")
+
+    return _column(opened, dataset, unreadable)
 
 
 def _streamed_rows(dataset: DatasetConfig) -> Rows:
@@ -199,31 +201,36 @@ def _streamed_rows(dataset: DatasetConfig) -> Rows:
     # The library's own 20 retries, five seconds apart, lie above five retries of each request.
     datasets.config.STREAMING_READ_MAX_RETRIES = 1
 
-    def rows(split: str) -> Iterator[str]:
-        try:
-            yield from _column(builder.as_streaming_dataset(split), dataset)
-        except UserError:
-            raise
-        except Exception as error:  # a failed request, or whatever the file's reader makes of wrong bytes
-            raise hub_client.broken_off(what, error) from error
+    def rows(split: str) -> Iterator[str]:  # what is raised: a failed request, or whatever the reader makes of wrong bytes
+        opened = functools.partial(builder.as_streaming_dataset, split)
+        return _column(opened, dataset, functools.partial(hub_client.broken_off, what))
 
     return {split: functools.partial(rows, split) for split in _split_files(builder, dataset)}
 
 
-def _column(rows: Any, dataset: DatasetConfig) -> Iterator[str]:
-    """The texts of a `datasets.IterableDataset`, a few rows in memory at a time."""
+@contextlib.contextmanager
+def _library(failed: Callable[[Exception], UserError]) -> Iterator[None]:
+    """What `datasets` raises inside, where no code of ours stands, as `failed` says it."""
+    try:
+        yield
+    except Exception as error:
+        raise failed(error) from error
+
+
+def _column(opened: Callable[[], Any], dataset: DatasetConfig, failed: Callable[[Exception], UserError]) -> Iterator[str]:
+    """The texts of the `datasets.IterableDataset` that `opened` returns, a few rows in memory at a time."""
+    with _library(failed):
+        rows = opened()
     column = dataset.text_column
-    names = [column]
-    if rows.column_names is not None:
-        if column not in rows.column_names:
-            names = column.split(".")  # a field of a struct
-        if names[0] not in rows.column_names:
-            raise UserError(
-                f"{dataset.hub_name} has no column {column!r}, but {', '.join(rows.column_names)}: set "
-                "dataset.text_column to one of them"
-            )
-        rows = rows.select_columns([names[0]])
-    for batch in rows.iter(batch_size=_ROWS):
+    if rows.column_names is not None:  # they may be known with the rows alone
+        rows = rows.select_columns([_way(column, rows.column_names, dataset)[0]])
+    batches = rows.iter(batch_size=_ROWS)
+    while True:
+        with _library(failed):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        names = _way(column, batch, dataset)
         for text in batch[names[0]]:
             for name in names[1:]:
                 if isinstance(text, dict) and name not in text:
@@ -235,3 +242,13 @@ def _column(rows: Any, dataset: DatasetConfig) -> Iterator[str]:
                 raise UserError(
                     f"{column!r} of {dataset.hub_name} holds {type(text).__name__}, not text: set dataset.text_column"
                 )
+
+
+def _way(column: str, columns: Collection[str], dataset: DatasetConfig) -> list[str]:
+    """The column's name, or the names of a struct's column and of fields down to one of it. Raises UserError."""
+    names = [column] if column in columns else column.split(".")
+    if names[0] not in columns:
+        raise UserError(
+            f"{dataset.hub_name} has no column {column!r}, but {', '.join(columns)}: set dataset.text_column to one of them"
+        )
+    return names

@@ -86,13 +86,11 @@ def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: boo
         except FileNotFoundError:
             return None
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError):
-            meta = read_object(folder / "meta.json")
-            if meta.get("fingerprint") != fingerprint:
-                continue
-            prepared = _open(folder, verify)
-            if prepared.meta["tokenizer"]["sha256"] == tokenizer:
-                return prepared
+        found = None
+        with contextlib.suppress(OSError, ValueError):  # whatever else lies there
+            found = read_object(folder / "meta.json").get("fingerprint")
+        if found == fingerprint and (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == tokenizer:
+            return prepared
     return None
 
 

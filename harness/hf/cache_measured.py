@@ -21,7 +21,7 @@ from typing import Any
 from harness.decode.kv_calculator import LatentShape, LayerCache
 from harness.errors import UserError
 from harness.hf.config_json import LATENT_SIZES
-from harness.hf.meta_model import Held, cache_after, on_meta
+from harness.hf.meta_model import DoesNotRun, Held, cache_after, changed, on_meta
 
 SHORT, LONGER = 16, 24  # lengths at which a cache is read
 # Read from the folder by nobody here: code, quantised weights and the choice of kernels change no shape.
@@ -109,13 +109,11 @@ def measure_cache_of(config: Mapping[str, Any], context: int) -> Measurement:
     language, written = _language_config(config)
     try:
         layers, model = _seen_somehow(language, context)
-    except UserError:
-        raise
     except MemoryError:
         raise UserError(
             "the model of this config.json takes more memory than any model's shape does: one of its sizes cannot be meant"
         ) from None
-    except Exception as error:
+    except DoesNotRun as error:
         null = [
             name
             for name in ("num_attention_heads", "num_key_value_heads", "head_dim", "layer_types", "v_head_dim")
@@ -124,7 +122,7 @@ def measure_cache_of(config: Mapping[str, Any], context: int) -> Measurement:
         absent = f" (null or absent: {', '.join(null)})" if null else ""
         raise UserError(
             f"transformers cannot run its class for model_type={language.model_type} with this config.json: "
-            f"{_sentence(error)}{absent}"
+            f"{_sentence(error.__cause__ or error)}{absent}"
         ) from None
     if all(layer.is_empty for layer in layers):
         raise UserError(
@@ -231,9 +229,9 @@ def _deciding_defaults(language: Any, written: Mapping[str, Any], layers: tuple[
             continue
         try:
             other = not default if isinstance(default, bool) else 2 * default
-            changed = type(language).from_dict({**written, "model_type": language.model_type, name: other})
-            differs = list(map(_shape, _seen(changed, None)[0])) != list(map(_shape, layers))
-        except Exception:
+            seen, _ = _seen(changed(language, {**written, name: other}), None)
+            differs = list(map(_shape, seen)) != list(map(_shape, layers))
+        except (DoesNotRun, UserError, MemoryError):
             differs = not isinstance(default, bool) and _SIZES.search(name) is not None
         if differs:
             found[name] = default
@@ -278,7 +276,7 @@ def _seen_somehow(language: Any, context: int) -> tuple[tuple[LayerCache, ...], 
     """What is seen; where the class does not run, once more with what is null and follows from other fields filled in."""
     try:
         return _seen(language, context)
-    except Exception:
+    except DoesNotRun:
         values: dict[str, Any] = dict(_ROUTING)
         heads, width = _global(language, "num_attention_heads"), _global(language, "hidden_size")
         if heads and width and width % heads == 0:

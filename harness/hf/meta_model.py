@@ -22,8 +22,32 @@ if TYPE_CHECKING:
 _INDEX = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"}
 
 
+class DoesNotRun(Exception):
+    """transformers' class and a configuration do not go together; the cause is what the class raised."""
+
+
+@contextlib.contextmanager
+def _their_code() -> Iterator[None]:
+    """Around calls of transformers and no code of ours: what is raised inside is about the configuration."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DoesNotRun from error
+
+
+def changed(language: Any, fields: Mapping[str, Any]) -> Any:
+    """A configuration of the same class with these fields. Raises DoesNotRun."""
+    with _their_code():
+        return type(language).from_dict({**fields, "model_type": language.model_type})
+
+
 def on_meta(language: Any) -> Any:
-    """transformers' model without a head where there is such a class. Only classes of transformers: a lookup by type."""
+    """transformers' model without a head where there is such a class. Only classes of transformers: a lookup by type.
+
+    Raises DoesNotRun, and UserError for what is no causal language model.
+    """
     import torch
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -36,7 +60,8 @@ def on_meta(language: Any) -> Any:
 
     logging.set_verbosity_error()
     tables = (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    kind: Any = next((table[type(language)] for table in tables if type(language) in table), None)
+    with _their_code():  # its modules are imported when they are asked for
+        kind: Any = next((table[type(language)] for table in tables if type(language) in table), None)
     kind = kind or _text_model(language)
     if isinstance(kind, (tuple, list)):
         kind = kind[0]
@@ -45,7 +70,7 @@ def on_meta(language: Any) -> Any:
             f"transformers has no language model of its own for model_type={language.model_type}: what its "
             f"layers cache cannot be measured"
         )
-    with shapes_only():
+    with _their_code(), shapes_only():
         model = kind._from_config(language, attn_implementation="eager", experts_implementation="eager", dtype=torch.bfloat16)
     if any(getattr(module, "is_decoder", None) is False for module in model.modules()):  # it fills a cache all the same
         raise UserError(
@@ -60,7 +85,8 @@ def _text_model(language: Any) -> Any:
     from transformers import PreTrainedModel
 
     package, _, name = type(language).__module__.rpartition(".")
-    module = getattr(sys.modules[package], name.replace("configuration_", "modeling_"))  # transformers loads it when asked
+    with _their_code():
+        module = getattr(sys.modules[package], name.replace("configuration_", "modeling_"))  # loaded when it is asked for
     for kind in vars(module).values():
         if (
             isinstance(kind, type)
@@ -82,7 +108,10 @@ class Held:
 
 
 def cache_after(model: Any, language: Any, tokens: int) -> list[Held]:
-    """The layers of the cache after one call with so many tokens; layers that are built alike share one."""
+    """The layers of the cache after one call with so many tokens; layers that are built alike share one.
+
+    Raises DoesNotRun, and UserError where no cache can be read.
+    """
     from torch.nn import ModuleList
 
     count = getattr(language, "num_hidden_layers", None)
@@ -90,7 +119,7 @@ def cache_after(model: Any, language: Any, tokens: int) -> list[Held]:
     alike: dict[str, int] = {}
     first = [alike.setdefault(_signature(layer, language, i, len(stack)), i) for i, layer in enumerate(stack)]
     if len(alike) < len(stack):
-        with contextlib.suppress(Exception), _once_each(stack, first):
+        with contextlib.suppress(DoesNotRun, UserError), _once_each(stack, first):
             layers = _call(model, tokens)
             if len(layers) == len(first):
                 return [layers[index] for index in first]
@@ -103,7 +132,7 @@ def _call(model: Any, tokens: int) -> list[Held]:
 
     torch.distributions.Distribution.set_default_validate_args(False)  # which would look at values
     tokens_1T = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    with torch.no_grad(), torch.device("meta"), _without_data():
+    with _their_code(), torch.no_grad(), torch.device("meta"), _without_data():
         out = model(input_ids=tokens_1T, use_cache=True)
         cache = getattr(out, "past_key_values", None)
         if cache is None:

@@ -19,7 +19,10 @@ import pytest
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
 from harness.data import Tokenizer, open_prepared
+from harness.data import hub as hub_module
+from harness.data.documents import Document
 from harness.data.hub import articles, hub_source
+from harness.errors import UserError
 from tests.support.corpora import BYTES, documents_of, local, text
 from tests.support.hub_server import REVISION, HubServer
 from tests.support.prepare_in_subprocess import ROOT, prepare_in_subprocess
@@ -359,3 +362,29 @@ class _Touch:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mknod, (self.path,)
+
+
+def test_a_fault_in_reading_rows_is_no_file_that_cannot_be_read(
+    pinned: DatasetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hub/datasets/someone/stories"
+    (folder / "validation.jsonl").write_text('{"words": {"text": "of a struct"}}\n{"words": \n')
+
+    def first(column: str) -> Document:
+        sha256 = {"validation.jsonl": hashlib.sha256((folder / "validation.jsonl").read_bytes()).hexdigest()}
+        named = dataclasses.replace(pinned, path=str(folder), sha256=sha256, text_column=column)
+        return next(iter(hub_source(named, for_training=False).documents()))
+
+    with pytest.raises(UserError, match=r"validation\.jsonl of someone/stories cannot be read \(.*: choose another dataset"):
+        first("words.text")
+    (folder / "validation.jsonl").write_text('{"words": {"text": "of a struct"}}\n')
+    assert first("words.text") == Document("validation", ("of a struct",))
+    with pytest.raises(UserError, match=r"no column 'text', but words: set dataset.text_column"):
+        first("text")
+
+    def fault(*_: object) -> list[str]:
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(hub_module, "_way", fault)
+    with pytest.raises(KeyError, match="a fault of ours"):
+        first("words.text")
