@@ -58,7 +58,8 @@ class Setup:
     """One configuration, on one cache, seeds folded: means and sample standard deviations (None for a single seed)."""
 
     variant: str  # what it is called here: its attention, and whatever else tells it from the other rows
-    cache: str  # the part of that name which tells caches of one configuration apart, or nothing
+    configuration: str  # that name without its cache
+    cache: str  # what tells caches of one configuration apart, or nothing
     attention: str
     model: str
     n: int
@@ -86,11 +87,6 @@ class Setup:
     setup_hash: str
     runs: list[str]
     cache_divergence: float | None = None  # KL from full precision, nats per token; None: not scored through a cache, or older
-
-    @property
-    def configuration(self) -> str:
-        """The name without the cache."""
-        return self.variant.removesuffix(f", {self.cache}")
 
 
 @dataclass(frozen=True)
@@ -251,6 +247,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
         taken_over = {field.name: first[field.name] for field in dataclasses.fields(Setup) if field.name in first}
         worked_out = {
             "variant": f"{name}, {cache}" if cache else name,
+            "configuration": name,
             "cache": cache,
             "n": len(group),
             "seeds": sorted(record["seed"] for record in group),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.identity import flat
+from harness.runs.provenance import short_commit
 from harness.study.results import RunResult
 
 Runs = Mapping[str, Sequence[RunResult]]  # the finished ones, by arm
@@ -60,7 +61,7 @@ _QUANTITIES: dict[str, Callable[[RunResult], Any]] = {
     "compiled": lambda run: "yes" if run.summary["compiled"] else "no",
     "hardware": lambda run: run.summary["device"],
     "torch": lambda run: run.summary["torch"],
-    "commit": lambda run: _short_commit(run.summary["commit"]),
+    "commit": lambda run: short_commit(run.summary["commit"]),
 }
 
 
@@ -88,10 +89,6 @@ def _fact(name: str, runs: Runs, of: Callable[[RunResult], Any]) -> Fact:
 
 def _parameters_of(block: str) -> Callable[[RunResult], int]:
     return lambda run: run.summary["parameters_by_block"].get(block, 0)
-
-
-def _short_commit(commit: str | None) -> str:
-    return "none" if commit is None else commit[:9] + ("+changes" if commit.endswith("+changes") else "")
 
 
 def _number(number: float) -> str:

@@ -12,7 +12,7 @@ from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
 from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, signed, with_error
 from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict
-from harness.runs.provenance import CHANGES_FILE
+from harness.runs.provenance import CHANGED, CHANGES_FILE, has_changes
 from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
 from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for
@@ -534,7 +534,7 @@ def whole_command(command: str) -> str:
 
 def _changes(results: StudyResults) -> str:
     """Which runs were made from a working tree that differs from its commit, and where the difference is kept."""
-    changed = [run for run in (*results.runs, *results.sweep) if str(run.summary.get("commit")).endswith("+changes")]
+    changed = [run for run in (*results.runs, *results.sweep) if has_changes(run.summary.get("commit"))]
     if not changed:
         return ""
     kept = sum((run.folder / CHANGES_FILE).is_file() for run in changed)
@@ -544,4 +544,4 @@ def _changes(results: StudyResults) -> str:
     elif kept:
         where = f"The difference is in {CHANGES_FILE} in the folders of {kept} of them; of the others it was not kept."
     whose = "All were" if len(changed) == len(results.runs) + len(results.sweep) else f"{counted(len(changed), 'run')} were"
-    return f"{whose} made from a working tree that differed from its commit (+changes). {where}"
+    return f"{whose} made from a working tree that differed from its commit ({CHANGED}). {where}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from harness.config.places import ROOT
 from harness.files.atomic import write_text
 
+CHANGED = "+changes"  # behind a commit from which files differed
 CHANGES_FILE = "changes.diff"  # in a run's folder
 MOST_CHANGES, MOST_UNTRACKED = 1_000_000, 100  # bytes of it, and names
 
@@ -19,13 +20,13 @@ def now() -> str:
 
 
 def keep_changes(folder: Path) -> None:
-    """Where the project's files differ from its commit, write how to CHANGES_FILE: what `commit` calls +changes.
+    """Where the project's files differ from its commit, write how to CHANGES_FILE: of what `has_changes` is true.
 
     Tracked files only, since others may be anything; those that git does not ignore are named. `git apply` reads the file
     unless it was cut, which its first line says then.
     """
-    head = commit()
-    if head is None or not head.endswith("+changes"):
+    head, dirty = _head()
+    if not dirty:
         return
     command = ["git", "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--", "."]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -37,7 +38,7 @@ def keep_changes(folder: Path) -> None:
         .stdout.decode(errors="replace")
         .splitlines()
     )
-    lines = [f"# tracked files of the project against its commit {head.removesuffix('+changes')}"]
+    lines = [f"# tracked files of the project against its commit {head}"]
     if len(difference) > MOST_CHANGES:
         lines[0] += f"; cut after {MOST_CHANGES:,} bytes"
     lines += [f"# not in it, untracked: {name}" for name in untracked[:MOST_UNTRACKED]]
@@ -46,12 +47,28 @@ def keep_changes(folder: Path) -> None:
 
 
 def commit() -> str | None:
-    """The project's git commit, with '+changes' if files differ from it; None outside a checkout."""
+    """The project's git commit as records hold it, with CHANGED if files differ from it; None outside a checkout."""
+    head, dirty = _head()
+    return head and head + (CHANGED if dirty else "")
+
+
+def has_changes(commit: str | None) -> bool:
+    """Whether the project's files differed from what `commit` returned."""
+    return commit is not None and commit.endswith(CHANGED)
+
+
+def short_commit(commit: str | None) -> str:
+    """What `commit` returned, for people."""
+    return "none" if commit is None else commit[:9] + (CHANGED if has_changes(commit) else "")
+
+
+def _head() -> tuple[str | None, bool]:
+    """The project's git commit, and whether files differ from it; None outside a checkout."""
     try:
-        head, dirty = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
+        head, status = (_git(*words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain")))
     except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if dirty else "")
+        return None, False
+    return head, bool(status)
 
 
 def _git(*words: str) -> str:

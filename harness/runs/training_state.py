@@ -92,15 +92,15 @@ def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
     steps that are added go between the last step made and the decay, and the warm-up keeps the length that it had when
     the run began. Raises UserError when all that differs is a larger budget that comes too late.
     """
-    differing = differences(config, older)
     budgets = training_steps(config), training_steps(older)
     if config.schedule.name != "wsd" or budgets[0] <= budgets[1]:
         return False
-    if any(sentence.split(" ", 1)[0] not in BUDGET for sentence in differing):
+    if differences(config, older, apart_from=BUDGET):
         return False
     checkpoint = latest_checkpoint(run / "checkpoints", check_resumable)
     if checkpoint is None:
         return True
+    differing = differences(config, older)
     saved = SavedState.of(checkpoint)
     if saved.warmup_steps is None:
         raise UserError(

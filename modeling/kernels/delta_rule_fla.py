@@ -32,7 +32,7 @@ def delta_rule_by_fla(
 ) -> tuple[Tensor, Tensor]:
     """As `delta_rule`, for any T: (out_BTHV in the type of v, the state afterwards in float32).
 
-    q, k and v in bfloat16 or float16, the others in float32. Raises ValueError for another type.
+    q, k and v in bfloat16 or float16, the others in float32. Raises Refusal for another type.
     """
     check_dtype("fla", q_BTHK.dtype)
     run = _operator if torch.compiler.is_compiling() else _run

@@ -16,7 +16,7 @@ from harness.config.compose import load_train_config
 from harness.config.run_config import save_run_config
 from harness.decode.kv_calculator import FORMATS, CacheDescription, LayerCache, cache_figures, cache_table
 from harness.errors import UserError
-from harness.hf import cache
+from harness.hf import cache, cache_measured, meta_model
 from harness.hf.cache import describe_apart, describe_config
 from harness.hf.config_json import BY_FORMULA, OWN_TYPE
 from modeling.attention.cache import new_cache
@@ -1227,6 +1227,22 @@ def test_code_beside_a_config_json_is_never_run(tmp_path: Path, capsys: pytest.C
     }
     found = json.loads(printed(capsys, "--config", str(as_file(tmp_path, LLAMA_3_8B | evil).parent), "--json"))
     assert found["elements_per_token"] == 65_536 and not (tmp_path / "ran").exists()
+
+
+def test_a_fault_of_ours_in_measuring_is_not_the_config_jsons(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlamaModel
+
+    def fault(*_: object, **__: object) -> None:
+        raise ValueError("who is to blame")
+
+    for ours, name in ((cache_measured, "_layer"), (meta_model, "_tensors"), (meta_model, "_signature")):
+        with monkeypatch.context() as planted, pytest.raises(ValueError, match="who is to blame"):
+            planted.setattr(ours, name, fault)
+            describe_config(LLAMA_3_8B, name="tested")
+    for name in ("forward", "_from_config"):
+        with monkeypatch.context() as planted, pytest.raises(UserError, match=r"cannot run its class .*Error: who is to blame"):
+            planted.setattr(LlamaModel, name, fault)
+            describe_config(LLAMA_3_8B, name="tested")
 
 
 def test_measuring_apart_gives_the_same_and_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
