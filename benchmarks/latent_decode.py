@@ -59,9 +59,9 @@ class LatentDecodeOptions:
     dtype: Annotated[str, "bfloat16, float16 or float32"] = "bfloat16"
     kernels: Annotated[
         str,
-        "all, or some of triton,triton_int8,triton_fp8,gluon,gluon_int8,gluon_fp8,torch,torch_compiled,sdpa,flashinfer,"
-        "flash_mla,vllm,sglang (the last four where they are installed; int8 and fp8: latents that are stored so, with a scale "
-        "a slot, the rotated key in 16 bits)",
+        "all, or some of triton,gluon,gluon_slots (each also with _int8 and _fp8: latents that are stored so, with a scale a "
+        "slot, the rotated key in 16 bits), torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the last four where "
+        "they are installed)",
     ] = "all"
     rounds: Annotated[int, "timed replays; a figure is their median with the range"] = 10
     tile: Annotated[str | None, "heads,slots,warps,stages,registers in place of the table's choice, for tuning"] = None
@@ -334,21 +334,11 @@ def ours(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None
 
 def gluon(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_gluon_triton as kernel
-    from modeling.kernels import latent_decode_gluon_words_triton as in_words
 
     check_kernel("gluon", case.latent_IBSL.device)
     check_widths("gluon", options.kv_lora_rank, options.qk_rope_head_dim)
     if stored is not None:
-        latents, scales = case.quantised(stored)
-        programs = options.splits or in_words.programs_for(case.q_latent_IBHL[0], latents[0])
-
-        def call_in_words(i: int) -> Tensor:
-            q_latent_BHL, q_rope_BHP, _, k_rope_BSP, lengths_B = case.arguments(i)
-            assert q_rope_BHP is not None and k_rope_BSP is not None
-            caches = latents[i], k_rope_BSP, lengths_B, scales[i]
-            return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=case.scale, programs=programs)
-
-        return call_in_words, f"{in_words.TILE.heads}x{in_words.TILE.slots} /{programs}"
+        return gluon_slots(case, options, stored=stored, lean=False)
     splits = options.splits or kernel.splits_for(case.q_latent_IBHL[0], case.latent_IBSL[0])
 
     def call(i: int) -> Tensor:
@@ -357,6 +347,26 @@ def gluon(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | Non
         return kernel.launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=case.scale, splits=splits)
 
     return call, f"{kernel.TILE.heads}x{kernel.TILE.slots} /{splits}"
+
+
+def gluon_slots(
+    case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None, lean: bool = True
+) -> tuple[Call, str]:
+    from modeling.kernels import latent_decode_gluon_words_triton as kernel
+
+    check_kernel("gluon_slots", case.latent_IBSL.device)
+    check_widths("gluon_slots", options.kv_lora_rank, options.qk_rope_head_dim)
+    latents, scales = (case.latent_IBSL, None) if stored is None else case.quantised(stored)
+    programs = options.splits or kernel.programs_for(case.q_latent_IBHL[0], latents[0])
+
+    def call(i: int) -> Tensor:
+        q_latent_BHL, q_rope_BHP, _, k_rope_BSP, lengths_B = case.arguments(i)
+        assert q_rope_BHP is not None and k_rope_BSP is not None
+        caches = latents[i], k_rope_BSP, lengths_B, None if scales is None else scales[i]
+        return kernel.launch(q_latent_BHL, q_rope_BHP, *caches, scale=case.scale, programs=programs, lean=lean)
+
+    tile = kernel.tile_of(latents[0])
+    return call, f"{tile.heads}x{tile.slots} /{programs}"
 
 
 def torch_eager(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
@@ -475,11 +485,11 @@ def sglang(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
 
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of latents
-STORED = {f"{kernel}_{name}": dtype for kernel in ("triton", "gluon") for name, dtype in EIGHT_BITS.items()}
+OURS: dict[str, Callable[..., tuple[Call, str]]] = {"triton": ours, "gluon": gluon, "gluon_slots": gluon_slots}
+STORED = {f"{kernel}_{name}": dtype for kernel in OURS for name, dtype in EIGHT_BITS.items()}
 KERNELS: dict[str, Callable[[Case, LatentDecodeOptions], tuple[Call, str]]] = {
-    "triton": ours,
-    "gluon": gluon,
-    **{name: functools.partial(ours if name.startswith("triton") else gluon, stored=dtype) for name, dtype in STORED.items()},
+    **OURS,
+    **{name: functools.partial(OURS[name.rpartition("_")[0]], stored=dtype) for name, dtype in STORED.items()},
     "torch": torch_eager,
     "torch_compiled": torch_compiled,
     "sdpa": sdpa,
@@ -608,7 +618,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 10, disable=None):
+    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 16, disable=None):
         tqdm.write(line)
     return 0
 
@@ -668,20 +678,24 @@ def gluon_rows() -> Iterator[str]:
             f"{128:>5}{'512+64':>9}{'bf16':>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
             f"{found.row(3 * tile.warps, tile.resident)}"
         )
-    yield from gluon_words_rows(types["k_rope"])
+    yield from gluon_slots_rows(wide, narrow)
 
 
-def gluon_words_rows(k_rope: str) -> Iterator[str]:
+def gluon_slots_rows(wide: str, narrow: str) -> Iterator[str]:
+    """As they were measured, then lean."""
     from modeling.kernels import latent_decode_gluon_words_triton as kernel
 
-    latent, tile = k_rope.replace("bf16[1, 64, 64]", "i16[1, 64, 256]"), kernel.TILE
-    types = {"q_latent": "*bf16", "q_rope": "*bf16", "latent": latent, "k_rope": k_rope, "latent_scale": "*bf16"}
-    types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32", "out": "*fp32"}
-    for name, dtype in EIGHT_BITS.items():
-        constants = {"INT8": dtype == torch.int8}
-        found = compile_one(kernel.attend_words_kernel, constants, types, tile.warps, tile.stages, tile.registers)
-        shape = f"{16:>5}{'512+64':>9}{name:>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'several':<8}"
-        yield f"{shape}{found.row(3 * tile.warps, tile.resident)}"
+    types = {"q_latent": "*bf16", "q_rope": "*bf16", "k_rope": narrow, "latent_scale": "*bf16"}
+    types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
+    for name, lean in (*((name, False) for name in EIGHT_BITS), *((name, True) for name in ("bf16", *EIGHT_BITS))):
+        for one in (True, False) if lean else (False,):
+            dtype = EIGHT_BITS.get(name, torch.bfloat16)
+            types |= {"latent": wide if name == "bf16" else wide.replace("bf16", "i16"), "out": "*bf16" if one else "*fp32"}
+            constants = kernel.attend_constants(dtype, lean=lean, one=one)
+            tile = kernel.TILE if name in EIGHT_BITS else kernel.WIDE_TILE
+            found = compile_one(kernel.attend_words_kernel, constants, types, tile.warps, tile.stages, tile.registers)
+            shape = f"{16:>5}{'512+64':>9}{name:>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
+            yield f"{shape}{found.row((1 + constants['GROUPS']) * tile.warps, tile.resident)}"
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,17 @@ OTHERS = {
         auto_heads_8_bits=(1, 16),
         reads_8_bits=True,
     ),
+    # 16 heads at a time, of 16 bits and 8. It has not run on a GPU yet; what is expected is in docs/LOG.md.
+    "gluon_slots": Kernel(
+        "latent_decode_gluon_words_triton",
+        "triton.experimental.gluon",
+        TRITON,
+        HALF_PRECISION,
+        (512,),
+        (64,),
+        capability=9,
+        reads_8_bits=True,
+    ),
     "flashinfer": Kernel(
         "latent_decode_flashinfer",
         "flashinfer",

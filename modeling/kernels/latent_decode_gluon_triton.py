@@ -312,7 +312,7 @@ def decode(
     if latent_scale_BS is not None:
         caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
         programs = in_words.programs_for(q_latent_BHL, latent_BSL)
-        return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs)
+        return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=False)
     splits = splits_for(q_latent_BHL, latent_BSL)
     return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, splits=splits)
 

@@ -1,22 +1,30 @@
-"""Gluon's decode kernel for Hopper, few heads and latents of 8 bits (int8, fp8 e4m3): slots by heads, widened in registers.
+"""Gluon's decode kernel for Hopper and few heads: slots by heads, of latents in 8 bits (int8, fp8 e4m3) or in 16.
 
 With 16 heads a step waits for memory, so half the bytes should be half the time; but Hopper's matrix instruction takes 64 rows
 at least, and only its first operand from registers. So here slots, then columns, are the rows and heads the 16 columns:
 
-    scores (64 slots x 16 heads)           =  c q^T        c from registers, q from shared memory
-    sums   (512 columns x 16 heads)       +=  c^T p        c^T from registers, p from shared memory
+    scores (64 slots x 16 heads)           =  c q^T
+    sums   (512 columns x 16 heads)       +=  c^T p
 
-and what the copy engine brought in 8 bits is widened on its way into registers, twice, and never written back. A slot's two
-neighbouring columns are read as one number of 16 bits: even and odd columns are two planes that are multiplied apart, as
-queries are kept apart. They are widened to float16, in less than half the instructions that bfloat16 takes. So that nothing
-overflows there, queries are divided by a power of two that is about their head's largest, and with t_s the scale that all
-elements of slot s share, the running maximum is not that of the scores but m = max over s of (score_s + log2 t_s):
+Latents of 16 bits (bfloat16, float16) are read by both products where the copy engine put them, and one group of four warps
+does all of that in less time than the next block takes to come: 68 matrix instructions and a softmax of 64 x 16 scores.
+
+Of 8 bits c and c^T come from registers: what the copy engine brought is widened on its way there, twice, and never written
+back. A slot's two neighbouring columns are read as one number of 16 bits: even and odd columns are two planes that are
+multiplied apart, as queries are kept apart. They are widened to float16, in less than half the instructions that bfloat16
+takes. So that nothing overflows there, queries are divided by a power of two that is about their head's largest, and with t_s
+the scale that all elements of slot s share, the running maximum is not that of the scores but m = max over s of (score_s +
+log2 t_s):
 
     weights_s = 2^(score_s + log2 t_s - m) <= 1,    out = sum of weights_s c_s / sum of 2^(score_s - m)
 
-Two groups of four warps each walk a range of their own, and a third brings blocks of 64 slots for them in turns. Groups
-share nothing but the queries: to `join_kernel` of latent_decode_triton.py each is a range as any other. A block that would pass
-its range's end begins earlier, and what the block before has covered counts as -inf.
+With DIGITS int8 is widened for the sums alone. Queries are whole numbers of 15 bits times their head's power of two, in two
+digits of 8 bits, and scores are the integer products of stored bytes with both: 128 (c high^T) + c low^T, exact.
+
+Of 8 bits two groups of four warps each walk a range of their own, and a third brings blocks of 64 slots for them in turns.
+Groups share nothing but the queries: to `join_kernel` of latent_decode_triton.py each is a range as any other, unless one
+program has a row, which then (ONE) joins its groups' sums itself. A block that would pass its range's end begins earlier, and
+what the block before has covered counts as -inf.
 
 Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In the kernel: c latents, k rotated keys, q queries.
 """
@@ -45,17 +53,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from modeling.kernels.decode_kernels import EIGHT_BITS
 from modeling.kernels.latent_decode_parts_gluon_triton import check_copied, descriptor
 from modeling.kernels.latent_decode_triton import MAX_SPLITS, Tile, choose_splits, join, partial_sums, rounded_slots, size_of
 
 HEADS, SLOTS, PAIRS, ROTATED = gl.constexpr(16), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
-PART = gl.constexpr(64)  # pairs of columns that are widened at a time
-GROUPS, STAGES = gl.constexpr(2), gl.constexpr(5)
-# Of one program, for the choice of splits: all groups together.
+PART = gl.constexpr(64)  # pairs of columns that are multiplied at a time
+# Of one program, for the choice of splits: all groups together; of 8 bits, and of 16.
 TILE = Tile(heads=16, slots=2 * 64, warps=4, stages=5, registers=168, resident=1, start=640)
+WIDE_TILE = Tile(heads=16, slots=64, warps=4, stages=2, registers=168, resident=1, start=256)
 # Of the groups that multiply; what is left of three times TILE's registers, 24, is for the one that copies.
 WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 4]), gl.constexpr([240, 240])
+WIDE_WARPS, WIDE_REGISTERS = gl.constexpr([4]), gl.constexpr([240])
 MADE = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 16]))
+COUNTED = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 16, 32]))
+BYTES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0]))
+SUMS = gl.constexpr(gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[1, 0]))
 QUERIES = gl.constexpr(gl.BlockedLayout([1, 2], [1, 32], [4, 1], [1, 0]))
 WIDENED = gl.constexpr(gl.DotOperandLayout(0, MADE, 2))
 
@@ -63,14 +77,16 @@ WIDENED = gl.constexpr(gl.DotOperandLayout(0, MADE, 2))
 class Memory(NamedTuple):
     """What a program has in shared memory, and the barriers that say when a stage may be read (`full`) or written (`empty`)."""
 
-    q: Any  # (2, 16, 256): even columns and odd ones, divided by `sizes`
+    q: Any  # (2, 16, 256): even columns and odd ones, divided by `sizes`; of 16 bits the halves; or (2, 16, 512) digits
     sizes: Any  # (16)
     q_rotated: Any  # (16, 64)
-    c: Any  # (5, 64, 256) pairs of columns
-    k: Any  # (5, 64, 64)
-    p: Any  # (2, 16, 64): each group's weights
+    c: Any  # (5, 64, 256) pairs of columns; of 16 bits (4, 64, 256), two halves a stage
+    k: Any  # (stages, 64, 64)
+    p: Any  # (groups, 16, 64): each group's weights
     full: Any
     empty: Any
+    state: Any  # (2, 16): the second group's m and total, once it is done
+    done: Any
 
 
 class Place(NamedTuple):
@@ -86,27 +102,33 @@ class Place(NamedTuple):
 
 
 @gluon.jit
-def _range(place, GROUP: gl.constexpr):
+def _range(place, group):
     """(first slot, slot behind the last) of a group; the first is no less where nothing is left."""
-    start = (place.first_range + GROUP) * place.per_range
+    start = (place.first_range + group) * place.per_range
     return start, gl.minimum(start + place.per_range, place.length)
 
 
 @gluon.jit
-def _bring(latent, k_rope, shared, place):
-    """The copying group: a block for each of the others in turns."""
-    for block in range(place.per_range // SLOTS):
-        for group in gl.static_range(GROUPS):
-            number = GROUPS * block + group
-            stage = number % STAGES
-            start, end = _range(place, group)
-            slot = gl.minimum(start + SLOTS * block, end - SLOTS)
-            mbarrier.wait(shared.empty.index(stage), ((number // STAGES) & 1) ^ 1)
-            mbarrier.expect(shared.full.index(stage), 2 * SLOTS * (PAIRS + ROTATED))
-            c = shared.c.index(stage)._reinterpret(latent.dtype, latent.block_type.shape, latent.layout)
-            k = shared.k.index(stage)._reinterpret(k_rope.dtype, k_rope.block_type.shape, k_rope.layout)
-            tma.async_copy_global_to_shared(latent, [place.row, slot, 0], shared.full.index(stage), c)
-            tma.async_copy_global_to_shared(k_rope, [place.row, slot, 0], shared.full.index(stage), k)
+def _fetch(latent, k_rope, shared, place, number, GROUPS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
+    """Begin the copy of a block; groups take blocks in turns."""
+    PARTS: gl.constexpr = 2 if WIDE else 1
+    stage = number % STAGES
+    start, end = _range(place, number % GROUPS)
+    slot = gl.minimum(start + SLOTS * (number // GROUPS), end - SLOTS)
+    mbarrier.wait(shared.empty.index(stage), ((number // STAGES) & 1) ^ 1)
+    mbarrier.expect(shared.full.index(stage), 2 * SLOTS * (PARTS * PAIRS + ROTATED))
+    for part in gl.static_range(PARTS):
+        c = shared.c.index(PARTS * stage + part)._reinterpret(latent.dtype, latent.block_type.shape, latent.layout)
+        tma.async_copy_global_to_shared(latent, [place.row, slot, part * PAIRS], shared.full.index(stage), c)
+    k = shared.k.index(stage)._reinterpret(k_rope.dtype, k_rope.block_type.shape, k_rope.layout)
+    tma.async_copy_global_to_shared(k_rope, [place.row, slot, 0], shared.full.index(stage), k)
+
+
+@gluon.jit
+def _bring(latent, k_rope, shared, place, AHEAD: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
+    """The copying group; AHEAD: so many copies were begun before."""
+    for number in range(AHEAD, GROUPS * (place.per_range // SLOTS)):
+        _fetch(latent, k_rope, shared, place, number, GROUPS, STAGES, WIDE)
 
 
 @gluon.jit
@@ -157,8 +179,8 @@ def _planes(pairs, INT8: gl.constexpr):
 
 
 @gluon.jit
-def _scores(c, shared, scores, FIRST: gl.constexpr, INT8: gl.constexpr):
-    """Scores of a block with a part of the columns more."""
+def _scores_of_part(c, shared, scores, FIRST: gl.constexpr, INT8: gl.constexpr):
+    """Scores of a block with a part of the columns more, widened."""
     even, odd = _planes(c.slice(FIRST, PART, 1).load(WIDENED), INT8)
     q_even = shared.q.index(0).slice(FIRST, PART, 1).permute((1, 0))
     q_odd = shared.q.index(1).slice(FIRST, PART, 1).permute((1, 0))
@@ -170,29 +192,95 @@ def _scores(c, shared, scores, FIRST: gl.constexpr, INT8: gl.constexpr):
 
 
 @gluon.jit
-def _weighted(c, p, even_sums, odd_sums, shrink, FIRST: gl.constexpr, INT8: gl.constexpr):
-    """A part of the columns: its sums with those of a block more."""
-    even, odd = _planes(c.slice(FIRST, PART, 1).permute((1, 0)).load(WIDENED), INT8)
+def _scores(shared, stage, step, size, INT8: gl.constexpr, WIDE: gl.constexpr, DIGITS: gl.constexpr):
+    """Scores of a block; step: the scales of its slots, size: what its heads' queries were divided by."""
+    empty = gl.zeros([SLOTS, HEADS], gl.float32, MADE)
+    rotated = warpgroup_mma(shared.k.index(stage), shared.q_rotated.permute((1, 0)), empty, use_acc=False, is_async=True)
+    if WIDE:
+        scores = warpgroup_mma(shared.c.index(2 * stage), shared.q.index(0).permute((1, 0)), rotated, is_async=True)
+        scores = warpgroup_mma(shared.c.index(2 * stage + 1), shared.q.index(1).permute((1, 0)), scores, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+    elif DIGITS:
+        c = shared.c.index(stage)._reinterpret(gl.int8, [SLOTS, 2 * PAIRS], BYTES)
+        nothing = gl.zeros([SLOTS, HEADS], gl.int32, COUNTED)
+        high = warpgroup_mma(c, shared.q.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        low = warpgroup_mma(c, shared.q.index(1).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        high, low, rotated = warpgroup_mma_wait(0, deps=[high, low, rotated])
+        counted = gl.convert_layout((high * 128 + low).to(gl.float32), MADE)
+        scores = counted * step * (size * (1.0 / 8192)) + rotated
+    else:
+        c = shared.c.index(stage)
+        scores = _scores_of_part(c, shared, empty, 0, INT8)
+        scores = _scores_of_part(c, shared, scores, PART, INT8)
+        scores = _scores_of_part(c, shared, scores, 2 * PART, INT8)
+        scores = _scores_of_part(c, shared, scores, 3 * PART, INT8)
+        scores, rotated = warpgroup_mma_wait(0, deps=[scores, rotated])
+        scores = scores * step * size + rotated
+    return scores
+
+
+@gluon.jit
+def _weighted(shared, stage, p, even_sums, odd_sums, shrink, FIRST: gl.constexpr, INT8: gl.constexpr, WIDE: gl.constexpr):
+    """A part of the columns: its sums with those of a block more; of 16 bits its halves are what planes are of 8."""
+    if WIDE:
+        c = shared.c.index(2 * stage + 2 * FIRST // PAIRS)
+        even = c.slice(2 * FIRST % PAIRS, PART, 1).permute((1, 0))
+        odd = c.slice(2 * FIRST % PAIRS + PART, PART, 1).permute((1, 0))
+    else:
+        even, odd = _planes(shared.c.index(stage).slice(FIRST, PART, 1).permute((1, 0)).load(WIDENED), INT8)
     even_sums = warpgroup_mma(even, p, even_sums * shrink[None, :], is_async=True)
     odd_sums = warpgroup_mma(odd, p, odd_sums * shrink[None, :], is_async=True)
-    return warpgroup_mma_wait(1, deps=[even_sums, odd_sums])
+    if not WIDE:
+        even_sums, odd_sums = warpgroup_mma_wait(1, deps=[even_sums, odd_sums])
+    return even_sums, odd_sums
 
 
 @gluon.jit
-def _steps(scales, slot, stride):
-    """The scales of a block of slots; before a row's first slot nothing is read."""
-    numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
-    return gl.load(scales + numbers * stride, mask=numbers >= 0, other=0.0).to(gl.float32)
+def _steps(scales, slot, stride, WIDE: gl.constexpr):
+    """The scales of a block of slots, of 16 bits ones; before a row's first slot nothing is read."""
+    if WIDE:
+        steps = gl.full([SLOTS], 1.0, gl.float32, gl.SliceLayout(1, MADE))
+    else:
+        numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
+        steps = gl.load(scales + numbers * stride, mask=numbers >= 0, other=0.0).to(gl.float32)
+    return steps
 
 
 @gluon.jit
-def _store(out, places, sums, FIRST: gl.constexpr, filled, heads):
-    columns = FIRST + 2 * gl.arange(0, PART, gl.SliceLayout(1, MADE))
-    gl.store(out + places[None, :] * (2 * PAIRS) + columns[:, None], sums, mask=heads[None, :] < filled)
+def _store(out, places, sums, FIRST: gl.constexpr, PLANE: gl.constexpr, WIDE: gl.constexpr, filled, heads):
+    between: gl.constexpr = 1 if WIDE else 2
+    columns = 2 * FIRST + (PART if WIDE else 1) * PLANE + between * gl.arange(0, PART, gl.SliceLayout(1, MADE))
+    places = out + places[None, :] * (2 * PAIRS) + columns[:, None]
+    gl.store(places, sums.to(out.dtype.element_ty), mask=heads[None, :] < filled)
 
 
 @gluon.jit
-def _attend(shared, place, scales, stride, out, lse, scale_log2, GROUP: gl.constexpr, INT8: gl.constexpr):
+def _keep(other, sums, some, NUMBER: gl.constexpr):
+    other.index(NUMBER).store(gl.where(some, sums, 0.0))
+
+
+@gluon.jit
+def _with(other, sums, own, its, NUMBER: gl.constexpr):
+    return sums * own + other.index(NUMBER).load(MADE) * its
+
+
+@gluon.jit
+def _attend(
+    shared,
+    place,
+    scales,
+    stride,
+    out,
+    lse,
+    scale_log2,
+    GROUP: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+    INT8: gl.constexpr,
+    WIDE: gl.constexpr,
+    DIGITS: gl.constexpr,
+    ONE: gl.constexpr,
+):
     """One group's range."""
     start, end = _range(place, GROUP)
     even_0 = gl.zeros([PART, HEADS], gl.float32, MADE)
@@ -201,23 +289,16 @@ def _attend(shared, place, scales, stride, out, lse, scale_log2, GROUP: gl.const
     total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(0, MADE))
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MADE))
     p = shared.p.index(GROUP).permute((1, 0))
-    steps = _steps(scales, gl.minimum(start, end - SLOTS), stride)
+    steps = _steps(scales, gl.minimum(start, end - SLOTS), stride, WIDE)
     for block in range(place.per_range // SLOTS):
         number = GROUPS * block + GROUP
         stage = number % STAGES
         first = start + SLOTS * block
         step = steps[:, None]
-        steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride)  # of the next block, on their way meanwhile
+        # Of the next block, on their way meanwhile.
+        steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride, WIDE)
         mbarrier.wait(shared.full.index(stage), (number // STAGES) & 1)
-        c = shared.c.index(stage)
-        empty = gl.zeros([SLOTS, HEADS], gl.float32, MADE)
-        rotated = warpgroup_mma(shared.k.index(stage), shared.q_rotated.permute((1, 0)), empty, use_acc=False, is_async=True)
-        scores = _scores(c, shared, empty, 0, INT8)
-        scores = _scores(c, shared, scores, PART, INT8)
-        scores = _scores(c, shared, scores, 2 * PART, INT8)
-        scores = _scores(c, shared, scores, 3 * PART, INT8)
-        scores, rotated = warpgroup_mma_wait(0, deps=[scores, rotated])
-        scores = (scores * step * size + rotated) * scale_log2
+        scores = _scores(shared, stage, step, size, INT8, WIDE, DIGITS) * scale_log2
         numbers = gl.minimum(first, end - SLOTS) + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
         scores = gl.where(numbers[:, None] >= first, scores, float("-inf"))
         stepped = scores + gl.log2(gl.maximum(step, 1e-30))
@@ -225,31 +306,69 @@ def _attend(shared, place, scales, stride, out, lse, scale_log2, GROUP: gl.const
         shrink = gl.exp2(m - largest)
         total = total * shrink + gl.sum(gl.exp2(scores - largest[None, :]), 0)
         m = largest
-        p.store(gl.exp2(stepped - largest[None, :]).to(gl.float16))
+        p.store(gl.exp2(stepped - largest[None, :]).to(shared.p.dtype))
         fence_async_shared()
-        even_0, odd_0 = _weighted(c, p, even_0, odd_0, shrink, 0, INT8)
-        even_1, odd_1 = _weighted(c, p, even_1, odd_1, shrink, PART, INT8)
-        even_2, odd_2 = _weighted(c, p, even_2, odd_2, shrink, 2 * PART, INT8)
-        even_3, odd_3 = _weighted(c, p, even_3, odd_3, shrink, 3 * PART, INT8)
+        even_0, odd_0 = _weighted(shared, stage, p, even_0, odd_0, shrink, 0, INT8, WIDE)
+        even_1, odd_1 = _weighted(shared, stage, p, even_1, odd_1, shrink, PART, INT8, WIDE)
+        even_2, odd_2 = _weighted(shared, stage, p, even_2, odd_2, shrink, 2 * PART, INT8, WIDE)
+        even_3, odd_3 = _weighted(shared, stage, p, even_3, odd_3, shrink, 3 * PART, INT8, WIDE)
         even_0, even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3 = warpgroup_mma_wait(
             0, deps=[even_0, even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3]
         )
         mbarrier.arrive(shared.empty.index(stage), count=1)
 
-    heads = place.head + gl.arange(0, HEADS, gl.SliceLayout(0, MADE))
-    places = (place.row.to(gl.int64) * place.heads + heads) * place.ranges + place.first_range + GROUP
-    # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
-    filled = gl.where(start < end, place.heads, 0)
-    gl.store(lse + places, gl.where(start < end, m + gl.log2(total), float("-inf")), mask=heads < place.heads)
-    share = (1.0 / total)[None, :]
-    _store(out, places, even_0 * share, 0, filled, heads)
-    _store(out, places, odd_0 * share, 1, filled, heads)
-    _store(out, places, even_1 * share, 2 * PART, filled, heads)
-    _store(out, places, odd_1 * share, 2 * PART + 1, filled, heads)
-    _store(out, places, even_2 * share, 4 * PART, filled, heads)
-    _store(out, places, odd_2 * share, 4 * PART + 1, filled, heads)
-    _store(out, places, even_3 * share, 6 * PART, filled, heads)
-    _store(out, places, odd_3 * share, 6 * PART + 1, filled, heads)
+    if ONE and GROUPS == 2:
+        # Both groups' ranges are the row: the second leaves its sums in the last stage, which only it has read.
+        last = (GROUPS * (place.per_range // SLOTS) - 1) % STAGES
+        other = shared.c.index(last)._reinterpret(gl.float32, [8, PART, HEADS], SUMS)
+        if GROUP == 1:
+            some = start < end
+            shared.state.index(0).store(gl.where(some, m, float("-inf")))
+            shared.state.index(1).store(gl.where(some, total, 0.0))
+            _keep(other, even_0, some, 0)
+            _keep(other, odd_0, some, 1)
+            _keep(other, even_1, some, 2)
+            _keep(other, odd_1, some, 3)
+            _keep(other, even_2, some, 4)
+            _keep(other, odd_2, some, 5)
+            _keep(other, even_3, some, 6)
+            _keep(other, odd_3, some, 7)
+            mbarrier.arrive(shared.done, count=1)
+        else:
+            mbarrier.wait(shared.done, 0)
+            its = shared.state.index(0).load(gl.SliceLayout(0, MADE))
+            largest = gl.maximum(m, its)
+            own = gl.exp2(m - largest)
+            its = gl.exp2(its - largest)
+            total = total * own + shared.state.index(1).load(gl.SliceLayout(0, MADE)) * its
+            own = own[None, :]
+            its = its[None, :]
+            even_0 = _with(other, even_0, own, its, 0)
+            odd_0 = _with(other, odd_0, own, its, 1)
+            even_1 = _with(other, even_1, own, its, 2)
+            odd_1 = _with(other, odd_1, own, its, 3)
+            even_2 = _with(other, even_2, own, its, 4)
+            odd_2 = _with(other, odd_2, own, its, 5)
+            even_3 = _with(other, even_3, own, its, 6)
+            odd_3 = _with(other, odd_3, own, its, 7)
+    if GROUP == 0 or not ONE:
+        heads = place.head + gl.arange(0, HEADS, gl.SliceLayout(0, MADE))
+        places = place.row.to(gl.int64) * place.heads + heads
+        filled = place.heads
+        if not ONE:
+            places = places * place.ranges + place.first_range + GROUP
+            # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
+            filled = gl.where(start < end, place.heads, 0)
+            gl.store(lse + places, gl.where(start < end, m + gl.log2(total), float("-inf")), mask=heads < place.heads)
+        share = (1.0 / total)[None, :]
+        _store(out, places, even_0 * share, 0, 0, WIDE, filled, heads)
+        _store(out, places, odd_0 * share, 0, 1, WIDE, filled, heads)
+        _store(out, places, even_1 * share, PART, 0, WIDE, filled, heads)
+        _store(out, places, odd_1 * share, PART, 1, WIDE, filled, heads)
+        _store(out, places, even_2 * share, 2 * PART, 0, WIDE, filled, heads)
+        _store(out, places, odd_2 * share, 2 * PART, 1, WIDE, filled, heads)
+        _store(out, places, even_3 * share, 3 * PART, 0, WIDE, filled, heads)
+        _store(out, places, odd_3 * share, 3 * PART, 1, WIDE, filled, heads)
 
 
 @gluon.jit
@@ -258,6 +377,12 @@ def _load_queries(source, head, heads, stride, step, WIDTH: gl.constexpr):
     rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, QUERIES))
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES))
     return gl.load(source + rows[:, None] * stride + columns[None, :] * step, mask=rows[:, None] < heads, other=0.0)
+
+
+@gluon.jit
+def _power_below(largest):
+    """The power of two of each head's largest number."""
+    return gl.exp2(gl.floor(gl.log2(gl.maximum(largest, 1e-30))))
 
 
 # A stride of 1 would become a constant, which the groups cannot be given as a number.
@@ -281,7 +406,13 @@ def attend_words_kernel(
     q_rope_stride_h,
     latent_scale_stride_b,
     latent_scale_stride_s,
+    AHEAD: gl.constexpr,
+    GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
     INT8: gl.constexpr,
+    WIDE: gl.constexpr,
+    DIGITS: gl.constexpr,
+    ONE: gl.constexpr,
 ):
     head = gl.program_id(0) * HEADS
     row = gl.program_id(2)
@@ -293,54 +424,168 @@ def attend_words_kernel(
 
     dtype: gl.constexpr = k_rope.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    number: gl.constexpr = dtype if WIDE else gl.float16
+    if DIGITS:
+        q = gl.allocate_shared_memory(gl.int8, [2, HEADS, 2 * PAIRS], BYTES)
+    else:
+        q = gl.allocate_shared_memory(number, [2, HEADS, PAIRS], wide)
     shared = Memory(
-        gl.allocate_shared_memory(gl.float16, [2, HEADS, PAIRS], wide),
-        gl.allocate_shared_memory(gl.float32, [HEADS], gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])),
+        q,
+        gl.allocate_shared_memory(gl.float32, [HEADS], PLAIN),
         gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide),
-        gl.allocate_shared_memory(latent.dtype, [STAGES, SLOTS, PAIRS], wide),
+        gl.allocate_shared_memory(latent.dtype, [(2 if WIDE else 1) * STAGES, SLOTS, PAIRS], wide),
         gl.allocate_shared_memory(dtype, [STAGES, SLOTS, ROTATED], wide),
-        gl.allocate_shared_memory(gl.float16, [GROUPS, HEADS, SLOTS], wide),
+        gl.allocate_shared_memory(number, [GROUPS, HEADS, SLOTS], wide),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.float32, [2, HEADS], PLAIN),
+        gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
     )
-    q_latent += wide_row * q_latent_stride_b
-    even = _load_queries(q_latent, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
-    odd = _load_queries(q_latent + 1, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
-    largest = gl.maximum(gl.max(gl.abs(even), 1), gl.max(gl.abs(odd), 1))
-    size = gl.exp2(gl.floor(gl.log2(gl.maximum(largest, 1e-30))))
-    shared.sizes.store(size)
-    shared.q.index(0).store((even * (1.0 / size)[:, None]).to(gl.float16))
-    shared.q.index(1).store((odd * (1.0 / size)[:, None]).to(gl.float16))
-    shared.q_rotated.store(_load_queries(q_rope + wide_row * q_rope_stride_b, head, heads, q_rope_stride_h, 1, ROTATED))
+    mbarrier.init(shared.done, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.full.index(i), count=1)
         mbarrier.init(shared.empty.index(i), count=1)
     fence_async_shared()
+    for number in gl.static_range(AHEAD):
+        if number < GROUPS * (per_range // SLOTS):
+            _fetch(latent, k_rope, shared, place, number, GROUPS, STAGES, WIDE)
+
+    q_latent += wide_row * q_latent_stride_b
+    if WIDE:
+        shared.q.index(0).store(_load_queries(q_latent, head, heads, q_latent_stride_h, 1, PAIRS))
+        shared.q.index(1).store(_load_queries(q_latent + PAIRS, head, heads, q_latent_stride_h, 1, PAIRS))
+    elif DIGITS:
+        found = _load_queries(q_latent, head, heads, q_latent_stride_h, 1, 2 * PAIRS).to(gl.float32)
+        size = _power_below(gl.max(gl.abs(found), 1))
+        shared.sizes.store(size)
+        # 15 bits of each number, the largest below 2^14: q = size / 8,192 (128 high + low).
+        whole = gl.floor(found * (8192.0 / size)[:, None] + 0.5)
+        high = gl.floor(whole * (1.0 / 128))
+        shared.q.index(0).store(high.to(gl.int8))
+        shared.q.index(1).store((whole - high * 128.0).to(gl.int8))
+    else:
+        even = _load_queries(q_latent, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
+        odd = _load_queries(q_latent + 1, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
+        size = _power_below(gl.maximum(gl.max(gl.abs(even), 1), gl.max(gl.abs(odd), 1)))
+        shared.sizes.store(size)
+        shared.q.index(0).store((even * (1.0 / size)[:, None]).to(gl.float16))
+        shared.q.index(1).store((odd * (1.0 / size)[:, None]).to(gl.float16))
+    shared.q_rotated.store(_load_queries(q_rope + wide_row * q_rope_stride_b, head, heads, q_rope_stride_h, 1, ROTATED))
+    fence_async_shared()
 
     scales = latent_scale + wide_row * latent_scale_stride_b
-    gl.warp_specialize(
-        [
-            (_bring, (latent, k_rope, shared, place)),
-            (_attend, (shared, place, scales, latent_scale_stride_s, out, lse, scale_log2, 0, INT8)),
-            (_attend, (shared, place, scales, latent_scale_stride_s, out, lse, scale_log2, 1, INT8)),
-        ],
-        WORKER_WARPS,
-        WORKER_REGISTERS,
-    )
+    if GROUPS == 1:
+        gl.warp_specialize(
+            [
+                (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
+                (
+                    _attend,
+                    (
+                        shared,
+                        place,
+                        scales,
+                        latent_scale_stride_s,
+                        out,
+                        lse,
+                        scale_log2,
+                        0,
+                        GROUPS,
+                        STAGES,
+                        INT8,
+                        WIDE,
+                        DIGITS,
+                        ONE,
+                    ),
+                ),
+            ],
+            WIDE_WARPS,
+            WIDE_REGISTERS,
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
+                (
+                    _attend,
+                    (
+                        shared,
+                        place,
+                        scales,
+                        latent_scale_stride_s,
+                        out,
+                        lse,
+                        scale_log2,
+                        0,
+                        GROUPS,
+                        STAGES,
+                        INT8,
+                        WIDE,
+                        DIGITS,
+                        ONE,
+                    ),
+                ),
+                (
+                    _attend,
+                    (
+                        shared,
+                        place,
+                        scales,
+                        latent_scale_stride_s,
+                        out,
+                        lse,
+                        scale_log2,
+                        1,
+                        GROUPS,
+                        STAGES,
+                        INT8,
+                        WIDE,
+                        DIGITS,
+                        ONE,
+                    ),
+                ),
+            ],
+            WORKER_WARPS,
+            WORKER_REGISTERS,
+        )
+
+
+def tile_of(latent_BSL: Tensor) -> Tile:
+    return TILE if latent_BSL.dtype in EIGHT_BITS else WIDE_TILE
+
+
+def groups_of(tile: Tile) -> int:
+    """Groups of a program, each with a range of its own."""
+    return tile.slots // SLOTS.value
 
 
 def programs_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> int:
-    """How many programs share a row, on these tensors' device; half of the ranges."""
+    """How many programs share a row, on these tensors' device."""
     B, H, _ = q_latent_BHL.shape
     multiprocessors, _ = size_of(q_latent_BHL.device)
-    slots = latent_BSL.shape[1]
-    return min(_programs(B, rounded_slots(slots), H, multiprocessors), -(-slots // TILE.slots))
+    slots, tile = latent_BSL.shape[1], tile_of(latent_BSL)
+    return min(_programs(B, rounded_slots(slots), H, multiprocessors, tile), -(-slots // tile.slots))
 
 
 @functools.lru_cache(maxsize=4096)
-def _programs(batch_size: int, slots: int, n_heads: int, multiprocessors: int) -> int:
-    chosen = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=TILE, multiprocessors=multiprocessors)
-    return min(chosen, MAX_SPLITS // GROUPS.value)
+def _programs(batch_size: int, slots: int, n_heads: int, multiprocessors: int, tile: Tile) -> int:
+    chosen = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors)
+    return min(chosen, MAX_SPLITS // groups_of(tile))
+
+
+def decode(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """As `latent_decode`. Raises Refusal for caches that the copy engine cannot read."""
+    assert q_rope_BHP is not None and k_rope_BSP is not None
+    programs = programs_for(q_latent_BHL, latent_BSL)
+    caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
+    return launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=True)
 
 
 def launch(
@@ -349,14 +594,20 @@ def launch(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor,
     lengths_B: Tensor,
-    latent_scale_BS: Tensor,
+    latent_scale_BS: Tensor | None,
     *,
     scale: float,
     programs: int,
+    lean: bool,
 ) -> Tensor:
-    """Run the kernel with so many programs a row; returns out_BHL. All give the same result up to rounding."""
+    """Run the kernel with so many programs a row; returns out_BHL. All give the same result up to rounding.
+
+    lean: copies begin before the queries are read, scores with int8 are made of whole numbers, and where one program has a
+    row, it writes the result itself.
+    """
     out_BHL = torch.empty_like(q_latent_BHL, memory_format=torch.contiguous_format)
-    ranges = programs * GROUPS.value
+    tile = tile_of(latent_BSL)
+    ranges = 1 if lean and programs == 1 else programs * groups_of(tile)
     partial_BHNL, lse_BHN = partial_sums(out_BHL, ranges)
     grid, arguments, constants = program(
         q_latent_BHL,
@@ -369,10 +620,11 @@ def launch(
         lse_BHN,
         scale=scale,
         programs=programs,
+        lean=lean,
     )
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
-        attend_words_kernel[grid](*arguments, **constants, num_warps=TILE.warps, maxnreg=TILE.registers)
+        attend_words_kernel[grid](*arguments, **constants, num_warps=tile.warps, maxnreg=tile.registers)
         join(partial_BHNL, lse_BHN, out_BHL, ranges)
     return out_BHL
 
@@ -383,25 +635,28 @@ def program(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor,
     lengths_B: Tensor,
-    latent_scale_BS: Tensor,
+    latent_scale_BS: Tensor | None,
     partial_BHNL: Tensor,
     lse_BHN: Tensor,
     *,
     scale: float,
     programs: int,
+    lean: bool,
     describe: Callable[[Tensor, list[int]], Any] | None = None,
-) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, bool]]:
+) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, int | bool]]:
     """(grid, arguments of `attend_words_kernel`, its constants). describe: makes a descriptor of a tensor and a block."""
     describe = describe or descriptor
     B, H, _ = q_latent_BHL.shape
     q_latent_BHL, q_rope_BHP = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_BHL, q_rope_BHP))
-    pairs_BSI = latent_BSL.view(torch.int16)
-    check_copied(pairs_BSI, k_rope_BSP)
+    copied = latent_BSL.view(torch.int16) if latent_BSL.dtype in EIGHT_BITS else latent_BSL
+    check_copied(copied, k_rope_BSP)
+    # Latents of 16 bits have no scales; the kernel needs a pointer all the same.
+    scales = q_latent_BHL if latent_scale_BS is None else latent_scale_BS
     arguments = (
         q_latent_BHL,
         q_rope_BHP,
-        describe(pairs_BSI, [1, SLOTS.value, PAIRS.value]),
-        latent_scale_BS,
+        describe(copied, [1, SLOTS.value, PAIRS.value]),
+        scales,
         describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
         lengths_B.contiguous(),
         partial_BHNL,
@@ -410,6 +665,15 @@ def program(
         latent_BSL.shape[1],
         H,
         programs,
-        *(stride for x in (q_latent_BHL, q_rope_BHP, latent_scale_BS) for stride in x.stride()[:2]),
+        *(stride for x in (q_latent_BHL, q_rope_BHP, scales) for stride in x.stride()[:2]),
     )
-    return (triton.cdiv(H, TILE.heads), programs, B), arguments, {"INT8": latent_BSL.dtype == torch.int8}
+    constants = attend_constants(latent_BSL.dtype, lean=lean, one=programs == 1)
+    return (triton.cdiv(H, HEADS.value), programs, B), arguments, constants
+
+
+def attend_constants(dtype: torch.dtype, *, lean: bool, one: bool) -> dict[str, int | bool]:
+    """What `attend_words_kernel` is compiled for. one: a program has a row for itself."""
+    wide = dtype not in EIGHT_BITS
+    tile = WIDE_TILE if wide else TILE
+    flags = {"INT8": dtype == torch.int8, "WIDE": wide, "DIGITS": lean and dtype == torch.int8, "ONE": lean and one}
+    return {"AHEAD": tile.stages if lean else 0, "GROUPS": groups_of(tile), "STAGES": tile.stages, **flags}

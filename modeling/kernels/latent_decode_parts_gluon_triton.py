@@ -14,7 +14,7 @@ def check_copied(latent_BSL: Tensor, k_rope_BSP: Tensor) -> None:
     for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
         if not is_copied(cache):
             raise Refusal(
-                f"attention.kernel=gluon copies slots that begin at multiples of 16 bytes, and the {name} begin at "
+                f"the kernels in Gluon copy slots that begin at multiples of 16 bytes, and the {name} begin at "
                 f"{cache.data_ptr()} with strides {cache.stride()} of {cache.itemsize} bytes; take attention.kernel=triton"
             )
 

@@ -333,7 +333,10 @@ def test_the_torch_reference_copies_neither_cache() -> None:
 
 
 def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"attention\.kernel=cuda is unknown; choose auto, torch, triton, gluon or flashinfer"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention\.kernel=cuda is unknown; choose auto, torch, triton, gluon, gluon_slots, flashinfer or fla",
+    ):
         check_kernel("cuda", "cpu")
 
 
@@ -591,18 +594,22 @@ def test_every_tile_compiles_for_hopper_without_spilling_and_as_many_fit_as_the_
     assert header.split()[-9:-4] == ["spilt", "B", "KiB", "resident", "table"], "columns moved"
     joining = [line for line in lines if "joining" in line]
     assert len(joining) == 6 and all(line.split()[6] == "0" for line in joining), joining
-    for line in lines[:-10]:  # then the joining kernel, and those in Gluon
+    for line in lines[:-16]:  # then the joining kernel, and those in Gluon
         widths, dtype, tile = line.split()[1:4]
         spilt, _, resident, table, wgmma = line.split()[-8:-3]
         assert int(spilt) < 100 and int(resident) >= int(table), line
         assert (int(wgmma) > 0) == tile.startswith("64x"), line
         in_words = dtype in ("int8", "fp8")  # whose queries are taken apart before the loop: that alone spills
         assert widths != "512+64" or in_words or int(spilt) == 0, line
-    for line in lines[-2:]:  # of latents of 8 bits
+    for i, line in enumerate(
+        lines[-8:]
+    ):  # slots by heads: int8 and fp8, then lean bfloat16, int8 and fp8, with one range and more
         spilt, shared, resident, table, wgmma, _, _, ldmatrix = line.split()[-8:]
-        assert "gluon" in line and int(spilt) < 32 and float(shared) <= 227 and resident == table == "1", line
-        assert int(wgmma) == 2 * (4 + 32 + 32) and int(ldmatrix) == 2 * 32, line
-    for line in lines[-4:-2]:
+        assert "gluon" in line and int(spilt) <= 32 and float(shared) <= 227 and resident == table == "1", line
+        wide, digits = i in (2, 3), i in (4, 5)
+        assert int(wgmma) == (1 if wide else 2) * (4 + 32 + 32), line
+        assert int(ldmatrix) == (0 if wide else 2 * 16 if digits else 2 * 32), line
+    for line in lines[-10:-8]:
         spilt, shared, resident, table, wgmma = line.split()[-8:-3]
         # What it spills are the descriptors of operands, before a loop.
         assert "gluon" in line and int(spilt) < 300 and float(shared) <= 227 and resident == table == "1", line

@@ -1,6 +1,7 @@
-"""Gluon's decode kernel for latents of 8 bits: its own source in tests/support/gluon_emulation.py against a softmax in float64.
+"""Gluon's decode kernel of slots by heads, for latents of 8 bits and of 16: its own source against a softmax in float64.
 
-What the emulation cannot run, the assembly that widens bytes, is executed here instruction by instruction for every byte.
+It runs in tests/support/gluon_emulation.py. What that cannot run, the assembly that widens bytes, is executed here instruction
+by instruction for every byte.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modeling.kernels.latent_decode import latent_decode
 from tests.kernels.test_latent_decode import HAS_TRITON, TOLERANCE, Case, Inputs, make_inputs
 from tests.kernels.test_latent_decode_gluon import joined, planted
 from tests.support import gluon_emulation
@@ -27,6 +29,18 @@ GRID = (
     Case(16, dtype=BFLOAT, slots=500, lengths=(500, 129), splits=1, stored=FP8, logit_std=1, **SHAPE),
     Case(8, dtype=HALF, slots=700, lengths=(65, 700), splits=2, stored=INT8, **SHAPE),
     Case(24, dtype=BFLOAT, slots=900, lengths=(900, 7), splits=3, stored=FP8, **SHAPE),
+)
+# Of 16 bits there is only the lean form; of both, one program a row and several.
+LEAN_GRID = (
+    *GRID[:3],
+    Case(24, dtype=BFLOAT, slots=900, lengths=(900, 7), splits=3, stored=INT8, **SHAPE),
+    Case(16, dtype=BFLOAT, slots=300, lengths=(128, 1, 300), splits=1, **SHAPE),
+    Case(24, dtype=HALF, slots=500, lengths=(65, 500), splits=2, joint=True, **SHAPE),
+    Case(5, dtype=HALF, slots=700, lengths=(700, 129), splits=3, logit_std=1, **SHAPE),
+)
+FORMS = [(case, False) for case in GRID] + [(case, True) for case in LEAN_GRID]
+BY_FORM = pytest.mark.parametrize(
+    ("case", "lean"), FORMS, ids=lambda x: ("lean" if x else "") if isinstance(x, bool) else str(x)
 )
 
 
@@ -42,12 +56,14 @@ def planes(pairs: Tensor, INT8: bool) -> tuple[Tensor, Tensor]:
     return bytes_[..., 0], bytes_[..., 1]
 
 
-def emulated(kernel: Any, inputs: Inputs, programs: int, seed: int) -> Tensor:
+def emulated(kernel: Any, inputs: Inputs, programs: int, seed: int, lean: bool) -> Tensor:
     """out_BHL by the kernel's source on the CPU, its ranges joined here."""
     q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS = inputs.arguments
     B, H, L = q_latent_BHL.shape
-    ranges = programs * kernel.GROUPS.value
+    ranges = programs * kernel.groups_of(kernel.tile_of(latent_BSL))
     partial_BHNL, lse_BHN = torch.full((B, H, ranges, L), float("nan")), torch.full((B, H, ranges), float("nan"))
+    if alone := lean and programs == 1:
+        partial_BHNL = lse_BHN = torch.full((B, H, L), float("nan"), dtype=q_latent_BHL.dtype)
     grid, arguments, constants = kernel.program(
         q_latent_BHL,
         q_rope_BHP,
@@ -59,44 +75,48 @@ def emulated(kernel: Any, inputs: Inputs, programs: int, seed: int) -> Tensor:
         lse_BHN,
         scale=inputs.scale,
         programs=programs,
+        lean=lean,
         describe=gluon_emulation.Descriptor,
     )
     gluon_emulation.launch(kernel.attend_words_kernel, grid, *arguments, seed=seed, stand_ins={"_planes": planes}, **constants)
-    return joined(partial_BHNL, lse_BHN)
+    return partial_BHNL if alone else joined(partial_BHNL, lse_BHN)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("case", GRID, ids=str)
-def test_in_any_order_of_events_the_kernel_equals_float64(case: Case, seed: int) -> None:
+@BY_FORM
+def test_in_any_order_of_events_the_kernel_equals_float64(case: Case, lean: bool, seed: int) -> None:
     inputs = make_inputs(case, beyond=float("nan"))
-    assert inputs.error(emulated(kernel_module(), inputs, case.splits, seed)) < TOLERANCE[case.dtype]
+    assert inputs.error(emulated(kernel_module(), inputs, case.splits, seed, lean)) < TOLERANCE[case.dtype]
 
 
-def test_the_order_of_events_changes_no_bit() -> None:
-    inputs = make_inputs(GRID[2], beyond=float("nan"))
-    first, *others = (emulated(kernel_module(), inputs, 2, seed) for seed in range(4))
+@pytest.mark.parametrize(("case", "lean"), [(GRID[2], False), (LEAN_GRID[0], True), (LEAN_GRID[5], True)], ids=str)
+def test_the_order_of_events_changes_no_bit(case: Case, lean: bool) -> None:
+    inputs = make_inputs(case, beyond=float("nan"))
+    first, *others = (emulated(kernel_module(), inputs, case.splits, seed, lean) for seed in range(4))
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_nan_within_a_row_is_seen_and_in_no_other_row() -> None:
-    inputs = make_inputs(Case(16, dtype=BFLOAT, slots=300, lengths=(300, 300), stored=INT8, **SHAPE), beyond=0.0)
-    assert inputs.latent_scale_BS is not None
-    inputs.latent_scale_BS[0, 150:200] = float("nan")
-    out_BHL = emulated(kernel_module(), inputs, 1, 0)
+@pytest.mark.parametrize(("stored", "lean"), [(INT8, False), (INT8, True), (None, True)])
+def test_nan_within_a_row_is_seen_and_in_no_other_row(stored: torch.dtype | None, lean: bool) -> None:
+    inputs = make_inputs(Case(16, dtype=BFLOAT, slots=300, lengths=(300, 300), stored=stored, **SHAPE), beyond=0.0)
+    spoilt = inputs.latent_BSL if inputs.latent_scale_BS is None else inputs.latent_scale_BS
+    spoilt[0, 150:200] = float("nan")
+    out_BHL = emulated(kernel_module(), inputs, 1, 0, lean)
     assert out_BHL[0].isnan().all() and not out_BHL[1].isnan().any()
 
 
+@pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("factor", [1e6, 1e-6])
-def test_neither_large_queries_nor_small_scales_leave_what_16_bits_hold(factor: float) -> None:
+def test_neither_large_queries_nor_small_scales_leave_what_16_bits_hold(factor: float, lean: bool) -> None:
     """Queries by a factor and latents by its inverse: the same scores."""
     inputs = make_inputs(Case(16, dtype=BFLOAT, slots=200, lengths=(200, 77), stored=INT8, **SHAPE), beyond=0.0)
     assert inputs.latent_scale_BS is not None
-    exact = inputs.error(emulated(kernel_module(), inputs, 1, 0))
+    exact = inputs.error(emulated(kernel_module(), inputs, 1, 0, lean))
     power = 2.0 ** round(torch.tensor(factor).log2().item())
     inputs.q_latent_BHL *= power
     inputs.latent_scale_BS /= power
     inputs.exact_BHL /= power
-    assert inputs.error(emulated(kernel_module(), inputs, 1, 0)) < 2 * exact < TOLERANCE[BFLOAT]
+    assert inputs.error(emulated(kernel_module(), inputs, 1, 0, lean)) < 2 * exact < TOLERANCE[BFLOAT]
 
 
 FAULTS = {
@@ -108,31 +128,57 @@ FAULTS = {
     "a copy is not waited for": ("        mbarrier.wait(shared.full.index(stage), (number // STAGES) & 1)\n", ""),
     "a stage is waited for in the wrong phase": ("((number // STAGES) & 1) ^ 1", "(number // STAGES) & 1"),
     "a stage is never given back": ("        mbarrier.arrive(shared.empty.index(stage), count=1)\n", ""),
-    "too few bytes are expected": ("2 * SLOTS * (PAIRS + ROTATED)", "2 * SLOTS * PAIRS"),
+    "too few bytes are expected": ("2 * SLOTS * (PARTS * PAIRS + ROTATED)", "2 * SLOTS * PARTS * PAIRS"),
     "both groups take one stage": ("        number = GROUPS * block + GROUP\n", "        number = GROUPS * block\n"),
     "a block passes its range's end": (
-        "            slot = gl.minimum(start + SLOTS * block, end - SLOTS)",
-        "            slot = start + SLOTS * block",
+        "    slot = gl.minimum(start + SLOTS * (number // GROUPS), end - SLOTS)",
+        "    slot = start + SLOTS * (number // GROUPS)",
     ),
     "covered slots count twice": ("gl.where(numbers[:, None] >= first, scores", "gl.where(numbers[:, None] >= 0, scores"),
     "a sum does not shrink with its maximum": ("total = total * shrink + gl", "total = total + gl"),
     "scales are those of the block before": (
-        "steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride)",
-        "steps = _steps(scales, gl.minimum(first, end - SLOTS), stride)",
+        "steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride, WIDE)",
+        "steps = _steps(scales, gl.minimum(first, end - SLOTS), stride, WIDE)",
     ),
-    "planes are exchanged": ("return warpgroup_mma_wait(1, deps=[even_sums, odd_sums])", "return odd_sums, even_sums"),
-    "a head's size is forgotten": ("(scores * step * size + rotated)", "(scores * step + rotated)"),
+    "planes are exchanged": ("    return even_sums, odd_sums\n", "    return odd_sums, even_sums\n"),
+    "a head's size is forgotten": ("scores * step * size + rotated", "scores * step + rotated"),
+}
+LEAN_FAULTS = {  # with what latents are stored in
+    "a copy that was begun before is begun again": (
+        None,
+        "for number in range(AHEAD, GROUPS",
+        "for number in range(AHEAD - 1, GROUPS",
+    ),
+    "the other group's sums are not waited for": (INT8, "            mbarrier.wait(shared.done, 0)\n", ""),
+    "the other group's sums have another weight": (INT8, "its = gl.exp2(its - largest)", "its = own"),
+    "the other group's sums are left where a copy comes": (
+        INT8,
+        "last = (GROUPS * (place.per_range // SLOTS) - 1) % STAGES",
+        "last = (GROUPS * (place.per_range // SLOTS) - 2) % STAGES",
+    ),
+    "the last digits are forgotten": (INT8, "(high * 128 + low)", "(high * 128)"),
+    "a half is copied twice": (None, "[place.row, slot, part * PAIRS]", "[place.row, slot, 0]"),
+    "halves are exchanged": (None, "2 * stage + 2 * FIRST // PAIRS", "2 * stage + 1 - 2 * FIRST // PAIRS"),
+    "half of a part is multiplied twice": (None, "2 * FIRST % PAIRS + PART, PART", "2 * FIRST % PAIRS, PART"),
+    "a stage of halves is given back too early": (
+        None,
+        "        even_0, even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3 = warpgroup_mma_wait(\n",
+        "        mbarrier.arrive(shared.empty.index(stage), count=1)\n"
+        "        even_0, even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3 = warpgroup_mma_wait(\n",
+    ),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *LEAN_FAULTS])
 def test_what_goes_wrong_in_such_kernels_is_seen_by_the_emulation(fault: str, tmp_path: Any) -> None:
-    inputs = make_inputs(Case(16, dtype=BFLOAT, slots=900, lengths=(900, 780), stored=INT8, **SHAPE), beyond=float("nan"))
-    kernel = planted(kernel_module(), tmp_path, *FAULTS[fault])
+    lean = fault in LEAN_FAULTS
+    stored, *change = LEAN_FAULTS[fault] if lean else (INT8, *FAULTS[fault])
+    inputs = make_inputs(Case(16, dtype=BFLOAT, slots=900, lengths=(900, 780), stored=stored, **SHAPE), beyond=float("nan"))
+    kernel = planted(kernel_module(), tmp_path, *change)
 
     def is_wrong(seed: int) -> bool:
         try:
-            return not inputs.error(emulated(kernel, inputs, 1, seed)) < 2 * TOLERANCE[BFLOAT]
+            return not inputs.error(emulated(kernel, inputs, 1, seed, lean)) < 2 * TOLERANCE[BFLOAT]
         except AssertionError:  # of a barrier
             return True
 
@@ -201,32 +247,44 @@ def test_the_assembly_widens_every_byte_exactly(stored: torch.dtype) -> None:
 # --- on a Hopper GPU -------------------------------------------------------------------------------------------------
 
 GPU_GRID = tuple(
-    Case(heads, dtype=dtype, slots=slots, lengths=lengths, splits=programs, stored=stored, **SHAPE)
+    (Case(heads, dtype=dtype, slots=slots, lengths=lengths, splits=programs, stored=stored, **SHAPE), lean)
     for heads, dtype in ((16, BFLOAT), (5, HALF), (40, BFLOAT))
     for slots, lengths in ((1000, (1000, 1, 999, 64)), (8192, (8192, 4097)))
     for programs in (0, 1, 7)
-    for stored in (INT8, FP8)
+    for stored, lean in ((INT8, False), (FP8, False), (INT8, True), (FP8, True), (None, True))
 )
 
 
-def run(case: Case, inputs: Inputs) -> Tensor:
+def run(case: Case, inputs: Inputs, lean: bool) -> Tensor:
     kernel = kernel_module()
     programs = case.splits or kernel.programs_for(inputs.q_latent_BHL, inputs.latent_BSL)
-    return kernel.launch(*inputs.arguments, scale=inputs.scale, programs=programs)
+    return kernel.launch(*inputs.arguments, scale=inputs.scale, programs=programs, lean=lean)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_GRID, ids=str)
-def test_the_compiled_kernel_equals_float64_on_a_gpu(case: Case) -> None:
+@pytest.mark.parametrize(("case", "lean"), GPU_GRID, ids=str)
+def test_the_compiled_kernel_equals_float64_on_a_gpu(case: Case, lean: bool) -> None:
     inputs = make_inputs(case, beyond=float("nan"), device="cuda")
-    assert inputs.error(run(case, inputs)) < TOLERANCE[case.dtype]
+    assert inputs.error(run(case, inputs, lean)) < TOLERANCE[case.dtype]
 
 
 @pytest.mark.gpu
-def test_results_repeat_bit_for_bit_on_a_gpu() -> None:
-    case = Case(16, dtype=BFLOAT, slots=4000, lengths=tuple(range(100, 4000, 60)), stored=INT8, **SHAPE)
+@pytest.mark.parametrize("programs", [0, 1])
+@pytest.mark.parametrize(("stored", "lean"), [(INT8, False), (INT8, True), (None, True)])
+def test_results_repeat_bit_for_bit_on_a_gpu(stored: torch.dtype | None, lean: bool, programs: int) -> None:
+    lengths = tuple(range(100, 4000, 60))
+    case = Case(16, dtype=BFLOAT, slots=4000, lengths=lengths, splits=programs, stored=stored, **SHAPE)
     inputs = make_inputs(case, beyond=float("nan"), device="cuda")
-    first = run(case, inputs)
+    first = run(case, inputs, lean)
     assert inputs.error(first) < TOLERANCE[BFLOAT]
     for _ in range(50):
-        assert torch.equal(first, run(case, inputs))
+        assert torch.equal(first, run(case, inputs, lean))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stored", [INT8, FP8, None], ids=str)
+def test_by_its_name_it_is_one_operator_of_a_compiled_graph_on_a_gpu(stored: torch.dtype | None) -> None:
+    case = Case(16, dtype=BFLOAT, slots=300, lengths=(300, 129), stored=stored, **SHAPE)
+    inputs = make_inputs(case, beyond=float("nan"), device="cuda")
+    decode = torch.compile(latent_decode, fullgraph=True)
+    assert inputs.error(decode(*inputs.arguments, scale=inputs.scale, kernel="gluon_slots")) < TOLERANCE[BFLOAT]

@@ -81,8 +81,8 @@ class Shared:
         assert value.shape == self.content.shape and value.dtype == self.content.dtype, (value.shape, value.dtype)
         self.content.copy_(value)
 
-    def _reinterpret(self, dtype: object, shape: Sequence[int], layout: object) -> Shared:
-        return Shared(self.content.view(*shape), self.rest)
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        return Shared(self.content.view(dtype).view(*shape), self.rest)
 
     @property
     def barrier(self) -> Barrier:
@@ -225,6 +225,9 @@ class Program:
     # --- what a kernel calls ---------------------------------------------------------------------------------------------
 
     def wait(self, bar: Shared, phase: int) -> None:
+        if not self.partitions:
+            assert bar.barrier.passed(phase), "before the partitions nobody else could end this wait"
+            return
         self.current.rest(lambda: bar.barrier.passed(phase))
 
     def arrive(self, bar: Shared, *, count: int = 1) -> None:
@@ -241,7 +244,7 @@ class Program:
             full.barrier.complete(block.nbytes)
 
         self.copies.append(arrived)
-        self.current.rest()
+        self.rest()
 
     def multiply(self, a: Any, b: Shared, sums: Any, *, use_acc: bool = True, is_async: bool = False) -> Any:
         assert is_async, "the kernels here wait for their products themselves"
@@ -300,7 +303,7 @@ def _language(program: Program, real: Any) -> types.SimpleNamespace:
         **layouts,
         **{
             name: getattr(torch, name)
-            for name in ("float32", "float16", "int32", "int64", "exp2", "log2", "where", "abs", "floor")
+            for name in ("float32", "float16", "int8", "int32", "int64", "exp2", "log2", "where", "abs", "floor")
         },
         program_id=lambda axis: torch.tensor(program.place[axis]),
         arange=lambda start, end, layout: torch.arange(start, end),
