@@ -145,7 +145,7 @@ def find(given: str) -> Found:
             base, pattern = (path, _EVERYTHING) if mode is not None else _glob_parts(path)
             found = _below(base, pattern)
             if pattern != _EVERYTHING:
-                found = _from_common_folder(base, found)
+                found = _from_common_folder(found)
             if not found.paths:
                 if mode is None and not glob.has_magic(str(path)):
                     reason = "does not exist"
@@ -226,7 +226,7 @@ def _glob_parts(path: Path) -> tuple[Path, list[str]]:
     return Path(*parts[:count]), parts[count:]
 
 
-def _from_common_folder(base: Path, found: Found) -> Found:
+def _from_common_folder(found: Found) -> Found:
     """The same with names below the innermost folder that holds all files: a corpus is the same whichever glob found it."""
     folders = [os.path.dirname(name) for name in found.paths]
     common = os.path.commonpath(folders) if folders and all(folders) else ""

@@ -65,7 +65,7 @@ def parse_options(kind: type[Options], arguments: Sequence[str], *, positional: 
             raise UserError(f"{argument} is not of the form key=value; {remedy}")
         if key not in leaves:
             inside = [path for path in leaves if path.startswith(f"{key}.")]
-            remedy = _of_group(key, value, inside, kind) if inside else did_you_mean(key, list(leaves))
+            remedy = _of_group(value, inside, kind) if inside else did_you_mean(key, list(leaves))
             raise UserError(f"{key} is not an option here; {remedy}")
         here = container
         *groups, last = key.split(".")
@@ -89,7 +89,7 @@ def options_and_overrides(kind: type[Options], arguments: Sequence[str]) -> tupl
     return parse_options(kind, [argument for argument in arguments if argument not in overrides]), overrides
 
 
-def _of_group(group: str, value: str, inside: Sequence[str], kind: type) -> str:
+def _of_group(value: str, inside: Sequence[str], kind: type) -> str:
     """The remedy for a value given to a group of options: the one of them that takes it, where that is one alone."""
     taking = []
     for path in inside:

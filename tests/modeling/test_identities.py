@@ -73,9 +73,19 @@ def test_gqa_at_its_ends_is_mha_and_mqa(x: Tensor, groups: int, end: str) -> Non
     assert torch.equal(gqa(x), other(x))
 
 
-def test_full_rank_plain_mla_is_mha_without_rotation(x: Tensor) -> None:
-    mha = double(["attention=mha", "attention.positions=none"])
-    mla = double(["attention=mla_plain", f"attention.kv_lora_rank={D}", "attention.latent_norm=none"])
+@pytest.mark.parametrize(
+    ("of_mha", "of_mla"),
+    [
+        (["attention=mha", "attention.positions=none"], ["attention=mla_plain"]),
+        (["attention=mha"], ["attention=mla_plain", "attention.positions=rope_after_up"]),
+        (["attention=mha_decoupled"], ["attention=mla"]),
+        (["attention=mha_decoupled", "attention.qk_norm=true"], ["attention=mla", "attention.qk_norm=true"]),
+    ],
+    ids=["no rotation", "late rotation", "decoupled", "QK-norm"],
+)
+def test_full_rank_mla_is_mha_with_the_same_positions(x: Tensor, of_mha: list[str], of_mla: list[str]) -> None:
+    mha = double(of_mha)
+    mla = double([*of_mla, f"attention.kv_lora_rank={D}", "attention.latent_norm=none"])
     copy_weights(
         mla,
         {
@@ -86,49 +96,9 @@ def test_full_rank_plain_mla_is_mha_without_rotation(x: Tensor) -> None:
             "o_proj.weight": mha.o_proj.weight,
         },
     )
-    assert relative_error(mla(x), mha(x)) < 1e-12
-
-
-def test_full_rank_mla_with_late_rotation_is_mha_with_rope(x: Tensor) -> None:
-    mha = double(["attention=mha"])
-    mla = double(
-        [
-            "attention=mla_plain",
-            "attention.positions=rope_after_up",
-            f"attention.kv_lora_rank={D}",
-            "attention.latent_norm=none",
-        ]
-    )
-    copy_weights(
-        mla,
-        {
-            "q_proj.weight": mha.q_proj.weight,
-            "kv_down_proj.weight": torch.eye(D, dtype=torch.float64),
-            "k_up_proj.weight": mha.k_proj.weight,
-            "v_up_proj.weight": mha.v_proj.weight,
-            "o_proj.weight": mha.o_proj.weight,
-        },
-    )
-    assert relative_error(mla(x), mha(x)) < 1e-12
-
-
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_full_rank_mla_is_mha_with_decoupled_positions(x: Tensor, qk_norm: bool) -> None:
-    norm = [f"attention.qk_norm={str(qk_norm).lower()}"]
-    mha = double(["attention=mha_decoupled", *norm])
-    mla = double(["attention=mla", f"attention.kv_lora_rank={D}", "attention.latent_norm=none", *norm])
-    copy_weights(
-        mla,
-        {
-            "q_proj.weight": mha.q_proj.weight,
-            "kv_down_proj.weight": torch.eye(D, dtype=torch.float64),
-            "k_up_proj.weight": mha.k_proj.weight,
-            "v_up_proj.weight": mha.v_proj.weight,
-            "k_rope_proj.weight": mha.k_rope_proj.weight,
-            "o_proj.weight": mha.o_proj.weight,
-        },
-    )
-    if qk_norm:
+    if "attention=mla" in of_mla:
+        copy_weights(mla, {"k_rope_proj.weight": mha.k_rope_proj.weight})
+    if "attention.qk_norm=true" in of_mla:
         copy_weights(mla, {"q_up_norm.weight": mha.q_norm.weight, "k_up_norm.weight": mha.k_norm.weight})
     assert relative_error(mla(x), mha(x)) < 1e-12
 

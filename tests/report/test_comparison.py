@@ -27,7 +27,6 @@ from tests.support.forks import Forks
 from tests.support.micro import records
 from tests.support.wandb_server import WandbServer
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
 EIGHT_VARIANTS = {
     "mha": (2048, 1.620),
     "mha_learned": (2048, 1.655),

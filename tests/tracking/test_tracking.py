@@ -30,8 +30,6 @@ from harness.tracking import Table, Tracker, log_study, open_tracker
 from tests.support.forks import Forks
 from tests.support.wandb_server import KEY, WandbServer
 
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
 
 def track(run_dir: Path, config: TrackingConfig | None = None, **changes: Any) -> Tracker:
     arguments: dict[str, Any] = {
