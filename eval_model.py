@@ -32,6 +32,7 @@ from harness.config.run_config import find_run
 from harness.config.schema import MOST_FIGURE, EvalConfig
 from harness.entry.cli import finished_runs, newest_run, run_hydra
 from harness.errors import UserError, tell
+from harness.evaluation.metric import LOSS, PERPLEXITY, SCORES
 from harness.evaluation.perplexity import SplitResult
 from harness.evaluation.probes import extras_rows
 from harness.files.text import visible
@@ -95,15 +96,15 @@ def print_evaluation(record: Evaluation, result: SplitResult) -> None:
             f"{record['dataset']}, {record['split']} split: {result.tokens:,} tokens, {result.bytes:,} bytes, "
             f"{result.words:,} words",
         ),
-        ("loss", f"{result.loss:.4f} nats per token"),
-        ("perplexity", f"{result.perplexity:,.3f} per token, {word} per word"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
+        ("loss", f"{LOSS.text(result.loss)} {LOSS.unit}"),
+        ("perplexity", f"{PERPLEXITY.text(result.perplexity)} per token, {word} per word"),
+        *((score.unit, score.text(score.of(record))) for score in SCORES.values() if score not in (LOSS, PERPLEXITY)),
         (
             "KV cache",
             f"{record['cache_bytes_per_token']:,} bytes per token in {record['cache_dtype']}, "
             f"{record['cache_bytes_at_context']:,} at {record['cache_context']:,} tokens, measured",
         ),
-        *(through_rows(record) if record["through_cache"] else ()),
+        *(through_rows(record, result) if record["through_cache"] else ()),
         ("kernel", f"{record['kernel']} on {record['device']}, {record['precision']}, {record['seconds']:.1f} s"),
     ]
     without = record.get("extras_without_cache")
@@ -126,18 +127,17 @@ def position_table(losses: Sequence[tuple[int, int, float]]) -> list[str]:
     return lines
 
 
-def through_rows(record: Evaluation) -> list[tuple[str, str]]:
+def through_rows(record: Evaluation, result: SplitResult) -> list[tuple[str, str]]:
     """What scoring through the cache changed."""
-    before, after, divergence = record["perplexity_without_cache"], record["perplexity"], record["cache_divergence"]
-    assert divergence is not None
+    without, divergence = result.beside
     return [
         ("scored through", f"a cache of {cache_label(record)}; {record['decode']}"),
         (
             "without it",
-            f"perplexity {before:,.3f}, {record['bits_per_byte_without_cache']:.4f} bits per byte "
-            f"({100 * (after / before - 1):+.3f} % perplexity through it)",
+            f"perplexity {PERPLEXITY.text(without.perplexity)}, {without.bits_per_byte:.4f} bits per byte "
+            f"({100 * (result.perplexity / without.perplexity - 1):+.3f} % perplexity through it)",
         ),
-        ("divergence", f"{divergence:.6f} nats per token: mean KL from the distributions without it to those through it"),
+        ("divergence", f"{divergence.loss:.6f} nats per token: mean KL from the distributions without it to those through it"),
     ]
 
 

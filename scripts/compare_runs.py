@@ -56,6 +56,7 @@ def main(arguments: list[str]) -> int:
     folders = chosen_folders(options.runs, options.runs_dir)
     out = user_path(options.out) if options.out is not None else ROOT / "artifacts" / "comparison"
 
+    from harness.evaluation.metric import SCORES
     from harness.files.atomic import written_together
     from harness.report.comparison import as_text, compare, plain_table, scatter_points, write_tables
     from harness.report.comparison_picture import scatter
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> int:
             dashboard.table("comparison", Table(*plain_table(comparison)))
             for number, table in enumerate(comparison.tables, start=1):
                 key = "scatter" if number == 1 else f"scatter_{number}"
-                for figure in ("bits_per_byte", "perplexity"):
+                for figure in SCORES:
                     points = Table(*scatter_points(table, figure))
                     title = table.heading or f"{figure} against cache bytes per token"
                     dashboard.scatter(f"{key}/{figure}", points, x="cache bytes per token", y=figure, title=title)

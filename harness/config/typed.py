@@ -96,7 +96,7 @@ def _bounded(parts: Sequence[Any], value: Any, path: str) -> Any:
         number = typed(of, value, path)
         for check in checks:
             check(number)
-    for least in (note for note in notes if not isinstance(note, str) and not callable(note)):
+    for least in (note for note in notes if isinstance(note, (int, float))):
         if not least <= number < MOST_FIGURE:
             raise UserError(f"{path}={shown(value)} must be {least:g} or more{' and below 1e100' if number > least else ''}")
     return number

@@ -12,7 +12,7 @@ import torch
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import as_user_error
-from harness.evaluation.size_records import CacheRecord
+from harness.evaluation.metric import CacheRecord
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from harness.data import Tokenizer, TokenSplit
 from harness.evaluation.losses import TokenLosses
+from harness.evaluation.metric import SCORES
 from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, evaluate_split
 from modeling.attention.cache import Cache
 from modeling.attention.quantisation import CacheFormat
@@ -81,4 +82,4 @@ def target_nats(
 
 def split_metrics(result: SplitResult) -> dict[str, float]:
     """The names under which a validation's figures are logged."""
-    return {"val/loss": result.loss, "val/perplexity": result.perplexity, "val/bits_per_byte": result.bits_per_byte}
+    return {f"val/{key}": value for key, score in SCORES.items() if (value := score.of(result.scores())) is not None}

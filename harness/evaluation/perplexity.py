@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from harness.config.schema import MOST_FIGURE
 from harness.data.prepared import TokenSplit
 from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError
+from harness.evaluation.metric import Scores
 
 Integers = NDArray[np.int64]
 
@@ -75,6 +77,10 @@ class SplitResult:
     loss_by_position: list[tuple[int, int, float]]  # (from, to, loss): nats per token with from..to tokens of context
     segments: Segments | None = None  # where they were asked for
     beside: tuple[SplitResult, ...] = ()  # of what else was measured of every target, in its words
+
+    def scores(self) -> Scores:
+        """As they stand in a record: what Scores names is a field here, or worked out from those."""
+        return cast(Scores, {key: getattr(self, key) for key in Scores.__annotations__})
 
 
 @dataclass(frozen=True)

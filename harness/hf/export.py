@@ -23,6 +23,7 @@ import torch
 
 from harness.data.tokenizer import END_OF_TEXT, Tokenizer, bytes_specification
 from harness.errors import UserError
+from harness.evaluation.metric import SCORES
 from harness.files.atomic import check_target, new_folder, read_json, write_json
 from harness.files.text import markdown, markdown_row
 from harness.hf import classes
@@ -319,8 +320,8 @@ def _figures(run: Path) -> list[str]:
     lines = [
         "## Figures",
         "",
-        "| dataset | split | tokens | loss (nats) | perplexity | bits per byte | scored |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        markdown_row(["dataset", "split", "tokens", *(metric.unit for metric in SCORES.values()), "scored"]),
+        markdown_row(["---"] * (4 + len(SCORES))),
     ]
     for score in scores:
         how = ["per document" if score.get("per_document") else "in windows"]
@@ -334,9 +335,7 @@ def _figures(run: Path) -> list[str]:
                     score["dataset"],
                     score["split"],
                     f"{score['evaluated_tokens']:,}",
-                    f"{score['loss']:.4f}",
-                    f"{score['perplexity']:.3f}",
-                    f"{score['bits_per_byte']:.4f}",
+                    *(metric.text(metric.of(score)) for metric in SCORES.values()),
                     ", ".join(how),
                 ]
             )

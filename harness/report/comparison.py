@@ -22,10 +22,12 @@ from typing import Any
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
+from harness.evaluation.metric import METRICS
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.report.run_choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
 from harness.runs.evaluations import USUAL, cache_label, in_few_bits
+from harness.runs.records import FIGURES
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
@@ -43,6 +45,7 @@ CONDITIONS = {
     "cache_sinks": "{} sinks",
 }
 _IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dtype")
+_COMPARED = FIGURES | METRICS
 _ONE_ROW = ("setup_hash", *CACHE)
 # They may differ within a table, which is then said below it. The first three are the training's.
 _CIRCUMSTANCES = {
@@ -55,7 +58,7 @@ _CIRCUMSTANCES = {
 
 @dataclass(frozen=True)
 class Setup:
-    """One configuration, on one cache, seeds folded: means and sample standard deviations (None for a single seed)."""
+    """One configuration, on one cache, seeds folded."""
 
     variant: str  # what it is called here: its attention, and whatever else tells it from the other rows
     configuration: str  # that name without its cache
@@ -64,29 +67,34 @@ class Setup:
     model: str
     n: int
     seeds: list[int]
-    parameters: int
-    tokens: int
-    perplexity: float
-    perplexity_deviation: float | None
-    loss: float  # nats per token
-    loss_deviation: float | None
-    bits_per_byte: float
-    bits_per_byte_deviation: float | None
+    means: dict[str, Any]  # of each of _COMPARED, as it stands where the seeds agree; None where a record lacks it
+    deviations: dict[str, float | None]  # of each of METRICS: of the sample, None for a single seed
     bits_per_byte_half_width: float | None  # of the mean's 95 % interval, the scatter pooled over the table's setups
     cache_dtype: str
     through_cache: bool  # scored through such a cache, not only quoted for it
     cache_window: int | None
     cache_sinks: int
-    cache_bytes_per_token: int  # without a window of the evaluation's, at the model's own context
     cache_context: int | None  # None: the record is older than this and the next figure
     cache_bytes_at_context: int | None
     cache_bytes_by_context: dict[str, int] | None  # of one sequence, by its tokens; None: the record is older
     cache_bytes_per_context_token: float  # of a token that was read: fewer than the above where a window evicts
-    cache_ratio_to_mha: float | None  # MHA of this model's heads and layers; None: the record is older
-    tokens_per_second: float | None  # None: imported or converted, not trained
     setup_hash: str
     runs: list[str]
-    cache_divergence: float | None = None  # KL from full precision, nats per token; None: not scored through a cache, or older
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.means["bits_per_byte"])
+
+    def cell(self, key: str) -> str:
+        """A figure, with its deviation over seeds where there are several; nothing where it is not known."""
+        figures = (self.means[key], self.deviations.get(key))
+        return " ± ".join(filter(None, map(_COMPARED[key].text, figures)))
+
+    def plain(self) -> dict[str, Any]:
+        """All of it under one name each, unrounded."""
+        fields = dataclasses.asdict(self)
+        deviations = {f"{key}_deviation": value for key, value in fields.pop("deviations").items()}
+        return fields | fields.pop("means") | deviations
 
 
 @dataclass(frozen=True)
@@ -104,43 +112,30 @@ class ComparisonTable:
 
     def cache_size(self, setup: Setup) -> float:
         """What quality is plotted against: bytes per token, of the context where a window may hold fewer tokens."""
-        return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.cache_bytes_per_token
+        return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.means["cache_bytes_per_token"]
 
     def cells(self) -> list[list[str]]:
         """The table for people: names of columns, then a row a setup."""
         contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
         at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
-        has_curve = any(setup.cache_bytes_by_context for setup in self.setups)
-        has_divergence = any(setup.cache_divergence is not None for setup in self.setups)
-        has_intervals = any(setup.bits_per_byte_half_width is not None for setup in self.setups)
         rows: list[dict[str, str]] = []
         for setup in self.setups:
-            row = {
-                "variant": setup.variant,
-                "seeds": str(setup.n),
-                "parameters": f"{setup.parameters:,}",
-                "tokens": f"{setup.tokens:,}",
-                "perplexity": _with_deviation(setup.perplexity, setup.perplexity_deviation, 3),
-                "nats per token": _with_deviation(setup.loss, setup.loss_deviation, 4),
-                "bits per byte": _with_deviation(setup.bits_per_byte, setup.bits_per_byte_deviation, 4),
-            }
-            if has_intervals:
-                half = setup.bits_per_byte_half_width
-                row["95 %"] = "" if half is None else f"± {half:.4f}"
-            row["cache bytes/token"] = f"{setup.cache_bytes_per_token:,}"
-            if has_divergence:
-                row["KL"] = "" if setup.cache_divergence is None else f"{setup.cache_divergence:.5f}"
-            if self.has_caches_as_rows:
-                allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
-                which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
-                row[at_context] = allocated + which
-            row["x MHA"] = "" if setup.cache_ratio_to_mha is None else f"{setup.cache_ratio_to_mha:.3f}"
-            if has_curve:
-                at_32k = (setup.cache_bytes_by_context or {}).get("32768")
-                row["MiB at 32k"] = "" if at_32k is None else f"{at_32k / 2**20:,.4g}"
-            row["tokens/s"] = "" if setup.tokens_per_second is None else f"{setup.tokens_per_second:,.0f}"
+            row = {"variant": setup.variant, "seeds": str(setup.n)}
+            for key, shown in _COMPARED.items():
+                row[shown.unit] = setup.cell(key)
+                if key == "bits_per_byte":
+                    half = setup.bits_per_byte_half_width
+                    row["95 %"] = "" if half is None else f"± {half:.4f}"
+                if key == "cache_bytes_per_token" and self.has_caches_as_rows:
+                    allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
+                    which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
+                    row[at_context] = allocated + which
+                if key == "cache_ratio_to_mha":
+                    at_32k = (setup.cache_bytes_by_context or {}).get("32768")
+                    row["MiB at 32k"] = "" if at_32k is None else f"{at_32k / 2**20:,.4g}"
             rows.append(row)
-        return table_of(rows)
+        known = [name for name in rows[0] if any(row[name] for row in rows)]
+        return table_of([{name: row[name] for name in known} for row in rows])
 
 
 @dataclass(frozen=True)
@@ -237,13 +232,9 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
         first = group[0]
         name, cache = names[first["setup_hash"]], _row_label(first, unsaid) if every_cache else ""
         per_token, mha = _bytes_per_context_token(first), first.get("mha_cache_bytes_per_token")
-        means = {
-            key: _mean(group, key) for key in ("loss", "perplexity", "bits_per_byte", "cache_divergence", "tokens_per_second")
-        }
-        deviations = {f"{key}_deviation": _deviation(group, key) for key in ("loss", "perplexity", "bits_per_byte")}
-        ratio = first.get("cache_ratio_to_mha")  # of elements, whatever the dtype
-        if every_cache:
-            ratio = per_token / mha if mha else None
+        means = {key: _mean(_values(group, key)) for key in _COMPARED}
+        if every_cache:  # else of elements, whatever the dtype
+            means["cache_ratio_to_mha"] = per_token / mha if mha else None
         taken_over = {field.name: first[field.name] for field in dataclasses.fields(Setup) if field.name in first}
         worked_out = {
             "variant": f"{name}, {cache}" if cache else name,
@@ -251,11 +242,10 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
             "cache": cache,
             "n": len(group),
             "seeds": sorted(record["seed"] for record in group),
-            **means,
-            **deviations,
+            "means": means,
+            "deviations": {key: _deviation(_values(group, key)) for key in METRICS},
             "bits_per_byte_half_width": None,
             "cache_bytes_per_context_token": per_token,
-            "cache_ratio_to_mha": ratio,
             "runs": [record["name"] for record in group],
         }
         setups.append(Setup(**taken_over | worked_out))
@@ -335,14 +325,18 @@ def _source(record: Mapping[str, Any]) -> str | None:
     return None if place is None else Path(str(place)).name
 
 
-def _mean(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    """None where a record lacks the figure."""
-    values: list[Any] = [record.get(key) for record in records]
-    return None if None in values else statistics.fmean(values)
+def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
+    """Of one of _COMPARED; none where a record lacks it."""
+    values = [METRICS[key].of(record) if key in METRICS else record.get(key) for record in records]
+    return [] if None in values else values
 
 
-def _deviation(records: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    return statistics.stdev(record[key] for record in records) if len(records) > 1 else None
+def _mean(values: Sequence[Any]) -> Any:
+    return (values[0] if len(set(values)) == 1 else statistics.fmean(values)) if values else None
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
@@ -400,10 +394,6 @@ def _circumstances(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return notes
 
 
-def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" if deviation is None else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
-
-
 def as_text(comparison: Comparison) -> str:
     """Aligned columns for a terminal."""
     lines = []
@@ -428,21 +418,21 @@ def comparison_markdown(comparison: Comparison) -> str:
 def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
     """Column names and unrounded rows of all tables in one, each row with its conditions."""
     at = {f"cache_bytes_at_{context}": str(context) for context in CACHE_CONTEXTS}
-    fields = [field.name for field in dataclasses.fields(Setup) if field.name not in (*CONDITIONS, "cache_bytes_by_context")]
-    columns = [*fields, *at, *CONDITIONS]
     rows = []
     for table in comparison.tables:
         for setup in table.setups:
-            sizes = setup.cache_bytes_by_context or {}
-            values = dataclasses.asdict(setup) | table.conditions | {name: sizes.get(context) for name, context in at.items()}
-            row = (values[column] for column in columns)
-            rows.append([" ".join(map(str, value)) if isinstance(value, list) else value for value in row])
-    return columns, rows
+            values = setup.plain() | table.conditions
+            sizes = values.pop("cache_bytes_by_context") or {}
+            row = {key: value for key, value in values.items() if key not in CONDITIONS}
+            row |= {name: sizes.get(context) for name, context in at.items()} | {key: values[key] for key in CONDITIONS}
+            rows.append({key: " ".join(map(str, value)) if isinstance(value, list) else value for key, value in row.items()})
+    columns, *lines = table_of(rows)
+    return columns, lines
 
 
 def scatter_points(table: ComparisonTable, figure: str) -> tuple[list[str], list[list[Any]]]:
     """Columns and a row a setup: what is pointed at in a chart of a figure against the cache's size."""
-    rows = [[setup.variant, table.cache_size(setup), getattr(setup, figure), setup.n] for setup in table.setups]
+    rows = [[setup.variant, table.cache_size(setup), setup.means[figure], setup.n] for setup in table.setups]
     return ["variant", "cache bytes per token", figure, "seeds"], rows
 
 
@@ -454,10 +444,11 @@ def comparison_csv(comparison: Comparison) -> str:
 
 def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
     """comparison.md, comparison.csv and comparison.json in a folder."""
+    tables = [vars(table) | {"setups": [setup.plain() for setup in table.setups]} for table in comparison.tables]
     contents = {
         "comparison.md": comparison_markdown(comparison),
         "comparison.csv": comparison_csv(comparison),
-        "comparison.json": json.dumps(dataclasses.asdict(comparison), indent=2) + "\n",
+        "comparison.json": json.dumps(vars(comparison) | {"tables": tables}, indent=2) + "\n",
     }
     for name, text in contents.items():
         write_text(folder / name, text)

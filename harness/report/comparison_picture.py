@@ -36,7 +36,7 @@ def _panel(table: ComparisonTable, looks: Mapping[str, Style]) -> Plot:
     series, joins = [], []
     for setup, (x, y) in zip(table.setups, places, strict=True):
         look, origin = looks[setup.configuration], origins[setup.setup_hash]
-        bar = setup.bits_per_byte_deviation
+        bar = setup.deviations["bits_per_byte"]
         mark = Mark(x, y) if bar is None else Mark(x, y, y - bar, y + bar)
         hollow = table.has_caches_as_rows and setup.through_cache
         label = None if origin is setup else setup.cache

@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harness.config.schema import EXTRAS
 from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS, PERPLEXITY, Metric
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
@@ -39,6 +40,9 @@ from harness.study.statistics import (
     trends,
 )
 from harness.study.tuning import Doubt, Optimum, as_named, doubt, optimum, parabola
+
+if TYPE_CHECKING:
+    from harness.evaluation.probes import Probe
 
 CURVE_POINTS = 60  # of a curve, at most
 FEWEST_RUNS = 8  # that a correlation is said of
@@ -477,8 +481,8 @@ class Findings:
         found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # extra -> figure -> arm -> seed -> value
         for run in (run for arm in self.done for run in arm.runs):
             for extra, figures in (tested(run).get("extras") or {}).items():
-                plain = figures if isinstance(figures, Mapping) else {}
-                for figure, value in (_recall(plain) if extra == "recall" else plain).items():
+                plain, known = dict(figures) if isinstance(figures, Mapping) else {}, probe_of(extra)
+                for figure, value in (known.compared(plain) if known else plain).items():
                     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                         by_arm = found.setdefault(extra, {}).setdefault(figure, {})
                         by_arm.setdefault(run.arm, {})[run.seed] = float(value)
@@ -578,6 +582,13 @@ def _noise(a: ArmFindings, b: ArmFindings) -> tuple[Noise | None, list[int], str
     return bootstrap(nats_a, nats_b, sizes), [*pairs], units, None
 
 
+def probe_of(extra: str) -> Probe | None:
+    """Its words; None for one of another version."""
+    from harness.evaluation.probes import probe  # with torch, a second that a report without extras does not take
+
+    return probe(extra) if extra in EXTRAS else None
+
+
 def _curve(run: RunResult, key: str) -> dict[float, float]:
     """tokens -> value; those that the weights had seen before count too."""
     before = run.summary.get("initial_tokens", 0)
@@ -617,19 +628,3 @@ def _floors(figures: Any, what: str = "") -> Iterator[tuple[str, bool]]:
     elif isinstance(figures, list):
         for part in figures:
             yield from _floors(part, what)
-
-
-def _recall(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The few numbers of harness/evaluation/probes/recall.py that arms are compared by, under names for people."""
-    found: dict[str, float] = {}
-    for task in ("passkey", "copying"):
-        for entry in figures.get(task) or []:
-            found[f"{task} in {entry['length']}: share right"] = entry["accuracy"]
-            found[f"{task} in {entry['length']}: nats gained"] = entry["gain"]
-    if answers := figures.get("answers"):
-        found["answers: share right"] = answers["accuracy"]
-        found["answers: share by guessing"] = answers["chance"]
-        if answers.get("newest") is not None:  # what a model gets right that always says the newest value
-            found["answers: share by saying the newest value"] = answers["newest"]
-        found |= {f"answers of {entry['pairs']} pairs: share right": entry["accuracy"] for entry in answers["by_pairs"]}
-    return found

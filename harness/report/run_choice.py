@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from harness.config.run_config import run_folders
 from harness.errors import UserError, readable
+from harness.evaluation.metric import Scores
 from harness.files.text import counted
 from harness.runs.evaluations import Kind, by_preference, common_kind, kind_of
 from harness.runs.records import PLAIN_CACHE, Evaluation, RunSummary, read_evaluations, read_summary
@@ -179,8 +180,10 @@ def choose(folders: Sequence[Path], request: Request) -> Chosen:
                 continue
             scored.add(pool[-1]["record"])
             kept = {key: run.summary.get(key) for key in ("name", *_OF_TRAINING)}
+            # A score that an older record lacks is not the training's, which is of the validation split.
+            trained = {key: value for key, value in run.summary.items() if key not in Scores.__annotations__}
             rows = _on_every_cache(run, pool[-1]) if request.every_cache else pool[-1:]
-            records += [cast(Evaluation, run.summary | record | kept) for record in rows]
+            records += [cast(Evaluation, trained | record | kept) for record in rows]
         if absent:
             lacking.append((request.command(absent, kind), absent))
     if not records:

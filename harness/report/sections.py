@@ -11,50 +11,11 @@ from harness.files.text import counted, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
 from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, signed, with_error
-from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict
+from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict, probe_of
 from harness.runs.provenance import CHANGED, CHANGES_FILE, has_changes
 from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
 from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for
-
-# The tables of the extras that are read by name: the title, and what their figures are called. Others bear their own names.
-EXTRA_WORDS: dict[str, tuple[str, dict[str, str]]] = {
-    "beyond": (
-        "Beyond the training length: the same tokens with more and more context",
-        {
-            "longest_context": "longest context",
-            "targets": "tokens predicted",
-            "in_length_loss": "nats at the training length",
-            "ratio_2x": "of that, up to twice the length",
-            "ratio_4x": "of that, up to four times",
-        },
-    ),
-    "repeats": (
-        "Repeated n-grams: what the context saves the second time",
-        {
-            "n": "tokens in an n-gram",
-            "count": "repeats",
-            "share": "share of tokens that repeat",
-            "first_loss": "nats, first time",
-            "repeat_loss": "nats, repeated",
-            "gain": "gain, nats",
-            "distance": "tokens between",
-            "scored_tokens": "tokens scored",
-        },
-    ),
-    "recall": ("Recall from the context", {}),
-    "latents": (
-        "Latents: how much of them is used",
-        {
-            "sampled_tokens": "tokens sampled",
-            "width": "latent width",
-            "effective_rank": "effective rank of latents",
-            "key_effective_rank": "of key weights",
-            "value_effective_rank": "of value weights",
-            "rotated_share": "score variance of the rotated part",
-        },
-    ),
-}
 
 
 def sections(findings: Findings) -> list[Section]:
@@ -421,7 +382,8 @@ def _shared_table(findings: Findings) -> TextTable:
 def _extras(findings: Findings) -> Section | None:
     tables = []
     for extra, by_arm in findings.extras.items():
-        title, called = EXTRA_WORDS.get(extra, (extra, {}))
+        known = probe_of(extra)
+        title, called = (known.title, known.words) if known else (extra, {})
         names = list(dict.fromkeys(figure for figures in by_arm.values() for figure in figures))
         values = {name: {_whole(figures[name].mean) for figures in by_arm.values() if name in figures} for name in names}
         same = [name for name in names if len(values[name]) == 1 and next(iter(values[name])) is not None]

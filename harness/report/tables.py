@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from harness.evaluation.metric import METRICS
+from harness.evaluation.metric import METRICS, SCORES, Facts, Shown, declared
 from harness.files.text import csv_text, markdown, table_of, visible
 from harness.report.document import Section, TextTable
 from harness.report.findings import Findings
@@ -82,9 +82,8 @@ def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
         "level": info["level"],
         "seed": run.seed,
         "learning_rate": run.lr,
-        **{key: summary[key] for key in SIZES},
-        "validation_loss": run.summary["loss"],
-        "validation_bits_per_byte": run.summary["bits_per_byte"],
+        **{key: summary.get(key) for key in dict.fromkeys([*SIZES, *declared(Facts, Shown)])},
+        **{f"validation_{name}": score.of(summary) for name, score in SCORES.items()},
         **{f"test_{name}": metric.of(record) for name, metric in METRICS.items()},
         "test_tokens": record.get("evaluated_tokens"),
         **{key: summary[key] for key in (*CIRCUMSTANCES, *IDENTITY)},

@@ -18,6 +18,7 @@ from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.losses import TokenLosses
+from harness.evaluation.metric import SCORES
 from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, Segments, SplitResult
 from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.atomic import write_json
@@ -26,7 +27,7 @@ from harness.runs.corpus import data_of
 from harness.runs.folder import storing
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
-from harness.runs.records import Evaluation, Extras, read_summary
+from harness.runs.records import Evaluation, Extras, Trained, read_summary
 from harness.runs.summary import Computation
 from harness.runs.to_dashboard import dashboard_figures, open_run_tracker
 from harness.training.device import select_device, select_precision
@@ -34,21 +35,7 @@ from modeling.attention import EXECUTION
 from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 
-# What an evaluation's record takes over from the training's summary.
-CARRIED = (
-    "name",
-    "attention",
-    "model",
-    "seed",
-    "data_seed",
-    "parameters",
-    "tokens",
-    "steps",
-    "tokens_per_second",
-    "setup_hash",
-    "tokenizer_fingerprint",
-    "training_flops_per_token",
-)
+CARRIED = (*Trained.__annotations__, "parameters", "training_flops_per_token")  # from the training's summary
 
 
 def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
@@ -131,20 +118,16 @@ def _cache(trained: TrainedModel, config: EvalConfig) -> tuple[CacheChoice | Non
 def _figures(result: SplitResult) -> Evaluation:
     """What was scored, and beside it without the cache; without one that is the same."""
     plain, divergence = result.beside or (result, None)
-    return {
-        "loss": result.loss,
-        "perplexity": result.perplexity,
-        "word_perplexity": result.word_perplexity,
-        "bits_per_byte": result.bits_per_byte,
+    figures: Evaluation = {
+        **result.scores(),
         "evaluated_tokens": result.tokens,
         "evaluated_bytes": result.bytes,
         "evaluated_words": result.words,
         "loss_by_position": [*result.loss_by_position],
-        "loss_without_cache": plain.loss,
-        "perplexity_without_cache": plain.perplexity,
-        "bits_per_byte_without_cache": plain.bits_per_byte,
         "cache_divergence": None if divergence is None else divergence.loss,
     }
+    without = {f"{key}_without_cache": score.of(plain.scores()) for key, score in SCORES.items()}
+    return cast(Evaluation, {**figures, **without})
 
 
 def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:

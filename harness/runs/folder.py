@@ -23,6 +23,7 @@ from harness.files.folders import checkpoint_folders, listed, refuse_links, remo
 from harness.files.lock import locked
 from harness.files.text import first_few
 from harness.runs.provenance import keep_changes
+from harness.runs.records import FIGURES
 
 _UNSEEN = "make it readable, or choose another runs_dir=... or name=..."
 
@@ -182,28 +183,13 @@ def finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
 
 
-# Of a run's or an evaluation's record: what its line of JSON shows.
+# Of a run's or an evaluation's record: what its line of JSON shows beside its figures.
 _SHORT = (
-    "name",
-    "attention",
-    "model",
-    "dataset",
-    "split",
-    "seed",
-    "steps",
-    "tokens",
-    "evaluated_tokens",
-    "loss",
-    "perplexity",
-    "bits_per_byte",
-    "parameters",
-    "cache_bytes_per_token",
-    "cache_dtype",
-    "cache_ratio_to_mha",
-    "cache_elements_per_token_per_layer",
+    *("name", "attention", "model", "dataset", "split", "seed", "steps", "evaluated_tokens"),
+    *("cache_dtype", "cache_elements_per_token_per_layer"),
 )
 
 
 def short_line(record: Mapping[str, Any], path: Path) -> str:
     """JSON of the figures that matter most; `path` holds them all."""
-    return json.dumps({key: record[key] for key in _SHORT if key in record} | {"record": str(path.absolute())})
+    return json.dumps({key: record[key] for key in (*_SHORT, *FIGURES) if key in record} | {"record": str(path.absolute())})

@@ -7,13 +7,12 @@ besides. All that is wrong is one sentence with the file's name, a UserError.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar, cast
+from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, cast
 
 from harness.config.run_config import read_run_config
 from harness.config.typed import typed
 from harness.errors import UserError, readable
-from harness.evaluation.metric import METRICS
-from harness.evaluation.size_records import Facts
+from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
 from harness.files.atomic import read_json
 from harness.files.folders import listed
 from harness.files.untrusted import Count, Figure, Positive, Rate, is_count, parse_object, stays_inside, whole_lines
@@ -26,39 +25,40 @@ PLAIN_CACHE: dict[str, Any] = {"through_cache": False, "cache_window": None, "ca
 _Kind = TypeVar("_Kind")
 
 
-class RunSummary(Facts, total=False):
-    """summary.json of a finished run (harness/runs/summary.py)."""
+class Trained(TypedDict, total=False):
+    """What an evaluation's record takes over from the training's summary (harness/runs/evaluate_run.py: CARRIED)."""
 
     name: str
     attention: str
     model: str
-    dataset: str
     seed: Count
     data_seed: Count
-    tokens: Count
+    tokens: Annotated[Count, Shown("tokens")]
+    steps: Count
+    tokens_per_second: Annotated[Figure | None, Shown("tokens/s")]  # None: imported or converted
+    setup_hash: str
+    tokenizer_fingerprint: str | None
+
+
+class RunSummary(Trained, Facts, Scores, total=False):
+    """summary.json of a finished run (harness/runs/summary.py)."""
+
+    dataset: str
     initial_tokens: Count
     init_from: str | None
-    steps: Count
-    loss: Figure
-    perplexity: Figure
-    word_perplexity: float | None  # up to 1e304 in records of older versions
-    bits_per_byte: Figure
     split: str
     evaluated_tokens: Count
     per_document: bool
     stride_fraction: Figure | None
     max_tokens: Positive | None
     train_loss: Figure | None  # None: imported or converted
-    tokens_per_second: Figure | None  # likewise
     peak_memory_bytes: Count
     captured: bool
     processes: Positive
     skipped_steps: Count
     origin: dict[str, Any]  # of an import or a conversion
     seconds: Figure
-    setup_hash: str
     data_fingerprint: str
-    tokenizer_fingerprint: str | None
     kernel: str
     device: str | None
     precision: str | None
@@ -122,10 +122,9 @@ class Evaluation(RunSummary, total=False):
     evaluated_words: Count | None
     loss_by_position: list[tuple[Positive, Positive, Figure | None]]
     through_cache: bool
-    loss_without_cache: Figure
-    perplexity_without_cache: Figure
-    bits_per_byte_without_cache: Figure
-    cache_divergence: float | None  # mean KL(without || through the cache) of the next token's distributions, nats per token
+    # Mean KL(without || through the cache) of the next token's distributions, nats per token. The scores without one stand
+    # under their names with _without_cache behind them.
+    cache_divergence: Annotated[float | None, Shown("KL", 5)]
     cache_window: Positive | None
     cache_sinks: Count
     extras: Extras | None
@@ -256,6 +255,7 @@ class DecodeTimes(TypedDict):
     rows: list[DecodeRow]
 
 
+FIGURES = declared(Evaluation, Shown)  # of a run, what is shown wherever figures are
 # What no evaluation lacks, of whatever version: without one of these the summary's would stand in its place.
 _SCORED = ("dataset", "split", "data_fingerprint", "evaluated_tokens", "loss", "perplexity", "bits_per_byte")
 

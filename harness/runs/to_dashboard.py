@@ -13,7 +13,7 @@ from typing import Any
 from harness.config.identity import corpus_name
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrackingConfig, TrainConfig
-from harness.evaluation.size_records import Facts
+from harness.evaluation.metric import Facts, Scores
 from harness.runs.evaluations import cache_label, kind_of
 from harness.runs.folder import finished
 from harness.runs.records import RunSummary, read_evaluations, read_metrics, read_summary
@@ -67,9 +67,7 @@ def dashboard_figures(record: Mapping[str, Any], summary: Mapping[str, Any]) -> 
         f"through {cache_label(record)}" if kind.through_cache else "": kind.through_cache,
     }
     place = "/".join(["eval", corpus, record["split"], *(name for name, applies in apart.items() if applies)])
-    return {
-        f"{place}/{key}": record[key] for key in ("loss", "perplexity", "word_perplexity", "bits_per_byte") if key in record
-    }
+    return {f"{place}/{key}": record[key] for key in Scores.__annotations__ if key in record}
 
 
 def open_run_tracker(

@@ -134,13 +134,14 @@ def test_seeds_of_one_setup_become_mean_and_sample_deviation(tmp_path: Path) -> 
     mla, mha = rows["mla"], rows["mha"]
     assert (mla.n, mla.seeds) == (3, [0, 1, 2])
     assert mla.bits_per_byte == pytest.approx(statistics.fmean(bits))
-    assert mla.bits_per_byte_deviation == pytest.approx(statistics.stdev(bits))
-    assert (mla.perplexity, mla.perplexity_deviation, mla.tokens_per_second) == (21.0, 1.0, 200.0)
-    assert (mla.loss, mla.loss_deviation) == (pytest.approx(3.1), pytest.approx(0.1))
-    assert (mha.n, mha.bits_per_byte_deviation) == (1, None)
+    assert mla.deviations["bits_per_byte"] == pytest.approx(statistics.stdev(bits))
+    assert (mla.means["perplexity"], mla.deviations["perplexity"], mla.means["tokens_per_second"]) == (21.0, 1.0, 200.0)
+    assert (mla.means["loss"], mla.deviations["loss"]) == (pytest.approx(3.1), pytest.approx(0.1))
+    assert (mha.n, mha.deviations["bits_per_byte"]) == (1, None)
     names, *lines = comparison.tables[0].cells()
     place = names.index("nats per token")
-    assert names[place + 1] == "bits per byte" and [line[place] for line in lines] == ["3.1000 ± 0.1000", "3.4000"]
+    assert names[place : place + 3] == ["nats per token", "perplexity", "bits per byte"]
+    assert [line[place] for line in lines] == ["3.1000 ± 0.1000", "3.4000"]
 
 
 def test_means_over_few_seeds_carry_their_count_an_interval_and_a_caution(tmp_path: Path) -> None:
@@ -368,7 +369,7 @@ def test_evaluations_without_a_cache_are_compared_unless_all_are_asked_for(tmp_p
     assert (rows["mha"].bits_per_byte, rows["mla"].bits_per_byte) == (1.4, 1.6205)
     assert (rows["mha"].through_cache, rows["mha"].cache_window, rows["mha"].cache_bytes_at_context) == (False, None, None)
     header = as_text(comparison).splitlines()[2]
-    assert header.split("  ")[-1] == "tokens/s" and "cache bytes/token" in header and "cache bytes at" not in header
+    assert header.split("  ")[-1] == "bits per byte" and "cache bytes/token" in header and "cache bytes at" not in header
     assert "through" not in comparison.tables[0].heading and "window" not in comparison.tables[0].heading
 
 
@@ -403,7 +404,7 @@ def test_all_caches_stand_in_one_table_with_their_seeds_folded(tmp_path: Path) -
     assert [row.n for row in rows.values()] == [2] * 4 + [1] * 4
     for number, row in enumerate(list(rows.values())[:4]):
         assert row.bits_per_byte == pytest.approx(1.5 + 1 / 256 + number / 64)
-        assert row.bits_per_byte_deviation == pytest.approx(statistics.stdev([0, 1 / 128]))
+        assert row.deviations["bits_per_byte"] == pytest.approx(statistics.stdev([0, 1 / 128]))
     assert comparison.tables[0].heading.endswith("cache in bfloat16 where a row says nothing else")
     assert any("evaluation=NAME or =max_tokens=N: shorter (100 tokens, 1 run)" in note for note in comparison.notes)
 
@@ -423,10 +424,10 @@ def test_the_size_of_a_cache_among_others_is_that_of_a_token_of_context(tmp_path
     comparison = compare([tmp_path], every_cache=True)
     rows, (table,) = only_table(comparison), comparison.tables
     sizes = {name: table.cache_size(setup) for name, setup in rows.items()}
-    assert sizes["mha"] == rows["mha"].cache_bytes_per_token == 2048
+    assert sizes["mha"] == rows["mha"].means["cache_bytes_per_token"] == 2048
     assert sizes["mha, int8"] == 2048 / 2 + 8
-    assert sizes["mha, window 64, 4 sinks"] == 2048 * 68 / 256 != rows["mha, window 64, 4 sinks"].cache_bytes_per_token
-    assert all(row.cache_ratio_to_mha == sizes[name] / 2048 for name, row in rows.items())
+    assert sizes["mha, window 64, 4 sinks"] == 2048 * 68 / 256 != rows["mha, window 64, 4 sinks"].means["cache_bytes_per_token"]
+    assert all(row.means["cache_ratio_to_mha"] == sizes[name] / 2048 for name, row in rows.items())
     text = comparison_markdown(comparison)
     assert "| cache bytes at 256 tokens | x MHA |" in text and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
 
@@ -443,9 +444,10 @@ def test_the_cache_of_a_long_context_stands_in_the_table_the_csv_and_a_picture(t
     evaluate(tmp_path / "books-tiny-mla-seed0")  # older: it says none
     comparison = compare([tmp_path])
     lines = comparison_markdown(comparison).splitlines()
-    assert "| x MHA | MiB at 32k | tokens/s |" in lines[2]
+    assert "| x MHA | MiB at 32k | nats per token |" in lines[2]
+    place = lines[2].split(" | ").index("MiB at 32k")
     rows_of = {cells[0].strip("| "): cells for line in lines if len(cells := line.split(" | ")) > 5}
-    cells = {name: rows_of[name][-2] for name in ("mha", "gqa", "mla")}
+    cells = {name: rows_of[name][place] for name in ("mha", "gqa", "mla")}
     assert cells == {"mha": "64", "gqa": "0.125", "mla": ""}
     rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
     assert {(row["variant"], row["cache_bytes_at_1024"], row["cache_bytes_at_131072"]) for row in rows} == {
@@ -478,7 +480,7 @@ def test_among_all_caches_the_ratio_is_to_mha_in_bfloat16(tmp_path: Path) -> Non
     evaluate(mha, file="wide", cache_bytes_per_token=4096, cache_dtype="float32")
     evaluate(mha, file="plain")
     rows = only_table(compare([tmp_path], every_cache=True))
-    assert {name: row.cache_ratio_to_mha for name, row in rows.items()} == {
+    assert {name: row.means["cache_ratio_to_mha"] for name, row in rows.items()} == {
         "mha, bfloat16": 1.0,
         "mha, float32": 2.0,
         "mha, int8": 1032 / 2048,
@@ -563,7 +565,7 @@ def test_the_ratio_to_mha_is_each_runs_own_whatever_stands_beside_it(tmp_path: P
     make_run(tmp_path, "mla")
     make_run(tmp_path, "mha", name="deeper", setup_hash="deeper", cache_bytes_per_token=9000, cache_ratio_to_mha=1.0)
     rows = only_table(compare([tmp_path]))
-    assert {name: row.cache_ratio_to_mha for name, row in rows.items()} == {"mla": 640 / 2048, "mha": 1.0}
+    assert {name: row.means["cache_ratio_to_mha"] for name, row in rows.items()} == {"mla": 640 / 2048, "mha": 1.0}
 
 
 def test_what_an_overwriting_command_left_aside_is_no_run(tmp_path: Path) -> None:
@@ -693,7 +695,7 @@ def test_error_bars_are_the_deviation_over_seeds(tmp_path: Path) -> None:
     axes = panels_of(comparison)[0]
     for container, setup in zip(axes.containers, comparison.tables[0].setups, strict=True):
         (low, high) = container.lines[2][0].get_segments()[0][:, 1]
-        assert (high - low) / 2 == pytest.approx(setup.bits_per_byte_deviation)
+        assert (high - low) / 2 == pytest.approx(setup.deviations["bits_per_byte"])
         assert (high + low) / 2 == pytest.approx(setup.bits_per_byte)
 
 

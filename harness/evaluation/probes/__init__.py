@@ -1,7 +1,7 @@
 """What perplexity hides, measured on a trained model beside it. harness.config.schema.EXTRAS names the probes.
 
-A probe is a measurement and how a person reads it. To add one: a file here that bears its name and holds a PROBE, and the
-name in that list.
+A probe is a measurement and how a person reads it, of one run and in a study's report. To add one: a file here that bears its
+name and holds a PROBE, and the name in that list.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,6 +59,9 @@ class Probe:
     measure: Callable[[Subject], Figures | None]  # None: does not apply to this model, or not to this text
     rows: Callable[[Figures], Rows]
     why_not: str  # said where `measure` gives None
+    title: str  # of the table in a study's report
+    words: Mapping[str, str] = field(default_factory=dict)  # what its figures are called there, else by their own names
+    compared: Callable[[Figures], Figures] = lambda figures: figures  # of which the plain numbers stand in that table
     through_cache: bool = True  # `measure` does as `Subject.through` says
 
 

@@ -125,5 +125,15 @@ def _bins(nats_by_block: NDArray[np.float64], targets: int, block: int) -> list[
 
 
 PROBE = Probe(
-    measure_beyond, beyond_rows, "learned positions end at the training length, or the text is too short for twice that length"
+    measure_beyond,
+    beyond_rows,
+    "learned positions end at the training length, or the text is too short for twice that length",
+    "Beyond the training length: the same tokens with more and more context",
+    {
+        "longest_context": "longest context",
+        "targets": "tokens predicted",
+        "in_length_loss": "nats at the training length",
+        "ratio_2x": "of that, up to twice the length",
+        "ratio_4x": "of that, up to four times",
+    },
 )

@@ -283,4 +283,18 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-PROBE = Probe(measure_latents, latents_rows, "no latents in this variant", through_cache=False)
+PROBE = Probe(
+    measure_latents,
+    latents_rows,
+    "no latents in this variant",
+    "Latents: how much of them is used",
+    {
+        "sampled_tokens": "tokens sampled",
+        "width": "latent width",
+        "effective_rank": "effective rank of latents",
+        "key_effective_rank": "of key weights",
+        "value_effective_rank": "of value weights",
+        "rotated_share": "score variance of the rotated part",
+    },
+    through_cache=False,
+)

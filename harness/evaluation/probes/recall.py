@@ -357,4 +357,26 @@ def _batches(n: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-PROBE = Probe(measure_recall, recall_rows, "the text or the window is too short for a prompt")
+def recall_compared(figures: dict[str, Any]) -> dict[str, float]:
+    """The few numbers that arms are compared by, under names for people."""
+    found: dict[str, float] = {}
+    for task in ("passkey", "copying"):
+        for entry in figures.get(task) or []:
+            found[f"{task} in {entry['length']}: share right"] = entry["accuracy"]
+            found[f"{task} in {entry['length']}: nats gained"] = entry["gain"]
+    if answers := figures.get("answers"):
+        found["answers: share right"] = answers["accuracy"]
+        found["answers: share by guessing"] = answers["chance"]
+        if answers.get("newest") is not None:  # what a model gets right that always says the newest value
+            found["answers: share by saying the newest value"] = answers["newest"]
+        found |= {f"answers of {entry['pairs']} pairs: share right": entry["accuracy"] for entry in answers["by_pairs"]}
+    return found
+
+
+PROBE = Probe(
+    measure_recall,
+    recall_rows,
+    "the text or the window is too short for a prompt",
+    "Recall from the context",
+    compared=recall_compared,
+)

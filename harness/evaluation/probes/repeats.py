@@ -107,4 +107,19 @@ def repeated(
     return row[~opens], first[~opens], end[~opens]
 
 
-PROBE = Probe(measure_repeats, repeats_rows, "nothing repeats in this text")
+PROBE = Probe(
+    measure_repeats,
+    repeats_rows,
+    "nothing repeats in this text",
+    "Repeated n-grams: what the context saves the second time",
+    {
+        "n": "tokens in an n-gram",
+        "count": "repeats",
+        "share": "share of tokens that repeat",
+        "first_loss": "nats, first time",
+        "repeat_loss": "nats, repeated",
+        "gain": "gain, nats",
+        "distance": "tokens between",
+        "scored_tokens": "tokens scored",
+    },
+)
