@@ -5,60 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import urllib.parse
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from tests.support.loopback import LoopbackHandler, LoopbackServer, corrupted
 
 REVISION = hashlib.sha1(b"the only commit").hexdigest()
 
 
-class HubServer:
+class HubServer(LoopbackServer):
     """Serves root/{datasets,models}/OWNER/NAME/... at commit REVISION; use it as a context manager.
 
-    The faults may be set at any time. They act on the file downloads (GET .../resolve/...) except `silent`:
-    cut: so many downloads break off half way; unavailable: so many answer 503; corrupt: every download has one wrong
-    byte, with the length and the hashes of the right file; stalled: downloads are accepted and never answered;
-    silent: nothing is ever answered. `requests` counts (method, kind) pairs, kind being api or file; `downloads`
-    counts the GETs of a file that ask for more than its first byte, by its path in the repository.
+    The faults but `silent` act on file downloads (GET .../resolve/...) alone; a corrupt one has the length and the hashes of
+    the right file. stalled: downloads are accepted and never answered. `requests` counts (method, kind) pairs, kind being api
+    or file; `downloads` counts the GETs of a file that ask for more than its first byte, by its path in the repository.
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.cut = 0
-        self.unavailable = 0
-        self.corrupt = False
+        super().__init__(root, _Handler)
         self.stalled = False
-        self.silent = False
         self.requests: Counter[tuple[str, str]] = Counter()
         self.downloads: Counter[str] = Counter()
-        self.closing = threading.Event()
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    def __enter__(self) -> HubServer:
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.closing.set()
-        self.server.shutdown()
-        self.server.server_close()
 
     def files(self, kind: str, name: str) -> list[str]:
         base = self.root / kind / name
         return sorted(str(path.relative_to(base)) for path in base.rglob("*") if path.is_file())
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: HubServer
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+class _Handler(LoopbackHandler):
+    owner: HubServer
 
     def do_HEAD(self) -> None:
         self.answer()
@@ -71,15 +48,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def answer(self) -> None:
-        if self.hub.silent:
-            self.hub.closing.wait()
-            self.close_connection = True
+        if self.owner.silent:
+            self.stay_silent()
             return
         url = urllib.parse.urlsplit(self.path)
         path = urllib.parse.unquote(url.path)
         api = re.fullmatch(r"/api/(datasets|models)/([^/]+/[^/]+)(?:/([a-z-]+)(?:/(.*))?)?", path)
         file = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.*)", path)
-        self.hub.requests[self.command, "api" if api else "file"] += 1
+        self.owner.requests[self.command, "api" if api else "file"] += 1
         if api:
             kind, name, action, rest = api.groups()
             recursive = urllib.parse.parse_qs(url.query).get("recursive", ["False"])[0].lower() in ("true", "1")
@@ -90,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.missing("EntryNotFound")
 
     def api(self, kind: str, name: str, action: str, rest: str, recursive: bool) -> None:
-        files = self.hub.files(kind, name)
+        files = self.owner.files(kind, name)
         if not files:
             self.missing("RepoNotFound")
         elif action == "revision":
@@ -138,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def entry(self, kind: str, name: str, file: str) -> dict[str, Any]:
         """As the hub states it: files with a text suffix are git blobs, all others lie in LFS."""
-        content = (self.hub.root / kind / name / file).read_bytes()
+        content = (self.owner.root / kind / name / file).read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "oid": blob, "size": len(content), "path": file}
         if not file.endswith((".md", ".json")):
@@ -147,25 +123,21 @@ class _Handler(BaseHTTPRequestHandler):
         return entry
 
     def file(self, kind: str, name: str, revision: str, file: str) -> None:
-        path = self.hub.root / kind / name / file
+        path = self.owner.root / kind / name / file
         if revision not in (REVISION, "main"):
             return self.missing("RevisionNotFound")
         if not path.is_file():
-            return self.missing("EntryNotFound" if self.hub.files(kind, name) else "RepoNotFound")
+            return self.missing("EntryNotFound" if self.owner.files(kind, name) else "RepoNotFound")
         download = self.command == "GET" and not file.endswith(".md")
-        if download and self.hub.stalled:
-            self.hub.closing.wait()
-            self.close_connection = True
-            return None
-        if download and self.hub.unavailable > 0:
-            self.hub.unavailable -= 1
+        if download and self.owner.stalled:
+            return self.stay_silent()
+        if download and self.owner.take("unavailable"):
             return self.json({"error": "try later"}, status=503)
-        self.hub.downloads[file] += self.command == "GET" and self.headers.get("Range") != "bytes=0-0"
+        self.owner.downloads[file] += self.command == "GET" and self.headers.get("Range") != "bytes=0-0"
         entry = self.entry(kind, name, file)
         content = path.read_bytes()
-        if download and self.hub.corrupt:
-            middle = len(content) // 2
-            content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        if download and self.owner.corrupt:
+            content = corrupted(content)
         headers = {
             "ETag": f'"{entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]}"',
             "X-Repo-Commit": REVISION,
@@ -184,8 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return None
-        if download and self.hub.cut > 0 and len(content) > 1:
-            self.hub.cut -= 1
+        if download and len(content) > 1 and self.owner.take("cut"):
             content = content[: len(content) // 2]
             self.close_connection = True
         self.wfile.write(content)
