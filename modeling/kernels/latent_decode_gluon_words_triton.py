@@ -286,7 +286,7 @@ def _attend(
     even_0 = gl.zeros([PART, HEADS], gl.float32, MADE)
     even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3 = even_0, even_0, even_0, even_0, even_0, even_0, even_0
     size = shared.sizes.load(gl.SliceLayout(0, MADE))[None, :]
-    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(0, MADE))
+    parts = gl.zeros([SLOTS, HEADS], gl.float32, MADE)  # of total: warps meet for it once, behind the loop
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MADE))
     p = shared.p.index(GROUP).permute((1, 0))
     steps = _steps(scales, gl.minimum(start, end - SLOTS), stride, WIDE)
@@ -304,7 +304,7 @@ def _attend(
         stepped = scores + gl.log2(gl.maximum(step, 1e-30))
         largest = gl.maximum(m, gl.max(stepped, 0))
         shrink = gl.exp2(m - largest)
-        total = total * shrink + gl.sum(gl.exp2(scores - largest[None, :]), 0)
+        parts = parts * shrink[None, :] + gl.exp2(scores - largest[None, :])
         m = largest
         p.store(gl.exp2(stepped - largest[None, :]).to(shared.p.dtype))
         fence_async_shared()
@@ -317,10 +317,11 @@ def _attend(
         )
         mbarrier.arrive(shared.empty.index(stage), count=1)
 
+    total = gl.sum(parts, 0)
     if ONE and GROUPS == 2:
         # Both groups' ranges are the row: the second leaves its sums in the last stage, which only it has read.
         last = (GROUPS * (place.per_range // SLOTS) - 1) % STAGES
-        other = shared.c.index(last)._reinterpret(gl.float32, [8, PART, HEADS], SUMS)
+        other = shared.c.index((2 if WIDE else 1) * last)._reinterpret(gl.float32, [8, PART, HEADS], SUMS)
         if GROUP == 1:
             some = start < end
             shared.state.index(0).store(gl.where(some, m, float("-inf")))

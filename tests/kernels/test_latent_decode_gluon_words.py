@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,13 @@ def test_in_any_order_of_events_the_kernel_equals_float64(case: Case, lean: bool
     assert inputs.error(emulated(kernel_module(), inputs, case.splits, seed, lean)) < TOLERANCE[case.dtype]
 
 
+@pytest.mark.parametrize("case", LEAN_GRID[-3:-1], ids=str)
+def test_of_16_bits_a_program_may_have_two_groups_too(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, inputs = kernel_module(), make_inputs(case, beyond=float("nan"))
+    monkeypatch.setattr(kernel, "WIDE_TILE", replace(kernel.WIDE_TILE, slots=128))
+    assert all(inputs.error(emulated(kernel, inputs, case.splits, seed, True)) < TOLERANCE[case.dtype] for seed in range(3))
+
+
 @pytest.mark.parametrize(("case", "lean"), [(GRID[2], False), (LEAN_GRID[0], True), (LEAN_GRID[5], True)], ids=str)
 def test_the_order_of_events_changes_no_bit(case: Case, lean: bool) -> None:
     inputs = make_inputs(case, beyond=float("nan"))
@@ -135,7 +143,7 @@ FAULTS = {
         "    slot = start + SLOTS * (number // GROUPS)",
     ),
     "covered slots count twice": ("gl.where(numbers[:, None] >= first, scores", "gl.where(numbers[:, None] >= 0, scores"),
-    "a sum does not shrink with its maximum": ("total = total * shrink + gl", "total = total + gl"),
+    "a sum does not shrink with its maximum": ("parts = parts * shrink[None, :] + gl", "parts = parts + gl"),
     "scales are those of the block before": (
         "steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride, WIDE)",
         "steps = _steps(scales, gl.minimum(first, end - SLOTS), stride, WIDE)",
