@@ -135,7 +135,7 @@ def through_rows(record: Evaluation, result: SplitResult) -> list[tuple[str, str
         (
             "without it",
             f"perplexity {PERPLEXITY.text(without.perplexity)}, {without.bits_per_byte:.4f} bits per byte "
-            f"({100 * (result.perplexity / without.perplexity - 1):+.3f} % perplexity through it)",
+            f"({100 * (result.perplexity / without.perplexity - 1):+z.3f} % perplexity through it)",
         ),
         ("divergence", f"{divergence.loss:.6f} nats per token: mean KL from the distributions without it to those through it"),
     ]

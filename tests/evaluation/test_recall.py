@@ -298,6 +298,9 @@ def test_a_person_reads_what_was_found_and_what_it_was_worth() -> None:
         "(a digit at random: 2.303)"
     )
     assert set(rows) == {f"passkey in {n}" for n in (64, 128, 256)} | {f"copying in {n}" for n in (32, 64, 128, 256)}
+    nothing = [{**figures[task][0], "gain": -0.0004} for task in ("passkey", "copying")]
+    rows = dict(recall_rows(figures | {"passkey": nothing[:1], "copying": nothing[1:]}))
+    assert ": 0.000 gained (" in rows["passkey in 64"] and ": 0.000 gained; " in rows["copying in 32"]
     asked = measure_recall(subject(looks_back(1), pairs_documents("a1b2b2a1\n"), 16, dataset="mqar"))
     assert asked is not None
     rows = dict(recall_rows(asked))

@@ -130,6 +130,8 @@ def test_a_person_reads_both_losses() -> None:
     assert figures["at_floor"]
     ((_, value),) = repeats_rows({key: figures[key] for key in figures if key != "at_floor"})  # of an older record
     assert value.endswith("14.3 % of the tokens")
+    ((_, value),) = repeats_rows(figures | {"gain": -0.00004})
+    assert ": 0.0000 gained; " in value
 
 
 @pytest.mark.parametrize(("worth", "at_floor"), [(0.0, True), (0.5, False)])

@@ -60,7 +60,7 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"passkey in {entry['length']}",
                 f"{100 * entry['accuracy']:.1f} % found; {entry['loss']:.3f} nats a digit, {entry['unshown_loss']:.3f} where "
-                f"it was not stated: {entry['gain']:.3f} gained (a digit at random: {entry['chance_loss']:.3f})"
+                f"it was not stated: {entry['gain']:z.3f} gained (a digit at random: {entry['chance_loss']:.3f})"
                 f"{said_of_floor(entry)}",
             )
         )
@@ -68,7 +68,7 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"copying in {entry['length']}",
-                f"{entry['second_loss']:.3f} nats, {entry['first_loss']:.3f} the first time: {entry['gain']:.3f} gained; "
+                f"{entry['second_loss']:.3f} nats, {entry['first_loss']:.3f} the first time: {entry['gain']:z.3f} gained; "
                 f"{100 * entry['accuracy']:.1f} % right{said_of_floor(entry)}",
             )
         )

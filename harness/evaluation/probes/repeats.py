@@ -81,7 +81,7 @@ def repeats_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"repeated {figures['n']}-grams",
             f"{figures['repeat_loss']:.4f} nats, {figures['first_loss']:.4f} where they came first: "
-            f"{figures['gain']:.4f} gained; {100 * figures['share']:.1f} % of the tokens{said_of_floor(figures)}",
+            f"{figures['gain']:z.4f} gained; {100 * figures['share']:.1f} % of the tokens{said_of_floor(figures)}",
         )
     ]
 
