@@ -129,55 +129,14 @@ class MultiheadLatentAttention(nn.Module):
                 f"rope_scaling changes computed frequencies, which rope_frequencies={rope_frequencies} with "
                 f"positions={positions} does not have: leave it out"
             )
-        if (sharing_layers < 2) if sharing != "none" else (sharing_layers != 1):
-            raise Refusal(
-                f"sharing={sharing} does not go with sharing_layers={sharing_layers}: groups of layers have at least 2, "
-                f"and without sharing each layer is on its own (1)"
-            )
-        if sharing != "none" and fused_down_projections:
-            raise Refusal(
-                f"sharing={sharing} takes the key/value down-projections apart from the queries': set "
-                f"fused_down_projections=false"
-            )
-        if latent != "learned" and (fused_down_projections or sharing == "weights"):
-            raise Refusal(
-                f"latent={latent} has no learned down-projection, which fused_down_projections=true and sharing=weights "
-                f"are about: set fused_down_projections=false and sharing=none"
-            )
+        _check_sharing(sharing, sharing_layers, latent, fused_down_projections=fused_down_projections)
         check_heads(n_heads, n_kv_heads)
         if (positions == "decoupled") != (P > 0) or P < 0:
             raise Refusal(
                 f"positions={positions} does not go with qk_rope_head_dim={P}: the rotated part is wider than 0 "
                 f"exactly when positions=decoupled"
             )
-        if min(N, V, L) < 1:
-            raise Refusal(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
-        if kv_latent == "split" and latent_groups != 1:
-            raise Refusal(
-                f"kv_latent=split does not go with latent_groups={latent_groups}: either keys and values or groups of heads "
-                f"have a latent each; set kv_latent=joint or latent_groups=1"
-            )
-        if latent_groups < 1 or n_kv_heads % latent_groups or L % latent_groups:
-            raise Refusal(
-                f"latent_groups={latent_groups} does not divide n_kv_heads={n_kv_heads} and kv_lora_rank={L}; choose one of "
-                f"{[groups for groups in range(1, n_kv_heads + 1) if n_kv_heads % groups == 0 and L % groups == 0]}"
-            )
-        parts = 2 if kv_latent == "split" else latent_groups
-        share = L // parts
-        heads_joined = n_kv_heads // latent_groups
-        widest = min(d_model, heads_joined * (N + V) if kv_latent == "joint" else heads_joined * min(N, V))
-        if share > widest:
-            recommended = min(4 * N, d_model // 2, widest) * parts
-            raise Refusal(
-                f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
-                f"{heads_joined} heads of {N}+{V}) is {widest} wide; {recommended} would"
-            )
-        if kv_latent == "split" and L % 2:
-            raise Refusal(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
-        if latent == "slice" and d_model < L:
-            raise Refusal(
-                f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
-            )
+        widths = _latent_widths(d_model, n_kv_heads, N, V, L, latent=latent, kv_latent=kv_latent, latent_groups=latent_groups)
         check_query_rank(R, d_model, n_heads * (N + P))
         check_reach(window, causal)
         on_latent = latent_norm_place == "latent"
@@ -196,31 +155,20 @@ class MultiheadLatentAttention(nn.Module):
         self.scale = logit_factor(rope_scaling) * self.qk_width**-0.5
         self.has_positions = positions in ("decoupled", "rope_after_up")
         self.sixteen_bits: tuple[str, ...] = ("k_rope",) if P else ()
-        self.kv_latent, self.latent_groups, self.latent_widths = kv_latent, latent_groups, (share,) * parts
+        self.kv_latent, self.latent_groups, self.latent_widths = kv_latent, latent_groups, widths
         self.norms_latents = on_latent and latent_norm != "none"
-        self.kv_scale = (d_model / share) ** 0.5 if latent_scale else 1.0
+        self.kv_scale = (d_model / widths[0]) ** 0.5 if latent_scale else 1.0
         self.q_scale = (d_model / R) ** 0.5 if latent_scale and R is not None else 1.0
 
         bias = bias or projection_bias == "all"
         # Widths that are projected straight from x, in this order in the fused matrix.
         self.down_widths = (R if R is not None else n_heads * self.qk_width, L, P)
-        if fused_down_projections:
-            self.in_proj: nn.Linear | None = nn.Linear(d_model, sum(self.down_widths), bias=bias)
-        else:
-            self.in_proj = None
-            if R is None:
-                self.q_proj = nn.Linear(d_model, n_heads * self.qk_width, bias=bias)
-            else:
-                self.q_down_proj = nn.Linear(d_model, R, bias=bias)
-            self.kv_down_proj = nn.Linear(d_model, L, bias=bias and latent == "learned") if latent != "slice" else None
-            if latent == "frozen":
-                assert self.kv_down_proj is not None
-                self.kv_down_proj.requires_grad_(False)
-                nn.init.normal_(self.kv_down_proj.weight, std=d_model**-0.5)
-            self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
+        self.in_proj = nn.Linear(d_model, sum(self.down_widths), bias=bias) if fused_down_projections else None
+        if self.in_proj is None:
+            self._make_down_projections(d_model, bias)
         self.q_up_proj = nn.Linear(R, n_heads * self.qk_width, bias=False) if R is not None else None
-        self.k_up_proj = _up_projection(share, n_kv_heads * N, latent_groups)
-        self.v_up_proj = _up_projection(share, n_kv_heads * V, latent_groups)
+        self.k_up_proj = _up_projection(widths[0], n_kv_heads * N, latent_groups)
+        self.v_up_proj = _up_projection(widths[0], n_kv_heads * V, latent_groups)
         self.o_proj = nn.Linear(n_heads * V, d_model, bias=bias)
         self.gate_proj = gate_projection(gate, d_model=d_model, n_heads=n_heads, v_head_dim=V, bias=bias)
 
@@ -240,6 +188,21 @@ class MultiheadLatentAttention(nn.Module):
             self.rope = StoredRotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta)
         elif rotated_width:
             self.rope = RotaryEmbedding(width=rotated_width, max_seq_len=max_seq_len, theta=rope_theta, scaling=rope_scaling)
+
+    def _make_down_projections(self, d_model: int, bias: bool) -> None:
+        """Each of its own, where they are not fused."""
+        width, L, P = self.down_widths
+        if self.q_lora_rank is None:
+            self.q_proj = nn.Linear(d_model, width, bias=bias)
+        else:
+            self.q_down_proj = nn.Linear(d_model, width, bias=bias)
+        learned = self.latent == "learned"
+        self.kv_down_proj = nn.Linear(d_model, L, bias=bias and learned) if self.latent != "slice" else None
+        if self.latent == "frozen":
+            assert self.kv_down_proj is not None
+            self.kv_down_proj.requires_grad_(False)
+            nn.init.normal_(self.kv_down_proj.weight, std=d_model**-0.5)
+        self.k_rope_proj = nn.Linear(d_model, P, bias=bias) if P else None
 
     def follow(self, leader: MultiheadLatentAttention) -> None:
         """Join the group of an earlier layer: its down-projections become this layer's too, or its latents do.
@@ -346,32 +309,9 @@ class MultiheadLatentAttention(nn.Module):
             place = cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.positions == "rope_after_up":
             raise Refusal("rope_after_up turns cached keys by their slots: leave positions_BT out")
-        tables = None
-        if self.rope is not None:
-            tables = place.tables(self.rope, T, positions_BT)
-
-        latent_scale_BS: Tensor | None = None
-        if self.reads_latents:
-            assert shared is not None and len(shared) > 0, "a layer that reads another one's latents was given none"
-            q_in, seen = self._query_input(x_BTD), shared
-            if cache is not None:
-                cache.advance(T, valid_BT)
-        else:
-            q_in, latent_BTL, k_rope_BTP = self._project_down(x_BTD)
-            new = {"latent": latent_BTL}
-            if self.qk_rope_head_dim:
-                assert tables is not None
-                new["k_rope"] = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
-            if cache is None:
-                seen = list(new.values())
-            elif shared is None and weights_out is None and self._reads_words(latent_BTL, cache):
-                parts = cache.append_stored(valid_BT, **new)
-                latent_BSL, latent_scale_BS = cache.stored["latent"].payload_and_scale(parts["latent"])
-                seen = [latent_BSL, *parts.get("k_rope", ())]
-            else:
-                seen = list(cache.append(valid_BT, **new).values())
-            if shared is not None:
-                shared[:] = seen
+        tables = None if self.rope is None else place.tables(self.rope, T, positions_BT)
+        as_words = shared is None and weights_out is None
+        q_in, seen, latent_scale_BS = self._visible(x_BTD, tables, cache, valid_BT, shared, as_words=as_words)
         latent_BSL = seen[0]
         k_rope_BSP = seen[1] if self.qk_rope_head_dim else None
 
@@ -388,6 +328,39 @@ class MultiheadLatentAttention(nn.Module):
                 q_nope_BTHN, q_rope_BTHP, latent_BSL, k_rope_BSP, place, tables, weights_out, cached=cache is not None
             )
         return project_out(self, out_BTHV, x_BTD)
+
+    def _visible(
+        self,
+        x_BTD: Tensor,
+        tables: tuple[Tensor, Tensor] | None,
+        cache: Cache | None,
+        valid_BT: Tensor | None,
+        shared: list[Tensor] | None,
+        *,
+        as_words: bool,
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """What the queries are made of; the latents, and rotated keys, that they see; the scales of latents in 8 bits.
+
+        as_words: latents may come as the cache stores them, where a kernel reads them so.
+        """
+        if self.reads_latents:
+            assert shared is not None and len(shared) > 0, "a layer that reads another one's latents was given none"
+            if cache is not None:
+                cache.advance(x_BTD.shape[1], valid_BT)
+            return self._query_input(x_BTD), shared, None
+        q_in, latent_BTL, k_rope_BTP = self._project_down(x_BTD)
+        new = {"latent": latent_BTL}
+        if self.qk_rope_head_dim:
+            assert tables is not None
+            new["k_rope"] = rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
+        if cache is not None and as_words and self._reads_words(latent_BTL, cache):
+            parts = cache.append_stored(valid_BT, **new)
+            latent_BSL, latent_scale_BS = cache.stored["latent"].payload_and_scale(parts["latent"])
+            return q_in, [latent_BSL, *parts.get("k_rope", ())], latent_scale_BS
+        seen = list((new if cache is None else cache.append(valid_BT, **new)).values())
+        if shared is not None:
+            shared[:] = seen
+        return q_in, seen, None
 
     def absorbs(self, new_tokens: int) -> bool:
         """Whether a call of so many tokens a row through a cache takes the absorbed path."""
@@ -584,6 +557,59 @@ class GroupedLinear(nn.Linear):
         """(..., groups in_features) -> (..., out_features)."""
         weight = self.weight.unflatten(0, (self.groups, -1))
         return torch.einsum("...gl,gnl->...gn", x.unflatten(-1, (self.groups, self.in_features)), weight).flatten(-2)
+
+
+def _check_sharing(sharing: str, sharing_layers: int, latent: str, *, fused_down_projections: bool) -> None:
+    """What groups of layers may have in common, and of which latents."""
+    if (sharing_layers < 2) if sharing != "none" else (sharing_layers != 1):
+        raise Refusal(
+            f"sharing={sharing} does not go with sharing_layers={sharing_layers}: groups of layers have at least 2, "
+            f"and without sharing each layer is on its own (1)"
+        )
+    if sharing != "none" and fused_down_projections:
+        raise Refusal(
+            f"sharing={sharing} takes the key/value down-projections apart from the queries': set fused_down_projections=false"
+        )
+    if latent != "learned" and (fused_down_projections or sharing == "weights"):
+        raise Refusal(
+            f"latent={latent} has no learned down-projection, which fused_down_projections=true and sharing=weights "
+            f"are about: set fused_down_projections=false and sharing=none"
+        )
+
+
+def _latent_widths(
+    d_model: int, n_kv_heads: int, N: int, V: int, L: int, *, latent: str, kv_latent: str, latent_groups: int
+) -> tuple[int, ...]:
+    """The width of each latent. Raises Refusal for what cannot be so divided, or compresses nothing."""
+    if min(N, V, L) < 1:
+        raise Refusal(f"qk_nope_head_dim={N}, v_head_dim={V} and kv_lora_rank={L} must be at least 1")
+    if kv_latent == "split" and latent_groups != 1:
+        raise Refusal(
+            f"kv_latent=split does not go with latent_groups={latent_groups}: either keys and values or groups of heads "
+            f"have a latent each; set kv_latent=joint or latent_groups=1"
+        )
+    if latent_groups < 1 or n_kv_heads % latent_groups or L % latent_groups:
+        raise Refusal(
+            f"latent_groups={latent_groups} does not divide n_kv_heads={n_kv_heads} and kv_lora_rank={L}; choose one of "
+            f"{[groups for groups in range(1, n_kv_heads + 1) if n_kv_heads % groups == 0 and L % groups == 0]}"
+        )
+    parts = 2 if kv_latent == "split" else latent_groups
+    share = L // parts
+    heads_joined = n_kv_heads // latent_groups
+    widest = min(d_model, heads_joined * (N + V) if kv_latent == "joint" else heads_joined * min(N, V))
+    if share > widest:
+        recommended = min(4 * N, d_model // 2, widest) * parts
+        raise Refusal(
+            f"kv_lora_rank={L} compresses nothing: the narrowest of what it joins (d_model={d_model}, "
+            f"{heads_joined} heads of {N}+{V}) is {widest} wide; {recommended} would"
+        )
+    if kv_latent == "split" and L % 2:
+        raise Refusal(f"kv_latent=split halves kv_lora_rank={L}; choose an even number, {max(2, L - 1)} for instance")
+    if latent == "slice" and d_model < L:
+        raise Refusal(
+            f"latent=slice takes kv_lora_rank={L} dimensions of x, which has d_model={d_model}; choose at most {d_model}"
+        )
+    return (share,) * parts
 
 
 def _up_projection(rank: int, width: int, groups: int) -> nn.Linear:

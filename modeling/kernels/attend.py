@@ -77,7 +77,20 @@ def attend(
         q_BTHK, k_BSGK, v_BSGV, mask_BTS = _with_sink_key(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, sink_logits_H)
         out_BTHV, _ = attend(q_BTHK, k_BSGK, v_BSGV, causal=causal, mask_BTS=mask_BTS, **options)
         return out_BTHV[:, -T:], None
+    return _by_sdpa(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, dropout, backend), None
 
+
+def _by_sdpa(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    scale: float,
+    causal: bool,
+    mask_BTS: Tensor | None,
+    dropout: float,
+    backend: str,
+) -> Tensor:
+    """out_BTHV by torch's kernels; values are padded for those that know one width alone."""
     v_width = v_BSGV.shape[-1]
     if backend in _ONE_WIDTH and mask_BTS is None and v_width != q_BTHK.shape[-1]:
         width = max(q_BTHK.shape[-1], v_width)
@@ -94,7 +107,7 @@ def attend(
             scale=scale,
             enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
         )
-    return out_BHTV.transpose(1, 2)[..., :v_width], None
+    return out_BHTV.transpose(1, 2)[..., :v_width]
 
 
 def band(T: int, window: int, device: torch.device) -> Tensor:
