@@ -655,7 +655,7 @@ def offline_rows() -> Iterator[str]:
             )
     types = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16"}
     for splits in (2, 4, 8, 16, 32, 64):
-        constants = kernel.join_constants(n_heads=128, kv_lora_rank=512, splits=splits)
+        constants = kernel.join_constants(n_heads=128, kv_lora_rank=512, splits=splits) | {"EARLY": True}
         found = compile_one(kernel.join_kernel, constants, types, 1, 2, 255)
         yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<16}{splits:<8}{found.row(1, None)}"
     yield from gluon_rows()

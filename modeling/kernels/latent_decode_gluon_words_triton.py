@@ -129,6 +129,14 @@ def _bring(latent, k_rope, shared, place, AHEAD: gl.constexpr, GROUPS: gl.conste
     """The copying group; AHEAD: so many copies were begun before."""
     for number in range(AHEAD, GROUPS * (place.per_range // SLOTS)):
         _fetch(latent, k_rope, shared, place, number, GROUPS, STAGES, WIDE)
+    if AHEAD > 0:
+        _let_next_begin()
+
+
+@gluon.jit
+def _let_next_begin():
+    """The next kernel may be launched once all programs have come here, if it was asked to be early; it waits for their end."""
+    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -603,8 +611,8 @@ def launch(
 ) -> Tensor:
     """Run the kernel with so many programs a row; returns out_BHL. All give the same result up to rounding.
 
-    lean: copies begin before the queries are read, scores with int8 are made of whole numbers, and where one program has a
-    row, it writes the result itself.
+    lean: copies begin before the queries are read, scores with int8 are made of whole numbers, where one program has a row it
+    writes the result itself, and where several have, the kernel that joins them is launched before they end.
     """
     out_BHL = torch.empty_like(q_latent_BHL, memory_format=torch.contiguous_format)
     tile = tile_of(latent_BSL)
@@ -626,7 +634,7 @@ def launch(
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
         attend_words_kernel[grid](*arguments, **constants, num_warps=tile.warps, maxnreg=tile.registers)
-        join(partial_BHNL, lse_BHN, out_BHL, ranges)
+        join(partial_BHNL, lse_BHN, out_BHL, ranges, early=lean)
     return out_BHL
 
 

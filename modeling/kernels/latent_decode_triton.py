@@ -219,8 +219,18 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def join_kernel(
-    partial, lse, out, splits, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+    partial,
+    lse,
+    out,
+    splits,
+    HEADS: tl.constexpr,
+    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:  # programs may stand ready before the kernel that makes the partial sums has ended
+        tl.extra.cuda.gdc_wait()
     # One warp: what a head's ranges have in common passes between threads without a barrier, and most devices hold 32 such
     # programs a multiprocessor. Four warps on 16 ranges took 50 us for 4,096 heads of 2 ranges on an H200.
     columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -309,13 +319,17 @@ def partial_sums(out_BHL: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     return partial_BHNL, torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
 
 
-def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int) -> None:
-    """Write the output from the partial sums, where there are any; on the current device."""
+def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int, *, early: bool = False) -> None:
+    """Write the output from the partial sums, where there are any; on the current device.
+
+    early: it is launched while the kernel before it ends, which Hopper can (CUDA's programmatic dependent launch).
+    """
     if splits > 1:
         B, H, L = out_BHL.shape
         constants = join_constants(n_heads=H, kv_lora_rank=L, splits=splits)
         grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
-        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=1)
+        options = {"launch_pdl": True} if early else {}
+        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, EARLY=early, num_warps=1, **options)
 
 
 def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, plan: Plan) -> dict[str, int | bool]:

@@ -79,7 +79,14 @@ def emulated(kernel: Any, inputs: Inputs, programs: int, seed: int, lean: bool) 
         lean=lean,
         describe=gluon_emulation.Descriptor,
     )
-    gluon_emulation.launch(kernel.attend_words_kernel, grid, *arguments, seed=seed, stand_ins={"_planes": planes}, **constants)
+    gluon_emulation.launch(
+        kernel.attend_words_kernel,
+        grid,
+        *arguments,
+        seed=seed,
+        stand_ins={"_planes": planes, "_let_next_begin": lambda: None},
+        **constants,
+    )
     return partial_BHNL if alone else joined(partial_BHNL, lse_BHN)
 
 
@@ -287,6 +294,25 @@ def test_results_repeat_bit_for_bit_on_a_gpu(stored: torch.dtype | None, lean: b
     assert inputs.error(first) < TOLERANCE[BFLOAT]
     for _ in range(50):
         assert torch.equal(first, run(case, inputs, lean))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("programs", [1, 7])
+@pytest.mark.parametrize("stored", [INT8, None], ids=str)
+def test_a_captured_lean_launch_follows_lengths_that_change_on_the_device(stored: torch.dtype | None, programs: int) -> None:
+    case = Case(16, dtype=BFLOAT, slots=1000, lengths=(1000, 700), splits=programs, stored=stored, **SHAPE)
+    given = [make_inputs(replace(case, lengths=lengths), beyond=0.0, device="cuda") for lengths in ((1000, 700), (10, 333))]
+    inputs = make_inputs(case, beyond=0.0, device="cuda")
+    run(case, inputs, True)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_BHL = run(case, inputs, True)
+    for other in 20 * given:
+        for to, source in zip(inputs.arguments, other.arguments, strict=True):
+            if to is not None and source is not None:
+                to.copy_(source)
+        graph.replay()
+        assert other.error(out_BHL) < TOLERANCE[BFLOAT]
 
 
 @pytest.mark.gpu
