@@ -21,7 +21,7 @@ from typing import Any
 from harness.decode.kv_calculator import LatentShape, LayerCache
 from harness.errors import UserError
 from harness.hf.config_json import LATENT_SIZES
-from harness.hf.meta_model import DoesNotRun, Held, cache_after, changed, on_meta
+from harness.hf.meta_model import DoesNotRun, Held, cache_after, on_meta, with_fields
 
 SHORT, LONGER = 16, 24  # lengths at which a cache is read
 # Read from the folder by nobody here: code, quantised weights and the choice of kernels change no shape.
@@ -229,7 +229,7 @@ def _deciding_defaults(language: Any, written: Mapping[str, Any], layers: tuple[
             continue
         try:
             other = not default if isinstance(default, bool) else 2 * default
-            seen, _ = _seen(changed(language, {**written, name: other}), None)
+            seen, _ = _seen(with_fields(language, {**written, name: other}), None)
             differs = list(map(_shape, seen)) != list(map(_shape, layers))
         except (DoesNotRun, UserError, MemoryError):
             differs = not isinstance(default, bool) and _SIZES.search(name) is not None

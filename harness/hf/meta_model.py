@@ -37,7 +37,7 @@ def _their_code() -> Iterator[None]:
         raise DoesNotRun from error
 
 
-def changed(language: Any, fields: Mapping[str, Any]) -> Any:
+def with_fields(language: Any, fields: Mapping[str, Any]) -> Any:
     """A configuration of the same class with these fields. Raises DoesNotRun."""
     with _their_code():
         return type(language).from_dict({**fields, "model_type": language.model_type})

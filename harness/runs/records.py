@@ -225,14 +225,14 @@ class StudyRecord(TypedDict):
     history: NotRequired[list[DeclarationRecord]]  # absent from older records
 
 
-class ModelRecord(TypedDict):
+class SavedModelConfig(TypedDict):
     max_seq_len: Positive
 
 
 class RunConfig(TypedDict):
     """What a report needs of config.yaml, whose version may be an older one."""
 
-    model: ModelRecord
+    model: SavedModelConfig
 
 
 class DecodeRow(TypedDict):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeling.kernels.latent_decode_others import decode_by
+from modeling.kernels.latent_decode_dispatch import decode_by
 
 
 def latent_decode(

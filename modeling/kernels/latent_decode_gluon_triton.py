@@ -45,7 +45,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from modeling.kernels import latent_decode_gluon_words_triton as in_words
-from modeling.kernels.latent_decode_parts_gluon_triton import check_copied, descriptor, is_copied
+from modeling.kernels.latent_decode_copies_gluon_triton import check_copied, descriptor, is_copied
 from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, partial_sums, rounded_slots, size_of
 
 HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
@@ -57,7 +57,7 @@ SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4
 OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
 
 
-class Memory(NamedTuple):
+class ManyHeadsMemory(NamedTuple):
     """What a program has in shared memory, and the barriers that say when it may be read (`full`, `ready`) or written."""
 
     q: Any  # (2, 64, 256): the halves of the columns
@@ -72,7 +72,7 @@ class Memory(NamedTuple):
     weights_ready: Any
 
 
-class Place(NamedTuple):
+class ManyHeadsPlace(NamedTuple):
     """Which part of the problem a program computes."""
 
     row: Any
@@ -265,7 +265,7 @@ def attend_kernel(
     dtype: gl.constexpr = latent.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    shared = Memory(
+    shared = ManyHeadsMemory(
         gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide),
         gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide),
         gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide),
@@ -286,7 +286,7 @@ def attend_kernel(
         mbarrier.init(shared.weights_ready.index(i), count=1)
     fence_async_shared()
 
-    place = Place(row, head, heads, split, splits, start, end, pairs)
+    place = ManyHeadsPlace(row, head, heads, split, splits, start, end, pairs)
     gl.warp_specialize(
         [
             (_bring, (q_latent, q_rope, latent, k_rope, shared, place)),

@@ -54,7 +54,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from modeling.kernels.decode_kernels import EIGHT_BITS
-from modeling.kernels.latent_decode_parts_gluon_triton import check_copied, descriptor
+from modeling.kernels.latent_decode_copies_gluon_triton import check_copied, descriptor
 from modeling.kernels.latent_decode_triton import MAX_SPLITS, Tile, choose_splits, join, partial_sums, rounded_slots, size_of
 
 HEADS, SLOTS, PAIRS, ROTATED = gl.constexpr(16), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)

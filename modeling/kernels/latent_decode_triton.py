@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modeling.kernels.decode_kernels import EIGHT_BITS
-from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
+from modeling.kernels.latent_decode_shared_triton import load_rows, slots_of_program, weights_so_far
 from modeling.kernels.latent_decode_words_triton import attend_words_kernel
 
 MAX_SPLITS = 128

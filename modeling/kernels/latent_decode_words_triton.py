@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from modeling.kernels.latent_decode_parts_triton import load_rows, slots_of_program, weights_so_far
+from modeling.kernels.latent_decode_shared_triton import load_rows, slots_of_program, weights_so_far
 
 
 @triton.jit
