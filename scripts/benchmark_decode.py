@@ -32,7 +32,7 @@ from harness.config.typed import did_you_mean
 from harness.entry.cli import parse_options, run_script, whole_numbers
 from harness.errors import UserError, as_user_error
 from harness.files.untrusted import Count, Positive
-from modeling.formats import FORMS, read_format
+from modeling.cache_formats import FORMS, read_format
 
 if TYPE_CHECKING:
     import torch

@@ -37,7 +37,7 @@ from harness.files.untrusted import Count, Positive
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import storing
 from harness.runs.provenance import commit
-from modeling.formats import FORMS
+from modeling.cache_formats import FORMS
 
 if TYPE_CHECKING:
     from harness.runs.load import TrainedModel

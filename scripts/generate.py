@@ -17,7 +17,7 @@ enter_environment()
 from harness.config.schema import CacheDtype, Device
 from harness.entry.cli import chosen_run, parse_options, run_script
 from harness.errors import UserError, as_user_error, tell
-from modeling.formats import FORMS
+from modeling.cache_formats import FORMS
 
 
 @dataclass

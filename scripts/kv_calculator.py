@@ -37,7 +37,7 @@ from harness.entry.cli import options_and_overrides, run_script
 from harness.errors import UserError, as_user_error
 from harness.files.text import visible
 from harness.hf.config_json import OWN_TYPE, own_model, refuse_absent, their_json
-from modeling.formats import PAIR, ROTATED, read_format
+from modeling.cache_formats import PAIR, ROTATED, read_format
 from modeling.refusal import Refusal
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -232,6 +233,12 @@ def test_heavy_libraries_are_imported_where_they_are_needed_and_not_before(file:
     names = set(imported_by(file, at_the_top=True))
     assert {name.partition(".")[0] for name in names}.isdisjoint(set(LAZY) - CHOSEN.get(name_of(file), set()))
     assert not any(is_below(name, module) for name in names for module in CHOSEN)
+
+
+def test_a_class_name_means_one_thing() -> None:
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in PROJECT]
+    names = Counter(node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")
+    assert [name for name, places in names.items() if places > 1] == []
 
 
 def test_no_folder_or_file_of_ours_hides_a_package() -> None:

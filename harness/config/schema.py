@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from harness.files.untrusted import Figure, Positive
-from modeling.formats import read_format
+from modeling.cache_formats import read_format
 from modeling.refusal import Refusal
 
 
@@ -192,7 +192,7 @@ class EvaluationConfig:
 
 @dataclass
 class CacheConfig:
-    """The format (modeling/formats.py) that cache sizes are quoted in, and at evaluation what a cache keeps."""
+    """The format (modeling/cache_formats.py) that cache sizes are quoted in, and at evaluation what a cache keeps."""
 
     dtype: CacheDtype = "bfloat16"
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from harness.errors import tell
 from modeling.attention.cache import Cache
+from modeling.cuda_graphs import CudaGraphs, Graph
 from modeling.gpt import GPT
-from modeling.graphs import CudaGraphs, Graph
 
 
 class TokenLosses:

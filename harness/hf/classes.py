@@ -84,7 +84,7 @@ def register() -> None:
 def generation_cache(max_seq_len: int, dtype: str) -> Any:
     """past_key_values for our own class: an empty cache of so many tokens a row that keeps what `dtype` says.
 
-    The names are those of cache.dtype (modeling/formats.py): generate(ids, past_key_values=generation_cache(256, "k8v4")).
+    Names are those of cache.dtype (modeling/cache_formats.py): generate(ids, past_key_values=generation_cache(256, "k8v4")).
     Raises UserError for others.
     """
     from harness.hf.own_class import GenerationCache

@@ -13,7 +13,7 @@ from typing import Any
 
 from harness.files.text import counted
 from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
-from modeling.formats import read_format
+from modeling.cache_formats import read_format
 from modeling.refusal import Refusal
 
 # How a split is scored where nothing else is said.

@@ -17,7 +17,7 @@ from torch import Tensor
 from harness.errors import UserError
 from harness.training.optimizer import Optimizer
 from harness.training.parallel import OneProcess
-from modeling.graphs import CudaGraphs, Graph
+from modeling.cuda_graphs import CudaGraphs, Graph
 
 WARM_UP = 3  # eager steps before the capture: compilation, the optimizer's state, the libraries' workspaces
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modeling.attention.positions import in_graph
 from modeling.attention.quantisation import GROUP, NAMED, CachedTensor, CacheFormat, Parts, Storage, as_format, newest_bytes
-from modeling.formats import ROTATED
+from modeling.cache_formats import ROTATED
 from modeling.kernels.attend import band
 from modeling.refusal import Refusal
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.formats import read_format
+from modeling.cache_formats import read_format
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # magnitude that each type holds
 SCALE = torch.bfloat16
@@ -223,7 +223,7 @@ NAMED: dict[str, Storage] = {
 
 
 def cache_format(name: str) -> CacheFormat:
-    """The format of that name. Raises Refusal, with the forms there are, for any other (modeling/formats.py)."""
+    """The format of that name. Raises Refusal, with the forms there are, for any other (modeling/cache_formats.py)."""
     read = read_format(name)
     return CacheFormat(name, NAMED[read.keys], NAMED[read.values], read.rotated, read.by_channel)
 

@@ -49,7 +49,7 @@ from harness.entry.cli import parse_options, whole_numbers
 from harness.errors import UserError
 from harness.evaluation.probes import probe
 from modeling.attention import MECHANISMS
-from modeling.formats import FORMS
+from modeling.cache_formats import FORMS
 from modeling.shapes import shapes_only
 from scripts.downstream_eval import DownstreamOptions
 from scripts.generate import GenerateOptions
@@ -429,7 +429,7 @@ def test_typed_refuses_what_does_not(kind: Any, value: Any) -> None:
 
 def test_the_names_of_formats_are_read_without_torch_and_are_those_of_the_cache() -> None:
     from modeling.attention.quantisation import NAMED
-    from modeling.formats import BITS
+    from modeling.cache_formats import BITS
 
     assert list(NAMED) == list(BITS)
     read = "import sys, harness.config.schema; assert 'torch' not in sys.modules"

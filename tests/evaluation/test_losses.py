@@ -13,8 +13,8 @@ from harness.config.compose import load_train_config
 from harness.errors import UserError
 from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.runs.load import token_losses
+from modeling.cuda_graphs import Graph
 from modeling.gpt import GPT
-from modeling.graphs import Graph
 from tests.support.graphs import Again
 
 CPU = torch.device("cpu")

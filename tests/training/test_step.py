@@ -16,7 +16,7 @@ from harness.training.nonfinite import Guard, NonFiniteError
 from harness.training.optimizer import build_optimizer, choose_recipe
 from harness.training.parallel import OneProcess
 from harness.training.step import WARM_UP, CapturedStep, EagerStep, select_capture
-from modeling.graphs import Graph
+from modeling.cuda_graphs import Graph
 from tests.support.graphs import Again
 from tests.support.tiny_model import TinyModel, optimizer_config, tiny_batches, tiny_model
 

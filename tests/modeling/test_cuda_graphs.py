@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from modeling.graphs import CudaGraphs
+from modeling.cuda_graphs import CudaGraphs
 
 pytestmark = pytest.mark.gpu
 
