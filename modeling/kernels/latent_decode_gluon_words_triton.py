@@ -90,7 +90,7 @@ class Memory(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Which part of the problem a program computes."""
+    """Which part of the problem a program computes, and where what it needs and makes lies."""
 
     row: Any
     head: Any
@@ -99,6 +99,11 @@ class Place(NamedTuple):
     ranges: Any
     per_range: Any
     length: Any
+    scales: Any  # of the row's first slot
+    scales_stride: Any
+    out: Any
+    lse: Any
+    scale_log2: Any
 
 
 @gluon.jit
@@ -244,22 +249,22 @@ def _weighted(shared, stage, p, even_sums, odd_sums, shrink, FIRST: gl.constexpr
 
 
 @gluon.jit
-def _steps(scales, slot, stride, WIDE: gl.constexpr):
+def _steps(place, slot, WIDE: gl.constexpr):
     """The scales of a block of slots, of 16 bits ones; before a row's first slot nothing is read."""
     if WIDE:
         steps = gl.full([SLOTS], 1.0, gl.float32, gl.SliceLayout(1, MADE))
     else:
         numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
-        steps = gl.load(scales + numbers * stride, mask=numbers >= 0, other=0.0).to(gl.float32)
+        steps = gl.load(place.scales + numbers * place.scales_stride, mask=numbers >= 0, other=0.0).to(gl.float32)
     return steps
 
 
 @gluon.jit
-def _store(out, places, sums, FIRST: gl.constexpr, PLANE: gl.constexpr, WIDE: gl.constexpr, filled, heads):
+def _store(place, places, sums, FIRST: gl.constexpr, PLANE: gl.constexpr, WIDE: gl.constexpr, filled, heads):
     between: gl.constexpr = 1 if WIDE else 2
     columns = 2 * FIRST + (PART if WIDE else 1) * PLANE + between * gl.arange(0, PART, gl.SliceLayout(1, MADE))
-    places = out + places[None, :] * (2 * PAIRS) + columns[:, None]
-    gl.store(places, sums.to(out.dtype.element_ty), mask=heads[None, :] < filled)
+    places = place.out + places[None, :] * (2 * PAIRS) + columns[:, None]
+    gl.store(places, sums.to(place.out.dtype.element_ty), mask=heads[None, :] < filled)
 
 
 @gluon.jit
@@ -276,11 +281,6 @@ def _with(other, sums, own, its, NUMBER: gl.constexpr):
 def _attend(
     shared,
     place,
-    scales,
-    stride,
-    out,
-    lse,
-    scale_log2,
     GROUP: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -297,16 +297,16 @@ def _attend(
     parts = gl.zeros([SLOTS, HEADS], gl.float32, MADE)  # of total: warps meet for it once, behind the loop
     m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MADE))
     p = shared.p.index(GROUP).permute((1, 0))
-    steps = _steps(scales, gl.minimum(start, end - SLOTS), stride, WIDE)
+    steps = _steps(place, gl.minimum(start, end - SLOTS), WIDE)
     for block in range(place.per_range // SLOTS):
         number = GROUPS * block + GROUP
         stage = number % STAGES
         first = start + SLOTS * block
         step = steps[:, None]
         # Of the next block, on their way meanwhile.
-        steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride, WIDE)
+        steps = _steps(place, gl.minimum(first + SLOTS, end - SLOTS), WIDE)
         mbarrier.wait(shared.full.index(stage), (number // STAGES) & 1)
-        scores = _scores(shared, stage, step, size, INT8, WIDE, DIGITS) * scale_log2
+        scores = _scores(shared, stage, step, size, INT8, WIDE, DIGITS) * place.scale_log2
         numbers = gl.minimum(first, end - SLOTS) + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
         scores = gl.where(numbers[:, None] >= first, scores, float("-inf"))
         stepped = scores + gl.log2(gl.maximum(step, 1e-30))
@@ -368,16 +368,16 @@ def _attend(
             places = places * place.ranges + place.first_range + GROUP
             # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
             filled = gl.where(start < end, place.heads, 0)
-            gl.store(lse + places, gl.where(start < end, m + gl.log2(total), float("-inf")), mask=heads < place.heads)
+            gl.store(place.lse + places, gl.where(start < end, m + gl.log2(total), float("-inf")), mask=heads < place.heads)
         share = (1.0 / total)[None, :]
-        _store(out, places, even_0 * share, 0, 0, WIDE, filled, heads)
-        _store(out, places, odd_0 * share, 0, 1, WIDE, filled, heads)
-        _store(out, places, even_1 * share, PART, 0, WIDE, filled, heads)
-        _store(out, places, odd_1 * share, PART, 1, WIDE, filled, heads)
-        _store(out, places, even_2 * share, 2 * PART, 0, WIDE, filled, heads)
-        _store(out, places, odd_2 * share, 2 * PART, 1, WIDE, filled, heads)
-        _store(out, places, even_3 * share, 3 * PART, 0, WIDE, filled, heads)
-        _store(out, places, odd_3 * share, 3 * PART, 1, WIDE, filled, heads)
+        _store(place, places, even_0 * share, 0, 0, WIDE, filled, heads)
+        _store(place, places, odd_0 * share, 0, 1, WIDE, filled, heads)
+        _store(place, places, even_1 * share, PART, 0, WIDE, filled, heads)
+        _store(place, places, odd_1 * share, PART, 1, WIDE, filled, heads)
+        _store(place, places, even_2 * share, 2 * PART, 0, WIDE, filled, heads)
+        _store(place, places, odd_2 * share, 2 * PART, 1, WIDE, filled, heads)
+        _store(place, places, even_3 * share, 3 * PART, 0, WIDE, filled, heads)
+        _store(place, places, odd_3 * share, 3 * PART, 1, WIDE, filled, heads)
 
 
 @gluon.jit
@@ -429,7 +429,21 @@ def attend_words_kernel(
     ranges = programs * GROUPS
     length = gl.minimum(gl.load(lengths + row).to(gl.int32), slots)
     per_range = gl.cdiv(gl.cdiv(length, ranges), SLOTS) * SLOTS
-    place = Place(row, head, heads, gl.program_id(1) * GROUPS, ranges, per_range, length)
+    scales = latent_scale + wide_row * latent_scale_stride_b
+    place = Place(
+        row,
+        head,
+        heads,
+        gl.program_id(1) * GROUPS,
+        ranges,
+        per_range,
+        length,
+        scales,
+        latent_scale_stride_s,
+        out,
+        lse,
+        scale_log2,
+    )
 
     dtype: gl.constexpr = k_rope.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -482,30 +496,11 @@ def attend_words_kernel(
     shared.q_rotated.store(_load_queries(q_rope + wide_row * q_rope_stride_b, head, heads, q_rope_stride_h, 1, ROTATED))
     fence_async_shared()
 
-    scales = latent_scale + wide_row * latent_scale_stride_b
     if GROUPS == 1:
         gl.warp_specialize(
             [
                 (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
-                (
-                    _attend,
-                    (
-                        shared,
-                        place,
-                        scales,
-                        latent_scale_stride_s,
-                        out,
-                        lse,
-                        scale_log2,
-                        0,
-                        GROUPS,
-                        STAGES,
-                        INT8,
-                        WIDE,
-                        DIGITS,
-                        ONE,
-                    ),
-                ),
+                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
             ],
             WIDE_WARPS,
             WIDE_REGISTERS,
@@ -514,44 +509,8 @@ def attend_words_kernel(
         gl.warp_specialize(
             [
                 (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
-                (
-                    _attend,
-                    (
-                        shared,
-                        place,
-                        scales,
-                        latent_scale_stride_s,
-                        out,
-                        lse,
-                        scale_log2,
-                        0,
-                        GROUPS,
-                        STAGES,
-                        INT8,
-                        WIDE,
-                        DIGITS,
-                        ONE,
-                    ),
-                ),
-                (
-                    _attend,
-                    (
-                        shared,
-                        place,
-                        scales,
-                        latent_scale_stride_s,
-                        out,
-                        lse,
-                        scale_log2,
-                        1,
-                        GROUPS,
-                        STAGES,
-                        INT8,
-                        WIDE,
-                        DIGITS,
-                        ONE,
-                    ),
-                ),
+                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
+                (_attend, (shared, place, 1, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
             ],
             WORKER_WARPS,
             WORKER_REGISTERS,

@@ -152,8 +152,8 @@ FAULTS = {
     "covered slots count twice": ("gl.where(numbers[:, None] >= first, scores", "gl.where(numbers[:, None] >= 0, scores"),
     "a sum does not shrink with its maximum": ("parts = parts * shrink[None, :] + gl", "parts = parts + gl"),
     "scales are those of the block before": (
-        "steps = _steps(scales, gl.minimum(first + SLOTS, end - SLOTS), stride, WIDE)",
-        "steps = _steps(scales, gl.minimum(first, end - SLOTS), stride, WIDE)",
+        "steps = _steps(place, gl.minimum(first + SLOTS, end - SLOTS), WIDE)",
+        "steps = _steps(place, gl.minimum(first, end - SLOTS), WIDE)",
     ),
     "planes are exchanged": ("    return even_sums, odd_sums\n", "    return odd_sums, even_sums\n"),
     "a head's size is forgotten": ("scores * step * size + rotated", "scores * step + rotated"),
