@@ -8,17 +8,15 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.config.places import ROOT
 from harness.entry.cli import pasteable, run_child
 from tests.support.attempts import Killer, assert_equal_runs
-from tests.support.forks import Forks, Started
+from tests.support.forks import Forks, Started, wait_for
 from tests.support.micro import Workplace, contents, json_lines, metrics_of
 from tests.support.wandb_server import WandbServer
 
@@ -138,13 +136,6 @@ def last_step(run: Path) -> int:
     path = run / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(whole[-1])["step"] if whole else -1
-
-
-def wait_for(condition: Any, process: Started | subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
 
 
 def test_the_command_leaves_with_143_and_the_command_that_it_names_continues_it(tmp_path: Path, forks: Forks) -> None:

@@ -32,6 +32,7 @@ from modeling.attention import EXECUTION
 from scripts import generate
 from tests.support.forks import Forks
 from tests.support.micro import STEPS, Workplace, contents, metrics_of, rows_of_steps, summary_of, without_clocks
+from tests.support.mutations import flip, truncate
 from tests.support.wandb_server import WandbServer
 
 OFTEN = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2", "model.dropout=0.1"]
@@ -150,17 +151,7 @@ def test_a_real_disk_that_is_full_or_read_only_keeps_the_last_good_checkpoint(
 # --- broken checkpoints ----------------------------------------------------------------------------------------------
 
 
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
-
-
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [_truncate, _flip, Path.unlink])
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
 @pytest.mark.parametrize("file", ["model.safetensors", "state.json"])
 def test_a_run_whose_newest_checkpoint_is_broken_goes_on_from_the_one_before_and_comes_out_the_same(
     place: Workplace, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], file: str

@@ -12,14 +12,14 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness.config.places import ROOT
-from tests.support.forks import Forks, Started
+from tests.support.forks import Forks, Started, wait_for
 from tests.support.micro import STEPS, Workplace, metrics_of, summary_of
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -152,13 +152,6 @@ def test_another_encoding_prints_with_replacement(encoding: str, shared: Workpla
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("réef ?".encode(encoding, "replace"))
-
-
-def wait_for(condition: Callable[[], bool], process: Started) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
 
 
 def started(place: Workplace, forks: Forks, **how: Any) -> tuple[Started, Path]:

@@ -21,7 +21,7 @@ from harness.study.plan import ArmConfig, StudyConfig, StudyPlan, TuneConfig, bu
 from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
 from scripts import run_study
-from tests.support.forks import Forks
+from tests.support.forks import Forks, wait_for
 from tests.support.micro import Workplace, summary_of
 from tests.support.small_study import forked_runs
 
@@ -251,10 +251,7 @@ def ended_in_its_second_run(forks: Forks, place: Workplace, number: signal.Signa
     said = place.folder / "said.txt"
     said.touch()
     process = forks.start(script, "study=demo", *runs, *where, *machine, streams=[os.devnull, said, os.devnull])
-    deadline = time.monotonic() + 200
-    while len(list(place.runs.glob("killed/*/metrics.jsonl"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.05)
+    wait_for(lambda: len(list(place.runs.glob("killed/*/metrics.jsonl"))) >= 2, process)
     (run,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
     process.send_signal(number)
     status = process.wait(60)

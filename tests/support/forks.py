@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,14 @@ class Started:
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
+
+
+def wait_for(condition: Callable[[], object], process: Started | subprocess.Popen[str], *, pause: float = 0.02) -> None:
+    """Until it holds; the process runs on, and four minutes suffice."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(pause)
 
 
 class Forks:

@@ -9,7 +9,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.tracking.wandb_sync import mark_sent, pending
 from scripts import sync_wandb
-from tests.support.forks import Forks
+from tests.support.forks import Forks, wait_for
 from tests.support.micro import Workplace, rows_of_steps, summary_of
 from tests.support.wandb_server import RecordedRun, WandbServer
 
@@ -37,10 +36,7 @@ def killed_when(forks: Forks, place: Workplace, seen: Callable[[Path], bool], *o
     overrides = place.overrides("name=run", *OPTIONS, *options)
     process = forks.start("train_model.py", *overrides, streams=[os.devnull] * 3, session=True)
     try:
-        until = time.monotonic() + 120
-        while not seen(run):
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.005)
+        wait_for(lambda: seen(run), process, pause=0.005)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # W&B's own process too
         process.wait(60)

@@ -31,6 +31,7 @@ from harness.training.parallel import OneProcess
 from harness.training.schedule import Schedule
 from harness.training.step import EagerStep
 from tests.support.forks import Forks
+from tests.support.mutations import flip, truncate
 from tests.support.tiny_model import TinyModel, optimizer_config, save_checkpoint, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
@@ -274,17 +275,7 @@ def test_content_that_no_save_wrote_is_damage_and_the_one_before_is_used(
         load_checkpoint(newer, model=tiny_model(), optimizer=None)
 
 
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
-
-
-@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink])
+@pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
@@ -303,7 +294,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
 def test_when_all_are_damaged_it_stops_and_deletes_nothing(tmp_path: Path) -> None:
     paths = [_save(tmp_path, step) for step in (1, 2)]
     for path in paths:
-        _flip(path / "model.safetensors")
+        flip(path / "model.safetensors")
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged .*overwrite=true"):
         latest_checkpoint(tmp_path)
     assert all({file.name for file in path.iterdir()} == FILES for path in paths)
@@ -316,14 +307,14 @@ def test_the_newest_two_are_kept_and_the_one_just_written_always(tmp_path: Path)
 
     # Both are damaged, the run goes on from elsewhere and saves an earlier step: that one is the only good one.
     for path in tmp_path.iterdir():
-        _flip(path / "model.safetensors")
+        flip(path / "model.safetensors")
     path = _save(tmp_path, 1, keep=1)
     assert path.exists() and latest_checkpoint(tmp_path) == path
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = _save(tmp_path, 5, seed=0)
-    _flip(path / "model.safetensors")
+    flip(path / "model.safetensors")
     assert _save(tmp_path, 5, seed=1) == path
     model = tiny_model(seed=2)
     load_checkpoint(path, model=model, optimizer=None)
