@@ -43,7 +43,7 @@ def read_parquet(path: Path, column: str) -> Iterator[str | None]:
                         for value in _values(batch, names):
                             yield value if value is None else _text(value, f"{path} (row {number})", column)
                             number += 1
-    except (pyarrow.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:  # of its headers
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:  # of its headers
         raise UserError(f"{path} cannot be read as parquet ({in_a_line(error)}): copy or make it anew") from error
 
 

@@ -251,7 +251,10 @@ def find_damage(path: Path) -> str | None:
             for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
                 if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
                     return f"{name} is no file of its own"
-            manifest = read_object(path / MANIFEST)
+            try:
+                manifest = read_object(path / MANIFEST)
+            except ValueError:
+                return f"{MANIFEST} is not readable"
             for name in (MODEL, OPTIMIZER, STATE):
                 if _describe(path / name) != manifest.get(name):
                     return f"{name} is not what was written"
@@ -262,8 +265,6 @@ def find_damage(path: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except DamagedCheckpoint as error:
         return error.reason
-    except ValueError:
-        return f"{MANIFEST} is not readable"
     return None
 
 
@@ -330,7 +331,7 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
                 kind = parts[odd[0]].get_dtype()
                 raise DamagedCheckpoint(path.parent, f"{path.name} holds {odd[0]} as {kind}, no {', '.join(_DTYPES)}")
             return {name: tuple(part.get_shape()) for name, part in parts.items()}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise DamagedCheckpoint(path.parent, f"{path.name}: {in_a_line(error)}") from None
 
 

@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from torch import Tensor
 
 import train_model
 from harness.config.run_config import load_run_config
+from harness.data.parquet import read_parquet
 from harness.data.prepared import open_prepared
 from harness.errors import UserError
 from harness.runs.load import load_trained
 from harness.tracking import tracker
 from harness.training.checkpoint import checkpoint_state, find_damage, latest_checkpoint
-from harness.training.nonfinite import Guard, NonFiniteError
+from harness.training.nonfinite import NonFiniteError
 from modeling.attention import EXECUTION
 from scripts import generate
 from tests.support.forks import Forks
@@ -236,7 +239,10 @@ def test_generators_that_are_none_are_damage_too(place: Workplace, capsys: pytes
     assert "is damaged (generators in state.json); looking for an earlier one" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [KeyError, TypeError, AttributeError, IndexError])
+MISTAKES = [KeyError, TypeError, AttributeError, IndexError, ValueError]
+
+
+@pytest.mark.parametrize("error", MISTAKES)
 def test_a_mistake_of_ours_is_not_called_damage(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
@@ -246,9 +252,26 @@ def test_a_mistake_of_ours_is_not_called_damage(
     def fail(*_: object) -> None:
         raise error("ours")
 
-    monkeypatch.setattr(Guard, "restore", fail)
+    for ours in ("nonfinite.Guard.restore", "checkpoint._describe", "checkpoint._headers"):
+        with monkeypatch.context() as planted, pytest.raises(error, match="ours"):
+            planted.setattr(f"harness.training.{ours}", fail)
+            place.train("run", *OFTEN)
+
+
+@pytest.mark.parametrize("error", MISTAKES)
+def test_a_mistake_of_ours_is_not_called_a_damaged_parquet_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a text"]}), file)
+    assert list(read_parquet(file, "text")) == ["a text"]
+
+    def fail(*_: object) -> None:
+        raise error("ours")
+
+    monkeypatch.setattr("harness.data.parquet._values", fail)
     with pytest.raises(error, match="ours"):
-        place.train("run", *OFTEN)
+        list(read_parquet(file, "text"))
 
 
 def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
