@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -362,13 +361,18 @@ def _names(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         key: f"{record['attention']} {record['model']}" if several_models else record["attention"]
         for key, record in setups.items()
     }
-    counts = Counter(names.values())
-    return {key: name if counts[name] == 1 else _distinguishing_name(setups[key]) for key, name in names.items()}
+    # Runs of several folders may share even their full name.
+    for longer in (_without_seeds, lambda record: record["name"], lambda record: f"{record['name']} {record['setup_hash']:.8}"):
+        counts = Counter(names.values())
+        names = {key: name if counts[name] == 1 else longer(setups[key]) for key, name in names.items()}
+    return names
 
 
-def _distinguishing_name(record: Mapping[str, Any]) -> str:
+def _without_seeds(record: Mapping[str, Any]) -> str:
     """The run's own name without its seeds, and of a default one, dataset-model-attention-overrides, from the attention on."""
-    name = re.sub(r"-seed\d+(-data\d+)?$", "", record["name"])
+    name, seed = str(record["name"]), f"-seed{record['seed']}"
+    both = f"{seed}-data{record['data_seed']}"
+    name = name.removesuffix(both if name.endswith(both) else seed)
     return name.removeprefix(f"{record.get('trained_on') or record['dataset']}-{record['model']}-")
 
 

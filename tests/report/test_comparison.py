@@ -516,6 +516,30 @@ def test_setups_of_one_variant_are_told_apart_by_the_names_of_their_runs(tmp_pat
     assert {setup.variant for setup in table.setups} == {*list(chosen)[:2], "gqa-n_kv_heads=1"}
 
 
+def test_only_the_seeds_of_a_run_are_cut_from_its_name(tmp_path: Path) -> None:
+    for name in ("rank-seed16", "rank-seed32"):
+        make_run(tmp_path / "chosen", "mla", name=name, setup_hash=name)
+    for name, setup in {"far-seed16-seed0": "a", "near-seed0-data7": "b", "other-seed0": "c", "seen-data7": "d"}.items():
+        make_run(tmp_path / "default", "mla", name=name, setup_hash=setup, data_seed=7)
+    (chosen,), (default,) = compare([tmp_path / "chosen"]).tables, compare([tmp_path / "default"]).tables
+    assert {setup.variant for setup in chosen.setups} == {"rank-seed16", "rank-seed32"}
+    assert {setup.variant for setup in default.setups} == {"far-seed16", "near", "other", "seen-data7"}
+
+
+def test_no_two_setups_of_a_table_have_one_label(tmp_path: Path) -> None:
+    """Shortened alike, like another setup's attention, or with one name in two folders."""
+    for seed in (16, 32):
+        make_run(tmp_path / "runs", "mla", seed, name=f"rank-seed{seed}", setup_hash=f"rank{seed}")
+    for number in (0, 1):
+        make_run(tmp_path / "runs" / str(number), "mla", name="again-seed0", setup_hash=f"again{number}")
+    make_run(tmp_path / "runs", "mla", name="gqa-seed0", setup_hash="called-gqa")
+    make_run(tmp_path / "runs", "gqa", name="of-gqa", setup_hash="gqa")
+    folders = [tmp_path / "runs", *(tmp_path / "runs" / str(number) for number in (0, 1))]
+    labels = [setup.variant for table in compare(folders).tables for setup in table.setups]
+    expected = ["again-seed0 again0", "again-seed0 again1", "gqa-seed0", "of-gqa", "rank-seed16", "rank-seed32"]
+    assert sorted(labels) == expected
+
+
 def test_an_evaluation_done_again_is_one_row(tmp_path: Path) -> None:
     run = make_run(tmp_path, "mha")
     evaluate(run, file="named-otherwise-then", bits_per_byte=1.4)
