@@ -118,7 +118,7 @@ def _files_on_hub(dataset: DatasetConfig) -> tuple[dict[str, list[str]], dict[st
     name, revision = dataset.hub_name, dataset.hub_revision
     splits = _split_files(_builder(dataset), dataset)
     files = [file for files in splits.values() for file in files]
-    return splits, hub_client.retried_hub_call(lambda: hub_client.file_hashes(name, files, revision), f"the hashes of {name}")
+    return splits, hub_client.file_hashes(name, files, revision)
 
 
 def _builder(dataset: DatasetConfig) -> Any:

@@ -53,7 +53,7 @@ def connect(path: str, what: str, kind: str = "dataset") -> None:
 
 
 def retried_hub_call(call: Callable[[], Result], what: str, kind: str = "dataset") -> Result:
-    """The result of a library call, tried three times.
+    """What a call of the hub's library answers, tried three times; whatever is made of it stands outside.
 
     Raises UserError at once for what the hub does not have, HubUnreachable for what it breaks off every time.
     """
@@ -104,17 +104,24 @@ def hub_file(repository: str, name: str, revision: str | None, what: str, kind: 
     connect(f"{folder}{repository}/resolve/{revision or 'main'}/{name}", what, kind)
     import huggingface_hub
 
-    def download() -> Path:
-        return Path(huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=repo_type))
+    def download() -> str:
+        return huggingface_hub.hf_hub_download(repository, name, revision=revision, repo_type=repo_type)
 
-    return retried_hub_call(download, what, kind)
+    return Path(retried_hub_call(download, what, kind))
 
 
 def file_hashes(repository: str, names: list[str], revision: str) -> dict[str, str]:
     """What the hub states of a dataset's files: SHA-256, or git's SHA-1 of a blob for small files outside LFS."""
     import huggingface_hub
 
-    stated = _stated(huggingface_hub.HfApi().get_paths_info(repository, names, revision=revision, repo_type="dataset"))
+    hub = huggingface_hub.HfApi()
+
+    def listed() -> list[Any]:
+        return hub.get_paths_info(repository, names, revision=revision, repo_type="dataset")
+
+    stated = _stated(retried_hub_call(listed, f"the hashes of {repository}"))
+    if lacking := [name for name in names if name not in stated]:
+        raise UserError(f"{endpoint()} states no hash of {lacking[0]} in {repository}: {_remedies('dataset')}")
     return {name: stated[name] for name in names}
 
 
@@ -156,12 +163,13 @@ def model_files(repository: str, revision: str | None) -> tuple[str, dict[str, s
 
     hub = huggingface_hub.HfApi()
 
-    def listed() -> tuple[str, dict[str, str]]:
-        commit = hub.model_info(repository, revision=revision).sha
-        assert commit is not None
-        return commit, _stated(hub.list_repo_tree(repository, revision=commit, repo_type="model"))
+    commit = retried_hub_call(lambda: hub.model_info(repository, revision=revision), what, "weights").sha
+    assert commit is not None
 
-    return retried_hub_call(listed, what, "weights")
+    def listed() -> list[Any]:
+        return list(hub.list_repo_tree(repository, revision=commit, repo_type="model"))
+
+    return commit, _stated(retried_hub_call(listed, what, "weights"))
 
 
 def is_as_stated(path: Path, stated: str) -> bool:

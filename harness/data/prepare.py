@@ -33,7 +33,7 @@ from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError, readable, tell, writable
 from harness.files.atomic import DISK_ERRORS, flush
 from harness.files.lock import locked
-from harness.files.untrusted import read_object
+from harness.files.untrusted import Unreadable, read_object
 
 _BATCH = 1_000_000  # characters encoded at once; the encodings take forty times as much memory
 _BPE_BYTES = 100_000_000  # a BPE is trained on the first so many bytes of the training split
@@ -87,7 +87,7 @@ def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: boo
             return None
     for folder in folders:
         found = None
-        with contextlib.suppress(OSError, ValueError):  # whatever else lies there
+        with contextlib.suppress(OSError, Unreadable):  # whatever else lies there
             found = read_object(folder / "meta.json").get("fingerprint")
         if found == fingerprint and (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == tokenizer:
             return prepared

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from harness.data.documents import SPLITS
 from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError, in_a_line, readable
-from harness.files.untrusted import is_count, read_object, stays_inside
+from harness.files.untrusted import Unreadable, is_count, read_object, stays_inside
 
 DTYPES = ("<u2", "<u4")
 FORMAT = 1  # raised whenever the same source and settings would give other files
@@ -119,7 +119,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     file = folder / "meta.json"
     try:
         meta = read_object(file)
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise DamagedData(f"{file} cannot be read ({error}): prepare the data again") from error
     if meta.get("format") != FORMAT:
         raise DamagedData(

@@ -31,7 +31,7 @@ from harness.config.schema import TrainConfig
 from harness.config.typed import did_you_mean, fields_below, typed
 from harness.entry.streams import protect_streams
 from harness.errors import UserError, readable, sentence
-from harness.files.untrusted import read_object
+from harness.files.untrusted import Unreadable, read_object
 
 Options = TypeVar("Options")
 HELP = frozenset(("-h", "--help"))
@@ -368,5 +368,5 @@ def finished_runs(runs_dir: Path) -> list[Path]:
 def _finished_at(summary: Path) -> str:
     try:
         return str(read_object(summary).get("finished_at") or "")
-    except (OSError, ValueError):  # said by whoever takes this run
+    except (OSError, Unreadable):  # said by whoever takes this run
         return ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, writable
-from harness.files.untrusted import read_object
+from harness.files.untrusted import Unreadable, read_object
 
 # What a disk, or what lies in the place of a file of ours, refuses.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EISDIR)
@@ -25,7 +25,7 @@ def read_json(path: Path, *, record: bool = False) -> dict[str, Any]:
     """A JSON object from a file; record: as strictly as `read_object` takes it. Raises UserError when it is not one."""
     try:
         return read_object(path, record=record)
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}): delete it and run the command that wrote it again") from None
 
 

@@ -1,6 +1,7 @@
 """Reading what somebody else may have written: strict JSON objects, and names that stay inside their folder.
 
-Nothing here raises anything but OSError and ValueError, whatever the bytes: callers make their own sentence of it.
+Whatever the bytes, what is read here raises OSError or Unreadable, of which callers make their own sentence. Any other
+error, a plain ValueError too, is a fault of the code.
 """
 
 from __future__ import annotations
@@ -19,37 +20,43 @@ Rate = Annotated[float, 1e-30]
 MOST_BYTES = 1 << 28  # no JSON file of this project comes near it; parsing takes ten times as much memory
 
 
+class Unreadable(ValueError):
+    """What a file is instead of what was asked for: half a sentence, one line."""
+
+
 def read_object(path: Path, *, record: bool = False, infinite: bool = False) -> dict[str, Any]:
     """A JSON object from a regular file.
 
     record: one of this project's own, in which no name stands twice and whole numbers have 64 bits. infinite: numbers need
-    not be finite, as in a config.json that Python wrote. Raises OSError, or ValueError (half a sentence, one line) for what
+    not be finite, as in a config.json that Python wrote. Raises OSError, or Unreadable for what
     is too large, no JSON in UTF-8, no object, nested too deeply, or holds a number that is no finite one.
     """
     size = path.stat().st_size
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise Unreadable("it is no regular file")
     if size > MOST_BYTES:
-        raise ValueError(f"{size:,} bytes are more than any such file has")
+        raise Unreadable(f"{size:,} bytes are more than any such file has")
     return parse_object(path.read_bytes(), record=record, infinite=infinite)
 
 
 def parse_object(data: bytes, *, record: bool = False, infinite: bool = False) -> dict[str, Any]:
     """The same from bytes."""
-    strict: dict[str, Any] = {"object_pairs_hook": _once_each, "parse_int": _whole} if record else {}
+    strict: dict[str, Any] = {"object_pairs_hook": _once_each, "parse_int": _whole} if record else {"parse_int": _printable}
     if not infinite:
         strict |= {"parse_float": _finite, "parse_constant": _refuse}
     try:
         value = json.loads(data.decode("utf-8"), **strict)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise Unreadable(str(error)) from None
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise Unreadable("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
+        raise Unreadable("it holds no JSON object")
     if b"\\ud" in data.lower():  # escaped, half a pair is JSON and no text
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("it holds half of a surrogate pair") from None
+            raise Unreadable("it holds half of a surrogate pair") from None
     return value
 
 
@@ -80,22 +87,29 @@ def is_count(value: Any) -> bool:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise Unreadable(f"{text[:20]} is no finite number")
     return value
 
 
 def _whole(text: str) -> int:
     if len(text) > 20 or not -(2**64) < (value := int(text)) < 2**64:
-        raise ValueError(f"{text[:20]} is beyond 64 bits")
+        raise Unreadable(f"{text[:20]} is beyond 64 bits")
     return value
+
+
+def _printable(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:  # thousands of digits, which Python refuses
+        raise Unreadable(str(error)) from None
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise Unreadable("a name stands twice in one object")
     return value
 
 
 def _refuse(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")
+    raise Unreadable(f"{text} is no number of JSON")

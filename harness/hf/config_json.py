@@ -16,7 +16,7 @@ from harness.config.checks import MOST, WIDEST
 from harness.config.schema import ModelConfig
 from harness.config.typed import typed
 from harness.errors import UserError
-from harness.files.untrusted import read_object
+from harness.files.untrusted import Unreadable, read_object
 
 LARGEST_FILE = 16 * 1024**2  # bytes
 MOST_ENTRIES, DEEPEST = 200_000, 24
@@ -120,9 +120,9 @@ def their_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file that somebody else wrote. Raises UserError where there is none, or no small one."""
     try:
         if (size := file.stat().st_size) > LARGEST_FILE:
-            raise ValueError(f"{size:,} bytes are more than {LARGEST_FILE:,}")
+            raise Unreadable(f"{size:,} bytes are more than {LARGEST_FILE:,}")
         return read_object(file, infinite=True)
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise UserError(f"{file} cannot be read as JSON ({error}): fetch it again") from None
 
 

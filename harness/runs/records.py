@@ -15,7 +15,7 @@ from harness.errors import UserError, readable
 from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
 from harness.files.atomic import read_json
 from harness.files.folders import listed
-from harness.files.untrusted import Count, Figure, Positive, Rate, is_count, parse_object, stays_inside, whole_lines
+from harness.files.untrusted import Count, Figure, Positive, Rate, Unreadable, is_count, parse_object, stays_inside, whole_lines
 
 STUDY_FILE = "study.json"  # in a study's folder
 DECODE_FILE = "decode.json"  # beside it
@@ -320,10 +320,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         try:
             row = parse_object(line, record=True)
             if lacking := [key for key in ("step", "tokens") if not is_count(row.get(key))]:
-                raise ValueError(f"it has no {lacking[0]} that is a count")
+                raise Unreadable(f"it has no {lacking[0]} that is a count")
             if wrong := [key for key, value in row.items() if not _is_logged(value)]:
-                raise ValueError(f"{wrong[0]} is no number")
-        except ValueError as error:
+                raise Unreadable(f"{wrong[0]} is no number")
+        except Unreadable as error:
             raise UserError(f"line {number} of {path} is damaged ({error}): {_METRICS_REMEDY}") from None
         rows.append(row)
     return rows

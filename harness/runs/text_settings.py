@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.files.untrusted import is_count, read_object
+from harness.files.untrusted import Unreadable, is_count, read_object
 
 TEXT_FILE = "text.json"
 # What tokenizer_config.json says of text; the rest is about classes and files of the checkpoint.
@@ -104,5 +104,5 @@ def _id(token: Any, vocabulary: Mapping[str, int]) -> int | None:
 def _object(file: Path) -> dict[str, Any]:
     try:
         return read_object(file)
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise UserError(f"{file} cannot be read ({error}): fetch it again") from None

@@ -34,7 +34,7 @@ from harness.errors import UserError, in_a_line, readable, tell
 from harness.files.atomic import flush
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
 from harness.files.hashes import file_sha256
-from harness.files.untrusted import is_count, read_object
+from harness.files.untrusted import Unreadable, is_count, read_object
 from harness.training.optimizer import Optimizer
 from harness.training.parallel import gathered, sharded_like
 
@@ -253,7 +253,7 @@ def find_damage(path: Path) -> str | None:
                     return f"{name} is no file of its own"
             try:
                 manifest = read_object(path / MANIFEST)
-            except ValueError:
+            except Unreadable:
                 return f"{MANIFEST} is not readable"
             for name in (MODEL, OPTIMIZER, STATE):
                 if _describe(path / name) != manifest.get(name):
@@ -307,7 +307,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     """state.json, of the form that _save gives it and of the step that the folder is named after. Raises DamagedCheckpoint."""
     try:
         content = read_object(path / STATE)
-    except (OSError, ValueError) as error:
+    except (OSError, Unreadable) as error:
         raise DamagedCheckpoint(path, f"{STATE} is not readable: {error}") from None
     caller, optimizer, generators = (content.get(key, path) for key in ("caller", "optimizer", "generators"))
     step = caller.get("step") if isinstance(caller, dict) else None

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -18,7 +19,7 @@ import pyarrow.parquet
 import pytest
 
 from harness.config.schema import DatasetConfig, TokenizerConfig
-from harness.data import Tokenizer, open_prepared
+from harness.data import Tokenizer, hub_client, open_prepared
 from harness.data import hub as hub_module
 from harness.data.documents import Document
 from harness.data.hub import articles, hub_source
@@ -388,3 +389,29 @@ def test_a_fault_in_reading_rows_is_no_file_that_cannot_be_read(
     monkeypatch.setattr(hub_module, "_way", fault)
     with pytest.raises(KeyError, match="a fault of ours"):
         first("words.text")
+
+
+def test_a_mistake_of_ours_in_what_the_hub_states_is_no_outage_and_a_file_without_a_hash_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def nothing(*_: object, **__: object) -> list[Any]:
+        asked.append(1)
+        return []
+
+    def fail(_: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.get_paths_info", nothing)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_tree", nothing)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha=REVISION))
+    monkeypatch.setattr(hub_client, "connect", lambda *_: None)
+    with pytest.raises(UserError, match=r"states no hash of a\.parquet in some/texts: take dataset=stdlib"):
+        hub_client.file_hashes("some/texts", ["a.parquet"], REVISION)
+    monkeypatch.setattr(hub_client, "_stated", fail)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        hub_client.file_hashes("some/texts", ["a.parquet"], REVISION)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        hub_client.model_files("some/model", None)
+    assert len(asked) == 3

@@ -249,12 +249,13 @@ def test_a_mistake_of_ours_is_not_called_damage(
     run = place.train("run", *OFTEN)
     (run / "summary.json").unlink()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error("ours")
 
-    for ours in ("nonfinite.Guard.restore", "checkpoint._describe", "checkpoint._headers"):
+    read = ("training.checkpoint._describe", "training.checkpoint._headers", "files.untrusted.parse_object")
+    for ours in (*read, "training.nonfinite.Guard.restore"):
         with monkeypatch.context() as planted, pytest.raises(error, match="ours"):
-            planted.setattr(f"harness.training.{ours}", fail)
+            planted.setattr(f"harness.{ours}", fail)
             place.train("run", *OFTEN)
 
 

@@ -28,14 +28,19 @@ from harness.config.compose import load_train_config
 from harness.config.run_config import load_run_config, save_run_config
 from harness.config.schema import DatasetConfig, TrackingConfig
 from harness.data import Tokenizer, open_prepared, prepare
+from harness.data.prepare import prepared_as
 from harness.data.prepared import DamagedData
+from harness.entry.cli import finished_runs
 from harness.errors import UserError, without_credentials
 from harness.evaluation.probes import probe
 from harness.files.atomic import read_json, write_json
-from harness.files.untrusted import parse_object, read_object, stays_inside
+from harness.files.untrusted import Unreadable, parse_object, read_object, stays_inside
+from harness.hf.config_json import their_json
 from harness.hf.shards import open_shards
 from harness.report.comparison import compare
 from harness.runs.load import load_trained
+from harness.runs.records import read_metrics
+from harness.runs.text_settings import TEXT_FILE, load_text
 from harness.study.results import load_results
 from harness.tracking import open_tracker
 from harness.training.checkpoint import load_checkpoint
@@ -429,7 +434,7 @@ def test_a_size_that_no_machine_has_is_refused_by_name(size: str, value: int) ->
     ],
 )
 def test_json_is_a_sound_object_or_a_value_error_in_one_line(content: bytes, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason) as caught:
+    with pytest.raises(Unreadable, match=reason) as caught:
         parse_object(content)
     assert "\n" not in str(caught.value)
 
@@ -437,8 +442,36 @@ def test_json_is_a_sound_object_or_a_value_error_in_one_line(content: bytes, rea
 def test_a_folder_or_a_pipe_is_no_json_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(ValueError, match="no regular file"):
+        with pytest.raises(Unreadable, match="no regular file"):
             read_object(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("any.json", lambda file: read_json(file)),
+        ("config.json", lambda file: their_json(file)),
+        ("metrics.jsonl", lambda file: read_metrics(file.parent)),
+        (TEXT_FILE, lambda file: load_text(file.parent)),
+        ("meta.json", lambda file: open_prepared(file.parent)),
+        ("meta.json", lambda file: prepared_as("", file.parent.parent, tokenizer="")),
+        ("summary.json", lambda file: finished_runs(file.parent.parent)),
+    ],
+)
+def test_a_value_error_of_ours_is_not_called_a_file_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: Callable[[Path], object]
+) -> None:
+    file = tmp_path / "all" / "one" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}\n")
+    (file.parent / "config.yaml").write_text("{}\n")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr("harness.files.untrusted.json.loads", fail)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        read(file)
 
 
 def test_a_sentence_is_one_line_without_control_characters_or_credentials() -> None:
