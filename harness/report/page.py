@@ -11,7 +11,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.report.colours import COLOURS, GRID, INK, PALE, PAPER, QUIET, RULE, darker, in_the_dark
+from harness.report.colours import (
+    COLOURS,
+    DARK_INK,
+    DARK_PAPER,
+    GRID,
+    INK,
+    PALE,
+    PAPER,
+    QUIET,
+    RULE,
+    WORSE,
+    darker,
+    in_the_dark,
+)
 from harness.report.document import Section
 from harness.report.findings import Findings
 from harness.report.pictures import Picture
@@ -42,6 +55,12 @@ def page(findings: Findings, parts: Sequence[Section]) -> str:
         samples={arm: legend_sample(style, numbers[arm]) for arm, style in arm_styles(findings).items()},
         drawn={picture.name: _drawn(picture, numbers) for picture in pictures},
         colours=_colours(),
+        ink=INK,
+        quiet=QUIET,
+        paper=PAPER,
+        dark_ink=DARK_INK,
+        dark_paper=DARK_PAPER,
+        alarm=WORSE,
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from harness.report import colours
+from harness.report import page as page_of
 from harness.report.write import write_report
 from harness.study.results import load_results
 from tests.support.study_runs import ARMS, TOKENS, Truth, write_study
@@ -67,6 +69,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_report(load_results(folder), folder)
     return folder / "report.html"
+
+
+def test_the_page_takes_its_colours_from_the_palette() -> None:
+    template = Path(page_of.__file__).with_name("page.html.j2").read_text(encoding="utf-8")
+    palette = {*colours.COLOURS, colours.INK, colours.QUIET, colours.PAPER, colours.DARK_INK, colours.DARK_PAPER}
+    assert palette & set(re.findall(r"#[0-9a-f]{6}", template)) == set()
 
 
 def browse(page: Path, *arguments: str) -> tuple[str, str]:
