@@ -53,7 +53,7 @@ class ModelConfig:
     n_heads: Positive
     head_dim: Positive
     max_seq_len: Positive
-    mlp: str  # swiglu | relu2
+    mlp: Literal["swiglu", "relu2"]
     mlp_hidden: Positive
     tie_embeddings: bool
     bias: bool

@@ -130,7 +130,7 @@ def test_help_shows_the_fields_of_what_was_chosen_beside_it(command: Command) ->
     shown = command("train_model.py", "--help", "attention=mla", "model=gpt2").output
     assert re.search(r"^attention.kv_lora_rank=256$", shown, re.MULTILINE)
     assert re.search(r"^seed=0 +initial values and dropout$", shown, re.MULTILINE)  # the comment of its YAML
-    assert re.search(r"^model.mlp=\w+ +swiglu \| relu2$", shown, re.MULTILINE)  # the comment of the schema
+    assert re.search(r"^model.mlp=\w+ +swiglu \| relu2$", shown, re.MULTILINE)  # the choices of the schema
     refused = command("train_model.py", "attention=mlaa", "--help")
     assert refused.status == 2 and refused.errors == "error: attention=mlaa does not exist; did you mean mla?\n"
 

@@ -62,7 +62,7 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
         "its fields are factor",
         ["attention.rope_scaling={rope_type:linear,factor:2}"],
     ),
-    ("model", ["model.mlp=gelu"], "choose swiglu or relu2", ["model.mlp=relu2"]),
+    ("model", ["model.mlp=tanh"], "choose from relu2, swiglu", ["model.mlp=relu2"]),
     ("model", ["model.max_seq_len=0"], "must be 1 or more", ["model.max_seq_len=1"]),
     ("model", ["micro_batch_size=3"], "choose a divisor", ["micro_batch_size=2"]),
     ("model", ["tracking.project=a=b"], "quote values", ["tracking.project='a=b'"]),
