@@ -76,9 +76,9 @@ def main(arguments: list[str]) -> int:
     picture = out / "comparison.png"
     with written_together(
         out, record="comparison.json", what=f"out={out}", remedy="choose another folder with out=..., or make room"
-    ) as aside:
-        names = [path.name for path in write_tables(comparison, aside)]
-        save_png(scatter(comparison), aside / picture.name)
+    ) as temporary:
+        names = [path.name for path in write_tables(comparison, temporary)]
+        save_png(scatter(comparison), temporary / picture.name)
     files = [*(out / name for name in names), picture]
     print(f"written: {', '.join(str(path) for path in files)}", flush=True)
 

@@ -106,7 +106,7 @@ def _open(folder: Path, verify: bool) -> PreparedData:
 
 
 def _leftovers(folder: Path) -> str:
-    """What the folders aside are called in which this one is made."""
+    """What the temporary paths are called at which this folder is made."""
     return f".{folder.name}.*.partial"
 
 
@@ -198,7 +198,7 @@ class _Preparation:
         return open_prepared(folder)
 
     def _build(self, folder: Path, source: Source, identity: dict[str, Any]) -> None:
-        """Fills a folder aside and renames it. The lock is held, so what an earlier attempt left behind is nobody's."""
+        """Fills a folder at a temporary path and renames it. The lock is held: what an earlier attempt left is nobody's."""
         leftovers = _leftovers(folder)
         partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
         with writable(f"data_dir={folder.parent}", _ELSEWHERE):

@@ -90,9 +90,9 @@ def main(argv: list[str]) -> int:
     if not lines:
         print("== Packages: all there")
         return 0
-    aside = unfinished.with_suffix(".new")
-    aside.write_text("\n".join(lines) + "\n")
-    os.replace(aside, unfinished)
+    temporary = unfinished.with_suffix(".new")
+    temporary.write_text("\n".join(lines) + "\n")
+    os.replace(temporary, unfinished)
     return 0
 
 

@@ -37,8 +37,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all; folders above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
@@ -53,10 +53,10 @@ def flush(path: Path) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside it for the new content, which takes its place at the end."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.unlink(missing_ok=True)  # in a run from elsewhere it may be a link that leads out of it
-    yield aside
-    os.replace(aside, path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # in a run from elsewhere it may be a link that leads out of it
+    yield temporary
+    os.replace(temporary, path)
 
 
 @contextlib.contextmanager
@@ -67,21 +67,21 @@ def written_together(folder: Path, *, record: str, stale: Sequence[str] = (), wh
     what an earlier set may have left there that this one does not have. An error of the disk is a UserError with `what`
     and `remedy`.
     """
-    aside = folder / f".unfinished-{os.getpid()}"
+    temporary = folder / f".unfinished-{os.getpid()}"
     with writable(what, remedy), contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(shutil.rmtree, aside, ignore_errors=True)
-        aside.mkdir(parents=True, exist_ok=True)
-        yield aside
-        new = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_file()]
+        at_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        new = [path.relative_to(temporary) for path in sorted(temporary.rglob("*")) if path.is_file()]
         for name in new:
             (folder / name).parent.mkdir(exist_ok=True)
         (folder / record).unlink(missing_ok=True)
         for name in new:
             if str(name) != record:
-                os.replace(aside / name, folder / name)
+                os.replace(temporary / name, folder / name)
         for old in [path for pattern in stale for path in folder.glob(pattern) if path.relative_to(folder) not in new]:
             old.unlink()
-        os.replace(aside / record, folder / record)
+        os.replace(temporary / record, folder / record)
 
 
 @contextlib.contextmanager
@@ -92,12 +92,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     check_target(target)
     _remove_leftovers(target)
-    aside = _partial(target)
+    temporary = _partial(target)
     with writable(f"to={target}", "choose another folder"), contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(shutil.rmtree, aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        os.replace(aside, target)
+        at_the_end.callback(shutil.rmtree, temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, target)
 
 
 def check_target(target: Path) -> None:

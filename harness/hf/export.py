@@ -6,7 +6,7 @@ What no stock class computes becomes a folder of our own class, which transforme
     tokenizer.json  tokenizer_config.json                       the run's tokenizer; plain bytes too are a fast tokenizer
     README.md                                                   the model card, with the run's figures
 
-The folder is written aside, loaded again, compared with the run and only then renamed.
+The folder is written at a temporary path, loaded again, compared with the run and only then renamed.
 """
 
 from __future__ import annotations
@@ -93,19 +93,19 @@ def export_run(run: Path, target: Path, *, kind: str = "auto") -> Exported:
         raise UserError(f"kind={kind} is unknown; choose {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     check_target(target)
     trained = load_trained(run, device=torch.device("cpu"), precision=torch.float32, execution=EXECUTION)
-    with new_folder(target) as aside:
-        _write_tokenizer(trained, aside)
-        theirs, misfits = _chosen(trained, aside, kind)
+    with new_folder(target) as temporary:
+        _write_tokenizer(trained, temporary)
+        theirs, misfits = _chosen(trained, temporary, kind)
         own = kind == "own" or bool(misfits)
         exported = Exported(target, type(theirs).__name__, theirs.num_parameters(), 0.0, own, misfits)
-        _check_room(aside, sum(parameter.nbytes for parameter in theirs.parameters()))
+        _check_room(temporary, sum(parameter.nbytes for parameter in theirs.parameters()))
         _take_their_dtype(trained, theirs)
         exported.dtype = str(theirs.dtype).removeprefix("torch.")
-        classes.save_theirs(theirs, aside, trained.tokenizer.stops, trained.tokenizer.begins)
-        exported.difference = _verify(trained, aside)
-        (aside / "README.md").write_text(model_card(run, trained, exported), encoding="utf-8")
-        for weights in aside.glob("*.safetensors"):  # written for the owner's eyes only
-            shutil.copymode(aside / "config.json", weights)
+        classes.save_theirs(theirs, temporary, trained.tokenizer.stops, trained.tokenizer.begins)
+        exported.difference = _verify(trained, temporary)
+        (temporary / "README.md").write_text(model_card(run, trained, exported), encoding="utf-8")
+        for weights in temporary.glob("*.safetensors"):  # written for the owner's eyes only
+            shutil.copymode(temporary / "config.json", weights)
     return exported
 
 

@@ -53,12 +53,12 @@ def write_report(results: StudyResults, folder: Path) -> list[Path]:
         stale=["figures/*.png"],
         what=f"the report in {folder}",
         remedy="make the folder writable, make room, or copy it to one that is",
-    ) as aside:
+    ) as temporary:
         for name, picture in pictures.items():
-            save_png(picture, aside / name)
+            save_png(picture, temporary / name)
         for name, text in texts.items():
-            write_text(aside / name, text)
-        write_json(aside / "report.json", as_dict(findings) | {"figures": list(pictures)})
+            write_text(temporary / name, text)
+        write_json(temporary / "report.json", as_dict(findings) | {"figures": list(pictures)})
     return [folder / name for name in (*texts, "report.json", *pictures)]
 
 

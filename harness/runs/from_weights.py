@@ -64,21 +64,21 @@ def make_run(
     origin: Mapping[str, Any],
     steps: int,
 ) -> None:
-    """Write the run's folder aside and rename it to `target`: it is there whole, or not at all.
+    """Write the run's folder at a temporary path and rename it to `target`: it is there whole, or not at all.
 
     write_model is handed the path of the safetensors file to write, of about model_bytes. tokenizer_file: None for plain
     bytes. text: of a checkpoint from elsewhere. origin is JSON-able; steps: optimizer steps behind the weights, 0 where
     nobody knows. Raises UserError when `target` exists and is not an empty folder, or cannot be written.
     """
-    with new_folder(target) as aside:
-        save_run_config(config, aside)
-        keep_changes(aside)
+    with new_folder(target) as temporary:
+        save_run_config(config, temporary)
+        keep_changes(temporary)
         if tokenizer_file is not None:
-            shutil.copyfile(tokenizer_file, aside / "tokenizer.json")
+            shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
         if text is not None:
-            text.save(aside)
-        save_weights(aside / "checkpoints", write_model=write_model, model_bytes=model_bytes, state={"step": steps})
-        write_json(aside / ORIGIN_FILE, origin)
+            text.save(temporary)
+        save_weights(temporary / "checkpoints", write_model=write_model, model_bytes=model_bytes, state={"step": steps})
+        write_json(temporary / ORIGIN_FILE, origin)
 
 
 def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, precision: torch.dtype) -> RunSummary:

@@ -142,8 +142,8 @@ class Session:
             self._continue(checkpoint)
         workers.seed_apart(config.seed, self.first_step - 1)
         if data.tokenizer_file is not None and workers.is_first:
-            with replacing(self.run / "tokenizer.json") as aside:
-                shutil.copyfile(data.tokenizer_file, aside)
+            with replacing(self.run / "tokenizer.json") as temporary:
+                shutil.copyfile(data.tokenizer_file, temporary)
         reset_peak_memory(device)
 
     def _continue(self, checkpoint: Path) -> None:

@@ -82,9 +82,9 @@ def test_killed_while_they_take_their_places_no_record_stands_beside_files_of_an
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(text: str) -> None:
-        with written_together(tmp_path, record="r.json", stale=["*.png"], what="it", remedy="wait") as aside:
+        with written_together(tmp_path, record="r.json", stale=["*.png"], what="it", remedy="wait") as temporary:
             for name in ("a.csv", "r.json", "s.csv") + (("old.png",) if text == "old" else ()):
-                (aside / name).write_text(text)
+                (temporary / name).write_text(text)
 
     write("old")
     replace, moved = harness.runs.folder.os.replace, []
