@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from modeling.attention import attends
-from modeling.attention.cache import keys_seen
+from modeling.attention.layer_cache import keys_seen
 from modeling.gpt import GPT
 
 

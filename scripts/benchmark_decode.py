@@ -174,12 +174,12 @@ def write_files(out: Path, record: dict[str, Any], figures: list[DecodeTime], he
         stale=["decode.png"],
         what=f"out={out}",
         remedy="make room or choose another folder with out=...; what lay there is as it was",
-    ) as aside:
-        write_json(aside / "decode.json", record | {"files": files})
-        write_text(aside / "decode.csv", decode_report.speed_csv(figures))
+    ) as temporary:
+        write_json(temporary / "decode.json", record | {"files": files})
+        write_text(temporary / "decode.csv", decode_report.speed_csv(figures))
         if figures:
             picture = decode_report.picture(figures, title=heading)
-            save_png(picture, aside / "decode.png", columns=len(picture.panels) // 2)
+            save_png(picture, temporary / "decode.png", columns=len(picture.panels) // 2)
     print(f"written: {', '.join(files)}", flush=True)
 
 
@@ -281,7 +281,7 @@ def make_subjects(
     from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
     from modeling.attention import names_kernel, with_most_paths
-    from modeling.attention.cache import check_values
+    from modeling.attention.layer_cache import check_values
     from modeling.attention.layers import AttentionLayers
     from modeling.attention.quantisation import as_format
 

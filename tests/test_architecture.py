@@ -6,7 +6,7 @@ import ast
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -233,6 +233,34 @@ def test_heavy_libraries_are_imported_where_they_are_needed_and_not_before(file:
     names = set(imported_by(file, at_the_top=True))
     assert {name.partition(".")[0] for name in names}.isdisjoint(set(LAZY) - CHOSEN.get(name_of(file), set()))
     assert not any(is_below(name, module) for name in names for module in CHOSEN)
+
+
+def circles(imported: Mapping[str, Iterable[str]]) -> list[str]:
+    """The modules that import themselves by way of others; imported: by module, what it imports."""
+    arrows = {
+        module: {name if name in imported else name.rpartition(".")[0] for name in names} & imported.keys() - {module}
+        for module, names in imported.items()
+    }
+    reached = {module: set(targets) for module, targets in arrows.items()}
+    for between in arrows:  # Warshall's transitive closure
+        for targets in reached.values():
+            targets |= reached[between] if between in targets else set()
+    return [module for module, targets in reached.items() if module in targets]
+
+
+def test_no_modules_import_one_another() -> None:
+    """Imports within functions and for types alone count too."""
+    assert circles({name_of(file): imported_by(file) for file in PROJECT}) == []
+    for_types = "if TYPE_CHECKING:\n    from modeling.attention import Attention"
+    planted = {
+        "modeling.attention": "from modeling.attention.mla import MultiheadLatentAttention",
+        "modeling.attention.mla": "def f():\n    from modeling.attention.cache import Cache",
+        "modeling.attention.cache": for_types,
+        "modeling.attention.rope": "import torch",
+        "modeling.gpt": "from modeling.attention.mla import MultiheadLatentAttention",
+    }
+    found = circles({module: tuple(imports(ast.parse(source), module)) for module, source in planted.items()})
+    assert found == ["modeling.attention", "modeling.attention.mla", "modeling.attention.cache"]
 
 
 def test_a_class_name_means_one_thing() -> None:

@@ -14,7 +14,7 @@ from harness.config.checks import attention_options
 from harness.config.schema import TrainConfig
 from harness.errors import UserError, as_user_error, readable
 from modeling.attention import MODEL_OWNED, build_attentions
-from modeling.attention.cache import check_values
+from modeling.attention.layer_cache import check_values
 from modeling.attention.layers import AttentionLayers
 from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT

@@ -263,7 +263,7 @@ def describe_model(
     with the same heads, a layer; a layer that attends to no tokens is compared with nothing.
     """
     from modeling.attention import attends
-    from modeling.attention.cache import formula_bytes, formula_bytes_at, keys_seen, state_bytes_of
+    from modeling.attention.layer_cache import formula_bytes, formula_bytes_at, keys_seen, state_bytes_of
     from modeling.attention.quantisation import GROUP, as_format, newest_bytes
 
     key_storage = as_format(dtype).storage("k", sixteen_bits=(), values=("v",))

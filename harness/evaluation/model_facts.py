@@ -8,7 +8,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.evaluation.cache_size import CacheSize, measure_cache
 from harness.evaluation.metric import Facts
-from modeling.attention.cache import formula_bytes, formula_bytes_at
+from modeling.attention.layer_cache import formula_bytes, formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT

@@ -18,7 +18,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
-from modeling.attention.cache import formula_bytes_at
+from modeling.attention.layer_cache import formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
 

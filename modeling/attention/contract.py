@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from modeling.attention import attends
-from modeling.attention.cache import (
-    Cache,
+from modeling.attention.cache import Cache
+from modeling.attention.layer_cache import (
     formula_bytes,
     formula_bytes_at,
     keys_seen,

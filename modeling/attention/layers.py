@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention import execute, hands_on, reads_back
-from modeling.attention.cache import Cache, check_values, new_cache
+from modeling.attention.cache import Cache
+from modeling.attention.layer_cache import check_values, new_cache
 from modeling.attention.quantisation import CacheFormat
 
 

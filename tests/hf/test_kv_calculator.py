@@ -19,7 +19,7 @@ from harness.errors import UserError
 from harness.hf import cache, cache_measured, meta_model
 from harness.hf.cache import describe_apart, describe_config
 from harness.hf.config_json import BY_FORMULA, OWN_TYPE
-from modeling.attention.cache import new_cache
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.quantisation import cache_format
 from scripts import kv_calculator
 from tests.support.forks import Forks

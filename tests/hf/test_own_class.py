@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from harness.data.tokenizer import END_OF_TEXT, bytes_specification
 from harness.errors import UserError
 from harness.hf.classes import as_own, generation_cache, misfits, register, save_theirs
-from modeling.attention.cache import formula_bytes
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layer_cache import formula_bytes
 from modeling.attention.quantisation import cache_format
 from modeling.generation import decode_step, generate
 from modeling.gpt import GPT

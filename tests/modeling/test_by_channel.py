@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from harness.evaluation.cache_size import measure_cache
-from modeling.attention.cache import Cache, Placement, formula_bytes, formula_bytes_at, new_cache
+from modeling.attention.cache import Cache, Placement
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layer_cache import formula_bytes, formula_bytes_at, new_cache
 from modeling.attention.quantisation import cache_format
 from modeling.generation import generate
 from modeling.gpt import GPT

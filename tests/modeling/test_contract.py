@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import (
     CHECKS,
     Build,
@@ -19,6 +18,7 @@ from modeling.attention.contract import (
     no_token_sees_the_future,
     output_has_the_inputs_shape_and_dtype,
 )
+from modeling.attention.layer_cache import new_cache
 from tests.support.variants import KNOBS, SHIPPED, attention_from, attentions_from
 
 # Cached elements per token of the shipped variants at SIZES (4 heads of 12, d_model 48), by hand.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling.attention.cache import new_cache
 from modeling.attention.gdn import GatedDeltaNet
 from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.flops import parameters_by_block, training_flops_per_token
 from modeling.gpt import GPT

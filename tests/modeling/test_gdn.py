@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.evaluation.cache_size import measure_cache
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.gdn import GatedDeltaNet
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.layers import AttentionLayers
 from modeling.generation import decode_step
 from tests.support.variants import gpt_from

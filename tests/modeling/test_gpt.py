@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from harness.errors import UserError
 from modeling.attention import attends
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.layers import AttentionLayers
 from modeling.gpt import GPT, MLP
 from modeling.kernels.attend import attend

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import Variant, randomise, relative_error
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.rope import RotaryEmbedding, rotate
 from modeling.kernels.attend import attend
 from tests.support.variants import attention_from

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from modeling.attention.cache import Cache, formula_bytes, new_cache
+from modeling.attention.cache import Cache
 from modeling.attention.contract import measured_cache_bytes_equal_the_formula
+from modeling.attention.layer_cache import formula_bytes, new_cache
 from modeling.attention.quantisation import (
     LARGEST,
     cache_format,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from modeling.attention import EXECUTION, MECHANISMS, MODEL_OWNED, build_attentions
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layer_cache import new_cache
 from tests.modeling import reference
 
 TOKENS, LONGEST, DRAWS = 11, 16, 80

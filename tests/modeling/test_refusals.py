@@ -78,7 +78,7 @@ def test_refused_with_both_numbers_and_the_remedy(overrides: list[str], message:
 def test_a_cache_for_attention_that_is_not_causal_is_refused() -> None:
     import torch
 
-    from modeling.attention.cache import new_cache
+    from modeling.attention.layer_cache import new_cache
 
     attention = attention_from(["attention=mha"])
     attention.causal = False

@@ -13,8 +13,8 @@ from harness.config.build import build_model
 from harness.config.compose import load_train_config
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
-from modeling.attention.cache import new_cache
 from modeling.attention.contract import randomise, relative_error
+from modeling.attention.layer_cache import new_cache
 from modeling.kernels.attend import attend
 from tests.support.variants import SIZES, attention_from, gpt_from
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.attention.cache import new_cache
 from modeling.attention.gqa import GroupedQueryAttention
+from modeling.attention.layer_cache import new_cache
 from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.rope import rope_frequencies, rotate
 from modeling.conversion import stages
