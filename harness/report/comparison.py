@@ -21,7 +21,7 @@ from typing import Any
 
 from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
-from harness.evaluation.metric import METRICS
+from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
 from harness.report.run_choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
@@ -44,7 +44,7 @@ CONDITIONS = {
     "cache_sinks": "{} sinks",
 }
 _IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dtype")
-_COMPARED = FIGURES | METRICS
+_COMPARED = SCORES | FIGURES  # no probe's: of those no condition says how much was measured
 _ONE_ROW = ("setup_hash", *CACHE)
 # They may differ within a table, which is then said below it. The first three are the training's.
 _CIRCUMSTANCES = {
@@ -67,7 +67,7 @@ class Setup:
     n: int
     seeds: list[int]
     means: dict[str, Any]  # of each of _COMPARED, as it stands where the seeds agree; None where a record lacks it
-    deviations: dict[str, float | None]  # of each of METRICS: of the sample, None for a single seed
+    deviations: dict[str, float | None]  # of each of SCORES: of the sample, None for a single seed
     bits_per_byte_half_width: float | None  # of the mean's 95 % interval, the scatter pooled over the table's setups
     cache_dtype: str
     through_cache: bool  # scored through such a cache, not only quoted for it
@@ -242,7 +242,7 @@ def _setups(records: Sequence[Mapping[str, Any]], every_cache: bool, unsaid: str
             "n": len(group),
             "seeds": sorted(record["seed"] for record in group),
             "means": means,
-            "deviations": {key: _deviation(_values(group, key)) for key in METRICS},
+            "deviations": {key: _deviation(_values(group, key)) for key in SCORES},
             "bits_per_byte_half_width": None,
             "cache_bytes_per_context_token": per_token,
             "runs": [record["name"] for record in group],
@@ -326,7 +326,7 @@ def _source(record: Mapping[str, Any]) -> str | None:
 
 def _values(records: Sequence[Mapping[str, Any]], key: str) -> list[Any]:
     """Of one of _COMPARED; none where a record lacks it."""
-    values = [METRICS[key].of(record) if key in METRICS else record.get(key) for record in records]
+    values = [record.get(key) for record in records]
     return [] if None in values else values
 
 

@@ -192,4 +192,6 @@ _SHORT = (
 
 def short_line(record: Mapping[str, Any], path: Path) -> str:
     """JSON of the figures that matter most; `path` holds them all."""
-    return json.dumps({key: record[key] for key in (*_SHORT, *FIGURES) if key in record} | {"record": str(path.absolute())})
+    return json.dumps(
+        {key: record[key] for key in (*_SHORT, *FIGURES) if record.get(key) is not None} | {"record": str(path.absolute())}
+    )

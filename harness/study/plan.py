@@ -361,7 +361,7 @@ def build_plan(config: StudyConfig, *, name: str, command: str, runs_dir: Path) 
     if len(rates) > 1 and config.tune is not None:
         raise UserError(
             f"the arms say different learning rates {sorted(rates)}, and a sweep tries the same ones for every arm: set "
-            f"optimizer.lr in the base only, or leave tune out"
+            f"optimizer.lr in the base only, or take tune: out of the study's YAML"
         )
     return StudyPlan(name, command, runs_dir / name, config, arms, rates.pop() if len(rates) == 1 else None, trends)
 

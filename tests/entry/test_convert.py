@@ -598,5 +598,5 @@ def test_a_comparison_shows_runs_that_were_not_trained_without_a_speed(place: Wo
     run = converted(place, "transmla", *METHODS["transmla"][0])
     assert place.evaluate(f"run={run}") == 0
     table = compare([run], split="test").tables[0]
-    heading, row = table.cells()
-    assert row[heading.index("tokens/s")] == ""
+    heading, _ = table.cells()
+    assert "parameters" in heading and "tokens/s" not in heading  # an empty column is left out
