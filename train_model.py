@@ -33,10 +33,9 @@ from harness.config.schema import TrainConfig
 from harness.entry.cli import pasteable, run_hydra
 from harness.evaluation.evaluate import split_metrics
 from harness.evaluation.perplexity import SplitResult
-from harness.files.atomic import write_json
 from harness.runs.corpus import check_text_unchanged, load_data, refuse_other_data
 from harness.runs.folder import begun, claimed, finished, put_back, run_folder, short_line
-from harness.runs.records import RunSummary, read_summary
+from harness.runs.records import RunSummary, read_summary, save
 from harness.runs.session import Session
 from harness.training.interruption import Interrupted, interruptible
 from harness.training.loop import Step
@@ -75,7 +74,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
                 session.open(data)
                 summary = train_session(session)
                 if workers.is_first:
-                    write_json(run / "summary.json", summary)
+                    save(run / "summary.json", RunSummary, summary)
         except Interrupted:
             kept = [each for each in overrides if each.partition("=")[0] != "overwrite"]
             return say_interrupted(session, kept if session.saved else overrides)

@@ -32,11 +32,19 @@ from harness.config.places import user_path
 from harness.config.typed import did_you_mean
 from harness.entry.cli import options_and_overrides, pasteable, run_script, whole_numbers
 from harness.errors import UserError, writable
-from harness.files.atomic import write_json
 from harness.files.text import aligned, duration, visible
 from harness.files.untrusted import Positive
 from harness.runs.folder import finished, lock_run
-from harness.runs.records import DECODE_FILE, STUDY_FILE, FailureRecord, SpecRecord, read_decode_times, read_study
+from harness.runs.records import (
+    DECODE_FILE,
+    STUDY_FILE,
+    DecodeTimes,
+    FailureRecord,
+    SpecRecord,
+    read_decode_times,
+    read_study,
+    save,
+)
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -274,7 +282,7 @@ def measure_decoding(plan: StudyPlan) -> None:
         dtype=select_precision(first.precision, device),
         max_seconds=300.0,
     )
-    write_json(plan.folder / DECODE_FILE, {"rows": rows})
+    save(plan.folder / DECODE_FILE, DecodeTimes, {"rows": rows})
 
 
 def print_arms(plan: StudyPlan) -> None:

@@ -21,13 +21,12 @@ from harness.evaluation.losses import TokenLosses
 from harness.evaluation.metric import SCORES
 from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, Segments, SplitResult
 from harness.evaluation.probes import Subject, measure_extras, with_floors
-from harness.files.atomic import write_json
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
 from harness.runs.folder import storing
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
-from harness.runs.records import Evaluation, Extras, Trained, read_summary
+from harness.runs.records import Evaluation, Extras, SegmentRecord, Trained, read_summary, save
 from harness.runs.summary import Computation
 from harness.runs.to_dashboard import dashboard_figures, open_run_tracker
 from harness.training.device import select_device, select_precision
@@ -183,8 +182,8 @@ def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Seg
     with storing("this evaluation", run):
         if segments is not None:  # before the record: one that is there is whole
             kept = {"record": name, "segment_tokens": SEGMENT_TOKENS} | dataclasses.asdict(segments)
-            write_json(run / "segments" / f"{name}.json", kept)
-        write_json(file, record)
+            save(run / "segments" / f"{name}.json", SegmentRecord, kept)
+        save(file, Evaluation, record)
     with open_run_tracker(
         trained, config.tracking, run, run_config=dataclasses.asdict(trained), run_id=summary["wandb_id"]
     ) as tracker:

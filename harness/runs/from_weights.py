@@ -30,7 +30,7 @@ from harness.runs.corpus import validate
 from harness.runs.folder import writing_to
 from harness.runs.load import load_trained
 from harness.runs.provenance import keep_changes
-from harness.runs.records import RunSummary
+from harness.runs.records import RunSummary, save
 from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.text_settings import TheirText
 from harness.runs.to_dashboard import open_run_tracker
@@ -113,5 +113,5 @@ def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, p
             )
             summary["origin"] = origin
             tracker.summary(summary)
-        write_json(run / "summary.json", summary)
+        save(run / "summary.json", RunSummary, summary)
     return summary

@@ -13,7 +13,7 @@ from harness.config.run_config import read_run_config
 from harness.config.typed import typed
 from harness.errors import UserError, readable
 from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
-from harness.files.atomic import read_json
+from harness.files.atomic import read_json, write_json
 from harness.files.folders import listed
 from harness.files.untrusted import Count, Figure, Positive, Rate, Unreadable, is_count, parse_object, stays_inside, whole_lines
 
@@ -258,6 +258,16 @@ class DecodeTimes(TypedDict):
 FIGURES = declared(Evaluation, Shown)  # of a run, what is shown wherever figures are
 # What no evaluation lacks, of whatever version: without one of these the summary's would stand in its place.
 _SCORED = ("dataset", "split", "data_fingerprint", "evaluated_tokens", "loss", "perplexity", "bits_per_byte")
+
+
+def save(path: Path, kind: type[Any], record: Mapping[str, Any]) -> None:
+    """Write a record of this kind, whole or not at all. Raises AssertionError, and writes nothing, where a reader would
+    refuse it: then what made it is wrong, and no file is damaged."""
+    try:
+        typed(kind, record, "")
+    except UserError as error:
+        raise AssertionError(f"{path.name} would be no {kind.__name__}: {error}") from error
+    write_json(path, record)
 
 
 def evaluation_files(run: Path) -> list[Path]:

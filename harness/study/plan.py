@@ -28,7 +28,6 @@ from harness.data import Tokenizer
 from harness.data.prepare import local_tokenizer
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS
-from harness.files.atomic import write_json
 from harness.files.lock import locked
 from harness.files.untrusted import Count, Positive, Rate
 from harness.runs.conversion import conversion_setup, converted_from
@@ -41,6 +40,7 @@ from harness.runs.records import (
     StudyRecord,
     TrendRecord,
     read_study,
+    save,
 )
 from harness.study.matching import MatchConfig, match_arm, quantities
 from harness.study.tuning import as_named, first_grid
@@ -462,7 +462,7 @@ def write_record(
         "failures": [*failures],
         "history": [*history],
     }
-    write_json(plan.folder / STUDY_FILE, record)
+    save(plan.folder / STUDY_FILE, StudyRecord, record)
 
 
 def settle_tuning_seed(plan: StudyPlan) -> None:

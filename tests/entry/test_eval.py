@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import eval_model
-import harness.runs.evaluate_run
+import harness.runs.records
 from harness.config.compose import check_config, load_eval_config
 from harness.config.schema import EXTRAS
 from harness.data import Tokenizer, open_prepared
@@ -259,7 +259,7 @@ def test_what_cannot_be_stored_is_at_least_printed(
     def full(path: Path, values: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("harness.runs.evaluate_run.write_json", full)
+    monkeypatch.setattr("harness.runs.records.write_json", full)
     with pytest.raises(UserError, match=r"cannot be stored in .*mla .*: make the folder writable"):
         copied.evaluate("run=mla")
     assert [record["name"] for record in json_lines(capsys.readouterr().out)] == ["mla"]
@@ -371,7 +371,7 @@ def test_killed_between_its_files_an_evaluation_is_not_there(
     copied: Workplace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A record stands for the whole: without its segments a study's report would leave out the noise in silence."""
-    write, written = harness.runs.evaluate_run.write_json, []
+    write, written = harness.runs.records.write_json, []
 
     def killed_after_the_first(path: Path, values: Any) -> None:
         if written:
@@ -379,7 +379,7 @@ def test_killed_between_its_files_an_evaluation_is_not_there(
         written.append(path)
         write(path, values)
 
-    monkeypatch.setattr(harness.runs.evaluate_run, "write_json", killed_after_the_first)
+    monkeypatch.setattr(harness.runs.records, "write_json", killed_after_the_first)
     with pytest.raises(KeyboardInterrupt):
         copied.evaluate("run=mla", "extras=[]")
     assert [path.parent.name for path in written] == ["segments"]

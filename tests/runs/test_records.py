@@ -14,7 +14,8 @@ import eval_model
 from harness.errors import UserError
 from harness.report.findings import Findings, over_seeds
 from harness.report.sections import sections
-from harness.runs.records import read_evaluations, read_metrics, read_study, read_summary
+from harness.runs.records import DecodeTimes, StudyRecord, read_evaluations, read_metrics, read_study, read_summary, save
+from harness.runs.session import Session
 from harness.study.results import load_results
 from scripts import compare_runs, export, report, run_study, show_runs, sync_wandb
 from tests.report.test_comparison import evaluate, make_run
@@ -267,3 +268,25 @@ def test_a_summary_of_an_older_version_is_read_as_far_as_it_goes(tmp_path: Path)
     assert read_summary(run) == {"name": "old", "unknown": [1]}
     with pytest.raises(UserError, match=r"summary\.json lacks loss, tokens: delete it and run the command"):
         read_summary(run, "name", "loss", "tokens")
+
+
+def test_a_record_that_no_reader_would_take_is_our_mistake_and_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, made = Workplace(tmp_path), Session.summary
+    run = place.runs / "run"
+    with monkeypatch.context() as planted:
+        planted.setattr(Session, "summary", lambda *given: made(*given) | {"steps": -1})
+        with pytest.raises(AssertionError, match=r"^summary\.json would be no RunSummary: steps=-1 must be 0 or more"):
+            place.train("run")
+    assert not (run / "summary.json").exists()
+    place.train("run")
+    with monkeypatch.context() as planted:
+        planted.setattr("harness.runs.evaluate_run.now", list)
+        with pytest.raises(AssertionError, match=r"would be no Evaluation: finished_at=\[\] must be text"):
+            place.evaluate("run=run", "extras=[]")
+    assert read_evaluations(run) == []
+    for kind, record in ((StudyRecord, {"arms": {}}), (DecodeTimes, {"rows": [{"arm": "mla"}]})):
+        with pytest.raises(AssertionError, match=rf"^a\.json would be no {kind.__name__}: .* is missing$"):
+            save(tmp_path / "a.json", kind, record)
+    assert not (tmp_path / "a.json").exists()
