@@ -36,6 +36,7 @@ from harness.files.text import aligned
 from harness.files.untrusted import Count, Positive
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import storing
+from harness.runs.kind import CACHE
 from harness.runs.provenance import commit
 from modeling.cache_formats import FORMS
 
@@ -160,7 +161,7 @@ def keep_task_record(run: Path, record: dict[str, Any]) -> None:
     """
     shaping = ["fingerprint", "limit", "num_fewshot", "precision", "checkpoint"]
     if record["cache_dtype"] is not None:
-        shaping += ["cache_dtype", "cache_window", "cache_sinks"]
+        shaping += [key for key in CACHE if key != "through_cache"]
     digest = hashlib.sha256(json.dumps([record[key] for key in shaping]).encode()).hexdigest()
     with storing(record["task"], run):
         write_json(run / "downstream" / f"{record['task'].replace('/', '_')}-{digest[:8]}.json", record)

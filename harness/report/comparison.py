@@ -24,8 +24,9 @@ from harness.errors import UserError
 from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
-from harness.report.run_choice import CACHE, SEEDS, Request, choose, grouped, some_of, values_at
-from harness.runs.evaluations import USUAL, cache_label, in_few_bits
+from harness.report.run_choice import SEEDS, Request, choose, grouped, some_of, values_at
+from harness.runs.evaluations import cache_label, in_few_bits
+from harness.runs.kind import CACHE, HEADINGS, PROTOCOL, USUAL
 from harness.runs.records import FIGURES
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
@@ -35,13 +36,9 @@ CONDITIONS = {
     "tokenizer_fingerprint": "tokenizer {:.8}",
     "split": "{} split",
     "evaluated_tokens": "scored on {:,} tokens",
-    "per_document": "per_document={}",
-    "stride_fraction": "stride_fraction={}",
+    **{key: heading for key, heading in HEADINGS.items() if key in PROTOCOL},
     "tokens": "trained on {:,} tokens",
-    "cache_dtype": "cache in {}",
-    "through_cache": "through_cache={}",
-    "cache_window": "window {}",
-    "cache_sinks": "{} sinks",
+    **{key: HEADINGS[key] for key in CACHE},
 }
 _IN_EVERY_HEADING = ("dataset", "split", "evaluated_tokens", "tokens", "cache_dtype")
 _COMPARED = SCORES | FIGURES  # no probe's: of those no condition says how much was measured

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.config.identity import flat
+from harness.runs.kind import PROTOCOL
 from harness.runs.provenance import short_commit
 from harness.study.results import RunResult
 
@@ -37,8 +38,7 @@ def tested(run: RunResult) -> Mapping[str, Any]:
 def protocol(run: RunResult) -> str:
     """How the test split was scored: figures of different protocols are no figures of one thing."""
     record = tested(run)
-    fields = ("max_tokens", "stride_fraction", "per_document")
-    return ", ".join(f"{name}={record.get(name)}" for name in fields)
+    return ", ".join(f"{name}={record.get(name)}" for name in reversed(PROTOCOL))  # as in the pages that are published
 
 
 _BY_SEED = "seed: order of the data"  # differs from run to run of an arm by design

@@ -12,14 +12,14 @@ from harness.config.run_config import run_folders
 from harness.errors import UserError, readable
 from harness.evaluation.metric import Scores
 from harness.files.text import counted
-from harness.runs.evaluations import Kind, by_preference, common_kind, kind_of
-from harness.runs.records import PLAIN_CACHE, Evaluation, RunSummary, read_evaluations, read_summary
+from harness.runs.evaluations import by_preference, common_kind
+from harness.runs.kind import CACHE, PLAIN_CACHE, Kind, kind_of
+from harness.runs.records import Evaluation, RunSummary, read_evaluations, read_summary
 
 _Item = TypeVar("_Item")
 _Key = TypeVar("_Key", bound=Hashable)
 # Runs that agree in these can be scored on the same text and stand in one table.
 _SAME_TRAINING = ("dataset", "data_fingerprint", "tokenizer_fingerprint", "tokens")
-CACHE = ("cache_dtype", "through_cache", "cache_window", "cache_sinks")
 SEEDS = ("seed", "data_seed")  # of a run: one block of the comparison, whichever of the two differs
 _OF_TRAINING = ("device", "torch", "commit")  # of an evaluation they are the training's too
 # What records lack that were written before evaluations through a cache.

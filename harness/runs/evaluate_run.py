@@ -24,6 +24,7 @@ from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
 from harness.runs.folder import storing
+from harness.runs.kind import PLAIN_CACHE, PROTOCOL
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
 from harness.runs.records import Evaluation, Extras, SegmentRecord, Trained, read_summary, save
@@ -193,16 +194,7 @@ def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Seg
 
 def record_name(record: Evaluation) -> str:
     """dataset-split-hash: the same evaluation done again replaces its file, another one stands beside it."""
-    shaping = (
-        "data_fingerprint",
-        "cache_dtype",
-        "precision",
-        "per_document",
-        "stride_fraction",
-        "max_tokens",
-        "through_cache",
-        "cache_window",
-        "cache_sinks",
-    )
+    # In this order, which the names of the files on disk hold.
+    shaping = ("data_fingerprint", "cache_dtype", "precision", *PROTOCOL, *PLAIN_CACHE)
     digest = hashlib.sha256(json.dumps([dict(record)[key] for key in shaping]).encode()).hexdigest()
     return f"{record['dataset']}-{record['split']}-{digest[:8]}"

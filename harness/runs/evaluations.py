@@ -8,53 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from harness.files.text import counted
-from harness.runs.records import PLAIN_CACHE, Evaluation, when_made
+from harness.runs.kind import Kind, kind_of
+from harness.runs.records import Evaluation, when_made
 from modeling.cache_formats import read_format
 from modeling.refusal import Refusal
-
-# How a split is scored where nothing else is said.
-USUAL: dict[str, Any] = {**PLAIN_CACHE, "per_document": False, "stride_fraction": 0.5}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How a split was scored. Figures of two kinds are figures of two things; precision is a circumstance."""
-
-    per_document: bool
-    stride_fraction: float | None  # None: the record is older than this
-    max_tokens: int | None  # the first tokens of the split only; None: all of it
-    cache_dtype: str | None
-    through_cache: bool
-    cache_window: int | None
-    cache_sinks: int
-
-    @property
-    def protocol(self) -> tuple[Any, ...]:
-        """The same, whatever the cache."""
-        return self.per_document, self.stride_fraction, self.max_tokens
-
-    @property
-    def has_usual_stride(self) -> bool:
-        return self.stride_fraction in (None, USUAL["stride_fraction"])
-
-
-def kind_of(record: Mapping[str, Any]) -> Kind:
-    """Records that are older than a field have its plain value. A limit above the split's length is none."""
-    limit = record.get("max_tokens")
-    reached = limit is not None and record.get("evaluated_tokens", limit) >= limit
-    return Kind(
-        per_document=bool(record.get("per_document")),
-        stride_fraction=record.get("stride_fraction"),
-        max_tokens=limit if reached else None,
-        cache_dtype=record.get("cache_dtype"),
-        through_cache=bool(record.get("through_cache")),
-        cache_window=record.get("cache_window"),
-        cache_sinks=record.get("cache_sinks") or 0,
-    )
 
 
 def judges(record: Evaluation, dataset: str) -> bool:

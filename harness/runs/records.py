@@ -16,12 +16,11 @@ from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
 from harness.files.atomic import read_json, write_json
 from harness.files.folders import listed
 from harness.files.untrusted import Count, Figure, Positive, Rate, Unreadable, is_count, parse_object, stays_inside, whole_lines
+from harness.runs.kind import PLAIN_CACHE
 
 STUDY_FILE = "study.json"  # in a study's folder
 DECODE_FILE = "decode.json"  # beside it
 
-# Of an evaluation without a cache, and of records from before there were others.
-PLAIN_CACHE: dict[str, Any] = {"through_cache": False, "cache_window": None, "cache_sinks": 0}
 _Kind = TypeVar("_Kind")
 
 

@@ -14,8 +14,9 @@ from harness.config.identity import corpus_name
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrackingConfig, TrainConfig
 from harness.evaluation.metric import Facts, Scores
-from harness.runs.evaluations import cache_label, kind_of
+from harness.runs.evaluations import cache_label
 from harness.runs.folder import finished
+from harness.runs.kind import PROTOCOL, USUAL, kind_of
 from harness.runs.records import RunSummary, read_evaluations, read_metrics, read_summary
 from harness.tracking import Tracker, open_tracker
 
@@ -58,10 +59,10 @@ def dashboard_figures(record: Mapping[str, Any], summary: Mapping[str, Any]) -> 
     corpus, kind = str(record.get("corpus", record["dataset"])), kind_of(record)
     if record["data_fingerprint"] != summary["data_fingerprint"]:
         corpus += f"@{record['data_fingerprint'][:8]}"
+    scoring = {name: getattr(kind, name) for name in PROTOCOL}
+    unusual = {name: value for name, value in scoring.items() if value not in (None, USUAL.get(name))}
     apart = {
-        "per_document": kind.per_document,
-        f"stride_fraction={kind.stride_fraction}": not kind.has_usual_stride,
-        f"max_tokens={kind.max_tokens}": kind.max_tokens is not None,
+        **{name if value is True else f"{name}={value}": True for name, value in unusual.items()},
         str(record.get("precision")): record.get("precision") != summary.get("precision"),
         f"cache_dtype={kind.cache_dtype}": not kind.through_cache and kind.cache_dtype != summary["cache_dtype"],
         f"through {cache_label(record)}" if kind.through_cache else "": kind.through_cache,
