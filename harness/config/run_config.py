@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from harness.config.typed import did_you_mean
 from harness.errors import UserError, in_a_line, readable
 from harness.files.atomic import write_text
 from harness.files.folders import listed
+from harness.files.untrusted import Unreadable
 
 _MOST_YAML, _MOST_DEPTH = 1 << 20, 20  # of a run's config.yaml: characters, groups within groups
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
@@ -74,8 +77,9 @@ def read_run_config(run: Path) -> dict[str, Any]:
     try:
         text = path.read_bytes().decode("utf-8")
         _check_yaml(text)
-        container = yaml.safe_load(text)  # OmegaConf would look `${...}` up, and takes minutes to read many of them
-    except (yaml.YAMLError, OSError, ValueError) as error:
+        with _parsing():
+            container = yaml.safe_load(text)  # OmegaConf would look `${...}` up, and takes minutes to read many of them
+    except (OSError, UnicodeDecodeError, Unreadable) as error:
         raise UserError(f"{path} cannot be read: {in_a_line(error)}; restore it, or train the run anew") from None
     if not isinstance(container, dict):
         raise UserError(f"{path} is not a configuration of this version: it must be a group of fields")
@@ -98,18 +102,37 @@ def load_run_config(run: Path) -> TrainConfig:
 
 
 def _check_yaml(text: str) -> None:
-    """Raises ValueError for what no run's configuration holds and a few bytes of which cost all memory, or all stack."""
+    """Raises Unreadable for what no run's configuration holds and a few bytes of which cost all memory, or all stack."""
     import yaml
 
     if len(text) > _MOST_YAML:
-        raise ValueError(f"{len(text):,} characters are more than any run's configuration has")
+        raise Unreadable(f"{len(text):,} characters are more than any run's configuration has")
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in _events(text):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MOST_DEPTH:
-            raise ValueError("it is nested too deeply")
+            raise Unreadable("it is nested too deeply")
         if isinstance(event, yaml.NodeEvent) and (event.anchor is not None or getattr(event, "tag", None) is not None):
-            raise ValueError("it has an anchor, an alias or a tag")
+            raise Unreadable("it has an anchor, an alias or a tag")
+
+
+def _events(text: str) -> Iterator[Any]:
+    import yaml
+
+    with _parsing():
+        yield from yaml.parse(text, Loader=yaml.SafeLoader)
+
+
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    """What the library raises inside becomes Unreadable: a plain ValueError too, of numbers, days and characters that
+    cannot be."""
+    import yaml
+
+    try:
+        yield
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise Unreadable(in_a_line(error)) from None
 
 
 def save_run_config(config: TrainConfig, run: Path) -> None:

@@ -25,7 +25,7 @@ import yaml
 from harness.config.build import build_model
 from harness.config.checks import train_config
 from harness.config.compose import load_train_config
-from harness.config.run_config import load_run_config, save_run_config
+from harness.config.run_config import load_run_config, read_run_config, save_run_config
 from harness.config.schema import DatasetConfig, TrackingConfig
 from harness.data import Tokenizer, open_prepared, prepare
 from harness.data.prepare import prepared_as
@@ -227,6 +227,8 @@ def test_nothing_in_the_project_can_run_what_it_reads() -> None:
         ("a: '" + "${" * 100_000 + "'", "a holds an interpolation"),
         ("- a\n- b\n", "not a configuration"),
         ("name: x\x00", "cannot be read"),
+        ('name: "\\UFFFFFFFF"\n', "cannot be read"),
+        ("name: 2026-99-99\n", "cannot be read: month must be"),
         ("#" * 2_000_000, "more than any"),
     ],
 )
@@ -472,6 +474,19 @@ def test_a_value_error_of_ours_is_not_called_a_file_that_cannot_be_read(
     monkeypatch.setattr("harness.files.untrusted.json.loads", fail)
     with pytest.raises(ValueError, match=r"^ours$"):
         read(file)
+
+
+def test_a_value_error_of_ours_is_not_called_a_config_yaml_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.yaml").write_text("{}\n")
+
+    def fail(_: str) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr("harness.config.run_config._check_yaml", fail)
+    with pytest.raises(ValueError, match=r"^ours$"):
+        read_run_config(tmp_path)
 
 
 def test_a_sentence_is_one_line_without_control_characters_or_credentials() -> None:
