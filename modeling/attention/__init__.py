@@ -1,4 +1,4 @@
-"""Attention variants: the contract they keep and the one table that names them.
+"""Attention variants: the one table that names them, and how layers are built and computed; protocol.py says what they offer.
 
 A variant is one class here plus one YAML in configs/attention/. Shape suffixes on tensors, used throughout:
 B batch, T new tokens in this call, S visible tokens (cached + new), D d_model, H query heads, G key/value heads,

@@ -156,7 +156,7 @@ class GatedDeltaNet(nn.Module):
         valid_BT: Tensor | None = None,
         weights_out: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py. There are no weights to give out."""
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/protocol.py. There are no weights to give out."""
         B, T, _ = x_BTD.shape
         if cache is not None:
             cache.check_room(T)  # before anything is computed

@@ -167,7 +167,7 @@ class GroupedQueryAttention(nn.Module):
         weights_out: list[Tensor] | None = None,
         shared: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py.
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/protocol.py.
 
         shared: where layers read one another's keys and values, what the first fills with those it sees and others read.
         """

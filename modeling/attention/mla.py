@@ -297,7 +297,7 @@ class MultiheadLatentAttention(nn.Module):
         weights_out: list[Tensor] | None = None,
         shared: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py.
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/protocol.py.
 
         shared: with sharing=latent, what a group's first layer fills with its visible latents (and rotated keys) and the
         others read.

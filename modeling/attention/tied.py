@@ -128,7 +128,7 @@ class TiedKeyValueAttention(nn.Module):
         valid_BT: Tensor | None = None,
         weights_out: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/protocol.py."""
         B, T, _ = x_BTD.shape
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
         if positions_BT is not None and cache is not None and self.keys == "turned":

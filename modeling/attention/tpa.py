@@ -142,7 +142,7 @@ class TensorProductAttention(nn.Module):
         valid_BT: Tensor | None = None,
         weights_out: list[Tensor] | None = None,
     ) -> Tensor:
-        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/__init__.py."""
+        """x_BTD -> x_BTD; the arguments are explained in modeling/attention/protocol.py."""
         T = x_BTD.shape[1]
         place = place_without_cache(T, valid_BT, causal=self.causal) if cache is None else cache.place(T, valid_BT)
         tables = place.tables(self.rope, T, positions_BT)
