@@ -102,14 +102,15 @@ OTHERS = {
 }
 # Of gated DeltaNet's layers: every call, training included. auto never takes one.
 DELTA_RULES = {"fla": Kernel("delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION)}
-KERNELS = ("auto", "torch", *OTHERS, *DELTA_RULES)
+_TABLE = OTHERS | DELTA_RULES
+KERNELS = ("auto", "torch", *_TABLE)
 
 
 def check_kernel(name: str, device: torch.device | str) -> None:
     """Raise Refusal, with the remedy, if attention.kernel=name cannot run on this device."""
     if name not in KERNELS:
         raise Refusal(f"attention.kernel={name} is unknown; choose {', '.join(KERNELS[:-1])} or {KERNELS[-1]}")
-    kernel = (OTHERS | DELTA_RULES).get(name)
+    kernel = _TABLE.get(name)
     if kernel is None:
         return
     device = torch.device(device)
@@ -140,7 +141,7 @@ def _is_installed(package: str) -> bool:
 
 def check_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise Refusal if a kernel of the tables does not compute in this type."""
-    known = (OTHERS | DELTA_RULES)[name].dtypes
+    known = _TABLE[name].dtypes
     if dtype not in known:
         *names, last = (str(each).removeprefix("torch.") for each in known)
         raise Refusal(

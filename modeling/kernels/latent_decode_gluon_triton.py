@@ -308,11 +308,10 @@ def decode(
     scale: float,
 ) -> Tensor:
     """As `latent_decode`. Raises Refusal for caches that the copy engine cannot read."""
-    assert q_rope_BHP is not None and k_rope_BSP is not None
     if latent_scale_BS is not None:
         caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
-        programs = in_words.programs_for(q_latent_BHL, latent_BSL)
-        return in_words.launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=False)
+        return in_words.decode(q_latent_BHL, q_rope_BHP, *caches, scale, lean=False)
+    assert q_rope_BHP is not None and k_rope_BSP is not None
     splits = splits_for(q_latent_BHL, latent_BSL)
     return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, splits=splits)
 

@@ -548,12 +548,13 @@ def decode(
     lengths_B: Tensor,
     latent_scale_BS: Tensor | None,
     scale: float,
+    lean: bool = True,
 ) -> Tensor:
-    """As `latent_decode`. Raises Refusal for caches that the copy engine cannot read."""
+    """As `latent_decode`, lean as in `launch`. Raises Refusal for caches that the copy engine cannot read."""
     assert q_rope_BHP is not None and k_rope_BSP is not None
     programs = programs_for(q_latent_BHL, latent_BSL)
     caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
-    return launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=True)
+    return launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=lean)
 
 
 def launch(
