@@ -240,9 +240,11 @@ def _contrasts(findings: Findings) -> Section | None:
         note += f" No evaluation noise where {'; '.join(reasons)}."
     words_in = frozenset({0, 1, list(cells).index("resolved")})
     tables = [TextTable("", list(cells), lines, note, words_in)]
+    drawn = [pictures.contrasts_picture(findings)]
     if findings.trends:
         tables.append(_trends(findings))
-    return Section("contrasts", "Comparisons", pictures=[pictures.contrasts_picture(findings)], tables=tables)
+        drawn.append(pictures.trends_picture(findings))
+    return Section("contrasts", "Comparisons", pictures=drawn, tables=tables)
 
 
 def _trends(findings: Findings) -> TextTable:

@@ -9,11 +9,12 @@ from dataclasses import replace
 from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
-from harness.report.document import capital, change, in_ms, mean_text
+from harness.report.document import capital, change, in_ms, mean_text, signed
 from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
+ASIDE = 1.02  # points of one size stand so far apart on a logarithmic scale
 OCTAVES = [float(2**k) for k in range(0, 24, 2)]
 
 
@@ -106,6 +107,29 @@ def contrasts_picture(findings: Findings) -> Picture:
         caption += " Grey bars: noise of the evaluation given these weights (see the table), which is no verdict."
     panel = ForestPlot(f"difference in {metric.label}", rows, level=0.0, sides=sides)
     return Picture("contrasts", "Differences between arms", caption, [("", panel)])
+
+
+def trends_picture(findings: Findings) -> Picture:
+    """How the differences of declared trends change with the size they are over: a picture for each such size."""
+    metric, drawn = findings.metric, [trend for trend, _, _ in findings.trends]
+    looks = styles({trend.name: trend.name for trend in drawn})
+    panels = []
+    for over in dict.fromkeys(findings.results.record["trends"][trend.name]["over"] for trend in drawn):
+        of_size = [trend for trend in drawn if findings.results.record["trends"][trend.name]["over"] == over]
+        series = []
+        for place, trend in enumerate(of_size):
+            marks = []
+            for (a, b), size, (y, half) in zip(trend.pairs, trend.at, trend.differences, strict=True):
+                low, high = (None, None) if half is None else (y - half, y + half)
+                hover = f"{a} − {b}: {signed(y, low, high, metric)} {metric.unit}"
+                marks.append(Mark(size * ASIDE ** (place - (len(of_size) - 1) / 2), y, low, high, hover))
+            series.append(Series(trend.name, looks[trend.name], marks, joined=True, banded=False))
+        ticks = sorted({size for trend in of_size for size in trend.at})
+        labels = f"{over} (log scale)", f"difference in {metric.label}"
+        panels.append(("", Plot(*labels, series, x_log=True, x_ticks=ticks, level=(0.0, "no difference"), lines=True)))
+    side = "above" if metric.higher_is_better else "below"
+    caption = f"Points: the difference at each size with its 95 % interval from seeds; {side} the line the first arm is better."
+    return Picture("trends", "How differences change with size", caption, panels)
 
 
 def _contrast_row(verdict: Verdict, metric: Metric, *, with_noise: bool) -> ForestRow:

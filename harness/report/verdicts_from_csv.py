@@ -14,12 +14,12 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS
 from harness.files.text import aligned, counted
 from harness.report.document import ABSENT, mean_text
-from harness.study.plan import load_study
-from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation
+from harness.study.plan import build_plan, load_study
+from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation, trends
 
 
 def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
-    """A table of the arms, then a sentence for each contrast of configs/study/<study>.yaml, and for each of `pairs`.
+    """A table of the arms, then a sentence for each contrast and trend of configs/study/<study>.yaml, and each of `pairs`.
 
     Raises UserError for a file that is no report.csv of such a study, and as `contrasts` does.
     """
@@ -45,7 +45,11 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
     sigma, dof = residual_deviation(arms, **kinds)
     unequal = equal_variances(arms, **kinds)
     declared = [(a, b) for a, b in config.contrasts if a in arms and b in arms]
-    found = {name: contrasts(of_metric, primary=declared, other=pairs, **kinds) for name, of_metric in values.items()}
+    margins = {metric.name: config.margin}
+    found = {
+        name: contrasts(of_metric, primary=declared, other=pairs, margin=margins.get(name), **kinds)
+        for name, of_metric in values.items()
+    }
 
     rows_of_arms = [["arm", "seeds", *(METRICS[name].label for name in values), "deviation"]]
     for arm in arms:
@@ -61,4 +65,9 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
     for place, contrast in enumerate(found[metric.name]):
         also = {name: of_metric[place] for name, of_metric in found.items() if name != metric.name}
         lines.append(f"{contrast.sentence(metric, also)}.")
+    # Sizes are those of composed arms, whose names alone stand in the file.
+    planned = build_plan(config, name=study, command="", runs_dir=file.parent).trends if config.trends else {}
+    whole = {key: trend for key, trend in planned.items() if all(arm in arms for pair in trend["of"] for arm in pair)}
+    for trend in trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds):
+        lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
     return "\n".join(lines)

@@ -130,6 +130,7 @@ class Trend:
     pairs: tuple[Pair, ...]
     at: tuple[float, ...]  # the size of each pair's arms
     slope: float  # of the difference, for each doubling: least squares over the pairs
+    differences: tuple[tuple[float, float | None], ...]  # of each pair, with half of its 95 % interval, the wider of the two
     low: float | None = None  # 95 % interval, the wider of the two
     high: float | None = None
     own_half: float | None = None
@@ -301,7 +302,9 @@ def trends(
         x_N = np.log2(at) - np.log2(at).mean()
         weights = (x_N / (x_N @ x_N)).tolist()
         slope = sum(weight * each.difference for weight, each in zip(weights, compared, strict=True))
-        trend = Trend(name, tuple(pairs), tuple(at), slope)
+        halves = [max((estimate.half for estimate in each.estimates), default=None) for each in compared]
+        differences = zip([each.difference for each in compared], halves, strict=True)
+        trend = Trend(name, tuple(pairs), tuple(at), slope, tuple(differences))
         if all(each.estimates for each in compared):
             kinds = zip(*(each.estimates for each in compared), strict=False)  # the pooled ones only where every pair has one
             estimates = [_summed(slope, weights, of_kind, shared_dof=kind == 1) for kind, of_kind in enumerate(kinds)]

@@ -21,6 +21,7 @@ from harness.report.document import with_error
 from harness.report.findings import Findings, over_seeds
 from harness.report.pictures import Plot, short
 from harness.report.sections import sections
+from harness.report.study_pictures import trends_picture
 from harness.report.tables import study_csv, study_markdown
 from harness.report.write import write_report
 from harness.study.evaluation_noise import bootstrap
@@ -261,6 +262,13 @@ def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_la
     assert found["slope"] == pytest.approx(differences[1] - differences[0])
     assert "| mla - gqa | yes | mla − gqa at 128, mqa − mla\\_plain at 256 |" in markdown
     assert "- mla - gqa: for each doubling of model.d\\_model (128, 256) the difference changes by" in markdown
+    findings = findings_of(folder)
+    ((_, panel),) = trends_picture(findings).panels
+    assert isinstance(panel, Plot)
+    ((first, second),) = [series.marks for series in panel.series]
+    compared = contrasts(values, primary=(), other=expected.pairs)
+    for mark, size, pair in zip((first, second), expected.at, compared, strict=True):
+        assert (mark.x, mark.y, mark.low, mark.high) == (size, pair.difference, pair.low, pair.high)
 
     record["history"][0]["trends"] = []
     (folder / "study.json").write_text(json.dumps(record))
@@ -303,6 +311,10 @@ def test_a_published_csv_is_restated_with_its_lineages(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     assert "mha2mla_64_tuned is 0.0031 ± 0.0011 bits per byte (0.0075 ± 0.0027 nats per token) better than" in printed
     assert "pooled: 0.0062 bits per byte, 24 degrees of freedom" in printed
+    assert report.main(["study=width", f"csv={ROOT / 'docs/studies/width/report.csv'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "nor the same within 0.005" in printed
+    assert "mla - gqa: for each doubling of model.d_model (192, 256, 384) the difference changes by +0.079 ± 0.058" in printed
     with pytest.raises(UserError, match=r"has an arm gqa, and study=kv_budget has none of that name"):
         report.main(["study=kv_budget", f"csv={ROOT / file}"])
     with pytest.raises(UserError, match="cannot be read as a study"):
