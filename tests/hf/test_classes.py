@@ -48,6 +48,7 @@ SAME = {
     "mla": ["attention=mla"],
     "mla, its own head": ["attention=mla", "model.tie_embeddings=false"],
     "mla_deepseek": ["attention=mla_deepseek"],
+    "mla_wide": ["attention=mla_wide"],
     "mla, query rank": ["attention=mla", "attention.q_lora_rank=20"],
     "mla, unlike widths": ["attention=mla", "attention.qk_nope_head_dim=10", "attention.v_head_dim=14"],
     "gqa, QK-norm, heads unlike d_model": ["attention=gqa", "attention.qk_norm=true", "model.head_dim=16"],

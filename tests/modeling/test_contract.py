@@ -38,6 +38,7 @@ SHIPPED_ELEMENTS = {
     "mla_plain": 24,
     "mla": 24 + 6,
     "mla_deepseek": 24 + 6,
+    "mla_wide": 24 + 12,
     "gla": 24 + 6,
     "mla_frozen": 24 + 6,
     "mla_slice": 24 + 6,

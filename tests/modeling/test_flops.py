@@ -113,6 +113,7 @@ ATTENTION = {
     "mla_plain": D * H * d + D * L + L * H * (d + d) + H * d * D + L,
     "mla": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
     "mla_deepseek": D * L + L * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + 2 * L,  # R = L = D / 2
+    "mla_wide": D * H * (2 * d + d) + D * (L + d) + L * H * (2 * d + 2 * d) + H * 2 * d * D + L,
     "gla": D * H * (d + P) + D * (L + P) + L // 2 * H * (d + d) + H * d * D + L,
     "mla_frozen": D * H * (d + P) + D * (L + P) + L * H * (d + d) + H * d * D + L,
     "mla_slice": D * H * (d + P) + D * P + L * H * (d + d) + H * d * D + L,
