@@ -7,8 +7,9 @@ M allocated slots.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,8 @@ class Placement:
 
     start: the position of the first new token when all rows are equally long, positions_BT otherwise.
     causal: query t sees keys 0..t, and there are no others. mask_BTS: True where a query may see a key (None: all).
-    key_positions_BS: position of each visible key, where it is not its slot (caches with a window).
+    keys_at: gives the position of each visible key, (1 or B, S), where it is not its slot (caches with a window): few layers
+    ask (key_positions_BS).
     end: one above the largest position or more, where it is known without asking the device (positions.py).
     window: with causal, how many of the newest keys a query sees, for layers with a window of their own (None: all).
     twice: of so many keys, which stand before all others, the same ones as they came follow in the first places behind; the
@@ -42,10 +44,15 @@ class Placement:
     positions_BT: Tensor | None
     causal: bool
     mask_BTS: Tensor | None
-    key_positions_BS: Tensor | None = None
+    keys_at: Callable[[], Tensor] | None = None
     end: int | None = None
     window: int | None = None
     twice: int = 0
+
+    @property
+    def key_positions_BS(self) -> Tensor | None:
+        """Position of each visible key, (1 or B, S); None where it is its slot."""
+        return None if self.keys_at is None else self.keys_at()
 
     def seen(self, new_tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:
         """(causal, mask_BTS) of so many queries for what knows no window."""
@@ -70,6 +77,8 @@ class Placement:
         if positions_BS is None and slots > last + 1:
             # A static cache may have more slots than the model has positions: no query sees those.
             positions_BS = torch.arange(slots, device=rope.cos_SF.device).clamp(max=last)[None]
+        elif positions_BS is not None:
+            positions_BS = positions_BS.clamp(min=0)
         return rope.tables(0, slots, positions_BS, last + 1)  # no key stands behind the queries, which were checked
 
 
@@ -204,26 +213,25 @@ class Cache:
         alike = not (self.static or self._ragged or valid_BT is not None or twice)
         if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
             return Placement(0, None, True, None, window=self.window)
-        if self._takes_one(new_tokens, valid_BT):
-            held_BS = self._held(self.lengths_B + 1)[:, : min(self._extent + 1, self.slots)]
-            return Placement(self._extent, None, False, None, held_BS)
-        if self.window is not None:
+        if self.window is not None and new_tokens > 1:
             return self._place_in_window(new_tokens, valid_BT)
-        device = self.lengths_B.device
-        if alike:
+        device, reach = self.lengths_B.device, self.reach if self.sinks else None  # sinks may lie beyond it
+        if alike and reach is None:
             start, visible = self._extent, self._extent + new_tokens
             mask_BTS = None
             if start > 0 and new_tokens > 1:  # aligned to the bottom right: query t sees slots 0..start+t
                 slots_T = torch.arange(start, visible, device=device)
                 mask_BTS = (torch.arange(visible, device=device) <= slots_T[:, None])[None]
-            return Placement(start, None, False, mask_BTS)
+            return Placement(start, None, False, mask_BTS, self._keys_at(start))
 
         slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
         slots_S = torch.arange(self._slots_shown(new_tokens), device=device)
-        mask_BTS = slots_S <= slots_BT[:, :, None]
+        mask_BTS = slots_S <= slots_BT[:, :, None]  # of a ring too: once it is full, all that it holds is seen
+        if reach is not None:
+            mask_BTS = mask_BTS & ((slots_S >= self.sinks) | (slots_BT[:, :, None] - slots_S < reach))
         if twice:
             return self._place_twice(slots_BT, slots_S.expand(self.batch_size, -1), mask_BTS)
-        return Placement(0, slots_BT, False, mask_BTS, end=self._end(new_tokens))
+        return Placement(0, slots_BT, False, mask_BTS, self._keys_at(slots_BT), self._end(new_tokens))
 
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
         """Take in (B, T, ...) tensors at each row's own next positions; returns what is visible afterwards, by name.
@@ -242,23 +250,19 @@ class Cache:
         self._ragged = self._ragged or valid_BT is not None
         encoded = {name: self.stored[name].encode(tensor) for name, tensor in new.items()}
         entries = {name: parts for name, parts in encoded.items() if self.stored[name].newest is None}
-        if self._takes_one(T, valid_BT):
-            ring, place = self.slots - self.sinks, self._extent
-            slot = place if place < self.slots else self.sinks + (place - self.sinks) % ring
-            for name, parts in entries.items():
-                for buffer, part in zip(self.stored[name].parts, parts, strict=True):
-                    buffer[:, slot] = part[:, 0]
-            seen = {name: self._shown(self.stored[name].parts, min(place + 1, self.slots)) for name in entries}
-        elif self.window is not None:
+        if self.window is not None and T > 1:
             seen = self._through_window(T, entries, valid_BT)
         else:
-            visible = self._slots_shown(T)
             if self.static or self._ragged:
                 self._scatter(T, valid_BT, entries)
             else:
+                first, ring = self._extent, self.slots - self.sinks
+                if first >= self.slots:  # of a window
+                    first = self.sinks + (first - self.sinks) % ring
                 for name, parts in entries.items():
                     for buffer, part in zip(self.stored[name].parts, parts, strict=True):
-                        buffer[:, self._extent : visible] = part
+                        buffer[:, first : first + T] = part
+            visible = self._slots_shown(T)
             seen = {name: self._shown(self.stored[name].parts, visible) for name in entries}
         if self.groups:
             seen = self._in_groups(
@@ -345,23 +349,27 @@ class Cache:
         return -(-self.sinks // tokens) + -(-self.window // tokens)
 
     def _slots_shown(self, new_tokens: int) -> int:
-        """After a call of so many tokens, without a window."""
-        return self.max_seq_len if self.static else self._extent + new_tokens
+        """After a call of so many tokens, or of one token where there is a window."""
+        return self.slots if self.static else min(self._extent + new_tokens, self.slots)
 
     def _shown(self, parts: Parts, slots: int) -> Parts:
         return parts if self.static else tuple(part[:, :slots] for part in parts)
 
     def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts]) -> None:
-        order_BT = None
-        if valid_BT is not None:
-            # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
-            order_BT = real_first(valid_BT)
         device = self.lengths_B.device
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
+        if self.window is not None:
+            in_ring_BT = self.sinks + torch.remainder(slots_BT - self.sinks, max(1, self.slots - self.sinks))
+            slots_BT = torch.where(slots_BT < self.sinks, slots_BT, in_ring_BT)
+        # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
+        order_BT = real_first(valid_BT) if valid_BT is not None and T > 1 else None
         for name, parts in entries.items():
             for buffer, part in zip(self.stored[name].parts, parts, strict=True):
-                buffer.index_put_((rows_B1, slots_BT), part if order_BT is None else part[rows_B1, order_BT])
+                new = part if order_BT is None else part[rows_B1, order_BT]
+                if self.window is not None and valid_BT is not None:  # a full one has nothing behind its tokens
+                    new = torch.where(_beside(valid_BT, part), new, buffer[rows_B1, slots_BT])
+                buffer.index_put_((rows_B1, slots_BT), new)
 
     def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
         """Position of each new token, counted in real tokens of its row; a pad has that of the one before it, or 0."""
@@ -383,9 +391,9 @@ class Cache:
         known_BT1 = (positions_BT[:, :, None] + 1) // GROUP * GROUP
         grouped_BTS = (keys_BS[:, None, :] >= 0) & (keys_BS[:, None, :] < known_BT1)
         mask_BTS = torch.cat((mask_BTS & grouped_BTS, mask_BTS & ~grouped_BTS), dim=-1)
-        twice_BS = keys_BS.clamp(min=0).repeat(1, 2)
+        twice_BS = keys_BS.repeat(1, 2)
         end = self._end(positions_BT.shape[1])
-        return Placement(0, positions_BT, False, mask_BTS, twice_BS, end, twice=keys_BS.shape[1])
+        return Placement(0, positions_BT, False, mask_BTS, lambda: twice_BS, end, twice=keys_BS.shape[1])
 
     def _in_groups(self, T: int, valid_BT: Tensor | None, seen: dict[str, Parts], new: dict[str, Tensor]) -> dict[str, Parts]:
         """Take in keys by channel; what is visible then, of all: to one query a row, or as `_place_twice` says."""
@@ -416,9 +424,8 @@ class Cache:
         """Position of each key that a call of T tokens shows, -1 where none; before the tokens are counted."""
         if self.window is None:
             return torch.arange(self._slots_shown(T), device=self.lengths_B.device)[None]
-        if self._takes_one(T, valid_BT):
-            return self._held(self.lengths_B + 1)[:, : min(self._extent + 1, self.slots)]
-        return self._keys_in_window(self._positions(T, valid_BT), valid_BT)
+        positions_BT = self._positions(T, valid_BT)
+        return self._held(positions_BT)[:, : self._slots_shown(T)] if T == 1 else self._keys_in_window(positions_BT, valid_BT)
 
     def _group_slot(self, stored: CachedTensor, group: Tensor) -> Tensor:
         """Where a group lies: the sinks' ones first, then a ring of the others."""
@@ -437,29 +444,24 @@ class Cache:
         is_new_BN = (group_BN >= begun_B1) & (group_BN < complete_B1)
         source_BN = (group_BN - begun_B1).clamp(0, made - 1)
         for buffer, part in zip(stored.parts, groups, strict=True):
-            is_new = is_new_BN.view(*is_new_BN.shape, *(1 for _ in part.shape[2:]))
+            is_new = _beside(is_new_BN, part)
             buffer.index_put_((rows_B1, slot_BN), torch.where(is_new, part[rows_B1, source_BN], buffer[rows_B1, slot_BN]))
 
     # --- windows: position p lives in slot p, then in a ring behind the sinks ----------------------------------------
 
-    def _takes_one(self, new_tokens: int, valid_BT: Tensor | None) -> bool:
-        """Whether a step writes before it reads: one token a row, in whose slot lay the one that it no longer sees.
+    # A call of one token a row writes before it reads: in its slot lay the one that it no longer sees.
 
-        All that the slots hold afterwards is then seen, without a mask; unless sinks lie beyond a layer's own window.
-        """
-        beyond = self.sinks > 0 and self.reach is not None
-        alike = not (self.static or self._ragged or valid_BT is not None)
-        return self.window is not None and new_tokens == 1 and alike and not beyond
+    def _keys_at(self, newest: Tensor | int) -> Callable[[], Tensor] | None:
+        """Positions of the visible keys after a call of one token, which stands at `newest` in its row."""
+        return None if self.window is None else functools.partial(self._held, newest, self._slots_shown(1))
 
-    def _held(self, lengths_B: Tensor) -> Tensor:
-        """Position that each slot holds in rows of these lengths, (B, M); -1 where none yet."""
-        assert self.window is not None
-        slot_M = torch.arange(self.slots, device=lengths_B.device)
-        newest_B1 = lengths_B[:, None] - 1
+    def _held(self, newest: Tensor | int, shown: int | None = None) -> Tensor:
+        """Position that each slot holds in rows whose newest token is at (B, 1) `newest`, (B or 1, M); -1 where none yet."""
+        slot_1M = torch.arange(self.slots, device=self.lengths_B.device)[None]
         ring = self.slots - self.sinks
-        in_ring = newest_B1 - torch.remainder(newest_B1 - slot_M, ring) if ring > 0 else slot_M
-        held_BM = torch.where(slot_M < self.sinks, slot_M, in_ring)
-        return torch.where((held_BM >= slot_M) & (held_BM <= newest_B1), held_BM, -1)
+        in_ring = newest - torch.remainder(newest - slot_1M, ring) if ring > 0 else slot_1M
+        held_BM = torch.where(slot_1M < self.sinks, slot_1M, in_ring)
+        return torch.where((held_BM >= slot_1M) & (held_BM <= newest), held_BM, -1)[:, :shown]
 
     def _place_in_window(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
         """The visible keys are what the slots hold, then the new tokens."""
@@ -475,13 +477,13 @@ class Cache:
             mask_BTS = mask_BTS | (itself == torch.arange(new_tokens, device=keys_BS.device)[:, None])
         if self.groups and new_tokens > 1:
             return self._place_twice(positions_BT, keys_BS, mask_BTS)
-        return Placement(0, positions_BT, False, mask_BTS, keys_BS.clamp(min=0), self._end(new_tokens))
+        return Placement(0, positions_BT, False, mask_BTS, lambda: keys_BS, self._end(new_tokens))
 
     def _keys_in_window(self, positions_BT: Tensor, valid_BT: Tensor | None) -> Tensor:
         """Position of what each slot holds, then of the new tokens; -1 where there is none, and of pads."""
         used = self.slots if self.static else min(self._extent, self.slots)
         new_BT = positions_BT if valid_BT is None else torch.where(valid_BT, positions_BT, -1)
-        return torch.cat((self._held(self.lengths_B)[:, :used], new_BT), dim=1)
+        return torch.cat((self._held(self.lengths_B[:, None] - 1)[:, :used], new_BT), dim=1)
 
     def _through_window(self, T: int, entries: dict[str, Parts], valid_BT: Tensor | None) -> dict[str, Parts]:
         """What the slots held before, then the new entries; afterwards the slots hold what is still needed."""
@@ -493,7 +495,7 @@ class Cache:
             )
             for name, parts in entries.items()
         }
-        held_BM = self._held(self.lengths_B + (T if valid_BT is None else valid_BT.sum(dim=1)))
+        held_BM = self._held(self.lengths_B[:, None] + (T if valid_BT is None else valid_BT.sum(dim=1, keepdim=True)) - 1)
         rank_BM = held_BM - self.lengths_B[:, None]  # among the row's new tokens; below 0: it is there already
         order_BT = torch.arange(T, device=device).expand(self.batch_size, -1)
         if valid_BT is not None:
@@ -502,9 +504,13 @@ class Cache:
         rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
         for name, parts in entries.items():
             for buffer, part in zip(self.stored[name].parts, parts, strict=True):
-                is_new = (rank_BM >= 0).view(*rank_BM.shape, *(1 for _ in buffer.shape[2:]))
-                buffer.copy_(torch.where(is_new, part[rows_B1, source_BM], buffer))
+                buffer.copy_(torch.where(_beside(rank_BM >= 0, buffer), part[rows_B1, source_BM], buffer))
         return seen
+
+
+def _beside(flags_BS: Tensor, entries_BS: Tensor) -> Tensor:
+    """Flags of entries, in a shape that goes with theirs."""
+    return flags_BS.view(*flags_BS.shape, *(1 for _ in entries_BS.shape[2:]))
 
 
 def real_first(valid_BT: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_a_window_keeps_the_sinks_and_the_newest_tokens_and_no_more_slots(chunks
                 position = first + t
                 visible = mask_BTS[row, t]
                 wanted = [p for p in range(position + 1) if p < sinks or position - p < window]
-                assert sorted(place.key_positions_BS[row, visible].tolist()) == wanted
+                assert sorted(place.key_positions_BS.expand(ROWS, -1)[row, visible].tolist()) == wanted
                 assert sorted(seen[row, visible].tolist()) == [100 * row + p for p in wanted]
         first += tokens
     assert all(buffer.shape[1] == window + sinks for buffer in cache.buffers.values())
@@ -230,6 +230,37 @@ def test_a_window_follows_each_rows_own_length(static: bool) -> None:
     assert place.mask_BTS is not None
     visible = [sorted(seen[row, place.mask_BTS[row, 0]].tolist()) for row in range(ROWS)]
     assert visible == [[0, 4, 5, 50], [102, 104, 105, 150], [200, 201, 250]]
+
+
+IN_PLACE = {  # window, sinks, reach, and the distances and positions that a query sees
+    "window": (5, 0, None, lambda query, key: query - key < 5),
+    "sinks": (4, 2, None, lambda query, key: query - key < 4 or key < 2),
+    "reach": (None, 0, 5, lambda query, key: query - key < 5),
+    "sinks beyond the reach": (4, 3, 7, lambda query, key: query - key < 4 or (key < 3 and query - key < 7)),
+}
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["eager", "static"])
+@pytest.mark.parametrize("case", IN_PLACE)
+def test_single_tokens_meet_a_ring_in_place_while_rows_pause(case: str, static: bool) -> None:
+    window, sinks, reach, sees = IN_PLACE[case]
+    cache = Cache(ROWS, 30, SHAPES, dtype=torch.float32, device="cpu", static=static, window=window, sinks=sinks, reach=reach)
+    cache.append(mask(["111", ".11", "1.."]), **entries(3, 0))
+    texts = [[0, 1, 2], [101, 102], [200]]  # the numbers that each row took in
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3, 21):
+        runs = None if step % 5 == 0 else torch.rand(ROWS, 1, generator=generator) < 0.7
+        place, seen = cache.place(1, runs), cache.append(runs, **entries(1, step))
+        assert place.mask_BTS is not None and place.key_positions_BS is not None
+        assert seen["v"].shape[1] <= cache.slots and (not static or seen["v"] is cache.buffers["v"])
+        for row, text in enumerate(texts):
+            text += [100 * row + step] if runs is None or runs[row] else []
+            visible, query = place.mask_BTS[row, 0], len(text) - 1
+            wanted = {key: text[key] for key in range(query + 1) if sees(query, key)}
+            positions = place.key_positions_BS[row, visible].tolist()
+            assert dict(zip(positions, seen["v"][row, visible, 0].tolist(), strict=True)) == wanted
+            assert len(positions) == len(wanted)
+    assert cache.lengths_B.tolist() == [len(text) for text in texts] and min(map(len, texts)) > 8
 
 
 def test_a_window_as_long_as_the_cache_is_no_window() -> None:
