@@ -69,9 +69,16 @@ def derive(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 def _derive_resolver(expression: str, *, _root_: Any) -> int:
+    from omegaconf.errors import OmegaConfBaseException
+
     known = ("d_model", "n_layers", "n_heads", "head_dim", "max_seq_len")
-    sizes = {key: typed(int, _root_.model[key], f"model.{key}") for key in known}
-    return derive(str(expression), sizes)
+    try:
+        sizes = {key: typed(int, _root_.model[key], f"model.{key}") for key in known}
+        return derive(str(expression), sizes)
+    except (UserError, OmegaConfBaseException):
+        raise
+    except Exception as error:  # OmegaConf makes a sentence of whatever a resolver raises
+        raise AssertionError(f"derive:'{expression}'") from error
 
 
 def register_resolvers() -> None:
@@ -167,6 +174,8 @@ def compose(
         while cause is not None:
             if isinstance(cause, UserError):
                 raise cause from None
+            if isinstance(cause, AssertionError):
+                raise
             cause = cause.__cause__ or cause.__context__
         field = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0]

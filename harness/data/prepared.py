@@ -260,10 +260,13 @@ def _open_array(file: Path, length: int) -> NDArray[np.int64]:
         with file.open("rb") as opened:
             start = opened.read(128)
         if not start.startswith(b"\x93NUMPY\x01\x00") or _HEADER not in start:  # else numpy reads any dtype at all
-            raise ValueError("it does not begin as an array of int64")
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
-        raise DamagedData(f"{file} cannot be read ({in_a_line(error)}): prepare the data again, or copy it again") from error
+            raise Unreadable("it does not begin as an array of int64")
+        try:
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
+            raise Unreadable(in_a_line(error)) from error
+    except (OSError, Unreadable) as error:
+        raise DamagedData(f"{file} cannot be read ({error}): prepare the data again, or copy it again") from error
     if array.dtype != np.dtype("<i8") or array.shape != (length,):
         raise DamagedData(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
     return array

@@ -6,16 +6,19 @@ What descends from which runs, what was converted and what was declared is read 
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS
 from harness.files.text import aligned, counted
+from harness.files.untrusted import Unreadable
 from harness.report.document import ABSENT, mean_text
 from harness.study.plan import build_plan, load_study
 from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation, trends
+
+_Kind = TypeVar("_Kind", str, int, float)
 
 
 def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
@@ -27,12 +30,12 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
     metric = METRICS[config.metric]
     values: dict[str, dict[str, dict[int, float]]] = {metric.name: {}, LOSS.name: {}, BITS_PER_BYTE.name: {}}
     try:
-        with file.open(newline="", encoding="utf-8") as rows:
-            for row in csv.DictReader(rows):
-                if row["kind"] == "study":
-                    for name, of_metric in values.items():
-                        of_metric.setdefault(row["arm"], {})[int(row["seed"])] = float(row[f"test_{name}"])
-    except (OSError, ValueError, KeyError) as error:
+        for row in _rows(file):
+            if _cell(row, "kind", str) == "study":
+                arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
+                for name, of_metric in values.items():
+                    of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
+    except (OSError, Unreadable) as error:
         raise UserError(f"{file} cannot be read as a study's report.csv ({error}): name the one of study={study}") from None
     arms = values[metric.name]
     if strange := [arm for arm in arms if arm not in config.arms]:
@@ -71,3 +74,20 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
     for trend in trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds):
         lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
     return "\n".join(lines)
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    """Raises OSError, or Unreadable for what is no CSV in UTF-8."""
+    with file.open(newline="", encoding="utf-8") as opened:
+        try:
+            return list(csv.DictReader(opened))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise Unreadable(str(error)) from None
+
+
+def _cell(row: Mapping[str, str], column: str, kind: type[_Kind]) -> _Kind:
+    """Raises Unreadable where there is none of this kind."""
+    try:
+        return kind(row[column])
+    except (KeyError, TypeError, ValueError):
+        raise Unreadable(f"{column}={row.get(column)}") from None

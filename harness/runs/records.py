@@ -11,11 +11,11 @@ from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, cast
 
 from harness.config.run_config import read_run_config
 from harness.config.typed import typed
-from harness.errors import UserError, readable
+from harness.errors import UserError
 from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
 from harness.files.atomic import read_json, write_json
 from harness.files.folders import listed
-from harness.files.untrusted import Count, Figure, Positive, Rate, Unreadable, is_count, parse_object, stays_inside, whole_lines
+from harness.files.untrusted import Count, Figure, Positive, Rate, stays_inside
 from harness.runs.kind import PLAIN_CACHE
 
 STUDY_FILE = "study.json"  # in a study's folder
@@ -317,33 +317,6 @@ def read_segments(run: Path, evaluation: str) -> SegmentRecord | None:
     if len(segments.get("documents", segments["nats"])) != len(segments["nats"]):
         raise _refused(path, f"{len(segments['nats'])} losses and {len(segments['documents'])} documents")
     return segments
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; another process may be writing the last one. None where there is no file."""
-    path = run / "metrics.jsonl"
-    with readable(str(path), _METRICS_REMEDY):
-        lines = whole_lines(path)
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = parse_object(line, record=True)
-            if lacking := [key for key in ("step", "tokens") if not is_count(row.get(key))]:
-                raise Unreadable(f"it has no {lacking[0]} that is a count")
-            if wrong := [key for key, value in row.items() if not _is_logged(value)]:
-                raise Unreadable(f"{wrong[0]} is no number")
-        except Unreadable as error:
-            raise UserError(f"line {number} of {path} is damaged ({error}): {_METRICS_REMEDY}") from None
-        rows.append(row)
-    return rows
-
-
-_METRICS_REMEDY = "copy the file back from where it is whole, or train the run anew with overwrite=true"
-
-
-def _is_logged(value: Any) -> bool:
-    """A number, or None in the place of one that was not finite."""
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def read_study(folder: Path) -> StudyRecord:

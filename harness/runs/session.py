@@ -26,11 +26,12 @@ from harness.files.text import duration
 from harness.runs.corpus import ANEW, other_data, validate, window_loader
 from harness.runs.init_from import initial_checkpoint, initial_line, tokens_seen
 from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
-from harness.runs.records import RunSummary, read_metrics
+from harness.runs.records import RunSummary
 from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.to_dashboard import open_run_tracker
 from harness.runs.training_state import SavedState, check_resumable
 from harness.tracking import SilentTracker, Tracker, check_tracking
+from harness.tracking.metrics_file import read_metrics
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.device import (

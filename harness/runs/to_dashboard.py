@@ -17,8 +17,9 @@ from harness.evaluation.metric import Facts, Scores
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import finished
 from harness.runs.kind import PROTOCOL, USUAL, kind_of
-from harness.runs.records import RunSummary, read_evaluations, read_metrics, read_summary
+from harness.runs.records import RunSummary, read_evaluations, read_summary
 from harness.tracking import Tracker, open_tracker
+from harness.tracking.metrics_file import read_metrics
 
 
 def mirror(run: Path, tracking: TrackingConfig, *, run_id: str | None = None) -> bool:
@@ -41,7 +42,7 @@ def mirror(run: Path, tracking: TrackingConfig, *, run_id: str | None = None) ->
         run_id=run_id or summary.get("wandb_id"),
     ) as tracker:
         if by_wandb:  # trackio reads them itself
-            tracker.catch_up(run / "metrics.jsonl")
+            tracker.catch_up(run)
             # The server has rows already whose values a later part's summary may have replaced.
             tracker.summary({key: value for row in rows for key, value in row.items() if "/" in key and value is not None})
         tracker.summary(summary)

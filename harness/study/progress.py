@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.files.text import counted, duration
+from harness.files.untrusted import Unreadable, is_count, parse_object
 from harness.runs.records import read_evaluations, read_summary
 from harness.study.plan import RunSpec, StudyPlan
 
@@ -151,9 +151,10 @@ def trained_so_far(run: Path) -> int:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 4096))
             lines = file.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["tokens"]) if lines else 0
-    except (OSError, ValueError, KeyError, TypeError):  # being written, or cut at the front of what was read
+        tokens = parse_object(lines[-1]).get("tokens") if lines else 0
+    except (OSError, Unreadable):  # being written, or cut at the front of what was read
         return 0
+    return tokens if isinstance(tokens, int) and is_count(tokens) else 0
 
 
 def _figures(run: Path) -> str:

@@ -20,12 +20,12 @@ from harness.runs.records import (
     read_config,
     read_decode_times,
     read_evaluations,
-    read_metrics,
     read_segments,
     read_study,
     read_summary,
 )
 from harness.study.statistics import origins
+from harness.tracking.metrics_file import read_metrics
 
 # What a report takes from the summary of every run, and as it stands into its CSV.
 SIZES = ("parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens")

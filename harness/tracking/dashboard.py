@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.errors import tell
-from harness.files.untrusted import whole_lines
+from harness.errors import UserError, tell
+
+
+class DashboardError(Exception):
+    """What a dashboard's own library raised, in a line."""
+
+
+# What a run goes on after without its dashboard: the library, the system, or a file. Anything else is a fault of the code.
+FAILURES = (DashboardError, OSError, UserError)
+
+
+@contextlib.contextmanager
+def library() -> Iterator[None]:
+    """Around nothing but calls of a dashboard's library, which may raise anything: a DashboardError."""
+    try:
+        yield
+    except Exception as error:
+        raise DashboardError(_first_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class Table:
 
 
 class Dashboard(Protocol):
-    """One open run. Everything but `give_up` and `close` may raise anything: the tracker catches it."""
+    """One open run. Everything but `give_up` and `close` may raise FAILURES: the tracker catches them."""
 
     label: str  # the dashboard's name in what is said to people
     run_id: str | None  # W&B's name for the run
@@ -68,17 +84,12 @@ class Dashboard(Protocol):
         """Whether the dashboard has everything, or will have it by the command that was said when the run began."""
 
 
-def metrics_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; another process may be writing the last one. Raises OSError or ValueError."""
-    return [json.loads(line) for line in whole_lines(path)]
-
-
 def tell_as(label: str, message: str) -> None:
     """One line for people."""
     tell(f"{label}: {message}")
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     """An error in a line without its full stop."""
     if type(error).__name__ == "ValidationError" and callable(errors := getattr(error, "errors", None)):
         return _refused_setting(errors()[0])

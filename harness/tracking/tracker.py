@@ -7,11 +7,8 @@ harming the run or holding it up for longer than a minute or so.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +16,8 @@ from typing import Any
 from harness.config.schema import TrackingConfig
 from harness.errors import UserError
 from harness.files.folders import refuse_links
-from harness.tracking.dashboard import Dashboard, RunDescription, Table, first_line, metrics_rows, tell_as, without_repeats
+from harness.tracking.dashboard import FAILURES, Dashboard, RunDescription, Table, tell_as, without_repeats
+from harness.tracking.metrics_file import MetricsFile, read_metrics
 from harness.tracking.wandb_run import RUN_ID, open_wandb
 
 
@@ -63,7 +61,7 @@ def open_tracker(
     if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
         raise UserError(f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true")
     refuse_links(run_dir, ("metrics.jsonl", "wandb"))
-    metrics = None if metrics_bytes is None else _MetricsFile(run_dir / "metrics.jsonl", metrics_bytes)
+    metrics = None if metrics_bytes is None else MetricsFile(run_dir / "metrics.jsonl", metrics_bytes)
     described = RunDescription(
         project=config.project,
         entity=config.entity,
@@ -85,7 +83,7 @@ def open_tracker(
         assert config.name == "none", config.name
     tracker = Tracker(metrics, dashboard, (dashboard.run_id if dashboard is not None else None) or run_id)
     if config.name == "wandb" and metrics_bytes:
-        tracker.catch_up(run_dir / "metrics.jsonl")
+        tracker.catch_up(run_dir)
     return tracker
 
 
@@ -129,7 +127,7 @@ def log_study(
 class Tracker:
     """What a run logs to. `run_id` is W&B's name for the run (None if it has none): store it to continue the run."""
 
-    def __init__(self, metrics: _MetricsFile | None, dashboard: Dashboard | None, run_id: str | None) -> None:
+    def __init__(self, metrics: MetricsFile | None, dashboard: Dashboard | None, run_id: str | None) -> None:
         self._metrics, self._dashboard, self.run_id = metrics, dashboard, run_id
         self._mirrors = dashboard is not None
         self.arrived = True  # once closed: whether the dashboard has everything, or a later upload will find it
@@ -153,12 +151,12 @@ class Tracker:
         self._metrics.append(row)
         self.mirror(lambda dashboard: dashboard.log(row, step))
 
-    def catch_up(self, path: Path) -> None:
+    def catch_up(self, run: Path) -> None:
         """Rows of metrics.jsonl that a dashboard online has not, because a process was killed before they were sent."""
 
         def send(dashboard: Dashboard) -> None:
             if dashboard.is_online:
-                for row in metrics_rows(path):
+                for row in read_metrics(run):
                     values = {key: math.nan if value is None else value for key, value in row.items()}
                     dashboard.log(values, row["step"])
 
@@ -184,15 +182,15 @@ class Tracker:
     def mirror(self, send: Callable[[Dashboard], None]) -> None:
         """Tell the dashboard, if there is one.
 
-        The first failure, of any kind, ends the mirroring: hours of training must not end because of a dashboard.
+        The first failure of its library, or of a file, ends the mirroring: hours of training must not end because of it.
         """
         if self._dashboard is None or not self._mirrors:
             return
         try:
             send(self._dashboard)
-        except Exception as error:
+        except FAILURES as error:
             kept = "this run goes on and is recorded in metrics.jsonl alone" if self._metrics else "the files are whole"
-            tell_as(self._dashboard.label, f"stopped ({first_line(error)}); {kept}")
+            tell_as(self._dashboard.label, f"stopped ({str(error).rstrip('.')}); {kept}")
             self._mirrors = False
             self._dashboard.give_up()
 
@@ -209,61 +207,3 @@ class SilentTracker(Tracker):
 
     def log(self, step: int, tokens: int, metrics: Mapping[str, float]) -> None:
         pass
-
-
-def _whole_lines(file: FileIO, size: int) -> int:
-    """Where the last whole line of the first `size` bytes ends: there, unless the file is not the one it was.
-
-    That rows are missing then is said; nothing brings them back, and what is there stays.
-    """
-    file.seek(0)
-    content = file.readall()[:size]
-    whole = content.rfind(b"\n") + 1
-    if whole < size:
-        last = content[:whole].splitlines()[-1:]
-        ending = f", the last of them {last[0].decode(errors='replace')[:40]}..." if last else ""
-        tell_as(
-            str(file.name),
-            f"it held {size:,} bytes when the checkpoint was written and holds {whole:,} of whole rows now{ending}; those "
-            f"between are lost, what is there stays, and the run goes on",
-        )
-    return whole
-
-
-class _MetricsFile:
-    """metrics.jsonl: every line reaches the operating system at once, so that a killed process loses none."""
-
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Without a buffer, which would try again, on closing, what a full disk did not take.
-        self._path = path
-        self._file = FileIO(path, "a+")
-        self._file.truncate(_whole_lines(self._file, keep_bytes))
-
-    def check(self) -> None:
-        """Raises UserError unless the file that is open still stands under its name."""
-        try:
-            if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
-                return
-        except FileNotFoundError:
-            pass
-        raise UserError(
-            f"{self._path} was removed, moved or replaced while the run was trained, and what was written since is lost: put "
-            f"the run's folder back and start the same command again, which otherwise trains anew"
-        )
-
-    def append(self, row: Mapping[str, float]) -> None:
-        self.check()
-        # JSON has no infinity and no NaN; readers other than Python's stop at them.
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        line = memoryview(json.dumps(finite, allow_nan=False).encode() + b"\n")
-        while line:  # a disk that fills up takes a part, then refuses
-            line = line[self._file.write(line) :]
-
-    def size(self) -> int:
-        self.check()
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()

@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.tracking.dashboard import RunDescription, Table, command_of, first_line, metrics_rows, tell_as
+from harness.tracking.dashboard import FAILURES, DashboardError, RunDescription, Table, command_of, library, tell_as
+from harness.tracking.metrics_file import read_metrics
 
 # Variables that make trackio's storage fetch or push something. TRACKIO_DIR, _STORAGE_MODE and _SQLITE_* are the user's.
 _REMOTE = ("TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "SPACE_REPO_NAME")
@@ -35,8 +36,8 @@ def open_trackio(described: RunDescription, *, run_dir: Path, anew: bool) -> Tra
     """
     try:
         return TrackioRun(described, run_dir=run_dir, anew=anew)
-    except Exception as error:
-        tell_as("trackio", f"not in use ({first_line(error)}); this run is recorded in {run_dir} alone")
+    except FAILURES as error:
+        tell_as("trackio", f"not in use ({error}); this run is recorded in {run_dir} alone")
         return None
 
 
@@ -64,7 +65,7 @@ class TrackioRun:
 
             self._storage: Any = SQLiteStorage
             if utils.get_storage_mode() == "jsonl":
-                raise RuntimeError(
+                raise DashboardError(
                     f"{utils.TRACKIO_DIR} is on a network file system, which its database does not survive; set "
                     f"TRACKIO_DIR to a folder of this machine"
                 )
@@ -88,7 +89,7 @@ class TrackioRun:
                 "notes": described.notes,
             }
         )
-        rows = metrics_rows(run_dir / "metrics.jsonl")
+        rows = read_metrics(run_dir)
         if rows:
             now = _now()
             self._write(rows, [times.get(row["step"], now) for row in rows])
@@ -102,23 +103,30 @@ class TrackioRun:
         self._summary |= values
 
     def table(self, key: str, table: Table) -> None:
-        import trackio
+        data = [list(row) for row in table.rows]
+        with _local():
+            import trackio
 
-        rows = trackio.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
-        self._media({key: rows._to_dict(self._project, self._name)})
+            shown = trackio.Table(columns=list(table.columns), data=data)._to_dict(self._project, self._name)
+        self._media({key: shown})
 
     def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
         """trackio has no chart of a table; whoever logs one logs its picture too."""
 
     def image(self, key: str, path: Path, caption: str) -> None:
-        import trackio
+        with _local():
+            import trackio
 
-        self._file(key, trackio.Image(path, caption=caption))
+            media = trackio.Image(path, caption=caption)
+        self._file(key, media)
 
     def page(self, key: str, path: Path) -> None:
-        import trackio
+        text = path.read_text(encoding="utf-8")
+        with _local():
+            import trackio
 
-        self._file(key, trackio.Html(path.read_text(encoding="utf-8"), inject=False))
+            media = trackio.Html(text, inject=False)
+        self._file(key, media)
 
     def give_up(self) -> None:
         self._gave_up = True
@@ -133,16 +141,18 @@ class TrackioRun:
                 # Figures of an evaluation (eval/corpus/split/loss) are charts of one point; the rest is configuration.
                 figures = {key: value for key, value in self._summary.items() if "/" in key and isinstance(value, (int, float))}
                 self._write([self._last | figures], [_now()], numbered=False)
-        except Exception as error:
-            tell_as(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
+        except DashboardError as error:
+            tell_as(self.label, f"did not finish cleanly ({error}); metrics.jsonl is whole")
             return False
         command = shlex.join([*command_of("trackio", "trackio.cli"), "show", "--project", self._project])
         tell_as(self.label, f"{self._name}: look at it with: {command}")
         return True
 
     def _file(self, key: str, media: Any) -> None:
-        media._save(self._project, self._name)
-        self._media({key: media._to_dict()})
+        with _local():
+            media._save(self._project, self._name)
+            shown = media._to_dict()
+        self._media({key: shown})
 
     def _media(self, values: dict[str, Any]) -> None:
         self._write([self._last | values], [_now()], numbered=False)
@@ -156,6 +166,10 @@ class TrackioRun:
         """Into the database. A line of metrics.jsonl has a number, so that it can never stand there twice."""
         self._last = {key: rows[-1][key] for key in ("step", "tokens")}
         ids = [f"{self._id}:{self._lines + number}" if numbered else None for number in range(len(rows))]
+        metrics, steps = (
+            [{key: value for key, value in row.items() if key != "step"} for row in rows],
+            [row["step"] for row in rows],
+        )
         with _local():
             self._storage.bulk_log(
                 project=self._project,
@@ -163,8 +177,8 @@ class TrackioRun:
                 run_id=self._id,
                 log_ids=ids,
                 timestamps=list(times),
-                metrics_list=[{key: value for key, value in row.items() if key != "step"} for row in rows],
-                steps=[row["step"] for row in rows],
+                metrics_list=metrics,
+                steps=steps,
                 config=self._config | {"summary": self._summary},
             )
         self._lines += len(rows) if numbered else 0
@@ -173,10 +187,10 @@ class TrackioRun:
 
 @contextlib.contextmanager
 def _local() -> Iterator[None]:
-    """Nothing leaves this machine, and nothing is printed on standard output, which belongs to results."""
+    """Around calls of the library: nothing leaves this machine or is printed on standard output, which belongs to results."""
     kept = {key: os.environ.pop(key) for key in _REMOTE if key in os.environ}
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with library(), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         os.environ.update(kept)

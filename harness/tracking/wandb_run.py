@@ -16,7 +16,16 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.files.atomic import write_text
-from harness.tracking.dashboard import RunDescription, Table, command_of, first_line, tell_as, without_repeats
+from harness.tracking.dashboard import (
+    FAILURES,
+    DashboardError,
+    RunDescription,
+    Table,
+    command_of,
+    library,
+    tell_as,
+    without_repeats,
+)
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
 ID_FILE = "wandb_id"  # in a run's folder
@@ -102,15 +111,16 @@ class WandbRun:
         self._borrowed = [key for key in wanted if key not in os.environ]
         os.environ.update({key: wanted[key] for key in self._borrowed})
         try:
-            import wandb
+            with library():
+                import wandb
 
             self._wandb = wandb
             root.mkdir(parents=True, exist_ok=True)
             self._run = self._start({"dir": str(root), "reinit": "create_new", **options}, run_id)
-        except Exception as error:
+        except FAILURES as error:
             if online:
-                raise UserError(f"Weights & Biases cannot be used ({first_line(error)}); nothing was changed") from None
-            tell_as(self.label, f"not in use ({first_line(error)}); this run is recorded in metrics.jsonl alone")
+                raise UserError(f"Weights & Biases cannot be used ({error}); nothing was changed") from None
+            tell_as(self.label, f"not in use ({error}); this run is recorded in metrics.jsonl alone")
         finally:
             if self._run is None:
                 self._leave()
@@ -123,7 +133,8 @@ class WandbRun:
 
     def _start(self, options: dict[str, Any], continued: str | None) -> Any:
         # A variable that the client refuses is refused here, where no thread of its own runs yet that it would not end.
-        self._wandb.Settings().update_from_env_vars(dict(os.environ))
+        with library():
+            self._wandb.Settings().update_from_env_vars(dict(os.environ))
         mode = self._set_up({"mode": "online"} if self._online else {}).mode
         if mode == "disabled":
             return None
@@ -132,59 +143,75 @@ class WandbRun:
         if mode in ("offline", "dryrun"):
             reason = "as WANDB_MODE or its settings say"
         else:
+            reason = "there is no API key"
             try:
-                if self._wandb.login(prompt=False, verify=False):
-                    run = self._wandb.init(**options)
+                with library():
+                    run = self._wandb.init(**options) if self._wandb.login(prompt=False, verify=False) else None
+                if run is not None:
                     tell_as(self.label, run.url)
                     return _with_metrics(run)
-                reason = "there is no API key"
-            except Exception as error:
-                reason = first_line(error)
-                self._wandb.teardown()
+            except DashboardError as error:
+                reason = str(error)
+                with library():
+                    self._wandb.teardown()
         if self._online:
-            raise ConnectionError(reason)
+            raise DashboardError(reason)
         self._set_up({"mode": "offline"})
-        run = _with_metrics(self._wandb.init(**options))
+        with library():
+            run = self._wandb.init(**options)
+        _with_metrics(run)
         tell_as(self.label, f"offline ({reason}); upload with: {sync_command(self._folder)}")
         return run
 
     def _set_up(self, extra: Mapping[str, Any]) -> Any:
         """The client's settings, from the environment, the user's files and `extra`; silent, and bounded in time."""
-        known = self._wandb.Settings.model_fields
+        with library():
+            known = self._wandb.Settings.model_fields
         limits: dict[str, Any] = {
             key: seconds for key, seconds in _LIMITS.items() if key in known and f"WANDB_{key.upper()}" not in os.environ
         }
         if "finish_timeout_raises" in known:
             limits["finish_timeout_raises"] = True
-        settings = self._wandb.Settings(silent=True, console="off", symlink=False, **limits, **extra)
-        return self._wandb.setup(settings).settings
+        with library():
+            settings = self._wandb.Settings(silent=True, console="off", symlink=False, **limits, **extra)
+            return self._wandb.setup(settings).settings
 
     def log(self, row: Mapping[str, float], step: int) -> None:
         # Rows of one step are one row in W&B, open until the next step. Steps that its server has already, because the
         # run got further before it was killed, stay as they are there.
         if step >= self._run.starting_step:
-            self._run.log(dict(row), step=step)
+            with library():
+                self._run.log(dict(row), step=step)
             self._row_is_open = True
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        self._run.summary.update(dict(values))
+        with library():
+            self._run.summary.update(dict(values))
 
     def table(self, key: str, table: Table) -> None:
-        self._run.log({key: self._table(table)})
+        shown = self._table(table)
+        with library():
+            self._run.log({key: shown})
 
     def scatter(self, key: str, table: Table, *, x: str, y: str, title: str) -> None:
-        self._run.log({key: self._wandb.plot.scatter(self._table(table), x, y, title=title)})
+        shown = self._table(table)
+        with library():
+            self._run.log({key: self._wandb.plot.scatter(shown, x, y, title=title)})
 
     def image(self, key: str, path: Path, caption: str) -> None:
-        self._run.log({key: self._wandb.Image(str(path), caption=caption)})
+        with library():
+            self._run.log({key: self._wandb.Image(str(path), caption=caption)})
 
     def page(self, key: str, path: Path) -> None:
         # Anything that is no file the client would take for the page itself. inject adds its own style sheet.
-        self._run.log({key: self._wandb.Html(path.read_text(encoding="utf-8"), inject=False, data_is_not_path=True)})
+        page = path.read_text(encoding="utf-8")
+        with library():
+            self._run.log({key: self._wandb.Html(page, inject=False, data_is_not_path=True)})
 
     def _table(self, table: Table) -> Any:
         rows = [list(row) for row in table.rows]
-        return self._wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
+        with library():
+            return self._wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
 
     def give_up(self) -> None:
         self._gave_up = True
@@ -201,9 +228,10 @@ class WandbRun:
                 with contextlib.suppress(Exception):
                     run.finish(exit_code=exit_code)
             else:
-                if self._row_is_open:
-                    run.log({}, commit=True)
-                run.finish(exit_code=exit_code)
+                with library():
+                    if self._row_is_open:
+                        run.log({}, commit=True)
+                    run.finish(exit_code=exit_code)
                 refusal = _refusal(Path(run.settings.log_internal))
                 whole = refusal is None
                 if refusal is not None:
@@ -212,11 +240,11 @@ class WandbRun:
                         f"the server refused what was sent (status {refusal}), and rows stayed on this machine; with a key "
                         f"and a project that it takes, upload them with: {sync_command(self._folder)}",
                     )
-        except TimeoutError:
-            command = sync_command(self._folder)
-            tell_as(self.label, f"the server did not take everything in time; upload the rest with: {command}")
-        except Exception as error:
-            tell_as(self.label, f"did not finish cleanly ({first_line(error)}); metrics.jsonl is whole")
+        except DashboardError as error:
+            said = f"did not finish cleanly ({error}); metrics.jsonl is whole"
+            if isinstance(error.__cause__, TimeoutError):
+                said = f"the server did not take everything in time; upload the rest with: {sync_command(self._folder)}"
+            tell_as(self.label, said)
         finally:
             if not whole:
                 with contextlib.suppress(OSError):
@@ -247,8 +275,9 @@ def _refusal(log: Path) -> int | None:
 
 def _with_metrics(run: Any) -> Any:
     # The summary keeps the last value of each, whatever the run has been through.
-    run.define_metric("tokens")
-    run.define_metric("*", step_metric="tokens")
+    with library():
+        run.define_metric("tokens")
+        run.define_metric("*", step_metric="tokens")
     return run
 
 

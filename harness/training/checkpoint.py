@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import safetensors
@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from harness.config.typed import typed
 from harness.errors import UserError, in_a_line, readable, tell
 from harness.files.atomic import flush
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
@@ -377,14 +378,22 @@ def _check_room(folder: Path, tensor_bytes: int) -> None:
         )
 
 
-def _generator_states() -> dict[str, Any]:
+class _Generators(TypedDict):
+    python: tuple[int, list[int], float | None]
+    numpy: tuple[list[int], int, int, float]
+    torch: str
+    cuda: list[str]
+
+
+def _generator_states() -> _Generators:
     """Python's, NumPy's and torch's global generators as plain JSON."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    _, keys, position, has_gauss, cached = numpy
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
-        "python": [version, list(words), gauss],
-        "numpy": [np.asarray(keys).tolist(), position, has_gauss, cached],
+        "python": (version, list(words), gauss),
+        "numpy": (np.asarray(keys).tolist(), position, has_gauss, cached),
         "torch": _encode(torch.get_rng_state()),
         "cuda": [_encode(state) for state in cuda],
     }
@@ -406,22 +415,28 @@ def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
     """
     before = _generator_states()
     try:
-        _set_generators(states)
-    except Exception:  # whatever three libraries make of foreign states
+        _set_generators(typed(_Generators, states, "generators"))
+    except (UserError, Unreadable) as error:
         _set_generators(before)
-        raise DamagedCheckpoint(path, f"generators in {STATE}") from None
+        raise DamagedCheckpoint(path, f"generators in {STATE}: {error}") from None
 
 
-def _set_generators(states: Mapping[str, Any]) -> None:
+def _set_generators(states: _Generators) -> None:
+    """Raises Unreadable for what a library does not take."""
     version, words, gauss = states["python"]
-    random.setstate((version, tuple(words), gauss))
+    python = (version, tuple(words), gauss)
     keys, position, has_gauss, cached = states["numpy"]
     if len(keys) != 624 or not 0 <= position <= 624:  # NumPy would read beyond its state
-        raise ValueError("no state of NumPy's generator")
-    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(_decode(states["torch"]))
-    for index, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_decode(state), index)
+        raise Unreadable("no state of NumPy's generator")
+    cuda = list(enumerate(states["cuda"][: torch.cuda.device_count()]))
+    try:  # around nothing but their calls
+        random.setstate(python)
+        np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(_decode(states["torch"]))
+        for index, state in cuda:
+            torch.cuda.set_rng_state(_decode(state), index)
+    except Exception as error:  # whatever three libraries make of foreign states
+        raise Unreadable(in_a_line(error)) from error
 
 
 def _encode(state: Tensor) -> str:

@@ -39,10 +39,10 @@ from harness.hf.config_json import their_json
 from harness.hf.shards import open_shards
 from harness.report.comparison import compare
 from harness.runs.load import load_trained
-from harness.runs.records import read_metrics
 from harness.runs.text_settings import TEXT_FILE, load_text
 from harness.study.results import load_results
 from harness.tracking import open_tracker
+from harness.tracking.metrics_file import read_metrics
 from harness.training.checkpoint import load_checkpoint
 from modeling.attention import EXECUTION
 from tests.fuzz.test_runs import resign
