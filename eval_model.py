@@ -35,7 +35,7 @@ from harness.errors import UserError, tell
 from harness.evaluation.metric import LOSS, PERPLEXITY, SCORES
 from harness.evaluation.perplexity import SplitResult
 from harness.evaluation.probes import extras_rows
-from harness.files.text import visible
+from harness.files.text import number, visible
 from harness.runs.evaluate_run import keep_record, score_run
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import finished, short_line
@@ -51,14 +51,14 @@ def main(overrides: list[str]) -> int:
     failed = []
     for run in runs:
         try:
-            record, result = score_run(run, config)
-            print_evaluation(record, result)
+            scored = score_run(run, config)
+            print_evaluation(scored.record, scored.result)
             try:
-                file = keep_record(run, record, config, result.segments)
+                file = keep_record(run, scored, config)
             except BaseException:  # what could not be stored is at least said
-                print(json.dumps(record), flush=True)
+                print(json.dumps(scored.record), flush=True)
                 raise
-            print(short_line(record, file), flush=True)
+            print(short_line(scored.record, file), flush=True)
         except UserError as error:
             if len(runs) == 1:
                 raise
@@ -135,7 +135,7 @@ def through_rows(record: Evaluation, result: SplitResult) -> list[tuple[str, str
         (
             "without it",
             f"perplexity {PERPLEXITY.text(without.perplexity)}, {without.bits_per_byte:.4f} bits per byte "
-            f"({100 * (result.perplexity / without.perplexity - 1):+z.3f} % perplexity through it)",
+            f"({number(100 * (result.perplexity / without.perplexity - 1), '+.3f')} % perplexity through it)",
         ),
         ("divergence", f"{divergence.loss:.6f} nats per token: mean KL from the distributions without it to those through it"),
     ]

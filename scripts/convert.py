@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> int:
         check_target(target)
         print(export_line(conversion.converted_from(trained.config, method)), flush=True)
     path = None if options.dataset.path is None else str(user_path(options.dataset.path))
-    data = data_of(run, trained.config, data_dir, path=path, tokenizer_file=trained.tokenizer_file, for_training=True)
+    data = data_of(trained, data_dir, path=path, for_training=True)
     if there:
         print(f"already in {target}, where it was not scored")
     else:

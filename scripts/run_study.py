@@ -32,7 +32,7 @@ from harness.config.places import user_path
 from harness.config.typed import did_you_mean
 from harness.entry.cli import options_and_overrides, pasteable, run_script, whole_numbers
 from harness.errors import UserError, writable
-from harness.files.text import aligned, duration, visible
+from harness.files.text import aligned, duration, number, visible
 from harness.files.untrusted import Positive
 from harness.runs.folder import finished, lock_run
 from harness.runs.records import (
@@ -291,7 +291,7 @@ def print_arms(plan: StudyPlan) -> None:
     rows = [["arm", *SIZES, "matched"]]
     for name, arm in plan.arms.items():
         matches = "; ".join(
-            f"{match['quantity']} {match['mismatch']:+.2%} of {match['to']} by {match['vary']}={match['value']}"
+            f"{match['quantity']} {number(match['mismatch'], '+.2%')} of {match['to']} by {match['vary']}={match['value']}"
             for match in arm.matches
         )
         rows.append([name, *_sizes(plan, name), matches])

@@ -24,6 +24,12 @@ def visible(text: str, *, but: str = "") -> str:
     return _STEERING.sub(lambda found: found[0] if found[0] in but else escaped(found[0]), text)
 
 
+def number(figure: float, form: str) -> str:
+    """As format() writes it, with a minus sign for its hyphen; what rounds to 0 has no sign."""
+    text = format(figure, form)
+    return (text if re.search("[1-9a-z]", text) else text.lstrip("+-")).replace("-", "−")
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
     """The lines of a table for a terminal; the columns in `left` begin at the left, the others end at the right.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from harness.files.text import visible
+from harness.files.text import number, visible
 from harness.report.colours import GRID, PAPER, QUIET, RULE, Style
 from harness.report.pictures import short
 
@@ -116,7 +116,7 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     texts = [short(tick) for tick in ticks]
     decimals = max((len(text.partition(".")[2]) for text in texts if text[-1].isdigit()), default=0)
     if decimals and max(map(abs, ticks)) < 1000:
-        texts = [f"{tick + 0.0:.{decimals}f}".replace("-", "−") for tick in ticks]
+        texts = [number(tick, f".{decimals}f") for tick in ticks]
     return texts
 
 

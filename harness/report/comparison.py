@@ -260,7 +260,7 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
             if len(setups) > 1
             else ""
         )
-    from harness.study.statistics import can_be_compared, contrasts, mean_interval, residual_deviation
+    from harness.study.statistics import can_be_compared, contrasts, mean_interval, residual_deviation, with_error
 
     seeds = {pair: number for number, pair in enumerate(sorted({values_at(record, SEEDS) for record in records}))}
     of_row = grouped(records, lambda record: values_at(record, _ONE_ROW))
@@ -296,7 +296,7 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
         said += ", few, so the intervals are themselves uncertain"
     if alike:
         shown = ", ".join(
-            f"{found.b} ({-found.difference:+.4f} ± {(found.high - found.low) / 2:.4f})"
+            f"{found.b} ({with_error(-found.difference, found.low, found.high, sign='+')})"
             for found in alike
             if found.low is not None and found.high is not None
         )

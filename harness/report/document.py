@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from harness.evaluation.metric import Metric
 from harness.report.pictures import Picture
-from harness.study.statistics import Contrast, Mean, decimals_for
+from harness.study.statistics import Contrast, Mean, decimals_for, with_error
 
 ABSENT = "–"
 
@@ -47,28 +47,13 @@ class Section:
     more: Sequence[str] = ()
 
 
-def with_error(mean: float, low: float | None, high: float | None, *, digits: int = 4) -> str:
-    """mean ± half of the interval, with two significant digits of the error; `digits` decimals without one."""
-    if low is None or high is None:
-        return f"{mean:.{digits}f}"
-    half = (high - low) / 2
-    decimals = decimals_for(half, 2) if half > 0 else digits
-    return f"{mean:.{decimals}f} ± {half:.{decimals}f}"
-
-
 def change(contrast: Contrast, metric: Metric) -> str:
     """A difference with its sign."""
-    return signed(contrast.difference, contrast.low, contrast.high, metric)
-
-
-def signed(figure: float, low: float | None, high: float | None, metric: Metric) -> str:
-    """A difference, or what becomes of one, with its sign and half of its interval."""
-    text = with_error(figure, low, high, digits=metric.digits)
-    return f"+{text}" if figure > 0 else text.replace("-", "−", 1)
+    return with_error(contrast.difference, contrast.low, contrast.high, metric.digits, sign="+")
 
 
 def mean_text(mean: Mean | None, metric: Metric) -> str:
-    return ABSENT if mean is None else with_error(mean.mean, mean.low, mean.high, digits=metric.digits)
+    return ABSENT if mean is None else with_error(mean.mean, mean.low, mean.high, metric.digits)
 
 
 def in_ms(milliseconds: float) -> str:

@@ -181,8 +181,8 @@ class Findings:
                 name,
                 info,
                 sorted((run for run in scored if run.arm == name), key=lambda run: run.seed),
-                self._mean_of(name, self.values),
-                {metric: mean for metric, values in self.also.items() if (mean := self._mean_of(name, values)) is not None},
+                self.mean_of(name, self.values),
+                {metric: mean for metric, values in self.also.items() if (mean := self.mean_of(name, values)) is not None},
             )
             for name, info in infos.items()
         ]
@@ -204,7 +204,12 @@ class Findings:
                 found[metric.name] = values
         return found
 
-    def _mean_of(self, name: str, values: Values) -> Mean | None:
+    @cached_property
+    def perplexities(self) -> Values:
+        return self.results.values(PERPLEXITY)
+
+    def mean_of(self, name: str, values: Values) -> Mean | None:
+        """An arm's mean of any figure; None where it has none."""
         return mean_interval(values, name, **self._kinds) if name in values else None
 
     def _comparable(self, pair: Pair) -> bool:

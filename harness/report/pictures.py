@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from harness.files.text import number
 from harness.report.colours import INK, Style
 
 Point = tuple[float, float]
@@ -101,4 +102,4 @@ def short(value: float) -> str:
             return f"{value / size:.4g}{unit}"
     if abs(value) >= 10_000 and value % 1000 == 0:
         return f"{value / 1000:.0f}k"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.6g}".replace("-", "−")
+    return f"{value:,.0f}" if abs(value) >= 1000 else number(value, ".6g")

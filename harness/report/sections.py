@@ -7,15 +7,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from harness.evaluation.metric import METRICS, PERPLEXITY
-from harness.files.text import counted, plural
+from harness.files.text import counted, number, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
-from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text, signed, with_error
+from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text
 from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict, probe_of
 from harness.runs.provenance import CHANGED, CHANGES_FILE, has_changes
 from harness.runs.records import DecodeRow
 from harness.study.results import StudyResults
-from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for
+from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for, with_error
 
 
 def sections(findings: Findings) -> list[Section]:
@@ -90,7 +90,7 @@ def _main(findings: Findings) -> Section:
     metric, at_length = findings.metric, findings.at_length
     lines = []
     for arm in findings.arms:
-        ratio, perplexity = arm.summary("cache_ratio_to_mha"), arm.test(PERPLEXITY)
+        ratio = arm.summary("cache_ratio_to_mha")
         cells = {
             "arm": arm.name + " (reference)" * arm.info["reference"] + " (exploratory)" * (arm.name in findings.added.arms),
             **({"level": arm.info["level"] or ABSENT} if levels else {}),
@@ -105,7 +105,7 @@ def _main(findings: Findings) -> Section:
             "learning rate": " / ".join(dict.fromkeys(f"{run.lr:g}" for run in arm.runs)) or ABSENT,
         }
         if metric is not PERPLEXITY:
-            cells[PERPLEXITY.unit] = ABSENT if perplexity is None else PERPLEXITY.text(perplexity)
+            cells[PERPLEXITY.unit] = mean_text(findings.mean_of(arm.name, findings.perplexities), PERPLEXITY)
         if decode:
             cells["decode, ms a token"] = decode[1].get(arm.name, ABSENT)
         lines.append(TableLine(list(cells.values()), arm.name))
@@ -254,7 +254,7 @@ def _trends(findings: Findings) -> TextTable:
                 trend.name,
                 "exploratory" if reason else "yes",
                 ", ".join(f"{a} − {b} at {size:g}" for (a, b), size in zip(trend.pairs, trend.at, strict=True)),
-                signed(trend.slope, trend.low, trend.high, findings.metric),
+                with_error(trend.slope, trend.low, trend.high, findings.metric.digits, sign="+"),
                 _two_digits(trend.pooled_half),
                 _two_digits(trend.own_half),
                 _p(trend.p),
@@ -285,7 +285,7 @@ def _same_cell(contrast: Contrast) -> str:
 def _noise_cell(verdict: Verdict) -> str:
     if verdict.noise is None:
         return ABSENT
-    return f"{verdict.noise.low:+.4f} to {verdict.noise.high:+.4f}".replace("-", "−")
+    return f"{number(verdict.noise.low, '+.4f')} to {number(verdict.noise.high, '+.4f')}"
 
 
 def _p(p: float | None) -> str:
@@ -310,8 +310,8 @@ def _positions(findings: Findings) -> Section | None:
     if found := findings.copying_correlation:
         words.append(
             f"Within arms the {findings.metric.label} of {found[1]} runs and what repetition in the context saves them "
-            f"correlate by {found[0]:.2f}".replace("-", "−")
-            + ": the nearer to ±1, the more seeds differ by whether they have learned to copy yet."
+            f"correlate by {number(found[0], '.2f')}: the nearer to ±1, the more seeds differ by whether they have "
+            f"learned to copy yet."
         )
     return Section("positions", "Loss by position", pictures=shown, words=words)
 
@@ -444,7 +444,7 @@ def _confounds(findings: Findings) -> Section:
     if matches:
         lines = []
         for arm, match in matches:
-            mismatch = f"{100 * match['mismatch']:+.2f} %".replace("-", "−")
+            mismatch = f"{number(100 * match['mismatch'], '+.2f')} %"
             how = [str(match["quantity"]), str(match["to"]), f"{match['vary']} = {match['value']}"]
             cells = [arm, *how, _count(match["target"]), _count(match["achieved"]), mismatch]
             lines.append(TableLine(cells, arm, marked=match["mismatch"] != 0))

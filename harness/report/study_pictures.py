@@ -9,9 +9,10 @@ from dataclasses import replace
 from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
-from harness.report.document import capital, change, in_ms, mean_text, signed
+from harness.report.document import capital, change, in_ms, mean_text
 from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
+from harness.study.statistics import with_error
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
 ASIDE = 1.02  # points of one size stand so far apart on a logarithmic scale
@@ -121,7 +122,7 @@ def trends_picture(findings: Findings) -> Picture:
             marks = []
             for (a, b), size, (y, half) in zip(trend.pairs, trend.at, trend.differences, strict=True):
                 low, high = (None, None) if half is None else (y - half, y + half)
-                hover = f"{a} − {b}: {signed(y, low, high, metric)} {metric.unit}"
+                hover = f"{a} − {b}: {with_error(y, low, high, metric.digits, sign='+')} {metric.unit}"
                 marks.append(Mark(size * ASIDE ** (place - (len(of_size) - 1) / 2), y, low, high, hover))
             series.append(Series(trend.name, looks[trend.name], marks, joined=True, banded=False))
         ticks = sorted({size for trend in of_size for size in trend.at})

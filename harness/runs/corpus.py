@@ -20,6 +20,7 @@ from harness.evaluation.losses import TokenLosses
 from harness.evaluation.perplexity import WHOLE, Scoring, Share, SplitResult
 from harness.runs.folder import finished
 from harness.runs.init_from import brought
+from harness.runs.load import TrainedModel
 from harness.runs.records import read_summary
 from harness.training.checkpoint import checkpoint_state, latest_checkpoint
 from harness.training.parallel import Workers
@@ -34,7 +35,7 @@ def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
     file = None if source is None or config.tokenizer.name == "bytes" else source / "tokenizer.json"
     data_dir = Path(config.data_dir)
     if source is not None and config.init_data and config.dataset.path is not None:
-        data = find_data(source, config.dataset, data_dir, tokenizer_file=file, verify=verify)
+        data = find_data(source, fingerprint_of(source), config.dataset, data_dir, tokenizer_file=file, verify=verify)
     else:
         data = prepare(config.dataset, config.tokenizer, data_dir, tokenizer_file=file, verify=verify)
     if "train" not in data.splits:
@@ -134,10 +135,15 @@ def fingerprint_of(run: Path) -> str | None:
 
 
 def find_data(
-    run: Path, dataset: DatasetConfig, data_dir: Path, *, tokenizer_file: Path | None, verify: bool = False
+    run: Path,
+    fingerprint: str | None,
+    dataset: DatasetConfig,
+    data_dir: Path,
+    *,
+    tokenizer_file: Path | None,
+    verify: bool = False,
 ) -> PreparedData:
     """The prepared data in data_dir that a run learned from. Raises UserError where there is none."""
-    fingerprint = fingerprint_of(run)
     data = None
     if fingerprint is not None:
         data = prepared_as(fingerprint, data_dir, tokenizer=Tokenizer.load(tokenizer_file).sha256, verify=verify)
@@ -155,17 +161,16 @@ def find_data(
     return data
 
 
-def data_of(
-    run: Path, config: TrainConfig, data_dir: Path, *, path: str | None, tokenizer_file: Path | None, for_training: bool = False
-) -> PreparedData:
+def data_of(trained: TrainedModel, data_dir: Path, *, path: str | None, for_training: bool = False) -> PreparedData:
     """The run's own corpus, in its own tokens. path: where it lies, as the user says; None: not said.
 
     Raises UserError where it is not to be had, or is not what the run was trained on.
     """
+    run, config, tokenizer_file = trained.run, trained.config, trained.tokenizer_file
     dataset = dataclasses.replace(config.dataset, path=path)
     if path is None and config.dataset.path is not None:
-        return find_data(run, config.dataset, data_dir, tokenizer_file=tokenizer_file)
+        return find_data(run, trained.fingerprint, config.dataset, data_dir, tokenizer_file=tokenizer_file)
     data = prepare(dataset, config.tokenizer, data_dir, tokenizer_file=tokenizer_file, for_training=for_training)
-    if fingerprint_of(run) not in (None, data.fingerprint):
+    if trained.fingerprint not in (None, data.fingerprint):
         raise other_data(f"{dataset.name} ({path or data.folder})", run, "name where it lies now with dataset.path=...")
     return data

@@ -6,28 +6,28 @@ import dataclasses
 import hashlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from harness.config.build import build_model
 from harness.config.identity import corpus_name
-from harness.config.run_config import load_run_config
-from harness.config.schema import EvalConfig
+from harness.config.schema import EvalConfig, TrainConfig
 from harness.data import PreparedData, prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.metric import SCORES
-from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, Segments, SplitResult
+from harness.evaluation.perplexity import SEGMENT_TOKENS, Scoring, SplitResult
 from harness.evaluation.probes import Subject, measure_extras, with_floors
 from harness.files.folders import refuse_links
 from harness.runs.corpus import data_of
-from harness.runs.folder import storing
+from harness.runs.folder import finished, storing
 from harness.runs.kind import PLAIN_CACHE, PROTOCOL
 from harness.runs.load import TrainedModel, compute_like, decode_path, load_trained, token_losses
 from harness.runs.provenance import commit, now
-from harness.runs.records import Evaluation, Extras, SegmentRecord, Trained, read_summary, save
+from harness.runs.records import Evaluation, Extras, RunSummary, SegmentRecord, Trained, save
 from harness.runs.summary import Computation
 from harness.runs.to_dashboard import dashboard_figures, open_run_tracker
 from harness.training.device import select_device, select_precision
@@ -38,7 +38,17 @@ from modeling.gpt import GPT
 CARRIED = (*Trained.__annotations__, "parameters", "training_flops_per_token")  # from the training's summary
 
 
-def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
+@dataclass(frozen=True)
+class Scored:
+    """A run's evaluation, and what belongs to it of the run: its model is no longer kept."""
+
+    config: TrainConfig
+    summary: RunSummary
+    record: Evaluation
+    result: SplitResult
+
+
+def score_run(run: Path, config: EvalConfig) -> Scored:
     """Rebuild the model from the run's own configuration and score the split.
 
     Without a cache the result holds the split's segments. Through one the record also says how far the cache moves the
@@ -46,12 +56,12 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     missing or the run's data is not what it was trained on.
     """
     refuse_links(run)
-    summary = read_summary(run, *CARRIED, "data_fingerprint", "wandb_id")
     device = select_device(config.device)
     computed: dict[str, Any] = {"device": device, "precision": select_precision(config.precision, device)}
-    trained = load_trained(run, **computed, execution=config.attention)
+    needed = (*CARRIED, "data_fingerprint", "wandb_id")
+    trained = load_trained(run, **computed, execution=config.attention, needed=needed)
     own, dataset = trained.config, config.dataset or trained.config.dataset
-    data = _text(run, config, trained)
+    data = _text(config, trained)
     losses = token_losses(trained.model, capture=config.capture, **computed)
     through, cache = _cache(trained, config)
 
@@ -66,7 +76,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
     )
     result = evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=through)
     computation = Computation(**computed, kernel=trained.kernel)
-    record = cast(Evaluation, {key: value for key, value in summary.items() if key in CARRIED})
+    record = cast(Evaluation, {key: value for key, value in trained.summary.items() if key in CARRIED})
     record.update(
         {
             "trained_on": own.dataset.name,
@@ -95,7 +105,7 @@ def score_run(run: Path, config: EvalConfig) -> tuple[Evaluation, SplitResult]:
         record["extras"] = with_floors(_extras(trained, losses, data, config, through), plain)
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
-    return record, result
+    return Scored(own, trained.summary, record, result)
 
 
 def _cache(trained: TrainedModel, config: EvalConfig) -> tuple[CacheChoice | None, Evaluation]:
@@ -130,13 +140,15 @@ def _figures(result: SplitResult) -> Evaluation:
     return cast(Evaluation, {**figures, **without})
 
 
-def _text(run: Path, config: EvalConfig, trained: TrainedModel) -> PreparedData:
+def _text(config: EvalConfig, trained: TrainedModel) -> PreparedData:
     """The run's own, or that of another dataset in the run's tokens. Raises UserError where it lacks the split."""
-    data_dir, tokenizer_file = Path(config.data_dir), trained.tokenizer_file
+    data_dir = Path(config.data_dir)
     if config.dataset is None:
-        data = data_of(run, trained.config, data_dir, path=config.corpus_at, tokenizer_file=tokenizer_file)
+        data = data_of(trained, data_dir, path=config.corpus_at)
     else:
-        data = prepare(config.dataset, trained.config.tokenizer, data_dir, tokenizer_file=tokenizer_file, for_training=False)
+        data = prepare(
+            config.dataset, trained.config.tokenizer, data_dir, tokenizer_file=trained.tokenizer_file, for_training=False
+        )
     if config.split not in data.splits:
         name = (config.dataset or trained.config.dataset).name
         raise UserError(f"split={config.split} is not in dataset={name}; choose from {', '.join(data.splits)}")
@@ -172,12 +184,14 @@ def lengthened(trained: TrainedModel, max_seq_len: int) -> GPT | None:
     return model.eval()
 
 
-def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Segments | None) -> Path:
+def keep_record(run: Path, scored: Scored, config: EvalConfig) -> Path:
     """Store an evaluation in the run and in its W&B run; its file. Raises UserError when the folder cannot be written.
 
     The record goes to evaluations/NAME.json, its segments to segments/NAME.json.
     """
-    trained, summary = load_run_config(run), read_summary(run)  # a run that was removed is not brought back
+    record, segments = scored.record, scored.result.segments
+    if not finished(run):  # it is not brought back
+        raise UserError(f"{run} was removed while it was evaluated, and has no place for the record: put the run's folder back")
     name = record_name(record)
     file = run / "evaluations" / f"{name}.json"
     with storing("this evaluation", run):
@@ -186,9 +200,9 @@ def keep_record(run: Path, record: Evaluation, config: EvalConfig, segments: Seg
             save(run / "segments" / f"{name}.json", SegmentRecord, kept)
         save(file, Evaluation, record)
     with open_run_tracker(
-        trained, config.tracking, run, run_config=dataclasses.asdict(trained), run_id=summary["wandb_id"]
+        scored.config, config.tracking, run, run_config=dataclasses.asdict(scored.config), run_id=scored.summary["wandb_id"]
     ) as tracker:
-        tracker.summary(dashboard_figures(record, summary))
+        tracker.summary(dashboard_figures(record, scored.summary))
     return file
 
 

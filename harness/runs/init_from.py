@@ -11,7 +11,7 @@ from harness.config.schema import TrainConfig
 from harness.data import PreparedData
 from harness.errors import UserError
 from harness.runs.folder import finished
-from harness.runs.load import trained_checkpoint
+from harness.runs.load import trained_checkpoint, trained_summary
 from harness.runs.records import read_summary
 
 
@@ -40,17 +40,16 @@ def initial_checkpoint(config: TrainConfig, data: PreparedData) -> Path:
     """
     assert config.init_from is not None
     source = Path(config.init_from)
-    checkpoint = trained_checkpoint(source)
+    summary = trained_summary(source)
+    checkpoint = trained_checkpoint(source, summary)
     if checkpoint is None:
         raise UserError(f"init_from={source} holds no checkpoint to start from; train it first")
-    if finished(source) and not other_dataset(config):
-        trained_on = read_summary(source).get("data_fingerprint", data.fingerprint)
-        if trained_on != data.fingerprint:
-            raise UserError(
-                f"the data of dataset={config.dataset.name} ({config.dataset.path or data.folder}) is not what "
-                f"init_from={source} was trained on; bring that data back, or keep the new text at another place and name "
-                f"it (dataset=local dataset.path=...)"
-            )
+    if summary.get("data_fingerprint", data.fingerprint) != data.fingerprint and not other_dataset(config):
+        raise UserError(
+            f"the data of dataset={config.dataset.name} ({config.dataset.path or data.folder}) is not what "
+            f"init_from={source} was trained on; bring that data back, or keep the new text at another place and name "
+            f"it (dataset=local dataset.path=...)"
+        )
     check_weights(config, data.vocab_size, checkpoint / "model.safetensors")
     return checkpoint
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from harness.errors import UserError, as_user_error
 from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.files.folders import step_of
 from harness.runs.folder import finished
-from harness.runs.records import read_summary
+from harness.runs.records import RunSummary, read_summary
 from harness.runs.text_settings import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
@@ -33,9 +33,15 @@ CHECKPOINTS = ("last", "best")
 
 @dataclass
 class TrainedModel:
-    """A run's model as its newest checkpoint left it, in evaluation mode."""
+    """A run's model as a checkpoint left it, in evaluation mode, and what the run says of itself.
 
+    summary: empty of a run that is not finished. fingerprint: of the data that it learned from, as far as it says.
+    """
+
+    run: Path
     config: TrainConfig
+    summary: RunSummary
+    fingerprint: str | None
     model: GPT
     tokenizer: Tokenizer
     tokenizer_file: Path | None  # None: plain bytes
@@ -45,30 +51,39 @@ class TrainedModel:
     text: TheirText | None = None  # of a checkpoint from elsewhere
 
 
-def trained_checkpoint(run: Path) -> Path | None:
+def trained_summary(run: Path, *needed: str) -> RunSummary:
+    """A finished run's summary with what `trained_checkpoint` needs; empty of a run that is not finished."""
+    return read_summary(run, *dict.fromkeys((*needed, "steps"))) if finished(run) else {}
+
+
+def trained_checkpoint(run: Path, summary: RunSummary) -> Path | None:
     """The newest whole checkpoint. Raises UserError where it is not the one that a finished run's records are about."""
     checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is not None and finished(run):
-        steps = read_summary(run, "steps")["steps"]
-        if step_of(checkpoint.name) != steps:
-            raise UserError(
-                f"the last checkpoint of {run} (step {steps}) is damaged or missing, so that the trained model is not there: "
-                f"delete {run / 'summary.json'}, and the command that trained the run makes it again from {checkpoint.name}"
-            )
+    if checkpoint is not None and summary and step_of(checkpoint.name) != summary["steps"]:
+        raise UserError(
+            f"the last checkpoint of {run} (step {summary['steps']}) is damaged or missing, so that the trained model is not "
+            f"there: delete {run / 'summary.json'}, and the command that trained the run makes it again from {checkpoint.name}"
+        )
     return checkpoint
 
 
 def load_trained(
-    run: Path, *, device: torch.device, precision: torch.dtype, execution: Mapping[str, Any], which: str = "last"
+    run: Path,
+    *,
+    device: torch.device,
+    precision: torch.dtype,
+    execution: Mapping[str, Any],
+    which: str = "last",
+    needed: Collection[str] = (),
 ) -> TrainedModel:
     """Rebuild the model from the configuration inside the run, computed as `execution` says (backend, decode, kernel).
 
-    which: last, the newest checkpoint, or best, the one that validated best. Raises UserError when the run holds no such
-    checkpoint, or when its variant cannot be computed so.
+    which: last, the newest checkpoint, or best, the one that validated best. needed: what the caller reads of a finished
+    run's summary. Raises UserError when the run holds no such checkpoint, or when its variant cannot be computed so.
     """
     if which not in CHECKPOINTS:
         raise UserError(f"checkpoint={which} is unknown: choose last or best")
-    config = load_run_config(run)
+    config, summary = load_run_config(run), trained_summary(run, *needed)
     tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
     tokenizer = Tokenizer.load(tokenizer_file)
     text = load_text(run)
@@ -76,7 +91,7 @@ def load_trained(
         tokenizer.speak_as(text.opening, text.stops)
     # How it was computed in training says nothing of how it is used.
     plain = dataclasses.replace(config, attention=config.attention | EXECUTION)
-    checkpoint = trained_checkpoint(run) if which == "last" else best_checkpoint(run / "checkpoints")
+    checkpoint = trained_checkpoint(run, summary) if which == "last" else best_checkpoint(run / "checkpoints")
     if checkpoint is None:
         if which == "best":
             raise UserError(
@@ -88,7 +103,20 @@ def load_trained(
     state = load_checkpoint(checkpoint, model=model, optimizer=None)
     check_finite(model, checkpoint)
     kernel = pin_execution(model, execution, device=device, precision=precision)
-    return TrainedModel(config, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"], text)
+    fingerprint = (summary or state).get("data_fingerprint")
+    return TrainedModel(
+        run=run,
+        config=config,
+        summary=summary,
+        fingerprint=fingerprint if isinstance(fingerprint, str) else None,
+        model=model.eval(),
+        tokenizer=tokenizer,
+        tokenizer_file=tokenizer_file,
+        kernel=kernel,
+        checkpoint=checkpoint.name,
+        step=state["step"],
+        text=text,
+    )
 
 
 def check_finite(model: GPT, checkpoint: Path) -> None:

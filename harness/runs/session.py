@@ -22,6 +22,7 @@ from harness.errors import UserError, tell
 from harness.evaluation.model_facts import cache_remark, model_facts
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
+from harness.files.metrics import read_metrics
 from harness.files.text import duration
 from harness.runs.corpus import ANEW, other_data, validate, window_loader
 from harness.runs.init_from import initial_checkpoint, initial_line, tokens_seen
@@ -31,7 +32,6 @@ from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.to_dashboard import open_run_tracker
 from harness.runs.training_state import SavedState, check_resumable
 from harness.tracking import SilentTracker, Tracker, check_tracking
-from harness.tracking.metrics_file import read_metrics
 from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
 from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.device import (

@@ -14,12 +14,12 @@ from harness.config.identity import corpus_name
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrackingConfig, TrainConfig
 from harness.evaluation.metric import Facts, Scores
+from harness.files.metrics import read_metrics
 from harness.runs.evaluations import cache_label
 from harness.runs.folder import finished
 from harness.runs.kind import PROTOCOL, USUAL, kind_of
 from harness.runs.records import RunSummary, read_evaluations, read_summary
 from harness.tracking import Tracker, open_tracker
-from harness.tracking.metrics_file import read_metrics
 
 
 def mirror(run: Path, tracking: TrackingConfig, *, run_id: str | None = None) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from harness.config.build import model_shapes
 from harness.config.schema import TrainConfig
 from harness.errors import UserError
+from harness.files.text import number
 from harness.files.untrusted import Figure, Positive
 from harness.runs.records import MatchRecord
 from modeling.attention.layer_cache import formula_bytes_at
@@ -85,8 +86,8 @@ def match_arm(
         if abs(mismatch) > match.tolerance:
             raise UserError(
                 f"arm {arm}: {match.vary}={value} comes nearest to {target:,.0f} {QUANTITIES[match.quantity]} with "
-                f"{achieved:,.0f} ({mismatch:+.1%}), outside the tolerance of {match.tolerance:.1%}: raise it, or free "
-                f"another field"
+                f"{achieved:,.0f} ({number(mismatch, '+.1%')}), outside the tolerance of {match.tolerance:.1%}: raise it, or "
+                f"free another field"
             )
         config = with_values(config, fields, value)
         overrides += [f"{field}={value}" for field in fields]

@@ -8,6 +8,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS, Metric
+from harness.files.metrics import read_metrics
 from harness.runs.evaluations import by_preference, judges
 from harness.runs.folder import finished
 from harness.runs.records import (
@@ -25,7 +26,6 @@ from harness.runs.records import (
     read_summary,
 )
 from harness.study.statistics import origins
-from harness.tracking.metrics_file import read_metrics
 
 # What a report takes from the summary of every run, and as it stands into its CSV.
 SIZES = ("parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens")

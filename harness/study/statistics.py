@@ -32,6 +32,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS, Metric
+from harness.files.text import number
 
 Values = Mapping[str, Mapping[int, float]]  # arm -> seed -> its result
 Lineages = Mapping[str, str]  # arm -> the arm whose runs its own come from; one that is not named stands for itself
@@ -71,11 +72,10 @@ class Contrast:
         """Seeds of the arm that has fewer."""
         return min(self.n_a, self.n_b)
 
-    def size(self, unit: str, *, signed: bool = True) -> str:
+    def size(self, metric: Metric, *, signed: bool = True) -> str:
         """The difference in words, ± half the 95 % interval."""
         difference = self.difference if signed else abs(self.difference)
-        sign = "+" if signed else ""
-        return _with_error(difference, self.low, self.high, sign=sign) + f" {unit}"
+        return f"{with_error(difference, self.low, self.high, metric.digits, sign='+' if signed else '')} {metric.unit}"
 
     def sentence(self, metric: Metric, also: Mapping[str, Contrast] | None = None) -> str:
         """The verdict in words. also: the same difference by other metrics, which are named by METRICS' names."""
@@ -84,8 +84,8 @@ class Contrast:
             others = []
             for name, other in (also or {}).items():  # a difference that speaks for the other arm keeps its sign
                 unlike = METRICS[name].better(other.difference) != metric.better(self.difference)
-                others.append(other.size(METRICS[name].unit, signed=signed or unlike))
-            return self.size(metric.unit, signed=signed) + (f" ({', '.join(others)})" if others else "")
+                others.append(other.size(METRICS[name], signed=signed or unlike))
+            return self.size(metric, signed=signed) + (f" ({', '.join(others)})" if others else "")
 
         against = f"{self.a} against {self.b}"
         if self.p is None:
@@ -147,7 +147,7 @@ class Trend:
         verdict = "no error bar"
         if self.p_holm is not None:
             verdict = f"{_p(self.p_holm)} after Holm" if self.resolved else "not resolved"
-        return f"{where} {_with_error(self.slope, self.low, self.high, sign='+')} {metric.unit} ({verdict})"
+        return f"{where} {with_error(self.slope, self.low, self.high, metric.digits, sign='+')} {metric.unit} ({verdict})"
 
 
 @dataclass(frozen=True)
@@ -524,13 +524,11 @@ def _check_pairs(values: Values, pairs: Sequence[Pair], lineages: Lineages) -> N
             )
 
 
-def _with_error(figure: float, low: float | None, high: float | None, *, sign: str) -> str:
-    """± half of its interval, with two digits of that; three of the figure's own without one."""
-    if low is None or high is None:
-        return f"{figure:{sign}z.{decimals_for(figure, 3)}f}"
-    half = (high - low) / 2
-    decimals = decimals_for(half, 2)
-    return f"{figure:{sign}z.{decimals}f} ± {half:.{decimals}f}"
+def with_error(figure: float, low: float | None, high: float | None, digits: int = 4, *, sign: str = "") -> str:
+    """± half of its interval, with two digits of that; `digits` decimals without one. sign: "+" shows it."""
+    half = None if low is None or high is None else (high - low) / 2
+    decimals = decimals_for(half, 2) if half else digits
+    return number(figure, f"{sign},.{decimals}f") + ("" if half is None else f" ± {half:,.{decimals}f}")
 
 
 def decimals_for(number: float, digits: int) -> int:

@@ -16,8 +16,8 @@ from typing import Any
 from harness.config.schema import TrackingConfig
 from harness.errors import UserError
 from harness.files.folders import refuse_links
+from harness.files.metrics import MetricsFile, read_metrics
 from harness.tracking.dashboard import FAILURES, Dashboard, RunDescription, Table, tell_as, without_repeats
-from harness.tracking.metrics_file import MetricsFile, read_metrics
 from harness.tracking.wandb_run import RUN_ID, open_wandb
 
 

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.files.metrics import read_metrics
 from harness.tracking.dashboard import FAILURES, DashboardError, RunDescription, Table, command_of, library, tell_as
-from harness.tracking.metrics_file import read_metrics
 
 # Variables that make trackio's storage fetch or push something. TRACKIO_DIR, _STORAGE_MODE and _SQLITE_* are the user's.
 _REMOTE = ("TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "SPACE_REPO_NAME")

@@ -26,12 +26,12 @@ from harness.config.conversion import ConversionConfig
 from harness.config.identity import setup_hash
 from harness.config.run_config import load_run_config
 from harness.errors import UserError
+from harness.files.metrics import MetricsFile
 from harness.hf.classes import misfits
 from harness.report.comparison import compare
 from harness.runs import conversion
 from harness.runs.conversion import converted_from, possible_folds
 from harness.runs.load import load_trained
-from harness.tracking import tracker
 from modeling.attention import EXECUTION
 from scripts import convert, export, generate
 from tests.support.micro import STEPS, TOKENS_PER_STEP, Workplace, contents, json_lines, metrics_of, summary_of, without_clocks
@@ -260,7 +260,7 @@ def test_a_conversion_whose_score_no_disk_takes_is_one_sentence_and_the_same_com
 
     options = arguments_of(place, "late", "method=gqa_mean", "n_kv_heads=1")
     with monkeypatch.context() as patched:
-        patched.setattr(tracker._MetricsFile, "append", refused)
+        patched.setattr(MetricsFile, "append", refused)
         with pytest.raises(UserError, match=r"late cannot be written \(Input/output error\); its last checkpoint, .*same"):
             convert.main(options)
     assert convert.main(options) == 0

@@ -27,8 +27,8 @@ from harness.config.run_config import load_run_config
 from harness.data.parquet import read_parquet
 from harness.data.prepared import open_prepared
 from harness.errors import UserError
+from harness.files.metrics import MetricsFile
 from harness.runs.load import load_trained
-from harness.tracking import tracker
 from harness.training.checkpoint import checkpoint_state, find_damage, latest_checkpoint
 from harness.training.nonfinite import NonFiniteError
 from modeling.attention import EXECUTION
@@ -98,9 +98,9 @@ def test_metrics_that_a_full_disk_takes_a_part_of_are_cut_there_and_written_whol
     often = [*OFTEN, "checkpoints.background=false"]
     whole = place.train("whole", *often)
     limit = (whole / "metrics.jsonl").read_bytes().index(b'"step": 5') + 7
-    append = tracker._MetricsFile.append
+    append = MetricsFile.append
 
-    def limited(self: tracker._MetricsFile, row: Mapping[str, float]) -> None:
+    def limited(self: MetricsFile, row: Mapping[str, float]) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
@@ -109,7 +109,7 @@ def test_metrics_that_a_full_disk_takes_a_part_of_are_cut_there_and_written_whol
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     with monkeypatch.context() as patched:
-        patched.setattr(tracker._MetricsFile, "append", limited)
+        patched.setattr(MetricsFile, "append", limited)
         with pytest.raises(
             UserError,
             match=r"full cannot be written \(File too large\); its last checkpoint, "
@@ -236,7 +236,10 @@ def test_generators_that_are_none_are_damage_too(place: Workplace, capsys: pytes
     (run / "summary.json").unlink()
     rewritten(run / "checkpoints" / f"step-{STEPS:08}", lambda content: content["generators"].pop("numpy"), whole=True)
     place.train("run", *OFTEN)
-    assert "is damaged (generators in state.json); looking for an earlier one" in capsys.readouterr().err
+    assert (
+        "is damaged (generators in state.json: generators.numpy is missing); looking for an earlier one"
+        in capsys.readouterr().err
+    )
 
 
 MISTAKES = [KeyError, TypeError, AttributeError, IndexError, ValueError]
@@ -253,7 +256,7 @@ def test_a_mistake_of_ours_is_not_called_damage(
         raise error("ours")
 
     read = ("training.checkpoint._describe", "training.checkpoint._headers", "files.untrusted.parse_object")
-    for ours in (*read, "training.nonfinite.Guard.restore"):
+    for ours in (*read, "training.checkpoint._set_generators", "training.nonfinite.Guard.restore"):
         with monkeypatch.context() as planted, pytest.raises(error, match="ours"):
             planted.setattr(f"harness.{ours}", fail)
             place.train("run", *OFTEN)

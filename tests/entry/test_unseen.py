@@ -48,7 +48,7 @@ def test_a_run_that_was_removed_while_it_was_scored_is_not_brought_back(
         return result
 
     monkeypatch.setattr(eval_model, "score_run", removing)
-    with pytest.raises(UserError, match=r"holds no config.yaml, so it is not a run"):
+    with pytest.raises(UserError, match=r"was removed while it was evaluated"):
         place.evaluate("run=run", "split=validation")
     assert not begun.exists()
 

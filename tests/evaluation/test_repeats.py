@@ -124,7 +124,7 @@ def test_a_person_reads_both_losses() -> None:
     ((name, value),) = repeats_rows(figures)
     assert (name, value) == (
         "repeated 3-grams",
-        "6.0000 nats, 3.0000 where they came first: -3.0000 gained; 14.3 % of the tokens; at its floor in full precision: "
+        "6.0000 nats, 3.0000 where they came first: −3.0000 gained; 14.3 % of the tokens; at its floor in full precision: "
         "says nothing",
     )
     assert figures["at_floor"]

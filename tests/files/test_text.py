@@ -16,7 +16,7 @@ import pytest
 
 from harness.config.places import ROOT
 from harness.errors import UserError, tell
-from harness.files.text import aligned, markdown_row, visible
+from harness.files.text import aligned, markdown_row, number, visible
 from harness.report.comparison import as_text, compare, comparison_csv, comparison_markdown
 from tests.report.test_comparison import evaluate, make_run
 
@@ -39,6 +39,22 @@ STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u202
 )
 def test_what_would_steer_a_terminal_is_escaped_and_nothing_else_is_touched(text: str, shown: str) -> None:
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("figure", "form", "shown"),
+    [
+        (0.5, "+.2f", "+0.50"),
+        (-0.5, ".2f", "−0.50"),
+        (-0.001, "+.2f", "0.00"),
+        (0.001, "+.2f", "0.00"),
+        (-0.0, "+.1%", "0.0%"),
+        (0.0, ".6g", "0"),
+        (-1234.5, "+,.1f", "−1,234.5"),
+    ],
+)
+def test_a_number_has_its_sign_and_one_that_rounds_to_zero_has_none(figure: float, form: str, shown: str) -> None:
+    assert number(figure, form) == shown
 
 
 def test_a_cell_cannot_make_a_row_of_its_own() -> None:

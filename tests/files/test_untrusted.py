@@ -34,6 +34,7 @@ from harness.entry.cli import finished_runs
 from harness.errors import UserError, without_credentials
 from harness.evaluation.probes import probe
 from harness.files.atomic import read_json, write_json
+from harness.files.metrics import read_metrics
 from harness.files.untrusted import Unreadable, parse_object, read_object, stays_inside
 from harness.hf.config_json import their_json
 from harness.hf.shards import open_shards
@@ -42,7 +43,6 @@ from harness.runs.load import load_trained
 from harness.runs.text_settings import TEXT_FILE, load_text
 from harness.study.results import load_results
 from harness.tracking import open_tracker
-from harness.tracking.metrics_file import read_metrics
 from harness.training.checkpoint import load_checkpoint
 from modeling.attention import EXECUTION
 from tests.fuzz.test_runs import resign

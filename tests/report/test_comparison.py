@@ -157,7 +157,7 @@ def test_means_over_few_seeds_carry_their_count_an_interval_and_a_caution(tmp_pa
     assert {name: setup.bits_per_byte_half_width for name, setup in rows.items()} == pytest.approx(halves)
     low, high = stats.ttest_ind(bits["mla"], bits["mha"], equal_var=False).confidence_interval()
     assert table.caution.startswith("n = 3 seeds a row") and "(0.0235, 4 degrees of freedom)" in table.caution
-    assert table.caution.endswith(f"not told apart from mha: mla (+0.0100 ± {(high - low) / 2:.4f})")
+    assert table.caution.endswith(f"not told apart from mha: mla (+0.010 ± {(high - low) / 2:.3f})")
     for text in (as_text(comparison), comparison_markdown(comparison)):
         assert table.caution in text and f"± {halves['mha']:.4f}" in text
 

@@ -12,12 +12,12 @@ import pytest
 
 import eval_model
 from harness.errors import UserError
+from harness.files.metrics import read_metrics
 from harness.report.findings import Findings, over_seeds
 from harness.report.sections import sections
 from harness.runs.records import DecodeTimes, StudyRecord, read_evaluations, read_study, read_summary, save
 from harness.runs.session import Session
 from harness.study.results import load_results
-from harness.tracking.metrics_file import read_metrics
 from scripts import compare_runs, export, report, run_study, show_runs, sync_wandb
 from tests.report.test_comparison import evaluate, make_run
 from tests.support.micro import Workplace

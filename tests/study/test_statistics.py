@@ -343,7 +343,7 @@ def test_one_seed_has_a_difference_and_no_error_bar() -> None:
     assert [contrast.difference for contrast in found] == pytest.approx([-0.25, 0.5])
     assert {(c.low, c.high, c.p, c.p_holm, c.resolved, c.detectable) for c in found} == {(None,) * 6}
     assert [contrast.sentence(BITS_PER_BYTE) for contrast in found] == [
-        "mla against gqa: -0.250 bits per byte (one seed: no error bar)",
+        "mla against gqa: −0.2500 bits per byte (one seed: no error bar)",
         "mha against gqa: +0.500 bits per byte (one seed: no error bar)",
     ]
 
@@ -354,7 +354,7 @@ def test_seeds_that_agree_to_the_last_digit_give_no_error_bar() -> None:
     found = contrasts(values, primary=[("mla", "gqa")], other=[("mha", "mqa")])
     assert [(contrast.low, contrast.p, contrast.resolved) for contrast in found] == [(None, None, None)] * 2
     assert found[0].sentence(BITS_PER_BYTE) == (
-        "mla against gqa: -0.00700 bits per byte (no error bar: every seed repeats it exactly)"
+        "mla against gqa: −0.0070 bits per byte (no error bar: every seed repeats it exactly)"
     )
     mean = mean_interval(values, "mla")
     assert (mean.low, mean.high, mean.deviation) == (None, None, pytest.approx(0, abs=1e-15))
@@ -413,22 +413,22 @@ MARGIN = {"margin": 0.005, "p_same": 0.03, "same": True, "seeds_for_margin": 21}
         ),
         (
             OPEN,
-            "mla against gqa: -0.0020 ± 0.0035 bits per byte, not resolved at n = 3; so many seeds detect 0.0061 with 80 % "
+            "mla against gqa: −0.0020 ± 0.0035 bits per byte, not resolved at n = 3; so many seeds detect 0.0061 with 80 % "
             "power",
         ),
         (
             OPEN | MARGIN | {"p_same": 0.2, "same": False},
-            "mla against gqa: -0.0020 ± 0.0035 bits per byte, not resolved at n = 3, nor the same within 0.005; so many seeds "
+            "mla against gqa: −0.0020 ± 0.0035 bits per byte, not resolved at n = 3, nor the same within 0.005; so many seeds "
             "detect 0.0061 with 80 % power, 0.005 takes about 21",
         ),
         (
             OPEN | MARGIN,
-            "mla and gqa are the same within 0.005 bits per byte: -0.0020 ± 0.0035 bits per byte (3 seeds, p = 0.030 after "
+            "mla and gqa are the same within 0.005 bits per byte: −0.0020 ± 0.0035 bits per byte (3 seeds, p = 0.030 after "
             "Holm)",
         ),
         (
             OPEN | MARGIN | {"p_holm": None, "primary": False},
-            "mla and gqa are the same within 0.005 bits per byte: -0.0020 ± 0.0035 bits per byte (3 seeds, p = 0.030, not a "
+            "mla and gqa are the same within 0.005 bits per byte: −0.0020 ± 0.0035 bits per byte (3 seeds, p = 0.030, not a "
             "declared comparison)",
         ),
         (
@@ -443,7 +443,7 @@ MARGIN = {"margin": 0.005, "p_same": 0.03, "same": True, "seeds_for_margin": 21}
         ),
         (
             OPEN | {"difference": -0.00001, "low": -0.00351, "high": 0.00349},
-            "mla against gqa: +0.0000 ± 0.0035 bits per byte, not resolved at n = 3; so many seeds detect 0.0061 with 80 % "
+            "mla against gqa: 0.0000 ± 0.0035 bits per byte, not resolved at n = 3; so many seeds detect 0.0061 with 80 % "
             "power",
         ),
     ],

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from harness.data.synthetic import CUE, KEY_DIGITS
 from harness.evaluation.perplexity import Integers, evenly
 from harness.evaluation.probes import Probe, Subject, at_floor, said_of_floor
+from harness.files.text import number
 from modeling.gpt import GPT
 
 _PROMPTS = 64  # of a length, at most
@@ -60,7 +61,7 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 f"passkey in {entry['length']}",
                 f"{100 * entry['accuracy']:.1f} % found; {entry['loss']:.3f} nats a digit, {entry['unshown_loss']:.3f} where "
-                f"it was not stated: {entry['gain']:z.3f} gained (a digit at random: {entry['chance_loss']:.3f})"
+                f"it was not stated: {number(entry['gain'], '.3f')} gained (a digit at random: {entry['chance_loss']:.3f})"
                 f"{said_of_floor(entry)}",
             )
         )
@@ -68,8 +69,8 @@ def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"copying in {entry['length']}",
-                f"{entry['second_loss']:.3f} nats, {entry['first_loss']:.3f} the first time: {entry['gain']:z.3f} gained; "
-                f"{100 * entry['accuracy']:.1f} % right{said_of_floor(entry)}",
+                f"{entry['second_loss']:.3f} nats, {entry['first_loss']:.3f} the first time: "
+                f"{number(entry['gain'], '.3f')} gained; {100 * entry['accuracy']:.1f} % right{said_of_floor(entry)}",
             )
         )
     if answers := figures["answers"]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from harness.evaluation.evaluate import target_nats
 from harness.evaluation.perplexity import cut_windows, evenly, gather
 from harness.evaluation.probes import Probe, Subject, said_of_floor
+from harness.files.text import number
 
 N_GRAM = 5  # tokens
 
@@ -81,7 +82,7 @@ def repeats_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
         (
             f"repeated {figures['n']}-grams",
             f"{figures['repeat_loss']:.4f} nats, {figures['first_loss']:.4f} where they came first: "
-            f"{figures['gain']:z.4f} gained; {100 * figures['share']:.1f} % of the tokens{said_of_floor(figures)}",
+            f"{number(figures['gain'], '.4f')} gained; {100 * figures['share']:.1f} % of the tokens{said_of_floor(figures)}",
         )
     ]
 

@@ -10,9 +10,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError, readable
+from harness.errors import UserError, readable, tell
 from harness.files.untrusted import Unreadable, is_count, parse_object, whole_lines
-from harness.tracking.dashboard import tell_as
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -53,10 +52,9 @@ def _whole_lines(file: FileIO, size: int) -> int:
     if whole < size:
         last = content[:whole].splitlines()[-1:]
         ending = f", the last of them {last[0].decode(errors='replace')[:40]}..." if last else ""
-        tell_as(
-            str(file.name),
-            f"it held {size:,} bytes when the checkpoint was written and holds {whole:,} of whole rows now{ending}; those "
-            f"between are lost, what is there stays, and the run goes on",
+        tell(
+            f"{file.name}: it held {size:,} bytes when the checkpoint was written and holds {whole:,} of whole rows "
+            f"now{ending}; those between are lost, what is there stays, and the run goes on"
         )
     return whole
 
