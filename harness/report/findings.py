@@ -19,6 +19,7 @@ import numpy as np
 from harness.config.schema import EXTRAS
 from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS, PERPLEXITY, Metric
+from harness.files.text import counted
 from harness.report.confounds import Fact, differing_fields, facts, protocol, tested
 from harness.runs.records import ArmRecord, DecodeRow
 from harness.study.evaluation_noise import FEWEST_CLUSTERS, Noise, bootstrap
@@ -164,8 +165,9 @@ class Findings:
                 f": give the study a text and extras that measure it, or another metric"
             )
         if not self.values:
+            rates = f", only {counted(len(results.sweep), 'run')} that tried learning rates" if results.sweep else ""
             raise UserError(
-                f"{results.folder} holds no finished and evaluated run yet, so there is nothing to report: let "
+                f"{results.folder} holds no finished and evaluated run yet{rates}, so there is nothing to report: let "
                 f"{results.record['command'] or 'python scripts/run_study.py'} end"
             )
         self.converted = [name for name, info in infos.items() if info.get("converted")]
@@ -486,7 +488,7 @@ class Findings:
         found: dict[str, dict[str, dict[str, dict[int, float]]]] = {}  # extra -> figure -> arm -> seed -> value
         for run in (run for arm in self.done for run in arm.runs):
             for extra, figures in (tested(run).get("extras") or {}).items():
-                plain, known = dict(figures) if isinstance(figures, Mapping) else {}, probe_of(extra)
+                plain, known = figures or {}, probe_of(extra)
                 for figure, value in (known.compared(plain) if known else plain).items():
                     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                         by_arm = found.setdefault(extra, {}).setdefault(figure, {})

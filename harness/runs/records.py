@@ -7,10 +7,11 @@ besides. All that is wrong is one sentence with the file's name, a UserError.
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, NotRequired, TypedDict, TypeVar, cast
 
 from harness.config.run_config import read_run_config
-from harness.config.typed import typed
+from harness.config.typed import shown, typed
 from harness.errors import UserError
 from harness.evaluation.metric import METRICS, Facts, Scores, Shown, declared
 from harness.files.atomic import read_json, write_json
@@ -104,11 +105,16 @@ class Recall(TypedDict, total=False):
     answers: AnswerFigures | None
 
 
+class Repeats(TypedDict, total=False):
+    gain: float
+
+
 class Extras(TypedDict, total=False):
     """Those that a study's report reads closer than as a mapping of figures (harness/evaluation/probes/)."""
 
     beyond: Beyond | None
     recall: Recall | None
+    repeats: Repeats | None
 
 
 class Evaluation(RunSummary, total=False):
@@ -289,6 +295,14 @@ def read_evaluation(path: Path) -> Evaluation:
     record = cast(Evaluation, PLAIN_CACHE | _read(path, Evaluation, _SCORED))
     if record["through_cache"] and "cache_dtype" not in record:
         raise _refused(path, "through_cache=true, and no cache_dtype")
+    for kind in ("extras", "extras_without_cache"):
+        extras = cast("dict[str, Any]", record.get(kind) or {})
+        for extra, figures in extras.items():
+            if not isinstance(figures, (dict, NoneType)):
+                raise _refused(path, f"{kind}.{extra}={shown(figures)} must be a group of fields")
+            for figure, value in (figures or {}).items():
+                if isinstance(value, str):
+                    raise _refused(path, f'{kind}.{extra}.{figure}="{value}" must be a finite number, without quotes')
     record["record"] = path.stem
     return record
 

@@ -368,9 +368,10 @@ def test_rates_that_a_study_gives_its_arms_are_called_neither_shared_nor_tuned(t
     assert "Every arm ran at the rate that the study's file gives it: no rate was tuned in this study." in markdown
 
 
-def test_a_study_without_a_finished_run_has_no_report(tmp_path: Path) -> None:
-    folder = write_study(tmp_path / "none", unfinished=[(arm, seed) for arm in ARMS for seed in (0, 1, 2)])
-    with pytest.raises(UserError, match="no finished and evaluated run yet, so there is nothing to report"):
+@pytest.mark.parametrize(("sweep", "said"), [(False, ""), (True, ", only 15 runs that tried learning rates")])
+def test_a_study_without_a_finished_run_has_no_report(sweep: bool, said: str, tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "none", unfinished=[(arm, seed) for arm in ARMS for seed in (0, 1, 2)], sweep=sweep)
+    with pytest.raises(UserError, match=f"no finished and evaluated run yet{said}, so there is nothing to report"):
         write_report(load_results(folder), folder)
     assert not (folder / "report.html").exists()
 

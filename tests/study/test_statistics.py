@@ -344,7 +344,7 @@ def test_one_seed_has_a_difference_and_no_error_bar() -> None:
     assert {(c.low, c.high, c.p, c.p_holm, c.resolved, c.detectable) for c in found} == {(None,) * 6}
     assert [contrast.sentence(BITS_PER_BYTE) for contrast in found] == [
         "mla against gqa: −0.2500 bits per byte (one seed: no error bar)",
-        "mha against gqa: +0.500 bits per byte (one seed: no error bar)",
+        "mha against gqa: +0.5000 bits per byte (one seed: no error bar)",
     ]
 
 
