@@ -59,8 +59,8 @@ class LatentDecodeOptions:
     dtype: Annotated[str, "bfloat16, float16 or float32"] = "bfloat16"
     kernels: Annotated[
         str,
-        "all, or some of triton,gluon,gluon_slots (each also with _int8 and _fp8: latents that are stored so, with a scale a "
-        "slot, the rotated key in 16 bits), torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the last four where "
+        "all, or some of triton,gluon (each also with _int8 and _fp8: latents that are stored so, with a scale a slot, the "
+        "rotated key in 16 bits), torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the last four where "
         "they are installed)",
     ] = "all"
     rounds: Annotated[int, "timed replays; a figure is their median with the range"] = 10
@@ -334,39 +334,21 @@ def ours(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None
 
 def gluon(case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None) -> tuple[Call, str]:
     from modeling.kernels import latent_decode_gluon_triton as kernel
+    from modeling.kernels.latent_decode_triton import splits_for
 
     check_kernel("gluon", case.latent_IBSL.device)
     check_widths("gluon", options.kv_lora_rank, options.qk_rope_head_dim)
-    if stored is not None:
-        return gluon_slots(case, options, stored=stored, lean=False)
-    splits = options.splits or kernel.splits_for(case.q_latent_IBHL[0], case.latent_IBSL[0])
-
-    def call(i: int) -> Tensor:
-        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B = case.arguments(i)
-        assert q_rope_BHP is not None and k_rope_BSP is not None
-        return kernel.launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=case.scale, splits=splits)
-
-    return call, f"{kernel.TILE.heads}x{kernel.TILE.slots} /{splits}"
-
-
-def gluon_slots(
-    case: Case, options: LatentDecodeOptions, *, stored: torch.dtype | None = None, lean: bool = True
-) -> tuple[Call, str]:
-    from modeling.kernels import latent_decode_gluon_words_triton as kernel
-
-    check_kernel("gluon_slots", case.latent_IBSL.device)
-    check_widths("gluon_slots", options.kv_lora_rank, options.qk_rope_head_dim)
     latents, scales = (case.latent_IBSL, None) if stored is None else case.quantised(stored)
-    programs = options.splits or kernel.programs_for(case.q_latent_IBHL[0], latents[0])
+    _, tile = kernel.form_for(case.q_latent_IBHL[0], latents[0])
+    splits = options.splits or splits_for(case.q_latent_IBHL[0], latents[0], tile)
 
     def call(i: int) -> Tensor:
         q_latent_BHL, q_rope_BHP, _, k_rope_BSP, lengths_B = case.arguments(i)
         assert q_rope_BHP is not None and k_rope_BSP is not None
         caches = latents[i], k_rope_BSP, lengths_B, None if scales is None else scales[i]
-        return kernel.launch(q_latent_BHL, q_rope_BHP, *caches, scale=case.scale, programs=programs, lean=lean)
+        return kernel.launch(q_latent_BHL, q_rope_BHP, *caches, scale=case.scale, splits=splits)
 
-    tile = kernel.tile_of(latents[0])
-    return call, f"{tile.heads}x{tile.slots} /{programs}"
+    return call, f"{tile.heads}x{tile.slots} /{splits}"
 
 
 def torch_eager(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
@@ -485,7 +467,7 @@ def sglang(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
 
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of latents
-OURS: dict[str, Callable[..., tuple[Call, str]]] = {"triton": ours, "gluon": gluon, "gluon_slots": gluon_slots}
+OURS: dict[str, Callable[..., tuple[Call, str]]] = {"triton": ours, "gluon": gluon}
 STORED = {f"{kernel}_{name}": dtype for kernel in OURS for name, dtype in EIGHT_BITS.items()}
 KERNELS: dict[str, Callable[[Case, LatentDecodeOptions], tuple[Call, str]]] = {
     **OURS,
@@ -618,7 +600,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 16, disable=None):
+    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 14, disable=None):
         tqdm.write(line)
     return 0
 
@@ -655,7 +637,7 @@ def offline_rows() -> Iterator[str]:
             )
     types = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16"}
     for splits in (2, 4, 8, 16, 32, 64):
-        constants = kernel.join_constants(n_heads=128, kv_lora_rank=512, splits=splits) | {"EARLY": True}
+        constants = kernel.join_constants(n_heads=128, kv_lora_rank=512, splits=splits)
         found = compile_one(kernel.join_kernel, constants, types, 1, 2, 255)
         yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<16}{splits:<8}{found.row(1, None)}"
     yield from gluon_rows()
@@ -664,38 +646,28 @@ def offline_rows() -> Iterator[str]:
 def gluon_rows() -> Iterator[str]:
     from triton.experimental.gluon import language as gl
 
-    from modeling.kernels import latent_decode_gluon_triton as kernel
+    from modeling.kernels import latent_decode_gluon_heads_triton as by_heads
+    from modeling.kernels import latent_decode_gluon_slots_triton as by_slots
 
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    wide, narrow = (f"tensordesc<bf16[1, 64, {columns}],{layout!r}>" for columns in (256, 64))
+    wide, words, narrow = (f"tensordesc<{of}[1, 64, {n}],{layout!r}>" for of, n in (("bf16", 256), ("i16", 256), ("bf16", 64)))
     types = {"q_latent": wide, "q_rope": narrow, "latent": wide, "k_rope": narrow}
     types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
-    for one in (True, False):
-        types["out"] = "*bf16" if one else "*fp32"
-        tile = kernel.TILE
-        found = compile_one(kernel.attend_kernel, {"ONE_SPLIT": one}, types, tile.warps, tile.stages, tile.registers)
-        yield (
-            f"{128:>5}{'512+64':>9}{'bf16':>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
-            f"{found.row(3 * tile.warps, tile.resident)}"
-        )
-    yield from gluon_slots_rows(wide, narrow)
-
-
-def gluon_slots_rows(wide: str, narrow: str) -> Iterator[str]:
-    """As they were measured, then lean."""
-    from modeling.kernels import latent_decode_gluon_words_triton as kernel
-
-    types = {"q_latent": "*bf16", "q_rope": "*bf16", "k_rope": narrow, "latent_scale": "*bf16"}
-    types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
-    for name, lean in (*((name, False) for name in EIGHT_BITS), *((name, True) for name in ("bf16", *EIGHT_BITS))):
-        for one in (True, False) if lean else (False,):
-            dtype = EIGHT_BITS.get(name, torch.bfloat16)
-            types |= {"latent": wide if name == "bf16" else wide.replace("bf16", "i16"), "out": "*bf16" if one else "*fp32"}
-            constants = kernel.attend_constants(dtype, lean=lean, one=one)
-            tile = kernel.TILE if name in EIGHT_BITS else kernel.WIDE_TILE
-            found = compile_one(kernel.attend_words_kernel, constants, types, tile.warps, tile.stages, tile.registers)
-            shape = f"{16:>5}{'512+64':>9}{name:>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
-            yield f"{shape}{found.row((1 + constants['GROUPS']) * tile.warps, tile.resident)}"
+    forms = [(128, "bf16", by_heads, by_heads.TILE, types)]
+    types = types | {"q_latent": "*bf16", "q_rope": "*bf16", "latent_scale": "*bf16"}
+    forms.append((16, "bf16", by_slots, by_slots.WIDE_TILE, types))
+    forms += [(16, name, by_slots, by_slots.TILE, types | {"latent": words}) for name in EIGHT_BITS]
+    for heads, name, kernel, tile, types in forms:
+        for one in (True, False):
+            constants: dict = {"ONE_SPLIT": one}
+            if kernel is by_slots:
+                constants = by_slots.attend_constants(EIGHT_BITS.get(name, torch.bfloat16), one=one)
+            types |= {"out": "*bf16" if one else "*fp32"}
+            found = compile_one(kernel.attend_kernel, constants, types, tile.warps, tile.stages, tile.registers)
+            yield (
+                f"{heads:>5}{'512+64':>9}{name:>6}  {f'gluon {tile.heads}x{tile.slots}':<16}{'one' if one else 'several':<8}"
+                f"{found.row((1 + constants.get('GROUPS', 2)) * tile.warps, tile.resident)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ class DecodeOptions:
         Literal["auto", "expand", "absorbed", "both"],
         "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
     ] = "both"
-    kernel: Annotated[str, "what computes the absorbed path; auto: on CUDA triton, or gluon from 17 heads on; else torch"] = (
-        "auto"
-    )
+    kernel: Annotated[str, "what computes the absorbed path; auto: on CUDA gluon or triton; else torch"] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"
@@ -312,7 +310,7 @@ def make_subjects(
         if absorbs:
             kept = as_format(plan.cache_dtype)
             with torch.no_grad():
-                kernel = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device, in_words=kept.in_words)
+                kernel = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device)
             notes.append(f"{name}: one new token absorbed is computed by {kernel}")
         subjects.append(subject)
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):

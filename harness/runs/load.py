@@ -195,7 +195,7 @@ def decode_path(
         kernel = None
         if layer.decode_paths != ("auto",):
             with torch.no_grad():
-                kernel = layer.kernel_for(kept.read_dtype(precision), device, window, in_words=kept.in_words)
+                kernel = layer.kernel_for(kept.read_dtype(precision), device, window)
         paths.append(_path_of(layer, model, new_tokens, kernel))
     return "; ".join(dict.fromkeys(paths))
 

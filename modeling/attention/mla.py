@@ -374,25 +374,20 @@ class MultiheadLatentAttention(nn.Module):
         """Whether the next token's kernel reads what the cache holds as it is stored in 8 bits."""
         if latent_BTL.shape[1] > 1 or not (cache.stored["latent"].in_words and self.absorbs(1)) or self.latent_widths[0] % 4:
             return False
-        kernel = self.kernel_for(latent_BTL.dtype, latent_BTL.device, cache.window, in_words=True)
+        kernel = self.kernel_for(latent_BTL.dtype, latent_BTL.device, cache.window)
         return kernel in OTHERS and OTHERS[kernel].reads_8_bits
 
-    def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None, *, in_words: bool = False) -> str:
-        """What computes the absorbed path of one new token, from latents of this dtype as they are read.
-
-        in_words: they are stored in 8 bits, which the kernel may read as they are.
-        """
+    def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
+        """What computes the absorbed path of one new token, from latents read in this dtype (of 8 bits: the queries')."""
         if self.kernels_lack is not None:
             return "torch"
         return select_kernel(
             self.kernel,
             device=device,
             dtype=dtype,
-            n_heads=self.n_heads // self.latent_groups,
             latent_width=self.latent_widths[0],
             qk_rope_head_dim=self.qk_rope_head_dim,
             window=window,
-            in_words=in_words and self.sharing != "latent",
         )
 
     def _attend_expanded(
@@ -481,11 +476,7 @@ class MultiheadLatentAttention(nn.Module):
         """The heads of one latent (or of a split one's halves): (out_BTHL, weights_BHTS or None)."""
         T, dtype = q_latent_BTHL.shape[1], q_rope_BTHP.dtype
         kept = key_BSL.dtype if latent_scale_BS is None else dtype
-        kernel = (
-            "torch"
-            if T > 1 or want_weights
-            else self.kernel_for(kept, key_BSL.device, cache.window, in_words=latent_scale_BS is not None)
-        )
+        kernel = "torch" if T > 1 or want_weights else self.kernel_for(kept, key_BSL.device, cache.window)
         if kernel == "torch":
             read_BSL = key_BSL.to(dtype)
             causal, mask_BTS = place.seen(T, key_BSL.device)

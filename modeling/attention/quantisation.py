@@ -198,11 +198,6 @@ class CacheFormat:
         return ByChannel(self.keys) if self.by_channel and values else self.keys
 
     @property
-    def in_words(self) -> bool:
-        """Whether what serves as key and value is stored in 8 bits with one scale a token, as a decode kernel can read it."""
-        return isinstance(self.keys, EightBits) and not self.rotated
-
-    @property
     def state_dtype(self) -> torch.dtype:
         """In what a state is kept, which belongs to no token."""
         return SIXTEEN if self.in_few_bits or not isinstance(self.keys, Plain) else self.keys.dtype

@@ -129,7 +129,7 @@ class TensorProductAttention(nn.Module):
             return new_tokens <= self.absorbs_up_to and not (self.training and self.dropout)
         return self.decode == "absorbed"
 
-    def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None, *, in_words: bool = False) -> str:
+    def kernel_for(self, dtype: torch.dtype, device: torch.device, window: int | None = None) -> str:
         """What computes the absorbed path: torch whatever is asked."""
         return "torch"
 

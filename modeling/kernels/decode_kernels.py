@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,6 @@ from modeling.kernels.availability import TRITON_DTYPES, runs_gluon, runs_triton
 from modeling.refusal import Refusal
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a slot
-ANY, NONE = (1, sys.maxsize), (1, 0)  # numbers of heads, from and to; a range would not be traced by torch.compile
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,7 @@ class Kernel:
     scale. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys and values.
     latents, rotated: widths L and P.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
-    auto_heads: from and to how many heads auto takes it, before kernels that stand above it in the table.
-    auto_heads_8_bits: the same of latents that are read in 8 bits.
+    auto: it is taken where it can run and nobody chose, before kernels that stand above it in the table.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     """
 
@@ -42,8 +39,7 @@ class Kernel:
     latents: Sequence[int] = ()
     rotated: Sequence[int] = ()
     capability: int | None = None
-    auto_heads: tuple[int, int] = NONE
-    auto_heads_8_bits: tuple[int, int] = NONE
+    auto: bool = False
     reads_8_bits: bool = False
     interpreted: bool = False
     plans_on_host: bool = False
@@ -59,14 +55,12 @@ OTHERS = {
         TRITON_DTYPES,
         range(1, 513),
         range(65),
-        auto_heads=ANY,
-        auto_heads_8_bits=ANY,
+        auto=True,
         reads_8_bits=True,
         interpreted=True,
     ),
-    # As measured on an H200 (docs/PERFORMANCE.md). More than 16 heads are 64 to both kernels, and there this one is the faster
-    # in every cell, by 1.1 to 1.8 times. Up to 16 Triton has a narrower tile: up to 1.4 times as fast, and at most 5 % behind.
-    # Of 8 bits it takes 16 heads at a time: 1.3 to 2 times as fast up to there, but for one short row, where they are even.
+    # 1.04 to 1.8 times as fast as Triton's in every cell measured on an H200 (docs/PERFORMANCE.md), but for one short row of
+    # latents in 8 bits, where they are even. Those with more than 16 heads are not measured: docs/LOG.md has what is expected.
     "gluon": Kernel(
         "latent_decode_gluon_triton",
         "triton.experimental.gluon",
@@ -75,19 +69,7 @@ OTHERS = {
         (512,),
         (64,),
         capability=9,
-        auto_heads=(17, sys.maxsize),
-        auto_heads_8_bits=(1, 16),
-        reads_8_bits=True,
-    ),
-    # 16 heads at a time, of 16 bits and 8. It has not run on a GPU yet; what is expected is in docs/LOG.md.
-    "gluon_slots": Kernel(
-        "latent_decode_gluon_words_triton",
-        "triton.experimental.gluon",
-        TRITON,
-        HALF_PRECISION,
-        (512,),
-        (64,),
-        capability=9,
+        auto=True,
         reads_8_bits=True,
     ),
     "flashinfer": Kernel(
@@ -187,21 +169,12 @@ def _in_words(widths: Sequence[int]) -> str:
 
 
 def select_kernel(
-    name: str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    n_heads: int,
-    latent_width: int,
-    qk_rope_head_dim: int,
-    window: int | None = None,
-    in_words: bool = False,
+    name: str, *, device: torch.device, dtype: torch.dtype, latent_width: int, qk_rope_head_dim: int, window: int | None = None
 ) -> str:
     """auto is a kernel of the table where one can compute a call of one new token, and torch elsewhere; another name stays.
 
-    Of several it is the last that takes so many heads: on Hopper gluon from 17 on, and up to 16 of latents in 8 bits; else
-    triton. dtype: of the cached latents as they are read; in_words: they are read as they are stored in 8 bits. n_heads: that
-    share a latent. A gradient is possible in torch alone.
+    Of several it is the last in the table: gluon on Hopper, else triton. dtype: of the cached latents as they are read, and of
+    the queries where those have 8 bits. A gradient is possible in torch alone.
     """
     if name != "auto":
         return name
@@ -209,13 +182,7 @@ def select_kernel(
     if not runs_triton(device, dtype) or window is not None or torch.is_grad_enabled():
         return chosen
     for other, kernel in OTHERS.items():
-        fewest, most = kernel.auto_heads_8_bits if in_words else kernel.auto_heads
-        fits = (
-            fewest <= n_heads <= most
-            and dtype in kernel.dtypes
-            and latent_width in kernel.latents
-            and qk_rope_head_dim in kernel.rotated
-        )
+        fits = kernel.auto and dtype in kernel.dtypes and latent_width in kernel.latents and qk_rope_head_dim in kernel.rotated
         if fits and (kernel.capability is None or runs_gluon(device, kernel.capability)):
             chosen = other
     return chosen

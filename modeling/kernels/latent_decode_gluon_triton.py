@@ -1,301 +1,41 @@
-"""The decode kernel of latent attention for Hopper and many heads, in Gluon: two warpgroups that share one output.
+"""attention.kernel=gluon: two decode kernels in Gluon, Triton's language a level below, for Hopper's matrix unit and copies.
 
-64 heads times 512 columns of sums fill half of a multiprocessor's registers, so two warpgroups own 256 columns each, and
-there is no second output to work on while a softmax is computed. So they take turns, as FlashMLA's do ("seesaw", DeepSeek,
-docs/20250422-new-kernel-deep-dive.md in deepseek-ai/FlashMLA): of two blocks of 64 slots each warpgroup makes the scores and
-the weights of one, and multiplies both blocks' weights with its half of the columns. With m the largest score so far:
+A step with few heads waits for memory, and one with many for products, and the matrix instruction takes 64 rows at least. So
+up to FEW_HEADS, and for latents of 8 bits whatever the heads, slots are its rows (latent_decode_gluon_slots_triton.py), and
+above heads are (latent_decode_gluon_heads_triton.py). Ranges of a row ("splits") are joined by `join_kernel` of
+latent_decode_triton.py. No atomics: results repeat bit for bit. Triton's interpreter does not run Gluon: on a CPU
+tests/support/gluon_emulation.py does.
 
-    left:   m_0 = max(m, s_0)      p_0 = exp(s_0 - m_0)    left  = left e^(m - m_0) + p_0 c_0       (its own registers)
-    right:  m_1 = max(m_0, s_1)    p_1 = exp(s_1 - m_1)    right = right e^(m - m_1) + p_1 c_1      (its own registers)
-    left:   p_0 <- p_0 e^(m_0 - m_1), for right            left  = left e^(m_0 - m_1) + p_1 c_1     (p_1 from shared memory)
-    right:                                                 right = right + p_0 c_0                  (p_0 from shared memory)
-
-A third group has the copy engine bring the blocks, in halves of 256 columns that are free at different times. A
-block that would pass its range's end begins earlier, and what the block before has covered counts as -inf: nothing beyond
-a row's length is read, and before its first slot the copy engine writes zeros.
-
-Ranges of a row ("splits") are joined by `join_kernel` of latent_decode_triton.py. No atomics: results repeat bit for bit.
-Triton's interpreter does not run Gluon: on a CPU tests/support/gluon_emulation.py does.
-
-Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In the kernel: c latents, k rotated keys, q queries.
+Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width.
 """
-
-# mypy: disable-error-code="no-untyped-def"
-# Triton's compiler gives the parameters of its kernels their types at each launch.
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
 
 import torch
-import triton
 from torch import Tensor
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from modeling.kernels import latent_decode_gluon_words_triton as in_words
-from modeling.kernels.latent_decode_copies_gluon_triton import check_copied, descriptor, is_copied
-from modeling.kernels.latent_decode_triton import Tile, choose_splits, join, partial_sums, rounded_slots, size_of
+from modeling.kernels import latent_decode_gluon_heads_triton as by_heads
+from modeling.kernels import latent_decode_gluon_slots_triton as by_slots
+from modeling.kernels.decode_kernels import EIGHT_BITS
+from modeling.kernels.latent_decode_triton import Tile, join, partial_sums, splits_for
+from modeling.refusal import Refusal
 
-HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
-# Of one program, for the choice of splits: it takes a multiprocessor for itself, and two blocks at a time.
-TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1, start=385)
-# Of the two groups that multiply; what is left of three times TILE's registers, 24, is for the one that copies.
-WORKER_WARPS, WORKER_REGISTERS = gl.constexpr([4, 4]), gl.constexpr([240, 240])
-SCORES = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]))
-OUTPUT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
+# Measured in 16 bits with 128 rows on an H200 (docs/PERFORMANCE.md): slots take 0.9 of the other's time at 32 heads, 1.7 at 64.
+FEW_HEADS = 32
 
 
-class ManyHeadsMemory(NamedTuple):
-    """What a program has in shared memory, and the barriers that say when it may be read (`full`, `ready`) or written."""
-
-    q: Any  # (2, 64, 256): the halves of the columns
-    q_rotated: Any  # (64, 64)
-    c: Any  # (4, 64, 256): the halves of the first block, and of the second
-    k: Any  # (2, 64, 64), and in their place, once multiplied, the block's weights
-    largest: Any  # (2, 64)
-    q_full: Any
-    full: Any
-    empty: Any
-    largest_ready: Any
-    weights_ready: Any
-
-
-class ManyHeadsPlace(NamedTuple):
-    """Which part of the problem a program computes."""
-
-    row: Any
-    head: Any
-    heads: Any
-    split: Any
-    splits: Any
-    start: Any
-    end: Any
-    pairs: Any
-
-
-@gluon.jit
-def _fetch(source, place, full, target):
-    """Begin the copy of a block to `target`; `full` counts its bytes."""
-    box = target._reinterpret(source.dtype, source.block_type.shape, source.layout)
-    tma.async_copy_global_to_shared(source, place, full, box)
-
-
-@gluon.jit
-def _fetch_half(latent, k_rope, shared, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
-    part: gl.constexpr = 2 * BLOCK + HALF
-    mbarrier.wait(shared.empty.index(part), (pair & 1) ^ 1)
-    if BLOCK == HALF:
-        mbarrier.expect(shared.full.index(part), 2 * SLOTS * COLUMNS)
-    else:  # with the half that the other group multiplies last: then this block's weights, in the same place, are read too
-        mbarrier.expect(shared.full.index(part), 2 * SLOTS * (COLUMNS + ROTATED))
-        _fetch(k_rope, [row, slot, 0], shared.full.index(part), shared.k.index(BLOCK))
-    _fetch(latent, [row, slot, HALF * COLUMNS], shared.full.index(part), shared.c.index(part))
-
-
-@gluon.jit
-def _bring(q_latent, q_rope, latent, k_rope, shared, place):
-    """The copying group: in the order in which halves become free."""
-    mbarrier.expect(shared.q_full, 2 * HEADS * (2 * COLUMNS + ROTATED))
-    _fetch(q_latent, [place.row, place.head, 0], shared.q_full, shared.q.index(0))
-    _fetch(q_latent, [place.row, place.head, COLUMNS], shared.q_full, shared.q.index(1))
-    _fetch(q_rope, [place.row, place.head, 0], shared.q_full, shared.q_rotated)
-    for pair in range(place.pairs):
-        first = gl.minimum(place.start + 2 * SLOTS * pair, place.end - SLOTS)
-        second = gl.minimum(place.start + 2 * SLOTS * pair + SLOTS, place.end - SLOTS)
-        _fetch_half(latent, k_rope, shared, place.row, first, pair, 0, 0)
-        _fetch_half(latent, k_rope, shared, place.row, second, pair, 1, 1)
-        _fetch_half(latent, k_rope, shared, place.row, first, pair, 0, 1)
-        _fetch_half(latent, k_rope, shared, place.row, second, pair, 1, 0)
-
-
-@gluon.jit
-def _seen(scores, slot, first):
-    """Scores of a block; those that the block before has covered are -inf."""
-    numbers = slot + gl.arange(0, SLOTS, gl.SliceLayout(0, SCORES))
-    return gl.where(numbers[None, :] >= first, scores, float("-inf"))
-
-
-@gluon.jit
-def _times(sums, factors):
-    """Each head's sums times its factor."""
-    return sums * gl.convert_layout(factors, gl.SliceLayout(1, OUTPUT))[:, None]
-
-
-@gluon.jit
-def _as_operand(weights, dtype: gl.constexpr):
-    return gl.convert_layout(weights.to(dtype), gl.DotOperandLayout(0, OUTPUT, 2))
-
-
-@gluon.jit
-def _left_pair(shared, place, scale_log2, pair, sums, total, m):
-    """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
-    dtype: gl.constexpr = shared.q.dtype
-    phase = pair & 1
-    first = place.start + 2 * SLOTS * pair
-    scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(shared.full.index(0), phase)
-    scores = warpgroup_mma(shared.q.index(0), shared.c.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(shared.full.index(1), phase)
-    scores = warpgroup_mma(shared.q.index(1), shared.c.index(1).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma(shared.q_rotated, shared.k.index(0).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
-    m_0 = gl.maximum(m, gl.max(scores, 1) * scale_log2)
-    shared.largest.index(0).store(m_0)
-    mbarrier.arrive(shared.largest_ready.index(0), count=1)
-    shrink = gl.exp2(m - m_0)
-    p = gl.exp2(scores * scale_log2 - m_0[:, None])
-    total = total * shrink + gl.sum(p, 1)
-    operand = _as_operand(p, dtype)
-    sums = warpgroup_mma(operand, shared.c.index(0), _times(sums, shrink), is_async=True)
-    mbarrier.wait(shared.largest_ready.index(1), phase)
-    m_1 = shared.largest.index(1).load(gl.SliceLayout(1, SCORES))
-    shrink = gl.exp2(m_0 - m_1)
-    shared.k.index(0).store((p * shrink[:, None]).to(dtype))
-    fence_async_shared()
-    mbarrier.arrive(shared.weights_ready.index(0), count=1)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(shared.empty.index(0), count=1)
-    sums = _times(sums, shrink)
-    mbarrier.wait(shared.weights_ready.index(1), phase)
-    sums = warpgroup_mma(shared.k.index(1), shared.c.index(2), sums, is_async=True)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(shared.empty.index(2), count=1)
-    return sums, total * shrink, m_1
-
-
-@gluon.jit
-def _right_pair(shared, place, scale_log2, pair, sums, total, m):
-    """Scores of the second block of a pair, and both blocks times columns 256 to 511: (sums, total, m)."""
-    dtype: gl.constexpr = shared.q.dtype
-    phase = pair & 1
-    first = place.start + 2 * SLOTS * pair + SLOTS
-    scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(shared.full.index(3), phase)
-    scores = warpgroup_mma(shared.q.index(1), shared.c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(shared.full.index(2), phase)
-    scores = warpgroup_mma(shared.q.index(0), shared.c.index(2).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma(shared.q_rotated, shared.k.index(1).permute((1, 0)), scores, is_async=True)
-    scores = warpgroup_mma_wait(0, deps=[scores])
-    scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
-    own = gl.max(scores, 1) * scale_log2
-    mbarrier.wait(shared.largest_ready.index(0), phase)
-    m_1 = gl.maximum(shared.largest.index(0).load(gl.SliceLayout(1, SCORES)), own)
-    shared.largest.index(1).store(m_1)
-    mbarrier.arrive(shared.largest_ready.index(1), count=1)
-    shrink = gl.exp2(m - m_1)
-    p = gl.exp2(scores * scale_log2 - m_1[:, None])
-    total = total * shrink + gl.sum(p, 1)
-    shared.k.index(1).store(p.to(dtype))
-    fence_async_shared()
-    mbarrier.arrive(shared.weights_ready.index(1), count=1)
-    operand = _as_operand(p, dtype)
-    sums = warpgroup_mma(operand, shared.c.index(3), _times(sums, shrink), is_async=True)
-    mbarrier.wait(shared.weights_ready.index(0), phase)
-    sums = warpgroup_mma(shared.k.index(0), shared.c.index(1), sums, is_async=True)
-    sums = warpgroup_mma_wait(1, deps=[sums])
-    mbarrier.arrive(shared.empty.index(3), count=1)
-    sums = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(shared.empty.index(1), count=1)
-    return sums, total, m_1
-
-
-@gluon.jit
-def _finish(shared, place, out, lse, sums, total, m, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
-    """Join both groups' sums of weights, and write this one's columns."""
-    shared.largest.index(HALF).store(total)
-    mbarrier.arrive(shared.largest_ready.index(HALF), count=1)
-    mbarrier.wait(shared.largest_ready.index(1 - HALF), place.pairs & 1)
-    total += shared.largest.index(1 - HALF).load(gl.SliceLayout(1, SCORES))
-    rows = place.head + gl.arange(0, HEADS, gl.SliceLayout(1, OUTPUT))
-    columns = HALF * COLUMNS + gl.arange(0, COLUMNS, gl.SliceLayout(0, OUTPUT))
-    places = place.row.to(gl.int64) * place.heads + rows
-    filled = place.heads
-    if not ONE_SPLIT:
-        places = places * place.splits + place.split
-        # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
-        filled = gl.where(place.start < place.end, place.heads, 0)
-        if HALF == 0:
-            found = gl.where(place.start < place.end, m + gl.log2(total), float("-inf"))
-            gl.store(lse + places, gl.convert_layout(found, gl.SliceLayout(1, OUTPUT)), mask=rows < place.heads)
-    sums = _times(sums, 1.0 / total)
-    at = out + places[:, None] * (2 * COLUMNS) + columns[None, :]
-    gl.store(at, sums.to(out.dtype.element_ty), mask=rows[:, None] < filled)
-
-
-@gluon.jit
-def _multiply(shared, place, out, lse, scale_log2, HALF: gl.constexpr, ONE_SPLIT: gl.constexpr):
-    """The group of one half of the columns."""
-    sums = gl.zeros([HEADS, COLUMNS], gl.float32, OUTPUT)
-    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, SCORES))
-    m = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    mbarrier.wait(shared.q_full, 0)
-    work: gl.constexpr = _left_pair if HALF == 0 else _right_pair
-    for pair in range(place.pairs):
-        sums, total, m = work(shared, place, scale_log2, pair, sums, total, m)
-    _finish(shared, place, out, lse, sums, total, m, HALF, ONE_SPLIT)
-
-
-@gluon.jit(do_not_specialize=["slots", "heads", "splits"])
-def attend_kernel(
-    q_latent, q_rope, latent, k_rope, lengths, out, lse, scale_log2, slots, heads, splits, ONE_SPLIT: gl.constexpr
-):
-    # Head blocks that read the same slots run side by side and share them in L2.
-    head = gl.program_id(0) * HEADS
-    split = gl.program_id(1)
-    row = gl.program_id(2)
-    length = gl.minimum(gl.load(lengths + row).to(gl.int32), slots)
-    per_split = gl.cdiv(gl.cdiv(length, splits), 2 * SLOTS) * (2 * SLOTS)
-    start = split * per_split
-    end = gl.minimum(start + per_split, length)
-    pairs = gl.maximum(gl.cdiv(end - start, 2 * SLOTS), 1)  # an empty range takes one too, and keeps nothing of it
-
-    dtype: gl.constexpr = latent.dtype
-    wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(vec=1, per_phase=1, max_phase=1, order=[0])
-    shared = ManyHeadsMemory(
-        gl.allocate_shared_memory(dtype, [2, HEADS, COLUMNS], wide),
-        gl.allocate_shared_memory(dtype, [HEADS, ROTATED], wide),
-        gl.allocate_shared_memory(dtype, [4, SLOTS, COLUMNS], wide),
-        gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide),
-        gl.allocate_shared_memory(gl.float32, [2, HEADS], plain),
-        gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
-    )
-    mbarrier.init(shared.q_full, count=1)
-    for i in gl.static_range(4):
-        mbarrier.init(shared.full.index(i), count=1)
-        mbarrier.init(shared.empty.index(i), count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(shared.largest_ready.index(i), count=1)
-        mbarrier.init(shared.weights_ready.index(i), count=1)
-    fence_async_shared()
-
-    place = ManyHeadsPlace(row, head, heads, split, splits, start, end, pairs)
-    gl.warp_specialize(
-        [
-            (_bring, (q_latent, q_rope, latent, k_rope, shared, place)),
-            (_multiply, (shared, place, out, lse, scale_log2, 0, ONE_SPLIT)),
-            (_multiply, (shared, place, out, lse, scale_log2, 1, ONE_SPLIT)),
-        ],
-        WORKER_WARPS,
-        WORKER_REGISTERS,
-    )
+def form_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> tuple[ModuleType, Tile]:
+    """(the kernel's module, what one program works on) for these tensors."""
+    if latent_BSL.dtype in EIGHT_BITS:
+        return by_slots, by_slots.TILE
+    if q_latent_BHL.shape[1] <= FEW_HEADS:
+        return by_slots, by_slots.WIDE_TILE
+    return by_heads, by_heads.TILE
 
 
 def decode(
@@ -308,25 +48,10 @@ def decode(
     scale: float,
 ) -> Tensor:
     """As `latent_decode`. Raises Refusal for caches that the copy engine cannot read."""
-    if latent_scale_BS is not None:
-        caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
-        return in_words.decode(q_latent_BHL, q_rope_BHP, *caches, scale, lean=False)
     assert q_rope_BHP is not None and k_rope_BSP is not None
-    splits = splits_for(q_latent_BHL, latent_BSL)
-    return launch(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, scale=scale, splits=splits)
-
-
-def splits_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> int:
-    """How many ranges a row is split into, on these tensors' device."""
-    B, H, _ = q_latent_BHL.shape
-    S = latent_BSL.shape[1]
-    multiprocessors, _ = size_of(q_latent_BHL.device)
-    return min(_splits(B, rounded_slots(S), H, multiprocessors), -(-S // TILE.slots))
-
-
-@functools.lru_cache(maxsize=4096)
-def _splits(batch_size: int, slots: int, n_heads: int, multiprocessors: int) -> int:
-    return choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=TILE, multiprocessors=multiprocessors)
+    splits = splits_for(q_latent_BHL, latent_BSL, form_for(q_latent_BHL, latent_BSL)[1])
+    caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
+    return launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, splits=splits)
 
 
 def launch(
@@ -335,54 +60,42 @@ def launch(
     latent_BSL: Tensor,
     k_rope_BSP: Tensor,
     lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
     *,
     scale: float,
     splits: int,
 ) -> Tensor:
     """Run the kernel with rows split so; returns out_BHL. Every number of splits gives the same result up to rounding."""
+    kernel, tile = form_for(q_latent_BHL, latent_BSL)
+    for name, cache in (("latents", latent_BSL), ("rotated keys", k_rope_BSP)):
+        if not is_copied(cache):
+            raise Refusal(
+                f"the kernels in Gluon copy slots that begin at multiples of 16 bytes, and the {name} begin at "
+                f"{cache.data_ptr()} with strides {cache.stride()} of {cache.itemsize} bytes; take attention.kernel=triton"
+            )
+    q_latent_BHL, q_rope_BHP = (
+        x if is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP)
+    )
     out_BHL = torch.empty_like(q_latent_BHL, memory_format=torch.contiguous_format)
     partial_BHNL, lse_BHN = partial_sums(out_BHL, splits)
-    grid, arguments = program(
-        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, partial_BHNL, lse_BHN, scale=scale, splits=splits
-    )
+    inputs = q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B.contiguous(), latent_scale_BS
+    grid, arguments, constants = kernel.program(*inputs, partial_BHNL, lse_BHN, scale=scale, splits=splits, describe=descriptor)
     # Triton launches on the current device, which need not be the tensors'.
     with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
-        attend_kernel[grid](*arguments, ONE_SPLIT=splits == 1, num_warps=TILE.warps, maxnreg=TILE.registers)
+        kernel.attend_kernel[grid](*arguments, **constants, num_warps=tile.warps, maxnreg=tile.registers)
         join(partial_BHNL, lse_BHN, out_BHL, splits)
     return out_BHL
 
 
-def program(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor,
-    lengths_B: Tensor,
-    partial_BHNL: Tensor,
-    lse_BHN: Tensor,
-    *,
-    scale: float,
-    splits: int,
-    describe: Callable[[Tensor, list[int]], Any] | None = None,
-) -> tuple[tuple[int, int, int], tuple[Any, ...]]:
-    """(grid, arguments of `attend_kernel` but for its constants). describe: makes a descriptor of a tensor and a block."""
-    describe = describe or descriptor
-    B, H, _ = q_latent_BHL.shape
-    q_latent_BHL, q_rope_BHP = (
-        x if is_copied(x) else x.clone(memory_format=torch.contiguous_format) for x in (q_latent_BHL, q_rope_BHP)
-    )
-    check_copied(latent_BSL, k_rope_BSP)
-    arguments = (
-        describe(q_latent_BHL, [1, HEADS.value, COLUMNS.value]),
-        describe(q_rope_BHP, [1, HEADS.value, ROTATED.value]),
-        describe(latent_BSL, [1, SLOTS.value, COLUMNS.value]),
-        describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
-        lengths_B.contiguous(),
-        partial_BHNL,
-        lse_BHN,
-        scale * math.log2(math.e),
-        latent_BSL.shape[1],
-        H,
-        splits,
-    )
-    return (triton.cdiv(H, TILE.heads), splits, B), arguments
+def is_copied(x: Tensor) -> bool:
+    """Whether the copy engine reads blocks of a three-dimensional tensor: rows that are whole, at multiples of 16 bytes."""
+    between = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride * x.itemsize % 16 == 0 for stride in between)
+
+
+def descriptor(x: Tensor, block_shape: list[int]) -> TensorDescriptor:
+    """What the copy engine is told of a three-dimensional tensor of 16 bits, to copy such blocks of it."""
+    # A dimension of one row may have any stride in torch; the copy engine checks it all the same.
+    strides = [stride if size > 1 else x.shape[-1] for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block_shape, layout)

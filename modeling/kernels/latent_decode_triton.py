@@ -80,6 +80,7 @@ def choose_tile(*, n_heads: int, kv_lora_rank: int, dtype: torch.dtype, has_wgmm
     return next(tile for width, tile in table.items() if kv_lora_rank <= width)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, multiprocessors: int) -> int:
     """How many ranges each row is split into: the number that ends first by an estimate, in slots of one program.
 
@@ -97,24 +98,6 @@ def choose_splits(*, batch_size: int, slots: int, n_heads: int, tile: Tile, mult
         if cost < least:
             best, least = splits, cost
     return best
-
-
-@functools.lru_cache(maxsize=4096)
-def choose_plan(
-    *,
-    batch_size: int,
-    slots: int,
-    n_heads: int,
-    kv_lora_rank: int,
-    dtype: torch.dtype,
-    multiprocessors: int,
-    has_wgmma: bool,
-    words: bool = False,
-) -> Plan:
-    """Tile and number of splits, from shapes and the device's size alone."""
-    tile = choose_tile(n_heads=n_heads, kv_lora_rank=kv_lora_rank, dtype=dtype, has_wgmma=has_wgmma, words=words)
-    splits = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors)
-    return Plan(tile, splits)
 
 
 @functools.cache
@@ -219,18 +202,8 @@ def attend_kernel(
 
 @triton.jit(do_not_specialize=["splits"])
 def join_kernel(
-    partial,
-    lse,
-    out,
-    splits,
-    HEADS: tl.constexpr,
-    RANK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    EARLY: tl.constexpr,
+    partial, lse, out, splits, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
 ):
-    if EARLY:  # programs may stand ready before the kernel that makes the partial sums has ended
-        tl.extra.cuda.gdc_wait()
     # One warp: what a head's ranges have in common passes between threads without a barrier, and most devices hold 32 such
     # programs a multiprocessor. Four warps on 16 ranges took 50 us for 4,096 heads of 2 ranges on an H200.
     columns = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -319,17 +292,13 @@ def partial_sums(out_BHL: Tensor, splits: int) -> tuple[Tensor, Tensor]:
     return partial_BHNL, torch.empty((B, H, splits), dtype=torch.float32, device=out_BHL.device)
 
 
-def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int, *, early: bool = False) -> None:
-    """Write the output from the partial sums, where there are any; on the current device.
-
-    early: it is launched while the kernel before it ends, which Hopper can (CUDA's programmatic dependent launch).
-    """
+def join(partial_BHNL: Tensor, lse_BHN: Tensor, out_BHL: Tensor, splits: int) -> None:
+    """Write the output from the partial sums, where there are any; on the current device."""
     if splits > 1:
         B, H, L = out_BHL.shape
         constants = join_constants(n_heads=H, kv_lora_rank=L, splits=splits)
         grid = (triton.cdiv(L, constants["BLOCK_L"]), H, B)
-        options = {"launch_pdl": True} if early else {}
-        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, EARLY=early, num_warps=1, **options)
+        join_kernel[grid](partial_BHNL, lse_BHN, out_BHL, splits, **constants, num_warps=1)
 
 
 def attend_constants(*, n_heads: int, kv_lora_rank: int, qk_rope_head_dim: int, plan: Plan) -> dict[str, int | bool]:
@@ -368,27 +337,25 @@ def _with_whole_rows(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 else q.contiguous()
 
 
-def rounded_slots(slots: int) -> int:
-    """For how many a plan is made, so that a cache that grows token by token asks for a new one every 256 tokens only."""
-    return -(-slots // 256) * 256
+def splits_for(q_latent_BHL: Tensor, latent_BSL: Tensor, tile: Tile) -> int:
+    """How many ranges a row is split into, on these tensors' device.
+
+    As for a multiple of 256 slots, so that a cache that grows token by token asks for a new number every 256 tokens only.
+    """
+    B, H, _ = q_latent_BHL.shape
+    S = latent_BSL.shape[1]
+    multiprocessors, _ = size_of(q_latent_BHL.device)
+    splits = choose_splits(batch_size=B, slots=-(-S // 256) * 256, n_heads=H, tile=tile, multiprocessors=multiprocessors)
+    return min(splits, -(-S // tile.slots))
 
 
 def plan_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> Plan:
-    """The plan for these tensors on their device."""
-    B, H, L = q_latent_BHL.shape
-    S = latent_BSL.shape[1]
-    multiprocessors, has_wgmma = size_of(q_latent_BHL.device)
-    plan = choose_plan(
-        batch_size=B,
-        slots=rounded_slots(S),
-        n_heads=H,
-        kv_lora_rank=L,
-        dtype=q_latent_BHL.dtype,
-        multiprocessors=multiprocessors,
-        has_wgmma=has_wgmma,
-        words=latent_BSL.dtype in EIGHT_BITS,
-    )
-    return Plan(plan.tile, min(plan.splits, -(-S // plan.tile.slots)))
+    """The plan for these tensors on their device, from shapes and the device's size alone."""
+    _, H, L = q_latent_BHL.shape
+    _, has_wgmma = size_of(q_latent_BHL.device)
+    words = latent_BSL.dtype in EIGHT_BITS
+    tile = choose_tile(n_heads=H, kv_lora_rank=L, dtype=q_latent_BHL.dtype, has_wgmma=has_wgmma, words=words)
+    return Plan(tile, splits_for(q_latent_BHL, latent_BSL, tile))
 
 
 def decode(

@@ -131,46 +131,39 @@ FEW = [*WIDE, "model.n_heads=16", "attention.qk_nope_head_dim=32", "attention.v_
 
 
 @torch.inference_mode()
-def test_auto_says_and_takes_gluon_for_many_heads_and_for_few_where_latents_are_read_in_8_bits(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("heads", [WIDE, FEW], ids=["many", "few"])
+def test_on_hopper_auto_says_and_takes_gluon_where_it_has_the_widths_and_the_dtype(
+    heads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[str] = []
+    taken: list[tuple[str, torch.dtype]] = []
 
     def decode(*arguments: Any, kernel: str, **options: Any) -> Tensor:
-        taken.append(f"absorbed ({kernel} kernel)")
+        taken.append((f"absorbed ({kernel} kernel)", arguments[2].dtype))
         return latent_decode(*arguments, **options)
 
-    model = gpt_from(WIDE, n_layers=1).eval()
+    model = gpt_from(heads, n_layers=1).eval()
     on_a_gpu(monkeypatch, capability=9)
     monkeypatch.setattr("modeling.kernels.decode_kernels.runs_triton", lambda device, dtype: True)
     monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
-    wanted = {"bfloat16": "gluon", "float16": "gluon", "float32": "triton", "int8": "triton", "fp8": "triton"}
-    for name, kernel in wanted.items():
+
+    def check(name: str, kernel: str, given: torch.dtype, precision: torch.dtype) -> None:
         kept = cache_format(name)
         taken.clear()
         model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=kept, device="cpu"))
-        assert taken == [decode_path(model, 1, cache=kept)] == [f"absorbed ({kernel} kernel)"]
-    given: list[torch.dtype] = []
+        assert taken == [(decode_path(model, 1, cache=kept, precision=precision), given)]
+        assert taken == [(f"absorbed ({kernel} kernel)", given)]
+
+    for dtype, kernel in {torch.bfloat16: "gluon", torch.float16: "gluon", torch.float32: "triton"}.items():
+        check(str(dtype).removeprefix("torch."), kernel, dtype, torch.float32)
+    stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+    for name, dtype in stored.items():  # read as they are stored, by queries in 32 bits
+        check(name, "triton", dtype, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name in ("int8", "fp8", "int8_rotated", "int4"):
+            check(name, "gluon", stored.get(name, torch.bfloat16), torch.bfloat16)
     model.set_execution(kernel="gluon")
-    monkeypatch.setattr(
-        "modeling.attention.mla.latent_decode",
-        lambda *arguments, kernel, **options: given.append(arguments[2].dtype) or latent_decode(*arguments, **options),
-    )
-    for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):  # by name it reads 8 bits as they are stored
-        model(torch.zeros(1, 1, dtype=torch.long), model.new_cache(1, 4, dtype=dtype, device="cpu"))
-        assert given.pop() == dtype
-    model.set_execution(kernel="auto")
-    monkeypatch.setattr("modeling.attention.mla.latent_decode", decode)
-    many = {"int8": "triton", "int8_rotated": "gluon", "int4": "gluon"}
-    few = {"bfloat16": "triton", "int8": "gluon", "fp8": "gluon", "int8_rotated": "triton", "int4": "triton"}
-    for heads, kernels in ((model, many), (gpt_from(FEW, n_layers=1).eval(), few)):
-        for name, kernel in kernels.items():
-            kept = cache_format(name)
-            taken.clear()
-            with torch.autocast("cpu", torch.bfloat16):
-                heads(torch.zeros(1, 1, dtype=torch.long), heads.new_cache(1, 4, dtype=kept, device="cpu"))
-                said = decode_path(heads, 1, cache=kept, precision=torch.bfloat16)
-            assert taken == [said] == [f"absorbed ({kernel} kernel)"]
+    for name, dtype in stored.items():  # by name too
+        check(name, "gluon", dtype, torch.float32)
 
 
 @needs_triton
@@ -240,7 +233,9 @@ def test_on_a_gpu_auto_decodes_with_triton_and_a_window_with_torch(cache_dtype: 
 
 @pytest.mark.gpu
 @torch.inference_mode()
-@pytest.mark.parametrize(("heads", "kept"), [(WIDE, "bfloat16"), (FEW, "int8"), (FEW, "fp8")], ids=["many", "int8", "fp8"])
+@pytest.mark.parametrize(
+    ("heads", "kept"), [(WIDE, "bfloat16"), (FEW, "bfloat16"), (FEW, "int8"), (WIDE, "fp8")], ids=["many", "few", "int8", "fp8"]
+)
 def test_on_hopper_auto_decodes_with_gluon_in_a_compiled_step_too(heads: list[str], kept: str) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the Gluon kernel is for devices of compute capability 9")

@@ -1,5 +1,7 @@
-"""The decode kernel in Gluon, which nothing but a Hopper GPU runs: its own source in tests/support/gluon_emulation.py, against
-a softmax in float64; and whether the emulation would see what goes wrong in such kernels, by planting it.
+"""Gluon's decode kernel of heads by slots, for many heads: its own source against a softmax in float64.
+
+Nothing but a Hopper GPU runs it: here it runs in tests/support/gluon_emulation.py, and faults are planted in it to see
+whether the emulation would see them.
 """
 
 from __future__ import annotations
@@ -34,33 +36,28 @@ GRID = (
 
 
 def kernel_module() -> Any:
-    from modeling.kernels import latent_decode_gluon_triton
+    from modeling.kernels import latent_decode_gluon_heads_triton
 
-    return latent_decode_gluon_triton
+    return latent_decode_gluon_heads_triton
 
 
-def emulated(kernel: Any, inputs: Inputs, splits: int, seed: int) -> Tensor:
-    """out_BHL by the kernel's source on the CPU, its ranges joined here."""
-    q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, _ = inputs.arguments
-    out_BHL = torch.full_like(q_latent_BHL, float("nan"), memory_format=torch.contiguous_format)
+def emulated_by(kernel: Any, inputs: Inputs, splits: int, seed: int, **options: Any) -> Tensor:
+    """out_BHL by a kernel's source on the CPU, its ranges joined here."""
+    out_BHL = torch.full_like(inputs.q_latent_BHL, float("nan"), memory_format=torch.contiguous_format)
     B, H, L = out_BHL.shape
     partial_BHNL, lse_BHN = out_BHL, out_BHL
     if splits > 1:
         partial_BHNL, lse_BHN = torch.full((B, H, splits, L), float("nan")), torch.full((B, H, splits), float("nan"))
-    grid, arguments = kernel.program(
-        q_latent_BHL,
-        q_rope_BHP,
-        latent_BSL,
-        k_rope_BSP,
-        lengths_B,
-        partial_BHNL,
-        lse_BHN,
-        scale=inputs.scale,
-        splits=splits,
-        describe=gluon_emulation.Descriptor,
+    describe = gluon_emulation.Descriptor
+    grid, arguments, constants = kernel.program(
+        *inputs.arguments, partial_BHNL, lse_BHN, scale=inputs.scale, splits=splits, describe=describe
     )
-    gluon_emulation.launch(kernel.attend_kernel, grid, *arguments, seed=seed, ONE_SPLIT=splits == 1)
+    gluon_emulation.launch(kernel.attend_kernel, grid, *arguments, seed=seed, **options, **constants)
     return out_BHL if splits == 1 else joined(partial_BHNL, lse_BHN)
+
+
+def emulated(kernel: Any, inputs: Inputs, splits: int, seed: int) -> Tensor:
+    return emulated_by(kernel, inputs, splits, seed)
 
 
 def joined(partial_BHNL: Tensor, lse_BHN: Tensor) -> Tensor:
@@ -198,7 +195,7 @@ GPU_GRID = (
     *(replace(case, splits=0) for case in GRID),
     *(
         Case(heads, dtype=dtype, slots=slots, lengths=lengths, splits=splits, **SHAPE)
-        for heads, dtype in ((16, BFLOAT), (128, HALF), (128, BFLOAT))
+        for heads, dtype in ((40, BFLOAT), (128, HALF), (128, BFLOAT))
         for slots, lengths in ((1000, (1000, 1, 999, 64)), (8192, (8192, 4097)))
         for splits in (0, 1, 7)
     ),
@@ -206,10 +203,12 @@ GPU_GRID = (
 
 
 def run(case: Case, inputs: Inputs) -> Tensor:
+    """By whichever of the two kernels takes such inputs."""
+    from modeling.kernels.latent_decode_gluon_triton import launch
+
     if not case.splits:
         return latent_decode(*inputs.arguments, scale=inputs.scale, kernel="gluon")
-    *tensors, _ = inputs.arguments
-    return kernel_module().launch(*tensors, scale=inputs.scale, splits=case.splits)
+    return launch(*inputs.arguments, scale=inputs.scale, splits=case.splits)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
-"""Gluon's decode kernel for Hopper and few heads: slots by heads, of latents in 8 bits (int8, fp8 e4m3) or in 16.
+"""The decode kernel of latent attention for Hopper and few heads, in Gluon: slots by heads, of latents in 16 bits or 8.
 
-With 16 heads a step waits for memory, so half the bytes should be half the time; but Hopper's matrix instruction takes 64 rows
-at least, and only its first operand from registers. So here slots, then columns, are the rows and heads the 16 columns:
+With 16 heads a step waits for memory, but Hopper's matrix instruction takes 64 rows at least. So here slots, then columns, are
+the rows and heads the 16 columns; more heads are other programs, which find the cache in L2:
 
     scores (64 slots x 16 heads)           =  c q^T
     sums   (512 columns x 16 heads)       +=  c^T p
@@ -9,22 +9,23 @@ at least, and only its first operand from registers. So here slots, then columns
 Latents of 16 bits (bfloat16, float16) are read by both products where the copy engine put them, and one group of four warps
 does all of that in less time than the next block takes to come: 68 matrix instructions and a softmax of 64 x 16 scores.
 
-Of 8 bits c and c^T come from registers: what the copy engine brought is widened on its way there, twice, and never written
-back. A slot's two neighbouring columns are read as one number of 16 bits: even and odd columns are two planes that are
-multiplied apart, as queries are kept apart. They are widened to float16, in less than half the instructions that bfloat16
-takes. So that nothing overflows there, queries are divided by a power of two that is about their head's largest, and with t_s
-the scale that all elements of slot s share, the running maximum is not that of the scores but m = max over s of (score_s +
-log2 t_s):
+Latents of 8 bits (int8, fp8 e4m3) are widened on their way to registers, of which the instruction takes its first operand, and
+never written back: to float16, in less than half the instructions that bfloat16 takes. Two of a slot's columns are read as one
+number of 16 bits. For the sums even and odd columns are two planes that are multiplied apart. Of scores
+
+- those with int8 are integer products: queries are whole numbers of 15 bits times a power of two that is about their head's
+  largest, in two digits of 8 bits, and 128 (c high^T) + c low^T is exact;
+- those with fp8 are of float16, and queries are divided by that power, so that nothing overflows. Numbers stay where they are
+  widened: two columns of every four are a plane, the other two another, and queries are kept so too.
+
+With t_s the scale that all elements of slot s share, the running maximum is m = max over s of (score_s + log2 t_s), so that no
+weight is more than float16 holds:
 
     weights_s = 2^(score_s + log2 t_s - m) <= 1,    out = sum of weights_s c_s / sum of 2^(score_s - m)
 
-With DIGITS int8 is widened for the sums alone. Queries are whole numbers of 15 bits times their head's power of two, in two
-digits of 8 bits, and scores are the integer products of stored bytes with both: 128 (c high^T) + c low^T, exact.
-
-Of 8 bits two groups of four warps each walk a range of their own, and a third brings blocks of 64 slots for them in turns.
-Groups share nothing but the queries: to `join_kernel` of latent_decode_triton.py each is a range as any other, unless one
-program has a row, which then (ONE) joins its groups' sums itself. A block that would pass its range's end begins earlier, and
-what the block before has covered counts as -inf.
+Of 8 bits two groups of four warps walk a half of the program's range each, and a third brings blocks of 64 slots for them in
+turns; at the end the second group's sums pass to the first through shared memory. A block that would pass its range's end
+begins earlier, and what the block before has covered counts as -inf.
 
 Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In the kernel: c latents, k rotated keys, q queries.
 """
@@ -34,8 +35,6 @@ Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In th
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,8 +53,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from modeling.kernels.decode_kernels import EIGHT_BITS
-from modeling.kernels.latent_decode_copies_gluon_triton import check_copied, descriptor
-from modeling.kernels.latent_decode_triton import MAX_SPLITS, Tile, choose_splits, join, partial_sums, rounded_slots, size_of
+from modeling.kernels.latent_decode_triton import Tile
 
 HEADS, SLOTS, PAIRS, ROTATED = gl.constexpr(16), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
 PART = gl.constexpr(64)  # pairs of columns that are multiplied at a time
@@ -77,7 +75,7 @@ WIDENED = gl.constexpr(gl.DotOperandLayout(0, MADE, 2))
 class Memory(NamedTuple):
     """What a program has in shared memory, and the barriers that say when a stage may be read (`full`) or written (`empty`)."""
 
-    q: Any  # (2, 16, 256): even columns and odd ones, divided by `sizes`; of 16 bits the halves; or (2, 16, 512) digits
+    q: Any  # (2, 16, 256): of 16 bits the halves; of fp8 the two planes, divided by `sizes`; of int8 (2, 16, 512) digits
     sizes: Any  # (16)
     q_rotated: Any  # (16, 64)
     c: Any  # (5, 64, 256) pairs of columns; of 16 bits (4, 64, 256), two halves a stage
@@ -95,8 +93,9 @@ class Place(NamedTuple):
     row: Any
     head: Any
     heads: Any
-    first_range: Any  # its first group's
-    ranges: Any
+    split: Any
+    splits: Any
+    start: Any  # of its first group's range; the next group's follows
     per_range: Any
     length: Any
     scales: Any  # of the row's first slot
@@ -109,7 +108,7 @@ class Place(NamedTuple):
 @gluon.jit
 def _range(place, group):
     """(first slot, slot behind the last) of a group; the first is no less where nothing is left."""
-    start = (place.first_range + group) * place.per_range
+    start = place.start + group * place.per_range
     return start, gl.minimum(start + place.per_range, place.length)
 
 
@@ -130,18 +129,10 @@ def _fetch(latent, k_rope, shared, place, number, GROUPS: gl.constexpr, STAGES: 
 
 
 @gluon.jit
-def _bring(latent, k_rope, shared, place, AHEAD: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
-    """The copying group; AHEAD: so many copies were begun before."""
-    for number in range(AHEAD, GROUPS * (place.per_range // SLOTS)):
+def _bring(latent, k_rope, shared, place, GROUPS: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr):
+    """The copying group; the first copies, one a stage, were begun before."""
+    for number in range(STAGES, GROUPS * (place.per_range // SLOTS)):
         _fetch(latent, k_rope, shared, place, number, GROUPS, STAGES, WIDE)
-    if AHEAD > 0:
-        _let_next_begin()
-
-
-@gluon.jit
-def _let_next_begin():
-    """The next kernel may be launched once all programs have come here, if it was asked to be early; it waits for their end."""
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -173,13 +164,12 @@ def _planes(pairs, INT8: gl.constexpr):
         even, odd = gl.inline_asm_elementwise(
             """
             {
-            .reg .b16 first, second;
-            .reg .b32 low, high;
-            mov.b32 {first, second}, $2;
-            cvt.rn.f16x2.e4m3x2 low, first;
-            cvt.rn.f16x2.e4m3x2 high, second;
-            prmt.b32 $0, low, high, 0x5410;
-            prmt.b32 $1, low, high, 0x7632;
+            .reg .b16 low, high;
+            .reg .b32 sorted;
+            prmt.b32 sorted, $2, 0, 0x3120;
+            mov.b32 {low, high}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
             }
             """,
             "=r,=r,r",
@@ -192,20 +182,43 @@ def _planes(pairs, INT8: gl.constexpr):
 
 
 @gluon.jit
-def _scores_of_part(c, shared, scores, FIRST: gl.constexpr, INT8: gl.constexpr):
+def _as_they_lie(pairs):
+    """(columns 0 and 1 of every four, columns 2 and 3) of pairs of columns in fp8, as float16; two pairs at a time. Exact.
+
+    A register holds two pairs that follow each other: what is widened from it takes two numbers' place in either result.
+    """
+    return gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b16 low, high;
+        mov.b32 {low, high}, $2;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+        cvt.rn.f16x2.e4m3x2 $1, high;
+        }
+        """,
+        "=r,=r,r",
+        [pairs],
+        dtype=(gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def _scores_of_part(c, shared, scores, FIRST: gl.constexpr):
     """Scores of a block with a part of the columns more, widened."""
-    even, odd = _planes(c.slice(FIRST, PART, 1).load(WIDENED), INT8)
-    q_even = shared.q.index(0).slice(FIRST, PART, 1).permute((1, 0))
-    q_odd = shared.q.index(1).slice(FIRST, PART, 1).permute((1, 0))
-    scores = warpgroup_mma(even, q_even, scores, use_acc=FIRST > 0, is_async=True)
-    scores = warpgroup_mma(odd, q_odd, scores, is_async=True)
+    left, right = _as_they_lie(c.slice(FIRST, PART, 1).load(WIDENED))
+    q_left = shared.q.index(0).slice(FIRST, PART, 1).permute((1, 0))
+    q_right = shared.q.index(1).slice(FIRST, PART, 1).permute((1, 0))
+    scores = warpgroup_mma(left, q_left, scores, use_acc=FIRST > 0, is_async=True)
+    scores = warpgroup_mma(right, q_right, scores, is_async=True)
     # Until its product is done an operand keeps its registers: more of them at once than this, and ptxas lets no two
     # products overlap.
     return warpgroup_mma_wait(1, deps=[scores])
 
 
 @gluon.jit
-def _scores(shared, stage, step, size, INT8: gl.constexpr, WIDE: gl.constexpr, DIGITS: gl.constexpr):
+def _scores(shared, stage, step, size, INT8: gl.constexpr, WIDE: gl.constexpr):
     """Scores of a block; step: the scales of its slots, size: what its heads' queries were divided by."""
     empty = gl.zeros([SLOTS, HEADS], gl.float32, MADE)
     rotated = warpgroup_mma(shared.k.index(stage), shared.q_rotated.permute((1, 0)), empty, use_acc=False, is_async=True)
@@ -213,7 +226,7 @@ def _scores(shared, stage, step, size, INT8: gl.constexpr, WIDE: gl.constexpr, D
         scores = warpgroup_mma(shared.c.index(2 * stage), shared.q.index(0).permute((1, 0)), rotated, is_async=True)
         scores = warpgroup_mma(shared.c.index(2 * stage + 1), shared.q.index(1).permute((1, 0)), scores, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
-    elif DIGITS:
+    elif INT8:
         c = shared.c.index(stage)._reinterpret(gl.int8, [SLOTS, 2 * PAIRS], BYTES)
         nothing = gl.zeros([SLOTS, HEADS], gl.int32, COUNTED)
         high = warpgroup_mma(c, shared.q.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
@@ -223,10 +236,10 @@ def _scores(shared, stage, step, size, INT8: gl.constexpr, WIDE: gl.constexpr, D
         scores = counted * step * (size * (1.0 / 8192)) + rotated
     else:
         c = shared.c.index(stage)
-        scores = _scores_of_part(c, shared, empty, 0, INT8)
-        scores = _scores_of_part(c, shared, scores, PART, INT8)
-        scores = _scores_of_part(c, shared, scores, 2 * PART, INT8)
-        scores = _scores_of_part(c, shared, scores, 3 * PART, INT8)
+        scores = _scores_of_part(c, shared, empty, 0)
+        scores = _scores_of_part(c, shared, scores, PART)
+        scores = _scores_of_part(c, shared, scores, 2 * PART)
+        scores = _scores_of_part(c, shared, scores, 3 * PART)
         scores, rotated = warpgroup_mma_wait(0, deps=[scores, rotated])
         scores = scores * step * size + rotated
     return scores
@@ -286,10 +299,9 @@ def _attend(
     STAGES: gl.constexpr,
     INT8: gl.constexpr,
     WIDE: gl.constexpr,
-    DIGITS: gl.constexpr,
     ONE: gl.constexpr,
 ):
-    """One group's range."""
+    """One group's range, and the first one's with the second's."""
     start, end = _range(place, GROUP)
     even_0 = gl.zeros([PART, HEADS], gl.float32, MADE)
     even_1, even_2, even_3, odd_0, odd_1, odd_2, odd_3 = even_0, even_0, even_0, even_0, even_0, even_0, even_0
@@ -306,7 +318,7 @@ def _attend(
         # Of the next block, on their way meanwhile.
         steps = _steps(place, gl.minimum(first + SLOTS, end - SLOTS), WIDE)
         mbarrier.wait(shared.full.index(stage), (number // STAGES) & 1)
-        scores = _scores(shared, stage, step, size, INT8, WIDE, DIGITS) * place.scale_log2
+        scores = _scores(shared, stage, step, size, INT8, WIDE) * place.scale_log2
         numbers = gl.minimum(first, end - SLOTS) + gl.arange(0, SLOTS, gl.SliceLayout(1, MADE))
         scores = gl.where(numbers[:, None] >= first, scores, float("-inf"))
         stepped = scores + gl.log2(gl.maximum(step, 1e-30))
@@ -326,10 +338,10 @@ def _attend(
         mbarrier.arrive(shared.empty.index(stage), count=1)
 
     total = gl.sum(parts, 0)
-    if ONE and GROUPS == 2:
-        # Both groups' ranges are the row: the second leaves its sums in the last stage, which only it has read.
+    if GROUPS == 2:
+        # The second group leaves its sums in the last stage, which only it has read.
         last = (GROUPS * (place.per_range // SLOTS) - 1) % STAGES
-        other = shared.c.index((2 if WIDE else 1) * last)._reinterpret(gl.float32, [8, PART, HEADS], SUMS)
+        other = shared.c.index(last)._reinterpret(gl.float32, [8, PART, HEADS], SUMS)
         if GROUP == 1:
             some = start < end
             shared.state.index(0).store(gl.where(some, m, float("-inf")))
@@ -349,6 +361,7 @@ def _attend(
             largest = gl.maximum(m, its)
             own = gl.exp2(m - largest)
             its = gl.exp2(its - largest)
+            m = largest
             total = total * own + shared.state.index(1).load(gl.SliceLayout(0, MADE)) * its
             own = own[None, :]
             its = its[None, :]
@@ -360,12 +373,12 @@ def _attend(
             odd_2 = _with(other, odd_2, own, its, 5)
             even_3 = _with(other, even_3, own, its, 6)
             odd_3 = _with(other, odd_3, own, its, 7)
-    if GROUP == 0 or not ONE:
+    if GROUP == 0:
         heads = place.head + gl.arange(0, HEADS, gl.SliceLayout(0, MADE))
         places = place.row.to(gl.int64) * place.heads + heads
         filled = place.heads
         if not ONE:
-            places = places * place.ranges + place.first_range + GROUP
+            places = places * place.splits + place.split
             # A range beyond the row's length leaves -inf and no sums: the joining kernel passes over it.
             filled = gl.where(start < end, place.heads, 0)
             gl.store(place.lse + places, gl.where(start < end, m + gl.log2(total), float("-inf")), mask=heads < place.heads)
@@ -381,11 +394,13 @@ def _attend(
 
 
 @gluon.jit
-def _load_queries(source, head, heads, stride, step, WIDTH: gl.constexpr):
-    """A block of heads: columns 0, step, 2 step and so on; zeros for heads that are none."""
+def _load_queries(source, head, heads, stride, WIDTH: gl.constexpr, PLANE: gl.constexpr):
+    """A block of heads: so many columns that follow each other, or two of every four; zeros for heads that are none."""
     rows = head + gl.arange(0, HEADS, gl.SliceLayout(1, QUERIES))
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, QUERIES))
-    return gl.load(source + rows[:, None] * stride + columns[None, :] * step, mask=rows[:, None] < heads, other=0.0)
+    if PLANE:
+        columns = 2 * columns - columns % 2
+    return gl.load(source + rows[:, None] * stride + columns[None, :], mask=rows[:, None] < heads, other=0.0)
 
 
 @gluon.jit
@@ -395,8 +410,8 @@ def _power_below(largest):
 
 
 # A stride of 1 would become a constant, which the groups cannot be given as a number.
-@gluon.jit(do_not_specialize=["slots", "heads", "programs", "latent_scale_stride_s"])
-def attend_words_kernel(
+@gluon.jit(do_not_specialize=["slots", "heads", "splits", "latent_scale_stride_s"])
+def attend_kernel(
     q_latent,
     q_rope,
     latent,
@@ -408,47 +423,35 @@ def attend_words_kernel(
     scale_log2,
     slots,
     heads,
-    programs,
+    splits,
     q_latent_stride_b,
     q_latent_stride_h,
     q_rope_stride_b,
     q_rope_stride_h,
     latent_scale_stride_b,
     latent_scale_stride_s,
-    AHEAD: gl.constexpr,
     GROUPS: gl.constexpr,
     STAGES: gl.constexpr,
     INT8: gl.constexpr,
     WIDE: gl.constexpr,
-    DIGITS: gl.constexpr,
     ONE: gl.constexpr,
 ):
     head = gl.program_id(0) * HEADS
+    split = gl.program_id(1)
     row = gl.program_id(2)
     wide_row = row.to(gl.int64)
-    ranges = programs * GROUPS
     length = gl.minimum(gl.load(lengths + row).to(gl.int32), slots)
-    per_range = gl.cdiv(gl.cdiv(length, ranges), SLOTS) * SLOTS
+    per_range = gl.cdiv(gl.cdiv(length, splits * GROUPS), SLOTS) * SLOTS
+    start = split * GROUPS * per_range
     scales = latent_scale + wide_row * latent_scale_stride_b
     place = Place(
-        row,
-        head,
-        heads,
-        gl.program_id(1) * GROUPS,
-        ranges,
-        per_range,
-        length,
-        scales,
-        latent_scale_stride_s,
-        out,
-        lse,
-        scale_log2,
+        row, head, heads, split, splits, start, per_range, length, scales, latent_scale_stride_s, out, lse, scale_log2
     )
 
     dtype: gl.constexpr = k_rope.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     number: gl.constexpr = dtype if WIDE else gl.float16
-    if DIGITS:
+    if INT8:
         q = gl.allocate_shared_memory(gl.int8, [2, HEADS, 2 * PAIRS], BYTES)
     else:
         q = gl.allocate_shared_memory(number, [2, HEADS, PAIRS], wide)
@@ -469,16 +472,17 @@ def attend_words_kernel(
         mbarrier.init(shared.full.index(i), count=1)
         mbarrier.init(shared.empty.index(i), count=1)
     fence_async_shared()
-    for number in gl.static_range(AHEAD):
+    # Before the queries are read, which takes as long as the first copies.
+    for number in gl.static_range(STAGES):
         if number < GROUPS * (per_range // SLOTS):
             _fetch(latent, k_rope, shared, place, number, GROUPS, STAGES, WIDE)
 
     q_latent += wide_row * q_latent_stride_b
     if WIDE:
-        shared.q.index(0).store(_load_queries(q_latent, head, heads, q_latent_stride_h, 1, PAIRS))
-        shared.q.index(1).store(_load_queries(q_latent + PAIRS, head, heads, q_latent_stride_h, 1, PAIRS))
-    elif DIGITS:
-        found = _load_queries(q_latent, head, heads, q_latent_stride_h, 1, 2 * PAIRS).to(gl.float32)
+        shared.q.index(0).store(_load_queries(q_latent, head, heads, q_latent_stride_h, PAIRS, False))
+        shared.q.index(1).store(_load_queries(q_latent + PAIRS, head, heads, q_latent_stride_h, PAIRS, False))
+    elif INT8:
+        found = _load_queries(q_latent, head, heads, q_latent_stride_h, 2 * PAIRS, False).to(gl.float32)
         size = _power_below(gl.max(gl.abs(found), 1))
         shared.sizes.store(size)
         # 15 bits of each number, the largest below 2^14: q = size / 8,192 (128 high + low).
@@ -487,20 +491,20 @@ def attend_words_kernel(
         shared.q.index(0).store(high.to(gl.int8))
         shared.q.index(1).store((whole - high * 128.0).to(gl.int8))
     else:
-        even = _load_queries(q_latent, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
-        odd = _load_queries(q_latent + 1, head, heads, q_latent_stride_h, 2, PAIRS).to(gl.float32)
-        size = _power_below(gl.maximum(gl.max(gl.abs(even), 1), gl.max(gl.abs(odd), 1)))
+        left = _load_queries(q_latent, head, heads, q_latent_stride_h, PAIRS, True).to(gl.float32)
+        right = _load_queries(q_latent + 2, head, heads, q_latent_stride_h, PAIRS, True).to(gl.float32)
+        size = _power_below(gl.maximum(gl.max(gl.abs(left), 1), gl.max(gl.abs(right), 1)))
         shared.sizes.store(size)
-        shared.q.index(0).store((even * (1.0 / size)[:, None]).to(gl.float16))
-        shared.q.index(1).store((odd * (1.0 / size)[:, None]).to(gl.float16))
-    shared.q_rotated.store(_load_queries(q_rope + wide_row * q_rope_stride_b, head, heads, q_rope_stride_h, 1, ROTATED))
+        shared.q.index(0).store((left * (1.0 / size)[:, None]).to(gl.float16))
+        shared.q.index(1).store((right * (1.0 / size)[:, None]).to(gl.float16))
+    shared.q_rotated.store(_load_queries(q_rope + wide_row * q_rope_stride_b, head, heads, q_rope_stride_h, ROTATED, False))
     fence_async_shared()
 
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
-                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
+                (_bring, (latent, k_rope, shared, place, GROUPS, STAGES, WIDE)),
+                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, ONE)),
             ],
             WIDE_WARPS,
             WIDE_REGISTERS,
@@ -508,94 +512,13 @@ def attend_words_kernel(
     else:
         gl.warp_specialize(
             [
-                (_bring, (latent, k_rope, shared, place, AHEAD, GROUPS, STAGES, WIDE)),
-                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
-                (_attend, (shared, place, 1, GROUPS, STAGES, INT8, WIDE, DIGITS, ONE)),
+                (_bring, (latent, k_rope, shared, place, GROUPS, STAGES, WIDE)),
+                (_attend, (shared, place, 0, GROUPS, STAGES, INT8, WIDE, ONE)),
+                (_attend, (shared, place, 1, GROUPS, STAGES, INT8, WIDE, ONE)),
             ],
             WORKER_WARPS,
             WORKER_REGISTERS,
         )
-
-
-def tile_of(latent_BSL: Tensor) -> Tile:
-    return TILE if latent_BSL.dtype in EIGHT_BITS else WIDE_TILE
-
-
-def groups_of(tile: Tile) -> int:
-    """Groups of a program, each with a range of its own."""
-    return tile.slots // SLOTS.value
-
-
-def programs_for(q_latent_BHL: Tensor, latent_BSL: Tensor) -> int:
-    """How many programs share a row, on these tensors' device."""
-    B, H, _ = q_latent_BHL.shape
-    multiprocessors, _ = size_of(q_latent_BHL.device)
-    slots, tile = latent_BSL.shape[1], tile_of(latent_BSL)
-    return min(_programs(B, rounded_slots(slots), H, multiprocessors, tile), -(-slots // tile.slots))
-
-
-@functools.lru_cache(maxsize=4096)
-def _programs(batch_size: int, slots: int, n_heads: int, multiprocessors: int, tile: Tile) -> int:
-    chosen = choose_splits(batch_size=batch_size, slots=slots, n_heads=n_heads, tile=tile, multiprocessors=multiprocessors)
-    return min(chosen, MAX_SPLITS // groups_of(tile))
-
-
-def decode(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor | None,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor | None,
-    lengths_B: Tensor,
-    latent_scale_BS: Tensor | None,
-    scale: float,
-    lean: bool = True,
-) -> Tensor:
-    """As `latent_decode`, lean as in `launch`. Raises Refusal for caches that the copy engine cannot read."""
-    assert q_rope_BHP is not None and k_rope_BSP is not None
-    programs = programs_for(q_latent_BHL, latent_BSL)
-    caches = latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS
-    return launch(q_latent_BHL, q_rope_BHP, *caches, scale=scale, programs=programs, lean=lean)
-
-
-def launch(
-    q_latent_BHL: Tensor,
-    q_rope_BHP: Tensor,
-    latent_BSL: Tensor,
-    k_rope_BSP: Tensor,
-    lengths_B: Tensor,
-    latent_scale_BS: Tensor | None,
-    *,
-    scale: float,
-    programs: int,
-    lean: bool,
-) -> Tensor:
-    """Run the kernel with so many programs a row; returns out_BHL. All give the same result up to rounding.
-
-    lean: copies begin before the queries are read, scores with int8 are made of whole numbers, where one program has a row it
-    writes the result itself, and where several have, the kernel that joins them is launched before they end.
-    """
-    out_BHL = torch.empty_like(q_latent_BHL, memory_format=torch.contiguous_format)
-    tile = tile_of(latent_BSL)
-    ranges = 1 if lean and programs == 1 else programs * groups_of(tile)
-    partial_BHNL, lse_BHN = partial_sums(out_BHL, ranges)
-    grid, arguments, constants = program(
-        q_latent_BHL,
-        q_rope_BHP,
-        latent_BSL,
-        k_rope_BSP,
-        lengths_B,
-        latent_scale_BS,
-        partial_BHNL,
-        lse_BHN,
-        scale=scale,
-        programs=programs,
-        lean=lean,
-    )
-    # Triton launches on the current device, which need not be the tensors'.
-    with torch.cuda.device(out_BHL.device) if out_BHL.is_cuda else contextlib.nullcontext():
-        attend_words_kernel[grid](*arguments, **constants, num_warps=tile.warps, maxnreg=tile.registers)
-        join(partial_BHNL, lse_BHN, out_BHL, ranges, early=lean)
-    return out_BHL
 
 
 def program(
@@ -609,16 +532,12 @@ def program(
     lse_BHN: Tensor,
     *,
     scale: float,
-    programs: int,
-    lean: bool,
-    describe: Callable[[Tensor, list[int]], Any] | None = None,
+    splits: int,
+    describe: Callable[[Tensor, list[int]], Any],
 ) -> tuple[tuple[int, int, int], tuple[Any, ...], dict[str, int | bool]]:
-    """(grid, arguments of `attend_words_kernel`, its constants). describe: makes a descriptor of a tensor and a block."""
-    describe = describe or descriptor
+    """(grid, arguments of `attend_kernel`, its constants). describe: makes a descriptor of a tensor and a block."""
     B, H, _ = q_latent_BHL.shape
-    q_latent_BHL, q_rope_BHP = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_latent_BHL, q_rope_BHP))
     copied = latent_BSL.view(torch.int16) if latent_BSL.dtype in EIGHT_BITS else latent_BSL
-    check_copied(copied, k_rope_BSP)
     # Latents of 16 bits have no scales; the kernel needs a pointer all the same.
     scales = q_latent_BHL if latent_scale_BS is None else latent_scale_BS
     arguments = (
@@ -627,22 +546,21 @@ def program(
         describe(copied, [1, SLOTS.value, PAIRS.value]),
         scales,
         describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
-        lengths_B.contiguous(),
+        lengths_B,
         partial_BHNL,
         lse_BHN,
         scale * math.log2(math.e),
         latent_BSL.shape[1],
         H,
-        programs,
+        splits,
         *(stride for x in (q_latent_BHL, q_rope_BHP, scales) for stride in x.stride()[:2]),
     )
-    constants = attend_constants(latent_BSL.dtype, lean=lean, one=programs == 1)
-    return (triton.cdiv(H, HEADS.value), programs, B), arguments, constants
+    return (triton.cdiv(H, HEADS.value), splits, B), arguments, attend_constants(latent_BSL.dtype, one=splits == 1)
 
 
-def attend_constants(dtype: torch.dtype, *, lean: bool, one: bool) -> dict[str, int | bool]:
-    """What `attend_words_kernel` is compiled for. one: a program has a row for itself."""
+def attend_constants(dtype: torch.dtype, *, one: bool) -> dict[str, int | bool]:
+    """What `attend_kernel` is compiled for. one: a program has a row for itself."""
     wide = dtype not in EIGHT_BITS
     tile = WIDE_TILE if wide else TILE
-    flags = {"INT8": dtype == torch.int8, "WIDE": wide, "DIGITS": lean and dtype == torch.int8, "ONE": lean and one}
-    return {"AHEAD": tile.stages if lean else 0, "GROUPS": groups_of(tile), "STAGES": tile.stages, **flags}
+    groups = tile.slots // SLOTS.value
+    return {"GROUPS": groups, "STAGES": tile.stages, "INT8": dtype == torch.int8, "WIDE": wide, "ONE": one}
