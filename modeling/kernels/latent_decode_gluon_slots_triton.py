@@ -485,11 +485,11 @@ def attend_kernel(
         found = _load_queries(q_latent, head, heads, q_latent_stride_h, 2 * PAIRS, False).to(gl.float32)
         size = _power_below(gl.max(gl.abs(found), 1))
         shared.sizes.store(size)
-        # 15 bits of each number, the largest below 2^14: q = size / 8,192 (128 high + low).
-        whole = gl.floor(found * (8192.0 / size)[:, None] + 0.5)
-        high = gl.floor(whole * (1.0 / 128))
-        shared.q.index(0).store(high.to(gl.int8))
-        shared.q.index(1).store((whole - high * 128.0).to(gl.int8))
+        # 15 bits of each number, the largest below 2^14: q = size / 8,192 (128 high + low). 2^14 more is positive, so that
+        # one conversion rounds: each runs at an eighth of the rate of an addition, and there are 8,192 numbers.
+        whole = (found * (8192.0 / size)[:, None] + 16384.5).to(gl.int32)
+        shared.q.index(0).store(((whole >> 7) - 128).to(gl.int8))
+        shared.q.index(1).store((whole & 127).to(gl.int8))
     else:
         left = _load_queries(q_latent, head, heads, q_latent_stride_h, PAIRS, True).to(gl.float32)
         right = _load_queries(q_latent + 2, head, heads, q_latent_stride_h, PAIRS, True).to(gl.float32)
