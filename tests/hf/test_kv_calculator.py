@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +27,24 @@ from tests.support.forks import Forks
 from tests.support.hf_table import MODEL_TYPES, WRAPPERS, by_table
 from tests.support.variants import SHIPPED
 
-# model_type, hidden_size, layers, heads, key/value heads: as published.
-LLAMA_3_8B = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-}
+
+def sized(model_type: str, hidden: int, layers: int, heads: int, groups: int | None = None, **more: Any) -> dict[str, Any]:
+    """A config.json, as published; groups: key/value heads."""
+    sizes = {"model_type": model_type, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return sizes | ({} if groups is None else {"num_key_value_heads": groups}) | more
+
+
+def wrapped(model_type: str, inner: dict[str, Any]) -> dict[str, Any]:
+    """Of a model that holds a language model."""
+    return {"model_type": model_type, "text_config": inner}
+
+
+LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+LLAMA_3_8B = sized("llama", 4096, 32, 32, 8)
 MISTRAL_7B = LLAMA_3_8B | {"model_type": "mistral", "sliding_window": 4096}
-DEEPSEEK_V2 = {
-    "model_type": "deepseek_v2",
-    "hidden_size": 5120,
-    "num_hidden_layers": 60,
-    "num_attention_heads": 128,
-    "num_key_value_heads": 128,
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
+DEEPSEEK_V2 = sized("deepseek_v2", 5120, 60, 128, 128, q_lora_rank=1536, **LATENT)
 DEEPSEEK_V3 = DEEPSEEK_V2 | {"model_type": "deepseek_v3", "hidden_size": 7168, "num_hidden_layers": 61}
-QWEN25_7B = {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "use_sliding_window": False,
-    "sliding_window": 131072,
-    "max_window_layers": 28,
-}
+QWEN25_7B = sized("qwen2", 3584, 28, 28, 4, use_sliding_window=False, sliding_window=131072, max_window_layers=28)
 KIMI_K2 = DEEPSEEK_V3 | {"model_type": "kimi_k2", "num_attention_heads": 64, "num_key_value_heads": 64}
 # The language model inside Gemma-3-4B: heads, key/value heads and head_dim are left to the class.
 GEMMA_3_4B = {
@@ -72,143 +59,31 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, int]] = {
     "Llama-3-8B": (LLAMA_3_8B, 2048, 32, 8192),
     "Llama-3.2-1B": (LLAMA_3_8B | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64}, 1024, 16, 4096),
     "GPT-2": ({"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12}, 1536, 12, 1536),
-    "Pythia-6.9B": (
-        {"model_type": "gpt_neox", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32},
-        8192,
-        32,
-        8192,
-    ),
+    "Pythia-6.9B": (sized("gpt_neox", 4096, 32, 32), 8192, 32, 8192),
     "Mistral-7B": (MISTRAL_7B, 2048, 32, 8192),
     "Qwen2.5-7B": (QWEN25_7B, 1024, 28, 7168),
-    "Qwen3-8B": (
-        {
-            "model_type": "qwen3",
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-        2048,
-        36,
-        8192,
-    ),
-    "Qwen3-30B-A3B": (
-        {
-            "model_type": "qwen3_moe",
-            "hidden_size": 2048,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-        },
-        1024,
-        48,
-        8192,
-    ),
-    "Gemma-7B": (
-        {
-            "model_type": "gemma",
-            "hidden_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 256,
-        },
-        8192,
-        28,
-        8192,
-    ),
-    "Gemma-2-9B": (
-        {
-            "model_type": "gemma2",
-            "hidden_size": 3584,
-            "num_hidden_layers": 42,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "sliding_window": 4096,
-        },
-        4096,
-        42,
-        8192,
-    ),
+    "Qwen3-8B": (sized("qwen3", 4096, 36, 32, 8, head_dim=128), 2048, 36, 8192),
+    "Qwen3-30B-A3B": (sized("qwen3_moe", 2048, 48, 32, 4, head_dim=128), 1024, 48, 8192),
+    "Gemma-7B": (sized("gemma", 3072, 28, 16, 16, head_dim=256), 8192, 28, 8192),
+    "Gemma-2-9B": (sized("gemma2", 3584, 42, 16, 8, head_dim=256, sliding_window=4096), 4096, 42, 8192),
     "Gemma-3-4B": (GEMMA_3_4B, 2048, 34, 4096),
-    "Phi-3-mini": (
-        {
-            "model_type": "phi3",
-            "hidden_size": 3072,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "sliding_window": 2047,
-        },
-        6144,
-        32,
-        6144,
-    ),
-    "gpt-oss-20b": (
-        {
-            "model_type": "gpt_oss",
-            "hidden_size": 2880,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "sliding_window": 128,
-        },
-        1024,
-        24,
-        8192,
-    ),
+    "Phi-3-mini": (sized("phi3", 3072, 32, 32, 32, sliding_window=2047), 6144, 32, 6144),
+    "gpt-oss-20b": (sized("gpt_oss", 2880, 24, 64, 8, head_dim=64, sliding_window=128), 1024, 24, 8192),
     "DeepSeek-67B": (LLAMA_3_8B | {"hidden_size": 8192, "num_hidden_layers": 95, "num_attention_heads": 64}, 2048, 95, 16384),
     "DeepSeek-V2": (DEEPSEEK_V2, 576, 60, 32768),
-    "DeepSeek-V2-Lite": (
-        DEEPSEEK_V2
-        | {
-            "hidden_size": 2048,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "q_lora_rank": None,
-        },
-        576,
-        27,
-        4096,
-    ),
+    "DeepSeek-V2-Lite": (DEEPSEEK_V2 | sized("deepseek_v2", 2048, 27, 16, 16, q_lora_rank=None), 576, 27, 4096),
     "DeepSeek-V3": (DEEPSEEK_V3, 576, 61, 32768),
     "DeepSeek-V3.2": (DEEPSEEK_V3 | {"model_type": "deepseek_v32", "index_head_dim": 128}, 576 + 128, 61, 32768),
     "Kimi-K2": (KIMI_K2, 576, 61, 16384),
     "Kimi-K2.5": ({"model_type": "kimi_k25", "text_config": KIMI_K2}, 576, 61, 16384),
     "Step-3": (
-        {
-            "model_type": "step3_vl",
-            "text_config": {
-                "model_type": "step3_text",
-                "hidden_size": 7168,
-                "num_hidden_layers": 61,
-                "num_attention_heads": 64,
-                "num_attention_groups": 1,
-                "head_dim": 256,
-                "share_q_dim": 2048,
-            },
-        },
+        wrapped("step3_vl", sized("step3_text", 7168, 61, 64, num_attention_groups=1, head_dim=256, share_q_dim=2048)),
         2 * 256,
         61,
         2 * 64 * 256,
     ),
     "MiniCPM3-4B": (
-        {
-            "model_type": "minicpm3",
-            "hidden_size": 2560,
-            "num_hidden_layers": 62,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 40,
-            "q_lora_rank": 768,
-            "kv_lora_rank": 256,
-            "qk_nope_head_dim": 64,
-            "qk_rope_head_dim": 32,
-        },
+        sized("minicpm3", 2560, 62, 40, 40, q_lora_rank=768, kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32),
         288,
         62,
         5120,
@@ -223,7 +98,7 @@ def measured_in_this_process(monkeypatch: pytest.MonkeyPatch, request: pytest.Fi
         monkeypatch.setattr(cache, "describe_apart", describe_config)
 
 
-FALCON = {"model_type": "falcon", "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8}
+FALCON = sized("falcon", 512, 2, 8)
 
 
 @functools.cache
@@ -339,26 +214,23 @@ def test_a_layer_with_a_window_holds_no_more_tokens_than_it(config: dict[str, An
 
 
 def test_recurrent_layers_are_counted_apart_from_what_grows() -> None:
-    config = {
-        "model_type": "kimi_linear",
-        "num_hidden_layers": 4,
-        "hidden_size": 2304,
-        "num_attention_heads": 32,
-        "q_lora_rank": None,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "num_key_value_heads": 32,
-        "linear_attn_config": {
+    config = sized(
+        "kimi_linear",
+        2304,
+        4,
+        32,
+        32,
+        q_lora_rank=None,
+        **LATENT,
+        linear_attn_config={
             "full_attn_layers": [4],
             "kda_layers": [1, 2, 3],
             "head_dim": 128,
             "num_heads": 32,
             "short_conv_kernel_size": 4,
         },
-        "transformers_version": "4.56.0",
-    }
+        transformers_version="4.56.0",
+    )
     found = figures(config)
     assert found["elements_per_token_per_layer"] == [0, 0, 0, 576] and found["elements_per_token"] == 576
     assert found["kv_bytes"] == 4096 * 576 * 2
@@ -391,14 +263,7 @@ def test_a_field_that_nobody_left_out_on_purpose_is_a_refusal() -> None:
     with pytest.raises(UserError, match=r"would take new_decoder_architecture=false, multi_query=true$"):
         described(FALCON)
     assert described(FALCON | {"multi_query": False, "new_decoder_architecture": False}).layers[0].heads == 8
-    by_hand = {
-        "model_type": "qwen2",
-        "hidden_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_window_layers": 2,
-    }
+    by_hand = sized("qwen2", 64, 4, 4, 2, max_window_layers=2)
     assert described(by_hand).layers[3].window is None
     by_hand |= {"sliding_window": 128}
     with pytest.raises(UserError, match=r"would take use_sliding_window=false$"):
@@ -406,7 +271,7 @@ def test_a_field_that_nobody_left_out_on_purpose_is_a_refusal() -> None:
 
 
 def test_what_has_no_causal_attention_has_no_cache() -> None:
-    bert = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    bert = sized("bert", 64, 2, 4)
     with pytest.raises(UserError, match="model_type=bert with is_decoder=false is an encoder"):
         described(bert)
     assert described(bert | {"is_decoder": True}).layers[0].parts == {"keys": 64, "values": 64}
@@ -495,47 +360,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 # Types that no table here describes: windows and chunks of their own, shared, compressed and recurrent layers.
-FAMILIES = [
-    "llama4_text",
-    "gemma3n_text",
-    "gemma4_text",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "deepseek_v4",
-    "minimax",
-    "minimax_m2",
-    "mimo_v2_flash",
-    "nemotron_h",
-    "jamba",
-    "falcon",
-    "gptj",
-    "gpt_bigcode",
-    "gpt_neo",
-    "bloom",
-    "mpt",
-    "opt",
-    "codegen",
-    "falcon_h1",
-    "lfm2",
-    "granitemoehybrid",
-    "bamba",
-    "olmo_hybrid",
-    "mamba",
-    "mamba2",
-    "exaone4",
-    "ernie4_5",
-    "nemotron",
-    "stablelm",
-    "cohere",
-    "dots1",
-    "hunyuan_v1_dense",
-    "apertus",
-    "arcee",
-    "internlm3",
-    "qwen2_vl_text",
-    "qwen2_5_vl_text",
-    "qwen3_vl_text",
-]
+FAMILIES = re.findall(
+    r"\w+",
+    """
+    llama4_text gemma3n_text gemma4_text qwen3_5_text qwen3_5_moe_text deepseek_v4 minimax minimax_m2 mimo_v2_flash
+    nemotron_h jamba falcon gptj gpt_bigcode gpt_neo bloom mpt opt codegen falcon_h1 lfm2 granitemoehybrid bamba
+    olmo_hybrid mamba mamba2 exaone4 ernie4_5 nemotron stablelm cohere dots1 hunyuan_v1_dense apertus arcee internlm3
+    qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
+    """,
+)
 STATES: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 16,
@@ -720,202 +553,172 @@ FIVE_TO_ONE = (["sliding_attention"] * 5 + ["full_attention"]) * 10
 FLAGSHIPS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], int]] = {
     # 64 layers, every fourth full: 16 x 2 x 4 heads x 256.
     "Qwen3.5-27B": (
-        {
-            "model_type": "qwen3_5",
-            "text_config": {
-                "model_type": "qwen3_5_text",
-                "hidden_size": 5120,
-                "num_hidden_layers": 64,
-                "num_attention_heads": 24,
-                "num_key_value_heads": 4,
-                "head_dim": 256,
-                "full_attention_interval": 4,
-                "linear_num_value_heads": 48,
-                "linear_num_key_heads": 16,
-                "linear_key_head_dim": 128,
-                "linear_value_head_dim": 128,
-                "linear_conv_kernel_dim": 4,
-            },
-        },
+        wrapped(
+            "qwen3_5",
+            sized(
+                "qwen3_5_text",
+                5120,
+                64,
+                24,
+                4,
+                head_dim=256,
+                full_attention_interval=4,
+                linear_num_value_heads=48,
+                linear_num_key_heads=16,
+                linear_key_head_dim=128,
+                linear_value_head_dim=128,
+                linear_conv_kernel_dim=4,
+            ),
+        ),
         {"state": (48, 0), "full attention": (16, 2048)},
         16 * 2048 * 32768 * 2,
     ),
     # Keys are values in the full layers, 2 heads of 512: transformers caches both.
     "Gemma-4-26B-A4B": (
-        {
-            "model_type": "gemma4",
-            "text_config": {
-                "model_type": "gemma4_text",
-                "hidden_size": 2816,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 16,
-                "num_key_value_heads": 8,
-                "head_dim": 256,
-                "global_head_dim": 512,
-                "num_global_key_value_heads": 2,
-                "attention_k_eq_v": True,
-                "hidden_size_per_layer_input": 0,
-                "num_kv_shared_layers": 0,
-                "sliding_window": 1024,
-                "use_bidirectional_attention": "vision",
-                "layer_types": FIVE_TO_ONE[:30],
-            },
-        },
+        wrapped(
+            "gemma4",
+            sized(
+                "gemma4_text",
+                2816,
+                30,
+                16,
+                8,
+                head_dim=256,
+                global_head_dim=512,
+                num_global_key_value_heads=2,
+                attention_k_eq_v=True,
+                hidden_size_per_layer_input=0,
+                num_kv_shared_layers=0,
+                sliding_window=1024,
+                use_bidirectional_attention="vision",
+                layer_types=FIVE_TO_ONE[:30],
+            ),
+        ),
         {"window of 1,024": (25, 4096), "full attention": (5, 2048)},
         (25 * 4096 * 1024 + 5 * 2048 * 32768) * 2,
     ),
     # 20 of 35 layers read another layer's keys and values.
     "Gemma-4-E2B": (
-        {
-            "model_type": "gemma4",
-            "text_config": {
-                "model_type": "gemma4_text",
-                "hidden_size": 1536,
-                "num_hidden_layers": 35,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 1,
-                "head_dim": 256,
-                "global_head_dim": 512,
-                "hidden_size_per_layer_input": 256,
-                "num_kv_shared_layers": 20,
-                "sliding_window": 512,
-                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
-            },
-        },
+        wrapped(
+            "gemma4",
+            sized(
+                "gemma4_text",
+                1536,
+                35,
+                8,
+                1,
+                head_dim=256,
+                global_head_dim=512,
+                hidden_size_per_layer_input=256,
+                num_kv_shared_layers=20,
+                sliding_window=512,
+                layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
+            ),
+        ),
         {"window of 512": (12, 512), "full attention": (3, 1024), "no cache of its own": (20, 0)},
         (12 * 512 * 512 + 3 * 1024 * 32768) * 2,
     ),
     "Llama-4-Scout": (
-        {
-            "model_type": "llama4",
-            "text_config": {
-                "model_type": "llama4_text",
-                "hidden_size": 5120,
-                "num_hidden_layers": 48,
-                "num_attention_heads": 40,
-                "num_key_value_heads": 8,
-                "head_dim": 128,
-                "attention_chunk_size": 8192,
-                "no_rope_layer_interval": 4,
-            },
-        },
+        wrapped(
+            "llama4", sized("llama4_text", 5120, 48, 40, 8, head_dim=128, attention_chunk_size=8192, no_rope_layer_interval=4)
+        ),
         {"chunks of 8,192": (36, 2048), "full attention": (12, 2048)},
         (36 * 8192 + 12 * 32768) * 2048 * 2,
     ),
     # Every token in a window of 128, one vector of 512 that is key and value; besides it 1 in 128, or 1 in 4 with an
     # indexer's key of 128 for each and the last, overlapping window's gates and values.
     "DeepSeek-V4-Flash": (
-        {
-            "model_type": "deepseek_v4",
-            "hidden_size": 4096,
-            "num_hidden_layers": 43,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 1,
-            "head_dim": 512,
-            "q_lora_rank": 1024,
-            "o_lora_rank": 1024,
-            "o_groups": 8,
-            "qk_rope_head_dim": 64,
-            "index_head_dim": 128,
-            "index_n_heads": 64,
-            "index_topk": 512,
-            "sliding_window": 128,
-            "compress_rates": {"heavily_compressed_attention": 128, "compressed_sparse_attention": 4},
-            "layer_types": ["heavily_compressed_attention"] * 2
+        sized(
+            "deepseek_v4",
+            4096,
+            43,
+            64,
+            1,
+            head_dim=512,
+            q_lora_rank=1024,
+            o_lora_rank=1024,
+            o_groups=8,
+            qk_rope_head_dim=64,
+            index_head_dim=128,
+            index_n_heads=64,
+            index_topk=512,
+            sliding_window=128,
+            compress_rates={"heavily_compressed_attention": 128, "compressed_sparse_attention": 4},
+            layer_types=["heavily_compressed_attention"] * 2
             + ["compressed_sparse_attention", "heavily_compressed_attention"] * 20
             + ["compressed_sparse_attention"],
-        },
+        ),
         {"heavily compressed attention, window of 128": (22, 512), "compressed sparse attention, window of 128": (21, 512)},
         (43 * 512 * 128 + 22 * 512 * 32768 // 128 + 21 * (640 * 32768 // 4 + 2 * (4 * 512 + 4 * 128))) * 2,
     ),
     "Kimi-K3": (
-        {
-            "model_type": "kimi_k3",
-            "text_config": {
-                "model_type": "kimi_linear",
-                "hidden_size": 7168,
-                "num_hidden_layers": 93,
-                "num_attention_heads": 96,
-                "num_key_value_heads": 96,
-                "q_lora_rank": 1536,
-                "kv_lora_rank": 512,
-                "qk_nope_head_dim": 128,
-                "qk_rope_head_dim": 64,
-                "v_head_dim": 128,
-                "hidden_act": "situ",
-                "num_experts": 896,
-                "linear_attn_config": {
+        wrapped(
+            "kimi_k3",
+            sized(
+                "kimi_linear",
+                7168,
+                93,
+                96,
+                96,
+                q_lora_rank=1536,
+                **LATENT,
+                hidden_act="situ",
+                num_experts=896,
+                linear_attn_config={
                     "full_attn_layers": [*range(4, 93, 4), 93],
                     "kda_layers": [i for i in range(1, 93) if i % 4],
                     "head_dim": 128,
                     "num_heads": 96,
                     "short_conv_kernel_size": 4,
                 },
-            },
-        },
+            ),
+        ),
         {"state": (69, 0), "latent": (24, 576)},
         24 * 576 * 32768 * 2,
     ),
     "MiniMax-Text-01": (
-        {
-            "model_type": "minimax",
-            "hidden_size": 6144,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "num_local_experts": 32,
-            "layer_types": (["linear_attention"] * 7 + ["full_attention"]) * 10,
-        },
+        sized(
+            "minimax",
+            6144,
+            80,
+            64,
+            8,
+            head_dim=128,
+            num_local_experts=32,
+            layer_types=(["linear_attention"] * 7 + ["full_attention"]) * 10,
+        ),
         {"state": (70, 0), "full attention": (10, 2048)},
         10 * 2048 * 32768 * 2,
     ),
     "Nemotron-H-8B": (
-        {
-            "model_type": "nemotron_h",
-            "hidden_size": 4096,
-            "num_hidden_layers": 52,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "ssm_state_size": 128,
-            "mamba_num_heads": 128,
-            "mamba_head_dim": 64,
-            "n_groups": 8,
-            "conv_kernel": 4,
-            "expand": 2,
-            "intermediate_size": 21504,
-            "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-        },
+        sized(
+            "nemotron_h",
+            4096,
+            52,
+            32,
+            8,
+            head_dim=128,
+            ssm_state_size=128,
+            mamba_num_heads=128,
+            mamba_head_dim=64,
+            n_groups=8,
+            conv_kernel=4,
+            expand=2,
+            intermediate_size=21504,
+            hybrid_override_pattern="M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        ),
         {"state": (24, 0), "no cache of its own": (24, 0), "full attention": (4, 2048)},
         4 * 2048 * 32768 * 2,
     ),
     "Jamba-v0.1": (
-        {
-            "model_type": "jamba",
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "attn_layer_period": 8,
-            "attn_layer_offset": 4,
-            "mamba_d_state": 16,
-            "mamba_d_conv": 4,
-            "mamba_expand": 2,
-        },
+        sized(
+            "jamba", 4096, 32, 32, 8, attn_layer_period=8, attn_layer_offset=4, mamba_d_state=16, mamba_d_conv=4, mamba_expand=2
+        ),
         {"state": (28, 0), "full attention": (4, 2048)},
         4 * 2048 * 32768 * 2,
     ),
     "Falcon-7B": (
-        {
-            "model_type": "falcon",
-            "hidden_size": 4544,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 71,
-            "multi_query": True,
-            "new_decoder_architecture": False,
-            "num_kv_heads": 71,
-        },
+        sized("falcon", 4544, 32, 71, multi_query=True, new_decoder_architecture=False, num_kv_heads=71),
         {"full attention": (32, 128)},
         32 * 128 * 32768 * 2,
     ),
@@ -931,98 +734,78 @@ FLAGSHIPS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], int]] = {
     ),
     # Keys of 192 and values of 128; the window's layers have 8 heads, the full ones 4. transformers counts the token itself.
     "MiMo-V2-Flash": (
-        {
-            "model_type": "mimo_v2_flash",
-            "hidden_size": 4096,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 4,
-            "head_dim": 192,
-            "v_head_dim": 128,
-            "swa_num_key_value_heads": 8,
-            "swa_num_attention_heads": 64,
-            "swa_head_dim": 192,
-            "swa_v_head_dim": 128,
-            "sliding_window_size": 128,
-            "hybrid_layer_pattern": [0, *([1] * 4), *([0, *([1] * 5)] * 7), 0],
-        },
+        sized(
+            "mimo_v2_flash",
+            4096,
+            48,
+            64,
+            4,
+            head_dim=192,
+            v_head_dim=128,
+            swa_num_key_value_heads=8,
+            swa_num_attention_heads=64,
+            swa_head_dim=192,
+            swa_v_head_dim=128,
+            sliding_window_size=128,
+            hybrid_layer_pattern=[0, *([1] * 4), *([0, *([1] * 5)] * 7), 0],
+        ),
         {"full attention": (9, 1280), "window of 129": (39, 2560)},
         (9 * 1280 * 32768 + 39 * 2560 * 129) * 2,
     ),
     # 20 layers have keys and values, four of five with a window; the last 15 read theirs.
     "Gemma-3n-E4B": (
-        {
-            "model_type": "gemma3n",
-            "text_config": {
-                "model_type": "gemma3n_text",
-                "hidden_size": 2048,
-                "num_hidden_layers": 35,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 2,
-                "head_dim": 256,
-                "num_kv_shared_layers": 15,
-                "sliding_window": 512,
-                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
-            },
-        },
+        wrapped(
+            "gemma3n",
+            sized(
+                "gemma3n_text",
+                2048,
+                35,
+                8,
+                2,
+                head_dim=256,
+                num_kv_shared_layers=15,
+                sliding_window=512,
+                layer_types=(["sliding_attention"] * 4 + ["full_attention"]) * 7,
+            ),
+        ),
         {"window of 512": (16, 1024), "full attention": (4, 1024), "no cache of its own": (15, 0)},
         (16 * 1024 * 512 + 4 * 1024 * 32768) * 2,
     ),
     "Gemma-3-27B": (
-        {
-            "model_type": "gemma3",
-            "text_config": {
-                "model_type": "gemma3_text",
-                "hidden_size": 5376,
-                "num_hidden_layers": 62,
-                "num_attention_heads": 32,
-                "num_key_value_heads": 16,
-                "head_dim": 128,
-                "sliding_window": 1024,
-                "sliding_window_pattern": 6,
-            },
-        },
+        wrapped("gemma3", sized("gemma3_text", 5376, 62, 32, 16, head_dim=128, sliding_window=1024, sliding_window_pattern=6)),
         {"window of 1,024": (52, 4096), "full attention": (10, 4096)},
         (52 * 1024 + 10 * 32768) * 4096 * 2,
     ),
     "gpt-oss-120b": (
-        {
-            "model_type": "gpt_oss",
-            "hidden_size": 2880,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "sliding_window": 128,
-            "layer_types": ["sliding_attention", "full_attention"] * 18,
-        },
+        sized(
+            "gpt_oss",
+            2880,
+            36,
+            64,
+            8,
+            head_dim=64,
+            sliding_window=128,
+            layer_types=["sliding_attention", "full_attention"] * 18,
+        ),
         {"window of 128": (18, 1024), "full attention": (18, 1024)},
         18 * 1024 * (128 + 32768) * 2,
     ),
     "Command-R7B": (
-        {
-            "model_type": "cohere2",
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 4,
-        },
+        sized("cohere2", 4096, 32, 32, 8, sliding_window=4096, sliding_window_pattern=4),
         {"window of 4,096": (24, 2048), "full attention": (8, 2048)},
         (24 * 4096 + 8 * 32768) * 2048 * 2,
     ),
     "Ministral-8B": (
-        {
-            "model_type": "ministral",
-            "hidden_size": 4096,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "sliding_window": 16384,
-            "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 9,
-        },
+        sized(
+            "ministral",
+            4096,
+            36,
+            32,
+            8,
+            head_dim=128,
+            sliding_window=16384,
+            layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 9,
+        ),
         {"window of 16,384": (27, 2048), "full attention": (9, 2048)},
         (27 * 16384 + 9 * 32768) * 2048 * 2,
     ),
@@ -1032,75 +815,64 @@ FLAGSHIPS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], int]] = {
         (21 * 32768 + 7 * 4096) * 1024 * 2,
     ),
     "Qwen3, three windows and a full layer in turns": (
-        {
-            "model_type": "qwen3",
-            "hidden_size": 1024,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "use_sliding_window": True,
-            "sliding_window": 512,
-            "max_window_layers": 8,
-            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
-        },
+        sized(
+            "qwen3",
+            1024,
+            8,
+            16,
+            8,
+            head_dim=128,
+            use_sliding_window=True,
+            sliding_window=512,
+            max_window_layers=8,
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+        ),
         {"window of 512": (6, 2048), "full attention": (2, 2048)},
         (6 * 512 + 2 * 32768) * 2048 * 2,
     ),
     # Gated DeltaNet in three layers of four, whose states do not grow.
     "Qwen3-Next-80B-A3B": (
-        {
-            "model_type": "qwen3_next",
-            "hidden_size": 2048,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 256,
-            "full_attention_interval": 4,
-            "linear_num_value_heads": 32,
-            "linear_num_key_heads": 16,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
-        },
+        sized(
+            "qwen3_next",
+            2048,
+            48,
+            16,
+            2,
+            head_dim=256,
+            full_attention_interval=4,
+            linear_num_value_heads=32,
+            linear_num_key_heads=16,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            linear_conv_kernel_dim=4,
+        ),
         {"state": (36, 0), "full attention": (12, 1024)},
         12 * 1024 * 32768 * 2,
     ),
     "Kimi-Linear-48B-A3B": (
-        {
-            "model_type": "kimi_linear",
-            "hidden_size": 2304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-            "q_lora_rank": None,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "num_experts": 256,
-            "linear_attn_config": {
+        sized(
+            "kimi_linear",
+            2304,
+            27,
+            32,
+            32,
+            q_lora_rank=None,
+            **LATENT,
+            num_experts=256,
+            linear_attn_config={
                 "full_attn_layers": [4, 8, 12, 16, 20, 24, 27],
                 "kda_layers": [layer for layer in range(1, 27) if layer % 4],
                 "head_dim": 128,
                 "num_heads": 32,
                 "short_conv_kernel_size": 4,
             },
-        },
+        ),
         {"state": (20, 0), "latent": (7, 576)},
         7 * 576 * 32768 * 2,
     ),
     # Full attention in all layers again.
     "MiniMax-M2": (
-        {
-            "model_type": "minimax_m2",
-            "hidden_size": 3072,
-            "num_hidden_layers": 62,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "num_local_experts": 256,
-        },
+        sized("minimax_m2", 3072, 62, 48, 8, head_dim=128, num_local_experts=256),
         {"full attention": (62, 2048)},
         62 * 2048 * 32768 * 2,
     ),
@@ -1117,19 +889,19 @@ FLAGSHIPS: dict[str, tuple[dict[str, Any], dict[str, tuple[int, int]], int]] = {
     "DeepSeek-VL2-tiny": (
         {
             "model_type": "deepseek_vl_v2",
-            "language_config": {
-                "model_type": "deepseek_v2",
-                "hidden_size": 1280,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 10,
-                "num_key_value_heads": 10,
-                "kv_lora_rank": None,
-                "q_lora_rank": None,
-                "qk_nope_head_dim": 0,
-                "qk_rope_head_dim": 0,
-                "v_head_dim": 0,
-                "use_mla": False,
-            },
+            "language_config": sized(
+                "deepseek_v2",
+                1280,
+                12,
+                10,
+                10,
+                kv_lora_rank=None,
+                q_lora_rank=None,
+                qk_nope_head_dim=0,
+                qk_rope_head_dim=0,
+                v_head_dim=0,
+                use_mla=False,
+            ),
         },
         {"full attention": (12, 2560)},
         12 * 2560 * 32768 * 2,
