@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -232,8 +233,10 @@ def choose_backend(
         return requested
     order = {"cuda": ("sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math"), "cpu": ("sdpa_flash", "sdpa_math")}
     candidates = order.get(device.type, ("sdpa_math",)) if requested == "auto" else (requested,)
+    shapes = ((n_heads, qk_width), (n_kv_heads, qk_width), (n_kv_heads, v_width))
+    tensors = [torch.zeros(1, 128, *shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
     for candidate in candidates:
-        if _runs(candidate, n_heads, n_kv_heads, qk_width, v_width, dropout, device, dtype):
+        if _runs(candidate, tensors, dropout):
             return candidate
     raise Refusal(
         f"attention.backend={requested} cannot run {n_heads} heads of width {qk_width}/{v_width} in {dtype} on "
@@ -241,27 +244,15 @@ def choose_backend(
     )
 
 
-def _runs(
-    backend: str,
-    n_heads: int,
-    n_kv_heads: int,
-    qk_width: int,
-    v_width: int,
-    dropout: float,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> bool:
+def _runs(backend: str, qkv: Sequence[Tensor], dropout: float) -> bool:
     """Does a small forward and backward pass go through this kernel?"""
-    T = 128
-    q = torch.zeros(1, T, n_heads, qk_width, device=device, dtype=dtype, requires_grad=True)
-    k = torch.zeros(1, T, n_kv_heads, qk_width, device=device, dtype=dtype, requires_grad=True)
-    v = torch.zeros(1, T, n_kv_heads, v_width, device=device, dtype=dtype, requires_grad=True)
+    device = qkv[0].device
     rng = torch.random.get_rng_state(), (torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
     def trial(backend: str) -> None:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SDPA's explanations of a refusal: the next candidate is tried
-            out, _ = attend(q, k, v, scale=1.0, causal=True, dropout=dropout, backend=backend)
+            out, _ = attend(*qkv, scale=1.0, causal=True, dropout=dropout, backend=backend)
             out.sum().backward()
 
     try:

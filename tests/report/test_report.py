@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -17,8 +18,8 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS
 from harness.report import study_pictures
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
-from harness.report.document import with_error
 from harness.report.findings import Findings, over_seeds
+from harness.report.page import page
 from harness.report.pictures import Plot, short
 from harness.report.sections import sections
 from harness.report.study_pictures import trends_picture
@@ -26,7 +27,7 @@ from harness.report.tables import study_csv, study_markdown
 from harness.report.write import write_report
 from harness.study.evaluation_noise import bootstrap
 from harness.study.results import load_results
-from harness.study.statistics import contrasts, mean_interval, trends
+from harness.study.statistics import contrasts, mean_interval, trends, with_error
 from scripts import report
 from tests.support.study_runs import ARMS, MANY, SHARED_LR, STAIRCASE, TOKENS, Truth, told, write_study
 
@@ -47,14 +48,10 @@ def findings_of(folder: Path) -> Findings:
     return Findings(load_results(folder))
 
 
-def written(folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """The Markdown, the page and the JSON of a report made now."""
-    write_report(load_results(folder), folder)
-    return (
-        (folder / "report.md").read_text(),
-        (folder / "report.html").read_text(),
-        json.loads((folder / "report.json").read_text()),
-    )
+def page_of(folder: Path) -> str:
+    """The page of a study's report made now, without its pictures: drawing them takes seconds."""
+    findings = findings_of(folder)
+    return page(findings, [dataclasses.replace(part, pictures=()) for part in sections(findings)])
 
 
 def table_of(markdown: str, title: str) -> dict[str, list[str]]:
@@ -332,13 +329,13 @@ def test_what_is_missing_or_failed_stands_at_the_top_and_nothing_is_put_in_its_p
         unfinished=[("mqa", 0), ("mqa", 1), ("mqa", 2), ("mla", 2)],
         failures=[{"run": "mqa-lr0.005-seed0", "error": "out of memory (status 1; the log)"}],
     )
-    markdown, page, content = written(folder)
+    markdown, content = told(folder)
     top = markdown.partition("## Verdict")[0]
     assert "mqa-lr0.005-seed0 failed:** out of memory (status 1; the log)" in top
     assert "4 of 15 runs are not finished" in top
     assert "no finished run of mqa" in top
     assert "the declared comparison of mla with mqa cannot be made yet" in top
-    assert "out of memory" in page.partition("<main>")[0]
+    assert "out of memory" in page_of(folder).partition("<main>")[0]
     assert re.search(r"^\| mqa \| – \| – \| – \| – \| – \| – \| 0 \| – \| – \|$", markdown, flags=re.M)
     assert [verdict["b"] for verdict in content["verdicts"]] == ["gqa", "mla_plain"]
     assert content["arms"]["mqa"]["mean"] is None
@@ -347,8 +344,9 @@ def test_what_is_missing_or_failed_stands_at_the_top_and_nothing_is_put_in_its_p
 
 def test_a_section_without_data_is_left_out_with_a_word_where_it_matters(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "bare", extras=False, segments=0)
-    markdown, _, content = written(folder)
-    assert content["figures"] == [f"figures/{name}.png" for name in ("pareto", "contrasts", "curves", "positions")]
+    markdown, _ = told(folder)
+    pictures = [picture.name for section in sections(findings_of(folder)) for picture in section.pictures]
+    assert pictures == ["pareto", "contrasts", "curves", "positions"]
     for absent in ("## Staircase", "## What the loss does not show", "evaluation noise: the"):
         assert absent not in markdown
     for said in (
@@ -364,7 +362,7 @@ def test_rates_that_a_study_gives_its_arms_are_called_neither_shared_nor_tuned(t
     folder = write_study(tmp_path / "own", extras=False, segments=0)
     record = json.loads((folder / "study.json").read_text())
     (folder / "study.json").write_text(json.dumps(record | {"shared_lr": None}))
-    markdown, _, _ = written(folder)
+    markdown, _ = told(folder)
     assert "Every arm ran at the rate that the study's file gives it: no rate was tuned in this study." in markdown
 
 
@@ -413,7 +411,7 @@ def test_quantities_that_are_not_equal_are_marked_and_so_are_the_fields_that_dif
     unequal = {fact.name for fact in found.facts if not fact.equal}
     assert {"training data", "attention kernel that ran", "hardware", "torch", "parameters"} <= unequal
     assert "commit" not in unequal and "training tokens" not in unequal
-    markdown, page, content = written(folder)
+    markdown, content = told(folder)
     assert set(content["unequal"]) == unequal
     differing = table_of(markdown, "What a fair comparison would have equal: not equal")
     assert [name.replace("\\", "") for name in differing["arm"]] == [*ARMS]
@@ -421,12 +419,12 @@ def test_quantities_that_are_not_equal_are_marked_and_so_are_the_fields_that_dif
     assert differing["parameters (by 0.3 %)"][:2] == ["1,328,256", "1,324,160"]
     assert "commit" not in differing and "training tokens" not in differing
     equal = table_of(markdown, "What a fair comparison would have equal: equal in all arms")
-    told = dict(zip(equal[""], equal["in all arms"], strict=True))
-    assert (told["commit"], told["training tokens"], told["precision"]) == ("012345678", "2,000,000", "bfloat16")
-    assert unequal.isdisjoint(told)
+    alike = dict(zip(equal[""], equal["in all arms"], strict=True))
+    assert (alike["commit"], alike["training tokens"], alike["precision"]) == ("012345678", "2,000,000", "bfloat16")
+    assert unequal.isdisjoint(alike)
     fields = table_of(markdown, "Fields of the configurations that differ")
     assert fields["attention.kv\\_lora\\_rank"] == ["–", "–", "–", "64", "64"]
-    assert re.search(r'<tr data-arm="3"><th scope="row" class="words">mla</th><td[^>]*>[^<]*</td>.*another', page)
+    assert re.search(r'<tr data-arm="3"><th scope="row" class="words">mla</th><td[^>]*>[^<]*</td>.*another', page_of(folder))
     assert "| **gqa** | params | mha | model.mlp\\_hidden = 344 | 1,328,256 | 1,324,160 | −0.31 % |" in markdown
 
 
@@ -447,7 +445,7 @@ def test_a_rate_at_the_edge_of_those_that_were_tried_stands_at_the_top(tmp_path:
         "the rate of edge, 0.01, is at the edge of those that were tried (0.0025 to 0.01): a better one may lie beyond, and "
         "this arm be tuned worse than the others"
     ]
-    assert "The rate of edge, 0.01, is at the edge" in written(folder)[1].partition("<main>")[0]
+    assert "The rate of edge, 0.01, is at the edge" in page_of(folder).partition("<main>")[0]
 
 
 def test_the_command_of_the_report_does_the_whole_study_whatever_part_the_last_one_did(tmp_path: Path) -> None:
@@ -698,7 +696,8 @@ def test_names_are_shown_as_they_are_whatever_they_are_made_of(tmp_path: Path) -
     folder = write_study(
         tmp_path / "hostile", HOSTILE, contrasts=[list(HOSTILE)], question="<script>alert(1)</script> & a | b?"
     )
-    markdown, page, _ = written(folder)
+    write_report(load_results(folder), folder)
+    markdown, page = ((folder / name).read_text() for name in ("report.md", "report.html"))
     assert "<script>alert" not in page and "<b>a</b>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; a | b?" in page
     assert "&lt;b&gt;a&lt;/b&gt;&amp;" in page
