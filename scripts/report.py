@@ -35,8 +35,9 @@ class ReportOptions:
     tracking: Annotated[
         Tracker, "wandb or trackio: also one run of that dashboard with the table, the figures and the page"
     ] = "none"
-    csv: Annotated[str | None, "the report.csv of this study: print what its runs say, and write nothing"] = None
+    csv: Annotated[str | None, "the report.csv of this study: print what its runs say, and write no report"] = None
     pairs: Annotated[str | None, "with csv: arms to compare besides, a:b,c:d for a minus b and c minus d"] = None
+    picture: Annotated[str | None, "with csv: a PNG of quality against cache, to be written"] = None
 
 
 def main(arguments: list[str]) -> int:
@@ -44,12 +45,17 @@ def main(arguments: list[str]) -> int:
     folder = user_path(options.runs_dir) / (options.name or options.study)
 
     if options.csv is not None:
+        from harness.report.plots import save_png
         from harness.report.verdicts_from_csv import restated
 
-        print(restated(user_path(options.csv), options.study, _pairs(options.pairs)))
+        told, picture = restated(user_path(options.csv), options.study, _pairs(options.pairs))
+        print(told)
+        if options.picture is not None:
+            save_png(picture, user_path(options.picture))
         return 0
-    if options.pairs is not None:
-        raise UserError("pairs=... is for csv=FILE: a study's own comparisons stand in its YAML")
+    for name, given in (("pairs", options.pairs), ("picture", options.picture)):
+        if given is not None:
+            raise UserError(f"{name}=... is for csv=FILE: a study's own stand in its YAML and in its report")
 
     from harness.report.write import report_study
     from harness.tracking import check_tracking

@@ -351,13 +351,8 @@ class Findings:
     @cached_property
     def front(self) -> list[str]:
         """The arms with the best mean up to their cache's size."""
-        return self.front_by({arm.name: float(arm.summary("cache_bytes_per_token")) for arm in self.done})
-
-    def front_by(self, costs: Mapping[str, float]) -> list[str]:
-        """The arms with the best mean up to what they cost."""
-        return pareto_front(
-            [(arm.name, costs[arm.name], self.metric.cost(arm.mean.mean)) for arm in self.done if arm.mean is not None]
-        )
+        means = [(arm, arm.mean.mean) for arm in self.done if arm.mean is not None]
+        return pareto_front([(arm.name, float(arm.summary("cache_bytes_per_token")), self.metric.cost(y)) for arm, y in means])
 
     @cached_property
     def decode(self) -> list[DecodeRow]:

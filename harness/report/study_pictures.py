@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
-from harness.report.findings import LENGTH, ArmFindings, Curves, Findings, Sweep, Verdict, over_seeds
+from harness.report.findings import LENGTH, Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
-from harness.study.statistics import with_error
+from harness.study.statistics import Mean, pareto_front, with_error
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
+MOST_NAMES = 12  # that a reader tells apart in one panel
 ASIDE = 1.02  # points of one size stand so far apart on a logarithmic scale
 OCTAVES = [float(2**k) for k in range(0, 24, 2)]
 
@@ -24,29 +25,62 @@ def arm_styles(findings: Findings) -> dict[str, Style]:
     return styles({arm.name: arm.info["family"] for arm in findings.arms})
 
 
+@dataclass(frozen=True)
+class PlacedArm:
+    """What the picture of quality against cache shows of an arm."""
+
+    name: str
+    level: str | None
+    reference: bool
+    mean: Mean
+    seeds: int
+
+
 def pareto(findings: Findings) -> Picture:
     """The metric against the cache's size."""
-    looks, metric = arm_styles(findings), findings.metric
-    done = [arm for arm in findings.arms if arm.mean is not None]
-    far = _far_out({arm.name: arm.mean.mean for arm in done if arm.mean}, metric)
-    costs = {"": {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in done}}
+    costs = {"": {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in findings.done}}
     if findings.at_length:
         costs = {"at the model's context": costs[""], f"at {LENGTH:,} tokens": findings.at_length}
+    return quality_by_cache(_placed(findings), arm_styles(findings), costs, findings.metric)
+
+
+def _placed(findings: Findings) -> list[PlacedArm]:
+    return [
+        PlacedArm(arm.name, arm.info["level"], arm.info["reference"], arm.mean, len(arm.runs))
+        for arm in findings.arms
+        if arm.mean is not None
+    ]
+
+
+def quality_by_cache(
+    arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, Mapping[str, float]], metric: Metric
+) -> Picture:
+    """The metric against bytes per token, a panel for each heading -> arm -> bytes.
+
+    More arms than can be told apart in one panel stand in one for each level, beside the references and what has no level.
+    """
+    far = _far_out({arm.name: arm.mean.mean for arm in arms}, metric)
+    shown = [arm for arm in arms if arm.name not in far]
+    groups = {"": shown}
+    if len(shown) > MOST_NAMES:
+        levels = list(dict.fromkeys(arm.level for arm in shown if arm.level and not arm.reference)) or [""]
+        groups = {level: [arm for arm in shown if arm.reference or arm.level in (level, None)] for level in levels}
     panels, fronts = [], []
-    for title, sizes in costs.items():
-        best = findings.front_by(sizes)
-        fronts.append(", ".join(best))
-        series = []
-        for arm in done:
-            hover = f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(len(arm.runs), 'seed')}"
-            if arm.name not in far:
-                series.append(_point(findings, arm, looks, sizes[arm.name], hover))
-        front = [(s.marks[0].x, s.marks[0].y) for name in best for s in series if s.arm == name]
-        ticks = [s.marks[0].x for s in series]
-        plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
-        panels.append((title, plot))
-    bars = "Bars: 95 % intervals for comparing arms." if findings.sigma else "No error bars: one seed."
-    hollow = " Hollow: references beside the comparison." if any(arm.info["reference"] for arm in done) else ""
+    for heading, sizes in costs.items():
+        for level, members in groups.items():
+            best = pareto_front([(arm.name, sizes[arm.name], metric.cost(arm.mean.mean)) for arm in members])
+            fronts.append(", ".join(best))
+            series = []
+            for arm in members:
+                hover = f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(arm.seeds, 'seed')}"
+                series.append(_point(arm, looks[arm.name], metric, sizes[arm.name], hover))
+            front = [(s.marks[0].x, s.marks[0].y) for name in best for s in series if s.arm == name]
+            ticks = [s.marks[0].x for s in series]
+            plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
+            panels.append((", ".join(filter(None, (level, heading))), plot))
+    seen = any(arm.mean.low is not None for arm in arms)
+    bars = "Bars: 95 % intervals for comparing arms." if seen else "No error bars: one seed."
+    hollow = " Hollow: references beside the comparison." if any(arm.reference for arm in arms) else ""
     side = "Below" if metric.higher_is_better else "Above"
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
@@ -57,12 +91,11 @@ def pareto(findings: Findings) -> Picture:
     return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, panels)
 
 
-def _point(findings: Findings, arm: ArmFindings, looks: Mapping[str, Style], cost: float, hover: str) -> Series:
+def _point(arm: PlacedArm, look: Style, metric: Metric, cost: float, hover: str) -> Series:
     """An arm's mean at what it costs. hover: what follows the mean."""
-    assert arm.mean is not None
-    words = f"{arm.name}: {mean_text(arm.mean, findings.metric)} {findings.metric.unit}, {hover}"
+    words = f"{arm.name}: {mean_text(arm.mean, metric)} {metric.unit}, {hover}"
     mark = Mark(cost, arm.mean.mean, arm.mean.low, arm.mean.high, words)
-    return Series(arm.name, looks[arm.name], [mark], hollow=arm.info["reference"])
+    return Series(arm.name, look, [mark], hollow=arm.reference)
 
 
 def _far_out(means: Mapping[str, float], metric: Metric) -> dict[str, float]:
@@ -77,15 +110,15 @@ def _far_out(means: Mapping[str, float], metric: Metric) -> dict[str, float]:
 def decode_picture(findings: Findings) -> Picture:
     """The metric against the time of a token at the longest context, a panel a batch size."""
     looks, metric = arm_styles(findings), findings.metric
-    context = max(row["context"] for row in findings.decode)
+    context, placed = max(row["context"] for row in findings.decode), {arm.name: arm for arm in _placed(findings)}
     panels = []
     for batch in sorted({row["batch"] for row in findings.decode if row["context"] == context}):
         series = []
         for row in findings.decode:
-            arm = findings.arm(row["arm"])
-            if (row["context"], row["batch"]) == (context, batch) and arm.mean is not None:
+            arm = placed.get(row["arm"])
+            if (row["context"], row["batch"]) == (context, batch) and arm is not None:
                 hover = f"{in_ms(row['milliseconds'])} ms a step ({row['path']})"
-                series.append(_point(findings, arm, looks, row["milliseconds"], hover))
+                series.append(_point(arm, looks[arm.name], metric, row["milliseconds"], hover))
         plot = Plot("ms per step, a token in each row (log scale)", metric.axis, series, x_log=True)
         panels.append((f"batch {batch:,}, context {context:,}", plot))
     caption = f"One step of decoding with a filled cache, at the longest context that was timed. {SIDE_BY_SIDE}"

@@ -14,25 +14,31 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS, METRICS
 from harness.files.text import aligned, counted
 from harness.files.untrusted import Unreadable
+from harness.report.colours import styles
 from harness.report.document import ABSENT, mean_text
+from harness.report.pictures import Picture
+from harness.report.study_pictures import PlacedArm, quality_by_cache
 from harness.study.plan import build_plan, load_study
 from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation, trends
 
 _Kind = TypeVar("_Kind", str, int, float)
 
 
-def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
-    """A table of the arms, then a sentence for each contrast and trend of configs/study/<study>.yaml, and each of `pairs`.
+def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, Picture]:
+    """A table of the arms, then a sentence for each contrast and trend of configs/study/<study>.yaml, and each of `pairs`;
+    and the picture of quality against cache.
 
     Raises UserError for a file that is no report.csv of such a study, and as `contrasts` does.
     """
     config = load_study(study)
     metric = METRICS[config.metric]
     values: dict[str, dict[str, dict[int, float]]] = {metric.name: {}, LOSS.name: {}, BITS_PER_BYTE.name: {}}
+    bytes_per_token: dict[str, float] = {}
     try:
         for row in _rows(file):
             if _cell(row, "kind", str) == "study":
                 arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
+                bytes_per_token[arm] = _cell(row, "cache_bytes_per_token", float)
                 for name, of_metric in values.items():
                     of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
     except (OSError, Unreadable) as error:
@@ -54,10 +60,13 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
         for name, of_metric in values.items()
     }
 
+    placed = []
     rows_of_arms = [["arm", "seeds", *(METRICS[name].label for name in values), "deviation"]]
     for arm in arms:
         means = {name: mean_interval(of_metric, arm, **kinds) for name, of_metric in values.items()}
-        deviation = means[metric.name].deviation
+        mean, stated = means[metric.name], config.arms[arm]
+        placed.append(PlacedArm(arm, stated.level, stated.reference, mean, mean.n))
+        deviation = mean.deviation
         cells = [mean_text(mean, METRICS[name]) for name, mean in means.items()]
         rows_of_arms.append([arm, str(len(arms[arm])), *cells, ABSENT if deviation is None else f"{deviation:.2g}"])
     lines = [*aligned(rows_of_arms), ""]
@@ -73,7 +82,8 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> str:
     whole = {key: trend for key, trend in planned.items() if all(arm in arms for pair in trend["of"] for arm in pair)}
     for trend in trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds):
         lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
-    return "\n".join(lines)
+    looks = styles({name: arm.family for name, arm in config.arms.items()})
+    return "\n".join(lines), quality_by_cache(placed, looks, {"": bytes_per_token}, metric)
 
 
 def _rows(file: Path) -> list[dict[str, str]]:

@@ -24,6 +24,7 @@ from harness.report.pictures import Plot, short
 from harness.report.sections import sections
 from harness.report.study_pictures import trends_picture
 from harness.report.tables import study_csv, study_markdown
+from harness.report.verdicts_from_csv import restated
 from harness.report.write import write_report
 from harness.study.evaluation_noise import bootstrap
 from harness.study.results import load_results
@@ -232,11 +233,12 @@ def test_caches_that_are_no_straight_line_are_compared_at_a_length_too(tmp_path:
         change(run, "summary.json", cache_bytes_by_context={"32768": 64 * 32768})
     findings = findings_of(folder)
     assert findings.at_length == {arm: 64 if arm == "mla" else 1024 for arm in ARMS}
-    assert findings.front_by(findings.at_length)[0] == "mla" != findings.front[0]
     markdown, _ = told(folder)
     assert "| at 32,768 tokens |" in markdown
-    titles = [title for title, _ in next(each for each in sections(findings) if each.key == "pareto").pictures[0].panels]
-    assert titles == ["at the model's context", "at 32,768 tokens"]
+    panels = dict(next(each for each in sections(findings) if each.key == "pareto").pictures[0].panels)
+    assert list(panels) == ["at the model's context", "at 32,768 tokens"]
+    fronts = [panel.front[0][0] for panel in panels.values() if isinstance(panel, Plot)]
+    assert fronts == [findings.arm(findings.front[0]).summary("cache_bytes_per_token"), 64] and findings.front[0] != "mla"
 
     for arm, truth in ARMS.items():  # straight lines
         for run in folder.glob(f"{arm}-*"):
@@ -302,9 +304,11 @@ def test_the_noise_is_drawn_from_whole_documents_where_there_are_enough(tmp_path
     assert noise["over"] == "150 documents" and "what other documents of the same kind would have changed" in markdown
 
 
-def test_a_published_csv_is_restated_with_its_lineages(capsys: pytest.CaptureFixture[str]) -> None:
-    file = "docs/studies/convert/report.csv"
-    assert report.main(["study=convert", f"csv={ROOT / file}", "pairs=mha2mla_64_tuned:transmla_64_tuned"]) == 0
+def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, drawn = "docs/studies/convert/report.csv", tmp_path / "convert.png"
+    given = ["study=convert", f"csv={ROOT / file}", "pairs=mha2mla_64_tuned:transmla_64_tuned", f"picture={drawn}"]
+    assert report.main(given) == 0
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "mha2mla_64_tuned is 0.0031 ± 0.0011 bits per byte (0.0075 ± 0.0027 nats per token) better than" in printed
     assert "pooled: 0.0062 bits per byte, 24 degrees of freedom" in printed
@@ -318,6 +322,29 @@ def test_a_published_csv_is_restated_with_its_lineages(capsys: pytest.CaptureFix
         report.main(["study=convert", f"csv={ROOT / 'README.md'}"])
     with pytest.raises(UserError, match="pairs=gqa must name two arms each"):
         report.main(["study=convert", f"csv={ROOT / file}", "pairs=gqa"])
+    with pytest.raises(UserError, match=r"picture=\.\.\. is for csv=FILE"):
+        report.main(["study=convert", f"picture={drawn}"])
+
+
+def test_more_arms_than_a_reader_tells_apart_stand_in_a_panel_for_each_level() -> None:
+    _, picture = restated(ROOT / "docs/studies/convert/report.csv", "convert")
+    names = {}
+    for level, panel in picture.panels:
+        assert isinstance(panel, Plot)
+        names[level] = [series.arm for series in panel.series]
+    assert list(names) == [f"{elements} elements" for elements in (192, 128, 96, 64)]
+    references = {"gqa", "gqa_tuned"}
+    assert all(references < {*found} and len(found) <= 12 for found in names.values())
+    assert sorted(set(names["64 elements"]) - references) == sorted(
+        [
+            "mla_64",
+            "mla_64_tuned",
+            "gqa_64",
+            "mean_64_tuned",
+            *(f"{method}_64{kind}" for method in ("transmla", "mha2mla") for kind in ("", "_tuned")),
+        ]
+    )
+    assert "mean_64 (2.1806)" in picture.caption  # too far above the others to be drawn with them
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
