@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from harness.data import Tokenizer
-from harness.errors import UserError, as_user_error
+from harness.errors import UserError, as_user_error, in_a_line
 from harness.evaluation.evaluate import CacheChoice
 from harness.evaluation.perplexity import cut_windows
 from modeling.generation import generate
@@ -361,11 +361,11 @@ def _load(name: str, manager: Any) -> ChosenTask:
     except ConnectionError as error:
         raise UserError(
             f"the data of the task {name} is not on this machine and the Hugging Face hub cannot be reached "
-            f"({_first_line(error)}): connect it, or copy a cache that holds the data to HF_HOME"
+            f"({in_a_line(error)}): connect it, or copy a cache that holds the data to HF_HOME"
         ) from None
     except Exception as error:  # a task is whatever its YAML and its Python files say
         raise UserError(
-            f"the task {name} cannot be loaded ({type(error).__name__}: {_first_line(error)}): mend its files, or take "
+            f"the task {name} cannot be loaded ({type(error).__name__}: {in_a_line(error)}): mend its files, or take "
             f"another task"
         ) from None
     groups, tasks = loaded.get("groups", {}), list(loaded["tasks"].values())
@@ -375,10 +375,6 @@ def _load(name: str, manager: Any) -> ChosenTask:
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"the task {task.task_name} shows pictures or plays sounds: take one of text alone")
     return ChosenTask(name, [groups[name]] if name in groups else tasks, tasks, manager)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0]
 
 
 def check_room(chosen: ChosenTask, max_seq_len: int) -> None:

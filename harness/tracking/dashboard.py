@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from harness.errors import UserError, tell
+from harness.errors import UserError
 
 
 class DashboardError(Exception):
@@ -82,11 +82,6 @@ class Dashboard(Protocol):
 
     def close(self, exit_code: int) -> bool:
         """Whether the dashboard has everything, or will have it by the command that was said when the run began."""
-
-
-def tell_as(label: str, message: str) -> None:
-    """One line for people."""
-    tell(f"{label}: {message}")
 
 
 def _first_line(error: BaseException) -> str:

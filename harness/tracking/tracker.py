@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Any
 
 from harness.config.schema import TrackingConfig
-from harness.errors import UserError
+from harness.errors import UserError, tell
 from harness.files.folders import refuse_links
 from harness.files.metrics import MetricsFile, read_metrics
-from harness.tracking.dashboard import FAILURES, Dashboard, RunDescription, Table, tell_as, without_repeats
+from harness.tracking.dashboard import FAILURES, Dashboard, RunDescription, Table, without_repeats
 from harness.tracking.wandb_run import RUN_ID, open_wandb
 
 
@@ -190,7 +190,7 @@ class Tracker:
             send(self._dashboard)
         except FAILURES as error:
             kept = "this run goes on and is recorded in metrics.jsonl alone" if self._metrics else "the files are whole"
-            tell_as(self._dashboard.label, f"stopped ({str(error).rstrip('.')}); {kept}")
+            tell(f"{self._dashboard.label}: stopped ({str(error).rstrip('.')}); {kept}")
             self._mirrors = False
             self._dashboard.give_up()
 

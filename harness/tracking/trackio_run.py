@@ -19,8 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from harness.errors import tell
 from harness.files.metrics import read_metrics
-from harness.tracking.dashboard import FAILURES, DashboardError, RunDescription, Table, command_of, library, tell_as
+from harness.tracking.dashboard import FAILURES, DashboardError, RunDescription, Table, command_of, library
 
 # Variables that make trackio's storage fetch or push something. TRACKIO_DIR, _STORAGE_MODE and _SQLITE_* are the user's.
 _REMOTE = ("TRACKIO_BUCKET_ID", "TRACKIO_DATASET_ID", "TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL", "SPACE_REPO_NAME")
@@ -37,7 +38,7 @@ def open_trackio(described: RunDescription, *, run_dir: Path, anew: bool) -> Tra
     try:
         return TrackioRun(described, run_dir=run_dir, anew=anew)
     except FAILURES as error:
-        tell_as("trackio", f"not in use ({error}); this run is recorded in {run_dir} alone")
+        tell(f"trackio: not in use ({error}); this run is recorded in {run_dir} alone")
         return None
 
 
@@ -142,10 +143,10 @@ class TrackioRun:
                 figures = {key: value for key, value in self._summary.items() if "/" in key and isinstance(value, (int, float))}
                 self._write([self._last | figures], [_now()], numbered=False)
         except DashboardError as error:
-            tell_as(self.label, f"did not finish cleanly ({error}); metrics.jsonl is whole")
+            tell(f"{self.label}: did not finish cleanly ({error}); metrics.jsonl is whole")
             return False
         command = shlex.join([*command_of("trackio", "trackio.cli"), "show", "--project", self._project])
-        tell_as(self.label, f"{self._name}: look at it with: {command}")
+        tell(f"{self.label}: {self._name}: look at it with: {command}")
         return True
 
     def _file(self, key: str, media: Any) -> None:

@@ -14,18 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, tell
 from harness.files.atomic import write_text
-from harness.tracking.dashboard import (
-    FAILURES,
-    DashboardError,
-    RunDescription,
-    Table,
-    command_of,
-    library,
-    tell_as,
-    without_repeats,
-)
+from harness.tracking.dashboard import FAILURES, DashboardError, RunDescription, Table, command_of, library, without_repeats
 
 RUN_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")  # it becomes part of the names of files
 ID_FILE = "wandb_id"  # in a run's folder
@@ -120,7 +111,7 @@ class WandbRun:
         except FAILURES as error:
             if online:
                 raise UserError(f"Weights & Biases cannot be used ({error}); nothing was changed") from None
-            tell_as(self.label, f"not in use ({error}); this run is recorded in metrics.jsonl alone")
+            tell(f"{self.label}: not in use ({error}); this run is recorded in metrics.jsonl alone")
         finally:
             if self._run is None:
                 self._leave()
@@ -148,7 +139,7 @@ class WandbRun:
                 with library():
                     run = self._wandb.init(**options) if self._wandb.login(prompt=False, verify=False) else None
                 if run is not None:
-                    tell_as(self.label, run.url)
+                    tell(f"{self.label}: {run.url}")
                     return _with_metrics(run)
             except DashboardError as error:
                 reason = str(error)
@@ -160,7 +151,7 @@ class WandbRun:
         with library():
             run = self._wandb.init(**options)
         _with_metrics(run)
-        tell_as(self.label, f"offline ({reason}); upload with: {sync_command(self._folder)}")
+        tell(f"{self.label}: offline ({reason}); upload with: {sync_command(self._folder)}")
         return run
 
     def _set_up(self, extra: Mapping[str, Any]) -> Any:
@@ -235,16 +226,15 @@ class WandbRun:
                 refusal = _refusal(Path(run.settings.log_internal))
                 whole = refusal is None
                 if refusal is not None:
-                    tell_as(
-                        self.label,
-                        f"the server refused what was sent (status {refusal}), and rows stayed on this machine; with a key "
-                        f"and a project that it takes, upload them with: {sync_command(self._folder)}",
+                    tell(
+                        f"{self.label}: the server refused what was sent (status {refusal}), and rows stayed on this machine; "
+                        f"with a key and a project that it takes, upload them with: {sync_command(self._folder)}"
                     )
         except DashboardError as error:
             said = f"did not finish cleanly ({error}); metrics.jsonl is whole"
             if isinstance(error.__cause__, TimeoutError):
                 said = f"the server did not take everything in time; upload the rest with: {sync_command(self._folder)}"
-            tell_as(self.label, said)
+            tell(f"{self.label}: {said}")
         finally:
             if not whole:
                 with contextlib.suppress(OSError):
