@@ -83,7 +83,7 @@ def test_the_expanded_cache_gives_the_same_outputs(overrides: list[str], pad_val
 
 def test_only_the_papers_mla_has_an_expanded_cache() -> None:
     fitting = [name for name in SHIPPED if ExpandedAttention.fits(attention_from([f"attention={name}"]))]
-    assert fitting == ["mla", "mla_deepseek", "mla_plain"]
+    assert fitting == ["mla", "mla_deepseek", "mla_plain", "mla_wide"]
     for change in ("fused_down_projections=true", "kv_latent=split", "latent_norm_place=up_projected", "sink_logits=true"):
         assert not ExpandedAttention.fits(attention_from(["attention=mla", f"attention.{change}"])), change
 
