@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling.attention import build_attentions, hands_on, reads_back
-from modeling.attention.cache import Cache
+from modeling.attention.cache import Cache, one_call
 from modeling.attention.layers import HasAttentions
 from modeling.attention.positions import beyond, check_positions
 from modeling.kernels.cross_entropy import mask_padding
@@ -202,6 +202,12 @@ class GPT(HasAttentions):
         valid_BT: Tensor | None = None,
     ) -> Tensor:
         """The same from token embeddings x_BTD."""
+        with one_call(cache):
+            return self.norm(self._through_blocks(x_BTD, cache, positions_BT, valid_BT))
+
+    def _through_blocks(
+        self, x_BTD: Tensor, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None
+    ) -> Tensor:
         if self.position_embedding is not None:
             x_BTD = x_BTD + self._positions(x_BTD.shape[1], cache, positions_BT, valid_BT)
         x_BTD = self.dropout(x_BTD)
@@ -215,7 +221,7 @@ class GPT(HasAttentions):
             else:
                 x_BTD, own = block(*inputs)
             seen.append(() if back else own)
-        return self.norm(x_BTD)
+        return x_BTD
 
     def _positions(self, T: int, cache: Sequence[Cache] | None, positions_BT: Tensor | None, valid_BT: Tensor | None) -> Tensor:
         """Rows of the learned table for these tokens, by the same rule as rotation angles."""

@@ -7,11 +7,12 @@ M allocated slots.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ from modeling.refusal import Refusal
 
 if TYPE_CHECKING:
     from modeling.attention.rope import RotaryEmbedding
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Placement:
     end: int | None = None
     window: int | None = None
     twice: int = 0
+    made: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # tables, which layers at one place have in common
 
     @property
     def key_positions_BS(self) -> Tensor | None:
@@ -69,10 +73,17 @@ class Placement:
         """cos, sin of the new tokens, or of other positions where they are given. Raises Refusal beyond the model's."""
         if positions_BT is not None:
             return rope.tables(0, new_tokens, positions_BT)
-        return rope.tables(self.start, new_tokens, self.positions_BT, self.end)
+        if ("tables", rope.angles) not in self.made:
+            self.made["tables", rope.angles] = rope.tables(self.start, new_tokens, self.positions_BT, self.end)
+        return self.made["tables", rope.angles]
 
     def key_tables(self, rope: RotaryEmbedding, slots: int) -> tuple[Tensor, Tensor]:
         """cos, sin of the visible keys of a cache that holds them un-rotated: a slot is its position, but in a window."""
+        if ("key tables", rope.angles) not in self.made:
+            self.made["key tables", rope.angles] = self._key_tables(rope, slots)
+        return self.made["key tables", rope.angles]
+
+    def _key_tables(self, rope: RotaryEmbedding, slots: int) -> tuple[Tensor, Tensor]:
         last, positions_BS = rope.max_seq_len - 1, self.key_positions_BS
         if positions_BS is None and slots > last + 1:
             # A static cache may have more slots than the model has positions: no query sees those.
@@ -158,6 +169,7 @@ class Cache:
         self._extent = 0  # tokens of the longest row, or more, known without asking the device
         self._counted = True  # False: a compiled or captured step has taken tokens in, and the device alone knows
         self._ragged = False
+        self.common: dict[Any, Any] | None = None  # in a call of several layers (one_call): what those alike have made
 
     def make_static(self) -> None:
         """From now on shapes stay as they are: a prompt is read eagerly, then decoding is compiled or captured."""
@@ -209,6 +221,19 @@ class Cache:
         Raises Refusal when they do not fit.
         """
         self.check_room(new_tokens)
+        return self._once("place", lambda: self._place(new_tokens, valid_BT))
+
+    def _once(self, what: str, make: Callable[[], Made]) -> Made:
+        """What `make` gives, or gave another cache of this call whose tokens lie as they do here."""
+        if self.common is None:
+            return make()
+        alike = what, self.slots, self.window, self.sinks, self.reach, self.groups
+        if alike not in self.common:
+            self.common[alike] = make()
+        made: Made = self.common[alike]
+        return made
+
+    def _place(self, new_tokens: int, valid_BT: Tensor | None) -> Placement:
         twice = self.groups and new_tokens > 1
         alike = not (self.static or self._ragged or valid_BT is not None or twice)
         if alike and self._extent == 0 and new_tokens > 1 and self.window == self.reach:
@@ -356,20 +381,26 @@ class Cache:
         return parts if self.static else tuple(part[:, :slots] for part in parts)
 
     def _scatter(self, T: int, valid_BT: Tensor | None, entries: dict[str, Parts]) -> None:
-        device = self.lengths_B.device
-        rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
-        slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
-        if self.window is not None:
-            in_ring_BT = self.sinks + torch.remainder(slots_BT - self.sinks, max(1, self.slots - self.sinks))
-            slots_BT = torch.where(slots_BT < self.sinks, slots_BT, in_ring_BT)
-        # Real tokens first, in order. The pads land behind them, beyond the row's length: the next token overwrites.
-        order_BT = real_first(valid_BT) if valid_BT is not None and T > 1 else None
+        rows_B1, slots_BT, order_BT = self._once("slots", lambda: self._written(T, valid_BT))
         for name, parts in entries.items():
             for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                 new = part if order_BT is None else part[rows_B1, order_BT]
                 if self.window is not None and valid_BT is not None:  # a full one has nothing behind its tokens
                     new = torch.where(_beside(valid_BT, part), new, buffer[rows_B1, slots_BT])
                 buffer.index_put_((rows_B1, slots_BT), new)
+
+    def _written(self, T: int, valid_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(rows, slots) that new tokens go to, and indices that bring real tokens to the front, where some are none.
+
+        The pads then land behind them, beyond the row's length: the next token overwrites.
+        """
+        device = self.lengths_B.device
+        rows_B1 = torch.arange(self.batch_size, device=device)[:, None]
+        slots_BT = self.lengths_B[:, None] + torch.arange(T, device=device)
+        if self.window is not None:
+            in_ring_BT = self.sinks + torch.remainder(slots_BT - self.sinks, max(1, self.slots - self.sinks))
+            slots_BT = torch.where(slots_BT < self.sinks, slots_BT, in_ring_BT)
+        return rows_B1, slots_BT, real_first(valid_BT) if valid_BT is not None and T > 1 else None
 
     def _positions(self, new_tokens: int, valid_BT: Tensor | None) -> Tensor:
         """Position of each new token, counted in real tokens of its row; a pad has that of the one before it, or 0."""
@@ -506,6 +537,22 @@ class Cache:
             for buffer, part in zip(self.stored[name].parts, parts, strict=True):
                 buffer.copy_(torch.where(_beside(rank_BM >= 0, buffer), part[rows_B1, source_BM], buffer))
         return seen
+
+
+@contextlib.contextmanager
+def one_call(caches: Sequence[Cache] | None) -> Iterator[None]:
+    """Inside, where tokens stand and what they see is worked out once for all layers whose caches are alike.
+
+    For one call of a model, to which each layer's cache takes in the same tokens.
+    """
+    common: dict[Any, Any] = {}
+    for cache in caches or ():
+        cache.common = common
+    try:
+        yield
+    finally:
+        for cache in caches or ():
+            cache.common = None
 
 
 def _beside(flags_BS: Tensor, entries_BS: Tensor) -> Tensor:

@@ -196,10 +196,7 @@ class GroupedQueryAttention(nn.Module):
             if shared is not None:
                 shared[:] = seen
         k_BSGK, v_BSGV, *k_rope = seen
-        if k_rope:
-            k_rope_BSGP = k_rope[0].unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
-            k_BSGK = torch.cat((k_BSGK, k_rope_BSGP), dim=-1)
-        out_BTHV = attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out)
+        out_BTHV = attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out, *k_rope)
         return project_out(self, out_BTHV, x_BTD)
 
     def _keys_and_values(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.attention import execute, hands_on, reads_back
-from modeling.attention.cache import Cache
+from modeling.attention.cache import Cache, one_call
 from modeling.attention.layer_cache import check_values, new_cache
 from modeling.attention.quantisation import CacheFormat
 
@@ -84,11 +84,12 @@ class AttentionLayers(HasAttentions):
         """x_BTD -> x_BTD. weights_out receives those of every layer."""
         out_BTD: Tensor | None = None
         shared: list[list[Tensor]] = [[] for _ in self.layers]  # of each layer that others read
-        for index, layer in enumerate(self.layers):
-            more: dict[str, Any] = {"shared": shared[index - reads_back(layer)]} if hands_on(layer) else {}
-            if weights_out is not None:
-                more["weights_out"] = weights_out
-            layer_BTD = layer(x_BTD, None if cache is None else cache[index], valid_BT=valid_BT, **more)
-            out_BTD = layer_BTD if out_BTD is None else out_BTD + layer_BTD
+        with one_call(cache):
+            for index, layer in enumerate(self.layers):
+                more: dict[str, Any] = {"shared": shared[index - reads_back(layer)]} if hands_on(layer) else {}
+                if weights_out is not None:
+                    more["weights_out"] = weights_out
+                layer_BTD = layer(x_BTD, None if cache is None else cache[index], valid_BT=valid_BT, **more)
+                out_BTD = layer_BTD if out_BTD is None else out_BTD + layer_BTD
         assert out_BTD is not None, "there are no layers"
         return out_BTD

@@ -408,12 +408,8 @@ class MultiheadLatentAttention(nn.Module):
             assert self.rope is not None and tables is not None
             q_nope_BTHN = rotate(q_nope_BTHN, tables)
             k_BSGN = rotate(k_BSGN, place.key_tables(self.rope, k_BSGN.shape[1]) if cached else tables)
-        q_BTHK, k_BSGK = q_nope_BTHN, k_BSGN
-        if k_rope_BSP is not None:
-            q_BTHK = torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
-            k_rope_BSGP = k_rope_BSP.to(k_BSGN.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
-            k_BSGK = torch.cat((k_BSGN, k_rope_BSGP), dim=-1)
-        return attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out)
+        q_BTHK = q_nope_BTHN if k_rope_BSP is None else torch.cat((q_nope_BTHN, q_rope_BTHP), dim=-1)
+        return attend_as(self, q_BTHK, k_BSGN, v_BSGV, place, weights_out, k_rope_BSP)
 
     def _attend_absorbed(
         self,

@@ -22,14 +22,24 @@ if TYPE_CHECKING:
 
 
 def attend_as(
-    attention: Any, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, place: Placement, weights_out: list[Tensor] | None
+    attention: Any,
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    place: Placement,
+    weights_out: list[Tensor] | None,
+    k_rope_BSP: Tensor | None = None,
 ) -> Tensor:
-    """out_BTHV by the scale, sinks, dropout and backend of `attention`; keys and values in the dtype of the queries."""
+    """out_BTHV by the scale, sinks, dropout and backend of `attention`; keys and values in the dtype of the queries.
+
+    k_rope_BSP: the last dimensions of the keys of all heads, where they share these.
+    """
     out_BTHV, weights_BHTS = attend(
         q_BTHK,
         k_BSGK.to(q_BTHK.dtype),
         v_BSGV.to(q_BTHK.dtype),
         scale=attention.scale,
+        k_rope_BSP=None if k_rope_BSP is None else k_rope_BSP.to(q_BTHK.dtype),
         causal=place.causal,
         mask_BTS=place.mask_BTS,
         window=place.window,

@@ -7,7 +7,7 @@ P rotated width, F = P/2 frequencies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -152,18 +152,24 @@ class RotaryEmbedding(nn.Module):
             self._build(device, dtype)
 
     def tables(self, start: int, length: int, positions_BT: Tensor | None, end: int | None = None) -> tuple[Tensor, Tensor]:
-        """cos, sin of shape (1 or B, T, 1, F): of positions_BT where given, else of start..start+length-1.
+        """What `rotate` takes, each (1 or B, T, 1, P): of positions_BT where given, else of start..start+length-1.
 
         end: one above the largest of positions_BT, if a bound is known without looking (positions.py). Raises Refusal for
         positions that the model does not have.
         """
         if positions_BT is not None:
             check_positions(positions_BT, end, self.max_seq_len)
-            return self.cos_SF[positions_BT].unsqueeze(2), self.sin_SF[positions_BT].unsqueeze(2)
+            return widened(self.cos_SF[positions_BT].unsqueeze(2), self.sin_SF[positions_BT].unsqueeze(2))
         if start + length > self.max_seq_len:
             raise beyond(start + length - 1, self.max_seq_len)
         rows = slice(start, start + length)
-        return self.cos_SF[rows][None, :, None], self.sin_SF[rows][None, :, None]
+        return widened(self.cos_SF[rows][None, :, None], self.sin_SF[rows][None, :, None])
+
+    @property
+    def angles(self) -> Hashable:
+        """What is equal where the tables are."""
+        scaling = None if self.scaling is None else tuple(sorted(self.scaling.items()))
+        return self.width, self.max_seq_len, self.theta, scaling
 
 
 class StoredRotaryEmbedding(RotaryEmbedding):
@@ -172,6 +178,10 @@ class StoredRotaryEmbedding(RotaryEmbedding):
     They are the module's extra state, so that no cast to another dtype rounds them: float64, shape (P/2,). Until a state is
     loaded they are theta^(-2i/P).
     """
+
+    @property
+    def angles(self) -> Hashable:
+        return id(self)
 
     def get_extra_state(self) -> Tensor:
         return self.frequencies_F
@@ -186,9 +196,19 @@ class StoredRotaryEmbedding(RotaryEmbedding):
         self._rebuild()
 
 
+def widened(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Of F frequencies as `rotate` takes them: what a dimension is multiplied by, and what its partner is."""
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def partners(x: Tensor) -> Tensor:
+    """Each of the last dimensions replaced by the one that it is turned with."""
+    return torch.cat(x.chunk(2, dim=-1)[::-1], dim=-1)
+
+
 def rotate_first(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first P of every head's K dimensions, as many as the tables have angles for; the others stay."""
-    width = 2 * tables[0].shape[-1]
+    width = tables[0].shape[-1]
     if width == x_BTHK.shape[-1]:
         return rotate(x_BTHK, tables)
     turned_BTHP, still_BTHN = x_BTHK.split((width, x_BTHK.shape[-1] - width), dim=-1)
@@ -197,6 +217,13 @@ def rotate_first(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotate(x_BTHP: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn every head's P dimensions by its token's angle, in float32 at least; dtype and shape are kept."""
-    cos, sin = tables
-    first, second = x_BTHP.to(cos.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHP.dtype)
+    cos, sin = tables  # in float32 at least, and so is what they multiply
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (x_BTHP * cos + partners(x_BTHP) * sin).to(x_BTHP.dtype)
+    # Less than half of that goes through memory: keys that a cache holds un-rotated are all turned at every step.
+    turned_BTHP = torch.empty_like(x_BTHP)
+    halves = [each.chunk(2, dim=-1) for each in (x_BTHP, cos, sin, turned_BTHP)]
+    for half, other in ((0, 1), (1, 0)):
+        x, own_cos, own_sin, out = (each[half] for each in halves)
+        torch.addcmul(x * own_cos, halves[0][other], own_sin, out=out)
+    return turned_BTHP

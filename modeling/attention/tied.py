@@ -26,7 +26,7 @@ from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed, normed_first
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.refusals import check_choice, check_heads
-from modeling.attention.rope import RotaryEmbedding, rotate
+from modeling.attention.rope import RotaryEmbedding, partners, rotate
 from modeling.refusal import Refusal
 
 
@@ -141,18 +141,22 @@ class TiedKeyValueAttention(nn.Module):
             new["k_rope"] = rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)
         seen = new if cache is None else cache.append(valid_BT, **new)
         kv_BSGK = k_BSGK = seen["kv"].to(q_BTHK.dtype)
-        if self.keys == "joined":
-            k_rope_BSGP = seen["k_rope"].to(kv_BSGK.dtype).unsqueeze(2).expand(-1, -1, self.n_kv_heads, -1)
-            k_BSGK = torch.cat((normed(self.k_norm, kv_BSGK[..., : -self.qk_rope_head_dim]), k_rope_BSGP), dim=-1)
+        if self.k_norm is not None:
+            k_BSGK = normed(self.k_norm, kv_BSGK[..., : -self.qk_rope_head_dim])
         elif self.k_gain is not None:
             key_tables = tables if cache is None else place.key_tables(self.rope, kv_BSGK.shape[1])
-            k_BSGK = self._turn((kv_BSGK * self.k_gain).to(kv_BSGK.dtype), key_tables)
-        out_BTHK = attend_as(self, self._turn(q_BTHK, tables), k_BSGK, kv_BSGK, place, weights_out)
+            k_BSGK = self._turn(kv_BSGK, key_tables, self.k_gain)
+        out_BTHK = attend_as(self, self._turn(q_BTHK, tables), k_BSGK, kv_BSGK, place, weights_out, seen.get("k_rope"))
         if self.keys == "stored":
             out_BTHK = self._turn(out_BTHK, (cos, -sin))
         return project_out(self, out_BTHK, x_BTD)
 
-    def _turn(self, x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """The last P dimensions of every head rotated."""
-        kept, turned = x_BTHK.split((self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim), dim=-1)
-        return torch.cat((kept, rotate(turned, tables)), dim=-1)
+    def _turn(self, x_BTHK: Tensor, tables: tuple[Tensor, Tensor], gain_K: Tensor | None = None) -> Tensor:
+        """The last P dimensions of every head rotated, after a gain, which goes to the tables: these are one for all rows."""
+        widths = self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim
+        kept, turned = x_BTHK.split(widths, dim=-1)
+        if gain_K is not None:
+            kept_gain, gain_P = gain_K.split(widths)
+            kept, tables = (kept * kept_gain).to(kept.dtype), (tables[0] * gain_P, tables[1] * partners(gain_P))
+        turned = rotate(turned, tables)
+        return turned if kept.shape[-1] == 0 else torch.cat((kept, turned), dim=-1)

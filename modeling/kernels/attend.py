@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from modeling.kernels.latent_decode import latent_attend
 from modeling.refusal import Refusal
 
 # "sdpa" leaves the kernel to torch; the others pin one. A pinned kernel is used for every call without an explicit mask
@@ -41,6 +42,7 @@ def attend(
     v_BSGV: Tensor,
     *,
     scale: float,
+    k_rope_BSP: Tensor | None = None,
     causal: bool = False,
     mask_BTS: Tensor | None = None,
     window: int | None = None,
@@ -51,6 +53,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """softmax(scale * q k^T) v.
 
+    k_rope_BSP: what the last P dimensions of every head's key are, which then has but its first K - P from k_BSGK.
     causal: query t sees keys 0..t (needs T == S and no mask), with a window those of t-window+1..t. mask_BTS: True where
     query t may see key s; its first dimension may be 1. sink_logits_H: a logit of each head that takes its share of the
     softmax and brings no value (gpt-oss): p_s = exp(l_s) / (exp(sink) + sum exp(l_s')). Returns (out_BTHV, weights_BHTS or
@@ -58,9 +61,16 @@ def attend(
     """
     if causal and (mask_BTS is not None or q_BTHK.shape[1] != k_BSGK.shape[1]):
         raise ValueError("causal=True is for T == S without a mask; pass the mask alone")
-    T = q_BTHK.shape[1]
+    T, K = q_BTHK.shape[1], q_BTHK.shape[3]
     if window is not None and not causal:
         raise ValueError(f"window={window} is for causal=True; a mask says itself what is seen")
+    # For the one query of a decoding step kernels that know no sinks and one key a head would have the whole cache copied.
+    plain = sink_logits_H is None and k_rope_BSP is None
+    if T == 1 and not (plain or dropout or backend == "reference" or return_weights or q_BTHK.requires_grad):
+        return _by_products(q_BTHK, k_BSGK, v_BSGV, k_rope_BSP, scale, mask_BTS, sink_logits_H), None
+    if k_rope_BSP is not None:
+        k_rope_BSGP = k_rope_BSP.unsqueeze(2).expand(-1, -1, k_BSGK.shape[2], -1)
+        k_BSGK = torch.cat((k_BSGK[..., : K - k_rope_BSP.shape[-1]], k_rope_BSGP), dim=-1)
     if window is not None and window < T and (backend == "reference" or 2 * window >= T):
         causal, mask_BTS = False, band(T, window, q_BTHK.device)[None]
     if backend == "reference":
@@ -72,9 +82,6 @@ def attend(
     if window is not None and 2 * window < T:
         return _in_blocks(q_BTHK, k_BSGK, v_BSGV, window, sink_logits_H, **options), None
     if sink_logits_H is not None:
-        if T == 1 and not dropout:
-            out_BTHV, _ = attend(q_BTHK, k_BSGK, v_BSGV, mask_BTS=mask_BTS, **options)
-            return _less_the_sinks(out_BTHV, q_BTHK, k_BSGK, scale, mask_BTS, sink_logits_H), None
         q_BTHK, k_BSGK, v_BSGV, mask_BTS = _with_sink_key(q_BTHK, k_BSGK, v_BSGV, scale, causal, mask_BTS, sink_logits_H)
         out_BTHV, _ = attend(q_BTHK, k_BSGK, v_BSGV, causal=causal, mask_BTS=mask_BTS, **options)
         return out_BTHV[:, -T:], None
@@ -161,20 +168,36 @@ def _with_sink_key(
     return q_BTHK, k_BSGK, F.pad(v_BSGV, (0, 0, 0, 0, 1, 0)), None if mask_BTS is None else F.pad(mask_BTS, (1, 0), value=True)
 
 
-def _less_the_sinks(
-    out_BTHV: Tensor, q_BTHK: Tensor, k_BSGK: Tensor, scale: float, mask_BTS: Tensor | None, sink_logits_H: Tensor
+def _by_products(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    k_rope_BSP: Tensor | None,
+    scale: float,
+    mask_BTS: Tensor | None,
+    sink_logits_H: Tensor | None,
 ) -> Tensor:
-    """Outputs of attention without sinks, each times what its sink leaves: sum exp(l_s) / (exp(sink) + sum exp(l_s)).
+    """out_BTHV by two products a head over keys and values where they lie, the groups of a token side by side as one vector.
 
-    For the one query of a decoding step: reading all keys once more costs less than a copy of the cache with one key added.
+    A query is as wide as that, and zero where the keys of other groups are: reading the cache takes longer than to multiply
+    G times as many numbers. So it is attention with one key for all heads, as through latents.
     """
-    q_BTGHK = q_BTHK.unflatten(2, (k_BSGK.shape[2], -1))
-    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    logits_BGHTS = scale * torch.einsum("btghk,bsgk->bghts", q_BTGHK, k_BSGK).to(dtype)
-    if mask_BTS is not None:
-        logits_BGHTS = logits_BGHTS.masked_fill(~mask_BTS[:, None, None], float("-inf"))
-    sums_BTH = logits_BGHTS.logsumexp(dim=-1).flatten(1, 2).transpose(1, 2)
-    return out_BTHV * (sums_BTH - sink_logits_H).sigmoid().unsqueeze(-1).to(out_BTHV.dtype)
+    (B, T, H, K), G, P = q_BTHK.shape, k_BSGK.shape[2], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1]
+    q_BTHN, q_BTHP = q_BTHK.split((K - P, P), dim=-1)
+    wide_BTGhGK = q_BTHK.new_zeros(B, T, G, H // G, *k_BSGK.shape[2:])
+    own_BThKG = wide_BTGhGK.diagonal(dim1=2, dim2=4)
+    own_BThKG[..., : K - P, :] = q_BTHN.unflatten(2, (G, -1)).permute(0, 1, 3, 4, 2)
+    out_BTHL, _ = latent_attend(
+        wide_BTGhGK.flatten(4).flatten(2, 3),
+        q_BTHP if P else None,
+        k_BSGK.flatten(2),
+        k_rope_BSP,
+        v_BSGV.flatten(2),
+        scale=scale,
+        mask_BTS=mask_BTS,
+        sinks_H=sink_logits_H,
+    )
+    return out_BTHL.unflatten(3, (G, -1)).unflatten(2, (G, -1)).diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3).flatten(2, 3)
 
 
 def _reference(

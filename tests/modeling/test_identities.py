@@ -356,6 +356,32 @@ def test_large_logits_are_the_same_on_every_backend() -> None:
         assert relative_error(got, wanted) < 1e-12, backend
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("part", ["a rotated key that heads share", "the last of each key", "sinks", "sinks and a rotated key"])
+def test_one_query_meets_all_groups_where_they_lie(part: str, groups: int) -> None:
+    """Keys and values are parts of longer buffers, of which a mask hides some; what is reserved beside them is NaN."""
+    generator = torch.Generator().manual_seed(0)
+    H, S, K, P = 4, 9, 6, 2
+    rotated = P if "key" in part and part != "the last of each key" else 0
+    q, k, v, k_rope, sinks = (
+        3 * torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((3, 1, H, K), (3, S, groups, K - rotated), (3, S, groups, 5), (3, S, P), (H,))
+    )
+    mask = torch.rand(3, 1, S, generator=generator) < 0.6
+    mask[:, :, 0] = True
+    options = {"mask_BTS": mask, "sink_logits_H": sinks if "sinks" in part else None, "scale": 0.7}
+    shared = k_rope if part != "sinks" else None
+    buffers = [torch.full((3, S + 4, *x.shape[2:]), float("nan"), dtype=torch.float64) for x in (k, v)]
+    for buffer, x in zip(buffers, (k, v), strict=True):
+        buffer[:, 2 : S + 2] = x
+    got, _ = attend(q, *(buffer[:, 2 : S + 2] for buffer in buffers), k_rope_BSP=shared, **options)
+    if shared is not None:
+        k = torch.cat((k[..., : K - P], shared.unsqueeze(2).expand(-1, -1, groups, -1)), dim=-1)
+    wanted, _ = attend(q, k, v, **options, backend="reference")
+    with_gradient, _ = attend(q.requires_grad_(), k, v, **options)
+    assert relative_error(got, wanted) < 1e-12 and relative_error(with_gradient.detach(), wanted) < 1e-12
+
+
 def test_rotation_makes_logits_depend_on_distance_alone() -> None:
     rope = RotaryEmbedding(width=8, max_seq_len=64, theta=10000.0).double()
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from modeling.attention.gqa import GroupedQueryAttention
 from modeling.attention.layer_cache import new_cache
 from modeling.attention.mla import MultiheadLatentAttention
-from modeling.attention.rope import rope_frequencies, rotate
+from modeling.attention.rope import rope_frequencies, rotate, widened
 from modeling.conversion import stages
 from modeling.conversion.layers import GroupedLayer, LatentLayer, exact_state, grouped_layer, grouped_state, latent_state
 
@@ -57,7 +57,7 @@ def attention_output(layer: LatentLayer, x_BTD: Tensor) -> Tensor:
         k_rope_BTP = k_rope_BTP + layer.k_rope_bias_P
     T = x_BTD.shape[1]
     angle_TC = torch.arange(T, dtype=torch.float64, device=x_BTD.device)[:, None] * layer.frequencies_C
-    tables = angle_TC.cos()[None, :, None], angle_TC.sin()[None, :, None]
+    tables = widened(angle_TC.cos()[None, :, None], angle_TC.sin()[None, :, None])
     q_rope_BTHP = torch.einsum("bthk,hpk->bthp", q_BTHK, layer.rope_up_GPK.repeat_interleave(shared, dim=0))
     q_rope_BTHP, k_rope_BTP = rotate(q_rope_BTHP, tables), rotate(k_rope_BTP.unsqueeze(2), tables).squeeze(2)
     latent_BTL = x_BTD @ layer.kv_down_LD.T
