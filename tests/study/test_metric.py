@@ -62,7 +62,7 @@ def test_verdicts_have_the_other_sign_and_the_same_words(pair: tuple[Findings, F
         if low.contrast.resolved:
             said = low.contrast.sentence(METRICS["bits_per_byte"])
             assert high.sentence == said.replace("bits per byte", "answer accuracy")
-            assert low.sentence == said.replace("byte", f"byte ({low.also['loss'].size('nats per token', signed=False)})", 1)
+            assert low.sentence == said.replace("byte", f"byte ({low.also['loss'].size(METRICS['loss'], signed=False)})", 1)
     assert any(verdict.contrast.resolved for verdict in bits.declared)
     mla = next(verdict for verdict in accuracy.declared if verdict.contrast.b == "mla_plain")
     assert mla.contrast.difference > 0 and " answer accuracy better than mla_plain (3 seeds" in mla.sentence
