@@ -104,19 +104,8 @@ def load_trained(
     check_finite(model, checkpoint)
     kernel = pin_execution(model, execution, device=device, precision=precision)
     fingerprint = (summary or state).get("data_fingerprint")
-    return TrainedModel(
-        run=run,
-        config=config,
-        summary=summary,
-        fingerprint=fingerprint if isinstance(fingerprint, str) else None,
-        model=model.eval(),
-        tokenizer=tokenizer,
-        tokenizer_file=tokenizer_file,
-        kernel=kernel,
-        checkpoint=checkpoint.name,
-        step=state["step"],
-        text=text,
-    )
+    known = run, config, summary, fingerprint if isinstance(fingerprint, str) else None
+    return TrainedModel(*known, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"], text)
 
 
 def check_finite(model: GPT, checkpoint: Path) -> None:

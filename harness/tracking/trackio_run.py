@@ -14,7 +14,7 @@ import io
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -115,19 +115,11 @@ class TrackioRun:
         """trackio has no chart of a table; whoever logs one logs its picture too."""
 
     def image(self, key: str, path: Path, caption: str) -> None:
-        with _local():
-            import trackio
-
-            media = trackio.Image(path, caption=caption)
-        self._file(key, media)
+        self._file(key, lambda trackio: trackio.Image(path, caption=caption))
 
     def page(self, key: str, path: Path) -> None:
         text = path.read_text(encoding="utf-8")
-        with _local():
-            import trackio
-
-            media = trackio.Html(text, inject=False)
-        self._file(key, media)
+        self._file(key, lambda trackio: trackio.Html(text, inject=False))
 
     def give_up(self) -> None:
         self._gave_up = True
@@ -149,8 +141,11 @@ class TrackioRun:
         tell(f"{self.label}: {self._name}: look at it with: {command}")
         return True
 
-    def _file(self, key: str, media: Any) -> None:
+    def _file(self, key: str, of: Callable[[Any], Any]) -> None:
         with _local():
+            import trackio
+
+            media = of(trackio)
             media._save(self._project, self._name)
             shown = media._to_dict()
         self._media({key: shown})

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from harness.config.build import build_layer
 from harness.config.compose import load_train_config
@@ -294,55 +295,21 @@ def test_the_choice_of_deepseeks_code_against_a_latent_is_read() -> None:
 
 CLASSES = list(MODEL_TYPES)
 TOKENS, WINDOW = 12, 8
-TINY: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 16,
-    "num_hidden_layers": 6,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "head_dim": 12,
-    "n_embd": 64,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "pad_token_id": None,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "sliding_window": WINDOW,
-    "original_max_position_embeddings": 64,
-    "kv_lora_rank": 24,
-    "q_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 16,
-    "n_routed_experts": 4,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 6,
-    "shared_expert_intermediate_size": 16,
-    "ffn_hidden_size": 32,
-    "expert_ffn_hidden_size": 16,
-    "zero_expert_num": 2,
-    "moe_topk": 2,
-    "num_mtp_layers": 0,
-    "num_nextn_predict_layers": 0,
-    "index_head_dim": 8,
-    "index_n_heads": 2,
-    "index_topk": 4,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_head_dim": 8,
-    "linear_num_heads": 4,
-}
+TINY: dict[str, Any] = {"sliding_window": WINDOW} | yaml.safe_load(
+    """
+{vocab_size: 64, hidden_size: 64, intermediate_size: 32, moe_intermediate_size: 16, num_hidden_layers: 6,
+num_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 64, head_dim: 12,
+n_embd: 64, n_layer: 2, n_head: 4, n_positions: 64, pad_token_id: null, bos_token_id: 0, eos_token_id: 1,
+original_max_position_embeddings: 64, kv_lora_rank: 24, q_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4,
+v_head_dim: 16, n_routed_experts: 4, num_experts: 4, num_local_experts: 4, num_experts_per_tok: 2, n_group: 1,
+topk_group: 1, first_k_dense_replace: 6, shared_expert_intermediate_size: 16, ffn_hidden_size: 32,
+expert_ffn_hidden_size: 16, zero_expert_num: 2, moe_topk: 2, num_mtp_layers: 0, num_nextn_predict_layers: 0,
+index_head_dim: 8, index_n_heads: 2, index_topk: 4, linear_num_value_heads: 4, linear_num_key_heads: 2,
+linear_key_head_dim: 8, linear_value_head_dim: 8, linear_head_dim: 8, linear_num_heads: 4, mamba_n_heads: 8,
+mamba_d_head: 16, mamba_d_state: 8, mamba_d_ssm: 128, state_size: 8, mamba_num_heads: 8, mamba_head_dim: 16,
+ssm_state_size: 8, num_heads: 8}
+    """
+)
 CHANGES: dict[str, dict[str, Any]] = {
     "qwen2": {"use_sliding_window": True, "max_window_layers": 4},
     "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 4},
@@ -369,18 +336,6 @@ FAMILIES = re.findall(
     qwen2_vl_text qwen2_5_vl_text qwen3_vl_text
     """,
 )
-STATES: dict[str, Any] = {
-    "mamba_n_heads": 8,
-    "mamba_d_head": 16,
-    "mamba_d_state": 8,
-    "mamba_d_ssm": 128,
-    "state_size": 8,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 16,
-    "ssm_state_size": 8,
-    "num_heads": 8,
-}
-TINY |= STATES
 CHANGES |= {
     "gemma3n_text": {
         "intermediate_size": [32] * 6,
