@@ -41,8 +41,10 @@ from harness.training import device as hardware
 from harness.training.optimizer import build_optimizer, choose_recipe
 from harness.training.parallel import OneProcess
 from harness.training.step import CapturedStep, EagerStep, select_capture
+from modeling.attention import names_kernel
 from modeling.flops import training_flops_per_token
 from modeling.gpt import GPT
+from modeling.kernels.decode_kernels import DELTA_RULES
 
 
 @dataclass
@@ -57,6 +59,7 @@ class SpeedOptions(ModelOptions):
     compile: Annotated[Switch, "auto, on or off"] = "auto"
     capture: Annotated[Switch, "auto, on or off; ours only: the plain GPT stays as one writes it"] = "auto"
     backend: Annotated[str, "the attention kernel; several, separated by commas"] = "auto"
+    kernel: Annotated[str, "attention.kernel of variants with layers that train by it; others choose themselves"] = "auto"
     peer: Annotated[
         str | None, "nanoGPT's model.py, which you bring: one more baseline of the model's shape, in the same turns"
     ] = None
@@ -200,9 +203,10 @@ def our_steps(config: TrainConfig, backend: str, under: Conditions) -> tuple[GPT
     """The harness's model and loop as train_model.py runs them, its kernel, and a function that makes one optimizer step."""
     device = under.device
     model = build_model(config, under.options.vocab_size).to(device)
-    kernel = pin_execution(
-        model, config.attention | {"backend": backend}, device=device, precision=under.precision, trains=True
-    )
+    chosen = {"backend": backend}
+    if names_kernel(model.attentions, under.options.kernel):
+        chosen["kernel"] = under.options.kernel
+    kernel = pin_execution(model, config.attention | chosen, device=device, precision=under.precision, trains=True)
     model.loss_chunk_tokens = hardware.loss_chunk_tokens(device)
     recipe = choose_recipe(config.optimizer)
     captured = select_capture(under.options.capture, device, processes=1, update_can_be=recipe.can_be_captured)
@@ -220,6 +224,8 @@ def our_steps(config: TrainConfig, backend: str, under: Conditions) -> tuple[GPT
 
 def main(arguments: list[str]) -> int:
     options = parse_options(SpeedOptions, arguments)
+    if options.kernel not in ("auto", "torch", *DELTA_RULES):
+        raise UserError(f"kernel={options.kernel} trains no layer; choose auto, torch, {' or '.join(DELTA_RULES)}")
     device = hardware.select_device(options.device)
     hardware.keep_freed_memory(device)
     precision = hardware.select_precision(options.precision, device)

@@ -22,7 +22,7 @@ from harness.runs.records import RunSummary, read_summary
 from harness.runs.text_settings import TheirText, load_text
 from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
-from modeling.attention import EXECUTION, attends, set_execution
+from modeling.attention import EXECUTION, attends, names_kernel, set_execution
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
@@ -137,9 +137,9 @@ def pin_execution(
     with as_user_error():
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
-        rules = [layer.kernel for layer in model.attentions if layer.kernel in DELTA_RULES]
+        rules = [layer.kernel for layer in model.attentions if names_kernel([layer], layer.kernel)]
         for kernel in set(rules):
-            check_dtype(kernel, precision)
+            check_dtype(kernel, precision, DELTA_RULES)
             if trains:
                 check_gradient(kernel, device)
         for layer in filter(attends, model.attentions):

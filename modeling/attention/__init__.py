@@ -21,7 +21,7 @@ from modeling.attention.mla import MultiheadLatentAttention
 from modeling.attention.protocol import Attention as Attention
 from modeling.attention.tied import TiedKeyValueAttention
 from modeling.attention.tpa import TensorProductAttention
-from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS
+from modeling.kernels.decode_kernels import OTHERS
 from modeling.refusal import Refusal
 
 MECHANISMS: dict[str, type[nn.Module]] = {
@@ -38,7 +38,7 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
 #   kernel   auto | torch | one of OTHERS in modeling/kernels/decode_kernels.py: the absorbed path of one new token; or of
-#            DELTA_RULES there: every call of a layer that names it in `kernels`
+#            DELTA_RULES there: every call of a layer that names it in `kernels`. A name may be in both
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
@@ -198,12 +198,16 @@ def _refusal(attention: Any, *, backend: str, decode: str, kernel: str) -> str |
             f"attention.decode={decode} is not a path of this variant{f' ({reason})' if known else ''}; choose "
             f"{' or '.join(paths)}"
         )
-    if kernel in DELTA_RULES and not names_kernel([attention], kernel):
+    if kernel in ("auto", "torch"):
+        return None
+    if names_kernel([attention], kernel):
+        lacks = attention.kernels[kernel]
+    elif kernel not in OTHERS:
         return (
             f"attention.kernel={kernel} computes the gated delta rule, which is not in this variant; use attention.kernel=torch"
         )
-    if kernel in OTHERS and ("absorbed" not in paths or decode == "expand"):
+    elif "absorbed" not in paths or decode == "expand":
         return f"attention.kernel={kernel} computes the absorbed path, which is not taken here; use attention.kernel=torch"
-    if kernel not in ("auto", "torch") and attention.kernels_lack is not None:
-        return f"attention.kernel={kernel} {attention.kernels_lack} use attention.kernel=torch"
-    return None
+    else:
+        lacks = attention.kernels_lack
+    return None if lacks is None else f"attention.kernel={kernel} {lacks} use attention.kernel=torch"

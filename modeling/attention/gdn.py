@@ -13,7 +13,8 @@ are Mamba-2's, which the paper names without printing them.
 
 A value head h reads query and key head h // (H / G), H value heads for G heads of queries and keys. Nothing is rotated: order
 is in the decay and the convolution. The rule in chunks (training, prompts) and by token (decoding) is in
-modeling/kernels/delta_rule.py, and by another library's kernels (attention.kernel=fla) in delta_rule_fla.py beside it.
+modeling/kernels/delta_rule.py; beside it, chunks of 16 bits in Triton (attention.kernel=triton) in delta_rule_triton.py, and
+another library's kernels (attention.kernel=fla) in delta_rule_fla.py.
 
 Letters: B batch, T new tokens, S those and the tail, D d_model, H value heads, G heads of queries and keys, K their width, V
 width of a value, W width of the convolution, C its channels, 2 G K + H V.
@@ -29,9 +30,9 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, real_first
 from modeling.attention.norms import widely_normed
-from modeling.kernels.decode_kernels import DELTA_RULES
+from modeling.kernels.decode_kernels import DELTA_RULES, check_dtype, lacks_heads
 from modeling.kernels.delta_rule import CHUNK, delta_rule, delta_rule_step
-from modeling.kernels.delta_rule_fla import WIDEST, delta_rule_by_fla
+from modeling.kernels.delta_rule_fla import delta_rule_by_fla
 from modeling.refusal import Refusal
 
 DT_RANGE = (1e-3, 1e-1)  # of softplus(dt_bias) at first
@@ -58,7 +59,6 @@ class GatedDeltaNet(nn.Module):
     decode_paths = ("auto",)
     cached_as = "a state, changed by every token"
     wide_states = ("state",)  # sums over all tokens so far
-    kernels = tuple(DELTA_RULES)
 
     def __init__(
         self,
@@ -110,11 +110,9 @@ class GatedDeltaNet(nn.Module):
         self.o_proj = nn.Linear(H * V, d_model, bias=bias)
 
     @property
-    def kernels_lack(self) -> str | None:
-        """Why no kernel but torch's is for this layer, as the middle of a sentence."""
-        if self.head_dim <= WIDEST:
-            return None
-        return f"takes heads of up to {WIDEST} dimensions, and this variant's head_dim is {self.head_dim}:"
+    def kernels(self) -> dict[str, str | None]:
+        """What else than torch computes its every call, each with why it is not for this layer, or None."""
+        return {name: lacks_heads(name, self.head_dim, self.v_head_dim) for name in DELTA_RULES}
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -213,13 +211,19 @@ class GatedDeltaNet(nn.Module):
         """(out_BTHV, the state afterwards), in float32 at least: a state is a sum over all tokens."""
         dtype, device = log_decay_BTH.dtype, q_BTGK.device.type
         products = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q_BTGK.dtype
-        repeats = self.n_v_heads // self.n_k_heads
-        q_BTHK, k_BTHK = (
-            (x * (x.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt()).repeat_interleave(repeats, dim=2)
-            for x in (q_BTGK.to(dtype), k_BTGK.to(dtype))
+        q_BTGK, k_BTGK = (
+            x * (x.square().sum(dim=-1, keepdim=True) + NORM_EPS).rsqrt() for x in (q_BTGK.to(dtype), k_BTGK.to(dtype))
         )
         v_BTHV, state_BHKV = v_BTHV.to(dtype), state_BHKV.to(dtype)
         with torch.autocast(device, enabled=False):  # which would round the operands
+            if self.kernel == "triton" and q_BTGK.shape[1] > 1:
+                check_dtype("triton", products, DELTA_RULES)
+                from modeling.kernels.delta_rule_triton import delta_rule_by_triton
+
+                q, k, v = (x.to(products) for x in (q_BTGK, k_BTGK, v_BTHV))
+                return delta_rule_by_triton(q, k, v, log_decay_BTH, beta_BTH, state_BHKV, scale=self.scale)
+            repeats = self.n_v_heads // self.n_k_heads
+            q_BTHK, k_BTHK = (x.repeat_interleave(repeats, dim=2) for x in (q_BTGK, k_BTGK))
             if self.kernel == "fla":
                 q, k, v = (x.to(products) for x in (q_BTHK, k_BTHK, v_BTHV))
                 return delta_rule_by_fla(q, k, v, log_decay_BTH, beta_BTH, state_BHKV, scale=self.scale)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,11 @@ class Kernel:
 
     file: in modeling/kernels; for a new token with a function `decode` of the positional arguments of `latent_decode` and the
     scale. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys and values.
-    latents, rotated: widths L and P.
+    latents, rotated: widths L and P; keys, values: of a head of the gated delta rule, K and V. values=None: any.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto: it is taken where it can run and nobody chose, before kernels that stand above it in the table.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
+    mended_by: the package that takes Triton's place in gradients which Triton 3.4 to 3.7.0 compiles wrongly on Hopper.
     """
 
     file: str
@@ -38,11 +39,14 @@ class Kernel:
     dtypes: Sequence[torch.dtype]
     latents: Sequence[int] = ()
     rotated: Sequence[int] = ()
+    keys: Sequence[int] = ()
+    values: Sequence[int] | None = None
     capability: int | None = None
     auto: bool = False
     reads_8_bits: bool = False
     interpreted: bool = False
     plans_on_host: bool = False
+    mended_by: str | None = None
 
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)
@@ -82,8 +86,22 @@ OTHERS = {
         plans_on_host=True,
     ),
 }
-# Of gated DeltaNet's layers: every call, training included. auto never takes one.
-DELTA_RULES = {"fla": Kernel("delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION)}
+# Of gated DeltaNet's layers: every call, training included; triton's of more than one token. auto never takes one. A name in
+# both tables needs the same of a machine in both.
+DELTA_RULES = {
+    "triton": Kernel(
+        "delta_rule_triton",
+        "triton",
+        TRITON,
+        HALF_PRECISION,
+        keys=(64,),  # found right on a GPU, as narrower ones were not: docs/LOG.md
+        values=(64,),
+        interpreted=True,
+    ),
+    "fla": Kernel(
+        "delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION, keys=range(1, 257), mended_by="tilelang"
+    ),
+}
 _TABLE = OTHERS | DELTA_RULES
 KERNELS = ("auto", "torch", *_TABLE)
 
@@ -121,9 +139,9 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise Refusal if a kernel of the tables does not compute in this type."""
-    known = _TABLE[name].dtypes
+def check_dtype(name: str, dtype: torch.dtype, kernels: Mapping[str, Kernel] = OTHERS) -> None:
+    """Raise Refusal if a kernel of a table does not compute in this type."""
+    known = kernels[name].dtypes
     if dtype not in known:
         *names, last = (str(each).removeprefix("torch.") for each in known)
         raise Refusal(
@@ -133,13 +151,14 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
 
 def check_gradient(name: str, device: torch.device) -> None:
     """Raise Refusal if nothing can be trained with attention.kernel=name on this device, for which it is a kernel."""
-    if name not in DELTA_RULES or _is_installed("tilelang"):  # which fla takes in Triton's place
+    kernel = DELTA_RULES.get(name)
+    if kernel is None or kernel.mended_by is None or _is_installed(kernel.mended_by):
         return
     triton = TorchVersion(importlib.metadata.version("triton"))
     if torch.cuda.get_device_capability(device)[0] == 9 and "3.4" <= triton < "3.7.1":
         raise Refusal(
             f"attention.kernel={name} has no right gradient on Hopper with Triton {triton} (fla-org/flash-linear-attention, "
-            "issue 640): train with Triton 3.7.1, install tilelang, or take attention.kernel=torch"
+            f"issue 640): train with Triton 3.7.1, install {kernel.mended_by}, or take attention.kernel=torch"
         )
 
 
@@ -160,6 +179,16 @@ def check_widths(name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
             f"attention.kernel={name} takes kv_lora_rank {_in_words(kernel.latents)} and qk_rope_head_dim "
             f"{_in_words(kernel.rotated)}, not {kv_lora_rank} and {qk_rope_head_dim}; take attention.kernel=torch"
         )
+
+
+def lacks_heads(name: str, K: int, V: int) -> str | None:
+    """Why a kernel of DELTA_RULES is not for keys and values of these widths, as the middle of a sentence; None: it is."""
+    kernel = DELTA_RULES[name]
+    if K not in kernel.keys:
+        return f"takes heads of {_in_words(kernel.keys)} dimensions, and this variant's head_dim is {K}:"
+    if kernel.values is not None and V not in kernel.values:
+        return f"takes values of {_in_words(kernel.values)} dimensions, and this variant's v_head_dim is {V}:"
+    return None
 
 
 def _in_words(widths: Sequence[int]) -> str:

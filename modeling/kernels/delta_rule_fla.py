@@ -22,9 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.kernels.decode_kernels import check_dtype
-
-WIDEST = 256  # of the keys that their chunks take
+from modeling.kernels.decode_kernels import DELTA_RULES, check_dtype
 
 
 def delta_rule_by_fla(
@@ -34,7 +32,7 @@ def delta_rule_by_fla(
 
     q, k and v in bfloat16 or float16, the others in float32. Raises Refusal for another type.
     """
-    check_dtype("fla", q_BTHK.dtype)
+    check_dtype("fla", q_BTHK.dtype, DELTA_RULES)
     run = _operator if torch.compiler.is_compiling() else _run
     return run(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, scale)
 
