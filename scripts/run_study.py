@@ -2,8 +2,8 @@
 
 Any other key=value is an override of every run (model=small, budget.tokens=4e6, device=cpu, tracking=none, ...).
 
-Every run is a fresh process. Repeating the command skips finished runs and continues interrupted ones; runs that were
-finished elsewhere count when their folders are copied into the study's. A failed run is reported at the end.
+The runs of an arm share a process, one after another. Repeating the command skips finished runs and continues interrupted ones;
+runs that were finished elsewhere count when their folders are copied into the study's. A failed run is reported at the end.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
     from harness.runs.corpus import load_data
     from harness.study.progress import Pace
     from harness.study.results import load_results
-    from harness.study.runner import run_all
+    from harness.study.runner import process_pool, run_all
 
     plan, arms, first = command.plan, command.arms, command.plan.first
     if command.tune == "stored":
@@ -166,17 +166,18 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
     evaluate += [f"data_dir={first.data_dir}"]
 
     pace = Pace(len(places), plan.folder)
+    with process_pool(places) as pool:
 
-    def train(specs: Sequence[RunSpec], title: str) -> list[FailureRecord]:
-        return run_all(plan, specs, places=places, evaluate_overrides=evaluate, title=title, pace=pace)
+        def train(specs: Sequence[RunSpec], title: str) -> list[FailureRecord]:
+            return run_all(plan, specs, pool=pool, evaluate_overrides=evaluate, title=title, pace=pace)
 
-    if command.tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
-        pace.later = plan.main_runs(plan.untuned_rates(arms), arms)
-    rates = _rates(command, lambda specs: train(specs, "sweep"))
-    specs = plan.main_runs(rates.chosen, [arm for arm in arms if arm in rates.chosen])
-    keep(command, rates, specs, rates.failures)
-    pace.later = ()
-    failures = rates.failures + train(specs, "runs")
+        if command.tune == "lr":  # at rates that the sweep has yet to find: as many runs, as long
+            pace.later = plan.main_runs(plan.untuned_rates(arms), arms)
+        rates = _rates(command, lambda specs: train(specs, "sweep"))
+        specs = plan.main_runs(rates.chosen, [arm for arm in arms if arm in rates.chosen])
+        keep(command, rates, specs, rates.failures)
+        pace.later = ()
+        failures = rates.failures + train(specs, "runs")
     keep(command, rates, specs, failures)
     report: str | None = None
     # Where nothing has finished the failures are what there is to say.

@@ -52,6 +52,15 @@ def commit() -> str | None:
     return head and head + (CHANGED if dirty else "")
 
 
+def changed_since(moment: float) -> bool:
+    """Whether the project's code is no longer what a process has imported that began then (seconds since the epoch)."""
+    parts = ("*.py", "harness/**/*.py", "modeling/**/*.py", "scripts/*.py")
+    try:
+        return any(file.stat().st_ctime > moment for part in parts for file in ROOT.glob(part))
+    except FileNotFoundError:
+        return True
+
+
 def has_changes(commit: str | None) -> bool:
     """Whether the project's files differed from what `commit` returned."""
     return commit is not None and commit.endswith(CHANGED)

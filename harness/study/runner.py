@@ -1,34 +1,40 @@
-"""Runs of a study, each in a fresh process: a queue over the GPUs present, or one at a time on a CPU.
+"""Runs of a study, in processes of their own: a queue over the GPUs present, or one at a time on a CPU.
 
-A run is judged by what it left on disk: with summary.json and the evaluations it is finished and skipped, with a
-checkpoint it is continued by the very command that started it. A failed one does not stop the others. Children watch
-their standard input, whose other end this process holds: when it dies, however it dies, so do they.
+A process makes runs of one arm, one after another: they share what was imported and compiled, and differ in no setting that
+a process keeps. A run is judged by what it left on disk: with summary.json and the evaluations it is finished and skipped,
+with a checkpoint it is continued by the very command that started it. A failed one does not stop the others, and ends its
+process. Processes watch their standard input, whose other end this one holds: when it dies, however it dies, so do they.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from harness.config.places import ROOT
 from harness.errors import UserError
 from harness.runs.evaluations import judges
 from harness.runs.folder import finished
+from harness.runs.provenance import changed_since
 from harness.runs.records import FailureRecord, read_evaluations, read_summary
 from harness.study.plan import RunSpec, StudyPlan, merged
 from harness.study.progress import Pace, Progress
 
-WORKER = ROOT / "scripts" / "study_run.py"
+SCRIPT = ROOT / "scripts" / "study_run.py"
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 30.0  # for children that were told to stop
+GRACE_SECONDS = 30.0  # for processes that were told to stop
+PROCESSES = 8  # at a time, those that wait for their arm's next run among them, where `jobs` asks for fewer
+SHORT_SECONDS = 600.0  # runs of which it pays to keep the process, and the memory that it holds: starting takes some 10 s
 
 
 @dataclass(frozen=True)
@@ -94,21 +100,154 @@ def check_texts_unchanged(plan: StudyPlan, specs: Sequence[RunSpec]) -> None:
             raise other_data(config.dataset.name, plan.folder / spec.name, "give the study another name=...")
 
 
+class RunProcess:
+    """A process that makes runs of one arm, one after another, in one place (scripts/study_run.py)."""
+
+    def __init__(self, arm: str, place: int, slot: Slot, log: Path) -> None:
+        self.arm, self.place, self.since = arm, place, time.time()
+        self.channel, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(SCRIPT)],
+                cwd=ROOT,
+                env=os.environ | slot.environment,
+                stdin=theirs.fileno(),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def start(self, spec: RunSpec, request: str) -> None:
+        """A run, by a line that study_run.py understands."""
+        self.spec, self.run_since = spec, time.monotonic()
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile: status() says so
+            self.channel.sendall(request.encode() + b"\n")
+
+    def status(self) -> int | None:
+        """Of its run; None while that goes on. A process that ended has ended with it."""
+        with contextlib.suppress(OSError):  # nothing to read yet, or a process that ended
+            if self.channel.recv(1, socket.MSG_DONTWAIT):
+                return 0
+        return self.process.poll()
+
+
+class ProcessPool:
+    """The processes of a study's command, as many at work as it has places. Made by `process_pool`.
+
+    Those whose arm has another run to come wait for it, so that the order of runs need not follow the processes.
+    """
+
+    def __init__(self, places: Sequence[Slot]) -> None:
+        self.places = places
+        self._busy: list[RunProcess] = []
+        self._idle: list[RunProcess] = []  # the one that has waited longest first
+        self._leaving: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def under_way(self) -> list[RunSpec]:
+        return [each.spec for each in self._busy]
+
+    @property
+    def free(self) -> list[int]:
+        """Places, by number."""
+        return sorted({*range(len(self.places))} - {each.place for each in self._busy})
+
+    def waiting(self, arm: str) -> RunProcess | None:
+        """A process that has made runs of this arm and can go on at once."""
+        free = self.free
+        return next((each for each in self._idle if each.arm == arm and each.place in free), None)
+
+    def start(self, spec: RunSpec, log: Path, *, make: Sequence[str], evaluate: Sequence[str]) -> None:
+        """A run in a free place. make: the arguments of train_model.py, or `convert` and those of convert.py."""
+        for each in list(self._idle):  # what a record says of the project's commit is true of the code in the process
+            if each.process.poll() is not None or changed_since(each.since):
+                self._end(each)
+        log.touch()  # read in any case, were the process killed before it has written there
+        process = self.waiting(spec.arm)
+        if process is None:
+            if self._idle and len(self._busy) + len(self._idle) >= max(PROCESSES, len(self.places)):
+                self._end(self._idle[0])
+            place = self.free[0]
+            process = RunProcess(spec.arm, place, self.places[place], log)
+        else:
+            self._idle.remove(process)
+        self._busy.append(process)
+        process.start(spec, json.dumps({"log": str(log), "make": [*make], "evaluate": [*evaluate]}))
+
+    def ended(self, arms: Collection[str]) -> list[tuple[RunSpec, int, float]]:
+        """Runs that have ended, with status and seconds, waited for no longer than POLL_SECONDS.
+
+        arms: those with runs to come, for which processes are kept.
+        """
+        select.select([each.channel for each in self._busy], [], [], POLL_SECONDS)
+        found = []
+        for each in list(self._busy):
+            if (status := each.status()) is None:
+                continue
+            seconds = time.monotonic() - each.run_since
+            found.append((each.spec, status, seconds))
+            self._busy.remove(each)
+            self._idle.append(each)
+            if status or seconds > SHORT_SECONDS:
+                self._end(each)
+        for each in [each for each in self._idle if each.arm not in arms]:
+            self._end(each)
+        return found
+
+    def _end(self, idle: RunProcess) -> None:
+        """It ends with its standard input, and is not waited for."""
+        self._idle.remove(idle)
+        idle.channel.close()
+        self._leaving = [process for process in [*self._leaving, idle.process] if process.poll() is None]
+
+    def close(self) -> None:
+        """Processes at work are told to stop, and in the end none is left."""
+        for each in self._busy:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(each.process.pid, signal.SIGTERM)
+        for each in list(self._idle):
+            self._end(each)
+        deadline = time.monotonic() + GRACE_SECONDS
+        while self._busy and time.monotonic() < deadline:
+            self.ended(
+                ()
+            )  # a run that was at its very end takes no notice of the signal, and its process would wait for another
+        for process in [*(each.process for each in self._busy), *self._leaving]:
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for each in self._busy:
+            each.channel.close()
+
+
+@contextlib.contextmanager
+def process_pool(places: Sequence[Slot]) -> Iterator[ProcessPool]:
+    """Whatever ends the block, no process outlives it."""
+    pool = ProcessPool(places)
+    try:
+        with leaving_on(signal.SIGTERM):
+            yield pool
+    finally:
+        pool.close()
+
+
 def run_all(
     plan: StudyPlan,
     specs: Sequence[RunSpec],
     *,
-    places: Sequence[Slot],
+    pool: ProcessPool,
     evaluate_overrides: Sequence[str],
     title: str,
     pace: Pace | None = None,
 ) -> list[FailureRecord]:
-    """Train and evaluate what is not done yet. Returns the failures; on an interruption every child is stopped first.
+    """Train and evaluate what is not done yet. Returns the failures.
 
     evaluate_overrides: of the machine, for every run alike; the study's own come before them. pace: of a command with
     several phases, so that the later ones know what the earlier ones took.
     """
-    pace = pace or Pace(len(places), plan.folder)
+    pace = pace or Pace(len(pool.places), plan.folder)
     todo = [spec for spec in specs if not is_done(plan, spec)]
     check_texts_unchanged(plan, [spec for spec in specs if spec not in todo])
     if len(todo) < len(specs):
@@ -117,56 +256,41 @@ def run_all(
         return []
     (plan.folder / "logs").mkdir(parents=True, exist_ok=True)
     failures: list[FailureRecord] = []
-    waiting, free = list(todo), list(places)
-    running: dict[subprocess.Popen[bytes], tuple[RunSpec, Slot, float]] = {}
-    with Progress(plan, todo, pace, title=title) as progress, _interruptible(running):
-        while waiting or running:
-            while free and (ready := [each for each in waiting if each.source is None or finished(plan.folder / each.source)]):
-                spec, slot = ready[0], free.pop(0)
+    waiting = list(todo)
+    with Progress(plan, todo, pace, title=title) as progress:
+        while waiting or pool.under_way:
+            while pool.free and (
+                ready := [each for each in waiting if each.source is None or finished(plan.folder / each.source)]
+            ):
+                # A study cut short has its first seeds whole; of one seed, what is compiled in a process goes first.
+                spec = min(ready, key=lambda each: (each.seed, pool.waiting(each.arm) is None))
                 waiting.remove(spec)
-                conversion = plan.conversion(spec)
-                command = [
-                    sys.executable,
-                    str(WORKER),
-                    *(plan.overrides(spec) if conversion is None else ["convert", *conversion]),
-                    "--",
-                    f"run={spec.name}",
-                    f"runs_dir={plan.folder}",
-                    *merged([*plan.config.evaluate, *evaluate_overrides]),
-                ]
-                log = plan.folder / "logs" / f"{spec.name}.log"
-                running[_start(command, slot, log)] = (spec, slot, time.monotonic())
+                conversion, log = plan.conversion(spec), plan.folder / "logs" / f"{spec.name}.log"
+                pool.start(
+                    spec,
+                    log,
+                    make=plan.overrides(spec) if conversion is None else ["convert", *conversion],
+                    evaluate=[
+                        f"run={spec.name}",
+                        f"runs_dir={plan.folder}",
+                        *merged([*plan.config.evaluate, *evaluate_overrides]),
+                    ],
+                )
                 progress.started(spec, log)
-            if not running:  # what is left waits for runs that failed, or are not among these
+            if not pool.under_way:  # what is left waits for runs that failed, or are not among these
                 for spec in waiting:
                     reason = f"the run whose weights it starts from, {spec.source}, is not finished"
                     failures.append({"run": spec.name, "error": reason})
                     progress.ended(spec, reason, 0.0)
                 break
-            time.sleep(POLL_SECONDS)
-            for process in [process for process in running if process.poll() is not None]:
-                spec, slot, started = running.pop(process)
-                free.append(slot)
+            for spec, status, seconds in pool.ended({each.arm for each in [*waiting, *pace.later]}):
                 error = None
-                if process.returncode or not is_done(plan, spec):
-                    error = last_words(plan.folder / "logs" / f"{spec.name}.log", process.returncode)
+                if status or not is_done(plan, spec):
+                    error = last_words(plan.folder / "logs" / f"{spec.name}.log", status)
                     failures.append({"run": spec.name, "error": error})
-                progress.ended(spec, error, time.monotonic() - started)
-            progress.update([spec for spec, _, _ in running.values()])
+                progress.ended(spec, error, seconds)
+            progress.update(pool.under_way)
     return failures
-
-
-def _start(command: Sequence[str], slot: Slot, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | slot.environment,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
 
 
 @contextlib.contextmanager
@@ -182,25 +306,6 @@ def leaving_on(*signals: signal.Signals) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _interruptible(running: Mapping[subprocess.Popen[bytes], Any]) -> Iterator[None]:
-    """Whatever ends the block, no child outlives it."""
-    try:
-        with leaving_on(signal.SIGTERM):
-            yield
-    finally:
-        for process in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for process in running:
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 def last_words(log: Path, status: int) -> str:

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,7 @@ class WandbRun:
             "WANDB_ERROR_REPORTING": "false",
         }
         self._borrowed = [key for key in wanted if key not in os.environ]
+        self._hooks = sys.exit, sys.excepthook
         os.environ.update({key: wanted[key] for key in self._borrowed})
         try:
             with library():
@@ -243,13 +245,14 @@ class WandbRun:
         return whole
 
     def _leave(self) -> None:
-        """Ends the client's service process and gives the environment back: the next run starts from nothing."""
+        """Ends the client's service process, gives environment and hooks back: the next run starts from nothing."""
         # A service that ended badly makes the client leave the interpreter; whatever was lost has been said by now.
         with contextlib.suppress(Exception, SystemExit):
             if self._wandb is not None:
                 self._wandb.teardown()
         for key in self._borrowed:
             os.environ.pop(key, None)
+        sys.exit, sys.excepthook = self._hooks  # else every run of a process adds its own, which prints a traceback once more
 
 
 def _refusal(log: Path) -> int | None:

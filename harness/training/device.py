@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import random
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -116,13 +118,16 @@ def set_generators(states: list[torch.Tensor], device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the count anew where the device can; a process's resident memory (CPU) only ever grows."""
+    """Start the count anew: of tensors on CUDA, else of the resident size, which Linux alone allows (proc(5), clear_refs)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA: most bytes in tensors at a time. CPU and MPS: the process's largest resident size."""
+    """Since the count began. CUDA: most bytes in tensors at a time. CPU and MPS: the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

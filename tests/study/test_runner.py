@@ -19,7 +19,7 @@ import pytest
 from harness.errors import UserError
 from harness.study.plan import ArmConfig, StudyConfig, StudyPlan, TuneConfig, build_plan
 from harness.study.results import load_results
-from harness.study.runner import Slot, is_done, last_words, run_all, slots, tuned
+from harness.study.runner import Slot, is_done, last_words, process_pool, run_all, slots, tuned
 from scripts import run_study
 from tests.support.forks import Forks, wait_for
 from tests.support.micro import Workplace, summary_of
@@ -61,7 +61,8 @@ def carried_out(command: run_study.Command) -> int:
 
 def run(place: Workplace, plan: StudyPlan, specs: list) -> list:  # type: ignore[type-arg]
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
-    return run_all(plan, specs, places=[ONE_THREAD, ONE_THREAD], evaluate_overrides=machine, title="runs")
+    with process_pool([ONE_THREAD, ONE_THREAD]) as pool:
+        return run_all(plan, specs, pool=pool, evaluate_overrides=machine, title="runs")
 
 
 def test_a_failed_run_is_reported_and_stops_nothing_and_what_is_finished_is_not_repeated(
@@ -252,16 +253,18 @@ def ended_in_its_second_run(forks: Forks, place: Workplace, number: signal.Signa
     said.touch()
     process = forks.start(script, "study=demo", *runs, *where, *machine, streams=[os.devnull, said, os.devnull])
     wait_for(lambda: len(list(place.runs.glob("killed/*/metrics.jsonl"))) >= 2, process)
-    (run,) = map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+    started = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert started
     process.send_signal(number)
     status = process.wait(60)
     deadline = time.monotonic() + 30
-    with contextlib.suppress(OSError):
-        while Path(f"/proc/{run}/cmdline").read_bytes():  # nothing: it has ended
-            if time.monotonic() > deadline:
-                os.kill(run, signal.SIGKILL)
-                pytest.fail("a run outlived its study")
-            time.sleep(0.05)
+    for run in map(int, started):
+        with contextlib.suppress(OSError):
+            while Path(f"/proc/{run}/cmdline").read_bytes():  # nothing: it has ended
+                if time.monotonic() > deadline:
+                    os.kill(run, signal.SIGKILL)
+                    pytest.fail("a run outlived its study")
+                time.sleep(0.05)
     assert len(list(place.runs.glob("killed/*/summary.json"))) == 1, "nor has it gone on to its end"
     return status, said.read_text()
 

@@ -1,12 +1,13 @@
 """A study whose runs cost no seconds of imports: forked_runs(), and a program for tests/support/killed.py.
 
-The program's first argument is the folder above study/NAME.yaml, the others are those of scripts/run_study.py. Runs are
-processes of their own here too, forked from the one that runs the study and not started anew.
+The program's first argument is the folder above study/NAME.yaml, the others are those of scripts/run_study.py. Runs
+have processes of their own here too, forked from the one that runs the study and not started anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -34,21 +35,19 @@ from scripts import run_study, study_run
 class Forked:
     """What harness/study/runner.py uses of subprocess.Popen."""
 
-    def __init__(self, command: Sequence[str], *, env: dict[str, str], stdout: IO[bytes], **_: Any) -> None:
-        reading, self.stdin = os.pipe()
+    def __init__(self, command: Sequence[str], *, env: dict[str, str], stdin: int, stdout: IO[bytes], **_: Any) -> None:
         self.returncode: int | None = None
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            os.dup2(reading, 0)
+            os.dup2(stdin, 0)
             os.dup2(stdout.fileno(), 1)
             os.dup2(stdout.fileno(), 2)
             sys.stdout, sys.stderr = (os.fdopen(stream, "w", closefd=False) for stream in (1, 2))
             os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # else others' pipes and locks live as long as this run
             torch.set_num_threads(int(env["OMP_NUM_THREADS"]))  # more would wait for threads of the process it comes from
             _run(command[2:])
-        os.close(reading)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -56,7 +55,7 @@ class Forked:
             self.returncode = os.waitstatus_to_exitcode(status) if found else None
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float = math.inf) -> int:
         until = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > until:
@@ -67,7 +66,7 @@ class Forked:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """One run, and the end of its process."""
+    """Runs, and the end of their process."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())
