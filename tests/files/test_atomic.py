@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
+import harness.report.page
 import harness.report.plots
 import harness.report.write
 import harness.runs.folder
 from harness.errors import UserError
-from harness.files.atomic import written_together
+from harness.files.atomic import write_text, written_together
 from scripts import benchmark_decode, compare_runs, report
 from tests.decode.test_speed import MICRO
 from tests.report.test_comparison import make_run
@@ -61,6 +63,16 @@ COMMANDS: dict[str, tuple[Callable[[Path, int], Path], Any, str]] = {
 }
 
 
+@pytest.fixture
+def drawn_at_once() -> Iterator[None]:
+    """What the pages' pictures are does not matter here, and drawing them takes seconds."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(harness.report.page, "as_svg", lambda *_, **__: Markup(""))
+        patched.setattr(harness.report.write, "save_png", lambda picture, path: write_text(path, picture.name))
+        yield
+
+
+@pytest.mark.usefixtures("drawn_at_once")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_disk_that_fills_up_leaves_the_set_of_before(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, module, last = COMMANDS[command]
