@@ -94,7 +94,7 @@ DELTA_RULES = {
         "triton",
         TRITON,
         HALF_PRECISION,
-        keys=(64,),  # found right on a GPU, as narrower ones were not: docs/LOG.md
+        keys=(64,),  # measured on a GPU, where narrower ones were wrong: docs/LOG.md
         values=(64,),
         interpreted=True,
     ),
