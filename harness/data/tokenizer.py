@@ -199,8 +199,8 @@ def bytes_specification() -> dict[str, Any]:
 
 
 def _check_vocabulary(specification: dict[str, Any]) -> None:
-    """Raises ValueError for what the library would not refuse: it takes memory for all ids up to the largest, and breaks
-    down, with words of its own on stderr, where the second part of a merge lacks the prefix that it is to lose."""
+    """Raises ValueError for what the library does not refuse. It allocates memory for every id up to the largest, and it
+    panics where the second part of a merge does not begin with the prefix that the library cuts off."""
     model, added = specification.get("model"), specification.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(added, list):
         raise ValueError("it has no vocabulary")

@@ -46,9 +46,9 @@ def evaluate_model(
     """Perplexity of a split in the own window of the model of `losses`, in evaluation mode; the mode before is put back.
 
     Of a model that has always seen tokens before a document (texts.begins), the last one stands in for the end of text there.
-    through: the kind of cache that every window is decoded through, all of its tokens in one call; the figures are those
-    of decoding them one by one, and beside them stand those without the cache, and as a loss how far the distributions of
-    the next token are apart, KL(without || through). None: without a cache. share: see evaluate_split. poll is called
+    through: the kind of cache that every window is decoded through, all of its tokens in one call, with the figures of
+    decoding them one by one. Beside them stand the figures without the cache, and the mean KL(without || through) of the
+    next token's distributions, in nats. None: without a cache. share: see evaluate_split. poll is called
     before every batch and may raise.
     """
     model, device = losses.model, losses.device

@@ -35,11 +35,11 @@ def listed(folder: Path, what: str | None = None) -> list[Path]:
 
 
 def refuse_links(folder: Path, names: Sequence[str] = WRITTEN) -> None:
-    """Raises UserError if one of these below a run's folder, or anything that lies in one of them, is a link to elsewhere,
-    or is there and no file or folder, as it has to be.
+    """Raises UserError if one of these entries of a run's folder, or anything inside one, is a link or is neither a file nor
+    a folder.
 
-    So is a file with a second name (a hard link): writing into one would change the other. Files in checkpoints/ have such
-    names of ours, best/, and are never written to.
+    A file with a second name (a hard link) is refused too: writing to it would change what the other name stands for. The
+    second names that we give ourselves, checkpoints/best/, are of files that are never written to.
     """
     for path in (folder / name for name in names):
         if path.is_file() and not path.is_symlink() and path.stat().st_nlink > 1:

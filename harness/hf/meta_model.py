@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,16 @@ class DoesNotRun(Exception):
     """transformers' class and a configuration do not go together; the cause is what the class raised."""
 
 
+class _Mistake(Exception):
+    """Of this file, where it answers in place of a tensor while transformers runs; the cause says which."""
+
+
 @contextlib.contextmanager
 def _their_code() -> Iterator[None]:
-    """Around calls of transformers and no code of ours: what is raised inside is about the configuration."""
+    """Around calls of transformers: what is raised inside is about the configuration, unless it is a mistake of ours."""
     try:
         yield
-    except MemoryError:
+    except (MemoryError, _Mistake):
         raise
     except Exception as error:
         raise DoesNotRun from error
@@ -164,8 +168,22 @@ def _without_data() -> Any:
 
     Models ask so for checks of masks and for the tokens that an expert received; no shape of a cache hangs on it.
     """
-    import torch
     from torch.overrides import TorchFunctionMode
+
+    class WithoutData(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            try:
+                answer = _answer(func, args, kwargs or {})
+            except Exception as error:
+                raise _Mistake from error
+            return answer()
+
+    return WithoutData()
+
+
+def _answer(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Callable[[], Any]:
+    """What a call on tensors without data returns, once it is called: what it raises then is not ours."""
+    import torch
 
     zero = {
         torch.Tensor.item: 0,
@@ -179,24 +197,19 @@ def _without_data() -> Any:
     def is_mask(at: Any) -> bool:
         return isinstance(at, torch.Tensor) and at.dtype == torch.bool and at.dim() == 1
 
-    class Answers(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-                if func in zero:
-                    return zero[func]
-                if func in empty or (func in (torch.where, torch.Tensor.where) and len(args) + len(kwargs) == 1):
-                    found = torch.empty(0, args[0].dim(), dtype=torch.long, device="meta")
-                    return found.unbind(1) if func not in empty or kwargs.get("as_tuple") else found
-                if func is torch.Tensor.__getitem__:
-                    mask = args[1]
-                    if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
-                        return args[0].reshape(-1, *args[0].shape[mask.dim() :])
-                    if isinstance(mask, tuple):
-                        args = args[0], tuple(slice(None) if is_mask(at) else at for at in mask)
-            return func(*args, **kwargs)
-
-    return Answers()
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+        if func in zero:
+            return lambda: zero[func]
+        if func in empty or (func in (torch.where, torch.Tensor.where) and len(args) + len(kwargs) == 1):
+            found = torch.empty(0, args[0].dim(), dtype=torch.long, device="meta")
+            return (lambda: found.unbind(1)) if func not in empty or kwargs.get("as_tuple") else (lambda: found)
+        if func is torch.Tensor.__getitem__:
+            mask = args[1]
+            if isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
+                return lambda: args[0].reshape(-1, *args[0].shape[mask.dim() :])
+            if isinstance(mask, tuple):
+                args = args[0], tuple(slice(None) if is_mask(at) else at for at in mask)
+    return lambda: func(*args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -88,9 +88,10 @@ def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
     """May the unfinished run in this folder, begun as `older`, go on as `config`, which differs from it?
 
     A larger budget is the one change of what a run is that a command may make. The rate of a warm-up-stable-decay schedule
-    does not depend on the budget until it falls: as long as no step of the decay has been made, under neither budget, the
-    steps that are added go between the last step made and the decay, and the warm-up keeps the length that it had when
-    the run began. Raises UserError when all that differs is a larger budget that comes too late.
+    does not depend on the budget until it falls: as long as the decay has begun under neither budget, the added steps go
+    between the last step made and the decay. The warm-up keeps the length that it had when the run began.
+
+    Raises UserError when all that differs is a larger budget that comes too late.
     """
     budgets = training_steps(config), training_steps(older)
     if config.schedule.name != "wsd" or budgets[0] <= budgets[1]:

@@ -40,8 +40,8 @@ PATIENCE_SECONDS = 20.0
 def multi_process_service(places: Sequence[Slot], *, trial: Sequence[str] = TRIAL) -> Iterator[list[Slot]]:
     """The places, each with what its runs need to compute through a service that lasts as long as the block.
 
-    They stay as they are where no two of them share a GPU, where the service is not installed or another one is in use, and
-    where it does not start or `trial` (a command whose status says whether a process can compute) fails, which is said.
+    They stay as they are where no two share a GPU, and where the service is not installed or another one is in use. They do
+    too, with a word about it, where it does not start or where `trial` fails, a command that computes through it.
     """
     gpus = [place.environment.get("CUDA_VISIBLE_DEVICES") for place in places]
     shared = None not in gpus and len(set(gpus)) < len(gpus)

@@ -47,9 +47,9 @@ class Slot:
 def slots(gpus: Sequence[str], *, jobs: int | None, cores: int) -> list[Slot]:
     """One a GPU, or `jobs` a GPU; without GPUs one, or `jobs` that share the cores.
 
-    Small models leave most of a GPU idle: several runs at a time finish sooner, each of them more slowly. Those on GPUs share
-    the cores for compiling: by itself each process starts a compiler a core, though nearly all is compiled already (eight
-    runs of `mini` on one GPU and 16 cores took 55 s with one each and 65 s otherwise).
+    Small models leave most of a GPU idle: several runs at a time finish sooner, each of them more slowly. Those on GPUs
+    share the cores for compiling. Left alone, each process starts as many compilers as there are cores, though nearly all is
+    compiled already: eight runs of `mini` on one GPU and 16 cores took 65 s so, and 55 s with one compiler each.
     """
     if gpus:
         count = len(gpus) * (jobs or 1)

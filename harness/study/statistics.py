@@ -348,12 +348,12 @@ def residual_deviation(
 
 
 def equal_variances(values: Values, *, apart: Collection[str] = (), lineages: Lineages | None = None) -> float | None:
-    """p of Bartlett's test that all arms but those apart scatter alike; of a lineage its first arm with seeds that differ.
-    None with fewer than two of them.
+    """p of Bartlett's test that all arms except `apart` scatter alike. A lineage is represented by its first arm whose seeds
+    differ. None with fewer than two groups.
 
-    Bartlett's, although it takes outliers for unequal variances: tests that do not, such as Brown and Forsythe's, look at
-    distances from the median, of which two seeds give equal ones and three give a zero, so that they find nothing at all
-    there (docs/STUDIES.md). A false alarm costs nothing: the wider interval decides in any case.
+    Bartlett's, although it takes outliers for unequal variances. Tests that do not, such as Brown and Forsythe's, look at
+    distances from the median: with two seeds these are equal, with three one of them is zero, and the test finds nothing
+    (docs/STUDIES.md). A false alarm costs nothing: the wider interval decides in any case.
     """
     from scipy import stats
 

@@ -75,8 +75,8 @@ def _new_id(folder: Path) -> str:
 
 
 def _wait_for_a_folder_of_its_own(clients: Path, run_id: str) -> None:
-    """Up to a second: the client names a folder by the second and the run, and what is tracked there first is lost to a
-    second part of the same run that begins within it (two short commands in a row).
+    """Waits up to a second. The client names its folder by the run and the time in seconds, so two short commands on one run
+    in the same second would share a folder, and what the first one tracked would be lost.
     """
     while any(clients.glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{glob.escape(run_id)}")):
         time.sleep(0.02)

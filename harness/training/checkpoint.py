@@ -428,13 +428,13 @@ def _set_generators(states: _Generators) -> None:
     keys, position, has_gauss, cached = states["numpy"]
     if len(keys) != 624 or not 0 <= position <= 624:  # NumPy would read beyond its state
         raise Unreadable("no state of NumPy's generator")
-    cuda = list(enumerate(states["cuda"][: torch.cuda.device_count()]))
+    cpu, *cuda = [_decode(state) for state in (states["torch"], *states["cuda"][: torch.cuda.device_count()])]
     try:  # around nothing but their calls
         random.setstate(python)
         np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(_decode(states["torch"]))
-        for index, state in cuda:
-            torch.cuda.set_rng_state(_decode(state), index)
+        torch.set_rng_state(cpu)
+        for index, state in enumerate(cuda):
+            torch.cuda.set_rng_state(state, index)
     except Exception as error:  # whatever three libraries make of foreign states
         raise Unreadable(in_a_line(error)) from error
 
@@ -444,4 +444,8 @@ def _encode(state: Tensor) -> str:
 
 
 def _decode(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    """Raises Unreadable for what is no state in base64."""
+    try:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+    except ValueError as error:
+        raise Unreadable(in_a_line(error)) from error

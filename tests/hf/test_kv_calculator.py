@@ -966,6 +966,10 @@ def test_a_fault_of_ours_in_measuring_is_not_the_config_jsons(monkeypatch: pytes
         with monkeypatch.context() as planted, pytest.raises(ValueError, match="who is to blame"):
             planted.setattr(ours, name, fault)
             describe_config(LLAMA_3_8B, name="tested")
+    with monkeypatch.context() as planted, pytest.raises(meta_model._Mistake) as inside:  # while transformers runs
+        planted.setattr(meta_model, "_answer", fault)
+        describe_config(LLAMA_3_8B, name="tested")
+    assert str(inside.value.__cause__) == "who is to blame"
     for name in ("forward", "_from_config"):
         with monkeypatch.context() as planted, pytest.raises(UserError, match=r"cannot run its class .*Error: who is to blame"):
             planted.setattr(LlamaModel, name, fault)
