@@ -12,6 +12,7 @@ import torch
 from harness.config.compose import load_train_config
 from harness.config.schema import TrackingConfig
 from harness.data import prepared
+from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.report.verdicts_from_csv import restated
 from harness.study.progress import trained_so_far
@@ -37,8 +38,14 @@ def chosen(_: Path) -> None:
     choose_backend("sdpa_flash", dropout=0.0, device=torch.device("cpu"), dtype=torch.float32, **sizes)
 
 
+def tokenized(folder: Path) -> None:
+    Tokenizer.train_bpe(["a text"], 300).save(folder)
+    Tokenizer.load(folder)
+
+
 PLACES: dict[str, Callable[[Path], object]] = {
     "harness.config.compose.derive": lambda _: load_train_config(["attention=mla", "model=tiny", "tokenizer=bytes"]),
+    "harness.data.tokenizer._texts": tokenized,
     "harness.report.verdicts_from_csv._cell": lambda _: restated(ROOT / "docs/studies/kv_budget/report.csv", "kv_budget"),
     "harness.study.progress.is_count": progressed,
     "harness.tracking.wandb_run.kept_id": tracked,

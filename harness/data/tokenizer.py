@@ -11,7 +11,7 @@ from typing import Any
 
 from harness.errors import UserError, in_a_line, readable
 from harness.files.hashes import file_sha256
-from harness.files.untrusted import is_count, parse_object
+from harness.files.untrusted import Unreadable, is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
 # How pretrained tokenizers call it, in the order of preference.
@@ -84,7 +84,9 @@ class Tokenizer:
             specification = parse_object(content)
             _check_vocabulary(specification)
             _check_growth(specification)
-            return cls(tokenizers.Tokenizer.from_str(content.decode("utf-8")))
+            with _library():
+                backend = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        return cls(backend)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -132,7 +134,7 @@ class Tokenizer:
         """The tokens that the post_processor puts before and behind a text."""
         if self._backend is None:
             return (), ()
-        with _refusing("the tokenizer cannot encode this text"):
+        with _refusing("the tokenizer cannot encode this text"), _library():
             ids = self._backend.encode("a").ids
             plain = self._backend.encode("a", add_special_tokens=False).ids
         start = next(n for n in range(len(ids) + 1) if ids[n : n + len(plain)] == plain)  # they are there
@@ -149,7 +151,7 @@ class Tokenizer:
             return self.encode(text)
         self._backend.encode_special_tokens = False
         try:
-            with _refusing("the tokenizer cannot encode this text"):
+            with _refusing("the tokenizer cannot encode this text"), _library():
                 tokens = list(self._backend.encode(text, add_special_tokens=False).ids)
         finally:
             self._backend.encode_special_tokens = True
@@ -160,14 +162,14 @@ class Tokenizer:
         """Tokens of several texts, each as one piece, on all cores. Memory: about 40 bytes a character."""
         if self._backend is None:
             return [list(text.encode()) for text in texts]
-        with _refusing("the tokenizer cannot encode this text"):
+        with _refusing("the tokenizer cannot encode this text"), _library():
             return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens; an end of text is nothing, half a character becomes U+FFFD."""
         if self._backend is None:
             return bytes(token for token in tokens if token < _BYTES).decode("utf-8", errors="replace")
-        with _refusing("the tokenizer cannot decode its own tokens"):
+        with _refusing("the tokenizer cannot decode its own tokens"), _library():
             return str(self._backend.decode(list(tokens), skip_special_tokens=True))
 
     def pieces(self, blocks: Iterable[str]) -> Iterator[str]:
@@ -199,17 +201,17 @@ def bytes_specification() -> dict[str, Any]:
 
 
 def _check_vocabulary(specification: dict[str, Any]) -> None:
-    """Raises ValueError for what the library does not refuse. It allocates memory for every id up to the largest, and it
+    """Raises Unreadable for what the library does not refuse. It allocates memory for every id up to the largest, and it
     panics where the second part of a merge does not begin with the prefix that the library cuts off."""
     model, added = specification.get("model"), specification.get("added_tokens") or []
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(added, list):
-        raise ValueError("it has no vocabulary")
+        raise Unreadable("it has no vocabulary")
     vocabulary = model["vocab"]
     ids = [] if isinstance(vocabulary, list) else list(vocabulary.values())
     ids += [token.get("id") for token in added if isinstance(token, dict)]
     most = 2 * (len(vocabulary) + len(added)) + _MOST_GAPS
     if not all(is_count(number) and number < most for number in ids):
-        raise ValueError(f"an id of its vocabulary is no whole number below {most:,}")
+        raise Unreadable(f"an id of its vocabulary is no whole number below {most:,}")
     prefix, merges = model.get("continuing_subword_prefix"), model.get("merges")
     if isinstance(prefix, str) and prefix and isinstance(merges, list):
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
@@ -217,11 +219,11 @@ def _check_vocabulary(specification: dict[str, Any]) -> None:
             isinstance(pair, list) and len(pair) == 2 and isinstance(pair[1], str) and pair[1].startswith(prefix)
             for pair in pairs
         ):
-            raise ValueError(f"a merge lacks the prefix {prefix[:20]!r}")
+            raise Unreadable(f"a merge lacks the prefix {prefix[:20]!r}")
 
 
 def _check_growth(specification: dict[str, Any]) -> None:
-    """Raises ValueError for steps that, one after the other, make a short text a long one: thirty Replaces of a by aa, a
+    """Raises Unreadable for steps that, one after the other, make a short text a long one: thirty Replaces of a by aa, a
     few thousand bytes, make a letter a gigabyte, already while the library loads them.
 
     A short text that holds every pattern is taken through them step by step, and looked at after each.
@@ -233,25 +235,28 @@ def _check_growth(specification: dict[str, Any]) -> None:
         steps = _flat(specification.get(kind), inner)
         patterns = "".join(text for step in steps for text in _texts(step))
         if len(steps) > _MOST_STEPS or len(patterns) > _MOST_PATTERNS:
-            raise ValueError(f"its {kind} has more steps, or longer patterns, than any has")
+            raise Unreadable(f"its {kind} has more steps, or longer patterns, than any has")
         text = f"{_PROBE}{patterns}"
         most = _MOST_GROWTH * len(text)
         for step in steps:
             # Looked at before: one step alone puts its text in the place of every match.
             if len(text) * max(map(len, _texts(step)), default=1) > _MOST_TEXT:
-                raise ValueError(f"its {kind} makes a short text too long")
-            part = getattr(tokenizers.Tokenizer.from_str(json.dumps(plain | {kind: step})), kind)
-            if kind == "normalizer":
-                text = part.normalize_str(text)
-            elif kind == "pre_tokenizer":
-                text = "".join(piece for piece, _ in part.pre_tokenize_str(text))
-            else:
-                text = part.decode([text])
+                raise Unreadable(f"its {kind} makes a short text too long")
+            with _library():
+                part = getattr(tokenizers.Tokenizer.from_str(json.dumps(plain | {kind: step})), kind)
+                if kind == "normalizer":
+                    text = part.normalize_str(text)
+                elif kind == "pre_tokenizer":
+                    text = "".join(piece for piece, _ in part.pre_tokenize_str(text))
+                else:
+                    text = part.decode([text])
             if len(text) > most:
-                raise ValueError(f"its {kind} makes a short text more than {_MOST_GROWTH} times as long")
+                raise Unreadable(f"its {kind} makes a short text more than {_MOST_GROWTH} times as long")
     for step in _flat(specification.get("post_processor"), "processors"):
-        if sum("Sequence" in piece for piece in step.get("single") or [] if isinstance(piece, dict)) > 1:
-            raise ValueError("its post_processor repeats the text")
+        single = step.get("single")
+        pieces = single if isinstance(single, list) else []
+        if sum("Sequence" in piece for piece in pieces if isinstance(piece, dict)) > 1:
+            raise Unreadable("its post_processor repeats the text")
 
 
 _PROBE = " The quick brown fox jumps over the lazy dog, 0123456789.\n\téß海 "
@@ -273,16 +278,28 @@ def _flat(part: Any, inner: str) -> list[dict[str, Any]]:
 
 def _texts(step: Any) -> list[str]:
     """All text in a step: patterns, what stands in their place, what comes before."""
-    if isinstance(step, str):
-        return [step]
-    if isinstance(step, dict):
-        return [text for key, value in step.items() if key not in ("type", "precompiled_charsmap") for text in _texts(value)]
-    return []
+    texts, left = [], [step]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict):
+            left += reversed([value for key, value in part.items() if key not in ("type", "precompiled_charsmap")])
+    return texts
 
 
 @contextlib.contextmanager
 def _refusing(sentence: str) -> Iterator[None]:
-    """What the library makes of a specification that is not sound is a UserError.
+    """What is Unreadable inside is a UserError."""
+    try:
+        yield
+    except Unreadable as error:
+        raise UserError(f"{sentence} ({error}): take another tokenizer.json") from error
+
+
+@contextlib.contextmanager
+def _library() -> Iterator[None]:
+    """Around nothing but calls of `tokenizers`: what it makes of a specification that is not sound is Unreadable.
 
     It raises plain Exception, and where its Rust code gives up a PanicException, which is none.
     """
@@ -291,7 +308,7 @@ def _refusing(sentence: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{sentence} ({in_a_line(error)}): take another tokenizer.json") from error
+        raise Unreadable(in_a_line(error)) from error
 
 
 def _pieces(blocks: Iterable[str], size: int) -> Iterator[str]:
