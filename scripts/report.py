@@ -22,7 +22,7 @@ import json
 from harness.config.places import user_path
 from harness.config.schema import Tracker, TrackingConfig
 from harness.entry.cli import parse_options, run_script
-from harness.errors import UserError
+from harness.errors import UserError, writable
 
 
 @dataclass
@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
         told, picture = restated(user_path(options.csv), options.study, _pairs(options.pairs))
         print(told)
         if options.picture is not None:
-            save_png(picture, user_path(options.picture))
+            with writable(f"picture={options.picture}", "name a file in a folder that takes it"):
+                save_png(picture, user_path(options.picture))
         return 0
     for name, given in (("pairs", options.pairs), ("picture", options.picture)):
         if given is not None:

@@ -38,6 +38,8 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
         for row in _rows(file):
             if _cell(row, "kind", str) == "study":
                 arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
+                if seed in values[metric.name].get(arm, {}):
+                    raise Unreadable(f"two rows of arm {arm}, seed {seed}")
                 bytes_per_token[arm] = _cell(row, "cache_bytes_per_token", float)
                 for name, of_metric in values.items():
                     of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)

@@ -324,6 +324,12 @@ def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path,
         report.main(["study=convert", f"csv={ROOT / file}", "pairs=gqa"])
     with pytest.raises(UserError, match=r"picture=\.\.\. is for csv=FILE"):
         report.main(["study=convert", f"picture={drawn}"])
+    with pytest.raises(UserError, match=r"^picture=.* cannot be written \(Is a directory\): name a file"):
+        report.main(["study=convert", f"csv={ROOT / file}", f"picture={tmp_path}"])
+    twice = tmp_path / "twice.csv"  # two reports in one file, of which the second row would stand for both
+    twice.write_text(2 * (ROOT / file).read_text("utf-8").replace("\r\n", "\n"), "utf-8")
+    with pytest.raises(UserError, match=r"cannot be read as a study's report\.csv \(two rows of arm gqa, seed \d+\)"):
+        report.main(["study=convert", f"csv={twice}"])
 
 
 def test_more_arms_than_a_reader_tells_apart_stand_in_a_panel_for_each_level() -> None:
