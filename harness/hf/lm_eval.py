@@ -263,7 +263,7 @@ def as_language_model(answers: Answers) -> Any:
     """The harness's LM (lm_eval.api.model.LM) that answers with `answers`."""
     from lm_eval.api.model import LM
 
-    class LanguageModel(LM):
+    class AnsweringModel(LM):
         def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
             return answers.log_likelihoods([request.args for request in requests])
 
@@ -281,7 +281,7 @@ def as_language_model(answers: Answers) -> Any:
                     texts[number] = text
             return texts
 
-    return LanguageModel()
+    return AnsweringModel()
 
 
 @dataclass(frozen=True)

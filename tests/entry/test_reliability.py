@@ -256,7 +256,12 @@ def test_a_mistake_of_ours_is_not_called_damage(
         raise error("ours")
 
     read = ("training.checkpoint._describe", "training.checkpoint._headers", "files.untrusted.parse_object")
-    for ours in (*read, "training.checkpoint._set_generators", "training.nonfinite.Guard.restore"):
+    for ours in (
+        *read,
+        "training.checkpoint._set_generators",
+        "training.checkpoint._decode",
+        "training.nonfinite.Guard.restore",
+    ):
         with monkeypatch.context() as planted, pytest.raises(error, match="ours"):
             planted.setattr(f"harness.{ours}", fail)
             place.train("run", *OFTEN)
