@@ -208,10 +208,9 @@ class ProcessPool:
         for each in list(self._idle):
             self._end(each)
         deadline = time.monotonic() + GRACE_SECONDS
+        # A run that was at its very end takes no notice of the signal, and its process would wait for another.
         while self._busy and time.monotonic() < deadline:
-            self.ended(
-                ()
-            )  # a run that was at its very end takes no notice of the signal, and its process would wait for another
+            self.ended(())
         for process in [*(each.process for each in self._busy), *self._leaving]:
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
