@@ -6,6 +6,7 @@ What descends from which runs, what was converted and what was declared is read 
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,7 +41,9 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
                 arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
                 if seed in values[metric.name].get(arm, {}):
                     raise Unreadable(f"two rows of arm {arm}, seed {seed}")
-                bytes_per_token[arm] = _cell(row, "cache_bytes_per_token", float)
+                bytes_per_token[arm] = held = _cell(row, "cache_bytes_per_token", float)
+                if not 0 < held < math.inf:
+                    raise Unreadable(f"cache_bytes_per_token={held:g} of arm {arm}")
                 for name, of_metric in values.items():
                     of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
     except (OSError, Unreadable) as error:

@@ -330,6 +330,10 @@ def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path,
     twice.write_text(2 * (ROOT / file).read_text("utf-8").replace("\r\n", "\n"), "utf-8")
     with pytest.raises(UserError, match=r"cannot be read as a study's report\.csv \(two rows of arm gqa, seed \d+\)"):
         report.main(["study=convert", f"csv={twice}"])
+    nothing = tmp_path / "nothing.csv"  # which has no place on a logarithmic scale
+    nothing.write_text("kind,arm,seed,cache_bytes_per_token\nstudy,gqa,1,0\n", "utf-8")
+    with pytest.raises(UserError, match=r"cannot be read as a study's report\.csv \(cache_bytes_per_token=0 of arm gqa\)"):
+        report.main(["study=convert", f"csv={nothing}"])
 
 
 def test_more_arms_than_a_reader_tells_apart_stand_in_a_panel_for_each_level() -> None:
