@@ -144,12 +144,13 @@ def contrasts_picture(findings: Findings) -> Picture:
 
 
 def trends_picture(findings: Findings) -> Picture:
-    """How the differences of declared trends change with the size they are over: a picture for each such size."""
-    metric, drawn = findings.metric, [trend for trend, _, _ in findings.trends]
-    looks = styles({trend.name: trend.name for trend in drawn})
+    """How the differences of the trends change with the size that they are over: a panel for each such size."""
+    metric, trends = findings.metric, [trend for trend, _, _ in findings.trends]
+    looks = styles({trend.name: trend.name for trend in trends})
+    sizes = {trend.name: findings.results.record["trends"][trend.name]["over"] for trend in trends}
     panels = []
-    for over in dict.fromkeys(findings.results.record["trends"][trend.name]["over"] for trend in drawn):
-        of_size = [trend for trend in drawn if findings.results.record["trends"][trend.name]["over"] == over]
+    for over in dict.fromkeys(sizes.values()):
+        of_size = [trend for trend in trends if sizes[trend.name] == over]
         series = []
         for place, trend in enumerate(of_size):
             marks = []

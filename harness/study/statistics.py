@@ -213,6 +213,11 @@ class _Compared:
     deviation: float  # of a run, the root mean square of the two arms'; of a pair, of its differences
     estimates: list[_Estimate]  # from the arms' own deviations, then the pooled one; none without an error bar
 
+    @property
+    def wider(self) -> _Estimate | None:
+        """The one that decides."""
+        return max(self.estimates, key=lambda each: each.half, default=None)
+
 
 def contrasts(
     values: Values,
@@ -253,8 +258,8 @@ def contrasts(
     verdicts = []
     for i, ((a, b), of_pair) in enumerate(zip(pairs, found, strict=True)):
         contrast = Contrast(a, b, i < declared, *of_pair.seeds, of_pair.paired, of_pair.difference, margin=margin)
-        if of_pair.estimates:
-            own, wider = of_pair.estimates[0], max(of_pair.estimates, key=lambda each: each.half)
+        if (wider := of_pair.wider) is not None:
+            own = of_pair.estimates[0]
             deciding = p[i] if p_holm[i] is None else p_holm[i]
             assert deciding is not None
             alpha = ALPHA / unresolved if i < declared and deciding >= ALPHA else ALPHA
@@ -302,9 +307,8 @@ def trends(
         x_N = np.log2(at) - np.log2(at).mean()
         weights = (x_N / (x_N @ x_N)).tolist()
         slope = sum(weight * each.difference for weight, each in zip(weights, compared, strict=True))
-        halves = [max((estimate.half for estimate in each.estimates), default=None) for each in compared]
-        differences = zip([each.difference for each in compared], halves, strict=True)
-        trend = Trend(name, tuple(pairs), tuple(at), slope, tuple(differences))
+        differences = tuple((each.difference, None if each.wider is None else each.wider.half) for each in compared)
+        trend = Trend(name, tuple(pairs), tuple(at), slope, differences)
         if all(each.estimates for each in compared):
             kinds = zip(*(each.estimates for each in compared), strict=False)  # the pooled ones only where every pair has one
             estimates = [_summed(slope, weights, of_kind, shared_dof=kind == 1) for kind, of_kind in enumerate(kinds)]
