@@ -72,13 +72,18 @@ def conventions(**more: Any) -> Iterator[None]:
 
 def shortened(name: str, width: float) -> str:
     """As much of a name as there is room for, from both of its ends; the whole of it stands in the tables."""
-    name, longest = visible(name), max(8, int(width / LETTER))
+    name, longest = visible(name), max(8, letters_in(width))
     tail = (longest - 1) // 2
     return name if len(name) <= longest else f"{name[: longest - 1 - tail]}…{name[-tail:]}"
 
 
+def letters_in(width: float) -> int:
+    """How many fit; n in what n take, whatever 6.6 n / 6.6 is rounded to."""
+    return int(width / LETTER + 1e-6)
+
+
 def folded(text: str, width: float) -> str:
-    return textwrap.fill(text, max(12, int(width / LETTER)))
+    return textwrap.fill(text, max(12, letters_in(width)))
 
 
 def line_count(text: str) -> int:

@@ -6,7 +6,18 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.report.canvas import BEHIND_WORDS, LETTER, LINE, Drawing, limits, line_count, marker_look, set_x_ticks, shortened
+from harness.report.canvas import (
+    BEHIND_WORDS,
+    LETTER,
+    LINE,
+    Drawing,
+    letters_in,
+    limits,
+    line_count,
+    marker_look,
+    set_x_ticks,
+    shortened,
+)
 from harness.report.colours import INK, PALE, QUIET, RULE, Style
 from harness.report.pictures import ForestPlot, ForestRow
 
@@ -38,7 +49,7 @@ def _layout(panel: ForestPlot, width: float) -> _Layout:
 
 
 def _label(row: ForestRow, room: float) -> str:
-    lines = textwrap.wrap(row.label, max(8, int(room / LETTER)), break_long_words=False)
+    lines = textwrap.wrap(row.label, max(8, letters_in(room)), break_long_words=False)
     return "\n".join(shortened(line, room) for line in lines)
 
 

@@ -12,8 +12,9 @@ import pytest
 from harness.report.canvas import Drawing
 from harness.report.colours import INK, PALE, Style
 from harness.report.findings import Findings
+from harness.report.forest_plot import _label, _layout
 from harness.report.page import NARROW, WIDE
-from harness.report.pictures import Mark, Picture, Plot, Series
+from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series
 from harness.report.plot_labels import MOST_ASIDE, spread
 from harness.report.plots import draw, save_png
 from harness.report.sections import sections
@@ -124,3 +125,11 @@ def test_a_picture_is_the_same_to_the_byte_whatever_a_matplotlibrc_says(tmp_path
         found.append(((tmp_path / f"{number}.png").read_bytes(), str(svg)))
     assert found[0] == found[1]
     assert found[0][0].startswith(b"\x89PNG") and not [*tmp_path.glob("*unfinished*")]
+
+
+def test_a_row_that_has_room_for_its_name_beside_it_has_it_in_one_line() -> None:
+    """Of any length: 24 letters of 6.6 divided by 6.6 are 23.9..., and the words of two rows lay on one another."""
+    for length in range(8, 60):
+        panel = ForestPlot("", [ForestRow("a " + "b" * (length - 2), ("a", "b"), "", "+0.1", 0.1)])
+        layout = _layout(panel, 2000.0)
+        assert layout.beside and "\n" not in _label(panel.rows[0], layout.room), length
