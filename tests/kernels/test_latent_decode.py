@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.quantisation import quantise
 from modeling.kernels.availability import HAS_GLUON
-from modeling.kernels.decode_kernels import KERNELS, OTHERS, check_kernel, check_widths, select_kernel
+from modeling.kernels.decode_kernels import DELTA_RULES, KERNELS, OTHERS, check_kernel, check_widths, select_kernel
 from modeling.kernels.latent_decode import latent_decode
 from tests.support.forks import Forks
 
@@ -682,7 +682,7 @@ def test_the_compiled_kernel_is_one_operator_of_a_compiled_graph() -> None:
 def test_every_kernel_that_is_installed_may_run_here() -> None:
     major, _ = torch.cuda.get_device_capability()
     for name in KERNELS:
-        kernel = OTHERS.get(name)
+        kernel = (OTHERS | DELTA_RULES).get(name)
         if kernel is None or (importlib.util.find_spec(kernel.package) and kernel.capability in (None, major)):
             check_kernel(name, "cuda")
 
