@@ -24,7 +24,7 @@ from harness.report.confounds import Fact, differing_fields, facts, protocol, te
 from harness.runs.records import ArmRecord, DecodeRow
 from harness.study.evaluation_noise import FEWEST_CLUSTERS, Noise, bootstrap
 from harness.study.history import additions
-from harness.study.results import RunResult, StudyResults
+from harness.study.results import LENGTH, RunResult, StudyResults, bytes_at_length
 from harness.study.statistics import (
     ALPHA,
     Contrast,
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 60  # of a curve, at most
 FEWEST_RUNS = 8  # that a correlation is said of
-LENGTH = 32_768  # of CACHE_CONTEXTS: where caches that are no straight line are compared once more
 
 
 @dataclass(frozen=True)
@@ -341,12 +340,8 @@ class Findings:
     @cached_property
     def at_length(self) -> dict[str, float]:
         """Cache bytes for each of LENGTH tokens, of every arm; none where no arm's differ from those at the model's context."""
-        sizes = {arm.name: (arm.runs[0].summary.get("cache_bytes_by_context") or {}).get(str(LENGTH)) for arm in self.done}
-        if None in sizes.values():  # a record from before sizes were a curve
-            return {}
-        of_each = {arm: size / LENGTH for arm, size in sizes.items() if size is not None}
         usual = {arm.name: arm.summary("cache_bytes_per_token") for arm in self.done}
-        return of_each if any(abs(size - usual[arm]) > 1 for arm, size in of_each.items()) else {}
+        return per_token_at_length(usual, {arm.name: bytes_at_length(arm.runs[0].summary) for arm in self.done})
 
     @cached_property
     def front(self) -> list[str]:
@@ -555,6 +550,13 @@ class Findings:
             if len({run.summary["setup_hash"] for run in arm.runs}) > 1:
                 notes.append(f"the runs of {arm.name} differ in more than their seed: they are no repetitions of one setup")
         return notes + self._declared_pairs[1]
+
+
+def per_token_at_length(usual: Mapping[str, float], sizes: Mapping[str, float | None]) -> dict[str, float]:
+    """Every arm's cache bytes for each of LENGTH tokens; none where no arm's are other than usual, or a record is from before
+    sizes were a curve."""
+    of_each = {arm: size / LENGTH for arm, size in sizes.items() if size is not None}
+    return of_each if of_each.keys() == usual.keys() and any(abs(of_each[arm] - usual[arm]) > 1 for arm in usual) else {}
 
 
 def _noise(a: ArmFindings, b: ArmFindings) -> tuple[Noise | None, list[int], str, str | None]:

@@ -11,10 +11,10 @@ from harness.files.text import counted, number, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
 from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text
-from harness.report.findings import LENGTH, Best, Findings, Sweep, Verdict, probe_of
+from harness.report.findings import Best, Findings, Sweep, Verdict, probe_of
 from harness.runs.provenance import CHANGED, CHANGES_FILE, has_changes
 from harness.runs.records import DecodeRow
-from harness.study.results import StudyResults
+from harness.study.results import LENGTH, StudyResults
 from harness.study.statistics import ALPHA, Contrast, Mean, decimals_for, with_error
 
 

@@ -10,8 +10,9 @@ from harness.evaluation.metric import BITS_PER_BYTE, Metric
 from harness.files.text import counted
 from harness.report.colours import BETTER, INK, QUIET, WORSE, Style, styles
 from harness.report.document import capital, change, in_ms, mean_text
-from harness.report.findings import LENGTH, Curves, Findings, Sweep, Verdict, over_seeds
+from harness.report.findings import Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
+from harness.study.results import LENGTH
 from harness.study.statistics import Mean, pareto_front, with_error
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
@@ -38,10 +39,8 @@ class PlacedArm:
 
 def pareto(findings: Findings) -> Picture:
     """The metric against the cache's size."""
-    costs = {"": {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in findings.done}}
-    if findings.at_length:
-        costs = {"at the model's context": costs[""], f"at {LENGTH:,} tokens": findings.at_length}
-    return quality_by_cache(_placed(findings), arm_styles(findings), costs, findings.metric)
+    usual = {arm.name: float(arm.summary("cache_bytes_per_token")) for arm in findings.done}
+    return quality_by_cache(_placed(findings), arm_styles(findings), usual, findings.at_length, findings.metric)
 
 
 def _placed(findings: Findings) -> list[PlacedArm]:
@@ -53,9 +52,13 @@ def _placed(findings: Findings) -> list[PlacedArm]:
 
 
 def quality_by_cache(
-    arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, Mapping[str, float]], metric: Metric
+    arms: Sequence[PlacedArm],
+    looks: Mapping[str, Style],
+    usual: Mapping[str, float],
+    at_length: Mapping[str, float],
+    metric: Metric,
 ) -> Picture:
-    """The metric against bytes per token, a panel for each heading -> arm -> bytes.
+    """The metric against an arm's bytes per token, and in a further panel against those at LENGTH tokens where these differ.
 
     More arms than can be told apart in one panel stand in one for each level, beside the references and what has no level.
     """
@@ -65,6 +68,7 @@ def quality_by_cache(
     if len(shown) > MOST_NAMES:
         levels = list(dict.fromkeys(arm.level for arm in shown if arm.level and not arm.reference)) or [""]
         groups = {level: [arm for arm in shown if arm.reference or arm.level in (level, None)] for level in levels}
+    costs = {"": usual} if not at_length else {"at the model's context": usual, f"at {LENGTH:,} tokens": at_length}
     panels, fronts = [], []
     for heading, sizes in costs.items():
         for level, members in groups.items():

@@ -10,7 +10,7 @@ from harness.evaluation.metric import METRICS, SCORES, Facts, Shown, declared
 from harness.files.text import csv_text, markdown, table_of, visible
 from harness.report.document import Section, TextTable
 from harness.report.findings import Findings
-from harness.study.results import CIRCUMSTANCES, IDENTITY, SIZES, RunResult, StudyResults
+from harness.study.results import AT_LENGTH, CIRCUMSTANCES, IDENTITY, SIZES, RunResult, StudyResults, bytes_at_length
 
 
 def study_markdown(findings: Findings, parts: Sequence[Section]) -> str:
@@ -83,6 +83,7 @@ def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
         "seed": run.seed,
         "learning_rate": run.lr,
         **{key: summary.get(key) for key in dict.fromkeys([*SIZES, *declared(Facts, Shown)])},
+        AT_LENGTH: bytes_at_length(run.summary),
         **{f"validation_{name}": score.of(summary) for name, score in SCORES.items()},
         **{f"test_{name}": metric.of(record) for name, metric in METRICS.items()},
         "test_tokens": record.get("evaluated_tokens"),

@@ -17,9 +17,11 @@ from harness.files.text import aligned, counted
 from harness.files.untrusted import Unreadable
 from harness.report.colours import styles
 from harness.report.document import ABSENT, mean_text
+from harness.report.findings import per_token_at_length
 from harness.report.pictures import Picture
 from harness.report.study_pictures import PlacedArm, quality_by_cache
 from harness.study.plan import build_plan, load_study
+from harness.study.results import AT_LENGTH
 from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation, trends
 
 _Kind = TypeVar("_Kind", str, int, float)
@@ -34,16 +36,16 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     config = load_study(study)
     metric = METRICS[config.metric]
     values: dict[str, dict[str, dict[int, float]]] = {metric.name: {}, LOSS.name: {}, BITS_PER_BYTE.name: {}}
-    bytes_per_token: dict[str, float] = {}
+    usual: dict[str, float] = {}
+    at_length: dict[str, float | None] = {}
     try:
         for row in _rows(file):
             if _cell(row, "kind", str) == "study":
                 arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
                 if seed in values[metric.name].get(arm, {}):
                     raise Unreadable(f"two rows of arm {arm}, seed {seed}")
-                bytes_per_token[arm] = held = _cell(row, "cache_bytes_per_token", float)
-                if not 0 < held < math.inf:
-                    raise Unreadable(f"cache_bytes_per_token={held:g} of arm {arm}")
+                usual[arm] = _size(row, "cache_bytes_per_token")
+                at_length[arm] = _size(row, AT_LENGTH) if row.get(AT_LENGTH) else None
                 for name, of_metric in values.items():
                     of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
     except (OSError, Unreadable) as error:
@@ -88,7 +90,7 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     for trend in trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds):
         lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
     looks = styles({name: arm.family for name, arm in config.arms.items()})
-    return "\n".join(lines), quality_by_cache(placed, looks, {"": bytes_per_token}, metric)
+    return "\n".join(lines), quality_by_cache(placed, looks, usual, per_token_at_length(usual, at_length), metric)
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
@@ -98,6 +100,14 @@ def _rows(file: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(opened))
         except (UnicodeDecodeError, csv.Error) as error:
             raise Unreadable(str(error)) from None
+
+
+def _size(row: Mapping[str, str], column: str) -> float:
+    """Bytes that have a place on a logarithmic scale. Raises Unreadable for others."""
+    size = _cell(row, column, float)
+    if not 0 < size < math.inf:
+        raise Unreadable(f"{column}={size:g} of arm {row['arm']}")
+    return size
 
 
 def _cell(row: Mapping[str, str], column: str, kind: type[_Kind]) -> _Kind:

@@ -31,6 +31,8 @@ from harness.study.statistics import origins
 SIZES = ("parameters", "training_flops_per_token", "cache_bytes_per_token", "cache_ratio_to_mha", "tokens")
 CIRCUMSTANCES = ("tokens_per_second", "seconds", "kernel", "precision", "device", "torch", "commit")
 IDENTITY = ("setup_hash", "data_fingerprint")
+LENGTH = 32_768  # of CACHE_CONTEXTS: where caches that are no straight line are compared once more
+AT_LENGTH = f"cache_bytes_at_{LENGTH}"  # their column there
 _ORIGIN = ("name", "dataset", "seed", "data_seed", "tokenizer_fingerprint")
 _FIGURES = ("loss", "bits_per_byte", "parameters_by_block", "cache_dtype", "compiled")
 
@@ -101,6 +103,11 @@ class StudyResults:
         for run, first in origins({spec["name"]: spec.get("source") for spec in self.record["runs"]}).items():
             found.setdefault(arms[run], arms.get(first, first))
         return found
+
+
+def bytes_at_length(summary: RunSummary) -> int | None:
+    """Of a cache of LENGTH tokens; None in a record from before sizes were a curve."""
+    return (summary.get("cache_bytes_by_context") or {}).get(str(LENGTH))
 
 
 def load_results(folder: Path) -> StudyResults:

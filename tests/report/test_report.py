@@ -27,7 +27,7 @@ from harness.report.tables import study_csv, study_markdown
 from harness.report.verdicts_from_csv import restated
 from harness.report.write import write_report
 from harness.study.evaluation_noise import bootstrap
-from harness.study.results import load_results
+from harness.study.results import AT_LENGTH, load_results
 from harness.study.statistics import contrasts, mean_interval, trends, with_error
 from scripts import report
 from tests.support.study_runs import ARMS, MANY, SHARED_LR, STAIRCASE, TOKENS, Truth, told, write_study
@@ -334,6 +334,22 @@ def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path,
     nothing.write_text("kind,arm,seed,cache_bytes_per_token\nstudy,gqa,1,0\n", "utf-8")
     with pytest.raises(UserError, match=r"cannot be read as a study's report\.csv \(cache_bytes_per_token=0 of arm gqa\)"):
         report.main(["study=convert", f"csv={nothing}"])
+
+
+def test_caches_that_are_no_straight_line_are_drawn_at_32k_from_a_csv_too(tmp_path: Path) -> None:
+    rows = list(csv.DictReader((ROOT / "docs/studies/width/report.csv").open(newline="")))
+    usual = {row["arm"]: float(row["cache_bytes_per_token"]) for row in rows}
+    of_window = {arm: size / (4 if arm == "mla_384" else 1) for arm, size in usual.items()}
+    for sizes, panels in (({}, [usual]), (usual, [usual]), (of_window, [usual, of_window])):
+        file = tmp_path / "report.csv"
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, [*rows[0], AT_LENGTH])
+            writer.writeheader()
+            writer.writerows(row | {AT_LENGTH: sizes.get(row["arm"], 0) * 32768 or ""} for row in rows)
+        _, picture = restated(file, "width")
+        drawn = [{one.arm: one.marks[0].x for one in panel.series} for _, panel in picture.panels if isinstance(panel, Plot)]
+        assert drawn == panels
+    assert [heading for heading, _ in picture.panels] == ["at the model's context", "at 32,768 tokens"]
 
 
 def test_more_arms_than_a_reader_tells_apart_stand_in_a_panel_for_each_level() -> None:
