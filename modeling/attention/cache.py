@@ -51,7 +51,7 @@ class Placement:
     end: int | None = None
     window: int | None = None
     twice: int = 0
-    made: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # tables, which layers at one place have in common
+    made: dict[Any, Any] = field(default_factory=dict)  # tables and bias, which layers at one place have in common
 
     @property
     def key_positions_BS(self) -> Tensor | None:
@@ -64,6 +64,20 @@ class Placement:
             return self.causal, self.mask_BTS
         return False, band(new_tokens, self.window, device)[None]
 
+    def bias_BTS(self, new_tokens: int, like: Tensor) -> Tensor:
+        """What the logits of so many queries are begun with, in dtype and place of `like`: 0, and -inf where a key is hidden.
+
+        (1 or B, T, S), or (1, 1, 1) where all is seen.
+        """
+        if ("bias", like.dtype) not in self.made:
+            causal, mask_BTS = self.seen(new_tokens, like.device)
+            if causal:
+                mask_BTS = band(new_tokens, new_tokens, like.device)[None]
+            bias_BTS = like.new_zeros(1, 1, 1)
+            self.made["bias", like.dtype] = bias_BTS if mask_BTS is None else bias_BTS.where(mask_BTS, float("-inf"))
+        bias: Tensor = self.made["bias", like.dtype]
+        return bias
+
     def by_token(self, weights_BHTS: Tensor) -> Tensor:
         """Weights of keys as weights of tokens, each of which has one column."""
         once_BHTS = weights_BHTS[..., self.twice :]
@@ -75,13 +89,15 @@ class Placement:
             return rope.tables(0, new_tokens, positions_BT)
         if ("tables", rope.angles) not in self.made:
             self.made["tables", rope.angles] = rope.tables(self.start, new_tokens, self.positions_BT, self.end)
-        return self.made["tables", rope.angles]
+        tables: tuple[Tensor, Tensor] = self.made["tables", rope.angles]
+        return tables
 
     def key_tables(self, rope: RotaryEmbedding, slots: int) -> tuple[Tensor, Tensor]:
         """cos, sin of the visible keys of a cache that holds them un-rotated: a slot is its position, but in a window."""
         if ("key tables", rope.angles) not in self.made:
             self.made["key tables", rope.angles] = self._key_tables(rope, slots)
-        return self.made["key tables", rope.angles]
+        tables: tuple[Tensor, Tensor] = self.made["key tables", rope.angles]
+        return tables
 
     def _key_tables(self, rope: RotaryEmbedding, slots: int) -> tuple[Tensor, Tensor]:
         last, positions_BS = rope.max_seq_len - 1, self.key_positions_BS

@@ -30,7 +30,7 @@ from modeling.attention.cache import Cache, Placement, place_without_cache
 from modeling.attention.norms import normed
 from modeling.attention.output import attend_as, gate_projection, project_out
 from modeling.attention.rope import RotaryEmbedding, rotate
-from modeling.kernels.latent_decode import masked_softmax, wide_product
+from modeling.kernels.latent_decode import wide_product
 from modeling.refusal import Refusal
 
 
@@ -175,12 +175,12 @@ class TensorProductAttention(nn.Module):
     ) -> Tensor:
         """Attention over the factors themselves; logits and softmax in float32 at least."""
         B, T, H, K = q_BTHK.shape
-        logits_BTHS = self.scale / self.k_rank * _products(q_BTHK, k_a_BSRH, k_b_BSRK)
-        weights_BTHS = masked_softmax(logits_BTHS, causal=place.causal, mask_BTS=place.mask_BTS)
+        weights_BTHS = _logits(q_BTHK, k_a_BSRH, k_b_BSRK, self.scale, place).softmax(dim=-1)
         if weights_out is not None:
             weights_out.append(place.by_token(weights_BTHS.transpose(1, 2)))
-        spread_BTHM = (weights_BTHS.unsqueeze(-1) * v_a_BSRH.permute(0, 3, 1, 2).unsqueeze(1)).flatten(-2)
-        out_BMK = spread_BTHM.flatten(1, 2).to(v_b_BSRK.dtype) @ v_b_BSRK.flatten(1, 2)
+        # M = S * R: a token's factors one after another.
+        spread_BTHSR = weights_BTHS.to(v_b_BSRK.dtype).unsqueeze(-1) * v_a_BSRH.permute(0, 3, 1, 2).unsqueeze(1)
+        out_BMK = spread_BTHSR.flatten(3).flatten(1, 2) @ v_b_BSRK.flatten(1, 2)
         return out_BMK.view(B, T, H, K) / self.v_rank
 
 
@@ -189,14 +189,19 @@ def _heads(a_BSRH: Tensor, b_BSRK: Tensor) -> Tensor:
     return a_BSRH.transpose(-1, -2) @ b_BSRK / a_BSRH.shape[-2]
 
 
-def _products(q_BTHK: Tensor, k_a_BSRH: Tensor, k_b_BSRK: Tensor) -> Tensor:
-    """R times q . k of all keys, (B, T, H, S), in float32 at least; what it is made of is free again behind it."""
+def _logits(q_BTHK: Tensor, k_a_BSRH: Tensor, k_b_BSRK: Tensor, scale: float, place: Placement) -> Tensor:
+    """scale q . k of the keys that a query may see, (B, T, H, S), in float32 at least; -inf of the others.
+
+    In memory they stand token by token, as the factors do: these meet where they lie, one rank after another.
+    """
     B, T, H, K = q_BTHK.shape
-    S = k_b_BSRK.shape[1]
-    # M = S * R: a key's factors one after another.
-    dots_BTHM = wide_product(q_BTHK.reshape(B, T * H, K), k_b_BSRK.flatten(1, 2).transpose(1, 2)).view(B, T, H, -1)
-    by_head_BHM = k_a_BSRH.flatten(1, 2).transpose(1, 2)
-    return (dots_BTHM * by_head_BHM.unsqueeze(1)).unflatten(-1, (S, -1)).sum(dim=-1)
+    S, R = k_b_BSRK.shape[1:3]
+    dots_BMN = wide_product(k_b_BSRK.flatten(1, 2), q_BTHK.reshape(B, T * H, K).transpose(1, 2))  # M = S * R, N = T * H
+    dots_BSRTH = dots_BMN.view(B, S, R, T, H)
+    logits_BSTH = place.bias_BTS(T, dots_BMN).transpose(1, 2).unsqueeze(-1)
+    for rank in range(R):
+        logits_BSTH = torch.addcmul(logits_BSTH, dots_BSRTH[:, :, rank], k_a_BSRH[:, :, rank, None], value=scale / R)
+    return logits_BSTH.permute(0, 2, 3, 1)
 
 
 def _normed_factors(norm: nn.RMSNorm, a_BTRH: Tensor, b_BTRK: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.contract import randomise, relative_error
 from modeling.attention.mla import MultiheadLatentAttention
@@ -125,3 +128,27 @@ def test_no_path_but_auto_exists_where_keys_are_cached_as_they_are_used() -> Non
         gpt_from(["attention=mha"]).set_execution(kernel="triton")
     with pytest.raises(ValueError, match=r"decode=fast is not a path of this variant; choose auto or expand or absorbed"):
         gpt_from(["attention=mla"]).set_execution(decode="fast")
+
+
+def test_a_decoding_step_of_tensor_products_copies_no_cache() -> None:
+    """Neither keys nor values, nor a copy of their factors."""
+    model = gpt_from(["attention=tpa", "attention.head_dim=64"])  # 64 numbers a factor, of 4 heads
+    (cache, *_) = caches = model.new_cache(2, 50, dtype=torch.bfloat16, device="cpu")
+    for each in caches:
+        each.make_static()
+    held = {tensor.untyped_storage().data_ptr() for each in caches for tensor in each.tensors()}
+
+    class Watch(TorchDispatchMode):
+        largest_new = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in held:
+                self.largest_new = max(self.largest_new, out.numel())
+            return out
+
+    model.bfloat16()
+    tokens = torch.zeros(2, 1, dtype=torch.long)
+    with torch.inference_mode(), Watch() as watch:
+        model.attentions[0](model.embedding(tokens), cache)
+    assert watch.largest_new == cache.buffers["v_a"].numel()  # a number for each head and factor
