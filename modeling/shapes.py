@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from modeling.refusal import ours
+
 # In place, on tensors that have no numbers: draws, and what mechanisms make of them.
 _IN_PLACE = (Tensor.normal_, Tensor.uniform_, Tensor.exp_, Tensor.expm1_, Tensor.log_)
 
@@ -22,9 +24,15 @@ class _NoDraws(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
+        with ours():
+            if is_draw(func):
+                return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def is_draw(func: Any) -> bool:
+    """Whether a function of torch gives a tensor its initial values."""
+    return func in _IN_PLACE or getattr(func, "__module__", None) == "torch.nn.init"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.errors import UserError
+from modeling.refusal import Mistake, ours
 
 if TYPE_CHECKING:
     import torch
@@ -26,16 +27,12 @@ class DoesNotRun(Exception):
     """transformers' class and a configuration do not go together; the cause is what the class raised."""
 
 
-class _Mistake(Exception):
-    """Of this file, where it answers in place of a tensor while transformers runs; the cause says which."""
-
-
 @contextlib.contextmanager
 def _their_code() -> Iterator[None]:
     """Around calls of transformers: what is raised inside is about the configuration, unless it is a mistake of ours."""
     try:
         yield
-    except (MemoryError, _Mistake):
+    except (MemoryError, Mistake):
         raise
     except Exception as error:
         raise DoesNotRun from error
@@ -172,10 +169,8 @@ def _without_data() -> Any:
 
     class WithoutData(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            try:
+            with ours():
                 answer = _answer(func, args, kwargs or {})
-            except Exception as error:
-                raise _Mistake from error
             return answer()
 
     return WithoutData()
@@ -222,9 +217,11 @@ def _once_each(stack: Sequence[Any], first: Sequence[int]) -> Iterator[None]:
 
     def replaced(index: int, forward: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if first[index] == index:
-                results[index] = forward(*args, **kwargs)
-            return results[first[index]]
+            with ours():
+                alike = first[index]
+            if alike == index or alike not in results:
+                results[alike] = forward(*args, **kwargs)
+            return results[alike]
 
         return call
 

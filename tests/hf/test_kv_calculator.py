@@ -21,8 +21,10 @@ from harness.errors import UserError
 from harness.hf import cache, cache_measured, meta_model
 from harness.hf.cache import describe_apart, describe_config
 from harness.hf.config_json import BY_FORMULA, OWN_TYPE
+from modeling import shapes
 from modeling.attention.layer_cache import new_cache
 from modeling.attention.quantisation import cache_format
+from modeling.refusal import Mistake
 from scripts import kv_calculator
 from tests.support.forks import Forks
 from tests.support.hf_table import MODEL_TYPES, WRAPPERS, by_table
@@ -966,14 +968,21 @@ def test_a_fault_of_ours_in_measuring_is_not_the_config_jsons(monkeypatch: pytes
         with monkeypatch.context() as planted, pytest.raises(ValueError, match="who is to blame"):
             planted.setattr(ours, name, fault)
             describe_config(LLAMA_3_8B, name="tested")
-    with monkeypatch.context() as planted, pytest.raises(meta_model._Mistake) as inside:  # while transformers runs
-        planted.setattr(meta_model, "_answer", fault)
-        describe_config(LLAMA_3_8B, name="tested")
-    assert str(inside.value.__cause__) == "who is to blame"
+    for ours, name in ((meta_model, "_answer"), (shapes, "is_draw")):  # while transformers runs
+        with monkeypatch.context() as planted, pytest.raises(Mistake) as inside:
+            planted.setattr(ours, name, fault)
+            describe_config(LLAMA_3_8B, name="tested")
+        assert str(inside.value.__cause__) == "who is to blame"
     for name in ("forward", "_from_config"):
         with monkeypatch.context() as planted, pytest.raises(UserError, match=r"cannot run its class .*Error: who is to blame"):
             planted.setattr(LlamaModel, name, fault)
             describe_config(LLAMA_3_8B, name="tested")
+
+
+def test_a_fault_of_ours_in_running_alike_layers_once_is_none_of_theirs() -> None:
+    layer = torch.nn.Linear(1, 1)
+    with pytest.raises(Mistake), meta_model._once_each([layer], first=[]), meta_model._their_code():
+        layer(torch.ones(1))
 
 
 def test_measuring_apart_gives_the_same_and_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
