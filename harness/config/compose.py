@@ -139,6 +139,11 @@ def refuse_dashes(
         raise UserError(f"{argument}: options are written without dashes; write {key}={value or 'value'}")
 
 
+def given_by(overrides: Sequence[str]) -> dict[str, str]:
+    """What overrides of the form key=value give, as it stands there: of one key, the last."""
+    return dict(override.partition("=")[::2] for override in overrides)
+
+
 def options_of(group: str) -> list[str]:
     """The YAMLs of a config group, by name."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
@@ -231,7 +236,9 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
     known: Any = OmegaConf.to_container(composed, resolve=False)
     written, optional = _paths(known), {path for path, _ in fields_below(SCHEMAS[config_name])}
     if mechanism := (attention := known.get("attention") or {}).get("mechanism"):
-        optional |= {f"attention.{name}" for name in (*variant_schema(mechanism)[1], "layers", "kinds")}
+        from modeling.attention import EXECUTION
+
+        optional |= {f"attention.{name}" for name in (*variant_schema(mechanism)[1], *EXECUTION, "layers", "kinds")}
         for kind, own in (attention.get("kinds") or {}).items():
             types_of, _ = variant_schema((own or {}).get("mechanism", mechanism))
             optional |= {f"attention.kinds.{kind}.{name}" for name in (*types_of, "mechanism", "reads")}
@@ -270,7 +277,7 @@ def _refuse_signs(override: Any, instead: str) -> None:
 
 def _reads_bytes(source: str | None, overrides: Sequence[str]) -> bool:
     """Whether a corpus brings its tokenizer with it: each symbol of a synthetic one is a token, unless one is chosen."""
-    return source == "synthetic" and not any(override.startswith("tokenizer=") for override in overrides)
+    return source == "synthetic" and "tokenizer" not in given_by(overrides)
 
 
 def implied(config_name: str, overrides: Sequence[str]) -> list[str]:
@@ -338,14 +345,13 @@ def load_eval_config(overrides: Sequence[str]) -> EvalConfig:
 
     dataset.path without a dataset says where the run's own corpus lies now.
     """
-    moved = [override.partition("=")[2].strip("'\"") for override in overrides if override.startswith("dataset.path=")]
-    if any(override.startswith("dataset=") for override in overrides):
-        moved = []
-    if moved:
+    given = given_by(overrides)
+    moved = None if "dataset" in given else given.get("dataset.path")
+    if moved is not None:
         overrides = [override for override in overrides if not override.startswith("dataset.path=")]
     config = eval_config(compose("eval", overrides))
-    if moved:
-        config.corpus_at = _whole_path(moved[-1])
+    if moved is not None:
+        config.corpus_at = _whole_path(moved.strip("'\""))
     if config.dataset is not None:
         config.dataset.path = _whole_path(config.dataset.path)
     return config
@@ -404,7 +410,7 @@ def _begun(overrides: Sequence[str]) -> TrainConfig | None:
     Where that run is gone, a run that started from it brings what it inherited, and is continued by the same command.
     Raises UserError when there is neither.
     """
-    given = dict(override.partition("=")[::2] for override in overrides)
+    given = given_by(overrides)
     text = given.get("init_from", "null").strip("'\"")
     if text in ("", "null"):
         return None
@@ -431,12 +437,12 @@ def _initialised(overrides: Sequence[str], theirs: TrainConfig) -> TrainConfig:
 
     Its corpus is theirs unless the overrides choose a dataset.
     """
-    whole = dataclasses.asdict(theirs)
+    whole, given = dataclasses.asdict(theirs), given_by(overrides)
     changed = [override for override in overrides if override.startswith("dataset.")]
-    names_dataset = any(override.startswith("dataset=") for override in overrides)
+    names_dataset = "dataset" in given
     inherited = {group: whole[group] for group in (*_INHERITED, *(() if names_dataset else ("dataset",)))}
     config = train_config(compose("train", overrides, inherited))
-    chosen = [group for group in _INHERITED if any(override.startswith(f"{group}=") for override in overrides)]
+    chosen = [group for group in _INHERITED if group in given]
     found = differences(config, theirs, only=_INHERITED, apart_from=_FREE_OF_SOURCE)
     if chosen:  # a whole group was asked for, in whose place theirs has come
         found += differences(train_config(compose("train", overrides)), theirs, only=chosen, apart_from=_FREE_OF_SOURCE)
@@ -447,7 +453,7 @@ def _initialised(overrides: Sequence[str], theirs: TrainConfig) -> TrainConfig:
         )
     if names_dataset or not changed:
         return dataclasses.replace(config, init_setup=setup_hash(theirs), init_data=not names_dataset)
-    if theirs.dataset.path is not None and not any(override.startswith("dataset.path=") for override in changed):
+    if theirs.dataset.path is not None and "dataset.path" not in given:
         raise UserError(
             f"{changed[0]} makes another corpus of the text of {theirs.name}, and the path in a run's config.yaml "
             f"({theirs.dataset.path}) is not followed: name the text too (dataset.path=...)"
@@ -465,8 +471,7 @@ def default_name(config: TrainConfig, overrides: Sequence[str]) -> str:
     A field is called by the last part of its name where no other field has the same.
     """
     parts = [corpus_name(config.dataset), config.model.name, config.attention["name"]]
-    pairs = dict(override.partition("=")[::2] for override in overrides)
-    defaults = default_options("train")
+    pairs, defaults = given_by(overrides), default_options("train")
     chosen = {key: value for key, value in sorted(pairs.items()) if key in defaults}
     parts += [
         value

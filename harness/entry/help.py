@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from harness.config.compose import SCHEMAS, check_config, default_options, options_of
+from harness.config.compose import SCHEMAS, check_config, default_options, given_by, options_of
 from harness.config.identity import flat
 from harness.config.places import CONFIGS, ROOT
 from harness.config.typed import shown
@@ -44,7 +44,7 @@ def config_help(description: str | None, config_name: str, overrides: Sequence[s
     Raises UserError for overrides that the command itself would refuse.
     """
     config = check_config(config_name, overrides)
-    chosen = {**default_options(config_name), **dict(word.partition("=")[::2] for word in overrides)}
+    chosen = {**default_options(config_name), **given_by(overrides)}
     remarks = dict(_schema_remarks(SCHEMAS[config_name]))
     for group in default_options(config_name):
         file = CONFIGS / group / f"{chosen[group]}.yaml"
