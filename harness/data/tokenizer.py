@@ -122,13 +122,13 @@ class Tokenizer:
         """Tokens of a text, without an end of text."""
         return [token for piece in self.pieces([text]) for token in self.encode_batch([piece])[0]]
 
-    def speak_as(self, opening: int | None, stops: tuple[int, ...]) -> None:
+    def speak_as(self, opening: int | None, stops: Sequence[int]) -> None:
         """Take prompts as the tokenizer.json's own model does: what its post_processor begins them with, special tokens."""
         if not all(token < self.vocab_size for token in (opening or 0, *stops)):
             raise UserError(f"text.json names tokens beyond the tokenizer's {self.vocab_size:,}: import the checkpoint again")
         self.begins, self._special = self.added()[0], True
         self.opening = self.end_of_text if opening is None else opening
-        self.stops = stops or self.stops
+        self.stops = tuple(stops) or self.stops
 
     def added(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The tokens that the post_processor puts before and behind a text."""

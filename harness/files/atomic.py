@@ -41,6 +41,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def check_room(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Raises UserError where the disk has fewer bytes free than `what` needs."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(f"{what} needs {needed:,} bytes and the disk of {folder} has {free:,} free: {remedy}")
+
+
 def flush(path: Path) -> None:
     """Force a file, or a folder's list of names, out to the disk: what is renamed after it is whole after a crash."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -89,6 +89,16 @@ def first_few(sentences: Sequence[str], most: int = 4) -> str:
     return "; ".join([*sentences[:most], *([f"and {more} more"] if more > 0 else [])])
 
 
+def some_of(names: Sequence[str], most: int = 8) -> str:
+    """The same of names: a, b and 3 more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def span(counts: Sequence[int]) -> str:
+    """Of whole numbers the least and the largest, 2–4, or what all of them are."""
+    return "–".join(map(str, sorted({min(counts), max(counts)})))
+
+
 def duration(seconds: float) -> str:
     """For people: 40 s, 9 min, 2 h 10 min."""
     if seconds < 90:

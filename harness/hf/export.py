@@ -24,7 +24,7 @@ import torch
 from harness.data.tokenizer import END_OF_TEXT, Tokenizer, bytes_specification
 from harness.errors import UserError
 from harness.evaluation.metric import SCORES
-from harness.files.atomic import check_target, new_folder, read_json, write_json
+from harness.files.atomic import check_room, check_target, new_folder, read_json, write_json
 from harness.files.text import markdown, markdown_row
 from harness.hf import classes
 from harness.runs.folder import finished
@@ -98,21 +98,16 @@ def export_run(run: Path, target: Path, *, kind: str = "auto") -> Exported:
         theirs, misfits = _chosen(trained, temporary, kind)
         own = kind == "own" or bool(misfits)
         exported = Exported(target, type(theirs).__name__, theirs.num_parameters(), 0.0, own, misfits)
-        _check_room(temporary, sum(parameter.nbytes for parameter in theirs.parameters()))
+        weights = sum(parameter.nbytes for parameter in theirs.parameters())
+        check_room(temporary, weights + 2**24, "the export", "choose another folder")  # tokenizer, JSON
         _take_their_dtype(trained, theirs)
         exported.dtype = str(theirs.dtype).removeprefix("torch.")
         classes.save_theirs(theirs, temporary, trained.tokenizer.stops, trained.tokenizer.begins)
         exported.difference = _verify(trained, temporary)
         (temporary / "README.md").write_text(model_card(run, trained, exported), encoding="utf-8")
-        for weights in temporary.glob("*.safetensors"):  # written for the owner's eyes only
-            shutil.copymode(temporary / "config.json", weights)
+        for file in temporary.glob("*.safetensors"):  # written for the owner's eyes only
+            shutil.copymode(temporary / "config.json", file)
     return exported
-
-
-def _check_room(folder: Path, tensor_bytes: int) -> None:
-    needed, free = tensor_bytes + 2**24, shutil.disk_usage(folder).free  # tokenizer, JSON
-    if free < needed:
-        raise UserError(f"the export needs {needed:,} bytes and the disk has {free:,} free: choose another folder")
 
 
 def _chosen(trained: TrainedModel, folder: Path, kind: str) -> tuple[Any, list[str]]:

@@ -23,8 +23,8 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
-from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, table_of, visible
-from harness.report.run_choice import SEEDS, Request, choose, grouped, some_of, values_at
+from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, some_of, span, table_of, visible
+from harness.report.run_choice import SEEDS, Request, choose, grouped, values_at
 from harness.runs.evaluations import cache_label, in_few_bits
 from harness.runs.kind import CACHE, HEADINGS, PROTOCOL, USUAL
 from harness.runs.records import FIGURES
@@ -286,9 +286,8 @@ def _with_intervals(setups: list[Setup], records: Sequence[Mapping[str, Any]]) -
     best, *others = [setup.variant for setup in setups if setup.variant in values]
     comparable = [(best, other) for other in others if can_be_compared(values, best, other, lineages)]
     alike = [found for found in contrasts(values, primary=[], other=comparable, lineages=lineages) if not found.resolved]
-    counts = sorted({setup.n for setup in setups})
     said = (
-        f"n = {'–'.join(map(str, counts[:: len(counts) - 1 or 1]))} seeds a row; ±: sample deviation; 95 %: of the mean, "
+        f"n = {span([setup.n for setup in setups])} seeds a row; ±: sample deviation; 95 %: of the mean, "
         f"the wider of one with the row's own scatter and one with that pooled over the rows ({deviation:.4f}, "
         f"{counted(freedom, 'degree')} of freedom)"
     )
@@ -343,7 +342,7 @@ def _bytes_per_context_token(record: Mapping[str, Any]) -> float:
 
 
 def _row_label(record: Mapping[str, Any], unsaid: str | None) -> str:
-    """The same, and how it was scored where its cache does not imply that; nothing for a plain evaluation in `unsaid`."""
+    """What its cache keeps, and how it was scored where that does not say it; nothing for a plain evaluation in `unsaid`."""
     # What is in few bits eval_model.py never only quotes.
     implied = record["cache_window"] is not None or in_few_bits(record)
     how = "" if record["through_cache"] == implied else "through the cache" if record["through_cache"] else "quoted"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from harness.config.schema import CACHE_CONTEXTS
+from harness.files.text import span
 from harness.report.colours import Style, styles
 from harness.report.comparison import Comparison, ComparisonTable, Setup
 from harness.report.pictures import Mark, Picture, Plot, Series
@@ -44,13 +45,13 @@ def _panel(table: ComparisonTable, looks: Mapping[str, Style]) -> Plot:
         if origin is not setup:
             joins.append(((table.cache_size(origin), origin.bits_per_byte), (x, y), look.colour))
     front = pareto_front([(str(i), x, y) for i, (x, y) in enumerate(places)])
-    seeds = sorted({setup.n for setup in table.setups})
-    bars = f"mean ± standard deviation of {'–'.join(map(str, seeds[:: len(seeds) - 1 or 1]))} seeds"
+    seeds = [setup.n for setup in table.setups]
+    bars = f"mean ± standard deviation of {span(seeds)} seeds"
     hollows = "; hollow: scored through the cache" if table.has_caches_as_rows else ""
     of = "of context" if table.has_caches_as_rows else f"in {table.conditions['cache_dtype']}"
     return Plot(
         f"KV cache, bytes per token {of} (log scale)",
-        f"{table.conditions['split']} bits per byte; {bars if seeds[-1] > 1 else 'one seed each'}; "
+        f"{table.conditions['split']} bits per byte; {bars if max(seeds) > 1 else 'one seed each'}; "
         f"grey: the best up to each cache size{hollows}",
         series,
         x_log=True,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from harness.config.run_config import run_folders
 from harness.errors import UserError, readable
 from harness.evaluation.metric import Scores
-from harness.files.text import counted
+from harness.files.text import counted, some_of
 from harness.runs.evaluations import by_preference, common_kind
 from harness.runs.kind import CACHE, PLAIN_CACHE, Kind, kind_of
 from harness.runs.records import Evaluation, RunSummary, read_evaluations, read_summary
@@ -225,10 +225,6 @@ def _other_evaluations(runs: Sequence[_Run], shown: set[Any]) -> list[str]:
         f"{name} ({same[0].get('evaluated_tokens') or 0:,} tokens, {counted(len(same), 'run')})"
         for name, same in sorted(grouped(records, lambda record: record["record"]).items())
     ]
-
-
-def some_of(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def grouped(items: Iterable[_Item], key: Callable[[_Item], _Key]) -> dict[_Key, list[_Item]]:

@@ -22,7 +22,7 @@ from harness.runs.folder import finished
 from harness.runs.init_from import brought
 from harness.runs.load import TrainedModel
 from harness.runs.records import read_summary
-from harness.training.checkpoint import checkpoint_state, latest_checkpoint
+from harness.training.checkpoint import latest_checkpoint
 from harness.training.parallel import Workers
 
 
@@ -130,7 +130,7 @@ def fingerprint_of(run: Path) -> str | None:
         known = read_summary(run).get("data_fingerprint")
     else:
         checkpoint = latest_checkpoint(run / "checkpoints")
-        known = None if checkpoint is None else checkpoint_state(checkpoint).get("data_fingerprint")
+        known = None if checkpoint is None else checkpoint.state.get("data_fingerprint")
     return known if isinstance(known, str) else None
 
 

@@ -13,6 +13,7 @@ from harness.errors import UserError
 from harness.runs.folder import finished
 from harness.runs.load import trained_checkpoint, trained_summary
 from harness.runs.records import read_summary
+from harness.training.checkpoint import Checkpoint
 
 
 def tokens_seen(run: Path) -> int:
@@ -32,7 +33,7 @@ def brought(config: TrainConfig) -> Path | None:
     return run if not config.overwrite and any(run.glob("checkpoints/step-*")) else Path(config.init_from)
 
 
-def initial_checkpoint(config: TrainConfig, data: PreparedData) -> Path:
+def initial_checkpoint(config: TrainConfig, data: PreparedData) -> Checkpoint:
     """The newest checkpoint of the run that init_from names.
 
     Raises UserError when it has none, when it is not of the size that its configuration says, or when the corpus that came
@@ -50,7 +51,7 @@ def initial_checkpoint(config: TrainConfig, data: PreparedData) -> Path:
             f"init_from={source} was trained on; bring that data back, or keep the new text at another place and name "
             f"it (dataset=local dataset.path=...)"
         )
-    check_weights(config, data.vocab_size, checkpoint / "model.safetensors")
+    check_weights(config, data.vocab_size, checkpoint.weights)
     return checkpoint
 
 

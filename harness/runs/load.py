@@ -16,11 +16,10 @@ from harness.config.schema import TrainConfig
 from harness.data import Tokenizer
 from harness.errors import UserError, as_user_error
 from harness.evaluation.losses import CapturedLosses, TokenLosses
-from harness.files.folders import step_of
 from harness.runs.folder import finished
 from harness.runs.records import RunSummary, read_summary
 from harness.runs.text_settings import TheirText, load_text
-from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint
+from harness.training.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
 from modeling.attention import EXECUTION, attends, names_kernel, set_execution
 from modeling.attention.quantisation import CacheFormat, as_format
@@ -56,13 +55,14 @@ def trained_summary(run: Path, *needed: str) -> RunSummary:
     return read_summary(run, *dict.fromkeys((*needed, "steps"))) if finished(run) else {}
 
 
-def trained_checkpoint(run: Path, summary: RunSummary) -> Path | None:
+def trained_checkpoint(run: Path, summary: RunSummary) -> Checkpoint | None:
     """The newest whole checkpoint. Raises UserError where it is not the one that a finished run's records are about."""
     checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is not None and summary and step_of(checkpoint.name) != summary["steps"]:
+    if checkpoint is not None and summary and checkpoint.state["step"] != summary["steps"]:
         raise UserError(
             f"the last checkpoint of {run} (step {summary['steps']}) is damaged or missing, so that the trained model is not "
-            f"there: delete {run / 'summary.json'}, and the command that trained the run makes it again from {checkpoint.name}"
+            f"there: delete {run / 'summary.json'}, and the command that trained the run makes it again from "
+            f"{checkpoint.path.name}"
         )
     return checkpoint
 
@@ -98,14 +98,15 @@ def load_trained(
                 f"{run} holds no best checkpoint, which a training with checkpoints.keep_best=true keeps: take checkpoint=last"
             )
         raise UserError(f"{run} holds no checkpoint; the command that started it continues it, or trains it")
-    check_weights(plain, tokenizer.vocab_size, checkpoint / "model.safetensors")
+    check_weights(plain, tokenizer.vocab_size, checkpoint.weights)
     model = build_model(plain, tokenizer.vocab_size).to(device)
-    state = load_checkpoint(checkpoint, model=model, optimizer=None)
-    check_finite(model, checkpoint)
+    load_checkpoint(checkpoint, model=model, optimizer=None)
+    check_finite(model, checkpoint.path)
     kernel = pin_execution(model, execution, device=device, precision=precision)
-    fingerprint = (summary or state).get("data_fingerprint")
+    fingerprint = (summary or checkpoint.state).get("data_fingerprint")
     known = run, config, summary, fingerprint if isinstance(fingerprint, str) else None
-    return TrainedModel(*known, model.eval(), tokenizer, tokenizer_file, kernel, checkpoint.name, state["step"], text)
+    name, step = checkpoint.path.name, checkpoint.state["step"]
+    return TrainedModel(*known, model.eval(), tokenizer, tokenizer_file, kernel, name, step, text)
 
 
 def check_finite(model: GPT, checkpoint: Path) -> None:

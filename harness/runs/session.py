@@ -23,7 +23,7 @@ from harness.evaluation.model_facts import cache_remark, model_facts
 from harness.evaluation.perplexity import Share, SplitResult
 from harness.files.atomic import replacing
 from harness.files.metrics import read_metrics
-from harness.files.text import duration
+from harness.files.text import duration, plural, some_of
 from harness.runs.corpus import ANEW, other_data, validate, window_loader
 from harness.runs.init_from import initial_checkpoint, initial_line, tokens_seen
 from harness.runs.load import check_finite, compute_like, pin_execution, token_losses
@@ -32,7 +32,7 @@ from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.to_dashboard import open_run_tracker
 from harness.runs.training_state import SavedState, check_resumable
 from harness.tracking import SilentTracker, Tracker, check_tracking
-from harness.training.checkpoint import latest_checkpoint, load_checkpoint, snapshot, tidy
+from harness.training.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, snapshot, tidy, verified
 from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.device import (
     auto_micro_batch_size,
@@ -138,7 +138,7 @@ class Session:
             assert config.init_from is not None
             self.initial_tokens = tokens_seen(Path(config.init_from))
             load_checkpoint(begins, model=self.model, optimizer=None)
-            check_finite(self.model, begins)
+            check_finite(self.model, begins.path)
         if checkpoint is not None:
             self._continue(checkpoint)
         workers.seed_apart(config.seed, self.first_step - 1)
@@ -147,13 +147,16 @@ class Session:
                 shutil.copyfile(data.tokenizer_file, temporary)
         reset_peak_memory(device)
 
-    def _continue(self, checkpoint: Path) -> None:
+    def _continue(self, checkpoint: Checkpoint) -> None:
         """From where the checkpoint was saved. Raises UserError when it is not here, or the run's data has changed."""
         config = self.config
-        if not checkpoint.exists():
-            raise UserError(f"{checkpoint} is not on this machine: runs_dir must lie on a disk that all machines share")
-        state = load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
-        if state.get("data_fingerprint") != self.data.fingerprint:
+        if not self.workers.is_first:
+            if not checkpoint.path.exists():
+                gone = f"{checkpoint.path} is not on this machine"
+                raise UserError(f"{gone}: runs_dir must lie on a disk that all machines share")
+            checkpoint = verified(checkpoint.path)  # as this machine sees it
+        load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        if checkpoint.state.get("data_fingerprint") != self.data.fingerprint:
             raise other_data(config.dataset.name, self.run, ANEW)
         saved = SavedState.of(checkpoint)
         self.first_step, self.seconds_before, self.last_step = saved.step + 1, saved.seconds, saved.last_step
@@ -167,7 +170,7 @@ class Session:
             self.best = None if saved.best is None else (int(saved.best[0]), saved.best[1])
             self.guard.restore(dataclasses.asdict(saved.guard))
         if self.workers.is_first:
-            tidy(self.run / "checkpoints", newest=checkpoint, keep=config.checkpoints.keep)
+            tidy(self.run / "checkpoints", newest=checkpoint.path, keep=config.checkpoints.keep)
             if self.best is not None and self.best[0] == self.saved and config.checkpoints.keep_best:
                 self.writer.keep_as_best(self.saved)  # a kill may have come between the two
 
@@ -295,8 +298,7 @@ class Session:
             max_seq_len=self.config.model.max_seq_len,
             document_starts=self.data.splits["train"].document_starts,
         )
-        shown = ", ".join(map(str, found[:16])) + (f" and {len(found) - 16} more" if len(found) > 16 else "")
-        return f"document{'s' if len(found) > 1 else ''} {shown} of the training split"
+        return f"{plural(len(found), 'document')} {some_of([*map(str, found)], 16)} of the training split"
 
     def step_metrics(self, step: Step) -> dict[str, float]:
         """One step as it is logged."""

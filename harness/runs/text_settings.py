@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.config.typed import typed
 from harness.errors import UserError
-from harness.files.untrusted import Unreadable, is_count, read_object
+from harness.files.untrusted import Count, Unreadable, read_object
 
 TEXT_FILE = "text.json"
 # What tokenizer_config.json says of text; the rest is about classes and files of the checkpoint.
@@ -38,8 +39,8 @@ class TheirText:
     stops: tokens at which writing ends; none: as they were not named. dtype: of their weights as they lie.
     """
 
-    opening: int | None = None
-    stops: tuple[int, ...] = ()
+    opening: Count | None = None
+    stops: list[Count] = field(default_factory=list)
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     dtype: str | None = None
@@ -53,19 +54,13 @@ def load_text(run: Path) -> TheirText | None:
     file = run / TEXT_FILE
     if not file.exists():
         return None
-    found = _object(file)
-    opening, stops = found.get("opening"), found.get("stops")
-    config, template, dtype = found.get("tokenizer_config"), found.get("chat_template"), found.get("dtype")
-    if (
-        (opening is None or is_count(opening))
-        and (isinstance(stops, list) and all(map(is_count, stops)))
-        and isinstance(config, dict)
-        and (template is None or isinstance(template, str))
-        and (dtype is None or isinstance(dtype, str))
-    ):
-        kept = {key: config[key] for key in _KEPT if key in config}
-        return TheirText(opening, tuple(stops), kept, template, dtype)
-    raise UserError(f"{file} is not what import_hf.py wrote: import the checkpoint again")
+    found, known = _object(file), {each.name for each in dataclasses.fields(TheirText)}
+    try:
+        text: TheirText = typed(TheirText, {key: value for key, value in found.items() if key in known}, "")
+    except UserError as error:
+        raise UserError(f"{file} is not what import_hf.py wrote ({error}): import the checkpoint again") from None
+    kept = {key: text.tokenizer_config[key] for key in _KEPT if key in text.tokenizer_config}
+    return dataclasses.replace(text, tokenizer_config=kept)
 
 
 def read_text(files: Mapping[str, Path], config: Mapping[str, Any], vocabulary: Mapping[str, int]) -> TheirText:
@@ -80,11 +75,11 @@ def read_text(files: Mapping[str, Path], config: Mapping[str, Any], vocabulary: 
     named = [_id(tokens.get(name), vocabulary) for name in ("bos_token", "eos_token")]
     ends = generation.get("eos_token_id", config.get("eos_token_id"))
     known = set(vocabulary.values())
-    stops = tuple(end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end in known)
+    stops = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end in known]
     dtype = config.get("dtype") or config.get("torch_dtype")
     return TheirText(
         next((number for number in named if number is not None), None),
-        stops or tuple(number for number in named[1:] if number is not None),
+        stops or [number for number in named[1:] if number is not None],
         {key: _name(tokens[key]) for key in _KEPT if tokens.get(key) is not None},
         template if isinstance(template, str) else None,
         dtype if isinstance(dtype, str) else None,

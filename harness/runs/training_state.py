@@ -15,7 +15,7 @@ from harness.config.typed import typed
 from harness.errors import UserError
 from harness.files.untrusted import Count, is_count
 from harness.tracking.wandb_run import RUN_ID
-from harness.training.checkpoint import STATE, DamagedCheckpoint, check_generators, checkpoint_state, latest_checkpoint
+from harness.training.checkpoint import STATE, Checkpoint, DamagedCheckpoint, check_generators, latest_checkpoint
 from harness.training.loop import Step
 from harness.training.schedule import Schedule, training_steps
 
@@ -49,12 +49,11 @@ class SavedState:
     guard: SavedGuard | None = None
 
     @classmethod
-    def of(cls, checkpoint: Path) -> SavedState:
+    def of(cls, checkpoint: Checkpoint) -> SavedState:
         """Raises DamagedCheckpoint, naming the field, for what is no such state."""
-        state = checkpoint_state(checkpoint)
         known = {field.name for field in dataclasses.fields(cls)}
         try:
-            content = {key: value for key, value in state.items() if key in known}
+            content = {key: value for key, value in checkpoint.state.items() if key in known}
             step = content.get("last_step")
             lost: dict[str, Any] = {}
             if isinstance(step, Mapping):  # what was not finite stands as null in JSON
@@ -62,7 +61,7 @@ class SavedState:
                 content["last_step"] = {**step, **dict.fromkeys(lost, 0.0)}
             saved: SavedState = typed(cls, content, "state")
         except UserError as error:
-            raise DamagedCheckpoint(checkpoint, f"{STATE}: {error}") from None
+            raise DamagedCheckpoint(checkpoint.path, f"{STATE}: {error}") from None
         odd = [] if is_count(saved.last_step.tokens) else [f"last_step.tokens={saved.last_step.tokens}, no count"]
         if saved.last_step.number != saved.step:
             odd.append(f"last_step.number={saved.last_step.number} after step {saved.step}")
@@ -71,11 +70,11 @@ class SavedState:
         if saved.wandb_id is not None and not RUN_ID.fullmatch(saved.wandb_id):
             odd.append(f"wandb_id={saved.wandb_id}, no name of a W&B run")
         if odd:
-            raise DamagedCheckpoint(checkpoint, f"{STATE}: {odd[0]}")
+            raise DamagedCheckpoint(checkpoint.path, f"{STATE}: {odd[0]}")
         return dataclasses.replace(saved, last_step=dataclasses.replace(saved.last_step, **lost))
 
 
-def check_resumable(checkpoint: Path) -> None:
+def check_resumable(checkpoint: Checkpoint) -> None:
     """Raises DamagedCheckpoint for a checkpoint that is whole and whose state no training can go on from."""
     SavedState.of(checkpoint)
     check_generators(checkpoint)
@@ -105,7 +104,7 @@ def grows(config: TrainConfig, older: TrainConfig, run: Path) -> bool:
     saved = SavedState.of(checkpoint)
     if saved.warmup_steps is None:
         raise UserError(
-            f"{checkpoint} was written by an older version, which did not note the length of its warm-up: train on with "
+            f"{checkpoint.path} was written by an older version, which did not note the length of its warm-up: train on with "
             f"the budget that the run was started with ({'; '.join(differing)})"
         )
     decay = min(Schedule(config.schedule, budget, warmup=saved.warmup_steps).decay_begins for budget in budgets)

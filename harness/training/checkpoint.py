@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from harness.config.typed import typed
 from harness.errors import UserError, in_a_line, readable, tell
-from harness.files.atomic import flush
+from harness.files.atomic import check_room, flush
 from harness.files.folders import BEST, checkpoint_folders, listed, mark, numbered_folders, remove, step_folder, step_of
 from harness.files.hashes import file_sha256
 from harness.files.untrusted import Unreadable, is_count, read_object
@@ -51,6 +51,25 @@ class DamagedCheckpoint(UserError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"checkpoint {path} is damaged ({reason}): use another one")
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that has been found whole, by `verified`, and what was read on the way: it is read once.
+
+    state: the caller's. optimizer, generators: its settings and their states, None where weights alone were saved. shapes: of
+    every tensor, by file, then by name.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    optimizer: list[Any] | None
+    generators: dict[str, Any] | None
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+
+    @property
+    def weights(self) -> Path:
+        return self.path / MODEL
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,8 @@ def _save(folder: Path, content: Mapping[str, Any], write: Callable[[Path], None
     partial, replaced = folder / f".partial-{final.name}", folder / f".partial-replaced-{final.name}"
     folder.mkdir(exist_ok=True)  # a run's folder that was removed is not brought back
     _remove_leftovers(folder)
-    _check_room(folder, size)
+    remedy = "make room and start the same command again (older checkpoints are intact)"
+    check_room(folder, size + 2**20, "a checkpoint", remedy)  # headers, JSON
 
     partial.mkdir()
     try:
@@ -200,24 +220,18 @@ def keep_as_best(path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def best_checkpoint(folder: Path) -> Path | None:
+def best_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint kept as the best by validation, None if there is none. Raises UserError when it is damaged."""
     path = folder / BEST
     if not path.is_dir():
         return None
-    damage = find_damage(path)
-    if damage is not None:
-        raise UserError(f"checkpoint {path} is damaged ({damage}): take checkpoint=last")
-    return path
+    try:
+        return verified(path)
+    except DamagedCheckpoint as error:
+        raise UserError(f"checkpoint {path} is damaged ({error.reason}): take checkpoint=last") from None
 
 
-def checkpoint_state(path: Path) -> dict[str, Any]:
-    """The caller's state in a whole checkpoint. Raises UserError when it is not readable."""
-    caller: dict[str, Any] = _read_state(path)["caller"]
-    return caller
-
-
-def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda path: None) -> Path | None:
+def latest_checkpoint(folder: Path, check: Callable[[Checkpoint], object] = lambda checkpoint: None) -> Checkpoint | None:
     """The newest whole checkpoint, None if there is none at all. A damaged one is reported on stderr and passed over.
 
     check: raises DamagedCheckpoint for what the caller finds wrong in one that is whole. Raises UserError when all of them are
@@ -225,15 +239,13 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda pat
     """
     damages = []
     for path in checkpoint_folders(folder):
-        damage = find_damage(path)
-        if damage is None:
-            try:
-                check(path)
-                return path
-            except DamagedCheckpoint as error:
-                damage = error.reason
-        damages.append(f"{path.name}: {damage}")
-        tell(f"WARNING: checkpoint {path} is damaged ({damage}); looking for an earlier one")
+        try:
+            checkpoint = verified(path)
+            check(checkpoint)
+            return checkpoint
+        except DamagedCheckpoint as error:
+            damages.append(f"{path.name}: {error.reason}")
+            tell(f"WARNING: checkpoint {path} is damaged ({error.reason}); looking for an earlier one")
     if damages:
         raise UserError(
             f"every checkpoint in {folder} is damaged ({damages[0]}; nothing was deleted): restore one from a backup, "
@@ -242,51 +254,45 @@ def latest_checkpoint(folder: Path, check: Callable[[Path], object] = lambda pat
     return None
 
 
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if nothing: each file has the size and SHA-256 of the manifest, and form.
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint in a folder: each file has the size and SHA-256 of the manifest, and its form.
 
-    Raises UserError where that cannot be seen, which is no damage.
+    Raises DamagedCheckpoint where it is not whole, and UserError where that cannot be seen, which is no damage.
     """
     try:
         with readable(str(path), _UNREADABLE, but_not=(FileNotFoundError,)):
             for name in (MANIFEST, MODEL, OPTIMIZER, STATE):  # of a checkpoint from elsewhere a link may lead anywhere
                 if (path / name).is_symlink() or ((path / name).exists() and not (path / name).is_file()):
-                    return f"{name} is no file of its own"
+                    raise DamagedCheckpoint(path, f"{name} is no file of its own")
             try:
                 manifest = read_object(path / MANIFEST)
             except Unreadable:
-                return f"{MANIFEST} is not readable"
+                raise DamagedCheckpoint(path, f"{MANIFEST} is not readable") from None
             for name in (MODEL, OPTIMIZER, STATE):
                 if _describe(path / name) != manifest.get(name):
-                    return f"{name} is not what was written"
-        _read_state(path)
-        for name in (MODEL, OPTIMIZER):
-            _headers(path / name)
+                    raise DamagedCheckpoint(path, f"{name} is not what was written")
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except DamagedCheckpoint as error:
-        return error.reason
-    return None
-
-
-def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None) -> dict[str, Any]:
-    """Fill the model in place and return the caller's state; with an optimizer, its state and the generators' too.
-
-    Works across devices: tensors go where the parameters are. Raises UserError when the checkpoint is damaged or
-    belongs to another model or optimizer; then nothing has been changed.
-    """
-    damage = find_damage(path)
-    if damage is not None:
-        raise DamagedCheckpoint(path, damage)
+        raise DamagedCheckpoint(path, f"{Path(error.filename).name} is missing") from None
     content = _read_state(path)
-    if optimizer is not None and content["optimizer"] is None:
+    shapes = {name: _headers(path / name) for name in (MODEL, OPTIMIZER)}
+    return Checkpoint(path, content["caller"], content["optimizer"], content["generators"], shapes)
+
+
+def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: Optimizer | None) -> None:
+    """Fill the model in place; with an optimizer, set its state and the generators' too.
+
+    Works across devices: tensors go where the parameters are. Raises UserError when the checkpoint belongs to another model or
+    optimizer, or holds no generators; then nothing has been changed. Raises DamagedCheckpoint too when it went away meanwhile.
+    """
+    path = checkpoint.path
+    if optimizer is not None and checkpoint.optimizer is None:
         raise UserError(f"checkpoint {path} holds weights alone, no training to continue: start a run with init_from=...")
-    if optimizer is not None and content["optimizer"] != optimizer.settings():
+    if optimizer is not None and checkpoint.optimizer != optimizer.settings():
         raise UserError(
             f"checkpoint {path} was written with other optimizer settings: resume with the configuration that the run "
             f"was started with, or start anew under another name"
         )
-    saved, target = _headers(path / MODEL), unique_tensors(model)
+    saved, target = checkpoint.shapes[MODEL], unique_tensors(model)
     odd = sorted(name for name in saved.keys() | target.keys() if _shape(saved, name) != _shape(target, name))
     if odd:
         raise UserError(
@@ -294,14 +300,11 @@ def load_checkpoint(path: Path, *, model: nn.Module, optimizer: Optimizer | None
             f"{_shape(target, odd[0])} here ({len(odd)} such tensors); build the model from the run's own config.yaml"
         )
     if optimizer is not None:
-        _check_optimizer_state(path, _headers(path / OPTIMIZER), optimizer)
-        _restore_generators(content["generators"], path)  # the first to be changed, since it can still refuse
-        optimizer.load_state_dict(safetensors.torch.load_file(path / OPTIMIZER))
-    whole = safetensors.torch.load_file(path / MODEL)
-    parts = {name: sharded_like(tensor, target[name]) for name, tensor in whole.items()}
+        _check_optimizer_state(checkpoint, optimizer)
+        _restore_generators(checkpoint)  # the first to be changed, since it can still refuse
+        optimizer.load_state_dict(_read_tensors(path / OPTIMIZER))
+    parts = {name: sharded_like(tensor, target[name]) for name, tensor in _read_tensors(checkpoint.weights).items()}
     model.load_state_dict(parts, strict=False)  # tied ones: under one name
-    caller: dict[str, Any] = content["caller"]
-    return caller
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -336,17 +339,25 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
         raise DamagedCheckpoint(path.parent, f"{path.name}: {in_a_line(error)}") from None
 
 
-def _check_optimizer_state(path: Path, saved: Mapping[str, tuple[int, ...]], optimizer: Optimizer) -> None:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """Of a file that has been verified. Raises DamagedCheckpoint where it is gone: a run that trains on deletes old ones."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(path.parent, f"{path.name} is missing") from None
+
+
+def _check_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer) -> None:
     """Raises UserError unless each parameter has the whole state of its optimizer, in its own shape, or all have none.
 
     The fused update reads a moment as if it had the parameter's size.
     """
-    expected = optimizer.state_shapes()
+    saved, expected = checkpoint.shapes[OPTIMIZER], optimizer.state_shapes()
     if saved and saved != expected:
         odd = sorted(name for name in saved.keys() | expected.keys() if saved.get(name) != expected.get(name))
         raise UserError(
-            f"checkpoint {path} holds the state of another optimizer: {odd[0]} is {saved.get(odd[0], 'absent')} there "
-            f"and {expected.get(odd[0], 'absent')} here ({len(odd)} such tensors): use another one"
+            f"checkpoint {checkpoint.path} holds the state of another optimizer: {odd[0]} is {_shape(saved, odd[0])} there "
+            f"and {_shape(expected, odd[0])} here ({len(odd)} such tensors): use another one"
         )
 
 
@@ -366,16 +377,6 @@ def _shape(tensors: Mapping[str, Any], name: str) -> str:
 
 def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def _check_room(folder: Path, tensor_bytes: int) -> None:
-    needed = tensor_bytes + 2**20  # headers, JSON
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"a checkpoint needs {needed:,} bytes and the disk of {folder} has {free:,} free (older checkpoints are "
-            f"intact): make room and start the same command again"
-        )
 
 
 class _Generators(TypedDict):
@@ -399,26 +400,25 @@ def _generator_states() -> _Generators:
     }
 
 
-def check_generators(path: Path) -> None:
+def check_generators(checkpoint: Checkpoint) -> None:
     """Raises DamagedCheckpoint unless the random generators can be set to what a checkpoint holds; they stay as they are."""
-    content = _read_state(path)
-    if content["optimizer"] is not None:
+    if checkpoint.optimizer is not None:
         before = _generator_states()
-        _restore_generators(content["generators"], path)
+        _restore_generators(checkpoint)
         _set_generators(before)
 
 
-def _restore_generators(states: Mapping[str, Any], path: Path) -> None:
+def _restore_generators(checkpoint: Checkpoint) -> None:
     """The reverse. A GPU that was not there when the states were taken keeps its seed.
 
     Raises DamagedCheckpoint for what is no state; then all are as they were.
     """
     before = _generator_states()
     try:
-        _set_generators(typed(_Generators, states, "generators"))
+        _set_generators(typed(_Generators, checkpoint.generators, "generators"))
     except (UserError, Unreadable) as error:
         _set_generators(before)
-        raise DamagedCheckpoint(path, f"generators in {STATE}: {error}") from None
+        raise DamagedCheckpoint(checkpoint.path, f"generators in {STATE}: {error}") from None
 
 
 def _set_generators(states: _Generators) -> None:

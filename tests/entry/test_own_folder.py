@@ -14,10 +14,10 @@ import train_model
 from harness.config.run_config import load_run_config
 from harness.errors import UserError
 from harness.files.folders import refuse_links
-from harness.training.checkpoint import find_damage
 from harness.training.optimizer import Optimizer
 from tests.support.attempts import Killer
 from tests.support.micro import Workplace, contents, summary_of
+from tests.support.tiny_model import find_damage
 
 OFTEN = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2"]
 FEW = 8

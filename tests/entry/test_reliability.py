@@ -29,13 +29,15 @@ from harness.data.prepared import open_prepared
 from harness.errors import UserError
 from harness.files.metrics import MetricsFile
 from harness.runs.load import load_trained
-from harness.training.checkpoint import checkpoint_state, find_damage, latest_checkpoint
+from harness.training import checkpoint
+from harness.training.checkpoint import latest_checkpoint, verified
 from harness.training.nonfinite import NonFiniteError
 from modeling.attention import EXECUTION
 from scripts import generate
 from tests.support.forks import Forks
 from tests.support.micro import STEPS, Workplace, contents, metrics_of, rows_of_steps, summary_of, without_clocks
 from tests.support.mutations import flip, truncate
+from tests.support.tiny_model import find_damage
 from tests.support.wandb_server import WandbServer
 
 OFTEN = ["intervals.log=1", "intervals.evaluate=2", "intervals.checkpoint=2", "model.dropout=0.1"]
@@ -152,6 +154,29 @@ def test_a_real_disk_that_is_full_or_read_only_keeps_the_last_good_checkpoint(
 
 
 # --- broken checkpoints ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_verified_once_and_read_once_on_one_way_through(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = place.train("run", *OFTEN)
+    (run / "summary.json").unlink()  # as if it had been killed before the last thing it writes
+    hashed: list[str] = []
+    read: list[str] = []
+
+    def counted(of: Any, seen: list[str]) -> Any:
+        return lambda path, *more: (seen.append(path.name), of(path, *more))[1]
+
+    monkeypatch.setattr(checkpoint, "file_sha256", counted(checkpoint.file_sha256, hashed))
+    monkeypatch.setattr(checkpoint, "read_object", counted(checkpoint.read_object, read))
+    for use in (lambda: place.train("run", *OFTEN), lambda: place.evaluate("run=run")):
+        use()
+        assert (sorted(hashed), sorted(read)) == (
+            ["model.safetensors", "optimizer.safetensors", "state.json"],
+            ["manifest.json", "state.json"],
+        )
+        hashed.clear()
+        read.clear()
 
 
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
@@ -288,8 +313,8 @@ def test_a_checkpoint_of_an_older_version_is_continued_and_its_budget_stays(
 ) -> None:
     whole = place.train("whole", *WSD)
     run = interrupted_at(place, "run", 3, *WSD, monkeypatch=monkeypatch)
-    for checkpoint in run.glob("checkpoints/step-*"):
-        as_an_older_version_wrote_it(checkpoint)
+    for folder in run.glob("checkpoints/step-*"):
+        as_an_older_version_wrote_it(folder)
     with pytest.raises(UserError, match=r"older version.*train on with the budget .* \(budget.steps is 6 there and 8 here"):
         place.train("run", *WSD, "budget.steps=8")
     place.train("run", *WSD)
@@ -314,7 +339,7 @@ def test_the_step_that_validated_best_is_kept_and_can_be_used(place: Workplace, 
     best = min(scored, key=scored.__getitem__)
     assert best <= 12, "it is not among the newest, or this test shows nothing"
     assert saved(run) == ["best", "step-00000014", "step-00000016"]
-    assert checkpoint_state(run / "checkpoints" / "best")["step"] == best
+    assert verified(run / "checkpoints" / "best").state["step"] == best
     how = {"device": torch.device("cpu"), "precision": torch.float32, "execution": EXECUTION}
     assert load_trained(run, which="best", **how).step == best  # type: ignore[arg-type]
     assert load_trained(run, **how).step == 16  # type: ignore[arg-type]
@@ -414,7 +439,7 @@ def test_it_gives_up_where_every_step_goes_wrong(place: Workplace, spoiled: Call
     spoiled(dict.fromkeys(range(3, 99), math.nan))
     with pytest.raises(NonFiniteError, match=r"step 5: .*3 steps in a row made no update.*checkpoint of step 4 is kept"):
         place.train("run", *OFTEN, "on_nonfinite=skip", "skip_limit=3")
-    assert checkpoint_state(place.runs / "run/checkpoints/step-00000004")["guard"]["in_a_row"] == 2
+    assert verified(place.runs / "run/checkpoints/step-00000004").state["guard"]["in_a_row"] == 2
 
 
 # --- what may change -------------------------------------------------------------------------------------------------
@@ -563,7 +588,7 @@ def test_offline_the_parts_of_an_interrupted_run_are_parts_of_one_wandb_run(
 ) -> None:
     options = [*OFTEN, "tracking=wandb"]
     run = interrupted_at(place, "run", 3, *options, monkeypatch=monkeypatch)
-    kept = checkpoint_state(run / "checkpoints" / "step-00000003")["wandb_id"]
+    kept = verified(run / "checkpoints" / "step-00000003").state["wandb_id"]
     place.train("run", *options)
     parts = [path.name for path in (run / "wandb").glob("offline-run-*")]
     assert kept and len(parts) == 2 and all(f"-{kept}" in name for name in parts)

@@ -43,7 +43,7 @@ from harness.runs.load import load_trained
 from harness.runs.text_settings import TEXT_FILE, load_text
 from harness.study.results import load_results
 from harness.tracking import open_tracker
-from harness.training.checkpoint import load_checkpoint
+from harness.training.checkpoint import load_checkpoint, verified
 from modeling.attention import EXECUTION
 from tests.fuzz.test_runs import resign
 from tests.support.corpora import BPE, BYTES, folder_of_texts, local
@@ -136,7 +136,7 @@ def test_a_pickle_in_place_of_any_file_of_a_run_is_refused_and_never_run(
             from harness.training.optimizer import build_optimizer
 
             optimizer = build_optimizer(trained.model, trained.config.optimizer)
-            load_checkpoint(folder, model=trained.model, optimizer=optimizer)
+            load_checkpoint(verified(folder), model=trained.model, optimizer=optimizer)
         compare([run])
         read_json(run / "summary.json")["wandb_id"]
 

@@ -51,9 +51,9 @@ def test_a_damaged_checkpoint_is_loaded_or_refused_and_a_refused_one_changes_not
     state = json.loads(whole["state.json"])
 
     def attempt() -> None:
-        path = latest_checkpoint(tmp_path)
-        assert path is not None
-        load_checkpoint(path, model=model, optimizer=fresh)
+        found = latest_checkpoint(tmp_path)
+        assert found is not None
+        load_checkpoint(found, model=model, optimizer=fresh)
 
     for number in fuzzing.share(14):
         before = contents_of(model)

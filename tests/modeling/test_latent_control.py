@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.config.schema import OptimizerConfig
-from harness.training.checkpoint import load_checkpoint
+from harness.training.checkpoint import load_checkpoint, verified
 from harness.training.optimizer import build_optimizer
 from modeling.attention.contract import randomise, relative_error
 from tests.support.tiny_model import save_checkpoint
@@ -69,7 +69,7 @@ def test_a_checkpoint_brings_the_drawn_projection_back(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, model=trained, optimizer=build_optimizer(trained, ADAMW), state={"step": 1})
     torch.manual_seed(1)
     other = gpt_from(["attention=mla_frozen"])
-    load_checkpoint(path, model=other, optimizer=build_optimizer(other, ADAMW))
+    load_checkpoint(verified(path), model=other, optimizer=build_optimizer(other, ADAMW))
     for ours, theirs in zip(other.attentions, trained.attentions, strict=True):
         assert torch.equal(ours.kv_down_proj.weight, theirs.kv_down_proj.weight)
         assert not ours.kv_down_proj.weight.requires_grad

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness.config.schema import OptimizerConfig
-from harness.training.checkpoint import snapshot, write_checkpoint
+from harness.training.checkpoint import DamagedCheckpoint, snapshot, verified, write_checkpoint
 from harness.training.optimizer import Optimizer
 
 VOCAB, WIDTH = 11, 8
@@ -76,3 +76,12 @@ def optimizer_config(name: str = "adamw", *, lr: float = 0.01, weight_decay: flo
 def save_checkpoint(folder: Path, *, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], keep: int = 2) -> Path:
     """As a run does after a step. state is JSON-able and holds the step."""
     return write_checkpoint(folder, snapshot(model, optimizer, state), keep=keep)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint in a folder, None if nothing."""
+    try:
+        verified(path)
+    except DamagedCheckpoint as error:
+        return error.reason
+    return None

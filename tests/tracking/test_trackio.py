@@ -312,12 +312,12 @@ def test_a_study_shows_its_table_its_pictures_and_its_page_once(
     assert capfd.readouterr().err.count("\n") == 2
 
 
-@needs_trackio
 def validation_loss(row: dict[str, Any]) -> float:
     (found,) = (value for key, value in row.items() if key.startswith("eval/local_") and key.endswith("/validation/loss"))
     return float(found)
 
 
+@needs_trackio
 def test_a_training_is_grouped_by_its_variant_and_show_runs_brings_in_the_others(
     tmp_path: Path, folder: Path, project: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.training import checkpoint
-from harness.training.checkpoint import find_damage, latest_checkpoint, load_checkpoint, tidy
+from harness.training.checkpoint import latest_checkpoint, load_checkpoint, tidy, verified
 from harness.training.loop import train
 from harness.training.optimizer import OPTIMIZERS, Optimizer, Recipe, build_optimizer
 from harness.training.parallel import OneProcess
@@ -32,7 +32,7 @@ from harness.training.schedule import Schedule
 from harness.training.step import EagerStep
 from tests.support.forks import Forks
 from tests.support.mutations import flip, truncate
-from tests.support.tiny_model import TinyModel, optimizer_config, save_checkpoint, tiny_batches, tiny_model
+from tests.support.tiny_model import TinyModel, find_damage, optimizer_config, save_checkpoint, tiny_batches, tiny_model
 from tests.support.variants import gpt_from
 
 FILES = {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
@@ -44,6 +44,11 @@ def _save(folder: Path, step: int, *, seed: int = 0, **options: Any) -> Path:
     _steps(model, optimizer, 1, 1, total=9)
     state = {"step": step, "tokens": 54 * step}
     return save_checkpoint(folder, model=model, optimizer=optimizer, state=state, **options)
+
+
+def newest(folder: Path) -> Path | None:
+    found = latest_checkpoint(folder)
+    return None if found is None else found.path
 
 
 def _steps(model: nn.Module, optimizer: Optimizer, first: int, last: int, *, total: int) -> list[float]:
@@ -85,9 +90,9 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path: Path, name
     second, second_optimizer = fresh(7)
     found = latest_checkpoint(tmp_path)
     assert found is not None
-    state = load_checkpoint(found, model=second, optimizer=second_optimizer)
-    assert state == {"step": 6, "note": "here"}
-    again += _steps(second, second_optimizer, state["step"] + 1, 12, total=12)
+    load_checkpoint(found, model=second, optimizer=second_optimizer)
+    assert found.state == {"step": 6, "note": "here"}
+    again += _steps(second, second_optimizer, found.state["step"] + 1, 12, total=12)
 
     assert again == losses
     for a, b in zip(model.parameters(), second.parameters(), strict=True):
@@ -162,9 +167,9 @@ def test_every_global_generator_goes_on_where_it_was(tmp_path: Path) -> None:
     draw()  # leaves half of a pair in both gauss caches
     path = save_checkpoint(tmp_path, model=model, optimizer=optimizer, state={"step": 1})
     expected = draw()
-    load_checkpoint(path, model=model, optimizer=None)
+    load_checkpoint(verified(path), model=model, optimizer=None)
     assert draw() != expected, "loading weights alone leaves the generators as they are"
-    load_checkpoint(path, model=model, optimizer=optimizer)
+    load_checkpoint(verified(path), model=model, optimizer=optimizer)
     assert draw() == expected
 
 
@@ -181,7 +186,7 @@ def test_tied_weights_are_saved_once_and_stay_tied(tmp_path: Path) -> None:
     path = _save(tmp_path, 1)
     assert "head.weight" not in safetensors.torch.load_file(path / "model.safetensors")
     model = tiny_model(seed=3)
-    load_checkpoint(path, model=model, optimizer=None)
+    load_checkpoint(verified(path), model=model, optimizer=None)
     assert model.head.weight is model.embedding.weight
     saved = safetensors.torch.load_file(path / "model.safetensors")
     assert all(torch.equal(parameter, saved[name]) for name, parameter in model.named_parameters())
@@ -212,9 +217,9 @@ def test_only_exactly_our_names_count_and_are_deleted(tmp_path: Path) -> None:
     )
     for name in copies:
         shutil.copytree(path, folder / name)
-    assert latest_checkpoint(folder) == path
+    assert newest(folder) == path
     for step in (3, 4, 99_999_999, 100_000_000):  # the last one's name is longer, and sorts before the others as text
-        assert _save(folder, step, keep=1) == latest_checkpoint(folder)
+        assert _save(folder, step, keep=1) == newest(folder)
     assert {file.name for file in folder.iterdir()} == {*copies, "step-100000000"}
     assert all(find_damage(folder / name) is None or "another one's" in str(find_damage(folder / name)) for name in copies)
 
@@ -230,7 +235,7 @@ def test_checkpoints_that_were_written_and_are_not_there_are_missing_and_not_non
             latest_checkpoint(folder)
     folder.rmdir()
     (tmp_path / "elsewhere").rename(folder)
-    assert latest_checkpoint(folder) == folder / "step-00000001"
+    assert newest(folder) == folder / "step-00000001"
 
 
 def _as_written(checkpoint: Path, file: str, content: bytes) -> None:
@@ -268,11 +273,11 @@ def test_content_that_no_save_wrote_is_damage_and_the_one_before_is_used(
 ) -> None:
     older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
     _as_written(newer, file, content)
-    assert latest_checkpoint(tmp_path) == older
+    assert newest(tmp_path) == older
     (report,) = capsys.readouterr().err.splitlines()
     assert f"{newer} is damaged ({file}" in report
     with pytest.raises(UserError, match=r"is damaged .*: use another one$"):
-        load_checkpoint(newer, model=tiny_model(), optimizer=None)
+        verified(newer)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
@@ -281,13 +286,13 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Any
 ) -> None:
     older, newer = _save(tmp_path, 1), _save(tmp_path, 2)
-    assert latest_checkpoint(tmp_path) == newer
+    assert newest(tmp_path) == newer
     damage(newer / name)
-    assert latest_checkpoint(tmp_path) == older
+    assert newest(tmp_path) == older
     report = capsys.readouterr().err
     assert str(newer) in report and "damaged" in report
     with pytest.raises(UserError, match="damaged"):
-        load_checkpoint(newer, model=tiny_model(), optimizer=None)
+        verified(newer)
     assert newer.exists(), "nothing was deleted"
 
 
@@ -309,7 +314,7 @@ def test_the_newest_two_are_kept_and_the_one_just_written_always(tmp_path: Path)
     for path in tmp_path.iterdir():
         flip(path / "model.safetensors")
     path = _save(tmp_path, 1, keep=1)
-    assert path.exists() and latest_checkpoint(tmp_path) == path
+    assert path.exists() and newest(tmp_path) == path
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -317,8 +322,15 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     flip(path / "model.safetensors")
     assert _save(tmp_path, 5, seed=1) == path
     model = tiny_model(seed=2)
-    load_checkpoint(path, model=model, optimizer=None)
+    load_checkpoint(verified(path), model=model, optimizer=None)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_checkpoint_that_went_away_after_it_was_verified_is_said_to_be_missing(tmp_path: Path) -> None:
+    found = verified(_save(tmp_path, 1))
+    shutil.rmtree(found.path)
+    with pytest.raises(UserError, match=r"step-00000001 is damaged \(model.safetensors is missing\)"):
+        load_checkpoint(found, model=tiny_model(), optimizer=None)
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -326,7 +338,7 @@ def test_a_checkpoint_of_another_model_is_refused_and_changes_nothing(tmp_path: 
     model = tiny_model(seed=1, tie=False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UserError, match=r"another model: head.weight is absent there and \(11, 8\) here"):
-        load_checkpoint(path, model=model, optimizer=None)
+        load_checkpoint(verified(path), model=model, optimizer=None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -336,7 +348,7 @@ def test_other_optimizer_settings_are_refused_and_change_nothing(tmp_path: Path,
     model = tiny_model(seed=1)
     before = model.head.weight.clone()
     with pytest.raises(UserError, match="other optimizer settings"):
-        load_checkpoint(path, model=model, optimizer=build_optimizer(model, config))
+        load_checkpoint(verified(path), model=model, optimizer=build_optimizer(model, config))
     assert torch.equal(model.head.weight, before)
 
 
@@ -409,7 +421,8 @@ def test_a_process_killed_while_it_saves_leaves_whole_checkpoints_only(tmp_path:
     assert all(find_damage(path) is None for path in tmp_path.glob("step-*"))
     found = latest_checkpoint(tmp_path)
     assert found is not None
-    assert load_checkpoint(found, model=tiny_model(), optimizer=None)["step"] >= 1
+    load_checkpoint(found, model=tiny_model(), optimizer=None)
+    assert found.state["step"] >= 1
 
 
 def test_a_folder_that_goes_away_while_a_checkpoint_is_written_is_an_error_that_names_it(

@@ -15,14 +15,7 @@ import torch
 from torch import nn
 
 from harness.errors import UserError
-from harness.training.checkpoint import (
-    best_checkpoint,
-    checkpoint_state,
-    find_damage,
-    latest_checkpoint,
-    load_checkpoint,
-    snapshot,
-)
+from harness.training.checkpoint import best_checkpoint, latest_checkpoint, load_checkpoint, snapshot
 from harness.training.checkpoint_writer import CheckpointWriter
 from harness.training.optimizer import Optimizer, build_optimizer
 from tests.support.tiny_model import optimizer_config, save_checkpoint, tiny_batches, tiny_model
@@ -83,7 +76,7 @@ def test_what_is_written_is_the_state_when_it_was_asked_for_and_not_when_it_is_w
     beside = latest_checkpoint(tmp_path / "beside")
     assert beside is not None
     for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
-        assert (beside / file).read_bytes() == (plain / file).read_bytes()
+        assert (beside.path / file).read_bytes() == (plain / file).read_bytes()
     writer.close()
 
 
@@ -150,11 +143,11 @@ def test_the_best_one_is_kept_whatever_comes_after_it_and_is_never_the_newest(
     writer.close()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "step-00000004", "step-00000005"]
     best = best_checkpoint(tmp_path)
-    assert best == tmp_path / "best" and find_damage(best) is None and checkpoint_state(best) == {"step": 2}
-    assert load_checkpoint(best, model=tiny_model(1), optimizer=None)["step"] == 2
+    assert best is not None and best.path == tmp_path / "best" and best.state == {"step": 2}
+    load_checkpoint(best, model=tiny_model(1), optimizer=None)
     newest = latest_checkpoint(tmp_path)
-    assert newest is not None and newest.name == "step-00000005"
-    (best / "model.safetensors").write_bytes(b"half")
+    assert newest is not None and newest.path.name == "step-00000005"
+    best.weights.write_bytes(b"half")
     with pytest.raises(UserError, match=r"best is damaged .*take checkpoint=last"):
         best_checkpoint(tmp_path)
     assert best_checkpoint(tmp_path / "absent") is None
@@ -170,4 +163,4 @@ def test_a_file_system_without_second_names_gets_a_copy(
     writer = CheckpointWriter(tmp_path, keep=1, background=False)
     writer.save(snapshot(model, optimizer, {"step": 1}), is_best=True)
     best = best_checkpoint(tmp_path)
-    assert best is not None and checkpoint_state(best) == {"step": 1}
+    assert best is not None and best.state == {"step": 1}
