@@ -114,7 +114,7 @@ def test_the_variant_is_exported_as_our_own_class_with_the_same_logits(project: 
 
 
 def test_the_variant_is_timed_without_a_peer_and_its_cache_is_calculated(forks: Forks, trained: str) -> None:
-    tiny = ["contexts=16", "batch_sizes=1", "steps=2", "rounds=1", "device=cpu"]
+    tiny = ["contexts=16", "batch_sizes=1", "steps=2", "rounds=1", "device=cpu", "memory_budget_gib=0.25"]
     for chosen in (["attention=shared"], [f"run={trained}"], ["attention=shared", "level=attention"]):
         timed = run(forks, "scripts/benchmark_decode.py", *chosen, *tiny)
         peer = "no transformers beside shared: " in timed.output

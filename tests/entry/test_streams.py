@@ -112,6 +112,7 @@ def commands(place: Workplace, out: Path) -> dict[str, tuple[str, list[str], Pat
     where = f"runs_dir={place.runs}"
     exact = [f"data_dir={place.folder / 'data'}", "method=exact", "device=cpu"]
     small = ["contexts=8", "batch_sizes=1", "steps=1", "rounds=1", "peers=false", "prefill_tokens=0", "attention=mha"]
+    small += ["memory_budget_gib=0.25"]  # of which a quarter is read to measure the bandwidth
     return {
         "evaluate": ("eval_model.py", [*place.places(), "run=run", "extras=[]"], place.runs / "run/evaluations"),
         "compare": ("scripts/compare_runs.py", [where, "run", f"out={out}", "tracking=none"], out / "comparison.png"),

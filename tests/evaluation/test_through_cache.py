@@ -38,11 +38,15 @@ def split() -> Split:
     return Split(tokens, np.array([0, TOKENS]), one, one)
 
 
+def built(variant: str, context: int = 64) -> GPT:
+    return randomise(gpt_from([f"attention={variant}", f"model.max_seq_len={context}"], VOCAB)).eval()
+
+
 @torch.no_grad()
-def decoded_one_by_one(model: GPT, choice: CacheChoice, stride: int) -> float:
-    """Mean nats, every window a row that is decoded from an empty cache, a token at a time."""
+def decoded_one_by_one(model: GPT, choice: CacheChoice) -> float:
+    """Mean nats, every window a row that is decoded from an empty cache, a token at a time; windows overlap by half."""
     text = split()
-    windows = cut_windows(np.array([0, TOKENS]), max_seq_len=model.max_seq_len, stride=stride)
+    windows = cut_windows(np.array([0, TOKENS]), max_seq_len=model.max_seq_len, stride=model.max_seq_len // 2)
     rows, length = len(windows.start), model.max_seq_len
     assert rows > 2 and (windows.length == length).all()
     inputs_BT, targets_BT = map(torch.from_numpy, gather(text.tokens, windows, np.arange(rows), end_of_text=END))
@@ -57,7 +61,7 @@ def decoded_one_by_one(model: GPT, choice: CacheChoice, stride: int) -> float:
 @pytest.mark.parametrize("kind", CHOICES)
 @pytest.mark.parametrize("variant", SHIPPED)
 def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> None:
-    model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB)).eval()
+    model = built(variant, context=24)
     choice = CHOICES[kind]
 
     def loss(through: CacheChoice | None) -> float:
@@ -68,7 +72,7 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
             loss(choice)
         return
     through = loss(choice)
-    assert through == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
+    assert through == pytest.approx(decoded_one_by_one(model, choice), rel=2e-4)
     assert through != loss(None)
 
 
@@ -76,17 +80,17 @@ def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> No
     ("variant", "window"), [("gqa", None), ("gqa", 9), ("gqa_cla", None), ("tpa", None), ("gdn_3_1", None), ("swa_3_1", None)]
 )
 def test_keys_by_channel_are_scored_as_they_are_decoded(variant: str, window: int | None) -> None:
-    model: GPT = randomise(gpt_from([f"attention={variant}"], VOCAB)).eval()
+    model = built(variant)
     choice = CacheChoice(cache_format("kc4v8"), window)
     result = evaluate_model(on_cpu(model), split(), texts_of(END), Scoring(0.5, batch_size=3), through=choice)
-    assert result.loss == pytest.approx(decoded_one_by_one(model, choice, stride=32), rel=2e-4)
+    assert result.loss == pytest.approx(decoded_one_by_one(model, choice), rel=2e-4)
     assert result.loss != result.beside[0].loss
 
 
 @torch.no_grad()
 def test_the_divergence_is_the_mean_kl_over_the_scored_tokens_and_what_is_without_a_cache_stands_beside() -> None:
     """By hand: both distributions of every token in float64, whole windows apart so that each token is scored once."""
-    model: GPT = randomise(gpt_from(["attention=gqa"], VOCAB)).eval()
+    model = built("gqa")
     choice, text = CacheChoice(cache_format("k8v4")), split()
 
     def score(through: CacheChoice | None) -> SplitResult:
@@ -107,7 +111,7 @@ def test_the_divergence_is_the_mean_kl_over_the_scored_tokens_and_what_is_withou
 
 
 def test_a_probe_decodes_through_the_cache_that_its_subject_names() -> None:
-    model: GPT = randomise(gpt_from(["attention=gqa"], VOCAB)).eval()
+    model = built("gqa")
     text = documents(*np.tile(np.random.default_rng(0).integers(0, END, (8, 16)), (1, 2)), end_of_text=END)
     subject = subject_of(model, text, end_of_text=END)
     kinds = (None, CacheChoice(torch.float32), CacheChoice(cache_format("int4")))

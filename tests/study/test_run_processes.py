@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from scripts import study_run
 from tests.entry.test_kills_of_commands import left
 from tests.support.forks import ROOT, Forks
 from tests.support.micro import Workplace, without_clocks
-from tests.support.small_study import forked_runs
 from tests.support.switches import LEAKS
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 ONE_THREAD = Slot({"OMP_NUM_THREADS": "1"})
 # One setting an arm that a process might keep for the next run.
@@ -41,13 +41,6 @@ MADE = {
     ),
     "tuned": ArmConfig(family="mla", starts_from="made", overrides=["budget.steps=3"]),
 }
-
-
-@pytest.fixture(autouse=True)
-def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with forked_runs():
-        yield
 
 
 @pytest.fixture(scope="module")

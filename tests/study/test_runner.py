@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,10 @@ from harness.study.runner import Slot, is_done, last_words, process_pool, run_al
 from scripts import run_study
 from tests.support.forks import Forks, wait_for
 from tests.support.micro import Workplace, summary_of
-from tests.support.small_study import forked_runs
+
+pytestmark = pytest.mark.usefixtures("forked")
 
 ONE_THREAD = Slot({"OMP_NUM_THREADS": "1"})
-
-
-@pytest.fixture(autouse=True)
-def forked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Of studies in this process; those of a command are started as ever."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with forked_runs():
-        yield
 
 
 @pytest.fixture(scope="module")
