@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import itertools
 import json
 import os
 import random
@@ -518,11 +519,13 @@ def write_shards(folder: Path, megabytes: int) -> Path:
     folder.mkdir()
     choice = random.Random(0)
     words = ["".join(choice.choices("etaoinshrdlu", k=choice.randrange(2, 9))) for _ in range(20_000)]
+    endings = [" ".join(choice.choices(words, k=400)) for _ in range(200)]
+    number = itertools.count()
     for shard in range(4):
         with (folder / f"part-{shard}.jsonl").open("w") as file:
             size = 0
             while size < megabytes * 250_000:
-                size += file.write(json.dumps({"text": " ".join(choice.choices(words, k=400))}) + "\n")
+                size += file.write(f'{{"text": "{next(number)} {choice.choice(endings)}"}}\n')
     return folder
 
 

@@ -27,7 +27,7 @@ from modeling.generation import generate
 from scripts.export import main
 from tests.support import transformers4
 from tests.support.micro import Workplace, contents, summary_of
-from tests.support.variants import SHIPPED, deep_enough
+from tests.support.variants import SHIPPED_BY_CODE, deep_enough
 
 pytest.importorskip("transformers")
 
@@ -129,7 +129,7 @@ def test_the_exported_model_is_of_a_stock_class_and_gives_the_same_logits(place:
     assert classes.difference(trained.model, model) < 1e-5
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", SHIPPED_BY_CODE)
 def test_every_shipped_variant_is_exported_and_is_the_run(
     place: Workplace, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

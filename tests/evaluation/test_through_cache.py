@@ -18,7 +18,7 @@ from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 from tests.evaluation.test_perplexity import Split, texts_of
 from tests.support.subjects import documents, on_cpu, subject_of
-from tests.support.variants import SHIPPED, gpt_from
+from tests.support.variants import SHIPPED_BY_CODE, gpt_from
 
 VOCAB, END, TOKENS = 100, 99, 150
 CHOICES = {
@@ -59,7 +59,7 @@ def decoded_one_by_one(model: GPT, choice: CacheChoice) -> float:
 
 
 @pytest.mark.parametrize("kind", CHOICES)
-@pytest.mark.parametrize("variant", SHIPPED)
+@pytest.mark.parametrize("variant", SHIPPED_BY_CODE)
 def test_one_call_a_window_is_one_token_at_a_time(variant: str, kind: str) -> None:
     model = built(variant, context=24)
     choice = CHOICES[kind]

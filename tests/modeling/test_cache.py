@@ -13,7 +13,7 @@ from modeling.attention.contract import randomise, relative_error
 from modeling.attention.quantisation import cache_format
 from modeling.generation import decode_step
 from modeling.gpt import GPT
-from tests.support.variants import SHIPPED, gpt_from
+from tests.support.variants import SHIPPED_BY_CODE, gpt_from
 
 SHAPES: dict[str, tuple[int, ...]] = {"k": (2, 3), "v": (4,)}
 ROWS, SLOTS = 3, 8
@@ -291,7 +291,7 @@ def test_a_static_cache_always_shows_whole_buffers_and_a_mask() -> None:
     assert held(cache, "v") == [[row * 100 + t for t in range(4)] for row in range(ROWS)]
 
 
-@pytest.mark.parametrize("variant", SHIPPED)
+@pytest.mark.parametrize("variant", SHIPPED_BY_CODE)
 @torch.no_grad()
 def test_a_compiled_decode_step_is_compiled_once_however_long_the_context_grows(variant: str) -> None:
     model: GPT = randomise(gpt_from([f"attention={variant}"])).eval()

@@ -14,7 +14,9 @@ from modeling.attention.contract import (
     CHECKS,
     Build,
     Variant,
+    caches_in_few_bits_stay_close,
     every_parameter_gets_a_gradient,
+    it_compiles_without_a_graph_break,
     no_token_sees_the_future,
     output_has_the_inputs_shape_and_dtype,
 )
@@ -63,8 +65,23 @@ def builder(variant: str) -> Build:
     return lambda: copy.deepcopy(_prototype(variant))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+# Half of the time of all: of knobs .ci/run alone checks these.
+LONG = (it_compiles_without_a_graph_break, caches_in_few_bits_stay_close)
+
+
+@pytest.mark.parametrize(
+    ("check", "variant"),
+    [
+        pytest.param(
+            check,
+            variant,
+            id=f"{check.__name__}-{variant}",
+            marks=[pytest.mark.slow] if check in LONG and variant in KNOBS else [],
+        )
+        for check in CHECKS
+        for variant in VARIANTS
+    ],
+)
 def test_contract(check: Callable[[Build], None], variant: str) -> None:
     check(builder(variant))
 

@@ -33,6 +33,7 @@ IMPORTED = (
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "tqdm",
+    "wandb",
 )
 
 
@@ -265,6 +266,7 @@ def run(request: dict[str, Any], meeting: dict[str, str]) -> int:
 
 def main() -> None:
     sys.path[0] = str(ROOT)
+    os.environ["WANDB_ERROR_REPORTING"] = "false"  # its client asks when it is imported; each command has its own
     for module in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(module)
     composing = importlib.import_module("harness.config.compose")

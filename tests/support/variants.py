@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import yaml
 
 from harness.config.build import build_layer, build_layers, build_model, layers_that_differ
@@ -16,6 +17,11 @@ from modeling.attention.contract import Variant
 from modeling.gpt import GPT
 
 SHIPPED = options_of("attention")
+
+# They take another one's lines of code, with other sizes or weights that are not trained.
+_ALIKE = {"mqa", "mha_wide", "mqa_wide", "gqa_partial", "swa_1_1", "mla_wide", "mla_frozen", "mla_slice"}
+# For a test that is long for each: the README's command takes one of those that are alike, .ci/run all.
+SHIPPED_BY_CODE = [pytest.param(name, marks=pytest.mark.slow) if name in _ALIKE else name for name in SHIPPED]
 
 # Sizes at which every width is a different number, so that a mixed-up dimension cannot go unnoticed.
 SIZES = [
