@@ -138,7 +138,7 @@ def test_the_variant_is_an_arm_of_a_study(project: Path, forks: Forks) -> None:
         "decode_contexts: [16]\n"
         "decode_batch_sizes: [1]\n"
     )
-    run(forks, "scripts/run_study.py", "study=own", "tracking=none", "device=cpu")
+    run(forks, "tests/support/small_study.py", "configs", "study=own", "tracking=none", "device=cpu")
     assert list((project / "runs" / "own").glob("**/report.html")), sorted((project / "runs" / "own").rglob("*"))[:40]
 
 

@@ -96,13 +96,6 @@ arms:
 contrasts: [[learns, still]]
 evaluate: [max_tokens=256, "extras=[ends]"]
 """
-# scripts/run_study.py, whose runs are forked.
-STUDIED = """
-import sys
-from tests.support.small_study import main
-
-sys.exit(main(["configs", *sys.argv[1:]]))
-"""
 # train_model.py, killed after its third step.
 KILLED = """
 import os, signal, sys
@@ -150,7 +143,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (project / "configs/dataset/counted.yaml").write_text("name: counted\nsource: counting\n")
     (project / "configs/study/saving.yaml").write_text(STUDY)
     (project / "killed.py").write_text(KILLED)
-    (project / "studied.py").write_text(STUDIED)
     return project
 
 
@@ -172,7 +164,7 @@ def probed(project: Path, forks: Forks) -> Path:
 @pytest.fixture(scope="module")
 def studied(project: Path, forks: Forks) -> Path:
     """A study of two arms and two seeds."""
-    run(forks, "studied.py", "study=saving")
+    run(forks, "tests/support/small_study.py", "configs", "study=saving")
     return next((project / "runs").glob("**/study.json")).parent
 
 

@@ -101,7 +101,12 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
         "(its fields: body.text)",
         ["dataset.text_column=body.text"],
     ),
-    ("train", ["dataset=mqar", "dataset.path=@/sea.txt"], "leave it out", ["dataset.path=null"]),
+    (
+        "train",
+        ["dataset=mqar", "dataset.synthetic_documents=500", "dataset.path=@/sea.txt"],
+        "leave it out",
+        ["dataset.path=null"],
+    ),
     ("train", ["init_from=@/runs/r", "model.n_layers=2"], "leave that out", ["-model.n_layers"]),
     ("eval", ["run=r", "cache.sinks=2"], "set cache.window", ["cache.window=8"]),
     ("eval", ["run=r", "stride_fraction=2"], "at most 1", ["stride_fraction=1"]),

@@ -35,8 +35,8 @@ NAMES = ("out", "state", "dq", "dk", "dv", "dlog_decay", "dbeta", "dstate")
 SHAPES = (
     (2, 3, 1, 1, 8, 5, 0.3, False),
     (1, 70, 1, 3, 20, 16, 0.3, False),
-    (2, 130, 2, 4, 16, 32, 0.02, True),
-    (1, 128, 1, 2, 64, 64, 0.0, False),
+    (1, 130, 2, 4, 16, 32, 0.02, True),
+    (2, 128, 1, 1, 64, 64, 0.0, False),
     (1, 100, 2, 2, 32, 64, 400.0, False),  # a decay of exp(-400), whose inverse no float holds
 )
 

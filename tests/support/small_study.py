@@ -111,3 +111,7 @@ def main(arguments: list[str]) -> int:
     except SystemExit as end:
         assert isinstance(end.code, int)
         return end.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
