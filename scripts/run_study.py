@@ -35,16 +35,7 @@ from harness.errors import UserError, writable
 from harness.files.text import aligned, duration, number, visible
 from harness.files.untrusted import Positive
 from harness.runs.folder import finished, lock_run
-from harness.runs.records import (
-    DECODE_FILE,
-    STUDY_FILE,
-    DecodeTimes,
-    FailureRecord,
-    SpecRecord,
-    read_decode_times,
-    read_study,
-    save,
-)
+from harness.runs.records import DECODE_FILE, STUDY_FILE, DecodeTimes, FailureRecord, SpecRecord, read_decode_times, save
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -243,7 +234,7 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
         sweep = [spec for spec in _specs_of(plan, before["sweep"]) if tune != "lr" or spec.arm not in arms]
         runs = [*specs, *others]
         history = extended(
-            read_study(plan.folder) if (plan.folder / STUDY_FILE).is_file() else None,
+            plan.recorded(),
             arms={arm: sorted({*command.declared.get(arm, ()), *plan.config.seeds_of(arm)}) for arm in plan.arms},
             contrasts=[(a, b) for a, b in plan.config.contrasts],
             margin=plan.config.margin,
@@ -255,8 +246,7 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
 
 def _earlier(plan: StudyPlan) -> Mapping[str, Any]:
     """What the folder's record holds of commands before this one."""
-    is_there = (plan.folder / STUDY_FILE).is_file()
-    return read_study(plan.folder) if is_there else {"chosen_lr": {}, "runs": [], "sweep": []}
+    return plan.recorded() or {"chosen_lr": {}, "runs": [], "sweep": []}
 
 
 def _specs_of(plan: StudyPlan, recorded: Sequence[SpecRecord]) -> list[RunSpec]:
@@ -312,12 +302,9 @@ def print_runs(command: Command) -> int:
 
     plan, arms = command.plan, command.arms
     sweep: list[RunSpec] = []
-    if command.tune == "lr" and plan.config.tune is not None:
-        settings, seed = plan.config.tune, plan.tuning_seed
+    if command.tune == "lr":
         grid = plan.first_rates()
-        sweep = [plan.spec(arm, lr, seed, settings.tokens) for lr in grid for arm in arms]
-        if settings.tokens is not None:
-            sweep += [plan.spec(arm, lr, seed) for arm in settings.transfer_arms if arm in arms for lr in grid]
+        sweep = plan.sweep_runs(grid, arms) + plan.transfer_runs(grid, arms)
     main_runs = plan.main_runs(plan.untuned_rates(arms), arms)
     rows = [["run", *SIZES, "tokens", "state"]]
     todo = []

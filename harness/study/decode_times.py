@@ -102,8 +102,7 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
     if plan.step_used == "graph":
         with as_user_error(f"{name}: "):
             check_capture(kernel)
-    execution = {"backend": config.attention["backend"], "decode": config.attention["decode"], "kernel": kernel}
-    pin_execution(model, execution, device=plan.device, precision=plan.dtype)
+    pin_execution(model, config.attention, device=plan.device, precision=plan.dtype)
     path = "auto"
     if choosing.decode_paths != ("auto",):
         path = "absorbed" if choosing.absorbs(1) else "expand"

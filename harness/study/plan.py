@@ -12,7 +12,7 @@ import dataclasses
 import json
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -170,6 +170,10 @@ class StudyPlan:
         given = None if self.config.tune is None else self.config.tune.seed
         return TUNING_SEED if given is None else given
 
+    def recorded(self) -> StudyRecord | None:
+        """What earlier commands have written of the study in this folder; None where none has."""
+        return read_study(self.folder) if (self.folder / STUDY_FILE).is_file() else None
+
     def untuned_rates(self, arms: Iterable[str]) -> dict[str, float]:
         """What each of them says itself."""
         return {arm: self.arms[arm].config.optimizer.lr for arm in arms}
@@ -202,6 +206,17 @@ class StudyPlan:
     def _source(self, arm: str, seed: int) -> RunSpec | None:
         source = self.arms[arm].starts_from
         return None if source is None else self.spec(source, self.untuned_rates([source])[source], seed)
+
+    def sweep_runs(self, rates: Sequence[float], arms: Sequence[str]) -> list[RunSpec]:
+        """These arms at each of the rates, on the seed and the budget of the sweep."""
+        assert self.config.tune is not None
+        return [self.spec(arm, lr, self.tuning_seed, self.config.tune.tokens) for lr in rates for arm in arms]
+
+    def transfer_runs(self, rates: Sequence[float], arms: Collection[str]) -> list[RunSpec]:
+        """Of these arms those that are swept at the study's own budget too."""
+        tune = self.config.tune
+        swept = tune.transfer_arms if tune is not None and tune.tokens is not None else ()
+        return [self.spec(arm, lr, self.tuning_seed) for arm in swept if arm in arms for lr in rates]
 
     def main_runs(self, lr: Mapping[str, float], arms: Iterable[str]) -> list[RunSpec]:
         """Every seed of these arms at their rates, seed by seed: a study cut short has its first seeds whole."""
@@ -473,9 +488,9 @@ def settle_tuning_seed(plan: StudyPlan) -> None:
     tune = plan.config.tune
     if tune is None:
         return
-    swept = read_study(plan.folder)["sweep"] if (plan.folder / STUDY_FILE).is_file() else []
-    if swept:
-        tune.seed = swept[0]["seed"]
+    record = plan.recorded()
+    if record is not None and record["sweep"]:
+        tune.seed = record["sweep"][0]["seed"]
         return
     if plan.tuning_seed in {seed for arm in plan.arms for seed in plan.config.seeds_of(arm)}:
         raise UserError(
@@ -486,10 +501,8 @@ def settle_tuning_seed(plan: StudyPlan) -> None:
 
 def check_same_study(plan: StudyPlan) -> None:
     """Raises UserError when the folder holds another study: an arm of the same name that is something else."""
-    path = plan.folder / STUDY_FILE
-    if not path.is_file():
-        return
-    before = read_study(plan.folder)["arms"]
+    record = plan.recorded()
+    before = {} if record is None else record["arms"]
     changed = [
         name for name, arm in plan.arms.items() if name in before and before[name]["setup_hash"] != setup_hash(arm.config)
     ]

@@ -29,6 +29,7 @@ from harness.runs.provenance import changed_since
 from harness.runs.records import FailureRecord, read_evaluations, read_summary
 from harness.study.plan import RunSpec, StudyPlan, merged
 from harness.study.progress import Pace, Progress
+from harness.study.tuning import grown_grid, optimum
 
 SCRIPT = ROOT / "scripts" / "study_run.py"
 POLL_SECONDS = 0.5
@@ -334,13 +335,11 @@ def tuned(plan: StudyPlan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]
     fails counts as infinitely bad. An arm without a finished run gets no rate and a sentence; the others go on. Raises
     UserError when no arm has one.
     """
-    from harness.study.tuning import grown_grid, optimum
-
     tune = plan.config.tune
     assert tune is not None
     grid, failures, notes = plan.first_rates(), [], []  # type: ignore[var-annotated]
     for extension in range(tune.extensions + 1):
-        specs = [plan.spec(arm, lr, plan.tuning_seed, tune.tokens) for lr in grid for arm in arms]
+        specs = plan.sweep_runs(grid, arms)
         failed = {failure["run"] for failure in failures}
         failures += run([spec for spec in specs if spec.name not in failed])
         losses = {arm: {spec.lr: _final_loss(plan, spec) for spec in specs if spec.arm == arm} for arm in arms}
@@ -356,8 +355,7 @@ def tuned(plan: StudyPlan, arms: Sequence[str], run: Callable[[Sequence[RunSpec]
     for arm, best in chosen.items():
         if best.at_edge:
             notes.append(f"{arm}: the lowest loss of the sweep is at its edge, {best.lr:g}; the optimum may lie beyond")
-    if tune.tokens is not None and tune.transfer_arms:
-        transfer = [plan.spec(arm, lr, plan.tuning_seed) for arm in tune.transfer_arms if arm in chosen for lr in grid]
+    if transfer := plan.transfer_runs(grid, chosen):
         failures += run(transfer)
         specs += transfer
         for arm in tune.transfer_arms:
