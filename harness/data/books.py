@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from harness.config.schema import DatasetConfig
 from harness.data import download
-from harness.data.documents import Document, Source
+from harness.data.documents import EVALUATION_FIRST, Document, Source
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.data.parquet import read_parquet
 from harness.errors import UserError, readable
@@ -56,7 +56,7 @@ def books_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
     def documents() -> Iterator[Document]:
         if folder is None:
             _download(books, downloads, progress)
-        for split in ("validation", "test", "train"):
+        for split in EVALUATION_FIRST:
             wanted = [book for book in books if book.split == split]
             texts = _read_folder(folder, split, wanted) if folder else (_read_text(downloads, book) for book in wanted)
             yield from (Document(split, (text,)) for text in texts)

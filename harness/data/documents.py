@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from harness.errors import UserError
 
 SPLITS = ("train", "validation", "test")
+EVALUATION_FIRST = ("validation", "test", "train")  # the order of documents: a cap on training leaves the others alone
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from harness.config.schema import DatasetConfig
-from harness.data.documents import SPLITS, Document, Source, carving_by_fraction, seeded_hash
+from harness.data.documents import EVALUATION_FIRST, SPLITS, Document, Source, carving_by_fraction, seeded_hash
 from harness.data.download import download
 from harness.data.network import HubUnreachable, reason_unreachable
 from harness.errors import UserError, in_a_line, readable
@@ -88,7 +88,7 @@ def linux_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
         return splits
 
     def documents() -> Iterator[Document]:
-        for split in ("validation", "test", "train"):
+        for split in EVALUATION_FIRST:
             for text in packed()[split]:
                 yield Document(split, (zlib.decompress(text).decode(),))
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from harness.config.schema import DatasetConfig
-from harness.data.documents import Document, Source
+from harness.data.documents import EVALUATION_FIRST, Document, Source
 from harness.errors import UserError
 
 TASKS = ("mqar", "passkey")
@@ -31,7 +31,6 @@ _RECENCY = list(itertools.accumulate(1 / rank for rank in range(1, len(KEYS) + 1
 CUE = " The pass key is:"  # before the key both times
 KEY_DIGITS = 5
 FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-_SPLITS = ("validation", "test", "train")
 _TRIES = 1000  # draws of one document before there are held to be no others
 
 
@@ -45,7 +44,7 @@ def synthetic_source(dataset: DatasetConfig) -> Source:
 
     def documents() -> Iterator[Document]:
         held_out: set[str] = set()  # of the splits before this one
-        for number, split in enumerate(_SPLITS):
+        for number, split in enumerate(EVALUATION_FIRST):
             rng = np.random.Generator(np.random.PCG64([dataset.split_seed, TASKS.index(str(dataset.synthetic_task)), number]))
             own = set()
             for _ in range(counts[split]):
