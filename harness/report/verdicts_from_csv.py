@@ -35,19 +35,8 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     """
     config = load_study(study)
     metric = METRICS[config.metric]
-    values: dict[str, dict[str, dict[int, float]]] = {metric.name: {}, LOSS.name: {}, BITS_PER_BYTE.name: {}}
-    usual: dict[str, float] = {}
-    at_length: dict[str, float | None] = {}
     try:
-        for row in _rows(file):
-            if _cell(row, "kind", str) == "study":
-                arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
-                if seed in values[metric.name].get(arm, {}):
-                    raise Unreadable(f"two rows of arm {arm}, seed {seed}")
-                usual[arm] = _size(row, "cache_bytes_per_token")
-                at_length[arm] = _size(row, AT_LENGTH) if row.get(AT_LENGTH) else None
-                for name, of_metric in values.items():
-                    of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
+        values, usual, at_length = _figures(file, [metric.name, LOSS.name, BITS_PER_BYTE.name])
     except (OSError, Unreadable) as error:
         raise UserError(f"{file} cannot be read as a study's report.csv ({error}): name the one of study={study}") from None
     arms = values[metric.name]
@@ -91,6 +80,28 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
         lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
     looks = styles({name: arm.family for name, arm in config.arms.items()})
     return "\n".join(lines), quality_by_cache(placed, looks, usual, per_token_at_length(usual, at_length), metric)
+
+
+def _figures(
+    file: Path, metrics: Sequence[str]
+) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, float], dict[str, float | None]]:
+    """metric -> arm -> seed -> figure, and cache bytes per token of each arm, at its own context and at LENGTH.
+
+    Raises OSError, or Unreadable for what is no such file.
+    """
+    values: dict[str, dict[str, dict[int, float]]] = {name: {} for name in metrics}
+    usual: dict[str, float] = {}
+    at_length: dict[str, float | None] = {}
+    for row in _rows(file):
+        if _cell(row, "kind", str) == "study":
+            arm, seed = _cell(row, "arm", str), _cell(row, "seed", int)
+            if seed in values[metrics[0]].get(arm, {}):
+                raise Unreadable(f"two rows of arm {arm}, seed {seed}")
+            usual[arm] = _size(row, "cache_bytes_per_token")
+            at_length[arm] = _size(row, AT_LENGTH) if row.get(AT_LENGTH) else None
+            for name, of_metric in values.items():
+                of_metric.setdefault(arm, {})[seed] = _cell(row, f"test_{name}", float)
+    return values, usual, at_length
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
