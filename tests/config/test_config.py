@@ -54,6 +54,7 @@ from modeling.shapes import shapes_only
 from scripts.downstream_eval import DownstreamOptions
 from scripts.generate import GenerateOptions
 from tests.support.projects import copy_project
+from tests.support.variants import SHIPPED_BY_CODE
 
 GROUPS = ("attention", "model", "dataset", "tokenizer", "optimizer", "schedule", "tracking", "parallel", "experiment")
 # Set by the defaults list and not by a file of the machine on which the tests run.
@@ -99,7 +100,7 @@ def size(model: str) -> dict[str, Any]:
     return compose("train", [*PLAIN, f"model={model}"])["model"]
 
 
-@pytest.mark.parametrize("attention", options_of("attention"))
+@pytest.mark.parametrize("attention", SHIPPED_BY_CODE)
 @pytest.mark.parametrize("model", options_of("model"))
 def test_every_variant_builds_at_every_model_size(model: str, attention: str) -> None:
     """Composed once a variant and once a size, which Hydra takes 0.1 s for."""

@@ -435,12 +435,17 @@ def like_measured(formula: LayerCache, measured: LayerCache) -> LayerCache:
 
 @pytest.mark.parametrize("model_type", CLASSES)
 def test_the_measurement_and_the_table_kept_by_hand_agree(model_type: str) -> None:
-    from transformers import AutoConfig
-
     full = as_published(tiny_config(model_type))
     seen = described(full).layers
     assert seen == tuple(map(like_measured, by_table(full), seen))
-    # And at the class's own sizes. 4096 / 96 is no width: every published glm4_moe says its own.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_they_agree_at_the_sizes_of_the_class_too(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    # 4096 / 96 is no width: every published glm4_moe says its own.
     said = {"head_dim": 128} if model_type in ("glm4_moe", "ministral") else {}
     full = as_published(AutoConfig.for_model(model_type, **said))
     seen = described(full).layers
