@@ -21,7 +21,7 @@ from harness.runs.records import RunSummary, read_summary
 from harness.runs.text_settings import TheirText, load_text
 from harness.training.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
-from modeling.attention import EXECUTION, attends, names_kernel, set_execution
+from modeling.attention import EXECUTION, attends, set_execution
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
@@ -138,7 +138,8 @@ def pin_execution(
     with as_user_error():
         check_kernel(execution["kernel"], device)
         model.set_execution(**{key: execution[key] for key in EXECUTION})
-        rules = [layer.kernel for layer in model.attentions if names_kernel([layer], layer.kernel)]
+        rules = [layer.rule_kernel(precision, device) for layer in model.attentions if hasattr(layer, "rule_kernel")]
+        rules = [kernel for kernel in rules if kernel in DELTA_RULES]
         for kernel in set(rules):
             check_dtype(kernel, precision, DELTA_RULES)
             if trains:

@@ -13,8 +13,8 @@ are Mamba-2's, which the paper names without printing them.
 
 A value head h reads query and key head h // (H / G), H value heads for G heads of queries and keys. Nothing is rotated: order
 is in the decay and the convolution. The rule in chunks (training, prompts) and by token (decoding) is in
-modeling/kernels/delta_rule.py; beside it, chunks of 16 bits in Triton (attention.kernel=triton) in delta_rule_triton.py, and
-another library's kernels (attention.kernel=fla) in delta_rule_fla.py.
+modeling/kernels/delta_rule.py; beside it, chunks of 16 bits in Triton (attention.kernel=triton, and auto where it can) in
+delta_rule_triton.py, and another library's kernels (attention.kernel=fla) in delta_rule_fla.py.
 
 Letters: B batch, T new tokens, S those and the tail, D d_model, H value heads, G heads of queries and keys, K their width, V
 width of a value, W width of the convolution, C its channels, 2 G K + H V.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, real_first
 from modeling.attention.norms import widely_normed
-from modeling.kernels.decode_kernels import DELTA_RULES, check_dtype, lacks_heads
+from modeling.kernels.decode_kernels import DELTA_RULES, check_dtype, lacks_heads, select_rule
 from modeling.kernels.delta_rule import CHUNK, delta_rule, delta_rule_step
 from modeling.kernels.delta_rule_fla import delta_rule_by_fla
 from modeling.refusal import Refusal
@@ -113,6 +113,10 @@ class GatedDeltaNet(nn.Module):
     def kernels(self) -> dict[str, str | None]:
         """What else than torch computes its every call, each with why it is not for this layer, or None."""
         return {name: lacks_heads(name, self.head_dim, self.v_head_dim) for name in DELTA_RULES}
+
+    def rule_kernel(self, dtype: torch.dtype, device: torch.device) -> str:
+        """What computes the rule of more than one token with products of this type."""
+        return select_rule(self.kernel, device=device, dtype=dtype, K=self.head_dim, V=self.v_head_dim)
 
     @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -216,7 +220,7 @@ class GatedDeltaNet(nn.Module):
         )
         v_BTHV, state_BHKV = v_BTHV.to(dtype), state_BHKV.to(dtype)
         with torch.autocast(device, enabled=False):  # which would round the operands
-            if self.kernel == "triton" and q_BTGK.shape[1] > 1:
+            if q_BTGK.shape[1] > 1 and self.rule_kernel(products, q_BTGK.device) == "triton":
                 check_dtype("triton", products, DELTA_RULES)
                 from modeling.kernels.delta_rule_triton import delta_rule_by_triton
 

@@ -26,7 +26,7 @@ class Kernel:
 
     file: in modeling/kernels; for a new token with a function `decode` of the positional arguments of `latent_decode` and the
     scale. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys and values.
-    latents, rotated: widths L and P; keys, values: of a head of the gated delta rule, K and V. values=None: any.
+    latents, rotated: widths L and P; keys: of a head of the gated delta rule, K; equal_widths: V must be that too.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto: it is taken where it can run and nobody chose, before kernels that stand above it in the table.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
@@ -40,7 +40,7 @@ class Kernel:
     latents: Sequence[int] = ()
     rotated: Sequence[int] = ()
     keys: Sequence[int] = ()
-    values: Sequence[int] | None = None
+    equal_widths: bool = False
     capability: int | None = None
     auto: bool = False
     reads_8_bits: bool = False
@@ -86,16 +86,17 @@ OTHERS = {
         plans_on_host=True,
     ),
 }
-# Of gated DeltaNet's layers: every call, training included; triton's of more than one token. auto never takes one. A name in
-# both tables needs the same of a machine in both.
+# Of gated DeltaNet's layers: every call, training included; triton's of more than one token. A name in both tables needs the
+# same of a machine in both.
 DELTA_RULES = {
     "triton": Kernel(
         "delta_rule_triton",
         "triton",
         TRITON,
         HALF_PRECISION,
-        keys=(64,),  # measured on a GPU, where narrower ones were wrong: docs/LOG.md
-        values=(64,),
+        keys=(32, 64),  # measured on a GPU, where unequal widths were wrong: docs/LOG.md
+        equal_widths=True,
+        auto=True,
         interpreted=True,
     ),
     "fla": Kernel(
@@ -186,9 +187,22 @@ def lacks_heads(name: str, K: int, V: int) -> str | None:
     kernel = DELTA_RULES[name]
     if K not in kernel.keys:
         return f"takes heads of {_in_words(kernel.keys)} dimensions, and this variant's head_dim is {K}:"
-    if kernel.values is not None and V not in kernel.values:
-        return f"takes values of {_in_words(kernel.values)} dimensions, and this variant's v_head_dim is {V}:"
+    if kernel.equal_widths and V != K:
+        return f"takes values as wide as heads, and this variant's v_head_dim is {V}, its head_dim {K}:"
     return None
+
+
+def select_rule(name: str, *, device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
+    """What computes the gated delta rule, of more than one token: auto is a kernel of DELTA_RULES where one can, else torch.
+
+    dtype: of the products.
+    """
+    if name != "auto":
+        return name
+    for other, kernel in DELTA_RULES.items():
+        if kernel.auto and runs_triton(device, dtype) and dtype in kernel.dtypes and lacks_heads(other, K, V) is None:
+            return other
+    return "torch"
 
 
 def _in_words(widths: Sequence[int]) -> str:

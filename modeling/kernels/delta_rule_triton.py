@@ -314,7 +314,7 @@ def delta_rule_by_triton(
     """As `delta_rule`, for any T, value head h with head h // (H / G) of q and k: (out_BTHV, the state afterwards in float32).
 
     q, k and v of one type, bfloat16, float16 or float32, which the output has too; the others in float32. Other widths than
-    K = V = 64 are not right on every GPU (docs/LOG.md).
+    K = V = 32 or 64 are not right on every GPU (docs/LOG.md).
     """
     pad = (0, 0, 0, -q_BTGK.shape[1] % CHUNK)  # what fills the last chunk changes nothing
     g_BTH = F.pad(log_decay_BTH, pad).unflatten(1, (-1, CHUNK)).cumsum(dim=2).flatten(1, 2)
@@ -328,6 +328,11 @@ def _sizes(q: Tensor, v: Tensor, g: Tensor) -> tuple[tuple[int, ...], tuple[Any,
     wide = [max(16, triton.next_power_of_2(width)) for width in (K, V)]
     # The inverse gets more digits than the 16 bits it is stored in.
     return (B, H, N, K, V), (T, N, H, G, K, V, *wide, CHUNK, "ieee" if q.dtype == torch.float32 else "tf32")
+
+
+def _launch(name: str, K: int, V: int) -> dict[str, int]:
+    """Below 64 two warps: Triton then takes mma.sync, not wgmma, whose narrow products are wrong on Hopper (docs/LOG.md)."""
+    return LAUNCHES[name] | ({"num_warps": 2} if min(K, V) < 64 else {})
 
 
 def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -344,8 +349,8 @@ def _operator(
     inverse, states = q.new_empty(B * H, N, CHUNK, CHUNK), q.new_empty(B * H, N, K, V)
     out, last = torch.empty_like(v), torch.empty_like(first)
     with _on(q):
-        _inverses[(N, B * H)](k, g, beta, inverse, *sizes, BLOCK, **LAUNCHES["inverses"])
-        _forward[(B * H,)](q, k, v, g, beta, first, inverse, out, states, last, scale, *sizes, **LAUNCHES["forward"])
+        _inverses[(N, B * H)](k, g, beta, inverse, *sizes, BLOCK, **_launch("inverses", K, V))
+        _forward[(B * H,)](q, k, v, g, beta, first, inverse, out, states, last, scale, *sizes, **_launch("forward", K, V))
     return out, last, inverse, states
 
 
@@ -371,11 +376,11 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of q and k for each head of values."""
     q, k, v, g, beta, dout, dlast = (x.contiguous() for x in (q, k, v, g, beta, dout, dlast))
-    (B, H, N, K, _), sizes = _sizes(q, v, g)
+    (B, H, N, K, V), sizes = _sizes(q, v, g)
     dq, dk = (q.new_empty(*q.shape[:2], H, K) for _ in range(2))
     dv, dg, dbeta, dfirst = (torch.empty_like(x) for x in (v, g, beta, dlast))
     dstates, dy = torch.empty_like(states), torch.empty_like(v)
-    states_back, chunks_back = LAUNCHES["states_back"], LAUNCHES["chunks_back"]
+    states_back, chunks_back = _launch("states_back", K, V), _launch("chunks_back", K, V)
     with _on(q):
         _states_back[(B * H,)](q, k, g, beta, inverse, dout, dlast, dstates, dy, dfirst, scale, *sizes, **states_back)
         _chunks_back[(N, B * H)](

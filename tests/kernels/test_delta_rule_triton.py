@@ -104,7 +104,7 @@ def interpreted() -> dict[str, dict[str, float]]:
 @needs_triton
 @torch.no_grad()
 def test_a_layer_that_names_it_takes_it_for_chunks_of_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single tokens are torch's, other types are refused, and a layer that does not name it never takes it."""
+    """Single tokens are torch's and other types are refused; where nobody chose, a layer takes it where it can run."""
     from modeling.kernels import delta_rule_triton
 
     calls: list[tuple[Any, ...]] = []
@@ -127,6 +127,16 @@ def test_a_layer_that_names_it_takes_it_for_chunks_of_16_bits(monkeypatch: pytes
     assert calls == [(torch.bfloat16, *shapes, *[torch.float32] * 3)]
     with pytest.raises(ValueError, match=r"triton computes in bfloat16 or float16, not in torch.float32; take attention.kern"):
         ours(x_BTD)
+    monkeypatch.setattr("modeling.kernels.decode_kernels.runs_triton", lambda device, dtype: True)
+    for kernel, expected in (("torch", 0), ("auto", 1)):
+        set_execution(ours, backend="auto", decode="auto", kernel=kernel)
+        calls.clear()
+        ours(x_BTD)  # in 32 bits
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            ours(x_BTD[:, :1])
+            layer()(x_BTD)  # of other widths
+            assert torch.equal(ours(x_BTD), outs["triton" if expected else "torch"])
+        assert len(calls) == expected
 
 
 def test_it_is_for_the_layers_that_it_can_compute_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +160,22 @@ def test_it_is_for_the_layers_that_it_can_compute_and_refused_without_one(monkey
         assert name == "sdpa_math, triton"
         with pytest.raises(UserError, match=r"triton computes in bfloat16 or float16, not in torch.float32; take attention"):
             pin_execution(model, execution, device=cpu, precision=torch.float32)
+    monkeypatch.setattr("modeling.kernels.decode_kernels.runs_triton", lambda device, dtype: True)
+    by_itself = execution | {"kernel": "auto"}
+    for changes, precision, named in (
+        (heads, torch.bfloat16, ", triton"),
+        (heads, torch.float32, ""),
+        ([], torch.bfloat16, ""),
+    ):
+        model = gpt_from(["attention=gdn_3_1", *changes], n_layers=4)
+        assert pin_execution(model, by_itself, device=cpu, precision=precision, trains=True) == "sdpa_math" + named
     assert pin_execution(gpt_from(["attention=mla"]), execution, device=cpu, precision=torch.float32) == "sdpa_math"
     for change, sentence in (
-        (heads[1:], "takes heads of 64 dimensions, and this variant's head_dim is 12: use attention.kernel=torch"),
-        (heads[:1], "takes values of 64 dimensions, and this variant's v_head_dim is 12: use attention.kernel=torch"),
+        (heads[1:], "takes heads of 32 or 64 dimensions, and this variant's head_dim is 12: use attention.kernel=torch"),
+        (
+            heads[:1],
+            "takes values as wide as heads, and this variant's v_head_dim is 12, its head_dim 64: use attention.kernel=torch",
+        ),
     ):
         with pytest.raises(ValueError, match=rf"attention\.kernel=triton {sentence}"):
             gpt_from(["attention=gdn_3_1", *change], n_layers=4).set_execution(kernel="triton")
@@ -170,7 +192,7 @@ def test_a_name_in_both_tables_needs_the_same_of_a_machine() -> None:
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-# What may be named has K = V = 64: fewer tokens than a chunk, one chunk and a part, whole ones; heads shared and not.
+# What may be named has K = V = 32 or 64: fewer tokens than a chunk, one chunk and a part, whole ones; heads shared and not.
 SHAPES_ON_A_GPU = (
     (2, 3, 1, 1, 64, 64, 0.3, False),
     (1, 70, 1, 3, 64, 64, 0.3, False),
@@ -178,6 +200,11 @@ SHAPES_ON_A_GPU = (
     (1, 128, 1, 2, 64, 64, 0.0, False),
     (1, 100, 2, 2, 64, 64, 400.0, False),
     (8, 512, 8, 16, 64, 64, 0.1, False),
+    (2, 3, 1, 1, 32, 32, 0.3, False),
+    (1, 70, 1, 3, 32, 32, 0.3, False),
+    (2, 130, 2, 4, 32, 32, 0.02, True),
+    (8, 512, 8, 16, 32, 32, 0.1, False),
+    (8, 1024, 8, 16, 32, 32, 0.1, False),
 )
 
 
