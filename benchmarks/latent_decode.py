@@ -650,10 +650,11 @@ def gluon_rows() -> Iterator[str]:
     from modeling.kernels import latent_decode_gluon_slots_triton as by_slots
 
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-    wide, words, narrow = (f"tensordesc<{of}[1, 64, {n}],{layout!r}>" for of, n in (("bf16", 256), ("i16", 256), ("bf16", 64)))
+    boxes = ("bf16", 256), ("i16", 256), ("bf16", 64), ("bf16", by_heads.PIECE.value)
+    wide, words, narrow, piece = (f"tensordesc<{of}[1, 64, {n}],{layout!r}>" for of, n in boxes)
     types = {"q_latent": wide, "q_rope": narrow, "latent": wide, "k_rope": narrow}
     types |= {"lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
-    forms = [(128, "bf16", by_heads, by_heads.TILE, types)]
+    forms = [(128, "bf16", by_heads, by_heads.TILE, types | {"latent": piece})]
     types = types | {"q_latent": "*bf16", "q_rope": "*bf16", "latent_scale": "*bf16"}
     forms.append((16, "bf16", by_slots, by_slots.WIDE_TILE, types))
     forms += [(16, name, by_slots, by_slots.TILE, types | {"latent": words}) for name in EIGHT_BITS]

@@ -10,9 +10,10 @@ the weights of one, and multiplies both blocks' weights with its half of the col
     left:   p_0 <- p_0 e^(m_0 - m_1), for right            left  = left e^(m_0 - m_1) + p_1 c_1     (p_1 from shared memory)
     right:                                                 right = right + p_0 c_0                  (p_0 from shared memory)
 
-A third group has the copy engine bring the blocks, in halves of 256 columns that are free at different times. A
-block that would pass its range's end begins earlier, and what the block before has covered counts as -inf: nothing beyond
-a row's length is read, and before its first slot the copy engine writes zeros.
+A third group has the copy engine bring the blocks, in halves of 256 columns that are free at different times, and in pieces
+of 64, whose scores begin when they have come. A block that would pass its range's end begins earlier, and what the block
+before has covered counts as -inf: nothing beyond a row's length is read, and before its first slot the copy engine writes
+zeros.
 
 Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width. In the kernel: c latents, k rotated keys, q queries.
 """
@@ -41,6 +42,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from modeling.kernels.latent_decode_triton import Tile
 
 HEADS, SLOTS, COLUMNS, ROTATED = gl.constexpr(64), gl.constexpr(64), gl.constexpr(256), gl.constexpr(64)
+PIECE, PIECES = gl.constexpr(64), gl.constexpr(4)  # of a half: columns that one copy brings
 # Of one program, for the choice of splits: it takes a multiprocessor for itself, and two blocks at a time.
 TILE = Tile(heads=64, slots=128, warps=4, stages=1, registers=168, resident=1, start=385)
 # Of the two groups that multiply; what is left of three times TILE's registers, 24, is for the one that copies.
@@ -88,12 +90,14 @@ def _fetch(source, place, full, target):
 def _fetch_half(latent, k_rope, shared, row, slot, pair, BLOCK: gl.constexpr, HALF: gl.constexpr):
     part: gl.constexpr = 2 * BLOCK + HALF
     mbarrier.wait(shared.empty.index(part), (pair & 1) ^ 1)
-    if BLOCK == HALF:
-        mbarrier.expect(shared.full.index(part), 2 * SLOTS * COLUMNS)
-    else:  # with the half that the other group multiplies last: then this block's weights, in the same place, are read too
-        mbarrier.expect(shared.full.index(part), 2 * SLOTS * (COLUMNS + ROTATED))
-        _fetch(k_rope, [row, slot, 0], shared.full.index(part), shared.k.index(BLOCK))
-    _fetch(latent, [row, slot, HALF * COLUMNS], shared.full.index(part), shared.c.index(part))
+    for i in gl.static_range(PIECES):
+        full = shared.full.index(PIECES * part + i)
+        if BLOCK == HALF or i < PIECES - 1:
+            mbarrier.expect(full, 2 * SLOTS * PIECE)
+        else:  # with the half that the other group multiplies last: then this block's weights, in the same place, are read too
+            mbarrier.expect(full, 2 * SLOTS * (PIECE + ROTATED))
+            _fetch(k_rope, [row, slot, 0], full, shared.k.index(BLOCK))
+        _fetch(latent, [row, slot, HALF * COLUMNS + PIECE * i], full, shared.c.index(part).slice(PIECE * i, PIECE, 1))
 
 
 @gluon.jit
@@ -131,16 +135,26 @@ def _as_operand(weights, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _scores_of_half(shared, phase, scores, BLOCK: gl.constexpr, HALF: gl.constexpr):
+    """Scores of a block with a half of the columns more, piece by piece as they come; they begin with its own group's."""
+    part: gl.constexpr = 2 * BLOCK + HALF
+    for i in gl.static_range(PIECES):
+        mbarrier.wait(shared.full.index(PIECES * part + i), phase)
+        q = shared.q.index(HALF).slice(PIECE * i, PIECE, 1)
+        c = shared.c.index(part).slice(PIECE * i, PIECE, 1).permute((1, 0))
+        scores = warpgroup_mma(q, c, scores, use_acc=BLOCK != HALF or i > 0, is_async=True)
+    return scores
+
+
+@gluon.jit
 def _left_pair(shared, place, scale_log2, pair, sums, total, m):
     """Scores of the first block of a pair, and both blocks times columns 0 to 255: (sums, total, m)."""
     dtype: gl.constexpr = shared.q.dtype
     phase = pair & 1
     first = place.start + 2 * SLOTS * pair
     scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(shared.full.index(0), phase)
-    scores = warpgroup_mma(shared.q.index(0), shared.c.index(0).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(shared.full.index(1), phase)
-    scores = warpgroup_mma(shared.q.index(1), shared.c.index(1).permute((1, 0)), scores, is_async=True)
+    scores = _scores_of_half(shared, phase, scores, 0, 0)
+    scores = _scores_of_half(shared, phase, scores, 0, 1)
     scores = warpgroup_mma(shared.q_rotated, shared.k.index(0).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
@@ -175,10 +189,8 @@ def _right_pair(shared, place, scale_log2, pair, sums, total, m):
     phase = pair & 1
     first = place.start + 2 * SLOTS * pair + SLOTS
     scores = gl.zeros([HEADS, SLOTS], gl.float32, SCORES)
-    mbarrier.wait(shared.full.index(3), phase)
-    scores = warpgroup_mma(shared.q.index(1), shared.c.index(3).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(shared.full.index(2), phase)
-    scores = warpgroup_mma(shared.q.index(0), shared.c.index(2).permute((1, 0)), scores, is_async=True)
+    scores = _scores_of_half(shared, phase, scores, 1, 1)
+    scores = _scores_of_half(shared, phase, scores, 1, 0)
     scores = warpgroup_mma(shared.q_rotated, shared.k.index(1).permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores = _seen(scores, gl.minimum(first, place.end - SLOTS), first)
@@ -264,14 +276,15 @@ def attend_kernel(
         gl.allocate_shared_memory(dtype, [2, SLOTS, ROTATED], wide),
         gl.allocate_shared_memory(gl.float32, [2, HEADS], plain),
         gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
-        gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
+        gl.allocate_shared_memory(gl.int64, [4 * PIECES, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
         gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout()),
     )
     mbarrier.init(shared.q_full, count=1)
-    for i in gl.static_range(4):
+    for i in gl.static_range(4 * PIECES):
         mbarrier.init(shared.full.index(i), count=1)
+    for i in gl.static_range(4):
         mbarrier.init(shared.empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(shared.largest_ready.index(i), count=1)
@@ -309,7 +322,7 @@ def program(
     arguments = (
         describe(q_latent_BHL, [1, HEADS.value, COLUMNS.value]),
         describe(q_rope_BHP, [1, HEADS.value, ROTATED.value]),
-        describe(latent_BSL, [1, SLOTS.value, COLUMNS.value]),
+        describe(latent_BSL, [1, SLOTS.value, PIECE.value]),
         describe(k_rope_BSP, [1, SLOTS.value, ROTATED.value]),
         lengths_B,
         partial_BHNL,
