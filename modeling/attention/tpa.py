@@ -115,8 +115,8 @@ class TensorProductAttention(nn.Module):
 
     @property
     def numbers_absorbed(self) -> int:
-        """Of one query, head and cached token: products with each factor and their terms, or weights spread over factors."""
-        return 1 + 2 * max(self.k_rank, self.v_rank)
+        """Of one query, head and cached token: products with each factor and two sums, or weights spread over factors."""
+        return max(self.k_rank + 2, self.v_rank + 1)
 
     def fan_in_factors(self, variance: float) -> dict[str, float]:
         """Of both factors of a product: a sum of R of them over R has their variances' product over R."""
