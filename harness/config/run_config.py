@@ -19,6 +19,7 @@ from harness.files.folders import listed
 from harness.files.untrusted import Unreadable
 
 _MOST_YAML, _MOST_DEPTH = 1 << 20, 20  # of a run's config.yaml: characters, groups within groups
+_REMEDY = "restore it, or train the run anew"
 # Overrides whose values are free text: they are quoted for Hydra, so that commas, spaces, '=' and brackets need none.
 FREE_TEXT = (
     "name",
@@ -80,9 +81,9 @@ def read_run_config(run: Path) -> dict[str, Any]:
         with _parsing():
             container = yaml.safe_load(text)  # OmegaConf would look `${...}` up, and takes minutes to read many of them
     except (OSError, UnicodeDecodeError, Unreadable) as error:
-        raise UserError(f"{path} cannot be read: {in_a_line(error)}; restore it, or train the run anew") from None
+        raise UserError(f"{path} cannot be read ({in_a_line(error)}): {_REMEDY}") from None
     if not isinstance(container, dict):
-        raise UserError(f"{path} is not a configuration of this version: it must be a group of fields")
+        raise UserError(f"{path} is not a configuration of this version (it must be a group of fields): {_REMEDY}")
     for field, value in flat(container).items():
         if field not in FREE_TEXT and "${" in f"{field}{value}":
             raise UserError(
@@ -98,7 +99,7 @@ def load_run_config(run: Path) -> TrainConfig:
     try:
         return train_config(container)
     except UserError as error:
-        raise UserError(f"{run / 'config.yaml'} is not a configuration of this version: {error}") from None
+        raise UserError(f"{run / 'config.yaml'} is not a configuration of this version ({error}): {_REMEDY}") from None
 
 
 def _check_yaml(text: str) -> None:

@@ -2,7 +2,7 @@
 
 from harness.data.network import HubUnreachable
 from harness.data.prepare import prepare, prepared_as
-from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared
+from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared, verify_split
 from harness.data.sources import check_corpus
 from harness.data.tokenizer import Tokenizer
 
@@ -16,4 +16,5 @@ __all__ = [
     "prepare",
     "prepared_as",
     "verify_prepared",
+    "verify_split",
 ]

@@ -211,27 +211,32 @@ def verify_prepared(prepared: PreparedData) -> None:
         raise DamagedData(
             f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says: prepare the data again"
         )
-    for name, split in prepared.splits.items():
-        counts, file = prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
-        digest, largest = hashlib.sha256(), 0
-        for start in range(0, split.n_tokens, _BLOCK):
-            block = split.tokens[start : start + _BLOCK]
-            digest.update(block.tobytes())
-            largest = max(largest, int(block.max()))
-        if digest.hexdigest() != counts.get("sha256"):
-            raise DamagedData(f"{file} has other content than meta.json says: prepare the data again")
-        if largest >= prepared.vocab_size:
-            raise DamagedData(f"{file} holds a token outside the vocabulary: prepare the data again")
-        starts = split.document_starts
-        whole = {
-            "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
-            "bytes": bool((split.document_bytes >= 0).all()) and int(split.document_bytes.sum()) == split.n_bytes,
-            "words": bool((split.document_words >= 0).all()) and int(split.document_words.sum()) == split.n_words,
-        }
-        for kind, is_whole in whole.items():
-            if not is_whole:
-                file = prepared.folder / f"{name}.{kind}.npy"
-                raise DamagedData(f"{file} has other content than meta.json says: prepare the data again")
+    for name in prepared.splits:
+        verify_split(prepared, name)
+
+
+def verify_split(prepared: PreparedData, name: str) -> None:
+    """The same of one split's files alone, so that what is scored is what was prepared."""
+    split, counts, file = prepared.splits[name], prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
+    remedy = f"delete {prepared.folder} to have it prepared again, or copy that folder again"
+    digest, largest = hashlib.sha256(), 0
+    for start in range(0, split.n_tokens, _BLOCK):
+        block = split.tokens[start : start + _BLOCK]
+        digest.update(block.tobytes())
+        largest = max(largest, int(block.max()))
+    if digest.hexdigest() != counts.get("sha256"):
+        raise DamagedData(f"{file} has other content than meta.json says: {remedy}")
+    if largest >= prepared.vocab_size:
+        raise DamagedData(f"{file} holds a token outside the vocabulary: {remedy}")
+    starts = split.document_starts
+    whole = {
+        "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
+        "bytes": bool((split.document_bytes >= 0).all()) and int(split.document_bytes.sum()) == split.n_bytes,
+        "words": bool((split.document_words >= 0).all()) and int(split.document_words.sum()) == split.n_words,
+    }
+    for kind, is_whole in whole.items():
+        if not is_whole:
+            raise DamagedData(f"{prepared.folder / f'{name}.{kind}.npy'} has other content than meta.json says: {remedy}")
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:

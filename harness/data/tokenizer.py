@@ -16,6 +16,7 @@ from harness.files.untrusted import Unreadable, is_count, parse_object
 END_OF_TEXT = "<|endoftext|>"
 # How pretrained tokenizers call it, in the order of preference.
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>", "[EOS]", "[SEP]")
+_ANOTHER = "take another tokenizer.json"
 _BYTES = 256  # plain bytes: ids below are bytes, this one ends a document
 _MOST_BYTES = 1 << 28  # the largest published ones have a tenth
 _MOST_GAPS = 2**20  # ids without a token
@@ -68,8 +69,9 @@ class Tokenizer:
         return cls(None)
 
     @classmethod
-    def load(cls, path: Path | None) -> Tokenizer:
-        """From a tokenizer.json or a folder that holds one; None means plain bytes."""
+    def load(cls, path: Path | None, remedy: str = _ANOTHER) -> Tokenizer:
+        """From a tokenizer.json or a folder that holds one; None means plain bytes. Raises UserError, which ends in `remedy`
+        where the file holds no tokenizer."""
         if path is None:
             return cls(None)
         import tokenizers
@@ -80,7 +82,7 @@ class Tokenizer:
             if not file.is_file() or size > _MOST_BYTES:
                 raise UserError(f"{file} is no tokenizer.json ({size:,} bytes): give a tokenizer.json or its folder")
             content = file.read_bytes()
-        with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read"):
+        with _refusing(f"{file} is not a tokenizer.json that `tokenizers` can read", remedy):
             specification = parse_object(content)
             _check_vocabulary(specification)
             _check_growth(specification)
@@ -289,12 +291,12 @@ def _texts(step: Any) -> list[str]:
 
 
 @contextlib.contextmanager
-def _refusing(sentence: str) -> Iterator[None]:
+def _refusing(sentence: str, remedy: str = _ANOTHER) -> Iterator[None]:
     """What is Unreadable inside is a UserError."""
     try:
         yield
     except Unreadable as error:
-        raise UserError(f"{sentence} ({error}): take another tokenizer.json") from error
+        raise UserError(f"{sentence} ({error}): {remedy}") from error
 
 
 @contextlib.contextmanager

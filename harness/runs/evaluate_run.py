@@ -13,7 +13,7 @@ from typing import Any, cast
 from harness.config.build import build_model
 from harness.config.identity import corpus_name
 from harness.config.schema import EvalConfig, TrainConfig
-from harness.data import PreparedData, prepare
+from harness.data import PreparedData, prepare, verify_split
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
@@ -62,6 +62,7 @@ def score_run(run: Path, config: EvalConfig) -> Scored:
     trained = load_trained(run, **computed, execution=config.attention, needed=needed)
     own, dataset = trained.config, config.dataset or trained.config.dataset
     data = _text(config, trained)
+    verify_split(data, config.split)
     losses = token_losses(trained.model, capture=config.capture, **computed)
     through, cache = _cache(trained, config)
 

@@ -85,7 +85,7 @@ def load_trained(
         raise UserError(f"checkpoint={which} is unknown: choose last or best")
     config, summary = load_run_config(run), trained_summary(run, *needed)
     tokenizer_file = run / "tokenizer.json" if config.tokenizer.name != "bytes" else None
-    tokenizer = Tokenizer.load(tokenizer_file)
+    tokenizer = Tokenizer.load(tokenizer_file, remedy="restore it, or copy the one of the data that the run learned from")
     text = load_text(run)
     if text is not None:
         tokenizer.speak_as(text.opening, text.stops)

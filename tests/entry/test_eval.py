@@ -107,12 +107,12 @@ def test_without_any_finished_run_it_says_how_to_train_one(tmp_path: Path, overr
 @pytest.mark.parametrize(
     ("file", "content", "sentence"),
     [
-        ("config.yaml", "name: [", r"config.yaml cannot be read"),
-        ("config.yaml", "- a\n- list\n", r"config.yaml is not a configuration of this version: .* group of fields"),
-        ("config.yaml", "name: mla\n", r"config.yaml is not a configuration of this version: .* is missing"),
+        ("config.yaml", "name: [", r"config.yaml cannot be read .*restore it"),
+        ("config.yaml", "- a\n- list\n", r"config.yaml is not a configuration .* group of fields.*restore it"),
+        ("config.yaml", "name: mla\n", r"config.yaml is not a configuration .* is missing .*restore it"),
         ("summary.json", '{"name": "ml', r"summary.json cannot be read as JSON .*delete it"),
         ("summary.json", '{"name": "mla"}', r"summary.json lacks attention, .*delete it"),
-        ("tokenizer.json", "{}", r"tokenizer.json is not a tokenizer.json"),
+        ("tokenizer.json", "{}", r"tokenizer.json is not a tokenizer.json .*: restore it, or copy the one of the data"),
         ("tokenizer.json", None, r"tokenizer.json cannot be read"),
         ("checkpoints/step-00000006/model.safetensors", "half", r"every checkpoint in .* is damaged"),
         ("checkpoints/step-00000006/manifest.json", None, r"every checkpoint in .* is damaged"),
@@ -127,6 +127,18 @@ def test_a_damaged_run_is_one_sentence(copied: Workplace, file: str, content: st
         copied.evaluate("run=mla")
     assert len(str(refused.value).splitlines()) == 1
     assert not (copied.runs / "mla" / "evaluations").exists()
+
+
+@pytest.mark.parametrize("name", ["test.bin", "test.words.npy"])
+def test_a_corpus_with_other_content_of_the_same_size_is_not_scored(copied: Workplace, name: str) -> None:
+    (folder,) = (file.parent for file in copied.folder.glob("data/*/meta.json") if "bpe" in file.read_text())
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[:-8] + b"\x7f" * 8)  # beyond the vocabulary
+    with pytest.raises(UserError, match=rf"{name} has other content .*delete .*{folder.name} to have it prepared again"):
+        copied.evaluate("run=mla")
+    assert not (copied.runs / "mla" / "evaluations").exists()
+    shutil.rmtree(folder)
+    assert copied.evaluate("run=mla", f"dataset.path={copied.corpus}") == 0
 
 
 def test_a_field_that_another_version_wrote_names_the_file_and_the_field(copied: Workplace) -> None:
