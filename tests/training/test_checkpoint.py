@@ -356,7 +356,7 @@ def test_a_disk_too_full_is_said_before_anything_is_written(tmp_path: Path, monk
     older = _save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs [\d,]+ bytes and the disk of .* has 1,000 free .*make room"):
+    with pytest.raises(UserError, match=r"needs [\d,]+ bytes and the disk of .* has 1,000 free: make room"):
         _save(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == [older.name]
 
