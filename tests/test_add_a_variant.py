@@ -99,7 +99,7 @@ def test_the_variant_is_trained_evaluated_compared_and_written_with(project: Pat
 def test_the_variant_is_exported_as_our_own_class_with_the_same_logits(project: Path, forks: Forks, trained: str) -> None:
     pytest.importorskip("transformers")
     exported = run(forks, "scripts/export.py", f"run={trained}", "to=exported")
-    assert "our own, because no stock one has attention.mechanism=shared" in exported.output
+    assert "our own, because no stock one that we write has attention.mechanism=shared" in exported.output
     program = project / "difference.py"
     program.write_text(
         "import torch; from pathlib import Path; from harness.hf import classes; "

@@ -207,7 +207,7 @@ def _common(config: TrainConfig) -> tuple[dict[str, Any], list[int | None]]:
 def export_line(config: TrainConfig) -> str:
     """For people: what a run of this configuration will be exported as."""
     if differing := misfits(config):
-        return f"exports as  a class of our own: no stock one has {' and '.join(differing)}"
+        return f"exports as  a class of our own: no stock one that we write has {' and '.join(differing)}"
     return f"exports as  transformers' {families(config)[0]}"
 
 

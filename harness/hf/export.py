@@ -65,7 +65,7 @@ _OWN_WORDS = 2_000  # tokens of the vocabulary, as text
 class Exported:
     """What was written where. difference: ||ours - theirs|| / ||theirs|| of the logits, float32.
 
-    own: it is of our own class. misfits: what of the run no stock class has.
+    own: it is of our own class. misfits: what of the run no stock class that we write has.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Exported:
     @property
     def why_own(self) -> str:
         """The reason, as the rest of a sentence."""
-        return f"because no stock one has {' and '.join(self.misfits)}" if self.misfits else "as it was asked for"
+        return f"because no stock one that we write has {' and '.join(self.misfits)}" if self.misfits else "as it was asked for"
 
 
 def export_run(run: Path, target: Path, *, kind: str = "auto") -> Exported:

@@ -390,7 +390,7 @@ def test_what_does_not_convert_is_refused_and_nothing_is_written(
         (["method=gqa_mean", "n_kv_heads=1"], "exports as  transformers' Llama"),
         (
             [*METHODS["transmla"][0], "latent_norm=none"],
-            "exports as  a class of our own: no stock one has attention.latent_norm=none",
+            "exports as  a class of our own: no stock one that we write has attention.latent_norm=none",
         ),
     ],
 )

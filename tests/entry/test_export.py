@@ -144,7 +144,7 @@ def test_every_shipped_variant_is_exported_and_is_the_run(
     stock = "The class is a stock one of transformers" in said
     assert stock is not misfits and stock is (type(model).__name__ != OWN) and type(model).__name__ in said
     if not stock:
-        assert f"The class is our own, because no stock one has {' and '.join(misfits)}" in said
+        assert f"The class is our own, because no stock one that we write has {' and '.join(misfits)}" in said
         trained.model.set_execution(backend="auto")  # the kernel that torch takes, as in theirs
         assert torch.equal(model(torch.arange(20)[None]).logits, trained.model(torch.arange(20)[None])[..., :257])
     assert classes.difference(trained.model, model) < 1e-5
@@ -224,7 +224,7 @@ def test_a_tokenizer_that_no_stock_class_gives_goes_with_our_own(
     with pytest.raises(UserError, match=r"its Qwen2ForCausalLM another tokenizer than the run's \('e.*take kind=auto"):
         main([f"run={place.runs / 'biases'}", f"to={tmp_path / 'out'}", "kind=stock"])
     exported = export.export_run(place.runs / "biases", tmp_path / "out")
-    assert exported.own and exported.why_own == "because no stock one has this tokenizer beside it"
+    assert exported.own and exported.why_own == "because no stock one that we write has this tokenizer beside it"
     check_text(ours(place, "biases"), *classes.load(tmp_path / "out"))
 
 
@@ -328,7 +328,7 @@ def test_the_cards_own_lines_load_the_model_where_the_project_can_be_imported(pl
     folder = place.folder / "out" / "learned"
     assert {path.name for path in folder.iterdir()} == {path.name for path in (place.folder / "out" / "gqa").iterdir()}
     card = (folder / "README.md").read_text()
-    assert "our own, because no stock one has attention.positions=learned" in card and "register()" in card
+    assert "our own, because no stock one that we write has attention.positions=learned" in card and "register()" in card
     assert "register" not in (place.folder / "out" / "gqa" / "README.md").read_text()
     (lines,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     known = os.environ | {"PYTHONPATH": str(ROOT)}
