@@ -34,6 +34,7 @@ from harness.runs.records import RunSummary, save
 from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.text_settings import TheirText
 from harness.runs.to_dashboard import open_run_tracker
+from harness.tracking import check_tracking
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION
 
@@ -90,6 +91,7 @@ def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, p
     refuse_links(run)
     trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
     config = trained.config
+    check_tracking(config.tracking)
     losses = TokenLosses(trained.model, precision=precision, device=device)
     result = validate(losses, config, data, trained.tokenizer, progress=True)
     facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)

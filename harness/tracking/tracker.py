@@ -54,10 +54,9 @@ def open_tracker(
     metrics_bytes: metrics.jsonl is cut to this size (0: a new run) and appended to; None leaves it untouched, so that an
     evaluation cannot disturb a run that will be resumed. online: W&B's server or nothing.
 
-    At most one tracker is open at a time. Raises UserError if metrics.jsonl or wandb/ leads elsewhere, if run_id is no
-    such name, with online if the server cannot be used, and as check_tracking does.
+    At most one tracker is open at a time; commands have called check_tracking before their work. Raises UserError if
+    metrics.jsonl or wandb/ leads elsewhere, if run_id is no such name, and with online if the server cannot be used.
     """
-    check_tracking(config)
     if run_id is not None and not (isinstance(run_id, str) and RUN_ID.fullmatch(run_id)):
         raise UserError(f"{run_dir} names {run_id} as its W&B run, which is no such name: train anew with overwrite=true")
     refuse_links(run_dir, ("metrics.jsonl", "wandb"))
@@ -103,8 +102,8 @@ def log_study(
     It holds the table `results`, the pictures under their names (PNG files), the page `report` (an .html file), and a chart
     of the columns scatter=(of x, of y) of the table in which points can be looked at: W&B only, trackio has no such chart and
     shows the pictures. Called again for the same folder it adds to the same run: W&B shows
-    the newest, trackio keeps the newest. A file that is missing ends the mirroring with one line; nothing is raised but
-    what check_tracking raises. tracking=none: does nothing.
+    the newest, trackio keeps the newest. A file that is missing ends the mirroring with one line; nothing is
+    raised. tracking=none: does nothing.
     """
     if config.name == "none":
         return

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -17,11 +19,16 @@ import torch
 from torch import nn
 
 import train_model
+from harness.config.build import model_shapes
 from harness.config.compose import load_train_config, options_of
 from harness.config.run_config import load_run_config
+from harness.data import open_prepared, prepare
 from harness.entry.cli import run_hydra
 from harness.errors import UserError
 from harness.runs.session import Session
+from harness.tracking import check_tracking
+from harness.training.optimizer import build_optimizer, choose_recipe
+from harness.training.schedule import Schedule
 from tests.support.forks import Forks
 from tests.support.micro import (
     PROMISED,
@@ -51,6 +58,26 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place = Workplace(tmp_path_factory.mktemp("shared"))
     place.train("done", *EVERY_STEP)
     return place
+
+
+# --- what a run does -------------------------------------------------------------------------------------------------
+
+
+def test_on_its_way_to_its_first_step_a_run_does_each_thing_once(shared: Workplace, tmp_path: Path) -> None:
+    once = (prepare, open_prepared, Schedule.__init__, choose_recipe, build_optimizer, check_tracking, model_shapes)
+    names = {each.__code__: each.__qualname__ for each in once}
+    called = Counter[str]()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code in names:
+            called[names[frame.f_code]] += 1
+
+    sys.setprofile(count)
+    try:
+        shared.train("counted", f"runs_dir={tmp_path}")  # its data are prepared
+    finally:
+        sys.setprofile(None)
+    assert called == Counter(names.values())
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
