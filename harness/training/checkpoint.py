@@ -66,6 +66,7 @@ class Checkpoint:
     optimizer: list[Any] | None
     generators: dict[str, Any] | None
     shapes: dict[str, dict[str, tuple[int, ...]]]
+    manifest: dict[str, Any]
 
     @property
     def weights(self) -> Path:
@@ -275,7 +276,7 @@ def verified(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(path, f"{Path(error.filename).name} is missing") from None
     content = _read_state(path)
     shapes = {name: _headers(path / name) for name in (MODEL, OPTIMIZER)}
-    return Checkpoint(path, content["caller"], content["optimizer"], content["generators"], shapes)
+    return Checkpoint(path, content["caller"], content["optimizer"], content["generators"], shapes, manifest)
 
 
 def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: Optimizer | None) -> None:
@@ -302,8 +303,8 @@ def load_checkpoint(checkpoint: Checkpoint, *, model: nn.Module, optimizer: Opti
     if optimizer is not None:
         _check_optimizer_state(checkpoint, optimizer)
         _restore_generators(checkpoint)  # the first to be changed, since it can still refuse
-        optimizer.load_state_dict(_read_tensors(path / OPTIMIZER))
-    parts = {name: sharded_like(tensor, target[name]) for name, tensor in _read_tensors(checkpoint.weights).items()}
+        optimizer.load_state_dict(_read_tensors(checkpoint, OPTIMIZER))
+    parts = {name: sharded_like(tensor, target[name]) for name, tensor in _read_tensors(checkpoint, MODEL).items()}
     model.load_state_dict(parts, strict=False)  # tied ones: under one name
 
 
@@ -339,12 +340,19 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
         raise DamagedCheckpoint(path.parent, f"{path.name}: {in_a_line(error)}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Of a file that has been verified. Raises DamagedCheckpoint where it is gone: a run that trains on deletes old ones."""
+def _read_tensors(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """Of one of its files. A run that trains on deletes old ones and replaces the best.
+
+    Raises DamagedCheckpoint where the file is gone, and UserError where it is another checkpoint's by now.
+    """
     try:
-        return safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise DamagedCheckpoint(path.parent, f"{path.name} is missing") from None
+        tensors = safetensors.torch.load_file(checkpoint.path / name)
+        replaced = checkpoint.path.name == BEST and read_object(checkpoint.path / MANIFEST) != checkpoint.manifest
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(checkpoint.path, f"{Path(error.filename or name).name} is missing") from None
+    if replaced:
+        raise UserError(f"{checkpoint.path} was replaced while it was read, by a run that trains on: start the command again")
+    return tensors
 
 
 def _check_optimizer_state(checkpoint: Checkpoint, optimizer: Optimizer) -> None:

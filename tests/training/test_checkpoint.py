@@ -24,7 +24,7 @@ from torch import nn
 
 from harness.errors import UserError
 from harness.training import checkpoint
-from harness.training.checkpoint import latest_checkpoint, load_checkpoint, tidy, verified
+from harness.training.checkpoint import best_checkpoint, keep_as_best, latest_checkpoint, load_checkpoint, tidy, verified
 from harness.training.loop import train
 from harness.training.optimizer import OPTIMIZERS, Optimizer, Recipe, build_optimizer
 from harness.training.parallel import OneProcess
@@ -350,6 +350,24 @@ def test_other_optimizer_settings_are_refused_and_change_nothing(tmp_path: Path,
     with pytest.raises(UserError, match="other optimizer settings"):
         load_checkpoint(verified(path), model=model, optimizer=build_optimizer(model, config))
     assert torch.equal(model.head.weight, before)
+
+
+def test_a_best_checkpoint_that_is_replaced_while_it_is_read_is_no_mixture_of_two(tmp_path: Path) -> None:
+    model = tiny_model(seed=5)
+    before = model.head.weight.clone()
+    keep_as_best(_save(tmp_path, 4, seed=1))
+    best = best_checkpoint(tmp_path)
+    assert best is not None and best.state["step"] == 4
+    keep_as_best(_save(tmp_path, 8, seed=2))
+    with pytest.raises(
+        UserError, match=r"best was replaced while it was read, by a run that trains on: start the command again"
+    ):
+        load_checkpoint(best, model=model, optimizer=None)
+    assert torch.equal(model.head.weight, before)
+    newer = best_checkpoint(tmp_path)
+    assert newer is not None
+    load_checkpoint(newer, model=model, optimizer=None)
+    assert newer.state["step"] == 8 and not torch.equal(model.head.weight, before)
 
 
 def test_a_disk_too_full_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
