@@ -60,12 +60,12 @@ class LatentDecodeOptions:
     kernels: Annotated[
         str,
         "all, or some of triton,gluon (each also with _int8 and _fp8: latents that are stored so, with a scale a slot, the "
-        "rotated key in 16 bits), torch,torch_compiled,sdpa,flashinfer,flash_mla,vllm,sglang (the last four where "
+        "rotated key in 16 bits), torch,torch_compiled,sdpa,flashinfer,flash_mla,fa3,fa3_vllm,vllm,sglang (the last six where "
         "they are installed)",
     ] = "all"
     rounds: Annotated[int, "timed replays; a figure is their median with the range"] = 10
     tile: Annotated[str | None, "heads,slots,warps,stages,registers in place of the table's choice, for tuning"] = None
-    splits: Annotated[int | None, "ranges a row in place of the table's choice"] = None
+    splits: Annotated[int | None, "ranges a row in place of the table's choice and of FlashAttention-3's"] = None
     out: Annotated[str | None, "a JSON file for the figures"] = None
 
 
@@ -414,6 +414,81 @@ def flash_mla(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     return call, ""
 
 
+def fa3(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
+    """FlashAttention-3 over our own caches: latents as values, and a second query against them beside the rotated one.
+
+    From its authors' build or the wheel fa3-fwd, which has no pages. Its schedule is made beforehand and not timed.
+    """
+    try:
+        from flash_attn_interface import flash_attn_with_kvcache, get_scheduler_metadata
+    except ImportError:
+        from fa3_fwd_interface import flash_attn_with_kvcache, get_scheduler_metadata
+
+    B, H, S, L, P = fa3_sizes(case)
+    lengths_B, splits = case.lengths_B.int(), options.splits or 0
+    kinds = {"qkv_dtype": case.latent_IBSL.dtype, "headdim_v": L, "num_splits": splits}
+    schedule = get_scheduler_metadata(B, 1, S, H, 1, P, lengths_B, **kinds)
+
+    def call(i: int) -> Tensor:
+        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, _ = case.arguments(i)
+        assert q_rope_BHP is not None and k_rope_BSP is not None
+        q_B1HP, qv_B1HL = q_rope_BHP.unsqueeze(1), q_latent_BHL.unsqueeze(1)
+        return flash_attn_with_kvcache(
+            q_B1HP,
+            k_rope_BSP.unsqueeze(2),
+            latent_BSL.unsqueeze(2),
+            qv=qv_B1HL,
+            cache_seqlens=lengths_B,
+            softmax_scale=case.scale,
+            scheduler_metadata=schedule,
+            num_splits=splits,
+        ).squeeze(1)
+
+    return call, f"/{splits}" if splits else ""
+
+
+def fa3_vllm(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
+    """vLLM's build of FlashAttention-3 over pages of 64 slots, both parts in one buffer, called as its MLA backend does.
+
+    Its schedule is made beforehand and not timed.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    B, H, S, L, P = fa3_sizes(case)
+    kv_INZ1K, table_BN, lengths_B = case.paged
+    starts, splits = torch.arange(B + 1, dtype=torch.int32, device=lengths_B.device), options.splits or 0
+    kinds = {"qkv_dtype": kv_INZ1K.dtype, "headdim_v": L, "page_size": 64, "cu_seqlens_q": starts, "num_splits": splits}
+    schedule = get_scheduler_metadata(B, 1, S, H, 1, P, lengths_B, causal=True, **kinds)
+
+    def call(i: int) -> Tensor:
+        return flash_attn_varlen_func(
+            q=case.arguments(i)[1],
+            k=kv_INZ1K[i, ..., L:],
+            v=kv_INZ1K[i, ..., :L],
+            q_v=case.q_latent_IBHL[i],
+            max_seqlen_q=1,
+            cu_seqlens_q=starts,
+            max_seqlen_k=S,
+            seqused_k=lengths_B,
+            block_table=table_BN,
+            softmax_scale=case.scale,
+            causal=True,
+            fa_version=3,
+            scheduler_metadata=schedule,
+            num_splits=splits,
+        )
+
+    return call, f"/{splits}" if splits else ""
+
+
+def fa3_sizes(case: Case) -> tuple[int, int, int, int, int]:
+    """(B, H, S, L, P). Raises ValueError where nothing is rotated: FlashAttention-3 has no key then."""
+    if case.q_rope_IBHP is None:
+        raise ValueError("FlashAttention-3 needs a rotated part as its key")
+    (B, H, P), (S, L) = case.q_rope_IBHP.shape[1:], case.latent_IBSL.shape[2:]
+    return B, H, S, L, P
+
+
 def vllm(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """vLLM's Triton kernel over pages of 64 slots, with the number of splits that its backend takes."""
     from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
@@ -477,6 +552,8 @@ KERNELS: dict[str, Callable[[Case, LatentDecodeOptions], tuple[Call, str]]] = {
     "sdpa": sdpa,
     "flashinfer": flashinfer,
     "flash_mla": flash_mla,
+    "fa3": fa3,
+    "fa3_vllm": fa3_vllm,
     "vllm": vllm,
     "sglang": sglang,
 }
