@@ -27,7 +27,7 @@ enter_environment()
 
 from harness.config.conversion import ConversionConfig, Method, check_conversion
 from harness.config.places import user_path
-from harness.config.schema import Device
+from harness.config.schema import Device, Tracker
 from harness.entry.cli import chosen_run, parse_options, run_script
 from harness.errors import UserError
 
@@ -46,6 +46,7 @@ class RunsOptions:
 @dataclass
 class ConvertOptions(ConversionConfig, RunsOptions):
     method: Annotated[Method | None, "transmla, mha2mla, exact or gqa_mean"] = None  # type: ignore[assignment]
+    tracking: Annotated[Tracker | None, "what the score is logged to: wandb, trackio or none; null: as the run"] = None
     device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     runs_dir: Annotated[str, "where runs are looked for"] = str(ROOT / "runs")
     data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
@@ -72,12 +73,15 @@ def main(arguments: list[str]) -> int:
     from harness.runs.folder import short_line
     from harness.runs.from_weights import score, target_folder
     from harness.runs.load import load_trained
+    from harness.tracking import check_tracking
     from harness.training.device import select_device
     from modeling.attention import EXECUTION
 
     target = target_folder(options.to)
     device = select_device(options.device)
     trained = load_trained(run, device=device, precision=torch.float32, execution=EXECUTION)
+    tracking = dataclasses.replace(trained.config.tracking, name=options.tracking or trained.config.tracking.name)
+    check_tracking(tracking)
     tokens, data_dir = conversion.tokens_behind(run, trained), user_path(options.data_dir)
     there = conversion.already_converted(target, run, trained, method)
     if not there:
@@ -92,7 +96,7 @@ def main(arguments: list[str]) -> int:
         conversion.write_converted(converted, run, trained, target, method=method.method, data_dir=data_dir)
         print("\n".join(aligned(conversion.stage_rows(converted.stages), left=(0, 1))))
         print("\n".join(conversion.detail_lines(converted.details)))
-    summary = score(target, data, tokens=tokens, device=device, precision=torch.float32)
+    summary = score(target, data, tracking=tracking, tokens=tokens, device=device, precision=torch.float32)
     print(short_line(summary, target / "summary.json"))
     return 0
 

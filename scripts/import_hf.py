@@ -20,7 +20,7 @@ from harness.entry.bootstrap import ROOT, enter_environment
 enter_environment()
 
 from harness.config.places import user_path
-from harness.config.schema import Device, Precision
+from harness.config.schema import Device, Precision, Tracker, TrackingConfig
 from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError
 
@@ -39,7 +39,7 @@ class ImportOptions:
     dataset: ImportDatasetOptions = field(default_factory=ImportDatasetOptions)
     max_seq_len: Annotated[int | None, "positions; null: the model's whole context (fewer take less memory)"] = None
     score: Annotated[bool, "score the validation split, so that eval_model.py and compare_runs.py take the run"] = True
-    tracking: Annotated[str, "what the score is logged to: wandb, trackio or none"] = "wandb"
+    tracking: Annotated[Tracker, "what the score is logged to: wandb, trackio or none"] = "wandb"
     data_dir: Annotated[str, "where prepared data lies"] = str(ROOT / "artifacts" / "data")
     device: Annotated[Device, "auto, cpu, cuda or mps"] = "auto"
     precision: Annotated[Precision, "auto, float32 or bfloat16"] = "auto"
@@ -61,8 +61,11 @@ def main(arguments: list[str]) -> int:
     from harness.hf.checkpoint_files import find_checkpoint
     from harness.runs import from_weights
     from harness.runs.folder import finished, short_line
+    from harness.tracking import check_tracking
     from harness.training.device import select_device, select_precision
 
+    if options.score:
+        check_tracking(TrackingConfig(name=options.tracking))
     device = select_device(options.device)
     precision = select_precision(options.precision, device)
     target = from_weights.target_folder(options.to)
@@ -78,7 +81,9 @@ def main(arguments: list[str]) -> int:
     elif options.score:
         try:
             data = importing.score_data(plan, target)
-            summary = from_weights.score(target, data, tokens=0, device=device, precision=precision)
+            summary = from_weights.score(
+                target, data, tracking=plan.config.tracking, tokens=0, device=device, precision=precision
+            )
         except UserError as error:
             raise UserError(f"{target} is imported but not scored, and the same command scores it later: {error}") from None
         print(short_line(summary, target / "summary.json"))

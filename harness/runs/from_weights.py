@@ -18,7 +18,7 @@ import torch
 
 from harness.config.checks import RUN_NAME
 from harness.config.run_config import save_run_config
-from harness.config.schema import TrainConfig
+from harness.config.schema import TrackingConfig, TrainConfig
 from harness.data import PreparedData
 from harness.errors import UserError
 from harness.evaluation.evaluate import split_metrics
@@ -34,7 +34,6 @@ from harness.runs.records import RunSummary, save
 from harness.runs.summary import Computation, Training, run_summary
 from harness.runs.text_settings import TheirText
 from harness.runs.to_dashboard import open_run_tracker
-from harness.tracking import check_tracking
 from harness.training.checkpoint import save_weights
 from modeling.attention import EXECUTION
 
@@ -82,26 +81,23 @@ def make_run(
         write_json(temporary / ORIGIN_FILE, origin)
 
 
-def score(run: Path, data: PreparedData, *, tokens: int, device: torch.device, precision: torch.dtype) -> RunSummary:
+def score(
+    run: Path, data: PreparedData, *, tracking: TrackingConfig, tokens: int, device: torch.device, precision: torch.dtype
+) -> RunSummary:
     """Evaluate the validation split as training does at its end, and write summary.json, which makes the run finished.
 
-    data: the run's own, in its own tokens. tokens: trained on before, 0 where nobody knows. Returns the summary. Raises
-    UserError when the data has no such split, or when the run cannot be written.
+    data: the run's own, in its own tokens. tracking: checked before the work. tokens: trained on before, 0 where nobody
+    knows. Returns the summary. Raises UserError when the data has no such split, or when the run cannot be written.
     """
     refuse_links(run)
     trained = load_trained(run, device=device, precision=precision, execution=EXECUTION)
     config = trained.config
-    check_tracking(config.tracking)
     losses = TokenLosses(trained.model, precision=precision, device=device)
     result = validate(losses, config, data, trained.tokenizer, progress=True)
     facts, origin = model_facts(trained.model, config), read_json(run / ORIGIN_FILE)
     with writing_to(run):
         with open_run_tracker(
-            config,
-            config.tracking,
-            run,
-            run_config=dataclasses.asdict(config) | facts.record() | {"origin": origin},
-            metrics_bytes=0,
+            config, tracking, run, run_config=dataclasses.asdict(config) | facts.record() | {"origin": origin}, metrics_bytes=0
         ) as tracker:
             tracker.log(trained.step, tokens, split_metrics(result))
             summary = run_summary(

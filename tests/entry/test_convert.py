@@ -346,6 +346,22 @@ def test_a_run_of_broken_weights_does_not_convert(place: Workplace, value: float
     assert not (place.runs / "of-broken").exists()
 
 
+def test_a_missing_package_of_the_dashboard_is_refused_before_the_conversion_and_the_remedy_works(
+    place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked, to = tmp_path / "tracked", place.runs / "untracked"
+    shutil.copytree(place.runs / "source", tracked)
+    config = (tracked / "config.yaml").read_text()
+    assert config.count("  name: none\n") == 1
+    (tracked / "config.yaml").write_text(config.replace("  name: none\n", "  name: trackio\n"))
+    monkeypatch.setitem(sys.modules, "trackio", None)  # what Python itself does to say: there is no such module
+    arguments = arguments_of(place, to.name, "method=exact", run=str(tracked))
+    with pytest.raises(UserError, match=r"needs the package trackio: pip install .*, or take .* tracking=none"):
+        convert.main(arguments)
+    assert not to.exists()
+    assert convert.main([*arguments, "tracking=none"]) == 0 and summary_of(to)["loss"] > 0
+
+
 def test_a_run_is_not_converted_on_other_text_than_it_learned_from(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     place.train("origin", "budget.steps=1", "attention=mha")

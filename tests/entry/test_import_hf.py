@@ -621,6 +621,21 @@ def test_tasks_are_scored_as_the_harness_scores_the_checkpoint(zoo: Zoo, with_te
     assert ours.generate_until(write) == theirs.generate_until(write)
 
 
+def test_a_missing_package_of_the_dashboard_is_refused_before_the_import_and_the_remedy_works(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    options = [option for option in zoo.options(f"source={zoo.source('llama')}", f"to={run}") if option != "tracking=none"]
+    assert import_hf.main([*options, "tracking=trackio", "score=false"]) == 0  # logs nothing
+    before = contents(run)
+    monkeypatch.setitem(sys.modules, "trackio", None)  # what Python itself does to say: there is no such module
+    for to in (run, tmp_path / "new"):
+        with pytest.raises(UserError, match=r"needs the package trackio: pip install .*, or take .* tracking=none"):
+            import_hf.main([*options, f"to={to}", "tracking=trackio", f"source={tmp_path / 'not even looked for'}"])
+    assert contents(run) == before and not (tmp_path / "new").exists()
+    assert import_hf.main([*options, "tracking=none"]) == 0 and summary_of(run)["loss"] > 0
+
+
 def test_data_that_is_missing_costs_the_score_and_not_the_import(zoo: Zoo, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
