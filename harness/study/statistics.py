@@ -254,7 +254,7 @@ def contrasts(
     if margin is not None:
         p_same = [max((each.p_same(margin) for each in of_pair.estimates), default=None) for of_pair in found]
         p_same[:declared] = _holm(p_same[:declared])
-    unresolved = sum(each is None or each >= ALPHA for each in p_holm[:declared])
+    unresolved = sum(not _below_alpha(each) for each in p_holm[:declared])
     verdicts = []
     for i, ((a, b), of_pair) in enumerate(zip(pairs, found, strict=True)):
         contrast = Contrast(a, b, i < declared, *of_pair.seeds, of_pair.paired, of_pair.difference, margin=margin)
@@ -330,8 +330,9 @@ def trends(
 def _summed(figure: float, weights: Sequence[float], parts: Sequence[_Estimate], *, shared_dof: bool) -> _Estimate:
     """A weighted sum of independent estimates. shared_dof: they have one variance in common."""
     variances = [(weight * part.error) ** 2 for weight, part in zip(weights, parts, strict=True)]
-    satterthwaite = sum(variances) ** 2 / sum(variance**2 / part.dof for variance, part in zip(variances, parts, strict=True))
-    return _Estimate(figure, math.sqrt(sum(variances)), parts[0].dof if shared_dof else satterthwaite)
+    whole = sum(variances)
+    satterthwaite = 1 / sum((variance / whole) ** 2 / part.dof for variance, part in zip(variances, parts, strict=True))
+    return _Estimate(figure, math.sqrt(whole), parts[0].dof if shared_dof else satterthwaite)
 
 
 def residual_deviation(
@@ -446,7 +447,8 @@ def _compare(values: Values, pair: Pair, pooled: tuple[float | None, int] | None
     sigma, error = math.sqrt(statistics.fmean(variances)), _above_rounding(math.sqrt(sum(shares)), values)
     estimates = []
     if error:
-        dof = (min(n_a, n_b) - 1) * sum(shares) ** 2 / sum(share**2 for share in shares)
+        # Of shares of the whole: squares of these fit, of a diverged run's variances they may not.
+        dof = (min(n_a, n_b) - 1) / sum((share / sum(shares)) ** 2 for share in shares)
         estimates.append(_Estimate(difference, error, dof))
         if pooled is not None and pooled[0]:
             estimates.append(_Estimate(difference, pooled[0] * math.sqrt(1 / n_a + 1 / n_b), pooled[1]))
@@ -454,16 +456,17 @@ def _compare(values: Values, pair: Pair, pooled: tuple[float | None, int] | None
 
 
 def _holm(p: Sequence[float | None]) -> list[float | None]:
-    """The corrected ones, in the places of those that are there.
+    """The corrected ones, in the places of those that are there. A nan stays one and counts as a test that finds nothing.
 
     statsmodels' multipletests calls Python's collector each time, a tenth of what a report takes.
     """
-    known = sorted((value, place) for place, value in enumerate(p) if value is not None)
+    known = [(value, place) for place, value in enumerate(p) if value is not None]
+    known.sort(key=lambda pair: (math.isnan(pair[0]), pair[0]))
     corrected: list[float | None] = [None] * len(p)
     largest = 0.0
     for rank, (value, place) in enumerate(known):
         largest = max(largest, min(1.0, (len(known) - rank) * value))
-        corrected[place] = largest
+        corrected[place] = value if math.isnan(value) else largest
     return corrected
 
 

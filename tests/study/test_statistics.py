@@ -24,6 +24,7 @@ from harness.evaluation.metric import BITS_PER_BYTE, METRICS
 from harness.study.statistics import (
     MOST_SEEDS,
     Contrast,
+    _holm,
     can_be_compared,
     contrasts,
     equal_variances,
@@ -141,6 +142,23 @@ def test_holms_corrections_are_those_of_statsmodels_over_the_declared_alone(desi
         assert [getattr(contrast, corrected) for contrast in found[:3]] == pytest.approx(list(expected))
     assert [contrast.p_holm for contrast in found[3:]] == [None, None]
     assert contrasts(values, primary=primary, margin=0.004) == found[:3]
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_p_that_is_no_number_stays_one_and_counts_as_a_test_that_finds_nothing(place: int) -> None:
+    p = [0.02, 0.03, 0.004]
+    expected = list(multipletests([*p, 1.0], method="holm")[1][:3])
+    p.insert(place, math.nan), expected.insert(place, math.nan)
+    assert _holm([*p, None]) == [*(pytest.approx(each, nan_ok=True) for each in expected), None]
+
+
+def test_verdicts_are_the_same_of_results_as_large_as_a_record_holds() -> None:
+    values = random_design(np.random.default_rng(300))
+    huge = {arm: {seed: result * 1e99 for seed, result in results.items()} for arm, results in values.items()}
+    pairs, declared = [("a1", "a0"), ("a2", "a0")], {"t": ([("a0", "a1"), ("a2", "a3")], [1, 2])}
+    for compare in (lambda of: contrasts(of, primary=pairs), lambda of: trends(of, declared)):
+        plain, large = ([found.p for found in compare(of)] for of in (values, huge))
+        assert large == pytest.approx(plain)
 
 
 # --- lineages ----------------------------------------------------------------------------------------------------------
