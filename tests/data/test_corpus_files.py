@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,29 +204,34 @@ except UserError as error:
 """
 
 
-def as_nobody(path: Path | str, root: Path) -> str:
-    """What is said of a corpus below root by a process without root's rights: its documents, or a sentence."""
+@pytest.fixture
+def open_to_all() -> Iterator[Path]:
+    """A folder that everybody may enter: pytest closes its own, and those of all sessions again whenever one begins."""
     if os.getuid() != 0:
         pytest.skip("only root can become somebody else")
-    for folder in (root, *root.parents):  # pytest's own are closed to others
-        if folder.stat().st_mode & 0o005 != 0o005:
-            folder.chmod(folder.stat().st_mode | 0o055)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_nobody(path: Path | str) -> str:
+    """What is said of a corpus by a process without root's rights: the number of its documents, or a sentence."""
     done = subprocess.run([sys.executable, "-c", AS_NOBODY, str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "subfolder", "glob"])
-def test_what_may_not_be_read_is_an_error_and_never_left_out(tmp_path: Path, what: str) -> None:
-    folder = tmp_path / "texts"
+def test_what_may_not_be_read_is_an_error_and_never_left_out(open_to_all: Path, what: str) -> None:
+    folder = open_to_all / "texts"
     folder_of_texts(folder, 3)
     folder_of_texts(folder / "sub", 3)
     closed = {"file": folder / "001.txt", "folder": folder}.get(what, folder / "sub")
     path = f"{folder}/**/*.txt" if what == "glob" else folder
-    assert as_nobody(path, tmp_path) == "6"
+    assert as_nobody(path) == "6"
     closed.chmod(0)
     try:
-        said = as_nobody(path, tmp_path)
+        said = as_nobody(path)
     finally:
         closed.chmod(0o755)
     assert str(closed) in said and "cannot be read (Permission denied" in said
