@@ -4,6 +4,8 @@
                                 Llama with a bias of zeros on the output
     the same with windows       Qwen3 and Qwen2 as above; without biases Mistral where all layers have one, Ministral
                                 where some have, or Qwen2 with biases of zeros
+    heads turned in part        Phi-3, without biases; with windows in all layers or in none
+    gated heads and qk_norm     Qwen3.5, every layer full attention
     MLA with RMSNorm latents    DeepSeek-V3, every layer dense
     everything else             a class of ours that they know after register() (harness/hf/own_class.py)
 
@@ -23,22 +25,16 @@ from torch import Tensor
 from harness.config.schema import TrainConfig
 from harness.errors import UserError, as_user_error
 from harness.files.atomic import read_json, write_json
-from harness.hf.config_json import LATENT_SIZES, OWN_TYPE, SIZES
+from harness.hf.config_json import FAMILIES, LATENT_SIZES, OWN_TYPE, SIZES
 from harness.hf.weights import their_weights
 from modeling.attention import EXECUTION, kind_options, kinds_of_layers
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
-# By mechanism, what a variant must have to be one of their classes, and the choices that fit. A mechanism that is not
-# here is known to this project alone.
+# By mechanism, what a variant must have to be one of their classes, and the choices that fit; below, what else it must have
+# to be this one. A mechanism that is not here is known to this project alone.
 _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gqa": {
-        "positions": ("rope",),
-        "gate": ("none",),
-        "q_lora_rank": (None,),
-        "sink_logits": (False,),
-        "rotary_fraction": (1.0,),
-    },
+    "gqa": {"positions": ("rope",), "q_lora_rank": (None,), "sink_logits": (False,)},
     "mla": {
         "positions": ("decoupled",),
         "kv_latent": ("joint",),
@@ -52,15 +48,23 @@ _FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
         "sink_logits": (False,),
     },
 }
-_MODEL_TYPES = {
+_ALSO_FITTING: dict[str, dict[str, tuple[Any, ...]]] = {
+    "Qwen2": {"projection_bias": ("model", "qkv")},
+    "Qwen3": {"rotary_fraction": (1.0,)},
+    "Phi-3": {"projection_bias": ("model",), "rope_scaling": (None,)},
+    "Qwen3.5": {"gate": ("element",), "qk_norm": (True,)},
+}
+MODEL_TYPES = {
     "Llama": "llama",
     "Mistral": "mistral",
     "Ministral": "ministral",
+    "Phi-3": "phi3",
     "Qwen2": "qwen2",
     "Qwen3": "qwen3",
+    "Qwen3.5": "qwen3_5_text",
     "DeepSeek-V3": "deepseek_v3",
 }
-SINCE_5 = ("MinistralForCausalLM",)  # classes that transformers 4 does not have
+SINCE_5 = ("MinistralForCausalLM", "Qwen3_5ForCausalLM")  # classes that transformers 4 does not have
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
 
 
@@ -116,12 +120,12 @@ def as_transformers(model: GPT, config: TrainConfig, family: str | None = None) 
         )
     from transformers import AutoModelForCausalLM
 
-    embedding = model.embedding.weight
+    embedding, family = model.embedding.weight, family or families(config)[0]
     theirs: Any
     with shapes_only():  # all values are replaced
-        theirs = AutoModelForCausalLM.from_config(_their_config(model, config, family or families(config)[0]))
+        theirs = AutoModelForCausalLM.from_config(_their_config(model, config, family))
     theirs.to(embedding.dtype).to_empty(device=embedding.device)
-    weights = dict(their_weights(model, config))
+    weights = dict(their_weights(model, config, FAMILIES[MODEL_TYPES[family]]))
     for name, parameter in theirs.named_parameters():  # their Llama and Qwen3 have four biases or none, their Qwen2 three
         if name.endswith("_proj.bias") and name not in weights:
             weights[name] = torch.zeros_like(parameter)
@@ -138,7 +142,7 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
     """The configuration of the class of `family` that computes the same."""
     from transformers import AutoConfig
 
-    sizes, (attention, windows) = config.model, _common(config)
+    sizes, (attention, windows), known = config.model, _common(config), FAMILIES[MODEL_TYPES[family]]
     scaling = attention["rope_scaling"] or {"rope_type": "default"}
     fields: dict[str, Any] = {
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
@@ -150,18 +154,25 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
         "rope_parameters": {"rope_theta": attention["rope_theta"], **scaling},
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": None,
     }
-    if family in ("Llama", "Qwen3", "DeepSeek-V3"):  # the others have theirs, or none, without being told
+    if known.turned is not None:
+        fields["rope_parameters"]["partial_rotary_factor"] = attention["rotary_fraction"]
+    if known.bias == "attention_bias":  # the others have theirs, or none, without being told
         fields["attention_bias"] = sizes.bias or attention["projection_bias"] != "model"
-    if family in ("Qwen2", "Qwen3"):
+    if known.window == "layers":
         fields["use_sliding_window"] = any(windows)
         fields["max_window_layers"] = next((layer for layer, window in enumerate(windows) if window), len(windows))
     if any(windows):
         fields["sliding_window"] = max(window or 0 for window in windows)
-        if family != "Mistral":
+        if known.window != "always":
             fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
-    if family == "Llama":
+    if known.mlp_bias:
         fields["mlp_bias"] = sizes.bias
+    if family == "Phi-3":
+        fields["original_max_position_embeddings"] = model.max_seq_len
+    if family == "Qwen3.5":
+        fields["layer_types"] = ["full_attention"] * sizes.n_layers
     if family == "DeepSeek-V3":
         fields |= {size: attention[size] for size in LATENT_SIZES}
         fields |= {
@@ -172,7 +183,7 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
         }
     else:
         fields["head_dim"] = attention["head_dim"]
-    return AutoConfig.for_model(_MODEL_TYPES[family], **fields)
+    return AutoConfig.for_model(MODEL_TYPES[family], **fields)
 
 
 def families(config: TrainConfig) -> list[str]:
@@ -186,8 +197,12 @@ def families(config: TrainConfig) -> list[str]:
         return []
     if attention["mechanism"] == "mla":
         return ["DeepSeek-V3"]
+    if attention["gate"] != "none":
+        return ["Qwen3.5"]
     if attention["qk_norm"]:
         return ["Qwen3"]
+    if attention["rotary_fraction"] != 1:
+        return ["Phi-3"]
     plain = attention["projection_bias"] == "model" and not config.model.bias
     if any(windows):
         return ["Mistral" if all(windows) else "Ministral", "Qwen2"] if plain else ["Qwen2"]
@@ -218,20 +233,23 @@ def misfits(config: TrainConfig) -> list[str]:
         return [f"attention.mechanism={config.attention['mechanism']}"]
     if not attention:
         return [f"attention.layers=[{','.join(config.attention['layers'])}]"]
-    grouped = attention["mechanism"] == "gqa"
+    grouped, nearest = attention["mechanism"] == "gqa", families(config)[0]
     differing = [
         f"attention.{key}={attention[key]}"
-        for key, fitting in _FITTING[attention["mechanism"]].items()
+        for key, fitting in (_FITTING[attention["mechanism"]] | _ALSO_FITTING.get(nearest, {})).items()
         if attention[key] not in fitting
     ]
     if grouped and attention["v_head_dim"] != attention["head_dim"]:
         differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
-    if model.bias and (not grouped or attention["qk_norm"] or any(windows)):  # only Llama has them in the MLP
+    if model.bias and nearest != "Llama":  # only Llama has them in the MLP
         differing.append("model.bias=true")
-    if not grouped and any(windows):
+    if any(windows) and FAMILIES[MODEL_TYPES[nearest]].window == "none":
         differing.append(f"attention.window={max(window or 0 for window in windows)}")
-    if grouped and any(windows) and attention["projection_bias"] == "all" and not attention["qk_norm"]:
-        differing.append("attention.projection_bias=all")  # with windows only Qwen3 has one on the output
+    if any(windows) and not all(windows) and nearest == "Phi-3":
+        differing.append(f"attention.layers=[{','.join(config.attention['layers'])}]")
+    turned = attention["head_dim"] * attention["rotary_fraction"] if grouped else 0
+    if int(turned) != round(turned):  # theirs cut what ours round
+        differing.append(f"attention.rotary_fraction={attention['rotary_fraction']} of heads of {attention['head_dim']}")
     # Of their projections from x, the one to queries has no bias (the one to the queries' latent has).
     if not grouped and attention["projection_bias"] == "all" and attention["q_lora_rank"] is None:
         differing.append("attention.projection_bias=all with attention.q_lora_rank=null")
@@ -270,6 +288,8 @@ def _legacy(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_parameters" in config:
         scaling = dict(config["rope_parameters"])
         fields["rope_theta"] = scaling.pop("rope_theta")
+        if "partial_rotary_factor" in scaling:
+            fields["partial_rotary_factor"] = scaling.pop("partial_rotary_factor")
         fields["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     return fields
 

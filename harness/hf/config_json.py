@@ -59,7 +59,12 @@ class Family:
     qk_norm: bool = False
     bias: str = "none"  # on projections: none, qkv, or where attention_bias says so
     mlp_bias: bool = False  # whether the field is read
-    window: str = "none"  # none, always, or layers: where use_sliding_window says so
+    window: str = "none"  # none, always, listed: where layer_types says so, or layers: where use_sliding_window does too
+    turned: float | None = None  # the share of a head that is rotated where nothing says it; None: always all of it
+    scaled: bool = True  # whether it knows the rotations that were stretched to longer contexts
+    joined: bool = False  # whether queries, keys and values are one tensor, and gate and up of the MLP
+    gated: bool = False  # whether heads are gated, by rows beside those of their queries
+    gain_above: float = 0.0  # what its norms add to their weights
     # The calculator: transformers has no class to measure, and every layer sees everything.
     by_formula: bool = False
 
@@ -76,16 +81,19 @@ UNLIKE = {
     "cohere": "computes attention and MLP side by side from one LayerNorm, and scales its logits",
     "olmo2": "has its norms behind attention and MLP, and one over the queries and keys of all heads",
     "exaone4": "has its norms behind attention and MLP",
-    "phi3": "keeps queries, keys and values, and both matrices of its MLP, in one tensor each",
     "mixtral": "routes tokens to experts",
     "qwen3_next": "has layers of linear attention, and routes tokens to experts",
+    "qwen3_5": "has layers of linear attention, and sees images",
 }
 UNLIKE |= {"gemma3": UNLIKE["gemma3_text"], "cohere2": UNLIKE["cohere"], "olmo3": UNLIKE["olmo2"]}
 # Every other type is measured by its class in transformers, and not imported.
 FAMILIES = {
     "llama": Family(architecture="LlamaForCausalLM", bias="attention_bias", mlp_bias=True),
     "mistral": Family(defaults=_MISTRAL, architecture="MistralForCausalLM", window="always"),
-    "ministral": Family(defaults=_MISTRAL, architecture="MinistralForCausalLM", window="always"),
+    "ministral": Family(defaults=_MISTRAL, architecture="MinistralForCausalLM", window="listed"),
+    "phi3": Family(
+        defaults={"rms_norm_eps": 1e-5}, architecture="Phi3ForCausalLM", window="always", turned=1.0, scaled=False, joined=True
+    ),
     "qwen2": Family(defaults=_QWEN, architecture="Qwen2ForCausalLM", bias="qkv", window="layers"),
     "qwen3": Family(
         defaults=_QWEN | {"head_dim": 128},
@@ -93,6 +101,15 @@ FAMILIES = {
         qk_norm=True,
         bias="attention_bias",
         window="layers",
+    ),
+    "qwen3_5_text": Family(
+        defaults={"num_key_value_heads": 4, "head_dim": 256},
+        architecture="Qwen3_5ForCausalLM",
+        qk_norm=True,
+        bias="attention_bias",
+        turned=0.25,
+        gated=True,
+        gain_above=1.0,
     ),
     "deepseek_v2": Family(
         latent=True, defaults=_LATENT, architecture="DeepseekV2ForCausalLM", bias="attention_bias", mlp_bias=True
@@ -187,7 +204,7 @@ class Fields:
         return None if self.get(name) is None else self.count(name)
 
     def number(self, name: str, default: float) -> float:
-        value = self.config.get(name, default)
+        value = self.config.get(name, self.family.defaults.get(name, default))
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self.refusal(name, "must be a number above 0: correct it")
         return float(value)

@@ -1,8 +1,9 @@
 """A Hugging Face checkpoint as a run of ours: the opposite direction of harness/hf/classes.py.
 
 What config.json says is either kept exactly or refused, naming the field (harness/hf/config_json.py). Weights go from
-safetensors to safetensors one tensor at a time, in their own dtype; nothing is computed but a reordering of rows (and,
-where norm_eps is not that of DeepSeek's latent norms, one factor), see harness/hf/weights.py.
+safetensors to safetensors one tensor at a time, in their own dtype; nothing is computed but a reordering of rows (and one
+factor where norm_eps is not that of DeepSeek's latent norms, and the 1 that Qwen3.5's norms add to their weights), see
+harness/hf/weights.py.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def plan_import(source: CheckpointFiles, target: Path, *, overrides: Sequence[st
     check_corpus(config.dataset, config.tokenizer, has_file=True)
     with shapes_only():
         meta = build_model(config, tokenizer.vocab_size)
-    made_of = dict(tensor_mappings(meta, config, interleaved=theirs.interleaved))
+    made_of = dict(tensor_mappings(meta, config, FAMILIES[theirs.model_type], interleaved=theirs.interleaved))
     _check_tensors(made_of, tensors, theirs, notes)
     return ImportPlan(source, config, meta, made_of, tensors, theirs.model_type, text, tuple(notes))
 
@@ -288,8 +289,8 @@ def _check_tensors(
 
 
 def _dtype(plan: ImportPlan, mapping: TensorMapping) -> torch.dtype:
-    """Theirs; float32 for a product, which their dtype would round."""
-    if mapping.source is None or mapping.factor != 1.0:
+    """Theirs; float32 for what is computed, which their dtype would round."""
+    if mapping.source is None or mapping.computes:
         return torch.float32
     return DTYPES[plan.tensors[mapping.source].dtype]
 
@@ -298,4 +299,4 @@ def _made(plan: ImportPlan, mapping: TensorMapping, spec: TensorSpec) -> Tensor:
     if mapping.source is None:
         return torch.zeros(spec.shape, dtype=spec.dtype)
     made = mapping.make(plan.tensors[mapping.source].read())
-    return made if mapping.factor == 1.0 else (made.double() * mapping.factor).to(spec.dtype)
+    return (made.double() * mapping.factor + mapping.offset).to(spec.dtype) if mapping.computes else made

@@ -1,6 +1,8 @@
 """What a config.json of transformers says, as the sizes and options of our classes: kept exactly, or refused by name.
 
     llama  mistral  ministral  qwen2  qwen3   MHA, GQA or MQA; but for llama with windows in all layers or in some
+    phi3                                      the same, turned in part or whole, with windows in all layers or in none
+    qwen3_5_text                              the same, gated, every layer full attention
     deepseek_v2  deepseek_v3                  MLA; every layer dense
 
 Fields that are left out have their class's default.
@@ -47,7 +49,9 @@ def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Descr
     theirs = Fields(config, family)
     _refuse_another_function(theirs)
     attention = (_latent_attention if family.latent else _grouped_attention)(theirs)
-    attention["rope_theta"], attention["rope_scaling"] = _rotation(theirs, notes)
+    attention |= _rotation(theirs, notes)
+    if "rotary_fraction" in attention and not family.gated:
+        attention["name"] += "_partial"
     context = _context(theirs, max_seq_len)
     attention |= _windows(theirs, context, notes)
     biased = family.mlp_bias and theirs.flag("mlp_bias")
@@ -108,6 +112,8 @@ def _refuse_another_function(theirs: Fields) -> None:
         raise theirs.refusal("hidden_act", "is not covered: the MLP here is SwiGLU, with silu")
     if theirs.flag("use_bidirectional_attention"):
         raise theirs.refusal("use_bidirectional_attention", "is not covered: a GPT here sees no later token")
+    if theirs.family.gated and set(theirs.get("layer_types") or ["linear_attention"]) != {"full_attention"}:
+        raise theirs.refusal("layer_types", "makes layers of linear attention, of another form than a GPT's here")
     dense = 0 if theirs.get("first_k_dense_replace") is None else theirs.count("first_k_dense_replace", least=0)
     if theirs.family.latent and theirs.get("n_routed_experts") and dense < theirs.count("num_hidden_layers"):
         raise theirs.refusal(
@@ -117,11 +123,11 @@ def _refuse_another_function(theirs: Fields) -> None:
 
 def _grouped_attention(theirs: Fields) -> dict[str, Any]:
     heads, groups, width = theirs.heads()
-    bias = theirs.family.bias
+    bias, gated = theirs.family.bias, theirs.family.gated
     if bias == "attention_bias":
         bias = "all" if theirs.flag("attention_bias") else "none"
     return {
-        "name": "mha" if groups == heads else "mqa" if groups == 1 else "gqa",
+        "name": ("mha" if groups == heads else "mqa" if groups == 1 else "gqa") + ("_gated" if gated else ""),
         "mechanism": "gqa",
         "n_kv_heads": groups,
         "head_dim": width,
@@ -129,6 +135,7 @@ def _grouped_attention(theirs: Fields) -> dict[str, Any]:
         "qk_rope_head_dim": 0,
         "positions": "rope",
         "qk_norm": theirs.family.qk_norm,
+        **({"gate": "element"} if gated else {}),
         "projection_bias": "model" if bias == "none" else bias,
     }
 
@@ -152,21 +159,17 @@ def _latent_attention(theirs: Fields) -> dict[str, Any]:
     }
 
 
-def _rotation(theirs: Fields, notes: list[str]) -> tuple[float, dict[str, Any] | None]:
-    """rope_theta and rope_scaling, from rope_parameters or from the older rope_theta and rope_scaling."""
+def _rotation(theirs: Fields, notes: list[str]) -> dict[str, Any]:
+    """rope_theta, rope_scaling and rotary_fraction where that is not 1, from rope_parameters or from older fields."""
     name = "rope_scaling" if theirs.get("rope_scaling") else "rope_parameters"
     given = theirs.get(name) or {}
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise theirs.refusal(name, "must be one group of fields for all layers: a GPT here rotates all of them alike")
     kind = str(given.get("rope_type") or given.get("type") or "default")
-    if kind not in _ROTATIONS:
-        raise UserError(f"{name}.rope_type={kind} of the config.json is not covered; covered are {', '.join(_ROTATIONS)}")
-    for place, value in ((name, given.get("partial_rotary_factor")), ("", theirs.get("partial_rotary_factor"))):
-        if value not in (None, 1, 1.0):
-            raise UserError(
-                f"{place}{'.' if place else ''}partial_rotary_factor={value} of the config.json is not covered: "
-                f"heads here are rotated whole"
-            )
+    covered = _ROTATIONS if theirs.family.scaled else ["default"]
+    if kind not in covered:
+        raise UserError(f"{name}.rope_type={kind} of the config.json is not covered; covered are {', '.join(covered)}")
+    options = _turned(theirs, name, given)
     theta = given.get("rope_theta") or theirs.config.get("rope_theta", 10_000.0)
     if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < float("inf"):
         raise UserError(f"rope_theta={theta} of the config.json must be a number above 0: correct it")
@@ -179,8 +182,9 @@ def _rotation(theirs: Fields, notes: list[str]) -> tuple[float, dict[str, Any] |
             f"{name}.{idle[0]} means nothing to rope_type={kind} and is left out"
             + (f" (likewise {', '.join(idle[1:])})" if idle[1:] else "")
         )
+    options |= {"rope_theta": float(theta), "rope_scaling": None}
     if kind == "default":
-        return float(theta), None
+        return options
     scaling = {key: given[key] for key in known if given.get(key) is not None}
     if "original_max_position_embeddings" in known:
         longest = theirs.count("max_position_embeddings")
@@ -188,7 +192,26 @@ def _rotation(theirs: Fields, notes: list[str]) -> tuple[float, dict[str, Any] |
         scaling["original_max_position_embeddings"] = trained or longest
         if kind == "yarn" and "factor" not in scaling and isinstance(trained, (int, float)) and trained > 0:
             scaling["factor"] = longest / trained
-    return float(theta), {"rope_type": kind, **scaling}
+    return options | {"rope_scaling": {"rope_type": kind, **scaling}}
+
+
+def _turned(theirs: Fields, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """rotary_fraction, where not all of a head is rotated. given: the fields of `name`, which win."""
+    usual = theirs.family.turned
+    places = [(f"{name}.", given.get("partial_rotary_factor")), ("", theirs.get("partial_rotary_factor"))]
+    place, value = next(((place, value) for place, value in places if value is not None), ("", usual or 1.0))
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise UserError(
+            f"{place}partial_rotary_factor={value} of the config.json must be a number above 0, at most 1: correct it"
+        )
+    if value == 1:
+        return {}
+    if usual is None:
+        raise UserError(
+            f"{place}partial_rotary_factor={value} of the config.json is not covered: heads of its model_type are rotated whole"
+        )
+    _, _, width = theirs.heads()
+    return {"rotary_fraction": int(width * value) / width}  # they cut what ours would round
 
 
 def _context(theirs: Fields, asked: int | None) -> int:
@@ -212,6 +235,8 @@ def _windows(theirs: Fields, context: int, notes: list[str]) -> dict[str, Any]:
     kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     if set(kinds) - {"sliding_attention", "full_attention"}:
         raise theirs.refusal("layer_types", "names layers that are not covered")
+    if family.window == "always" and "full_attention" in kinds:
+        raise theirs.refusal("layer_types", "is not read by its class, which gives every layer the window: correct one of them")
     if len(kinds) != layers:
         raise theirs.refusal("layer_types", f"names {len(kinds)} layers for num_hidden_layers={layers}: correct one of them")
     windowed = kinds.count("sliding_attention")

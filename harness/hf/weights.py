@@ -1,10 +1,11 @@
 """Our weights under transformers' names: one mapping, followed in both directions.
 
-Outside attention, and in GQA, a tensor of theirs is one of ours. A tensor of DeepSeek's MLA consists, head by head, of rows of
-several of ours, where coordinates that are rotated as a pair may stand side by side.
+Most tensors of theirs are one of ours. Others consist, head by head, of rows of several of ours: those of DeepSeek's MLA, where
+coordinates that are rotated as a pair may stand side by side, Phi-3's qkv_proj and gate_up_proj, and Qwen3.5's q_proj, in which
+the rows of each head's gate stand below those of its queries.
 
-Letters: D d_model, H heads, N un-rotated and P rotated part of queries and keys, V value width, L kv_lora_rank,
-R q_lora_rank.
+Letters: D d_model, H heads, G key/value heads, K query/key width, N un-rotated and P rotated part of it, V value width,
+L kv_lora_rank, R q_lora_rank, M width of the MLP.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harness.config.schema import TrainConfig
+from harness.hf.config_json import Family
 from harness.training.checkpoint import unique_tensors
 from modeling.gpt import GPT
 
@@ -50,16 +52,42 @@ class Layout:
 
 @dataclass(frozen=True)
 class TensorMapping:
-    """How one of our tensors is made of one of theirs, which has this shape. source None: zeros."""
+    """One of our tensors: make(theirs) factor + offset, where theirs has this shape. source None: zeros."""
 
     source: str | None
     shape: tuple[int, ...]
     make: Callable[[Tensor], Tensor] = lambda tensor: tensor
     factor: float = 1.0
+    offset: float = 0.0
+
+    @property
+    def computes(self) -> bool:
+        """Whether values change, which their dtype might round."""
+        return (self.factor, self.offset) != (1.0, 0.0)
 
 
-def latent_layouts(config: TrainConfig) -> dict[str, Layout]:
-    """DeepSeek's tensors of one layer that are not simply one of ours.
+def _layouts(model: GPT, config: TrainConfig, family: Family) -> dict[str, Layout]:
+    """Their tensors of one layer that are not simply one of ours, by their name in it; parts by ours."""
+    if family.latent:
+        return _latent_layouts(config)
+    attention, M = model.attentions[0], config.model.mlp_hidden
+    H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
+    layouts = {}
+    if family.joined:
+        widths = {"q": H * K, "k": G * K, "v": G * V}
+        rows = tuple(HeadRows(f"attention.{name}_proj.weight", width) for name, width in widths.items())
+        layouts["self_attn.qkv_proj.weight"] = Layout(1, rows)
+        rows = tuple(HeadRows(f"mlp.{name}_proj.weight", M) for name in ("gate", "up"))
+        layouts["mlp.gate_up_proj.weight"] = Layout(1, rows)
+    if family.gated:
+        for key in ("weight", "bias"):
+            rows = (HeadRows(f"attention.q_proj.{key}", K), HeadRows(f"attention.gate_proj.{key}", V))
+            layouts[f"self_attn.q_proj.{key}"] = Layout(H, rows)
+    return layouts
+
+
+def _latent_layouts(config: TrainConfig) -> dict[str, Layout]:
+    """DeepSeek's.
 
     Their norms of latents have an eps of their own. A latent times a is normed with eps as the latent itself with
     eps / a^2: the factor makes their eps of ours.
@@ -81,41 +109,65 @@ def latent_layouts(config: TrainConfig) -> dict[str, Layout]:
         layouts[f"kv_a_proj_with_mqa.{key}"] = Layout(1, (latent, rotated))
         if R is not None:
             layouts[f"q_a_proj.{key}"] = Layout(1, (HeadRows(f"q_down_proj.{key}", R, factor=factor),))
-    return layouts
+    return {
+        f"self_attn.{name}": Layout(
+            layout.heads, tuple(dataclasses.replace(part, ours=f"attention.{part.ours}") for part in layout.parts)
+        )
+        for name, layout in layouts.items()
+    }
 
 
-def their_weights(model: GPT, config: TrainConfig) -> Iterator[tuple[str, Tensor]]:
+def _inner(ours: str) -> str:
+    """Their name in a layer of one of our tensors."""
+    part, key = ours.split(".", 1)
+    return f"{_INNER[part]}.{key}"
+
+
+def _offset(name: str, family: Family) -> float:
+    """What ours is above theirs, by either name."""
+    return family.gain_above if name.endswith("norm.weight") else 0.0
+
+
+def their_weights(model: GPT, config: TrainConfig, family: Family) -> Iterator[tuple[str, Tensor]]:
     """Our parameters under their names, rotated pairs side by side."""
+    for name, value in _by_their_names(model, config, family):
+        offset = _offset(name, family)
+        yield name, value - offset if offset else value
+
+
+def _by_their_names(model: GPT, config: TrainConfig, family: Family) -> Iterator[tuple[str, Tensor]]:
     outer = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False) if name in _OUTER}
     for name, value in outer.items():
         yield _OUTER[name], value if name == "norm.weight" else value[: model.vocab_size]
-    is_latent = config.attention["mechanism"] == "mla"
-    layouts = latent_layouts(config) if is_latent else {}
+    layouts = _layouts(model, config, family)
     block: Any
     for number, block in enumerate(model.blocks):
-        for part, theirs in _INNER.items():
-            weights = getattr(block, part).state_dict()
-            if part == "attention" and is_latent:
-                weights = dict(_joined(_plain(block.attention), layouts))
-            for key, value in weights.items():
-                yield f"model.layers.{number}.{theirs}.{key}", value.detach()
+        ours = {name: value.detach() for name, value in block.state_dict().items()}
+        if family.latent:
+            ours = {name: value for name, value in ours.items() if not name.startswith("attention.")}
+            ours |= {f"attention.{name}": value for name, value in _plain(block.attention).items()}
+        for name, value in _joined(ours, layouts):
+            yield f"model.layers.{number}.{name}", value
 
 
 def _joined(ours: dict[str, Tensor], layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Tensor]]:
+    """By their names in a layer. Where the first part of a bias has one, others without have zeros."""
     for name, layout in layouts.items():
-        if layout.parts[0].ours not in ours:  # a bias
+        first = ours.get(layout.parts[0].ours)
+        if first is None:  # a bias
             continue
         taken: dict[str, int] = {}
         blocks = []
         for part in layout.parts:
             start = taken.get(part.ours, 0)
             taken[part.ours] = start + part.width
-            rows = ours[part.ours].unflatten(0, (layout.heads, -1))[:, start : start + part.width]
+            whole = ours[part.ours] if part.ours in ours else first.new_zeros(layout.heads * part.width)
+            rows = whole.unflatten(0, (layout.heads, -1))[:, start : start + part.width]
             rows = rows if part.factor == 1.0 else rows / part.factor
             blocks.append(_side_by_side(rows) if part.rotated else rows)
         yield name, torch.cat(blocks, dim=1).flatten(0, 1)
     used = {part.ours for layout in layouts.values() for part in layout.parts}
-    yield from ((name, value) for name, value in ours.items() if name not in used)
+    yield from ((_inner(name), value) for name, value in ours.items() if name not in used)
 
 
 def _plain(attention: Any) -> dict[str, Tensor]:
@@ -151,24 +203,27 @@ def _side_by_side(rows: Tensor) -> Tensor:
     return rows.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 
-def tensor_mappings(model: GPT, config: TrainConfig, *, interleaved: bool) -> Iterator[tuple[str, TensorMapping]]:
+def tensor_mappings(
+    model: GPT, config: TrainConfig, family: Family, *, interleaved: bool
+) -> Iterator[tuple[str, TensorMapping]]:
     """For each of our tensors, theirs. interleaved: rotated pairs stand side by side there."""
-    latent = dict(_parted(latent_layouts(config), interleaved)) if config.attention["mechanism"] == "mla" else {}
+    parted = dict(_parted(_layouts(model, config, family), interleaved))
     for name, tensor in unique_tensors(model).items():
-        shape = tuple(tensor.shape)
+        shape, offset = tuple(tensor.shape), _offset(name, family)
         if name in _OUTER:
-            yield name, TensorMapping(_OUTER[name], shape if name == "norm.weight" else (model.vocab_size, *shape[1:]))
+            rows = shape[0] if name == "norm.weight" else model.vocab_size
+            yield name, TensorMapping(_OUTER[name], (rows, *shape[1:]), offset=offset)
             continue
-        _, number, part, key = name.split(".", 3)
-        prefix = f"model.layers.{number}.{_INNER[part]}."
-        if part == "attention" and key in latent:
-            mapping = latent[key]
+        _, number, key = name.split(".", 2)
+        prefix = f"model.layers.{number}."
+        if key in parted:
+            mapping = parted[key]
             assert mapping.source is not None
             yield name, dataclasses.replace(mapping, source=prefix + mapping.source, shape=(*mapping.shape, *shape[1:]))
-        elif part == "attention" and key == "q_proj.bias" and latent:  # beside biases of latents, theirs has none
+        elif key == "attention.q_proj.bias" and family.latent:  # beside biases of latents, theirs has none
             yield name, TensorMapping(None, shape)
         else:
-            yield name, TensorMapping(prefix + key, shape)
+            yield name, TensorMapping(prefix + _inner(key), shape, offset=offset)
 
 
 def _parted(layouts: Mapping[str, Layout], interleaved: bool) -> Iterator[tuple[str, TensorMapping]]:

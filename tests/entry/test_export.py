@@ -44,6 +44,8 @@ RUNS = {
         "attention.rope_scaling={rope_type:yarn,factor:4.0,original_max_position_embeddings:8}",
         *BPE,
     ],
+    "partial": ["attention=gqa_partial", "attention.n_kv_heads=1", *BPE],
+    "gated": ["attention=gqa_gated", "attention.n_kv_heads=1", "attention.qk_norm=true", *BPE],
     # The tokenizer that transformers' Qwen2 comes with, whatever a folder holds.
     "qwen2": ["attention=gqa", "attention.n_kv_heads=1", "attention.projection_bias=qkv", "tokenizer=pretrained"],
 }
@@ -52,6 +54,8 @@ CLASSES = {
     "qwen": "Qwen3ForCausalLM",
     "mla": "DeepseekV3ForCausalLM",
     "biases": "LlamaForCausalLM",
+    "partial": "Phi3ForCausalLM",
+    "gated": "Qwen3_5ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
 OWN = "AttentionAblationForCausalLM"
@@ -231,9 +235,11 @@ def test_a_tokenizer_that_no_stock_class_gives_goes_with_our_own(
 @transformers4.needed
 def test_transformers_4_loads_the_same_model_and_tokenizer(place: Workplace, tmp_path: Path) -> None:
     prompt_BT = torch.randint(250, (2, 32), generator=torch.Generator().manual_seed(1))
-    folders = [place.folder / "out" / name for name in CLASSES]
+    known = [name for name, architecture in CLASSES.items() if architecture not in classes.SINCE_5]
+    assert len(known) == len(CLASSES) - 1
+    folders = [place.folder / "out" / name for name in known]
     answers = transformers4.answers(folders, prompt_BT, tmp_path, texts=["the sea", *filter(None, TEXTS)])
-    for name, answer in zip(CLASSES, answers, strict=True):
+    for name, answer in zip(known, answers, strict=True):
         trained = ours(place, name)
         with torch.inference_mode():
             logits_BTC = trained.model(prompt_BT)[..., : trained.model.vocab_size]

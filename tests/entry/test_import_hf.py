@@ -60,6 +60,8 @@ MLA = {
     "first_k_dense_replace": 2,
     "num_key_value_heads": 4,
 }
+PHI = {"num_key_value_heads": 2, "pad_token_id": None}
+GATED = {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2}
 # Stretched from 16 positions to the 64 that are compared.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
@@ -89,6 +91,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Ministral",
         {"num_key_value_heads": 2, "head_dim": 12, "sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"]},
     ),
+    "phi3": ("Phi3", PHI | {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.5}}),
+    "phi3, windows, rotated whole, no eps said": ("Phi3", PHI | {"num_key_value_heads": 4, "sliding_window": 7}),
     "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "qwen2, windows in the last layers": (
         "Qwen2",
@@ -108,6 +112,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, yarn": ("Qwen2", {"num_key_value_heads": 2, "rope_parameters": YARN}),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 0.1}),
     "qwen3, biases": ("Qwen3", {"num_key_value_heads": 4, "head_dim": 16, "attention_bias": True}),
+    "qwen3_5_text": ("Qwen3_5", GATED),
+    "qwen3_5_text, half of a head, biases, yarn": (
+        "Qwen3_5",
+        GATED | {"attention_bias": True, "rms_norm_eps": 0.1, "rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+    ),
     "deepseek_v2": ("DeepseekV2", MLA | {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
     "deepseek_v2, yarn": ("DeepseekV2", MLA | {"q_lora_rank": 20, "rope_parameters": DEEPSEEK_YARN}),
     "deepseek_v3": ("DeepseekV3", MLA | {"q_lora_rank": 20}),
@@ -178,7 +187,7 @@ def large_model(kind: str, fields: dict[str, Any]) -> Any:
     """A model of theirs whose weights are so large that attention is sharp and logits are far apart."""
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(**SIZES | fields)
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Qwen3_5" else f"{kind}Config")(**SIZES | fields)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -268,6 +277,10 @@ def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_pat
         ("ministral", {"layer_types": ["sliding_attention", "full_attention"]}),
         ("qwen2, windows in the last layers", {"max_window_layers": 0, "layer_types": ABSENT}),
         ("qwen2, windows in the last layers", {"use_sliding_window": False}),
+        ("phi3", {"rms_norm_eps": 0.1}),
+        ("phi3", {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.34}}),  # cut to 4 of 12
+        ("phi3, windows, rotated whole, no eps said", {"sliding_window": 8}),
+        ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
     ],
 )
 def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -323,6 +336,9 @@ def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields
         ("mistral", {"model_type": ABSENT, "sliding_window": 64}),
         ("mistral, windows", {"layer_types": ["sliding_attention", "sliding_attention"]}),
         ("qwen2, windows in the last layers", {"layer_types": ABSENT}),
+        ("phi3", {"rope_parameters": ABSENT, "rope_theta": 100.0, "rope_scaling": None, "partial_rotary_factor": 0.5}),
+        ("phi3, windows, rotated whole, no eps said", {"rms_norm_eps": ABSENT, "rope_parameters": ABSENT}),
+        ("qwen3_5_text", {"rope_parameters": ABSENT, "mtp_num_hidden_layers": 0}),
     ],
 )
 def test_older_and_shorter_ways_to_say_the_same_are_understood(
@@ -333,7 +349,19 @@ def test_older_and_shorter_ways_to_say_the_same_are_understood(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama, llama3", "mistral", "qwen2", "qwen2, yarn", "qwen3", "deepseek_v2, yarn", "deepseek_v3"]
+    "name",
+    [
+        "llama",
+        "llama, llama3",
+        "mistral",
+        "qwen2",
+        "qwen2, yarn",
+        "qwen3",
+        "phi3",
+        "qwen3_5_text",
+        "deepseek_v2, yarn",
+        "deepseek_v3",
+    ],
 )
 def test_an_import_exported_and_imported_again_has_the_same_bits(zoo: Zoo, name: str, tmp_path: Path) -> None:
     zoo.bring(zoo.source(name), tmp_path / "first")
@@ -736,6 +764,40 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
         ("llama", {"architectures": ["LlamaModel"]}, r"architectures=LlamaModel is not covered"),
         ("llama", {"hidden_act": "gelu"}, r'hidden_act="gelu" of the config.json is not covered'),
         ("llama", {"partial_rotary_factor": 0.5}, r"^partial_rotary_factor=0.5 .* rotated whole"),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 1.5}},
+            r"^rope_parameters.partial_rotary_factor=1.5 .* at most 1",
+        ),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 0.6}},
+            r"rotary_fraction=0.583\d+ of head_dim=12 is 7 dimensions",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}},
+            r"rope_scaling.rope_type=longrope .* not covered; covered are default$",
+        ),
+        # Which its class reads as longrope.
+        ("phi3", {"rope_scaling": YARN}, r"rope_scaling.rope_type=yarn .* not covered; covered are default$"),
+        ("phi3", {"sliding_window": 7, "layer_types": ["full_attention"] * 2}, r"layer_types=.* is not read by its class"),
+        (
+            "mistral, windows",
+            {"layer_types": ["full_attention", "sliding_attention"]},
+            r"layer_types=.* is not read by its class, which gives every layer the window",
+        ),
+        (
+            "qwen3_5_text",
+            {"layer_types": ["linear_attention", "full_attention"]},
+            r"layer_types=.* linear attention, of another",
+        ),
+        ("qwen3_5_text", {"layer_types": ABSENT}, r"layer_types=null .* linear attention, of another"),
+        (
+            "qwen3_5_text",
+            {"model_type": "qwen3_5"},
+            r"model_type=qwen3_5, which has layers of linear attention, and sees images,",
+        ),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5}},

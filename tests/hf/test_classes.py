@@ -12,6 +12,7 @@ import torch
 
 from harness.errors import UserError
 from harness.hf.classes import (
+    MODEL_TYPES,
     SINCE_5,
     as_transformers,
     difference,
@@ -22,6 +23,7 @@ from harness.hf.classes import (
     save_theirs,
     their_cache_bytes,
 )
+from harness.hf.config_json import FAMILIES
 from modeling.attention.contract import randomise, relative_error
 from modeling.generation import generate
 from tests.support import transformers4
@@ -95,10 +97,24 @@ _SAME = {
     "windows in all layers, QK-norm": "attention=gqa attention.window=7 attention.qk_norm=true",
     "windows in the last layer, biases": "attention=swa_1_1 attention.layers=[full,local] attention.kinds.local.window=5 "
     "attention.projection_bias=qkv",
+    "partial": "attention=gqa_partial",
+    "partial, its own head, wide heads": "attention=gqa_partial attention.rotary_fraction=0.25 model.head_dim=16 "
+    "model.tie_embeddings=false attention.rope_theta=500.0 model.norm_eps=0.3",
+    "partial, mha, windows in all layers, a wider vocabulary": "attention=gqa_partial attention.n_kv_heads=4 "
+    "attention.window=7 model.vocab_size=130",
+    "gated, QK-norm": "attention=gqa_gated attention.qk_norm=true model.norm_eps=0.3",
+    "gated, QK-norm, partial, biases on all projections, its own head": "attention=gqa_gated attention.qk_norm=true "
+    "attention.rotary_fraction=0.5 attention.projection_bias=all model.head_dim=16 model.tie_embeddings=false",
+    "gated, QK-norm, no bias on gate and output, partial, YaRN": "attention=gqa_gated attention.qk_norm=true "
+    f"attention.projection_bias=qkv attention.rotary_fraction=0.5 {YARN}",
     "gqa, a wider vocabulary": "attention=gqa model.vocab_size=130",
     "mla, a wider vocabulary, its own head": "attention=mla model.vocab_size=130 model.tie_embeddings=false",
 }
 SAME = {name: line.split() for name, line in _SAME.items()}
+
+
+def architecture(family: str) -> str | None:
+    return FAMILIES[MODEL_TYPES[family]].architecture
 
 
 def test_biases_on_queries_keys_and_values_fit_llama_too() -> None:
@@ -166,7 +182,7 @@ def test_windows_are_those_of_each_class_that_has_them(overrides: list[str], cla
     assert families(config) == [*classes]
     for family in classes:
         theirs = as_transformers(model, config, family)
-        assert type(theirs).__name__ == f"{family}ForCausalLM" and difference(model, theirs) < 1e-4
+        assert type(theirs).__name__ == architecture(family) and difference(model, theirs) < 1e-4
         wider = as_transformers(model, config, family)
         wider.config.sliding_window += 1
         for layer in wider.model.layers:
@@ -183,6 +199,9 @@ def test_windows_are_those_of_each_class_that_has_them(overrides: list[str], cla
         ["attention=swa_1_1", "attention.kinds.local.window=5"],
         ["attention=gqa", "attention.window=5"],
         ["attention=swa_1_1", "attention.kinds.local.window=5", "attention.qk_norm=true"],
+        ["attention=gqa_partial"],
+        ["attention=gqa_partial", "attention.window=5"],
+        ["attention=gqa_gated", "attention.qk_norm=true", "model.tie_embeddings=false"],
     ],
 )
 def test_both_write_the_same_text(overrides: list[str]) -> None:
@@ -220,7 +239,19 @@ def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
     [
         (["attention=mha_learned"], r"attention.positions=learned"),
         (["attention=gqa", "attention.positions=none"], r"its Llama has no attention.positions=none"),
-        (["attention=gqa_gated"], r"its Llama has no attention.gate=element"),
+        (["attention=gqa_gated"], r"its Qwen3.5 has no attention.qk_norm=False$"),
+        (["attention=gqa_gated", "attention.gate=head", "attention.qk_norm=true"], r"its Qwen3.5 has no attention.gate=head$"),
+        (["attention=gqa_gated", "attention.qk_norm=true", "attention.window=7"], r"its Qwen3.5 has no attention.window=7$"),
+        (["attention=gqa_gated", "attention.qk_norm=true", "model.bias=true"], r"its Qwen3.5 has no model.bias=true$"),
+        (["attention=gqa_partial", "attention.qk_norm=true"], r"its Qwen3 has no attention.rotary_fraction=0.5$"),
+        (["attention=gqa_partial", "attention.projection_bias=qkv"], r"its Phi-3 has no attention.projection_bias=qkv$"),
+        (["attention=gqa_partial", "model.bias=true"], r"its Phi-3 has no model.bias=true$"),
+        (["attention=gqa_partial", LINEAR], r"its Phi-3 has no attention.rope_scaling={'rope_type': 'linear', 'factor': 3.0}$"),
+        (["attention=swa_1_1", "attention.rotary_fraction=0.5"], r"its Phi-3 has no attention.layers=\[local,full\]$"),
+        (
+            ["attention=gqa_partial", "model.head_dim=44", f"attention.rotary_fraction={30 / 44}"],
+            r"its Phi-3 has no attention.rotary_fraction=0.68181818\d+ of heads of 44$",
+        ),
         (["attention=mfa"], r"its Llama has no attention.q_lora_rank=24"),
         (["attention=gla"], r"its DeepSeek-V3 has no attention.latent_groups=2"),
         (["attention=shared_kv"], r"it has no attention.mechanism=tied"),
@@ -279,6 +310,8 @@ CLASSES = {
     "MistralForCausalLM": ["attention=gqa", "attention.window=7"],
     "MinistralForCausalLM": ["attention=swa_1_1", "attention.kinds.local.window=7"],
     "DeepseekV3ForCausalLM": ["attention=mla", "model.norm_eps=0.3", "attention.rope_theta=500.0", DEEPSEEK_YARN],
+    "Phi3ForCausalLM": ["attention=gqa_partial", "attention.window=7", "model.head_dim=16"],
+    "Qwen3_5ForCausalLM": ["attention=gqa_gated", "attention.qk_norm=true", "attention.rotary_fraction=0.5", YARN],
 }
 DEFAULT = {"rope_type": "default", "rope_theta": 500.0}
 
@@ -334,6 +367,9 @@ def test_a_saved_folder_computes_the_same(name: str, tmp_path: Path) -> None:
         ("MistralForCausalLM", {"sliding_window": 8}),
         ("MinistralForCausalLM", {"sliding_window": 8}),
         ("MinistralForCausalLM", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("Phi3ForCausalLM", {"sliding_window": 8}),
+        ("Phi3ForCausalLM", {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 4}),
+        ("Phi3ForCausalLM", {"rope_parameters": DEFAULT | {"rope_theta": 10000.0, "partial_rotary_factor": 0.25}}),
     ],
 )
 def test_each_convention_is_seen_in_the_logits(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -352,6 +388,8 @@ def test_each_convention_is_seen_in_the_logits(name: str, changes: dict[str, Any
         ("DeepseekV3ForCausalLM", "mscale", 0.5),
         ("DeepseekV3ForCausalLM", "mscale_all_dim", 1.0),
         ("DeepseekV3ForCausalLM", "original_max_position_embeddings", 64),
+        ("Qwen3_5ForCausalLM", "factor", 3.0),
+        ("Qwen3_5ForCausalLM", "partial_rotary_factor", 0.25),
     ],
 )
 def test_each_field_of_a_stretched_rotation_is_seen_in_the_logits(name: str, field: str, value: float, tmp_path: Path) -> None:
@@ -373,16 +411,21 @@ def test_a_tied_head_is_written_once_and_an_own_one_beside_the_embedding(name: s
 def test_transformers_4_computes_the_same_from_a_saved_folder(tmp_path: Path) -> None:
     prompt_BT = torch.randint(100, (2, 60), generator=torch.Generator().manual_seed(1))
     folders, expected = [], []
-    for number, overrides in enumerate(SAME.values()):
+    known = {
+        name: (overrides, family)
+        for name, overrides in SAME.items()
+        if (family := next((each for each in families(config_at(*overrides)) if architecture(each) not in SINCE_5), None))
+    }
+    assert {name for name in SAME if name not in known} == {name for name in SAME if "gated" in name}
+    for number, (overrides, family) in enumerate(known.values()):
         model = randomise(gpt_from(overrides)).eval()
         folders.append(tmp_path / str(number))
         config = config_at(*overrides)
-        family = next(name for name in families(config) if f"{name}ForCausalLM" not in SINCE_5)
         save_theirs(as_transformers(model, config, family), folders[-1], stops=[99])
         with torch.inference_mode():
             expected.append(model(prompt_BT)[..., : model.vocab_size])
     errors = {
         name: relative_error(answer.logits_BTC, logits_BTC)
-        for name, answer, logits_BTC in zip(SAME, transformers4.answers(folders, prompt_BT, tmp_path), expected, strict=True)
+        for name, answer, logits_BTC in zip(known, transformers4.answers(folders, prompt_BT, tmp_path), expected, strict=True)
     }
     assert {name: error for name, error in errors.items() if not error < 1e-4} == {}
