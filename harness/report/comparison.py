@@ -110,22 +110,30 @@ class ComparisonTable:
         """What quality is plotted against: bytes per token, of the context where a window may hold fewer tokens."""
         return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.means["cache_bytes_per_token"]
 
+    @property
+    def contexts(self) -> list[int]:
+        """Tokens at which cache sizes are quoted: with windows or states a token of a longer context takes less."""
+        return sorted({setup.cache_context for setup in self.setups if setup.cache_context is not None})
+
     def cells(self) -> list[list[str]]:
         """The table for people: names of columns, then a row a setup."""
-        contexts = {setup.cache_context for setup in self.setups if setup.cache_context is not None}
-        at_context = f"cache bytes at {max(contexts):,} tokens" if len(contexts) == 1 else "cache bytes at context"
+        contexts = self.contexts
+        one = f" at {contexts[0]:,} tokens" if len(contexts) == 1 else ""
+        at_context = f"cache bytes{one or ' at context'}"
         rows: list[dict[str, str]] = []
         for setup in self.setups:
             row = {"variant": setup.variant, "seeds": str(setup.n)}
+            own = f" at {setup.cache_context:,}" if setup.cache_context is not None and not one else ""
             for key, shown in _COMPARED.items():
-                row[shown.unit] = setup.cell(key)
+                if key == "cache_bytes_per_token":
+                    row[shown.unit + one] = setup.cell(key) + own
+                else:
+                    row[shown.unit] = setup.cell(key)
                 if key == "bits_per_byte":
                     half = setup.bits_per_byte_half_width
                     row["95 %"] = "" if half is None else f"± {half:.4f}"
                 if key == "cache_bytes_per_token" and self.has_caches_as_rows:
-                    allocated = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}"
-                    which = f" at {setup.cache_context:,}" if allocated and len(contexts) > 1 else ""
-                    row[at_context] = allocated + which
+                    row[at_context] = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}{own}"
                 if key == "cache_ratio_to_mha":
                     at_32k = (setup.cache_bytes_by_context or {}).get("32768")
                     row["MiB at 32k"] = "" if at_32k is None else f"{at_32k / 2**20:,.4g}"

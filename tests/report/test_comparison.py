@@ -429,7 +429,10 @@ def test_the_size_of_a_cache_among_others_is_that_of_a_token_of_context(tmp_path
     assert sizes["mha, window 64, 4 sinks"] == 2048 * 68 / 256 != rows["mha, window 64, 4 sinks"].means["cache_bytes_per_token"]
     assert all(row.means["cache_ratio_to_mha"] == sizes[name] / 2048 for name, row in rows.items())
     text = comparison_markdown(comparison)
-    assert "| cache bytes at 256 tokens | x MHA |" in text and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
+    assert (
+        "| cache bytes/token at 256 tokens | cache bytes at 256 tokens | x MHA |" in text
+        and f"| {2048 * 68:,} | {68 / 256:.3f} |" in text
+    )
 
 
 def curve(per_token: int, window: int | None = None) -> dict[str, int]:
@@ -467,10 +470,32 @@ def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
     evaluate(make_run(tmp_path, "mqa"), cache_context=512, cache_bytes_at_context=512 * 512)
     evaluate(make_run(tmp_path, "gqa"))
     text = comparison_markdown(compare([tmp_path], every_cache=True))
-    assert "| cache bytes at context |" in text
-    assert f"| {640 * 256:,} at 256 |" in text and f"| {512 * 512:,} at 512 |" in text
+    assert "| cache bytes/token | cache bytes at context |" in text
+    assert f"| 640 at 256 | {640 * 256:,} at 256 |" in text and f"| 512 at 512 | {512 * 512:,} at 512 |" in text
     (old,) = (line for line in text.splitlines() if line.startswith("| gqa |"))
     assert "| 1,024 |  | 0.500 |" in old
+    plain = compare([tmp_path])
+    text = comparison_markdown(plain)
+    assert "| cache bytes/token | x MHA |" in text
+    assert "| 640 at 256 | 0.312 |" in text and "| 512 at 512 | 0.250 |" in text and "| 1,024 | 0.500 |" in text
+    assert panels_of(plain)[0].get_xlabel() == "KV cache, bytes per token in bfloat16 at 256\N{EN DASH}512 tokens (log scale)"
+
+
+def test_a_context_that_all_rows_share_is_said_over_the_bytes_of_a_token_and_in_no_name_of_the_csv(tmp_path: Path) -> None:
+    for attention in ("mla", "mqa"):
+        evaluate_on_caches(make_run(tmp_path, attention))
+    evaluate(make_run(tmp_path, "gqa"))
+    comparison = compare([tmp_path])
+    text = comparison_markdown(comparison)
+    assert "| cache bytes/token at 256 tokens | x MHA |" in text
+    assert "cache bytes/token at 256 tokens  x MHA" in as_text(comparison)
+    assert "| 640 | 0.312 |" in text and "| 1,024 | 0.500 |" in text
+    rows = list(csv.DictReader(io.StringIO(comparison_csv(comparison))))
+    assert {(row["cache_bytes_per_token"], row["cache_context"]) for row in rows} == {
+        ("640", "256"),
+        ("512", "256"),
+        ("1024", ""),
+    }
 
 
 def test_among_all_caches_the_ratio_is_to_mha_in_bfloat16(tmp_path: Path) -> None:
@@ -711,7 +736,7 @@ def test_caches_of_a_configuration_share_colour_and_shape_and_are_joined(tmp_pat
     for setup in table.setups:
         ends = [(float(table.cache_size(one)), one.bits_per_byte) for one in (plain[setup.configuration], setup)]
         assert (tuple(ends) in lines) == setup.through_cache
-    assert axes.get_xlabel() == "KV cache, bytes per token of context (log scale)"
+    assert axes.get_xlabel() == "KV cache, bytes per token of context at 256 tokens (log scale)"
 
 
 def test_error_bars_are_the_deviation_over_seeds(tmp_path: Path) -> None:
