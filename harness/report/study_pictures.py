@@ -31,7 +31,6 @@ class PlacedArm:
     """What the picture of quality against cache shows of an arm."""
 
     name: str
-    level: str | None
     reference: bool
     mean: Mean
     seeds: int
@@ -45,9 +44,7 @@ def pareto(findings: Findings) -> Picture:
 
 def _placed(findings: Findings) -> list[PlacedArm]:
     return [
-        PlacedArm(arm.name, arm.info["level"], arm.info["reference"], arm.mean, len(arm.runs))
-        for arm in findings.arms
-        if arm.mean is not None
+        PlacedArm(arm.name, arm.info["reference"], arm.mean, len(arm.runs)) for arm in findings.arms if arm.mean is not None
     ]
 
 
@@ -60,39 +57,72 @@ def quality_by_cache(
 ) -> Picture:
     """The metric against an arm's bytes per token, and in a further panel against those at LENGTH tokens where these differ.
 
-    More arms than can be told apart in one panel stand in one for each level, beside the references and what has no level.
+    More arms than a panel has room to name have a row each, by their bytes at LENGTH tokens.
     """
     far = _far_out({arm.name: arm.mean.mean for arm in arms}, metric)
     shown = [arm for arm in arms if arm.name not in far]
-    groups = {"": shown}
-    if len(shown) > MOST_NAMES:
-        levels = list(dict.fromkeys(arm.level for arm in shown if arm.level and not arm.reference)) or [""]
-        groups = {level: [arm for arm in shown if arm.reference or arm.level in (level, None)] for level in levels}
     costs = {"": usual} if not at_length else {"at the model's context": usual, f"at {LENGTH:,} tokens": at_length}
-    panels, fronts = [], []
-    for heading, sizes in costs.items():
-        for level, members in groups.items():
-            best = pareto_front([(arm.name, sizes[arm.name], metric.cost(arm.mean.mean)) for arm in members])
-            fronts.append(", ".join(best))
-            series = []
-            for arm in members:
-                hover = f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(arm.seeds, 'seed')}"
-                series.append(_point(arm, looks[arm.name], metric, sizes[arm.name], hover))
-            front = [(s.marks[0].x, s.marks[0].y) for name in best for s in series if s.arm == name]
-            ticks = [s.marks[0].x for s in series]
-            plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
-            panels.append((", ".join(filter(None, (level, heading))), plot))
+    drawn = _a_row_each if len(shown) > MOST_NAMES else _side_by_side
     seen = any(arm.mean.low is not None for arm in arms)
     bars = "Bars: 95 % intervals for comparing arms." if seen else "No error bars: one seed."
-    hollow = " Hollow: references beside the comparison." if any(arm.reference for arm in arms) else ""
+    panels, how = drawn(shown, looks, costs, metric)
     side = "Below" if metric.higher_is_better else "Above"
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
-    caption = (
-        f"{bars} Grey: the best mean up to each cache size ({'; '.join(dict.fromkeys(fronts))}), without regard to the bars. "
-        f"{SIDE_BY_SIDE}{hollow}{beyond}"
-    )
-    return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", caption, panels)
+    return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", f"{bars} {how}{beyond}", panels)
+
+
+def _front(arms: Sequence[PlacedArm], sizes: Mapping[str, float], metric: Metric) -> list[str]:
+    return pareto_front([(arm.name, sizes[arm.name], metric.cost(arm.mean.mean)) for arm in arms])
+
+
+def _hover(arm: PlacedArm, sizes: Mapping[str, float]) -> str:
+    return f"{sizes[arm.name]:,.0f} cache bytes per token, {counted(arm.seeds, 'seed')}"
+
+
+def _side_by_side(
+    arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, Mapping[str, float]], metric: Metric
+) -> tuple[list[tuple[str, Plot | ForestPlot]], str]:
+    panels: list[tuple[str, Plot | ForestPlot]] = []
+    fronts = []
+    for heading, sizes in costs.items():
+        best = _front(arms, sizes, metric)
+        fronts.append(", ".join(best))
+        series = [_point(arm, looks[arm.name], metric, sizes[arm.name], _hover(arm, sizes)) for arm in arms]
+        front = [(s.marks[0].x, s.marks[0].y) for name in best for s in series if s.arm == name]
+        ticks = [s.marks[0].x for s in series]
+        plot = Plot("KV cache, bytes per token (log scale)", metric.axis, series, x_log=True, x_ticks=ticks, front=front)
+        panels.append((heading, plot))
+    hollow = " Hollow: references beside the comparison." if any(arm.reference for arm in arms) else ""
+    names = "; ".join(dict.fromkeys(fronts))
+    return panels, f"Grey: the best mean up to each cache size ({names}), without regard to the bars. {SIDE_BY_SIDE}{hollow}"
+
+
+def _a_row_each(
+    arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, Mapping[str, float]], metric: Metric
+) -> tuple[list[tuple[str, Plot | ForestPlot]], str]:
+    *_, (heading, sizes) = costs.items()
+    best = _front(arms, sizes, metric)
+    rows = []
+    for arm in sorted(arms, key=lambda arm: (sizes[arm.name], metric.cost(arm.mean.mean))):
+        mean, words = arm.mean, mean_text(arm.mean, metric)
+        row = ForestRow(
+            f"{arm.name} · {sizes[arm.name]:,.0f}",
+            (arm.name,),
+            f"{arm.name}: {words} {metric.unit}, {_hover(arm, sizes)}",
+            words,
+            mean.mean,
+            mean.low,
+            mean.high,
+            filled=arm.name in best,
+            colour=looks[arm.name].colour,
+        )
+        rows.append(row)
+    reference = next((arm for arm in arms if arm.reference), None)
+    line = "" if reference is None else f" Line: {reference.name}, the reference."
+    panel = ForestPlot(metric.axis, rows, level=None if reference is None else reference.mean.mean)
+    above = ", ".join(filter(None, ("KV cache, bytes per token", heading)))
+    return [(above, panel)], f"Filled: the best mean up to each cache size, without regard to the bars.{line}"
 
 
 def _point(arm: PlacedArm, look: Style, metric: Metric, cost: float, hover: str) -> Series:

@@ -61,7 +61,7 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     for arm in arms:
         means = {name: mean_interval(of_metric, arm, **kinds) for name, of_metric in values.items()}
         mean, stated = means[metric.name], config.arms[arm]
-        placed.append(PlacedArm(arm, stated.level, stated.reference, mean, mean.n))
+        placed.append(PlacedArm(arm, stated.reference, mean, mean.n))
         deviation = mean.deviation
         cells = [mean_text(mean, METRICS[name]) for name, mean in means.items()]
         rows_of_arms.append([arm, str(len(arms[arm])), *cells, ABSENT if deviation is None else f"{deviation:.2g}"])

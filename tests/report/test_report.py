@@ -20,7 +20,7 @@ from harness.report import study_pictures
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
 from harness.report.findings import Findings, over_seeds
 from harness.report.page import page
-from harness.report.pictures import Plot, short
+from harness.report.pictures import ForestPlot, Plot, short
 from harness.report.sections import sections
 from harness.report.study_pictures import trends_picture
 from harness.report.tables import study_csv, study_markdown
@@ -352,25 +352,15 @@ def test_caches_that_are_no_straight_line_are_drawn_at_32k_from_a_csv_too(tmp_pa
     assert [heading for heading, _ in picture.panels] == ["at the model's context", "at 32,768 tokens"]
 
 
-def test_more_arms_than_a_reader_tells_apart_stand_in_a_panel_for_each_level() -> None:
+def test_more_arms_than_a_reader_tells_apart_have_a_row_each_by_their_cache() -> None:
     _, picture = restated(ROOT / "docs/studies/convert/report.csv", "convert")
-    names = {}
-    for level, panel in picture.panels:
-        assert isinstance(panel, Plot)
-        names[level] = [series.arm for series in panel.series]
-    assert list(names) == [f"{elements} elements" for elements in (192, 128, 96, 64)]
-    references = {"gqa", "gqa_tuned"}
-    assert all(references < {*found} and len(found) <= 12 for found in names.values())
-    assert sorted(set(names["64 elements"]) - references) == sorted(
-        [
-            "mla_64",
-            "mla_64_tuned",
-            "gqa_64",
-            "mean_64_tuned",
-            *(f"{method}_64{kind}" for method in ("transmla", "mha2mla") for kind in ("", "_tuned")),
-        ]
-    )
-    assert "mean_64 (2.1806)" in picture.caption  # too far above the others to be drawn with them
+    [(_, panel)] = picture.panels
+    assert isinstance(panel, ForestPlot)
+    rows = [(int(row.label.split()[-1].replace(",", "")), row.value) for row in panel.rows]
+    assert len(rows) == 28 and rows == sorted(rows) and {size for size, _ in rows} == {512, 768, 1024, 1536}
+    best = [rows.index((size, min(value for cache, value in rows if cache == size))) for size in (512, 768, 1024, 1536)]
+    assert [number for number, row in enumerate(panel.rows) if row.filled] == best
+    assert panel.level == next(row.value for row in panel.rows if row.arms == ("gqa",)) and "Line: gqa" in picture.caption
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
