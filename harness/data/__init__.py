@@ -2,19 +2,18 @@
 
 from harness.data.network import HubUnreachable
 from harness.data.prepare import prepare, prepared_as
-from harness.data.prepared import PreparedData, TokenSplit, open_prepared, verify_prepared, verify_split
+from harness.data.prepared import PreparedData, VerifiedSplit, open_prepared, verify_prepared
 from harness.data.sources import check_corpus
 from harness.data.tokenizer import Tokenizer
 
 __all__ = [
     "HubUnreachable",
     "PreparedData",
-    "TokenSplit",
     "Tokenizer",
+    "VerifiedSplit",
     "check_corpus",
     "open_prepared",
     "prepare",
     "prepared_as",
     "verify_prepared",
-    "verify_split",
 ]

@@ -89,14 +89,16 @@ def prepared_as(fingerprint: str, data_dir: Path, *, tokenizer: str, verify: boo
         found = None
         with contextlib.suppress(OSError, Unreadable):  # whatever else lies there
             found = read_object(folder / "meta.json").get("fingerprint")
-        if found == fingerprint and (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == tokenizer:
-            return prepared
+        if found == fingerprint:
+            remedy = f"copy {folder} again, or delete it and name the text with dataset.path=..."
+            if (prepared := _open(folder, verify, remedy)).meta["tokenizer"]["sha256"] == tokenizer:
+                return prepared
     return None
 
 
-def _open(folder: Path, verify: bool) -> PreparedData:
+def _open(folder: Path, verify: bool, remedy: str | None = None) -> PreparedData:
     """An existing folder, read to its end if that is asked for or if somebody was killed while preparing it."""
-    prepared = open_prepared(folder)
+    prepared = open_prepared(folder, remedy)
     leftovers = list(folder.parent.glob(_leftovers(folder)))
     if verify or leftovers:
         verify_prepared(prepared)
@@ -145,7 +147,7 @@ def _open_copy(
     folder: Path, dataset: DatasetConfig, settings: dict[str, Any], replaced: str | None, how: Opening, verify: bool
 ) -> PreparedData:
     """Opens the prepared folder that dataset.path names, if it holds what the other settings ask for."""
-    prepared = open_prepared(folder)
+    prepared = open_prepared(folder, f"copy {folder} again from where it is whole, or have dataset.path name the text itself")
     if verify:
         verify_prepared(prepared)
     asked = {"dataset": dataset.name, "max_tokens": dataset.max_tokens, "tokenizer": settings}

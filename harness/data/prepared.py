@@ -6,12 +6,14 @@ Folder: SPLIT.bin (tokens, uint16 or uint32), SPLIT.{starts,bytes,words}.npy (in
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NamedTuple, cast
+from typing import IO, Any, BinaryIO, NamedTuple, NewType, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,8 @@ from harness.files.untrusted import Unreadable, is_count, read_object, stays_ins
 DTYPES = ("<u2", "<u4")
 FORMAT = 1  # raised whenever the same source and settings would give other files
 _HEADER = b"{'descr': '<i8', 'fortran_order': False, 'shape': ("
-_BLOCK = 1 << 22  # tokens read at once
+_COLUMNS = ("starts", "bytes", "words")
+_BLOCK = 1 << 22  # tokens or counts read at once
 
 
 class DamagedData(UserError):
@@ -56,7 +59,7 @@ class Mapped(np.memmap):  # type: ignore[type-arg]
             if size < self._whole:
                 raise DamagedData(
                     f"{self._opened.name} was cut while it was in use and has {size:,} bytes, not {self._whole:,}: start the "
-                    f"same command again, which prepares the data again, or put the file back first"
+                    f"same command again, which prepares the data again or says what else to do"
                 )
         found = super().__getitem__(index)
         return found.view(np.ndarray) if isinstance(found, Mapped) and found._mmap is None else found  # type: ignore[attr-defined]
@@ -81,9 +84,15 @@ class TokenSplit:
     n_words: int
 
 
+VerifiedSplit = NewType("VerifiedSplit", TokenSplit)  # what may be scored: see PreparedData.verified
+
+
 @dataclass(frozen=True)
 class PreparedData:
-    """fingerprint: SHA-256 over the tokens of every split and the tokenizer; equal where the training data is equal."""
+    """fingerprint: SHA-256 over the tokens of every split and the tokenizer; equal where the training data is equal.
+
+    splits: of the sizes that meta.json says. remedy: of damage, None where whoever opened the folder prepares it again.
+    """
 
     folder: Path
     meta: dict[str, Any]
@@ -92,6 +101,14 @@ class PreparedData:
     end_of_text: int
     tokenizer_file: Path | None
     fingerprint: str
+    remedy: str | None
+    _verified: set[str] = field(default_factory=set, repr=False)
+
+    def verified(self, name: str) -> VerifiedSplit:
+        """A split to be scored. Whoever asks first has every byte of it read. Raises DamagedData."""
+        with _remedied(self.remedy or f"delete {self.folder} to have it prepared again, or copy that folder again"):
+            _verify_split(self, name)
+        return VerifiedSplit(self.splits[name])
 
     def summary(self) -> str:
         """A few lines for people: documents, tokens, bytes and bytes per token of each split."""
@@ -120,14 +137,12 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = read_object(file)
     except (OSError, Unreadable) as error:
-        raise DamagedData(f"{file} cannot be read ({error}): prepare the data again") from error
+        raise DamagedData(f"{file} cannot be read ({error})") from error
     if meta.get("format") != FORMAT:
-        raise DamagedData(
-            f"{folder} has format {str(meta.get('format'))[:20]}, this program reads {FORMAT}: prepare the data again"
-        )
+        raise DamagedData(f"{folder} has format {str(meta.get('format'))[:20]}, this program reads {FORMAT}")
     problem = _problem_of(meta)
     if problem is not None:
-        raise DamagedData(f"{file} is not what `prepare` writes ({problem}): prepare the data again")
+        raise DamagedData(f"{file} is not what `prepare` writes ({problem})")
     for name, size in meta["files"].items():
         _check_size(folder / name, size)
     return meta
@@ -166,6 +181,8 @@ def _problem_of(meta: dict[str, Any]) -> str | None:
             return "a split that does not exist"
         if not all(is_count(counts.get(key)) for key in ("tokens", "documents", "bytes", "words")):
             return f"a count of the {split} split"
+        if not isinstance(counts.get("columns", {}), dict):
+            return f"hashes of the {split} split"
         if not counts["documents"] or counts["tokens"] < counts["documents"]:
             return f"fewer tokens than documents in the {split} split"
     return None
@@ -175,16 +192,26 @@ def _check_size(file: Path, size: int) -> None:
     actual = file.stat().st_size if file.is_file() else None
     if actual != size:
         found = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
-        raise DamagedData(f"{file} {found}: prepare the data again, or copy the folder again")
+        raise DamagedData(f"{file} {found}")
 
 
-def open_prepared(folder: Path) -> PreparedData:
+@contextlib.contextmanager
+def _remedied(remedy: str | None) -> Iterator[None]:
+    """Damage that is found inside is said with what to do about it."""
+    try:
+        yield
+    except DamagedData as error:
+        raise (DamagedData(f"{error}: {remedy}") if remedy else error) from error.__cause__
+
+
+def open_prepared(folder: Path, remedy: str | None = None) -> PreparedData:
     """Opens a folder that `prepare` made; raises DamagedData, naming it, for a file missing or of another size.
 
-    Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything.
+    Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything. remedy: see PreparedData.
     """
-    meta = _read_meta(folder)
-    splits = {name: _open_split(folder, name, meta) for name in SPLITS if name in meta["splits"]}
+    with _remedied(remedy):
+        meta = _read_meta(folder)
+        splits = {name: _open_split(folder, name, meta) for name in SPLITS if name in meta["splits"]}
     tokenizer_file = folder / "tokenizer.json"
     return PreparedData(
         folder=folder,
@@ -194,49 +221,59 @@ def open_prepared(folder: Path) -> PreparedData:
         end_of_text=meta["end_of_text"],
         tokenizer_file=tokenizer_file if tokenizer_file.name in meta["files"] else None,
         fingerprint=meta["fingerprint"],
+        remedy=remedy,
     )
 
 
 def verify_prepared(prepared: PreparedData) -> None:
     """Reads every file of an open folder, a block at a time. Raises DamagedData, naming the first that is not whole.
 
-    Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; the
-    tokenizer must be the one that made them.
+    Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; counts
+    by document must have their hashes (folders prepared before 2026-12 have none: their sums alone tell); the tokenizer must
+    be the one that made them.
     """
-    try:
-        made_by = Tokenizer.load(prepared.tokenizer_file).sha256
-    except UserError as error:
-        raise DamagedData(str(error)) from None
-    if made_by != prepared.meta["tokenizer"]["sha256"]:
-        raise DamagedData(
-            f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says: prepare the data again"
-        )
-    for name in prepared.splits:
-        verify_split(prepared, name)
+    with _remedied(prepared.remedy):
+        try:
+            made_by = Tokenizer.load(prepared.tokenizer_file).sha256
+        except UserError as error:
+            raise DamagedData(str(error)) from None
+        if made_by != prepared.meta["tokenizer"]["sha256"]:
+            raise DamagedData(f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says")
+        for name in prepared.splits:
+            _verify_split(prepared, name)
 
 
-def verify_split(prepared: PreparedData, name: str) -> None:
-    """The same of one split's files alone, so that what is scored is what was prepared."""
+def _verify_split(prepared: PreparedData, name: str) -> None:
+    """Once of one split's files."""
+    if name in prepared._verified:
+        return
     split, counts, file = prepared.splits[name], prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
-    remedy = f"delete {prepared.folder} to have it prepared again, or copy that folder again"
-    digest, largest = hashlib.sha256(), 0
-    for start in range(0, split.n_tokens, _BLOCK):
-        block = split.tokens[start : start + _BLOCK]
-        digest.update(block.tobytes())
-        largest = max(largest, int(block.max()))
-    if digest.hexdigest() != counts.get("sha256"):
-        raise DamagedData(f"{file} has other content than meta.json says: {remedy}")
-    if largest >= prepared.vocab_size:
-        raise DamagedData(f"{file} holds a token outside the vocabulary: {remedy}")
-    starts = split.document_starts
-    whole = {
-        "starts": starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
-        "bytes": bool((split.document_bytes >= 0).all()) and int(split.document_bytes.sum()) == split.n_bytes,
-        "words": bool((split.document_words >= 0).all()) and int(split.document_words.sum()) == split.n_words,
-    }
-    for kind, is_whole in whole.items():
-        if not is_whole:
-            raise DamagedData(f"{prepared.folder / f'{name}.{kind}.npy'} has other content than meta.json says: {remedy}")
+    if _sha256(split.tokens) != counts.get("sha256"):
+        raise DamagedData(f"{file} has other content than meta.json says")
+    if max(int(block.max()) for block in _blocks(split.tokens)) >= prepared.vocab_size:
+        raise DamagedData(f"{file} holds a token outside the vocabulary")
+    starts, columns = split.document_starts, (split.document_starts, split.document_bytes, split.document_words)
+    fits = (
+        starts[0] == 0 and starts[-1] == split.n_tokens and bool((np.diff(starts) > 0).all()),
+        bool((split.document_bytes >= 0).all()) and int(split.document_bytes.sum()) == split.n_bytes,
+        bool((split.document_words >= 0).all()) and int(split.document_words.sum()) == split.n_words,
+    )
+    hashes = counts.get("columns")
+    for kind, column, column_fits in zip(_COLUMNS, columns, fits, strict=True):
+        if not column_fits or (hashes is not None and hashes.get(kind) != _sha256(column)):
+            raise DamagedData(f"{prepared.folder / f'{name}.{kind}.npy'} has other content than meta.json says")
+    prepared._verified.add(name)
+
+
+def _blocks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
+
+
+def _sha256(array: NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for block in _blocks(array):
+        digest.update(block.data)
+    return digest.hexdigest()
 
 
 def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
@@ -255,7 +292,7 @@ def _open_split(folder: Path, name: str, meta: dict[str, Any]) -> TokenSplit:
         n_words=counts["words"],
     )
     if split.document_starts[0] != 0 or split.document_starts[-1] != split.n_tokens:
-        raise DamagedData(f"{folder / f'{name}.starts.npy'} does not fit {file.name}: prepare the data again")
+        raise DamagedData(f"{folder / f'{name}.starts.npy'} does not fit {file.name}")
     return split
 
 
@@ -271,9 +308,9 @@ def _open_array(file: Path, length: int) -> NDArray[np.int64]:
         except Exception as error:  # of wrong headers numpy raises a dozen kinds, the tokenizer's of Python among them
             raise Unreadable(in_a_line(error)) from error
     except (OSError, Unreadable) as error:
-        raise DamagedData(f"{file} cannot be read ({error}): prepare the data again, or copy it again") from error
+        raise DamagedData(f"{file} cannot be read ({error})") from error
     if array.dtype != np.dtype("<i8") or array.shape != (length,):
-        raise DamagedData(f"{file} is not {length:,} whole numbers: prepare the data again, or copy the folder again")
+        raise DamagedData(f"{file} is not {length:,} whole numbers")
     return array
 
 
@@ -295,8 +332,8 @@ class SplitWriter:
         self._file = (folder / f"{split}.bin").open("wb")
         self._digest = hashlib.sha256()
         self._n_tokens = 0
-        kinds = ("starts", "bytes", "words")
-        self._starts, self._bytes, self._words = (_Column(folder / f"{split}.{kind}.npy") for kind in kinds)
+        self._columns = {kind: _Column(folder / f"{split}.{kind}.npy") for kind in _COLUMNS}
+        self._starts, self._bytes, self._words = self._columns.values()
         self._starts.append(0)
         self._document_bytes = self._document_words = 0
         self._word_is_open = False
@@ -337,7 +374,7 @@ class SplitWriter:
     def finish(self) -> dict[str, Any]:
         """Completes the files and returns what meta.json says of the split; an empty split is {} and leaves no file."""
         _close(self._file)
-        for column in (self._starts, self._bytes, self._words):
+        for column in self._columns.values():
             column.close()
         if not self._n_tokens:
             for file in self._folder.glob(f"{self._split}.*"):
@@ -349,14 +386,16 @@ class SplitWriter:
             "bytes": self._bytes.total,
             "words": self._words.total,
             "sha256": self._digest.hexdigest(),
+            "columns": {kind: column.digest.hexdigest() for kind, column in self._columns.items()},
         }
 
 
 class _Column:
-    """An array of int64 in a .npy file that is written value by value. `n` values so far, and their `total`."""
+    """An array of int64 in a .npy file that is written value by value. `n` values so far, their `total` and SHA-256."""
 
     def __init__(self, path: Path) -> None:
         self.n = self.total = 0
+        self.digest = hashlib.sha256()
         self._file = path.open("wb")
         self._write_header()
 
@@ -367,7 +406,9 @@ class _Column:
         np.lib.format.write_array_header_1_0(self._file, header)
 
     def append(self, value: int) -> None:
-        self._file.write(value.to_bytes(8, sys.byteorder))
+        data = value.to_bytes(8, sys.byteorder)
+        self._file.write(data)
+        self.digest.update(data)
         self.n += 1
         self.total += value
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harness.data import Tokenizer, TokenSplit
+from harness.data import Tokenizer, VerifiedSplit
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.metric import SCORES
 from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, evaluate_split
@@ -35,7 +35,7 @@ class CacheChoice:
 
 def evaluate_model(
     losses: TokenLosses,
-    split: TokenSplit,
+    split: VerifiedSplit,
     texts: Tokenizer,
     scoring: Scoring,
     *,

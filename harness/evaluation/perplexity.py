@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.config.schema import MOST_FIGURE
-from harness.data.prepared import TokenSplit
+from harness.data.prepared import TokenSplit, VerifiedSplit
 from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError
 from harness.evaluation.metric import Scores
@@ -108,7 +108,7 @@ WHOLE = Share(0, 1, lambda values: values)
 @torch.no_grad()  # and not inference_mode, whose tensors would spoil what a model caches for training
 def evaluate_split(
     token_losses: Callable[[Tensor, Tensor], Tensor],
-    split: TokenSplit,
+    split: VerifiedSplit,
     texts: Tokenizer,
     scoring: Scoring,
     *,

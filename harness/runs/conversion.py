@@ -32,7 +32,8 @@ from harness.config.conversion import ConversionConfig, check_conversion
 from harness.config.identity import origin_hash, setup_hash
 from harness.config.run_config import load_run_config
 from harness.config.schema import TrainConfig
-from harness.data import PreparedData, TokenSplit
+from harness.data import PreparedData
+from harness.data.prepared import TokenSplit
 from harness.errors import UserError, as_user_error
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.losses import TokenLosses

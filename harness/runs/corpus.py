@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from harness.config.schema import DatasetConfig, TrainConfig
-from harness.data import PreparedData, Tokenizer, TokenSplit, prepare, prepared_as
+from harness.data import PreparedData, Tokenizer, VerifiedSplit, prepare, prepared_as
 from harness.data.loader import WindowLoader
 from harness.errors import UserError, tell
 from harness.evaluation.evaluate import evaluate_model
@@ -27,7 +27,7 @@ from harness.training.parallel import Workers
 
 
 def load_data(config: TrainConfig, *, verify: bool = False) -> PreparedData:
-    """The run's tokens, prepared if absent, every byte of them checked with `verify`.
+    """The run's tokens, prepared if absent: every byte of the validation split is checked, with `verify` of all.
 
     Raises UserError when they cannot be trained on.
     """
@@ -94,11 +94,11 @@ def window_loader(config: TrainConfig, data: PreparedData, workers: Workers | No
     )
 
 
-def validation_split(config: TrainConfig, data: PreparedData) -> TokenSplit:
-    """Raises UserError when the corpus has none."""
+def validation_split(config: TrainConfig, data: PreparedData) -> VerifiedSplit:
+    """Raises UserError when the corpus has none, or it is not whole."""
     if "validation" not in data.splits:
         raise UserError(f"dataset={config.dataset.name} has no validation split; set dataset.validation_fraction above 0")
-    return data.splits["validation"]
+    return data.verified("validation")
 
 
 def validate(

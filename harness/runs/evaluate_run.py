@@ -13,7 +13,7 @@ from typing import Any, cast
 from harness.config.build import build_model
 from harness.config.identity import corpus_name
 from harness.config.schema import EvalConfig, TrainConfig
-from harness.data import PreparedData, prepare, verify_split
+from harness.data import PreparedData, VerifiedSplit, prepare
 from harness.errors import UserError
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.evaluate import CacheChoice, evaluate_model
@@ -62,7 +62,7 @@ def score_run(run: Path, config: EvalConfig) -> Scored:
     trained = load_trained(run, **computed, execution=config.attention, needed=needed)
     own, dataset = trained.config, config.dataset or trained.config.dataset
     data = _text(config, trained)
-    verify_split(data, config.split)
+    split = data.verified(config.split)
     losses = token_losses(trained.model, capture=config.capture, **computed)
     through, cache = _cache(trained, config)
 
@@ -75,7 +75,7 @@ def score_run(run: Path, config: EvalConfig) -> Scored:
         segment_tokens=SEGMENT_TOKENS if through is None else None,
         progress=True,
     )
-    result = evaluate_model(losses, data.splits[config.split], trained.tokenizer, scoring, through=through)
+    result = evaluate_model(losses, split, trained.tokenizer, scoring, through=through)
     computation = Computation(**computed, kernel=trained.kernel)
     record = cast(Evaluation, {key: value for key, value in trained.summary.items() if key in CARRIED})
     record.update(
@@ -100,10 +100,10 @@ def score_run(run: Path, config: EvalConfig) -> Scored:
         }
     )
     started = time.perf_counter()
-    record["extras"] = plain = _extras(trained, losses, data, config, None)
+    record["extras"] = plain = _extras(trained, losses, split, config, None)
     if through is not None:
         record["extras_without_cache"] = plain
-        record["extras"] = with_floors(_extras(trained, losses, data, config, through), plain)
+        record["extras"] = with_floors(_extras(trained, losses, split, config, through), plain)
     record["extras_seconds"] = time.perf_counter() - started
     record["finished_at"] = now()
     return Scored(own, trained.summary, record, result)
@@ -157,13 +157,13 @@ def _text(config: EvalConfig, trained: TrainedModel) -> PreparedData:
 
 
 def _extras(
-    trained: TrainedModel, losses: TokenLosses, data: PreparedData, config: EvalConfig, through: CacheChoice | None
+    trained: TrainedModel, losses: TokenLosses, split: VerifiedSplit, config: EvalConfig, through: CacheChoice | None
 ) -> Extras:
     subject = Subject(
         losses=losses,
         longer=lambda max_seq_len: lengthened(trained, max_seq_len),
-        split=data.splits[config.split],
-        end_of_text=data.end_of_text,
+        split=split,
+        end_of_text=trained.tokenizer.end_of_text,
         encode=trained.tokenizer.encode,
         decode=trained.tokenizer.decode,
         dataset=(config.dataset or trained.config.dataset).name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import importlib
 import itertools
 import json
@@ -320,6 +321,40 @@ def test_other_content_of_the_same_size_is_found_on_demand_and_built_again(
     assert contents(again.folder) == before
 
 
+def move_one(file: Path) -> None:
+    """Counts by document with the sum of before: of the first two documents one more and one less; of starts, the second."""
+    counts = np.load(file, mmap_mode="r+")
+    counts[:2] += (0, 1) if ".starts." in file.name else (1, -1)
+    counts.flush()
+
+
+@pytest.mark.parametrize("kind", ["starts", "bytes", "words"])
+def test_counts_by_document_with_the_same_sum_are_other_content_and_older_folders_have_their_sums_alone(
+    tmp_path: Path, texts: dict[str, str], kind: str
+) -> None:
+    whole = prepared(tmp_path)
+    move_one(whole.folder / f"test.{kind}.npy")
+    moved = open_prepared(whole.folder)
+    assert moved.verified("validation").n_tokens == whole.splits["validation"].n_tokens
+    for _ in range(2):
+        with pytest.raises(DamagedData, match=rf"test\.{kind}\.npy has other content .*: delete {whole.folder} to have it"):
+            moved.verified("test")
+    meta = json.loads((whole.folder / "meta.json").read_text())
+    for counts in meta["splits"].values():
+        del counts["columns"]
+    (whole.folder / "meta.json").write_text(json.dumps(meta))
+    older = open_prepared(whole.folder)
+    verify_prepared(older)
+    assert older.fingerprint == prepared(tmp_path).fingerprint == whole.fingerprint
+
+
+def test_the_fingerprint_is_of_tokens_and_tokenizer_and_nothing_else(tmp_path: Path, texts: dict[str, str]) -> None:
+    data = prepared(tmp_path)
+    tokens = {name: hashlib.sha256((data.folder / f"{name}.bin").read_bytes()).hexdigest() for name in data.splits}
+    made_of = {"tokens": tokens, "tokenizer": data.meta["tokenizer"]["sha256"]}
+    assert data.fingerprint == hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+
+
 def test_after_a_killed_preparation_what_is_there_is_read_to_its_end(
     tmp_path: Path, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -341,8 +376,15 @@ def test_a_copied_folder_with_other_content_is_refused_on_demand_and_left_as_it_
     folder = prepared(tmp_path, BYTES).folder
     flip_a_byte(folder / "train.bin")
     before = contents(folder)
-    with pytest.raises(DamagedData, match=r"train\.bin has other content"):
+    remedy = rf"train\.bin has other content than meta.json says: copy {folder} again .*, or have dataset\.path name the text"
+    with pytest.raises(DamagedData, match=remedy):
         prepare(local(folder), BYTES, tmp_path / "other", progress=False, verify=True)
+    with pytest.raises(DamagedData, match=remedy):
+        prepare(local(folder), BYTES, tmp_path / "other", progress=False).verified("train")
+    (folder / "test.bin").unlink()
+    with pytest.raises(DamagedData, match=r"test\.bin is missing: copy .* again .*, or have dataset\.path name the text"):
+        prepare(local(folder), BYTES, tmp_path / "other", progress=False)
+    del before["test.bin"]
     assert contents(folder) == before
 
 

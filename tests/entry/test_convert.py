@@ -362,6 +362,20 @@ def test_a_missing_package_of_the_dashboard_is_refused_before_the_conversion_and
     assert convert.main([*arguments, "tracking=none"]) == 0 and summary_of(to)["loss"] > 0
 
 
+def test_a_validation_split_of_other_content_is_not_what_a_conversion_is_judged_by(tmp_path: Path) -> None:
+    place = Workplace(tmp_path)
+    place.train("origin", "budget.steps=1", "attention=mha")
+    (file,) = place.folder.glob("data/*/validation.bin")
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(
+        UserError, match=rf"validation\.bin has other content .*: copy {file.parent} again, or delete it and name"
+    ):
+        convert.main(arguments_of(place, "made", "method=exact", run="origin"))
+    assert not (place.runs / "made").exists()
+    shutil.rmtree(file.parent)
+    assert convert.main(arguments_of(place, "made", "method=exact", f"dataset.path={place.corpus}", run="origin")) == 0
+
+
 def test_a_run_is_not_converted_on_other_text_than_it_learned_from(tmp_path: Path) -> None:
     place = Workplace(tmp_path)
     place.train("origin", "budget.steps=1", "attention=mha")

@@ -134,7 +134,9 @@ def test_a_corpus_with_other_content_of_the_same_size_is_not_scored(copied: Work
     (folder,) = (file.parent for file in copied.folder.glob("data/*/meta.json") if "bpe" in file.read_text())
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[:-8] + b"\x7f" * 8)  # beyond the vocabulary
-    with pytest.raises(UserError, match=rf"{name} has other content .*delete .*{folder.name} to have it prepared again"):
+    with pytest.raises(
+        UserError, match=rf"{name} has other content .*: copy .*{folder.name} again, or delete it and name the text"
+    ):
         copied.evaluate("run=mla")
     assert not (copied.runs / "mla" / "evaluations").exists()
     shutil.rmtree(folder)

@@ -664,6 +664,20 @@ def test_a_missing_package_of_the_dashboard_is_refused_before_the_import_and_the
     assert import_hf.main([*options, "tracking=none"]) == 0 and summary_of(run)["loss"] > 0
 
 
+def test_a_validation_split_of_other_content_is_not_what_an_import_is_scored_on(zoo: Zoo, tmp_path: Path) -> None:
+    command = zoo.options(f"source={zoo.source('llama')}", f"to={tmp_path / 'run'}", f"data_dir={tmp_path / 'data'}")
+    assert import_hf.main(command) == 0
+    (tmp_path / "run" / "summary.json").unlink()
+    (file,) = tmp_path.glob("data/*/validation.bin")
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with pytest.raises(
+        UserError, match=rf"is imported but not scored.*validation\.bin has other content .*: delete {file.parent}"
+    ):
+        import_hf.main(command)
+    shutil.rmtree(file.parent)
+    assert import_hf.main(command) == 0 and (tmp_path / "run" / "summary.json").exists()
+
+
 def test_data_that_is_missing_costs_the_score_and_not_the_import(zoo: Zoo, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [

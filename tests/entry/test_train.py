@@ -23,6 +23,7 @@ from harness.config.build import model_shapes
 from harness.config.compose import load_train_config, options_of
 from harness.config.run_config import load_run_config
 from harness.data import open_prepared, prepare
+from harness.data.prepared import _sha256
 from harness.entry.cli import run_hydra
 from harness.errors import UserError
 from harness.runs.session import Session
@@ -65,7 +66,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 def test_on_its_way_to_its_first_step_a_run_does_each_thing_once(shared: Workplace, tmp_path: Path) -> None:
     once = (prepare, open_prepared, Schedule.__init__, choose_recipe, build_optimizer, check_tracking, model_shapes)
-    names = {each.__code__: each.__qualname__ for each in once}
+    names = {each.__code__: each.__qualname__ for each in (*once, _sha256)}
     called = Counter[str]()
 
     def count(frame: FrameType, event: str, _: object) -> None:
@@ -77,7 +78,23 @@ def test_on_its_way_to_its_first_step_a_run_does_each_thing_once(shared: Workpla
         shared.train("counted", f"runs_dir={tmp_path}")  # its data are prepared
     finally:
         sys.setprofile(None)
-    assert called == Counter(names.values())
+    assert called == Counter(names.values()) + Counter({"_sha256": 3})  # of the validation split: its tokens and three counts
+
+
+def test_a_validation_split_of_other_content_is_refused_before_anything_is_written_and_the_remedy_works(
+    place: Workplace,
+) -> None:
+    place.train("whole")
+    (file,) = place.folder.glob("data/*/validation.bin")
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    before = contents(place.folder)
+    with pytest.raises(
+        UserError, match=rf"validation\.bin has other content .*: delete {file.parent} to have it prepared again"
+    ):
+        place.train("refused")
+    assert contents(place.folder) == before
+    shutil.rmtree(file.parent)
+    assert summary_of(place.train("again"))["loss"] == summary_of(place.runs / "whole")["loss"]
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
@@ -131,7 +148,7 @@ def test_a_run_holds_its_resolved_configuration(shared: Workplace) -> None:
     run = shared.runs / "done"
     assert "${" not in (run / "config.yaml").read_text()
     assert load_run_config(run) == load_train_config(shared.overrides("name=done", *EVERY_STEP))
-    assert {path.name for path in run.iterdir()} == {
+    assert {path.name for path in run.iterdir()} - {"changes.diff"} == {  # which only a changed checkout leaves
         "config.yaml",
         "metrics.jsonl",
         "summary.json",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from harness.config.schema import EXTRAS
-from harness.data.prepared import TokenSplit
+from harness.data.prepared import VerifiedSplit
 from harness.evaluation.evaluate import CacheChoice
 from harness.evaluation.losses import TokenLosses
 from modeling.gpt import GPT
@@ -30,7 +30,7 @@ class Subject:
 
     losses: TokenLosses  # of a model in evaluation mode
     longer: Callable[[int], GPT | None]  # the same weights with that max_seq_len; None: the positions do not allow it
-    split: TokenSplit
+    split: VerifiedSplit
     end_of_text: int
     encode: Callable[[str], list[int]]
     decode: Callable[[Sequence[int]], str]
