@@ -7,6 +7,7 @@ Folder: SPLIT.bin (tokens, uint16 or uint32), SPLIT.{starts,bytes,words}.npy (in
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import sys
@@ -106,9 +107,19 @@ class PreparedData:
 
     def verified(self, name: str) -> VerifiedSplit:
         """A split to be scored. Whoever asks first has every byte of it read. Raises DamagedData."""
-        with _remedied(self.remedy or f"delete {self.folder} to have it prepared again, or copy that folder again"):
+        with _remedied(self._what_to_do):
             _verify_split(self, name)
         return VerifiedSplit(self.splits[name])
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The one that made the tokens. Raises DamagedData where its file holds another, or none."""
+        with _remedied(self._what_to_do):
+            return _tokenizer_of(self)
+
+    @property
+    def _what_to_do(self) -> str:
+        return self.remedy or f"delete {self.folder} to have it prepared again, or copy that folder again"
 
     def summary(self) -> str:
         """A few lines for people: documents, tokens, bytes and bytes per token of each split."""
@@ -229,18 +240,24 @@ def verify_prepared(prepared: PreparedData) -> None:
     """Reads every file of an open folder, a block at a time. Raises DamagedData, naming the first that is not whole.
 
     Tokens must have the hash of meta.json and lie in the vocabulary; a document must end where the next one begins; counts
-    by document must have their hashes (folders prepared before 2026-12 have none: their sums alone tell); the tokenizer must
-    be the one that made them.
+    by document must have their hashes (older folders have none: their sums alone tell); the tokenizer must be the one that
+    made them.
     """
     with _remedied(prepared.remedy):
-        try:
-            made_by = Tokenizer.load(prepared.tokenizer_file).sha256
-        except UserError as error:
-            raise DamagedData(str(error)) from None
-        if made_by != prepared.meta["tokenizer"]["sha256"]:
-            raise DamagedData(f"{prepared.folder / 'tokenizer.json'} is not the tokenizer that meta.json says")
+        _tokenizer_of(prepared)
         for name in prepared.splits:
             _verify_split(prepared, name)
+
+
+def _tokenizer_of(prepared: PreparedData) -> Tokenizer:
+    file = prepared.folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.load(prepared.tokenizer_file)
+    except UserError as error:
+        raise DamagedData(f"{file} holds no tokenizer") from error
+    if tokenizer.sha256 != prepared.meta["tokenizer"]["sha256"]:
+        raise DamagedData(f"{file} is not the tokenizer that meta.json says")
+    return tokenizer
 
 
 def _verify_split(prepared: PreparedData, name: str) -> None:

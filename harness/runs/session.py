@@ -16,7 +16,7 @@ import torch
 
 from harness.config.build import build_model, model_shapes
 from harness.config.schema import TrainConfig
-from harness.data import PreparedData, Tokenizer
+from harness.data import PreparedData
 from harness.data.loader import documents_in
 from harness.errors import UserError, tell
 from harness.evaluation.model_facts import cache_remark, model_facts
@@ -110,7 +110,7 @@ class Session:
         keep_freed_memory(device)
         checkpoint = workers.first(lambda: latest_checkpoint(self.run / "checkpoints", check_resumable))
         begins = initial_checkpoint(config, data) if checkpoint is None and config.init_from is not None else None
-        self.data, self.tokenizer = data, Tokenizer.load(data.tokenizer_file)
+        self.data, self.tokenizer = data, data.tokenizer
         seed_everything(config.seed)
         self.model = build_model(config, data.vocab_size).to(device)
         compute_like(self.model, self.plan)

@@ -97,6 +97,22 @@ def test_a_validation_split_of_other_content_is_refused_before_anything_is_writt
     assert summary_of(place.train("again"))["loss"] == summary_of(place.runs / "whole")["loss"]
 
 
+def test_a_tokenizer_that_did_not_make_the_tokens_is_refused_before_the_first_step_and_the_remedy_works(
+    place: Workplace,
+) -> None:
+    options = ("tokenizer=bpe", "tokenizer.vocab_size=300")
+    place.train("whole", *options)
+    (file,) = place.folder.glob("data/*/tokenizer.json")
+    content = file.read_text()
+    assert content.count('"a": ') == content.count('"b": ') == 1
+    file.write_text(content.replace('"a": ', '"_": ').replace('"b": ', '"a": ').replace('"_": ', '"b": '))
+    with pytest.raises(UserError, match=rf"tokenizer\.json is not the tokenizer that meta.json says: delete {file.parent}"):
+        place.train("run", *options)
+    assert not (place.runs / "run" / "tokenizer.json").exists() and not (place.runs / "run" / "metrics.jsonl").exists()
+    shutil.rmtree(file.parent)
+    assert summary_of(place.train("run", *options))["loss"] == summary_of(place.runs / "whole")["loss"]
+
+
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
 
 
