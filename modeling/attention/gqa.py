@@ -233,7 +233,8 @@ def _turned(head_dim: int, fraction: float, positions: str) -> int:
     if not 0 < fraction < 1 or width % 2 or abs(width - head_dim * fraction) > 1e-6:
         possible = [f"{even / head_dim:g}" for even in range(2, head_dim + 1, 2)]
         raise Refusal(
-            f"rotary_fraction={fraction} of head_dim={head_dim} is {head_dim * fraction:g} dimensions, which are turned in "
-            f"pairs: choose one of {', '.join(possible[:16])}{' and so on' if len(possible) > 16 else ''}"
+            f"rotary_fraction={fraction} of head_dim={head_dim} is {head_dim * fraction:g} dimensions, and an even number "
+            f"from 2 to {head_dim} can be turned: choose one of {', '.join(possible[:16])}"
+            f"{' and so on' if len(possible) > 16 else ''}"
         )
     return width

@@ -301,9 +301,12 @@ def test_a_person_reads_what_was_found_and_what_it_was_worth() -> None:
     nothing = [{**figures[task][0], "gain": -0.0004} for task in ("passkey", "copying")]
     rows = dict(recall_rows(figures | {"passkey": nothing[:1], "copying": nothing[1:]}))
     assert ": 0.000 gained (" in rows["passkey in 64"] and ": 0.000 gained; " in rows["copying in 32"]
+    rows = dict(recall_rows(figures | {"passkey": None}))
+    assert rows["passkey"].startswith("not measured: ") and "copying" not in rows
     asked = measure_recall(subject(looks_back(1), pairs_documents("a1b2b2a1\n"), 16, dataset="mqar"))
     assert asked is not None
     rows = dict(recall_rows(asked))
+    assert "passkey" not in rows
     assert rows["answers"].startswith("100.0 % right (at random: 50.0 %, the newest value: 50.0 %), ")
     assert rows["  of 2 pairs"] == rows["  2-3 back"] == rows["  4-7 back"] == f"100.0 % right, {SURE:.3f} nats"
 

@@ -183,10 +183,11 @@ REFUSED = {
     "shorter one, or null to see everything",
     "attention=swa_1_1 attention.kinds.local.window=100": "attention=swa_1_1.local: window=100 is longer than the context",
     "attention=gqa attention.window=0": "window=0 with causal=True: a window holds 1 token or more, and looks back alone",
-    "attention=gqa attention.rotary_fraction=0.25": "rotary_fraction=0.25 of head_dim=12 is 3 dimensions, which are turned in "
-    "pairs: choose one of 0.166667, 0.333333, 0.5",
+    "attention=gqa attention.rotary_fraction=0.25": "rotary_fraction=0.25 of head_dim=12 is 3 dimensions, and an even number "
+    "from 2 to 12 can be turned: choose one of 0.166667, 0.333333, 0.5",
     "attention=gqa attention.rotary_fraction=0": "rotary_fraction=0.0 of head_dim=12 is 0 dimensions",
-    "attention=gqa attention.rotary_fraction=1.5": "rotary_fraction=1.5 of head_dim=12 is 18 dimensions",
+    "attention=gqa attention.rotary_fraction=1.5": "rotary_fraction=1.5 of head_dim=12 is 18 dimensions, and an even number "
+    "from 2 to 12 can be turned",
     "attention=mha_learned attention.rotary_fraction=0.5": "rotary_fraction=0.5 does not go with positions=learned",
     "attention=swa_3_1": "layers names 4 layers and the model has 2: shorten the pattern, or raise model.n_layers",
 }

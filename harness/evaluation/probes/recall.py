@@ -29,6 +29,8 @@ from modeling.gpt import GPT
 
 _PROMPTS = 64  # of a length, at most
 _CHUNK = 4096  # answers whose logits are held at a time
+_SHORT = "the text or the window is too short for a prompt"
+_WHY_NOT = {"passkey": f"{_SHORT}, or a digit is no token of its own", "copying": _SHORT}
 
 
 def measure_recall(subject: Subject) -> dict[str, Any] | None:
@@ -54,8 +56,11 @@ def measure_recall(subject: Subject) -> dict[str, Any] | None:
 
 
 def recall_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """For people: one row for each length, for each number of pairs and for each octave of distances."""
+    """For people: one row for each length, for each number of pairs and for each octave of distances, or why there is none."""
     rows = []
+    for task in ("passkey", "copying"):
+        if figures[task] is None and figures["answers"] is None:
+            rows.append((task, f"not measured: {_WHY_NOT[task]}"))
     for entry in figures["passkey"] or []:
         rows.append(
             (
@@ -374,10 +379,4 @@ def recall_compared(figures: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-PROBE = Probe(
-    measure_recall,
-    recall_rows,
-    "the text or the window is too short for a prompt",
-    "Recall from the context",
-    compared=recall_compared,
-)
+PROBE = Probe(measure_recall, recall_rows, _SHORT, "Recall from the context", compared=recall_compared)
