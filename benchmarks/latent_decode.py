@@ -660,6 +660,27 @@ OFFLINE = (
 )
 
 
+# Of attention over explicit keys and values: query heads, groups, own width of a key, shared, turned, width of a value, type.
+OFFLINE_EXPLICIT = (
+    (8, 8, 64, 0, 0, 64, "bf16"),
+    (8, 2, 64, 0, 0, 64, "bf16"),
+    (8, 2, 32, 32, 0, 64, "bf16"),  # tied, and its rotated key shared
+    (8, 8, 64, 32, 0, 64, "bf16"),
+    (8, 2, 64, 0, 64, 64, "bf16"),
+    (16, 4, 128, 0, 128, 128, "fp16"),
+    (16, 4, 128, 0, 0, 128, "bf16"),
+    (16, 4, 256, 0, 0, 256, "bf16"),
+    (16, 16, 192, 0, 0, 128, "bf16"),
+    (64, 1, 64, 0, 0, 64, "bf16"),
+    (64, 1, 128, 0, 0, 128, "bf16"),
+    (64, 1, 256, 0, 0, 256, "bf16"),
+    (64, 1, 128, 0, 128, 128, "bf16"),
+    (8, 2, 64, 0, 0, 64, "fp32"),
+    (8, 2, 64, 0, 64, 64, "fp32"),
+    (8, 2, 256, 0, 0, 256, "fp32"),
+)
+
+
 def compile_offline() -> int:
     """What the compiler makes of the table's tiles on Hopper (sm_90a)."""
     from modeling.kernels.decode_kernels import check_kernel
@@ -677,7 +698,7 @@ def compile_offline() -> int:
         f"{'heads':>5}{'widths':>9}{'dtype':>6}  {'tile':<16}{'splits':<8}{'registers':>10}{'spilt B':>8}{'KiB':>7}"
         f"{'resident':>9}{'table':>6}{'wgmma':>6}{'mma':>5}{'cp.async':>9}{'ldmatrix':>9}"
     )
-    for line in tqdm(offline_rows(), total=2 * len(OFFLINE) + 14, disable=None):
+    for line in tqdm(offline_rows(), total=2 * (len(OFFLINE) + len(OFFLINE_EXPLICIT)) + 14, disable=None):
         tqdm.write(line)
     return 0
 
@@ -692,6 +713,7 @@ def offline_rows() -> Iterator[str]:
         "int8": torch.int8,
         "fp8": torch.float8_e4m3fn,
     }
+    yield from explicit_rows(dtypes)
     for heads, rank, rope, dtype in OFFLINE:
         words = dtypes[dtype] in kernel.EIGHT_BITS
         number = "bf16" if words else dtype
@@ -718,6 +740,35 @@ def offline_rows() -> Iterator[str]:
         found = compile_one(kernel.join_kernel, constants, types, 1, 2, 255)
         yield f"{128:>5}{'512':>9}{'bf16':>6}  {'joining':<16}{splits:<8}{found.row(1, None)}"
     yield from gluon_rows()
+
+
+def explicit_rows(dtypes: dict[str, torch.dtype]) -> Iterator[str]:
+    from modeling.kernels import attend_decode_triton as kernel
+
+    for heads, groups, own, rope, turned, value, dtype in OFFLINE_EXPLICIT:
+        tile = kernel.choose_tile(n_heads=heads // groups, K=own + rope, V=value, dtype=dtypes[dtype], turned=turned > 0)
+        for splits in (1, 2):
+            constants = kernel.attend_constants(
+                n_heads=heads,
+                n_kv_heads=groups,
+                own=own,
+                rope=rope,
+                turned=turned,
+                v_width=value,
+                tied=turned > 0 or own < value,
+                plan=kernel.Plan(tile, splits),
+            )
+            types = dict.fromkeys(("q", "k", "v", "k_rope", "gain", "sinks"), f"*{dtype}")
+            types |= {"cos": "*fp32", "sin": "*fp32", "lengths": "*i64", "lse": "*fp32", "scale_log2": "fp32"}
+            types["out"] = f"*{dtype}" if splits == 1 else "*fp32"
+            found = compile_one(
+                kernel.attend_kernel, constants | {"SINKS": True}, types, tile.warps, tile.stages, tile.registers
+            )
+            widths = f"{own}+{rope}" if not turned else f"{own - turned}t{turned}"
+            yield (
+                f"{heads // groups:>5}{widths:>9}{dtype:>6}  {f'{tile.heads}x{tile.slots} w{tile.warps} s{tile.stages}':<16}"
+                f"{'one' if splits == 1 else 'several':<8}{found.row(tile.warps, tile.resident)}"
+            )
 
 
 def gluon_rows() -> Iterator[str]:

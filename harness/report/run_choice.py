@@ -113,10 +113,6 @@ class Request:
             and record.get(corpus) == which
         ]
 
-    def fits(self, found: Kind, kind: Kind) -> bool:
-        """Whether a record of that kind can stand for its run: where every cache is shown, through whichever it was scored."""
-        return found == kind or (self.every_cache and found.protocol == kind.protocol)
-
     def command(self, runs: Sequence[_Run], kind: Kind | None) -> str:
         """What makes the evaluation that these runs lack, for a shell: a command for each folder of runs."""
         options: dict[str, Any] = {"split": self.wanted, "dataset": self.dataset}
@@ -179,16 +175,14 @@ def choose(folders: Sequence[Path], request: Request) -> Chosen:
             continue
         absent = []
         for run, pool in zip(group, by_preference(found), strict=True):
-            fitting = [record for record in pool if kind is not None and request.fits(kind_of(record), kind)]
-            if not fitting:
+            if not pool or kind_of(pool[-1]) != kind:
                 absent.append(run)
                 continue
-            chosen = fitting[-1]
-            scored.add(chosen["record"])
+            scored.add(pool[-1]["record"])
             kept = {key: run.summary.get(key) for key in ("name", *_OF_TRAINING)}
             # A score that an older record lacks is not the training's, which is of the validation split.
             trained = {key: value for key, value in run.summary.items() if key not in Scores.__annotations__}
-            rows = _on_every_cache(run, chosen) if request.every_cache else [chosen]
+            rows = _on_every_cache(run, pool[-1]) if request.every_cache else pool[-1:]
             records += [cast(Evaluation, trained | record | kept) for record in rows]
         if absent:
             lacking.append((request.command(absent, kind), absent))

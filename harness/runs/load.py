@@ -21,11 +21,20 @@ from harness.runs.records import RunSummary, read_summary
 from harness.runs.text_settings import TheirText, load_text
 from harness.training.checkpoint import Checkpoint, best_checkpoint, latest_checkpoint, load_checkpoint
 from harness.training.step import select_capture
-from modeling.attention import EXECUTION, attends, set_execution
+from modeling.attention import EXECUTION, attends, names_kernel, set_execution
+from modeling.attention.output import decode_kernel
 from modeling.attention.quantisation import CacheFormat, as_format
 from modeling.gpt import GPT
 from modeling.kernels.attend import SINK_WIDTH, choose_backend
-from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS, check_dtype, check_gradient, check_kernel, check_widths
+from modeling.kernels.decode_kernels import (
+    DELTA_RULES,
+    EXPLICIT,
+    OTHERS,
+    check_dtype,
+    check_gradient,
+    check_kernel,
+    check_widths,
+)
 
 CHECKPOINTS = ("last", "best")
 
@@ -159,7 +168,9 @@ def pin_execution(
                     dtype=precision,
                 )
             layer.backend = chosen[shape]
-            if layer.kernel in OTHERS:
+            if names_kernel([layer], layer.kernel):
+                check_dtype(layer.kernel, precision, EXPLICIT)
+            elif layer.kernel in OTHERS:
                 check_widths(layer.kernel, layer.latent_widths[0], layer.qk_rope_head_dim)
     return ", ".join(dict.fromkeys([*chosen.values(), *rules])) or "none"
 
@@ -187,13 +198,19 @@ def decode_path(
         if layer.decode_paths != ("auto",):
             with torch.no_grad():
                 kernel = layer.kernel_for(kept.read_dtype(precision), device, window)
+        elif attends(layer):
+            with torch.no_grad():
+                kernel = decode_kernel(layer, precision, device)
         paths.append(_path_of(layer, model, new_tokens, kernel))
     return "; ".join(dict.fromkeys(paths))
 
 
 def _path_of(layer: Any, model: GPT, new_tokens: int | None, kernel: str | None) -> str:
-    if kernel is None:
-        return str(getattr(layer, "cached_as", "keys and values as they are cached"))
+    if layer.decode_paths == ("auto",):
+        cached_as = str(getattr(layer, "cached_as", "keys and values as they are cached"))
+        if kernel in (None, "torch") or new_tokens not in (None, 1):
+            return cached_as
+        return f"{cached_as} ({kernel} kernel{'' if new_tokens == 1 else ' for one new token, torch for more'})"
     if new_tokens is not None:  # other kernels than torch's compute one new token alone
         kernel = kernel if new_tokens == 1 else "torch"
         return f"absorbed ({kernel} kernel)" if layer.absorbs(new_tokens) else "expanded"

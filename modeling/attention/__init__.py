@@ -38,7 +38,8 @@ MODEL_OWNED = ("d_model", "n_heads", "max_seq_len", "causal", "bias", "norm_eps"
 #   backend  modeling/kernels/attend.py: the kernel for explicit keys and values
 #   decode   auto | expand | absorbed: the path through a cache of latents (modeling/attention/mla.py)
 #   kernel   auto | torch | one of OTHERS in modeling/kernels/decode_kernels.py: the absorbed path of one new token; or of
-#            DELTA_RULES there: every call of a layer that names it in `kernels`. A name may be in both
+#            DELTA_RULES there, every call, or EXPLICIT, one new token, of a layer that names it in `kernels`. A name may be in
+#            several
 EXECUTION = {"backend": "auto", "decode": "auto", "kernel": "auto"}
 
 
@@ -161,7 +162,7 @@ def with_most_paths(attentions: Sequence[Any]) -> Any:
 
 
 def names_kernel(attentions: Sequence[Any], kernel: str) -> bool:
-    """Whether some of the layers name a kernel as one for their every call."""
+    """Whether some of the layers, which have no absorbed path, name a kernel as one for their calls."""
     return any(kernel in getattr(attention, "kernels", ()) for attention in attentions)
 
 

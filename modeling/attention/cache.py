@@ -41,6 +41,7 @@ class Placement:
     window: with causal, how many of the newest keys a query sees, for layers with a window of their own (None: all).
     twice: of so many keys, which stand before all others, the same ones as they came follow in the first places behind; the
     mask lets a query see one of the two.
+    first: one query a row, which sees the first keys alone (lengths_B): mask_BTS says no more than that.
     """
 
     start: int
@@ -51,12 +52,24 @@ class Placement:
     end: int | None = None
     window: int | None = None
     twice: int = 0
+    first: bool = False
     made: dict[Any, Any] = field(default_factory=dict)  # tables and bias, which layers at one place have in common
 
     @property
     def key_positions_BS(self) -> Tensor | None:
         """Position of each visible key, (1 or B, S); None where it is its slot."""
         return None if self.keys_at is None else self.keys_at()
+
+    def lengths_B(self, keys_BS: Tensor) -> Tensor:
+        """With `first`, how many of these keys each row sees, or more than there are: all; on their device."""
+        if "lengths" not in self.made:
+            B, S = keys_BS.shape[:2]
+            positions_BT = self.positions_BT
+            self.made["lengths"] = (
+                keys_BS.new_full((B,), S, dtype=torch.long) if positions_BT is None else positions_BT[:, 0] + 1
+            )
+        lengths_B: Tensor = self.made["lengths"]
+        return lengths_B
 
     def seen(self, new_tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:
         """(causal, mask_BTS) of so many queries for what knows no window."""
@@ -263,7 +276,7 @@ class Cache:
             if start > 0 and new_tokens > 1:  # aligned to the bottom right: query t sees slots 0..start+t
                 slots_T = torch.arange(start, visible, device=device)
                 mask_BTS = (torch.arange(visible, device=device) <= slots_T[:, None])[None]
-            return Placement(start, None, False, mask_BTS, self._keys_at(start))
+            return Placement(start, None, False, mask_BTS, self._keys_at(start), first=new_tokens == 1)
 
         slots_BT = self._positions(new_tokens, valid_BT)  # a leading pad sees slot 0, whatever is there
         slots_S = torch.arange(self._slots_shown(new_tokens), device=device)
@@ -272,7 +285,8 @@ class Cache:
             mask_BTS = mask_BTS & ((slots_S >= self.sinks) | (slots_BT[:, :, None] - slots_S < reach))
         if twice:
             return self._place_twice(slots_BT, slots_S.expand(self.batch_size, -1), mask_BTS)
-        return Placement(0, slots_BT, False, mask_BTS, self._keys_at(slots_BT), self._end(new_tokens))
+        first = new_tokens == 1 and reach is None
+        return Placement(0, slots_BT, False, mask_BTS, self._keys_at(slots_BT), self._end(new_tokens), first=first)
 
     def append(self, valid_BT: Tensor | None = None, **new: Tensor) -> dict[str, Tensor]:
         """Take in (B, T, ...) tensors at each row's own next positions; returns what is visible afterwards, by name.

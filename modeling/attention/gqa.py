@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed, normed_first
-from modeling.attention.output import attend_as, gate_projection, project_out
+from modeling.attention.output import attend_as, gate_projection, kernels_of, project_out
 from modeling.attention.refusals import check_alike, check_choice, check_heads, check_query_rank, check_reach
 from modeling.attention.rope import RotaryEmbedding, rotate, rotate_first
 from modeling.refusal import Refusal
@@ -143,6 +143,11 @@ class GroupedQueryAttention(nn.Module):
         self.sixteen_bits = self.cached_values = ()
 
     @property
+    def kernels(self) -> dict[str, str | None]:
+        """What else than torch computes one new token through a cache, each with why it is not for this layer, or None."""
+        return kernels_of(self)
+
+    @property
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape per token of each cached tensor; none where another layer's are read."""
         if self.follows:
@@ -196,7 +201,7 @@ class GroupedQueryAttention(nn.Module):
             if shared is not None:
                 shared[:] = seen
         k_BSGK, v_BSGV, *k_rope = seen
-        out_BTHV = attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out, *k_rope)
+        out_BTHV = attend_as(self, q_BTHK, k_BSGK, v_BSGV, place, weights_out, k_rope[0] if k_rope else None)
         return project_out(self, out_BTHV, x_BTD)
 
     def _keys_and_values(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:

@@ -33,7 +33,14 @@ def new_cache(
     """
     if not attention.causal:
         raise Refusal("a cache needs causal attention: with model.causal=false later tokens change earlier outputs")
-    check_window(attention.kernel, window)
+    own, explicit = getattr(attention, "window", None), attention.kernel in getattr(attention, "kernels", ())
+    if not explicit:
+        check_window(attention.kernel, window)
+    elif sinks and window is not None and own is not None and own > window:
+        raise Refusal(
+            f"attention.kernel={attention.kernel} sees the first slots of a cache: with sinks={sinks} further back than the "
+            f"layer's own window of {own} take attention.kernel=torch"
+        )
     states = states_of(attention, dtype)
     if window is not None and states:
         raise Refusal(
@@ -51,7 +58,7 @@ def new_cache(
         static=static,
         window=window,
         sinks=sinks,
-        reach=getattr(attention, "window", None),
+        reach=own,
         states=states,
         reads=reads,
     )

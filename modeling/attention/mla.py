@@ -493,7 +493,7 @@ class MultiheadLatentAttention(nn.Module):
             q_rope_BTHP[:, 0].to(kept) if k_rope_BSP is not None else None,
             key_BSL,
             None if k_rope_BSP is None else k_rope_BSP.to(kept),
-            cache.lengths_B if place.positions_BT is None else place.positions_BT[:, 0] + 1,
+            place.lengths_B(key_BSL),
             latent_scale_BS,
             scale=self.scale,
             kernel=kernel,

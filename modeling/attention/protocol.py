@@ -31,8 +31,9 @@ class Attention(Protocol):
     With an absorbed path also: `absorbs(new_tokens)`, whether a call of so many takes it; `absorbs_up_to`, where `auto` stops;
     `kernel_for`, what computes it; `kernels_lack`, why no kernel but torch's is for the layer, as the middle of a sentence, or
     None; and where that is more than 3, `numbers_absorbed`: how many float32 numbers of one query, head and cached token it
-    holds at once. A layer without such a path may state `kernels`: what else than torch computes its every call, each with
-    why it is not for this layer, in the same form.
+    holds at once. A layer without such a path may state `kernels`: what else than torch computes its every call, or, where it
+    attends by `attend_as` to what is cached (output.py, kernels_of), one new token; each with why it is not for this layer, in
+    the same form.
 
     A layer that keeps something of constant size states `state_shapes`, the shape of each such tensor by name; `wide_states`,
     those of them that are in float32 at least whatever the cache's dtype; and `state_formula`, the elements of these and of the

@@ -215,6 +215,18 @@ def rotate_first(x_BTHK: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((rotate(turned_BTHP, tables), still_BTHN), dim=-1)
 
 
+def rotate_last(x_BTHK: Tensor, tables: tuple[Tensor, Tensor], gain_K: Tensor | None = None) -> Tensor:
+    """Turn the last P of every head's K dimensions, after a gain, which goes to the tables: these are one for all rows."""
+    P = tables[0].shape[-1]
+    widths = x_BTHK.shape[-1] - P, P
+    kept, turned = x_BTHK.split(widths, dim=-1)
+    if gain_K is not None:
+        kept_gain, gain_P = gain_K.split(widths)
+        kept, tables = (kept * kept_gain).to(kept.dtype), (tables[0] * gain_P, tables[1] * partners(gain_P))
+    turned = rotate(turned, tables)
+    return turned if kept.shape[-1] == 0 else torch.cat((kept, turned), dim=-1)
+
+
 def rotate(x_BTHP: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Turn every head's P dimensions by its token's angle, in float32 at least; dtype and shape are kept."""
     cos, sin = tables  # in float32 at least, and so is what they multiply

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from modeling.attention.cache import Cache, place_without_cache
 from modeling.attention.norms import normed, normed_first
-from modeling.attention.output import attend_as, gate_projection, project_out
+from modeling.attention.output import attend_as, gate_projection, kernels_of, project_out
 from modeling.attention.refusals import check_choice, check_heads
-from modeling.attention.rope import RotaryEmbedding, partners, rotate
+from modeling.attention.rope import RotaryEmbedding, rotate, rotate_last
 from modeling.refusal import Refusal
 
 
@@ -98,6 +98,11 @@ class TiedKeyValueAttention(nn.Module):
         self.rope = RotaryEmbedding(width=P, max_seq_len=max_seq_len, theta=rope_theta)
 
     @property
+    def kernels(self) -> dict[str, str | None]:
+        """What else than torch computes one new token through a cache, each with why it is not for this layer, or None."""
+        return kernels_of(self)
+
+    @property
     def cached_as(self) -> str:
         """How what is cached is read."""
         return {
@@ -136,27 +141,19 @@ class TiedKeyValueAttention(nn.Module):
         cos, sin = tables = place.tables(self.rope, T, positions_BT)
         q_BTHK = normed_first(self.q_norm, self.q_proj(x_BTD).view(B, T, self.n_heads, self.head_dim))
         kv_BTGK = normed(self.kv_norm, self.kv_proj(x_BTD).view(B, T, self.n_kv_heads, self.head_dim))
-        new = {"kv": self._turn(kv_BTGK, tables) if self.keys == "stored" else kv_BTGK}
+        new = {"kv": rotate_last(kv_BTGK, tables) if self.keys == "stored" else kv_BTGK}
         if self.k_rope_proj is not None:
             new["k_rope"] = rotate(self.k_rope_proj(x_BTD).unsqueeze(2), tables).squeeze(2)
         seen = new if cache is None else cache.append(valid_BT, **new)
         kv_BSGK = k_BSGK = seen["kv"].to(q_BTHK.dtype)
+        turned = None
         if self.k_norm is not None:
             k_BSGK = normed(self.k_norm, kv_BSGK[..., : -self.qk_rope_head_dim])
         elif self.k_gain is not None:
             key_tables = tables if cache is None else place.key_tables(self.rope, kv_BSGK.shape[1])
-            k_BSGK = self._turn(kv_BSGK, key_tables, self.k_gain)
-        out_BTHK = attend_as(self, self._turn(q_BTHK, tables), k_BSGK, kv_BSGK, place, weights_out, seen.get("k_rope"))
+            turned = (self.k_gain, *key_tables)
+        q_BTHK, k_rope = rotate_last(q_BTHK, tables), seen.get("k_rope")
+        out_BTHK = attend_as(self, q_BTHK, k_BSGK, kv_BSGK, place, weights_out, k_rope, turned)
         if self.keys == "stored":
-            out_BTHK = self._turn(out_BTHK, (cos, -sin))
+            out_BTHK = rotate_last(out_BTHK, (cos, -sin))
         return project_out(self, out_BTHK, x_BTD)
-
-    def _turn(self, x_BTHK: Tensor, tables: tuple[Tensor, Tensor], gain_K: Tensor | None = None) -> Tensor:
-        """The last P dimensions of every head rotated, after a gain, which goes to the tables: these are one for all rows."""
-        widths = self.head_dim - self.qk_rope_head_dim, self.qk_rope_head_dim
-        kept, turned = x_BTHK.split(widths, dim=-1)
-        if gain_K is not None:
-            kept_gain, gain_P = gain_K.split(widths)
-            kept, tables = (kept * kept_gain).to(kept.dtype), (tables[0] * gain_P, tables[1] * partners(gain_P))
-        turned = rotate(turned, tables)
-        return turned if kept.shape[-1] == 0 else torch.cat((kept, turned), dim=-1)

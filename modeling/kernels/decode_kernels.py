@@ -1,4 +1,4 @@
-"""The kernels beside torch's, to decode with latents and for the gated delta rule: what each needs and takes, and the choice.
+"""The kernels beside torch's, to decode and for the gated delta rule: what each needs and takes, and the choice.
 
 A further one that decodes is a file with a function `decode` and an entry of the table; each is imported only when chosen.
 """
@@ -24,9 +24,10 @@ EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a s
 class Kernel:
     """A kernel beside torch's: where it stands, what it needs and what it takes.
 
-    file: in modeling/kernels; for a new token with a function `decode` of the positional arguments of `latent_decode` and the
-    scale. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys and values.
-    latents, rotated: widths L and P; keys: of a head of the gated delta rule, K; equal_widths: V must be that too.
+    file: in modeling/kernels; for a new token with a function `decode`, whose arguments latent_decode_dispatch.py and
+    attend_decode.py give. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys
+    and values.
+    latents, rotated: widths L and P; keys: of a head, K (of EXPLICIT V too); equal_widths: V must be equal to it.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto: it is taken where it can run and nobody chose, before kernels that stand above it in the table.
     interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
@@ -103,7 +104,11 @@ DELTA_RULES = {
         "delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION, keys=range(1, 257), mended_by="tilelang"
     ),
 }
-_TABLE = OTHERS | DELTA_RULES
+# Of one new token over explicit keys and values. auto becomes True once it is measured on a GPU (docs/LOG.md).
+EXPLICIT = {
+    "triton": Kernel("attend_decode_triton", "triton", TRITON, TRITON_DTYPES, keys=range(1, 257), interpreted=True, auto=False)
+}
+_TABLE = OTHERS | DELTA_RULES | EXPLICIT
 KERNELS = ("auto", "torch", *_TABLE)
 
 
@@ -203,6 +208,27 @@ def select_rule(name: str, *, device: torch.device, dtype: torch.dtype, K: int, 
         if kernel.auto and runs_triton(device, dtype) and dtype in kernel.dtypes and lacks_heads(other, K, V) is None:
             return other
     return "torch"
+
+
+def explicit_kernels(K: int, V: int) -> dict[str, str | None]:
+    """What else than torch computes one new token over keys and values of these widths, each with why it does not, or None."""
+    lacks = f"takes keys and values up to {{most}} wide, and this variant's are {K} and {V}:"
+    return {name: None if max(K, V) in kernel.keys else lacks.format(most=kernel.keys[-1]) for name, kernel in EXPLICIT.items()}
+
+
+def select_explicit(name: str, *, device: torch.device, dtype: torch.dtype, K: int, V: int) -> str:
+    """What computes one new token over explicit keys and values of this type: auto is the last of EXPLICIT that can.
+
+    Where none can it is torch, in which alone a gradient is possible.
+    """
+    if name != "auto":
+        return name
+    chosen = "torch"
+    if runs_triton(device, dtype) and not torch.is_grad_enabled():
+        for other, lacks in explicit_kernels(K, V).items():
+            if EXPLICIT[other].auto and lacks is None and dtype in EXPLICIT[other].dtypes:
+                chosen = other
+    return chosen
 
 
 def _in_words(widths: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.runs.load import pin_execution
 from modeling.attention import set_execution
 from modeling.attention.contract import relative_error
-from modeling.kernels.decode_kernels import DELTA_RULES, OTHERS
+from modeling.kernels.decode_kernels import DELTA_RULES, EXPLICIT, OTHERS
 from modeling.kernels.delta_rule import delta_rule
 from tests.modeling.test_gdn import SIZES, drawn, layer
 from tests.support.variants import gpt_from
@@ -140,7 +140,7 @@ def test_a_layer_that_names_it_takes_it_for_chunks_of_16_bits(monkeypatch: pytes
 
 
 def test_it_is_for_the_layers_that_it_can_compute_and_refused_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one model latents by the kernel of that name for one new token, and delta layers by this one."""
+    """In one model latents, and keys and values, by the kernels of that name for one new token; delta layers by this one."""
     cpu, execution = torch.device("cpu"), {"backend": "sdpa_math", "decode": "auto", "kernel": "triton"}
     heads = [f"attention.kinds.delta.{name}=64" for name in ("head_dim", "v_head_dim")]
     delta = "delta:{mechanism:gdn,n_k_heads:2,n_v_heads:4,head_dim:64,v_head_dim:64,conv_width:4}"
@@ -150,10 +150,7 @@ def test_it_is_for_the_layers_that_it_can_compute_and_refused_without_one(monkey
     with pytest.raises(UserError, match=r"triton needs a CUDA device and this one is cpu; take attention.kernel=torch"):
         pin_execution(gpt_from(mixed, n_layers=3), execution, device=cpu, precision=torch.bfloat16)
     monkeypatch.setattr("harness.runs.load.check_kernel", lambda name, device: None)
-    for overrides, kernels in (
-        (mixed, ["triton", "triton", "auto"]),
-        (["attention=gdn_3_1", *heads], [*["triton"] * 3, "auto"]),
-    ):
+    for overrides, kernels in ((mixed, ["triton"] * 3), (["attention=gdn_3_1", *heads], ["triton"] * 4)):
         model = gpt_from(overrides, n_layers=len(kernels))
         name = pin_execution(model, execution, device=cpu, precision=torch.bfloat16, trains=True)
         assert [each.kernel for each in model.attentions] == kernels
@@ -178,15 +175,14 @@ def test_it_is_for_the_layers_that_it_can_compute_and_refused_without_one(monkey
         ),
     ):
         with pytest.raises(ValueError, match=rf"attention\.kernel=triton {sentence}"):
-            gpt_from(["attention=gdn_3_1", *change], n_layers=4).set_execution(kernel="triton")
+            gpt_from(["attention=gdn_3_1", "attention.layers=[delta]", *change], n_layers=1).set_execution(kernel="triton")
 
 
-def test_a_name_in_both_tables_needs_the_same_of_a_machine() -> None:
-    both = OTHERS.keys() & DELTA_RULES.keys()
-    assert both == {"triton"}
-    for name in both:
-        needs = [(each.package, each.install, each.capability, each.interpreted) for each in (OTHERS[name], DELTA_RULES[name])]
-        assert needs[0] == needs[1]
+def test_a_name_in_several_tables_needs_the_same_of_a_machine() -> None:
+    tables = (OTHERS, DELTA_RULES, EXPLICIT)
+    assert [name for name in OTHERS | DELTA_RULES if sum(name in table for table in tables) > 1] == ["triton"]
+    needs = {(each.package, each.install, each.capability, each.interpreted) for each in (table["triton"] for table in tables)}
+    assert len(needs) == 1
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
