@@ -69,7 +69,11 @@ class DecodeOptions:
         Literal["auto", "expand", "absorbed", "both"],
         "MLA's paths: auto, expand, absorbed; both: a row each, and where they change places",
     ] = "both"
-    kernel: Annotated[str, "what computes the absorbed path; auto: on CUDA gluon or triton; else torch"] = "auto"
+    kernel: Annotated[
+        str,
+        "what computes one new token, separated by commas: a row each of the variants that have it; auto: on the absorbed path "
+        "gluon or triton on CUDA, else torch",
+    ] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
         Literal["auto", "eager", "compile", "graph"], "eager, compile or graph; auto: a CUDA graph on CUDA, eager elsewhere"
@@ -183,17 +187,18 @@ def write_files(out: Path, record: dict[str, Any], figures: list[DecodeTime], he
 
 def check(options: DecodeOptions, overrides: list[str]) -> None:
     """Raises UserError for options that are impossible or do not go together."""
-    from modeling.kernels.decode_kernels import KERNELS, OTHERS
+    from modeling.kernels.decode_kernels import EXPLICIT, KERNELS, OTHERS
 
     if options.memory_budget_gib is not None and options.memory_budget_gib <= 0:
         raise UserError(f"memory_budget_gib={options.memory_budget_gib:g} is too small; choose more than 0")
-    if options.kernel not in KERNELS:
-        raise UserError(f"kernel={options.kernel} is unknown; {did_you_mean(options.kernel, KERNELS)}")
-    if options.kernel in OTHERS and whole_numbers("queries", options.queries) != [1]:
-        raise UserError(
-            f"kernel={options.kernel} computes calls of one new token, not queries={options.queries}: take kernel=torch or "
-            "queries=1"
-        )
+    for kernel in options.kernel.split(","):
+        if kernel not in KERNELS:
+            raise UserError(f"kernel={kernel} is unknown; {did_you_mean(kernel, KERNELS)}")
+        if kernel in OTHERS | EXPLICIT and whole_numbers("queries", options.queries) != [1]:
+            raise UserError(
+                f"kernel={kernel} computes calls of one new token, not queries={options.queries}: take kernel=torch or "
+                "queries=1"
+            )
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not equals:
@@ -246,7 +251,8 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     device = select_device(options.device)
     if options.step == "graph" or (options.step == "auto" and device.type == "cuda"):
         with as_user_error():
-            check_capture(options.kernel)
+            for kernel in options.kernel.split(","):
+                check_capture(kernel)
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -278,9 +284,10 @@ def make_subjects(
     from harness.config.build import layers_that_differ
     from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
-    from modeling.attention import names_kernel, with_most_paths
+    from modeling.attention import attends, names_kernel, with_most_paths
     from modeling.attention.layer_cache import check_values
     from modeling.attention.layers import AttentionLayers
+    from modeling.attention.output import decode_kernel
     from modeling.attention.quantisation import as_format
 
     longest = plan.contexts[-1] + plan.room
@@ -303,16 +310,24 @@ def make_subjects(
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
         absorbs = "absorbed" in choosing.decode_paths and paths != ("expand",)
-        if absorbs or names_kernel(part.attentions, options.kernel):
-            subject.kernel = options.kernel
-        execution = {"backend": options.backend, "decode": "auto", "kernel": subject.kernel}
-        pin_execution(part, execution, device=plan.device, precision=plan.dtype)
-        if absorbs:
-            kept = as_format(plan.cache_dtype)
+        kernels = [
+            kernel
+            for kernel in options.kernel.split(",")
+            if absorbs or kernel in ("auto", "torch") or names_kernel(part.attentions, kernel)
+        ] or ["auto"]
+        for kernel in kernels:
+            execution = {"backend": options.backend, "decode": "auto", "kernel": kernel}
+            pin_execution(part, execution, device=plan.device, precision=plan.dtype)
+            row = name if len(kernels) == 1 else f"{name}, {kernel}"
             with torch.no_grad():
-                kernel = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device)
-            notes.append(f"{name}: one new token absorbed is computed by {kernel}")
-        subjects.append(subject)
+                if absorbs:
+                    kept = as_format(plan.cache_dtype)
+                    by = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device)
+                    notes.append(f"{row}: one new token absorbed is computed by {by}")
+                used = {decode_kernel(layer, plan.dtype, plan.device) for layer in filter(attends, part.attentions)}
+                for by in used - {"torch"}:
+                    notes.append(f"{row}: one new token over keys and values is computed by {by}")
+            subjects.append(dataclasses.replace(subject, name=row, kernel=kernel))
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
             padded = choosing.backend == "sdpa_flash" and plan.device.type == "cpu"
             peer, whole_peer = (

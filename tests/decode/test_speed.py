@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness.config.run_config import save_run_config
 from harness.decode import speed
@@ -152,6 +153,26 @@ def measured(capsys: pytest.CaptureFixture[str], out: Path, *options: str) -> tu
     said = capsys.readouterr().out
     (record,) = records(said)
     return said, record
+
+
+def test_several_kernels_are_a_row_each_of_the_variants_that_have_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def stand_in(q_BHK: Tensor, k_BSGK: Tensor, v_BSGV: Tensor, *others: Any, kernel: str, **options: Any) -> Tensor:
+        calls.append(kernel)
+        return q_BHK.new_zeros(*q_BHK.shape[:2], v_BSGV.shape[-1])
+
+    monkeypatch.setattr("harness.runs.load.check_kernel", lambda name, device: None)
+    monkeypatch.setattr("modeling.attention.output.attend_decode", stand_in)
+    options = ("attention=gqa,tied_kv", "kernel=torch,fla,triton", "contexts=8", "batch_sizes=1", "prefill_tokens=0")
+    _, record = measured(capsys, tmp_path, *options, "level=attention")
+    rows = [f"{name}, {kernel}" for name in ("gqa", "tied_kv") for kernel in ("torch", "triton")]
+    assert [figure["row"] for figure in record["figures"]] == rows
+    assert calls == ["triton"] * (2 * (3 + 2 * 3)), "to warm up, and two readings of three steps"
+    said = "one new token over keys and values is computed by triton"
+    assert record["notes"] == [f"{name}, triton: {said}" for name in ("gqa", "tied_kv")]
 
 
 def test_a_whole_model_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,14 +312,6 @@ def test_all_caches_of_a_named_part_stand_in_one_table(tmp_path: Path) -> None:
     assert set(only_table(compare([tmp_path], every_cache=True))) == {"mha", "mla"}
 
 
-def test_runs_scored_through_caches_alone_stand_beside_one_another_whichever_each_was_scored_through(tmp_path: Path) -> None:
-    evaluate(make_run(tmp_path, "mha"), **QUANTISED)
-    evaluate(make_run(tmp_path, "mla"), **WINDOWED)
-    comparison = compare([tmp_path], every_cache=True)
-    assert set(only_table(comparison)) == {"mha, int8", "mla, bfloat16, window 64, 4 sinks"} and not comparison.lacking
-    assert len(compare([tmp_path]).lacking) == 1
-
-
 def test_a_limit_that_the_split_does_not_reach_is_no_part(tmp_path: Path) -> None:
     evaluate(make_run(tmp_path, "mha"), bits_per_byte=1.4, max_tokens=10_000)
     assert only_table(compare([tmp_path]))["mha"].bits_per_byte == 1.4
