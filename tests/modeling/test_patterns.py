@@ -61,6 +61,11 @@ def test_a_pattern_is_repeated_and_cut() -> None:
     assert parameters_by_block(model)["attention"] == sum(2 * D * H * d + 2 * D * groups * d for groups in (1, 2, 1, 1, 2))
 
 
+def test_a_kind_of_ones_own_joins_those_of_the_yaml() -> None:
+    wide = ["attention=swa_1_1", "attention.layers=[wide,full]", "attention.kinds={wide:{window:7}}"]
+    assert [attention.window for attention in gpt_from(wide).attentions] == [7, None]
+
+
 def test_a_kind_of_another_mechanism_keeps_the_options_that_both_have() -> None:
     grouped, latent = gpt_from([*MIXED, "attention.rope_theta=500.0"]).attentions
     assert isinstance(grouped, GroupedQueryAttention) and isinstance(latent, MultiheadLatentAttention)
