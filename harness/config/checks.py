@@ -97,6 +97,8 @@ def typed_attention(attention: Any) -> dict[str, Any]:
     required = set(hints) - set(defaults) - set(EXECUTION)
     options = defaults | EXECUTION | typed_fields(hints | pattern, required, attention, "attention")
     for kind, own in options.get("kinds", {}).items():
+        if not kind.isidentifier():  # names that other options are found by, as in attention.kinds.NAME.window=64
+            raise UserError(f"attention.kinds has a kind named {kind!r}: name it by letters, digits and _, as local or full")
         options["kinds"][kind] = _typed_kind(options, own, f"attention.kinds.{kind}")
     return options
 

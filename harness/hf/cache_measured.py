@@ -122,7 +122,7 @@ def measure_cache_of(config: Mapping[str, Any], context: int) -> Measurement:
         absent = f" (null or absent: {', '.join(null)})" if null else ""
         raise UserError(
             f"transformers cannot run its class for model_type={language.model_type} with this config.json: "
-            f"{_sentence(error.__cause__ or error)}{absent}"
+            f"{_sentence(error.__cause__ or error)}{absent}; correct the field that this comes from"
         ) from None
     if all(layer.is_empty for layer in layers):
         raise UserError(

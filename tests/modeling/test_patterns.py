@@ -152,6 +152,7 @@ REFUSED = {
     "raise model.n_layers",
     "attention.layers=[] attention.kinds={a:{}}": "layers=[] names no kind: name one for each layer, or a pattern of them, or "
     "leave layers out",
+    "attention.layers=[a.b] attention.kinds={a.b:{}}": "attention.kinds has a kind named 'a.b': name it by letters, digits",
     "attention.kinds={a:{}}": "kinds=['a'] are of no use without layers, which says where they stand: add layers",
     "attention.layers=[a] attention.kinds={a:{n_kv_heads:3}}": "n_kv_heads=3 does not divide n_heads=4; choose one of "
     "[1, 2, 4]",
