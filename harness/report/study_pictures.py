@@ -62,11 +62,12 @@ def quality_by_cache(
     far = _far_out({arm.name: arm.mean.mean for arm in arms}, metric)
     shown = [arm for arm in arms if arm.name not in far]
     costs = {"": usual} if not at_length else {"at the model's context": usual, f"at {LENGTH:,} tokens": at_length}
-    drawn = _a_row_each if len(shown) > MOST_NAMES else _side_by_side
+    in_rows = len(shown) > MOST_NAMES
+    drawn = _a_row_each if in_rows else _side_by_side
     seen = any(arm.mean.low is not None for arm in arms)
     bars = "Bars: 95 % intervals for comparing arms." if seen else "No error bars: one seed."
     panels, how = drawn(shown, looks, costs, metric)
-    side = "Below" if metric.higher_is_better else "Above"
+    side = (("Left of", "Right of") if in_rows else ("Below", "Above"))[not metric.higher_is_better]
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
     beyond = f" {side} the picture: {names}." if far else ""
     return Picture("pareto", f"{capital(metric.label)} by cache bytes per token", f"{bars} {how}{beyond}", panels)
@@ -118,9 +119,13 @@ def _a_row_each(
             colour=looks[arm.name].colour,
         )
         rows.append(row)
-    reference = next((arm for arm in arms if arm.reference), None)
-    line = "" if reference is None else f" Line: {reference.name}, the reference."
-    panel = ForestPlot(metric.axis, rows, level=None if reference is None else reference.mean.mean)
+    references = [arm for arm in arms if arm.reference]
+    line = ""
+    if references:
+        first, *others = (arm.name for arm in references)
+        also = f"a reference like {', '.join(others)}" if others else "the reference"
+        line = f" Line: {first}, {also}."
+    panel = ForestPlot(metric.axis, rows, level=references[0].mean.mean if references else None)
     above = ", ".join(filter(None, ("KV cache, bytes per token", heading)))
     return [(above, panel)], f"Filled: the best mean up to each cache size, without regard to the bars.{line}"
 

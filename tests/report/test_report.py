@@ -28,7 +28,7 @@ from harness.report.verdicts_from_csv import restated
 from harness.report.write import write_report
 from harness.study.evaluation_noise import bootstrap
 from harness.study.results import AT_LENGTH, load_results
-from harness.study.statistics import contrasts, mean_interval, trends, with_error
+from harness.study.statistics import Mean, contrasts, mean_interval, trends, with_error
 from scripts import report
 from tests.support.study_runs import ARMS, MANY, SHARED_LR, STAIRCASE, TOKENS, Truth, told, write_study
 
@@ -360,7 +360,20 @@ def test_more_arms_than_a_reader_tells_apart_have_a_row_each_by_their_cache() ->
     assert len(rows) == 28 and rows == sorted(rows) and {size for size, _ in rows} == {512, 768, 1024, 1536}
     best = [rows.index((size, min(value for cache, value in rows if cache == size))) for size in (512, 768, 1024, 1536)]
     assert [number for number, row in enumerate(panel.rows) if row.filled] == best
-    assert panel.level == next(row.value for row in panel.rows if row.arms == ("gqa",)) and "Line: gqa" in picture.caption
+    assert panel.level == next(row.value for row in panel.rows if row.arms == ("gqa",))
+    assert "Line: gqa, a reference like gqa_tuned. Right of the picture: mla_96_short (2.0018)" in picture.caption
+
+
+@pytest.mark.parametrize(("higher", "arms", "side"), [(True, 14, "Left of"), (True, 9, "Below"), (False, 9, "Above")])
+def test_arms_far_out_are_said_to_lie_where_the_axis_of_the_metric_would_have_them(higher: bool, arms: int, side: str) -> None:
+    sign = -1 if higher else 1
+    means = {f"a{number}": sign * (1 + number / 100) for number in range(arms - 1)} | {"far": sign * 9.0}
+    placed = [study_pictures.PlacedArm(name, False, Mean(mean, None, None, 1, None), 1) for name, mean in means.items()]
+    metric = dataclasses.replace(LOSS, higher_is_better=higher)
+    picture = study_pictures.quality_by_cache(
+        placed, styles(dict.fromkeys(means, "a")), dict.fromkeys(means, 512.0), {}, metric
+    )
+    assert picture.caption.endswith(f" {side} the picture: far ({metric.text(sign * 9.0)}).")
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
