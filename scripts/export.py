@@ -3,10 +3,10 @@
 MHA, GQA and MQA with rotation become LlamaForCausalLM (with attention.qk_norm Qwen3ForCausalLM, with
 attention.projection_bias=qkv and Qwen2's own kind of tokenizer Qwen2ForCausalLM; with windows in all layers
 MistralForCausalLM, in some MinistralForCausalLM, or one of the two Qwens; with attention.rotary_fraction Phi3ForCausalLM; with
-attention.gate=element and attention.qk_norm Qwen3_5ForCausalLM), MLA with RMSNorm latents and a decoupled rotation
-DeepseekV3ForCausalLM. AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no code of ours, in
-transformers 5 and, but for Ministral and Qwen3.5, 4.57. Everything else (learned positions, no rotation, relu2, ...) becomes a
-folder of our own class, which holds no code either and loads where this project can be imported, after
+attention.gate=element and attention.qk_norm Qwen3_5ForCausalLM, beside layers of gated DeltaNet too), MLA with RMSNorm latents
+and a decoupled rotation DeepseekV3ForCausalLM. AutoModelForCausalLM.from_pretrained(DIR) and AutoTokenizer load them with no
+code of ours, in transformers 5 and, but for Ministral and Qwen3.5, 4.57. Everything else (learned positions, no rotation,
+relu2, ...) becomes a folder of our own class, which holds no code either and loads where this project can be imported, after
 harness.hf.classes.register(). What was written is loaded and compared with the run before the folder appears.
 """
 

@@ -5,7 +5,7 @@
     the same with windows       Qwen3 and Qwen2 as above; without biases Mistral where all layers have one, Ministral
                                 where some have, or Qwen2 with biases of zeros
     heads turned in part        Phi-3, without biases; with windows in all layers or in none
-    gated heads and qk_norm     Qwen3.5, every layer full attention
+    gated heads and qk_norm     Qwen3.5, every layer full attention, or some of gated DeltaNet
     MLA with RMSNorm latents    DeepSeek-V3, every layer dense
     everything else             a class of ours that they know after register() (harness/hf/own_class.py)
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from harness.config.schema import TrainConfig
 from harness.errors import UserError, as_user_error
 from harness.files.atomic import read_json, write_json
-from harness.hf.config_json import FAMILIES, LATENT_SIZES, OWN_TYPE, SIZES
+from harness.hf.config_json import FAMILIES, LATENT_SIZES, OWN_TYPE, SIZES, STATE_SIZES
 from harness.hf.weights import their_weights
 from modeling.attention import EXECUTION, kind_options, kinds_of_layers
 from modeling.gpt import GPT
@@ -142,7 +142,7 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
     """The configuration of the class of `family` that computes the same."""
     from transformers import AutoConfig
 
-    sizes, (attention, windows), known = config.model, _common(config), FAMILIES[MODEL_TYPES[family]]
+    sizes, (attention, windows, states), known = config.model, _common(config), FAMILIES[MODEL_TYPES[family]]
     scaling = attention["rope_scaling"] or {"rope_type": "default"}
     fields: dict[str, Any] = {
         **{theirs: getattr(sizes, ours) for ours, theirs in SIZES.items()},
@@ -172,7 +172,8 @@ def _their_config(model: GPT, config: TrainConfig, family: str) -> Any:
     if family == "Phi-3":
         fields["original_max_position_embeddings"] = model.max_seq_len
     if family == "Qwen3.5":
-        fields["layer_types"] = ["full_attention"] * sizes.n_layers
+        fields["layer_types"] = ["linear_attention" if state else "full_attention" for state in states]
+        fields |= {theirs: state[ours] for state in states if state for ours, theirs in STATE_SIZES.items()}
     if family == "DeepSeek-V3":
         fields |= {size: attention[size] for size in LATENT_SIZES}
         fields |= {
@@ -192,12 +193,12 @@ def families(config: TrainConfig) -> list[str]:
     More than one, the closest first: their Qwen2 comes with a tokenizer of its own, whatever a folder holds. None for a
     mechanism that they do not have at all.
     """
-    attention, windows = _common(config)
+    attention, windows, states = _common(config)
     if not attention or attention["mechanism"] not in _FITTING:
         return []
     if attention["mechanism"] == "mla":
         return ["DeepSeek-V3"]
-    if attention["gate"] != "none":
+    if attention["gate"] != "none" or any(states):
         return ["Qwen3.5"]
     if attention["qk_norm"]:
         return ["Qwen3"]
@@ -209,14 +210,21 @@ def families(config: TrainConfig) -> list[str]:
     return ["Qwen2", "Llama"] if attention["projection_bias"] == "qkv" and not config.model.bias else ["Llama"]
 
 
-def _common(config: TrainConfig) -> tuple[dict[str, Any], list[int | None]]:
-    """The options that all layers have, and the window of each; no options where layers differ in more than one window."""
+def _common(config: TrainConfig) -> tuple[dict[str, Any], list[int | None], list[dict[str, Any]]]:
+    """The options that all layers have but those of gated DeltaNet; of each layer its window, and its options if it is one
+    of these.
+
+    No options where these layers, or the others, differ in more than one window, or others are not of the variant's mechanism.
+    """
     attention = config.attention
     kinds = kinds_of_layers(attention, config.model.n_layers)
     of_layers = [kind_options(attention["mechanism"], attention, kind) for kind in kinds]
     windows = [options.pop("window", None) for _, options in of_layers]
-    alike = all(layer == of_layers[0] for layer in of_layers) and len({*windows} - {None}) <= 1
-    return (of_layers[0][1] if alike else {}), windows
+    states = [options if name == "gdn" else {} for name, options in of_layers]
+    others = [options for name, options in of_layers if name == attention["mechanism"]]
+    alike = all(options == group[0] for group in (others, [*filter(None, states)]) for options in group)
+    alike &= len({*windows} - {None}) <= 1 and len(others) + sum(map(bool, states)) == len(of_layers)
+    return (others[0] if alike and others else {}), windows, states
 
 
 def export_line(config: TrainConfig) -> str:
@@ -228,7 +236,7 @@ def export_line(config: TrainConfig) -> str:
 
 def misfits(config: TrainConfig) -> list[str]:
     """What no class of theirs has, as field=value; none where one computes the same."""
-    model, (attention, windows) = config.model, _common(config)
+    model, (attention, windows, states) = config.model, _common(config)
     if config.attention["mechanism"] not in _FITTING:
         return [f"attention.mechanism={config.attention['mechanism']}"]
     if not attention:
@@ -239,6 +247,10 @@ def misfits(config: TrainConfig) -> list[str]:
         for key, fitting in (_FITTING[attention["mechanism"]] | _ALSO_FITTING.get(nearest, {})).items()
         if attention[key] not in fitting
     ]
+    if any(states) and nearest != "Qwen3.5":
+        differing.append(f"attention.layers=[{','.join(config.attention['layers'])}]")
+    elif any(states) and differing:
+        differing[-1] += " beside layers of gdn"
     if grouped and attention["v_head_dim"] != attention["head_dim"]:
         differing.append(f"attention.v_head_dim={attention['v_head_dim']}")
     if model.bias and nearest != "Llama":  # only Llama has them in the MLP
@@ -373,12 +385,16 @@ class _Stamper:
 def their_cache_bytes(theirs: Any, tokens: int) -> int:
     """Bytes that so many tokens of one row take in their cache, all layers: one token's, read off its tensors, times as many.
 
-    A layer with a window keeps one token less than that, since it is given the newest beside them.
+    A layer with a window keeps one token less than that, since it is given the newest beside them; one with a state, the
+    same whatever the tokens.
     """
     tokens_BT = torch.zeros(1, 1, dtype=torch.long, device=theirs.device)
     layers = theirs(input_ids=tokens_BT, use_cache=True).past_key_values.layers
-    kept = [getattr(layer, "sliding_window", None) for layer in layers]
-    return sum(
-        (layer.keys.nbytes + layer.values.nbytes) * (tokens if window is None else min(tokens, window - 1))
-        for layer, window in zip(layers, kept, strict=True)
-    )
+    held = 0
+    for layer in layers:
+        if hasattr(layer, "recurrent_states"):
+            held += sum(state.nbytes for state in (*layer.conv_states.values(), *layer.recurrent_states.values()))
+            continue
+        window = getattr(layer, "sliding_window", None)
+        held += (layer.keys.nbytes + layer.values.nbytes) * (tokens if window is None else min(tokens, window - 1))
+    return held

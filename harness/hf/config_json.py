@@ -39,6 +39,13 @@ SIZES = {
     "n_heads": "num_attention_heads",
     "mlp_hidden": "intermediate_size",
 }
+STATE_SIZES = {
+    "n_k_heads": "linear_num_key_heads",
+    "n_v_heads": "linear_num_value_heads",
+    "head_dim": "linear_key_head_dim",
+    "v_head_dim": "linear_value_head_dim",
+    "conv_width": "linear_conv_kernel_dim",
+}
 LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 
@@ -64,6 +71,7 @@ class Family:
     scaled: bool = True  # whether it knows the rotations that were stretched to longer contexts
     joined: bool = False  # whether queries, keys and values are one tensor, and gate and up of the MLP
     gated: bool = False  # whether heads are gated, by rows beside those of their queries
+    states: bool = False  # whether layers may be gated DeltaNet's, where layer_types says so
     gain_above: float = 0.0  # what its norms add to their weights
     # The calculator: transformers has no class to measure, and every layer sees everything.
     by_formula: bool = False
@@ -71,6 +79,7 @@ class Family:
 
 _LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _MISTRAL = {"num_key_value_heads": 8, "sliding_window": 4096}
+_STATES = dict(zip(STATE_SIZES.values(), (16, 32, 128, 128, 4), strict=True))
 _QWEN = {"num_key_value_heads": 32, "max_window_layers": 28}
 # What of others that are asked for is no GPT's of this project, as the rest of a sentence.
 UNLIKE = {
@@ -82,8 +91,8 @@ UNLIKE = {
     "olmo2": "has its norms behind attention and MLP, and one over the queries and keys of all heads",
     "exaone4": "has its norms behind attention and MLP",
     "mixtral": "routes tokens to experts",
-    "qwen3_next": "has layers of linear attention, and routes tokens to experts",
-    "qwen3_5": "has layers of linear attention, and sees images",
+    "qwen3_next": "routes tokens to experts",
+    "qwen3_5": "sees images",
 }
 UNLIKE |= {"gemma3": UNLIKE["gemma3_text"], "cohere2": UNLIKE["cohere"], "olmo3": UNLIKE["olmo2"]}
 # Every other type is measured by its class in transformers, and not imported.
@@ -103,12 +112,13 @@ FAMILIES = {
         window="layers",
     ),
     "qwen3_5_text": Family(
-        defaults={"num_key_value_heads": 4, "head_dim": 256},
+        defaults={"num_key_value_heads": 4, "head_dim": 256, "full_attention_interval": 4} | _STATES,
         architecture="Qwen3_5ForCausalLM",
         qk_norm=True,
         bias="attention_bias",
         turned=0.25,
         gated=True,
+        states=True,
         gain_above=1.0,
     ),
     "deepseek_v2": Family(

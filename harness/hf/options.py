@@ -2,7 +2,7 @@
 
     llama  mistral  ministral  qwen2  qwen3   MHA, GQA or MQA; but for llama with windows in all layers or in some
     phi3                                      the same, turned in part or whole, with windows in all layers or in none
-    qwen3_5_text                              the same, gated, every layer full attention
+    qwen3_5_text                              the same, gated, every layer full attention, or some of gated DeltaNet
     deepseek_v2  deepseek_v3                  MLA; every layer dense
 
 Fields that are left out have their class's default.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import UserError
-from harness.hf.config_json import IMPORTED, SIZES, UNLIKE, Family, Fields, refusal, refuse_impossible
+from harness.hf.config_json import IMPORTED, SIZES, STATE_SIZES, UNLIKE, Family, Fields, refusal, refuse_impossible
 from modeling.attention.rope import SCALINGS
 
 # What each kind of rotation takes from config.json beside rope_theta; the rest means nothing to it.
@@ -53,7 +53,7 @@ def describe(config: Mapping[str, Any], max_seq_len: int | None = None) -> Descr
     if "rotary_fraction" in attention and not family.gated:
         attention["name"] += "_partial"
     context = _context(theirs, max_seq_len)
-    attention |= _windows(theirs, context, notes)
+    attention |= _windows(theirs, context, notes) | _states(theirs)
     biased = family.mlp_bias and theirs.flag("mlp_bias")
     if biased and attention["projection_bias"] != "all":
         raise theirs.refusal("mlp_bias", "is covered beside attention_bias=true only")
@@ -112,8 +112,6 @@ def _refuse_another_function(theirs: Fields) -> None:
         raise theirs.refusal("hidden_act", "is not covered: the MLP here is SwiGLU, with silu")
     if theirs.flag("use_bidirectional_attention"):
         raise theirs.refusal("use_bidirectional_attention", "is not covered: a GPT here sees no later token")
-    if theirs.family.gated and set(theirs.get("layer_types") or ["linear_attention"]) != {"full_attention"}:
-        raise theirs.refusal("layer_types", "makes layers of linear attention, of another form than a GPT's here")
     dense = 0 if theirs.get("first_k_dense_replace") is None else theirs.count("first_k_dense_replace", least=0)
     if theirs.family.latent and theirs.get("n_routed_experts") and dense < theirs.count("num_hidden_layers"):
         raise theirs.refusal(
@@ -232,14 +230,10 @@ def _windows(theirs: Fields, context: int, notes: list[str]) -> dict[str, Any]:
     window, first = theirs.count("sliding_window"), 0
     if family.window == "layers":
         first = theirs.count("max_window_layers", least=0)
-    kinds = theirs.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    if set(kinds) - {"sliding_attention", "full_attention"}:
-        raise theirs.refusal("layer_types", "names layers that are not covered")
-    if family.window == "always" and "full_attention" in kinds:
+    kinds = _kinds(theirs, ["local" if i >= first else "full" for i in range(layers)], {"sliding_attention": "local"})
+    if family.window == "always" and "full" in kinds:
         raise theirs.refusal("layer_types", "is not read by its class, which gives every layer the window: correct one of them")
-    if len(kinds) != layers:
-        raise theirs.refusal("layer_types", f"names {len(kinds)} layers for num_hidden_layers={layers}: correct one of them")
-    windowed = kinds.count("sliding_attention")
+    windowed = kinds.count("local")
     if window >= context or not windowed:
         return {}
     notes.append(
@@ -247,6 +241,35 @@ def _windows(theirs: Fields, context: int, notes: list[str]) -> dict[str, Any]:
     )
     if windowed == layers:
         return {"name": "swa", "window": window}
-    names = ["local" if kind == "sliding_attention" else "full" for kind in kinds]
-    period = next(n for n in range(1, layers + 1) if all(name == names[i % n] for i, name in enumerate(names)))
-    return {"name": "swa", "layers": names[:period], "kinds": {"local": {"window": window}, "full": {}}}
+    return {"name": "swa", "layers": _pattern(kinds), "kinds": {"local": {"window": window}, "full": {}}}
+
+
+def _states(theirs: Fields) -> dict[str, Any]:
+    """The options that make layers gated DeltaNet's; none where all are full attention."""
+    if not theirs.family.states:
+        return {}
+    layers, every = theirs.count("num_hidden_layers"), theirs.count("full_attention_interval")
+    kinds = _kinds(theirs, ["delta" if (i + 1) % every else "full" for i in range(layers)], {"linear_attention": "delta"})
+    if "delta" not in kinds:
+        return {}
+    delta = {"mechanism": "gdn", **{ours: theirs.count(name) for ours, name in STATE_SIZES.items()}}
+    return {"name": "gdn", "layers": _pattern(kinds), "kinds": {"delta": delta, "full": {}}}
+
+
+def _kinds(theirs: Fields, usual: list[str], other: Mapping[str, str]) -> list[str]:
+    """Our name of each layer's kind, full or one of `other`, by theirs. usual: where layer_types is absent."""
+    if not (given := theirs.get("layer_types")):
+        return usual
+    known = {"full_attention": "full", **other}
+    if set(given) - set(known):
+        raise theirs.refusal("layer_types", "names layers that are not covered")
+    if len(given) != len(usual):
+        raise theirs.refusal(
+            "layer_types", f"names {len(given)} layers for num_hidden_layers={len(usual)}: correct one of them"
+        )
+    return [known[kind] for kind in given]
+
+
+def _pattern(kinds: list[str]) -> list[str]:
+    """The fewest kinds that these repeat."""
+    return next(kinds[:n] for n in range(1, len(kinds) + 1) if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))

@@ -1,8 +1,8 @@
 """Our weights under transformers' names: one mapping, followed in both directions.
 
 Most tensors of theirs are one of ours. Others consist, head by head, of rows of several of ours: those of DeepSeek's MLA, where
-coordinates that are rotated as a pair may stand side by side, Phi-3's qkv_proj and gate_up_proj, and Qwen3.5's q_proj, in which
-the rows of each head's gate stand below those of its queries.
+coordinates that are rotated as a pair may stand side by side, Phi-3's qkv_proj and gate_up_proj, Qwen3.5's q_proj, in which
+the rows of each head's gate stand below those of its queries, and the in_proj_qkv of its layers of gated DeltaNet.
 
 Letters: D d_model, H heads, G key/value heads, K query/key width, N un-rotated and P rotated part of it, V value width,
 L kv_lora_rank, R q_lora_rank, M width of the MLP.
@@ -21,11 +21,13 @@ from torch import Tensor
 from harness.config.schema import TrainConfig
 from harness.hf.config_json import Family
 from harness.training.checkpoint import unique_tensors
+from modeling.attention.gdn import GatedDeltaNet
 from modeling.gpt import GPT
 
 LATENT_NORM_EPS = 1e-6  # of the norms on latents in their DeepSeek-V3, whatever its configuration says
 _OUTER = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"}
 _INNER = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "mlp": "mlp", "attention": "self_attn"}
+_STATE = "linear_attn."  # before their names of gated DeltaNet's tensors
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class TensorMapping:
         return (self.factor, self.offset) != (1.0, 0.0)
 
 
-def _layouts(model: GPT, config: TrainConfig, family: Family) -> dict[str, Layout]:
-    """Their tensors of one layer that are not simply one of ours, by their name in it; parts by ours."""
+def _layouts(attention: Any, config: TrainConfig, family: Family) -> dict[str, Layout]:
+    """Their tensors of a layer with this attention that are not simply one of ours, by their name in it; parts by ours."""
     if family.latent:
         return _latent_layouts(config)
-    attention, M = model.attentions[0], config.model.mlp_hidden
+    if isinstance(attention, GatedDeltaNet):
+        return _state_layouts(attention)
+    M = config.model.mlp_hidden
     H, G, K, V = attention.n_heads, attention.n_kv_heads, attention.head_dim, attention.v_head_dim
     layouts = {}
     if family.joined:
@@ -84,6 +88,26 @@ def _layouts(model: GPT, config: TrainConfig, family: Family) -> dict[str, Layou
             rows = (HeadRows(f"attention.q_proj.{key}", K), HeadRows(f"attention.gate_proj.{key}", V))
             layouts[f"self_attn.q_proj.{key}"] = Layout(H, rows)
     return layouts
+
+
+def _state_layouts(attention: GatedDeltaNet) -> dict[str, Layout]:
+    """Those of gated DeltaNet in Qwen3.5: all that it has, since its names are others."""
+    theirs = {
+        "in_proj_qkv.weight": ("q_proj.weight", "k_proj.weight", "v_proj.weight"),
+        "in_proj_z.weight": ("gate_proj.weight",),
+        "in_proj_b.weight": ("beta_proj.weight",),
+        "in_proj_a.weight": ("decay_proj.weight",),
+        "conv1d.weight": ("conv.weight",),
+        "A_log": ("a_log",),
+        "dt_bias": ("dt_bias",),
+        "norm.weight": ("o_norm.weight",),
+        "out_proj.weight": ("o_proj.weight",),
+    }
+    rows = {name: len(parameter) for name, parameter in attention.named_parameters()}
+    return {
+        f"{_STATE}{name}": Layout(1, tuple(HeadRows(f"attention.{part}", rows[part]) for part in parts))
+        for name, parts in theirs.items()
+    }
 
 
 def _latent_layouts(config: TrainConfig) -> dict[str, Layout]:
@@ -124,8 +148,8 @@ def _inner(ours: str) -> str:
 
 
 def _offset(name: str, family: Family) -> float:
-    """What ours is above theirs, by either name."""
-    return family.gain_above if name.endswith("norm.weight") else 0.0
+    """What ours is above theirs, by either name; nothing of the norm in gated DeltaNet."""
+    return family.gain_above if name.endswith("norm.weight") and _STATE not in name else 0.0
 
 
 def their_weights(model: GPT, config: TrainConfig, family: Family) -> Iterator[tuple[str, Tensor]]:
@@ -139,9 +163,9 @@ def _by_their_names(model: GPT, config: TrainConfig, family: Family) -> Iterator
     outer = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False) if name in _OUTER}
     for name, value in outer.items():
         yield _OUTER[name], value if name == "norm.weight" else value[: model.vocab_size]
-    layouts = _layouts(model, config, family)
     block: Any
     for number, block in enumerate(model.blocks):
+        layouts = _layouts(block.attention, config, family)
         ours = {name: value.detach() for name, value in block.state_dict().items()}
         if family.latent:
             ours = {name: value for name, value in ours.items() if not name.startswith("attention.")}
@@ -207,7 +231,7 @@ def tensor_mappings(
     model: GPT, config: TrainConfig, family: Family, *, interleaved: bool
 ) -> Iterator[tuple[str, TensorMapping]]:
     """For each of our tensors, theirs. interleaved: rotated pairs stand side by side there."""
-    parted = dict(_parted(_layouts(model, config, family), interleaved))
+    parted = [dict(_parted(_layouts(attention, config, family), interleaved)) for attention in model.attentions]
     for name, tensor in unique_tensors(model).items():
         shape, offset = tuple(tensor.shape), _offset(name, family)
         if name in _OUTER:
@@ -216,8 +240,7 @@ def tensor_mappings(
             continue
         _, number, key = name.split(".", 2)
         prefix = f"model.layers.{number}."
-        if key in parted:
-            mapping = parted[key]
+        if (mapping := parted[int(number)].get(key)) is not None:
             assert mapping.source is not None
             yield name, dataclasses.replace(mapping, source=prefix + mapping.source, shape=(*mapping.shape, *shape[1:]))
         elif key == "attention.q_proj.bias" and family.latent:  # beside biases of latents, theirs has none

@@ -51,8 +51,8 @@ class GatedDeltaNet(nn.Module):
     which a new state forgets all within a token or two (docs/LOG.md).
 
     Names elsewhere: q_proj, k_proj, v_proj and gate_proj are rows of Qwen3-Next's in_proj_qkvz, beta_proj and decay_proj of its
-    in_proj_ba, o_norm and o_proj its norm and out_proj; beta_proj, decay_proj and gate_proj the authors' b_proj, a_proj and
-    g_proj.
+    in_proj_ba, o_norm and o_proj its norm and out_proj (Qwen3.5's: harness/hf/weights.py); beta_proj, decay_proj and gate_proj
+    the authors' b_proj, a_proj and g_proj.
     Raises Refusal for sizes that do not fit together.
     """
 

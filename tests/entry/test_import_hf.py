@@ -62,6 +62,15 @@ MLA = {
 }
 PHI = {"num_key_value_heads": 2, "pad_token_id": None}
 GATED = {"num_key_value_heads": 2, "head_dim": 16, "layer_types": ["full_attention"] * 2}
+DELTA = GATED | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+    "rms_norm_eps": 0.1,
+}
 # Stretched from 16 positions to the 64 that are compared.
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
 DEEPSEEK_YARN = YARN | {"mscale": 0.7, "mscale_all_dim": 0.9}
@@ -117,6 +126,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5",
         GATED | {"attention_bias": True, "rms_norm_eps": 0.1, "rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
     ),
+    "qwen3_5_text, gated DeltaNet": ("Qwen3_5", DELTA),
     "deepseek_v2": ("DeepseekV2", MLA | {"q_lora_rank": None, "rms_norm_eps": 1e-5}),
     "deepseek_v2, yarn": ("DeepseekV2", MLA | {"q_lora_rank": 20, "rope_parameters": DEEPSEEK_YARN}),
     "deepseek_v3": ("DeepseekV3", MLA | {"q_lora_rank": 20}),
@@ -281,6 +291,8 @@ def test_both_write_the_same_text_with_their_caches(zoo: Zoo, name: str, tmp_pat
         ("phi3", {"rope_parameters": {"rope_theta": 100.0, "partial_rotary_factor": 0.34}}),  # cut to 4 of 12
         ("phi3, windows, rotated whole, no eps said", {"sliding_window": 8}),
         ("qwen3_5_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+        ("qwen3_5_text, gated DeltaNet", {"linear_num_key_heads": 4, "linear_key_head_dim": 4}),
+        ("qwen3_5_text, gated DeltaNet", {"linear_num_key_heads": 1, "linear_key_head_dim": 16}),
     ],
 )
 def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -339,6 +351,7 @@ def test_each_field_that_shapes_the_function_is_read(zoo: Zoo, name: str, fields
         ("phi3", {"rope_parameters": ABSENT, "rope_theta": 100.0, "rope_scaling": None, "partial_rotary_factor": 0.5}),
         ("phi3, windows, rotated whole, no eps said", {"rms_norm_eps": ABSENT, "rope_parameters": ABSENT}),
         ("qwen3_5_text", {"rope_parameters": ABSENT, "mtp_num_hidden_layers": 0}),
+        ("qwen3_5_text, gated DeltaNet", {"layer_types": ABSENT, "full_attention_interval": 2}),
     ],
 )
 def test_older_and_shorter_ways_to_say_the_same_are_understood(
@@ -359,6 +372,7 @@ def test_older_and_shorter_ways_to_say_the_same_are_understood(
         "qwen3",
         "phi3",
         "qwen3_5_text",
+        "qwen3_5_text, gated DeltaNet",
         "deepseek_v2, yarn",
         "deepseek_v3",
     ],
@@ -803,15 +817,18 @@ MOE = {"n_routed_experts": 8, "first_k_dense_replace": 1}
         ),
         (
             "qwen3_5_text",
-            {"layer_types": ["linear_attention", "full_attention"]},
-            r"layer_types=.* linear attention, of another",
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            r"layer_types=.* names layers that are not covered$",
         ),
-        ("qwen3_5_text", {"layer_types": ABSENT}, r"layer_types=null .* linear attention, of another"),
+        ("qwen3_5_text", {"layer_types": ["full_attention"]}, r"layer_types=.* names 1 layers for num_hidden_layers=2"),
         (
-            "qwen3_5_text",
-            {"model_type": "qwen3_5"},
-            r"model_type=qwen3_5, which has layers of linear attention, and sees images,",
+            "qwen3_5_text, gated DeltaNet",
+            {"layer_types": ABSENT},  # as its class has it: the fourth alone were full
+            r"^model.layers.1.linear_attn.A_log is in none of the weight files",
         ),
+        ("qwen3_5_text, gated DeltaNet", {"linear_num_key_heads": 3}, r"n_v_heads=4 do not share n_k_heads=3 heads"),
+        ("qwen3_5_text, gated DeltaNet", {"linear_conv_kernel_dim": 0}, r"^linear_conv_kernel_dim=0 .* at least 1"),
+        ("qwen3_5_text", {"model_type": "qwen3_5"}, r"model_type=qwen3_5, which sees images,"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 9.0, "partial_rotary_factor": 0.5}},

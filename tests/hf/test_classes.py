@@ -107,9 +107,17 @@ _SAME = {
     "attention.rotary_fraction=0.5 attention.projection_bias=all model.head_dim=16 model.tie_embeddings=false",
     "gated, QK-norm, no bias on gate and output, partial, YaRN": "attention=gqa_gated attention.qk_norm=true "
     f"attention.projection_bias=qkv attention.rotary_fraction=0.5 {YARN}",
+    "gated DeltaNet in three layers of four": "attention=gdn_3_1 attention.gate=element attention.qk_norm=true",
+    "gated DeltaNet behind a full layer, unlike widths, biases in the full one, partial, large eps, its own head": (
+        "attention=gdn_3_1 attention.gate=element attention.qk_norm=true attention.layers=[full,delta] "
+        "attention.kinds.delta.n_v_heads=12 attention.kinds.delta.head_dim=10 attention.kinds.delta.v_head_dim=7 "
+        "attention.kinds.delta.conv_width=2 attention.rotary_fraction=0.5 attention.projection_bias=all model.head_dim=16 "
+        "model.norm_eps=0.3 model.tie_embeddings=false"
+    ),
     "gqa, a wider vocabulary": "attention=gqa model.vocab_size=130",
     "mla, a wider vocabulary, its own head": "attention=mla model.vocab_size=130 model.tie_embeddings=false",
 }
+DELTA = ["attention=gdn_3_1", "attention.gate=element", "attention.qk_norm=true"]
 SAME = {name: line.split() for name, line in _SAME.items()}
 
 
@@ -212,6 +220,21 @@ def test_both_write_the_same_text(overrides: list[str]) -> None:
     assert torch.equal(theirs.generate(prompts_BT, max_new_tokens=6, do_sample=False)[:, 9:], ours)
 
 
+@pytest.mark.parametrize("overrides", [overrides for name, overrides in SAME.items() if "DeltaNet" in name])
+def test_states_are_handed_on_as_theirs_are(overrides: list[str]) -> None:
+    """Over several chunks of 64 tokens, and from a prompt of more than one into the tokens that are written behind it."""
+    overrides = [*overrides, "model.max_seq_len=150"]
+    model = randomise(gpt_from(overrides)).eval()
+    theirs = as_transformers(model, config_at(*overrides))
+    tokens_BT = torch.randint(100, (2, 150), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        ours_BTC, theirs_BTC = model(tokens_BT)[..., :100], theirs(input_ids=tokens_BT).logits
+    assert theirs_BTC.std() > 1 and relative_error(ours_BTC, theirs_BTC) < 1e-4
+    prompts_BT = tokens_BT[:, :90]
+    ours = torch.stack(list(generate(model, prompts_BT.tolist(), max_new_tokens=20, temperature=0)), dim=1)
+    assert torch.equal(theirs.generate(prompts_BT, max_new_tokens=20, do_sample=False)[:, 90:], ours)
+
+
 def test_each_written_token_is_stamped_once() -> None:
     theirs = as_transformers(gpt_from(["attention=mha"]).eval(), config_at("attention=mha"))
     stamps: list[int] = []
@@ -234,6 +257,13 @@ def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
     assert their_cache_bytes(theirs, 40) == held == 4 * 2 * 2 * 12 * (40 + 15)
 
 
+def test_a_state_of_theirs_is_measured_once_whatever_the_tokens() -> None:
+    overrides = SAME["gated DeltaNet in three layers of four"]
+    theirs = as_transformers(gpt_from(overrides).eval(), config_at(*overrides))
+    states = 3 * 4 * (8 * 12 * 12 + 4 * (2 * 4 * 12 + 8 * 12))  # float32, and the newest input of the convolution too
+    assert their_cache_bytes(theirs, 10) == states + 10 * 2 * 4 * 2 * 12
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
@@ -243,6 +273,26 @@ def test_their_cache_keeps_a_window_less_the_newest_token() -> None:
         (["attention=gqa_gated", "attention.gate=head", "attention.qk_norm=true"], r"its Qwen3.5 has no attention.gate=head$"),
         (["attention=gqa_gated", "attention.qk_norm=true", "attention.window=7"], r"its Qwen3.5 has no attention.window=7$"),
         (["attention=gqa_gated", "attention.qk_norm=true", "model.bias=true"], r"its Qwen3.5 has no model.bias=true$"),
+        (["attention=gdn_3_1"], r"its Qwen3.5 has no attention.gate=none and no attention.qk_norm=False beside layers of gdn$"),
+        ([*DELTA, "attention.layers=[delta]"], r"it has no attention.layers=\[delta\]$"),
+        ([*DELTA, "attention.window=7"], r"its Qwen3.5 has no attention.window=7$"),
+        ([*DELTA, "model.bias=true"], r"its Qwen3.5 has no model.bias=true$"),
+        (
+            [
+                "attention=mla",
+                "attention.layers=[s,f]",
+                "attention.kinds={s:{mechanism:gdn,n_k_heads:4,n_v_heads:4,head_dim:12,conv_width:4},f:{}}",
+            ],
+            r"its DeepSeek-V3 has no attention.layers=\[s,f\]$",
+        ),
+        (
+            [
+                *DELTA,
+                "attention.layers=[delta,wide,full]",
+                "attention.kinds={delta:{mechanism:gdn,n_k_heads:4,n_v_heads:4,conv_width:4},wide:{mechanism:gdn,n_k_heads:4,n_v_heads:4,conv_width:5},full:{}}",
+            ],
+            r"it has no attention.layers=\[delta,wide,full\]$",
+        ),
         (["attention=gqa_partial", "attention.qk_norm=true"], r"its Qwen3 has no attention.rotary_fraction=0.5$"),
         (["attention=gqa_partial", "attention.projection_bias=qkv"], r"its Phi-3 has no attention.projection_bias=qkv$"),
         (["attention=gqa_partial", "model.bias=true"], r"its Phi-3 has no model.bias=true$"),
