@@ -120,10 +120,8 @@ def check_kernel(name: str, device: torch.device | str) -> None:
     if kernel is None:
         return
     device = torch.device(device)
-    as_triton_reads_it = ("1", "true", "on", "yes", "y")
-    interpreted = kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type  # torch gives both one name
-    if kind != "cuda" and not interpreted:
+    if kind != "cuda" and not _is_interpreted(kernel):
         raise Refusal(f"attention.kernel={name} needs a CUDA device and this one is {kind}; take attention.kernel=torch")
     if not _is_installed(kernel.package):
         raise Refusal(
@@ -138,6 +136,11 @@ def check_kernel(name: str, device: torch.device | str) -> None:
             )
 
 
+def _is_interpreted(kernel: Kernel) -> bool:
+    as_triton_reads_it = ("1", "true", "on", "yes", "y")
+    return kernel.interpreted and os.environ.get("TRITON_INTERPRET", "").lower() in as_triton_reads_it
+
+
 def _is_installed(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
@@ -146,8 +149,13 @@ def _is_installed(package: str) -> bool:
 
 
 def check_dtype(name: str, dtype: torch.dtype, kernels: Mapping[str, Kernel] = OTHERS) -> None:
-    """Raise Refusal if a kernel of a table does not compute in this type."""
+    """Raise Refusal if a kernel of a table does not compute in this type, or Triton's interpreter would do so wrongly."""
     known = kernels[name].dtypes
+    if dtype == torch.bfloat16 and _is_interpreted(kernels[name]):  # whose numbers it multiplies as integers
+        raise Refusal(
+            f"attention.kernel={name} with TRITON_INTERPRET is wrong in {dtype}: decode in float32 or float16 "
+            f"(cache.dtype=float32), or take attention.kernel=torch"
+        )
     if dtype not in known:
         *names, last = (str(each).removeprefix("torch.") for each in known)
         raise Refusal(

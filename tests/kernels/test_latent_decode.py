@@ -26,7 +26,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.attention.quantisation import quantise
 from modeling.kernels.availability import HAS_GLUON
-from modeling.kernels.decode_kernels import DELTA_RULES, KERNELS, OTHERS, check_kernel, check_widths, select_kernel
+from modeling.kernels.decode_kernels import (
+    DELTA_RULES,
+    EXPLICIT,
+    KERNELS,
+    OTHERS,
+    Kernel,
+    check_dtype,
+    check_kernel,
+    check_widths,
+    select_kernel,
+)
 from modeling.kernels.latent_decode import latent_decode
 from tests.support.forks import Forks
 
@@ -436,6 +446,20 @@ def test_without_a_gpu_the_sentence_names_the_other_kernel(monkeypatch: pytest.M
         check_kernel("triton", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_kernel("triton", "cpu")
+
+
+@pytest.mark.parametrize("kernels", [OTHERS, DELTA_RULES, EXPLICIT], ids=["latents", "states", "explicit"])
+def test_bfloat16_which_the_interpreter_multiplies_wrongly_is_refused(
+    kernels: dict[str, Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    check_dtype("triton", torch.bfloat16, kernels)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    check_dtype("triton", torch.float16, kernels)
+    with pytest.raises(
+        ValueError, match=r"triton with TRITON_INTERPRET is wrong in torch.bfloat16: decode in float32 or float16"
+    ):
+        check_dtype("triton", torch.bfloat16, kernels)
 
 
 @pytest.mark.parametrize(("rank", "rope"), [(576, 0), (512, 128), (0, 16)])
