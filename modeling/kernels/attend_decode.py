@@ -6,8 +6,6 @@ key/value heads, K query/key width, V value width, P rotated width.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -28,9 +26,7 @@ def _run(
     scale: float,
     kernel: str,
 ) -> Tensor:
-    decode = importlib.import_module(f"modeling.kernels.{EXPLICIT[kernel].file}").decode
-    out_BHV: Tensor = decode(q_BHK, k_BSGK, v_BSGV, k_rope_BSP, lengths_B, sinks_H, gain_K, cos_BSP, sin_BSP, scale)
-    return out_BHV
+    return EXPLICIT[kernel].decode(q_BHK, k_BSGK, v_BSGV, k_rope_BSP, lengths_B, sinks_H, gain_K, cos_BSP, sin_BSP, scale)
 
 
 # Inside torch.compile a call is one opaque operator; called directly it would pay for the operator's bookkeeping.

@@ -5,10 +5,12 @@ A further one that decodes is a file with a function `decode` and an entry of th
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +50,15 @@ class Kernel:
     interpreted: bool = False
     plans_on_host: bool = False
     mended_by: str | None = None
+
+    @property
+    def decode(self) -> Callable[..., torch.Tensor]:
+        return _decode(self.file)
+
+
+@functools.cache
+def _decode(file: str) -> Callable[..., torch.Tensor]:
+    return importlib.import_module(f"modeling.kernels.{file}").decode
 
 
 HALF_PRECISION = (torch.bfloat16, torch.float16)

@@ -5,20 +5,11 @@ Letters: B batch, S slots, H query heads, L kv_lora_rank, P rotated width.
 
 from __future__ import annotations
 
-import functools
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_widths
 from modeling.refusal import Refusal
-
-
-@functools.cache
-def _function(kernel: str) -> Callable[..., Tensor]:
-    return importlib.import_module(f"modeling.kernels.{OTHERS[kernel].file}").decode
 
 
 def _run(
@@ -31,7 +22,7 @@ def _run(
     scale: float,
     kernel: str,
 ) -> Tensor:
-    return _function(kernel)(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
+    return OTHERS[kernel].decode(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
 
 
 # Inside torch.compile a call is one opaque operator; called directly it would pay for the operator's bookkeeping.

@@ -210,7 +210,7 @@ def test_nothing_in_the_project_can_run_what_it_reads() -> None:
     # By names of the project's own lists, which they check.
     assert found == {
         "harness/evaluation/probes/__init__.py: importlib.import_module",
-        "modeling/kernels/latent_decode_dispatch.py: importlib.import_module",
+        "modeling/kernels/decode_kernels.py: importlib.import_module",
     }
     with pytest.raises(AssertionError, match="os is no probe"):
         probe("os")
