@@ -253,8 +253,8 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
             fields = written | optional | set(default_options(config_name))
             raise UserError(_unknown_field(key, fields, f"python {config_name}_model.py"))
         _refuse_signs(override, "value")
-        # Added where the YAML leaves the field at the schema's default; kinds of layers have names of their own.
-        OmegaConf.update(composed, key, override.value(), merge=True, force_add=key not in written or key == "attention.kinds")
+        # Added where the YAML leaves a field at the schema's default; what has no place is refused where values are typed.
+        OmegaConf.update(composed, key, override.value(), merge=True, force_add=True)
 
 
 def _literal(value: Any) -> Any:

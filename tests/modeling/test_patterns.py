@@ -64,6 +64,8 @@ def test_a_pattern_is_repeated_and_cut() -> None:
 def test_a_kind_of_ones_own_joins_those_of_the_yaml() -> None:
     wide = ["attention=swa_1_1", "attention.layers=[wide,full]", "attention.kinds={wide:{window:7}}"]
     assert [attention.window for attention in gpt_from(wide).attentions] == [7, None]
+    gated = gpt_from(["attention=swa_1_1", "attention.kinds.full={gate:head}"])  # what the YAML's own kind does not say
+    assert [attention.gate_proj is not None for attention in gated.attentions] == [False, True]
 
 
 def test_a_kind_of_another_mechanism_keeps_the_options_that_both_have() -> None:
