@@ -99,7 +99,6 @@ class PreparedData:
     meta: dict[str, Any]
     splits: dict[str, TokenSplit]
     vocab_size: int
-    end_of_text: int
     tokenizer_file: Path | None
     fingerprint: str
     remedy: str | None
@@ -229,7 +228,6 @@ def open_prepared(folder: Path, remedy: str | None = None) -> PreparedData:
         meta=meta,
         splits=splits,
         vocab_size=meta["vocab_size"],
-        end_of_text=meta["end_of_text"],
         tokenizer_file=tokenizer_file if tokenizer_file.name in meta["files"] else None,
         fingerprint=meta["fingerprint"],
         remedy=remedy,

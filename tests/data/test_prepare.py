@@ -62,7 +62,7 @@ def test_the_counts_are_those_of_the_text(tmp_path: Path, texts: dict[str, str],
         assert split.document_starts[0] == 0
         assert split.document_starts[-1] == split.n_tokens == len(split.tokens)
         ends = split.document_starts[1:] - 1
-        assert (np.flatnonzero(split.tokens == data.end_of_text) == ends).all()
+        assert (np.flatnonzero(split.tokens == data.meta["end_of_text"]) == ends).all()
 
 
 def test_the_tokens_of_a_document_are_those_of_encoding_it_alone(tmp_path: Path, texts: dict[str, str]) -> None:
@@ -86,7 +86,7 @@ def test_special_tokens_in_a_text_do_not_end_it(tmp_path: Path, texts: dict[str,
     (tmp_path / "texts/000.txt").write_text("before <|endoftext|> after")
     data = prepared(tmp_path, BPE)
     for split in data.splits.values():
-        assert (np.asarray(split.tokens) == data.end_of_text).sum() == split.n_documents
+        assert (np.asarray(split.tokens) == data.meta["end_of_text"]).sum() == split.n_documents
 
 
 def test_a_vocabulary_above_65536_takes_32_bits(tmp_path: Path, texts: dict[str, str]) -> None:
@@ -168,7 +168,7 @@ def test_the_cap_holds_to_the_token_and_leaves_the_other_splits_alone(
     split = capped.splits["train"]
     # A document may lose its last token or two, where the room left is for an end of text only.
     assert limit - 1 <= split.n_tokens <= limit
-    assert split.tokens[-1] == capped.end_of_text
+    assert split.tokens[-1] == capped.meta["end_of_text"]
     documents = documents_of(capped, "train")
     full = documents_of(whole, "train")
     assert documents[:-1] == full[: len(documents) - 1]
