@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeling.kernels.decode_kernels import EXPLICIT, check_dtype
-from modeling.refusal import Refusal
+from modeling.kernels.decode_kernels import EXPLICIT, check_dtype, check_no_gradient
 
 
 def _run(
@@ -60,10 +59,7 @@ def attend_decode(
     tensors = [x for x in (q_BHK, k_BSGK, v_BSGV, k_rope_BSP) if x is not None]
     assert all(x.dtype == q_BHK.dtype for x in tensors), [x.dtype for x in tensors]
     check_dtype(kernel, q_BHK.dtype, EXPLICIT)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *(turned or ()), sinks_H) if x is not None):
-        raise Refusal(
-            f"attention.kernel={kernel} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
-        )
+    check_no_gradient(kernel, *tensors, *(turned or ()), sinks_H)
     gain_K, cos_BSP, sin_BSP = (None, None, None) if turned is None else (turned[0], *(x.squeeze(2) for x in turned[1:]))
     run = _operator if torch.compiler.is_compiling() else _run
     return run(q_BHK, k_BSGK, v_BSGV, k_rope_BSP, lengths_B, sinks_H, gain_K, cos_BSP, sin_BSP, scale, kernel)

@@ -187,6 +187,14 @@ def check_gradient(name: str, device: torch.device) -> None:
         )
 
 
+def check_no_gradient(name: str, *tensors: torch.Tensor | None) -> None:
+    """Raise Refusal if a kernel that decodes with attention.kernel=name would have to pass a gradient to one of these."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
+        raise Refusal(
+            f"attention.kernel={name} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
+        )
+
+
 def check_capture(name: str) -> None:
     """Raise Refusal if a step with attention.kernel=name cannot be a CUDA graph."""
     if name in OTHERS and OTHERS[name].plans_on_host:

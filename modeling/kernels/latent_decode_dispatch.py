@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_widths
-from modeling.refusal import Refusal
+from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_no_gradient, check_widths
 
 
 def _run(
@@ -51,9 +50,6 @@ def decode_by(
     assert kept in EIGHT_BITS if latent_scale_BS is not None else kept == dtype, (kept, dtype)
     check_widths(kernel, latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
     check_dtype(kernel, dtype)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, latent_BSL)):
-        raise Refusal(
-            f"attention.kernel={kernel} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
-        )
+    check_no_gradient(kernel, *tensors, latent_BSL)
     run = _operator if torch.compiler.is_compiling() else _run
     return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale, kernel)
