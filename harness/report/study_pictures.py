@@ -106,15 +106,15 @@ def _a_row_each(
     best = _front(arms, sizes, metric)
     rows = []
     for arm in sorted(arms, key=lambda arm: (sizes[arm.name], metric.cost(arm.mean.mean))):
-        mean, words = arm.mean, mean_text(arm.mean, metric)
+        mark = _point(arm, looks[arm.name], metric, sizes[arm.name], _hover(arm, sizes)).marks[0]
         row = ForestRow(
             f"{arm.name} · {sizes[arm.name]:,.0f}",
             (arm.name,),
-            f"{arm.name}: {words} {metric.unit}, {_hover(arm, sizes)}",
-            words,
-            mean.mean,
-            mean.low,
-            mean.high,
+            mark.hover,
+            mean_text(arm.mean, metric),
+            mark.y,
+            mark.low,
+            mark.high,
             filled=arm.name in best,
             colour=looks[arm.name].colour,
         )
