@@ -34,7 +34,7 @@ from harness.entry.cli import pasteable, run_hydra
 from harness.evaluation.evaluate import split_metrics
 from harness.evaluation.perplexity import SplitResult
 from harness.runs.corpus import check_text_unchanged, load_data, refuse_other_data
-from harness.runs.folder import begun, claimed, finished, put_back, run_folder, short_line
+from harness.runs.folder import claimed, finished, put_back, run_folder, short_line
 from harness.runs.records import RunSummary, read_summary, save
 from harness.runs.session import Session
 from harness.training.interruption import Interrupted, interruptible
@@ -59,8 +59,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     if workers.first(lambda: finished(run) and not config.overwrite):
         workers.first(lambda: check_text_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
-    # What ended an earlier attempt may have hurt the data.
-    data = workers.in_turn(lambda: load_data(config, verify=workers.is_first and not config.overwrite and begun(run)))
+    data = workers.in_turn(lambda: load_data(config, verify=workers.is_first))
     refuse_other_data(config, data, workers)
 
     with interruptible() as session.interruption:

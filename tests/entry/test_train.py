@@ -78,39 +78,42 @@ def test_on_its_way_to_its_first_step_a_run_does_each_thing_once(shared: Workpla
         shared.train("counted", f"runs_dir={tmp_path}")  # its data are prepared
     finally:
         sys.setprofile(None)
-    assert called == Counter(names.values()) + Counter({"_sha256": 3})  # of the validation split: its tokens and three counts
+    assert called == Counter(names.values()) + Counter({"_sha256": 11})  # of three splits: their tokens and three counts
 
 
-def test_a_validation_split_of_other_content_is_refused_before_anything_is_written_and_the_remedy_works(
-    place: Workplace,
-) -> None:
-    place.train("whole")
-    (file,) = place.folder.glob("data/*/validation.bin")
-    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    before = contents(place.folder)
-    with pytest.raises(
-        UserError, match=rf"validation\.bin has other content .*: delete {file.parent} to have it prepared again"
-    ):
-        place.train("refused")
-    assert contents(place.folder) == before
-    shutil.rmtree(file.parent)
-    assert summary_of(place.train("again"))["loss"] == summary_of(place.runs / "whole")["loss"]
+def damage(file: Path) -> None:
+    """Other content of the same size; of a tokenizer, two tokens with each other's ids."""
+    content = file.read_bytes()
+    if file.name == "tokenizer.json":
+        assert content.count(b'"a": ') == content.count(b'"b": ') == 1
+        content = content.replace(b'"a": ', b'"_": ').replace(b'"b": ', b'"a": ').replace(b'"_": ', b'"b": ')
+    else:
+        content = bytes([content[0] ^ 1]) + content[1:]
+    file.write_bytes(content)
 
 
-def test_a_tokenizer_that_did_not_make_the_tokens_is_refused_before_the_first_step_and_the_remedy_works(
-    place: Workplace,
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "tokenizer.json"])
+def test_damaged_data_are_prepared_again_or_refused_before_anything_is_written(
+    place: Workplace, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ("tokenizer=bpe", "tokenizer.vocab_size=300")
     place.train("whole", *options)
-    (file,) = place.folder.glob("data/*/tokenizer.json")
-    content = file.read_text()
-    assert content.count('"a": ') == content.count('"b": ') == 1
-    file.write_text(content.replace('"a": ', '"_": ').replace('"b": ', '"a": ').replace('"_": ', '"b": '))
-    with pytest.raises(UserError, match=rf"tokenizer\.json is not the tokenizer that meta.json says: delete {file.parent}"):
-        place.train("run", *options)
-    assert not (place.runs / "run" / "tokenizer.json").exists() and not (place.runs / "run" / "metrics.jsonl").exists()
-    shutil.rmtree(file.parent)
-    assert summary_of(place.train("run", *options))["loss"] == summary_of(place.runs / "whole")["loss"]
+    (file,) = place.folder.glob(f"data/*/{name}")
+    whole = contents(file.parent)
+    shutil.copytree(file.parent, copy := place.folder / "copy")
+    damage(file)
+    damage(copy / name)
+    before = contents(place.folder)
+    with pytest.raises(UserError, match=rf"{copy / name} (has other|is not the) .*: copy {copy} again"):
+        place.train("refused", f"dataset.path={copy}", *options)
+    assert contents(place.folder) == before
+    with pytest.raises(UserError, match=rf"{name} (has other|is not the) .*: delete {file.parent} to have it prepared"):
+        opened = open_prepared(file.parent)
+        (opened.tokenizer, [opened.verified(split) for split in opened.splits])  # as a process asks that is not the first
+    capsys.readouterr()
+    assert summary_of(place.train("again", *options))["loss"] == summary_of(place.runs / "whole")["loss"]
+    assert re.search(rf"{name} .* meta\.json says\. Preparing it again", capsys.readouterr().err)
+    assert contents(file.parent) == whole
 
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
