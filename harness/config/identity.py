@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from harness.config.schema import DatasetConfig, TrainConfig
+from harness.files.hashes import value_sha256
 from harness.files.text import differing
 
 # How a run is computed is not what it is: these may differ between two commands that mean the same run.
@@ -88,7 +88,7 @@ def setup_hash(config: TrainConfig) -> str:
         for path, value in identity(config).items()
         if path not in (*SEED_FIELDS, "init_from") and not (path in later and value == later[path])
     }
-    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:12]
+    return value_sha256(leaves)[:12]
 
 
 def later_options(mechanism: str) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def later_options(mechanism: str) -> dict[str, Any]:
 
 def origin_hash(origin: Any) -> str:
     """Twelve hex digits of what made weights that no training of this run did (JSON-able): its `init_setup`."""
-    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+    return value_sha256(origin)[:12]
 
 
 def differences(

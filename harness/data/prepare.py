@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from harness.data.prepared import (
     Piece,
     PreparedData,
     SplitWriter,
+    fingerprint_of,
     is_prepared,
     open_prepared,
     verify_prepared,
@@ -32,6 +32,7 @@ from harness.data.sources import SOURCES, Opening, check_corpus, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError, readable, tell, writable
 from harness.files.atomic import DISK_ERRORS, flush
+from harness.files.hashes import value_sha256
 from harness.files.lock import locked
 from harness.files.untrusted import Unreadable, read_object
 
@@ -107,13 +108,21 @@ def _open(folder: Path, verify: bool, remedy: str | None = None) -> PreparedData
     return prepared
 
 
+def _open_own(folder: Path, verify: bool) -> PreparedData:
+    """The same of a folder that this module has named. Raises DamagedData for what was made of something else."""
+    meta = (prepared := _open(folder, verify)).meta
+    if _folder_name(meta["dataset"], meta["identity"]) != folder.name:
+        raise DamagedData(f"{folder / 'meta.json'} says of what {meta['dataset']} was made, and that has another folder")
+    return prepared
+
+
 def _leftovers(folder: Path) -> str:
     """What the temporary paths are called at which this folder is made."""
     return f".{folder.name}.*.partial"
 
 
 def _folder_name(name: str, identity: dict[str, Any]) -> str:
-    return f"{name}-{_digest({'format': FORMAT, **identity})[:12]}"
+    return f"{name}-{value_sha256({'format': FORMAT, **identity})[:12]}"
 
 
 def _tokenizer_settings(tokenizer: TokenizerConfig, *, has_file: bool) -> dict[str, Any]:
@@ -181,19 +190,19 @@ class _Preparation:
         folder = data_dir / _folder_name(name, identity)
         if replaced is not None:
             with contextlib.suppress(DamagedData):
-                if (prepared := _open(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
+                if (prepared := _open_own(folder, verify)).meta["tokenizer"]["sha256"] == replaced:
                     return prepared
             identity["tokenizer"] = {"file": replaced}
             folder = data_dir / _folder_name(name, identity)
         # A whole folder is opened without the lock, since its disk may be read-only; all else happens under the lock.
         with contextlib.suppress(DamagedData):
-            return _open(folder, verify)
+            return _open_own(folder, verify)
         with writable(f"data_dir={data_dir}", _ELSEWHERE):
             data_dir.mkdir(parents=True, exist_ok=True)
         with _lock(data_dir / f".{folder.name}.lock"):
             if folder.is_dir():
                 try:
-                    return _open(folder, verify)
+                    return _open_own(folder, verify)
                 except DamagedData as error:
                     tell(f"{error}. Preparing it again.")
             self._build(folder, source, identity)
@@ -235,7 +244,6 @@ class _Preparation:
                 break
         splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
         self._check_splits(splits)
-        digests = {split: counts["sha256"] for split, counts in splits.items()}
         meta = {
             "format": FORMAT,
             "dataset": dataset.name,
@@ -245,7 +253,7 @@ class _Preparation:
             "end_of_text": tokenizer.end_of_text,
             "dtype": dtype.str,
             "splits": splits,
-            "fingerprint": _digest({"tokens": digests, "tokenizer": tokenizer.sha256}),
+            "fingerprint": fingerprint_of(splits, tokenizer.sha256, with_counts=not tokenizer.keeps_text),
             "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
@@ -372,7 +380,3 @@ def _lock(path: Path) -> Iterator[None]:
         with writable(f"data_dir={path.parent}", _ELSEWHERE):
             held.enter_context(locked(path, on_wait=lambda: tell(f"Another process prepares {name}; waiting for it.")))
         yield
-
-
-def _digest(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from harness.data.documents import SPLITS
 from harness.data.tokenizer import Tokenizer, text_before
 from harness.errors import UserError, in_a_line, readable
+from harness.files.hashes import value_sha256
 from harness.files.untrusted import Unreadable, is_count, read_object, stays_inside
 
 DTYPES = ("<u2", "<u4")
@@ -90,7 +91,7 @@ VerifiedSplit = NewType("VerifiedSplit", TokenSplit)  # what may be scored: see 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """fingerprint: SHA-256 over the tokens of every split and the tokenizer; equal where the training data is equal.
+    """fingerprint: see `fingerprint_of`; equal where the data are equal.
 
     splits: of the sizes that meta.json says. remedy: of damage, None where whoever opened the folder prepares it again.
     """
@@ -133,6 +134,16 @@ class PreparedData:
                 f"bytes {split.n_bytes / split.n_tokens:6.2f} bytes/token"
             )
         return "\n".join(lines)
+
+
+def fingerprint_of(splits: dict[str, Any], tokenizer: str, *, with_counts: bool) -> str:
+    """SHA-256 over the hashes of every split's tokens and of the tokenizer.
+
+    with_counts: and of the counts by document, which other texts of the same tokens may have: what a tokenizer makes of
+    ligatures, capitals or blanks is the same for several, and figures per byte and word are not.
+    """
+    of = {"tokens": {name: counts.get("sha256") for name, counts in splits.items()}, "tokenizer": tokenizer}
+    return value_sha256(of | ({"counts": {name: each.get("columns") for name, each in splits.items()}} if with_counts else {}))
 
 
 def is_prepared(folder: Path) -> bool:
@@ -195,6 +206,9 @@ def _problem_of(meta: dict[str, Any]) -> str | None:
             return f"hashes of the {split} split"
         if not counts["documents"] or counts["tokens"] < counts["documents"]:
             return f"fewer tokens than documents in the {split} split"
+    of = meta["splits"], meta["tokenizer"]["sha256"]
+    if meta["fingerprint"] not in [fingerprint_of(*of, with_counts=with_counts) for with_counts in (False, True)]:
+        return "a fingerprint of other hashes"
     return None
 
 
@@ -253,7 +267,8 @@ def _tokenizer_of(prepared: PreparedData) -> Tokenizer:
         tokenizer = Tokenizer.load(prepared.tokenizer_file)
     except UserError as error:
         raise DamagedData(f"{file} holds no tokenizer") from error
-    if tokenizer.sha256 != prepared.meta["tokenizer"]["sha256"]:
+    made_by = (prepared.meta["tokenizer"]["sha256"], prepared.vocab_size, prepared.meta["end_of_text"])
+    if (tokenizer.sha256, tokenizer.vocab_size, tokenizer.end_of_text) != made_by:
         raise DamagedData(f"{file} is not the tokenizer that meta.json says")
     return tokenizer
 

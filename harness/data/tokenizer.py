@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, in_a_line, readable
-from harness.files.hashes import file_sha256
+from harness.files.hashes import file_sha256, value_sha256
 from harness.files.untrusted import Unreadable, is_count, parse_object
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,8 +30,9 @@ class Tokenizer:
     """Made by `plain_bytes`, `load` or `train_bpe`.
 
     vocab_size: ids are below it. end_of_text: the id that follows each document. sha256: of all that shapes the
-    tokens. Special tokens in a text are encoded as the characters that they are, never as the special token. What a
-    tokenizer draws at random (BPE dropout) is switched off: a text has one encoding.
+    tokens. keeps_text: no two texts have the same tokens, as with plain bytes and most byte-level BPEs. Special
+    tokens in a text are encoded as the characters that they are, never as the special token. What a tokenizer draws
+    at random (BPE dropout) is switched off: a text has one encoding.
 
     A run from elsewhere may have been made to see texts otherwise (`speak_as`). begins: tokens before each prompt.
     opening: the token before a text whose beginning is scored. stops: where writing ends.
@@ -47,6 +48,7 @@ class Tokenizer:
         self.stops: tuple[int, ...] = (self.end_of_text,)
         self._special = False
         self._piece = _PIECE
+        self.keeps_text = True
         if backend is None:
             return
         if getattr(backend.model, "dropout", None):  # of a BPE: merges left out at random, other tokens at every call
@@ -61,7 +63,8 @@ class Tokenizer:
         self.opening, self.stops = self.end_of_text, (self.end_of_text,)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         specification = json.loads(backend.to_str())
-        self.sha256 = hashlib.sha256(json.dumps(specification, sort_keys=True).encode()).hexdigest()
+        self.sha256 = value_sha256(specification)
+        self.keeps_text = _keeps_text(specification)
         self._piece = _PIECE if _splits_at_spaces(specification) else _LONG_PIECE
 
     @classmethod
@@ -345,6 +348,23 @@ def _splits_at_spaces(specification: dict[str, Any]) -> bool:
         and pre_tokenizer.get("type") == "ByteLevel"
         and pre_tokenizer.get("use_regex", True)
         and not pre_tokenizer.get("add_prefix_space", True)
+    )
+
+
+def _keeps_text(specification: dict[str, Any]) -> bool:
+    """Whether tokens surely tell every byte of their text: those of a byte-level BPE to which nothing is done before."""
+    from tokenizers import pre_tokenizers
+
+    model, steps = specification["model"], _flat(specification["pre_tokenizer"], "pretokenizers")
+    return (
+        not _flat(specification["normalizer"], "normalizers")
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and all(step["type"] in ("ByteLevel", "Split", "Digits") for step in steps)
+        and not any(step.get("add_prefix_space") or step.get("behavior") == "Removed" for step in steps)
+        and model["type"] == "BPE"
+        and not (model["continuing_subword_prefix"] or model["end_of_word_suffix"])
+        and model["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
+        and not any(token["lstrip"] or token["rstrip"] for token in specification["added_tokens"] if not token["special"])
     )
 
 

@@ -355,6 +355,62 @@ def test_the_fingerprint_is_of_tokens_and_tokenizer_and_nothing_else(tmp_path: P
     assert data.fingerprint == hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
 
 
+def test_other_texts_that_a_tokenizer_makes_the_same_have_other_fingerprints_if_counts_tell_them_apart(tmp_path: Path) -> None:
+    made = prepare(local(folder_of(tmp_path, "a", "The ﬁsh is ﬁne")), BPE, tmp_path / "data", progress=False)
+    specification = json.loads((made.folder / "tokenizer.json").read_text())
+    steps = [{"type": "NFKC"}, {"type": "Lowercase"}]
+    specification["normalizer"] = {"type": "Sequence", "normalizers": steps}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(specification))
+    tokenizer = TokenizerConfig(name="pretrained", path=str(tmp_path / "tokenizer.json"))
+    texts = {"ligatures": "The ﬁsh is ﬁne", "letters": "The fish is fine", "small": "the fish is fine"}
+    data = {
+        name: prepare(local(folder_of(tmp_path, name, text)), tokenizer, tmp_path / "data", progress=False)
+        for name, text in texts.items()
+    }
+    assert len({tuple(each.splits["train"].tokens) for each in data.values()}) == 1
+    fingerprints = {name: each.fingerprint for name, each in data.items()}
+    assert fingerprints["ligatures"] != fingerprints["letters"] == fingerprints["small"]
+    for each in data.values():
+        verify_prepared(open_prepared(each.folder))
+
+
+def folder_of(tmp_path: Path, name: str, text: str) -> Path:
+    """Its files, named for splits, hold the text, so that nothing is carved by a hash of it."""
+    (folder := tmp_path / name).mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "key", ["fingerprint", "sha256", "tokenizer", "split", "vocab_size", "end_of_text", "dataset", "identity"]
+)
+def test_a_meta_json_with_a_value_of_its_own_is_not_believed(
+    tmp_path: Path, texts: dict[str, str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = prepared(tmp_path, BPE)
+    before = contents(whole.folder)
+    meta = json.loads(before["meta.json"])
+    other = {
+        "fingerprint": {"fingerprint": "0" * 64},
+        "sha256": {"splits": meta["splits"] | {"test": meta["splits"]["test"] | {"sha256": "0" * 64}}},
+        "tokenizer": {"tokenizer": meta["tokenizer"] | {"sha256": "0" * 64}},
+        "split": {"splits": {split: counts for split, counts in meta["splits"].items() if split != "test"}},
+        "vocab_size": {"vocab_size": meta["vocab_size"] + 1},
+        "end_of_text": {"end_of_text": meta["end_of_text"] + 1},
+        "dataset": {"dataset": "another"},
+        "identity": {"identity": meta["identity"] | {"max_tokens": 10}},
+    }[key]
+    (whole.folder / "meta.json").write_text(json.dumps(meta | other))
+    if key not in ("dataset", "identity"):  # which name the folder, and which a copy's owner may name as he likes
+        with pytest.raises(DamagedData, match=r"meta\.json"):
+            (opened := open_prepared(whole.folder)).tokenizer  # noqa: B018
+            verify_prepared(opened)
+    again = prepare(local(tmp_path / "texts"), BPE, tmp_path / "data", progress=False, verify=True)
+    assert "Preparing it again" in capsys.readouterr().err
+    assert contents(again.folder) == before
+
+
 def test_after_a_killed_preparation_what_is_there_is_read_to_its_end(
     tmp_path: Path, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,9 @@ import hashlib
 import itertools
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -128,6 +130,63 @@ def test_a_pretrained_tokenizer_keeps_its_own_end_of_text(tmp_path: Path) -> Non
     model = {"type": "WordLevel", "vocab": {"[UNK]": 0, "sea": 1, "[BOS]": 3, "</s>": 9}, "unk_token": "[UNK]"}
     tokenizer = Tokenizer.load(pretrained(tmp_path, model=model))
     assert (tokenizer.end_of_text, tokenizer.vocab_size) == (9, 10)
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Isolated", "invert": False}
+ADDED = {"id": 320, "content": "sea", "single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+
+
+def changed(bpe: Tokenizer, folder: Path, *, model: Mapping[str, Any] = {}, **changes: object) -> Tokenizer:
+    """A BPE with other parts."""
+    file = bpe.save(folder)
+    assert file is not None
+    specification = json.loads(file.read_text())
+    model = specification["model"] | model
+    file.write_text(json.dumps(specification | {"model": model} | changes))
+    return Tokenizer.load(file)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"post_processor": BYTE_LEVEL},
+        {"normalizer": {"type": "Sequence", "normalizers": []}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTE_LEVEL | {"use_regex": False}]}},
+    ],
+    ids=["GPT-2's", "with offsets", "an empty normalizer", "Llama 3's"],
+)
+def test_a_byte_level_bpe_keeps_every_byte(bpe: Tokenizer, tmp_path: Path, changes: dict[str, Any]) -> None:
+    tokenizer = changed(bpe, tmp_path, **changes)
+    assert tokenizer.keeps_text and Tokenizer.plain_bytes().keeps_text
+    for string in ("", " ", "  a \r\n\t b ", "e\u0301 é ﬁ \u00a0", "\0\x7f😀", "A a", "<|endoftext|>"):
+        assert tokenizer.decode(tokenizer.encode(string)) == string
+
+
+@pytest.mark.parametrize(
+    ("changes", "one", "other"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "ﬁsh", "fish"),
+        ({"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}}, "a ", "a"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, " a", "a"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT | {"behavior": "Removed"}, BYTE_LEVEL]}},
+            "a b",
+            "a  b",
+        ),
+        ({"pre_tokenizer": {"type": "Whitespace"}, "decoder": None}, "a b", "a\nb"),
+        ({"model": {"vocab": {"a": 0}, "merges": []}}, "ab", "a"),
+        ({"model": {"continuing_subword_prefix": "#", "vocab": {"a": 0}, "merges": []}}, "ab", "a"),
+        ({"added_tokens": [ADDED | {"special": False}]}, "a sea", "asea"),
+    ],
+)
+def test_a_tokenizer_that_makes_two_texts_one_is_known(
+    bpe: Tokenizer, tmp_path: Path, changes: dict[str, Any], one: str, other: str
+) -> None:
+    tokenizer = changed(bpe, tmp_path, **changes)
+    assert tokenizer.encode(one) == tokenizer.encode(other)
+    assert not tokenizer.keeps_text
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "\udcff"])
