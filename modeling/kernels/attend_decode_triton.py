@@ -8,6 +8,8 @@ a launch waits for nothing, and results repeat bit for bit. What keys are made o
     tied       they are the values' tile, which is read once: all of it, its first K - P dimensions, or
     turned     the tile times a gain, its last P dimensions rotated by their slot's angle (keys that a cache holds un-rotated)
 
+A rotation takes a dimension of the first half of P together with one of the second, so these halves are tiles of their own,
+each a contiguous load, beside one of the dimensions before them: gathered in another order, they cannot be copied ahead.
 A sink is what the first range of a row begins its sum with. Letters: B batch, S slots, H query heads, G key/value heads,
 K query/key width, V value width, P width that is shared or turned.
 """
@@ -67,7 +69,8 @@ def attend_kernel(
     VALUE: tl.constexpr,
     PADDED_OWN: tl.constexpr,
     PADDED_ROPE: tl.constexpr,
-    PADDED_VALUE: tl.constexpr,
+    PADDED_PLAIN: tl.constexpr,
+    PADDED_HALF: tl.constexpr,
     TIED: tl.constexpr,
     SINKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -85,7 +88,10 @@ def attend_kernel(
     heads = group * (HEADS // GROUPS) + in_group
     own_columns = tl.arange(0, PADDED_OWN)
     rope_columns = tl.arange(0, PADDED_ROPE)
-    columns = tl.arange(0, PADDED_VALUE)
+    plain: tl.constexpr = VALUE - TURNED  # columns of values that are not turned
+    half: tl.constexpr = TURNED // 2
+    plain_columns = tl.arange(0, PADDED_PLAIN)
+    half_columns = tl.arange(0, PADDED_HALF)
 
     start, end = slots_of_program(lengths, row, split, splits, slots, BLOCK_S)
 
@@ -95,16 +101,15 @@ def attend_kernel(
         is_rope = is_head[:, None] & (rope_columns[None, :] < ROPE)
         q_rope = tl.load(q_rows + OWN + rope_columns[None, :], mask=is_rope, other=0.0)
     if TURNED > 0:
-        angles = columns - (VALUE - TURNED)
-        is_turned = (angles >= 0) & (columns < VALUE)
-        partners = tl.where(is_turned, VALUE - TURNED + (angles + TURNED // 2) % TURNED, columns)
-        own_gain = tl.load(gain + columns, mask=columns < VALUE, other=0.0).to(tl.float32)
-        other_gain = tl.load(gain + partners, mask=columns < VALUE, other=0.0).to(tl.float32)
-        other_gain = tl.where(angles < TURNED // 2, -other_gain, other_gain)
+        is_half = is_head[:, None] & (half_columns[None, :] < half)
+        q_first = tl.load(q_rows + plain + half_columns[None, :], mask=is_half, other=0.0)
+        q_second = tl.load(q_rows + plain + half + half_columns[None, :], mask=is_half, other=0.0)
+        plain_gain = tl.load(gain + plain_columns, mask=plain_columns < plain, other=0.0).to(tl.float32)
+        first_gain = tl.load(gain + plain + half_columns, mask=half_columns < half, other=0.0).to(tl.float32)
+        second_gain = tl.load(gain + plain + half + half_columns, mask=half_columns < half, other=0.0).to(tl.float32)
         # Each angle stands in a table twice, where the second sine has no sign: half of a table is read.
-        angles = tl.where(is_turned, angles % (TURNED // 2), 0) + TURNED // 2
-        cos += row * table_stride_b
-        sin += row * table_stride_b
+        cos += row * table_stride_b + half
+        sin += row * table_stride_b + half
 
     k += row * k_stride_b + group * k_stride_g
     v += row * v_stride_b + group * v_stride_g
@@ -115,43 +120,57 @@ def attend_kernel(
         sunk = tl.load(sinks + heads, mask=is_head, other=0.0).to(tl.float32) * 1.4426950408889634  # log2 e
         largest = tl.where(split == 0, sunk, largest)
         total = tl.where(split == 0, 1.0, total)
-    weighted = tl.zeros([BLOCK_H, PADDED_VALUE], tl.float32)
-    for first in tl.range(start, end, BLOCK_S, num_stages=STAGES):
-        numbers = first + tl.arange(0, BLOCK_S)
+    weighted = tl.zeros([BLOCK_H, PADDED_PLAIN], tl.float32)
+    weighted_first = tl.zeros([BLOCK_H, PADDED_HALF], tl.float32)
+    weighted_second = tl.zeros([BLOCK_H, PADDED_HALF], tl.float32)
+    for first_slot in tl.range(start, end, BLOCK_S, num_stages=STAGES):
+        numbers = first_slot + tl.arange(0, BLOCK_S)
         # The last valid slot stands in for those beyond the end: nothing beyond is read.
         rows = tl.minimum(numbers, end - 1)[:, None].to(tl.int64)
-        values = load_rows(v + rows * v_stride_s, columns, VALUE, PADDED_VALUE)
-        if TURNED > 0:
-            others = load_rows(v + rows * v_stride_s, partners, VALUE, PADDED_VALUE)
-            if TURNED == PADDED_VALUE:
-                own_cos = tl.load(cos + rows * table_stride_s + angles[None, :])
-                other_sin = tl.load(sin + rows * table_stride_s + angles[None, :])
+        scores = tl.zeros([BLOCK_H, BLOCK_S], tl.float32)
+        if plain > 0:
+            values = load_rows(v + rows * v_stride_s, plain_columns, plain, PADDED_PLAIN)
+            if TURNED > 0:
+                keys = (values.to(tl.float32) * plain_gain[None, :]).to(values.dtype)
+            elif TIED:
+                keys = values
             else:
-                own_cos = tl.load(cos + rows * table_stride_s + angles[None, :], mask=is_turned[None, :], other=1.0)
-                other_sin = tl.load(sin + rows * table_stride_s + angles[None, :], mask=is_turned[None, :], other=0.0)
-            turned = values.to(tl.float32) * (own_gain[None, :] * own_cos)
-            keys = (turned + others.to(tl.float32) * (other_gain[None, :] * other_sin)).to(values.dtype)
-        elif TIED:
-            keys = values
-        else:
-            keys = load_rows(k + rows * k_stride_s, own_columns, OWN, PADDED_OWN)
-        scores = tl.dot(q_own, tl.trans(keys), input_precision="ieee")
+                keys = load_rows(k + rows * k_stride_s, own_columns, OWN, PADDED_OWN)
+            scores = tl.dot(q_own, tl.trans(keys), scores, input_precision="ieee")
+        if TURNED > 0:
+            first = load_rows(v + plain + rows * v_stride_s, half_columns, half, PADDED_HALF)
+            second = load_rows(v + plain + half + rows * v_stride_s, half_columns, half, PADDED_HALF)
+            cosine = load_rows(cos + rows * table_stride_s, half_columns, half, PADDED_HALF)
+            sine = load_rows(sin + rows * table_stride_s, half_columns, half, PADDED_HALF)
+            by_first, by_second = first.to(tl.float32) * first_gain[None, :], second.to(tl.float32) * second_gain[None, :]
+            keys_first = (by_first * cosine - by_second * sine).to(first.dtype)
+            keys_second = (by_second * cosine + by_first * sine).to(first.dtype)
+            scores = tl.dot(q_first, tl.trans(keys_first), scores, input_precision="ieee")
+            scores = tl.dot(q_second, tl.trans(keys_second), scores, input_precision="ieee")
         if ROPE > 0:
             shared = load_rows(k_rope + rows * k_rope_stride_s, rope_columns, ROPE, PADDED_ROPE)
             scores = tl.dot(q_rope, tl.trans(shared), scores, input_precision="ieee")
         weights, shrink, largest, total = weights_so_far(scores, numbers, end, scale_log2, largest, total)
-        weighted = tl.dot(weights.to(values.dtype), values, weighted * shrink[:, None], input_precision="ieee")
+        weights = weights.to(v.dtype.element_ty)
+        if plain > 0:
+            weighted = tl.dot(weights, values, weighted * shrink[:, None], input_precision="ieee")
+        if TURNED > 0:
+            weighted_first = tl.dot(weights, first, weighted_first * shrink[:, None], input_precision="ieee")
+            weighted_second = tl.dot(weights, second, weighted_second * shrink[:, None], input_precision="ieee")
 
     out_rows = row * HEADS + heads
     if not ONE_SPLIT:
         out_rows = out_rows * splits + split
         total = tl.where(start < end, total, 1.0)  # a range beyond the row's length leaves -inf (not 0/0) and 0
         tl.store(lse + out_rows, largest + tl.log2(total), mask=is_head)
-    tl.store(
-        out + out_rows[:, None] * VALUE + columns[None, :],
-        (weighted / total[:, None]).to(out.dtype.element_ty),
-        mask=is_head[:, None] & (columns[None, :] < VALUE),
-    )
+    out += out_rows[:, None] * VALUE
+    if plain > 0:
+        is_plain = is_head[:, None] & (plain_columns[None, :] < plain)
+        tl.store(out + plain_columns[None, :], (weighted / total[:, None]).to(out.dtype.element_ty), mask=is_plain)
+    if TURNED > 0:
+        out += plain + half_columns[None, :]
+        tl.store(out, (weighted_first / total[:, None]).to(out.dtype.element_ty), mask=is_half)
+        tl.store(out + half, (weighted_second / total[:, None]).to(out.dtype.element_ty), mask=is_half)
 
 
 def decode(
@@ -212,17 +231,20 @@ def attend_constants(
     *, n_heads: int, n_kv_heads: int, own: int, rope: int, turned: int, v_width: int, tied: bool, plan: Plan
 ) -> dict[str, int | bool]:
     """What `attend_kernel` is compiled for, but for sinks. own: K without what all groups share."""
-    padded_own, padded_rope, padded_value = (max(16, triton.next_power_of_2(width)) for width in (own, rope, v_width))
+    widths = own - turned, rope, v_width - turned, turned // 2
+    padded_own, padded_rope, padded_plain, padded_half = (max(16, triton.next_power_of_2(width)) for width in widths)
+    padded_half = max(32, padded_half)  # 8 columns a warp: of fewer, warps compute the same thing
     return {
         "HEADS": n_heads,
         "GROUPS": n_kv_heads,
-        "OWN": own,
+        "OWN": own - turned,
         "ROPE": rope,
         "TURNED": turned,
         "VALUE": v_width,
-        "PADDED_OWN": padded_value if tied else padded_own,
+        "PADDED_OWN": padded_plain if tied else padded_own,
         "PADDED_ROPE": padded_rope,
-        "PADDED_VALUE": padded_value,
+        "PADDED_PLAIN": padded_plain,
+        "PADDED_HALF": padded_half,
         "TIED": tied,
         "BLOCK_H": plan.tile.heads,
         "BLOCK_S": plan.tile.slots,
@@ -234,13 +256,13 @@ def attend_constants(
 def choose_tile(*, n_heads: int, K: int, V: int, dtype: torch.dtype, turned: bool = False, wide: bool = True) -> Tile:
     """The tile for so many query heads a group, which reads 32 KiB of keys and values, and less where it holds more besides.
 
-    wide: more than 16 heads are padded to 64, which fill Hopper's matrix instruction, as in latent_decode_triton.py. Registers
-    and programs are what `benchmarks/latent_decode.py --offline` says; a start costs what it does there, in bytes of slots. Not
-    measured on a GPU yet.
+    wide: more than 16 heads are padded to 64, which fill Hopper's matrix instruction, as in latent_decode_triton.py, but where
+    keys are turned: from a computed tile of 256 x 16 that instruction came out wrong (docs/LOG.md). Registers and programs are
+    what `benchmarks/latent_decode.py --offline` says; a start costs what it does there, in bytes of slots.
     """
     width, full = max(64, triton.next_power_of_2(max(K, V))), dtype == torch.float32
-    wide = wide and n_heads > 16 and not full
-    slots = max(16, 8192 // width // 2 ** (wide + turned + full))
+    wide = wide and n_heads > 16 and not full and not turned
+    slots = max(16, 8192 // width // 2 ** (wide + full))
     registers, resident = (168, 3) if wide or turned else (128, 4)
     if (wide and width == 256) or (turned and full):
         registers, resident = 255, 2

@@ -88,7 +88,7 @@ GRID = (
     Case(8, 2, 64, 64, HALF, keys="turned", P=64, splits=1, logit_std=1),
     Case(6, 2, 48, 48, keys="turned", P=16, tables=3),
     Case(6, 2, 80, 80, HALF, keys="turned", P=80, sinks=True, logit_std=1),
-    Case(40, 2, 32, 32, keys="turned", P=16, wide=True),
+    Case(40, 2, 32, 32, keys="turned", P=16),
 )
 
 
