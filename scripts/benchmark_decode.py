@@ -246,13 +246,8 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.quantisation import cache_format
-    from modeling.kernels.decode_kernels import check_capture
 
     device = select_device(options.device)
-    if options.step == "graph" or (options.step == "auto" and device.type == "cuda"):
-        with as_user_error():
-            for kernel in options.kernel.split(","):
-                check_capture(kernel)
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -86,7 +86,7 @@ def kernels_of(attention: Any) -> dict[str, str | None]:
 
 def decode_kernel(attention: Any, dtype: torch.dtype, device: torch.device) -> str:
     """What computes one new token a row of such a layer, through a cache that is read in this dtype; torch for all others."""
-    if not hasattr(attention, "kernels"):
+    if not hasattr(type(attention), "kernels"):  # the class is asked: a layer would make them anew in each call
         return "torch"
     name = "torch" if attention.kernel == "auto" and attention.backend == "reference" else attention.kernel
     return select_explicit(name, device=device, dtype=dtype, K=attention.qk_width, V=attention.v_head_dim)
