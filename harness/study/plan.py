@@ -280,9 +280,18 @@ def load_study(study: str, folder: Path | None = None) -> StudyConfig:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    config: StudyConfig = typed(StudyConfig, content, "")
+    config: StudyConfig = typed(StudyConfig, _flat(content), "")
     _check(config, study)
     return config
+
+
+def _flat(content: Any) -> Any:
+    """A study's YAML with lists inside an arm's overrides taken apart: several arms share one by an anchor."""
+    arms = content.get("arms") if isinstance(content, dict) else None
+    for arm in arms.values() if isinstance(arms, dict) else ():
+        if isinstance(arm, dict) and isinstance(overrides := arm.get("overrides"), list):
+            arm["overrides"] = [one for item in overrides for one in (item if isinstance(item, list) else [item])]
+    return content
 
 
 def _check(config: StudyConfig, study: str) -> None:

@@ -155,6 +155,16 @@ def test_a_wrong_study_is_refused_in_one_sentence(tmp_path: Path, before: str, a
     assert sentence in str(caught.value)
 
 
+def test_arms_share_a_list_of_overrides_by_an_anchor(tmp_path: Path) -> None:
+    shared = GOOD.replace("[attention=gqa]", "[&wide [model.d_model=256, model.n_heads=8], attention=gqa]")
+    arms = study(tmp_path, shared.replace("[attention=mla]", "[attention=mla, *wide]")).arms
+    assert arms["gqa"].overrides == ["model.d_model=256", "model.n_heads=8", "attention=gqa"]
+    assert arms["mla"].overrides == ["attention=mla", "model.d_model=256", "model.n_heads=8"]
+    for wrong in ("arms: 1", "arms: {gqa: 1}", "arms: {gqa: {family: gqa, overrides: 1}}"):
+        with pytest.raises(UserError, match=r"^arms.*=1 must be "):
+            study(tmp_path, f"question: which?\nbase: []\nseeds: [0]\n{wrong}")
+
+
 def test_a_study_that_does_not_exist_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"study=kv_bugdet does not exist; did you mean kv_budget\?"):
         load_study("kv_bugdet")
