@@ -109,7 +109,8 @@ class Study:
         return found
 
 
-@pytest.mark.parametrize("tune", ["none", "lr"])
+# What is done without a sweep is done behind one, too.
+@pytest.mark.parametrize("tune", [pytest.param("none", marks=pytest.mark.slow), "lr"])
 def test_a_study_killed_at_random_moments_and_continued_has_the_record_of_one_never_killed(
     killer: Killer, tune: str, request: pytest.FixtureRequest
 ) -> None:
