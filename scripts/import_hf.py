@@ -2,7 +2,8 @@
 
 Llama, Mistral, Ministral, Phi-3, Qwen2 (2.5) and Qwen3, with the windows of their layers, Qwen3.5's models of text
 alone, with its layers of linear attention, and DeepSeek-V2 and V3 whose layers are all dense. The weights keep their values and
-the model its function: what cannot be kept exactly is refused, naming the field. With score=false nothing is scored; the same
+the model its function: what cannot be kept exactly is refused, naming the field; tensors that transformers' class leaves out,
+such as heads for several tokens at once, are left out and named. With score=false nothing is scored; the same
 command with score=true does it later. dataset=NAME is what the run is scored on, wikitext2 unless said.
 """
 

@@ -15,6 +15,7 @@ These two alone of the files here import transformers, and only when one of thes
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ MODEL_TYPES = {
     "DeepSeek-V3": "deepseek_v3",
 }
 SINCE_5 = ("MinistralForCausalLM", "Qwen3_5ForCausalLM")  # classes that transformers 4 does not have
+_COMPARED = 1024  # tokens, of a model with a longer context
 _FILES_ALONE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # never asked, never run
 
 
@@ -306,6 +308,16 @@ def _legacy(config: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def left_out_by(architecture: str, names: Sequence[str]) -> list[str]:
+    """Of tensors without a place in this class of theirs, by their names, those that it leaves out on loading."""
+    import transformers
+
+    named = getattr(getattr(transformers, architecture, None), "_keys_to_ignore_on_load_unexpected", None) or ()
+    # The last is no class's own: a buffer of older checkpoints, which follows from config.json.
+    pattern = re.compile("|".join([*named, r"rotary_emb\.inv_freq"]))
+    return [name for name in names if pattern.search(name)]
+
+
 def load(folder: Path) -> tuple[Any, Any]:
     """Model (float32, in evaluation mode) and tokenizer of a folder, as anybody loads them: by its files alone.
 
@@ -342,11 +354,13 @@ def _no_progress_bars() -> Iterator[None]:
 def difference(model: GPT, theirs: Any) -> float:
     """||ours - theirs|| / ||theirs|| of the logits of random tokens: what tells the same function from a similar one.
 
-    So many that windows hide some of them.
+    Over the whole context, for what holds the first tokens may not hold later ones: windows hide some, states are handed on
+    between chunks, and positions are stretched. Of a long one over its first 1,024 tokens, or more where a window takes more.
     """
     generator = torch.Generator().manual_seed(0)
     longest = max((getattr(attention, "window", None) or 0) for attention in model.attentions)
-    shape = (1 if longest > 512 else 2, min(max(32, longest + 16), model.max_seq_len))
+    # A vocabulary of 150,000 has 0.6 GB of logits for so many tokens.
+    shape = (1, min(max(_COMPARED, longest + 16), model.max_seq_len))
     tokens_BT = torch.randint(model.vocab_size, shape, generator=generator).to(model.embedding.weight.device)
     ours_BTC = model(tokens_BT)[..., : model.vocab_size]
     theirs_BTC = theirs(input_ids=tokens_BT).logits.float()

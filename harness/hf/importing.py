@@ -27,7 +27,9 @@ from harness.config.schema import TokenizerConfig, TrainConfig
 from harness.data import PreparedData, Tokenizer, check_corpus, prepare
 from harness.errors import UserError
 from harness.files.atomic import check_target, read_json
+from harness.files.text import counted, some_of
 from harness.hf.checkpoint_files import TOKENIZER, CheckpointFiles
+from harness.hf.classes import left_out_by
 from harness.hf.config_json import FAMILIES, their_json
 from harness.hf.options import Description, describe
 from harness.hf.shards import DTYPES, ShardWriter, TensorInFile, TensorSpec, open_shards
@@ -42,8 +44,6 @@ from modeling.shapes import shapes_only
 
 _SCORED_TOKENS = 16_384  # in one forward pass of an evaluation, where the window is no longer
 _LEARNING_RATE = 2e-5  # of whoever trains on: a usual one for weights that have been trained
-# Buffers that older checkpoints carry; what they hold follows from config.json.
-_COMPUTED = re.compile(r"(?:.*\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,10 @@ def _tied(said: bool, tensors: Mapping[str, TensorInFile], notes: list[str]) -> 
 def _check_tensors(
     mappings: Mapping[str, TensorMapping], tensors: Mapping[str, TensorInFile], theirs: Description, notes: list[str]
 ) -> None:
-    """Raises UserError unless every tensor that is needed is there in the shape that config.json asks for, and no other."""
+    """Raises UserError unless every tensor that is needed is there in the shape that config.json asks for.
+
+    Others are refused, but for those that their class leaves out too.
+    """
     for name, mapping in mappings.items():
         if mapping.source is None:
             if name.startswith("blocks.0."):
@@ -274,16 +277,15 @@ def _check_tensors(
                 f"{mapping.source} is of {stored.dtype}, which is not read: convert the weights to one of {', '.join(DTYPES)}"
             )
     used = {mapping.source for mapping in mappings.values()} | {"lm_head.weight"}
-    odd = [name for name in tensors if name not in used and not _COMPUTED.fullmatch(name)]
-    layers = theirs.sizes["n_layers"]
-    if theirs.model_type == "deepseek_v3":  # their modules for multi-token prediction stand behind the last layer
-        mtp = [name for name in odd if (found := re.match(r"model\.layers\.(\d+)\.", name)) and int(found[1]) >= layers]
-        if mtp:
-            notes.append(f"{len(mtp)} tensors of multi-token prediction (layers from {layers} on) are left out")
-        odd = [name for name in odd if name not in mtp]
+    odd = sorted(name for name in tensors if name not in used)
+    architecture = FAMILIES[theirs.model_type].architecture
+    assert architecture is not None
+    if odd and (left_out := left_out_by(architecture, odd)):
+        notes.append(f"left out, as transformers does, {counted(len(left_out), 'tensor')}: {some_of(left_out)}")
+        odd = [name for name in odd if name not in left_out]
     if odd:
         raise UserError(
-            f"{min(odd)} is in the weight files and has no place in model_type={theirs.model_type} with this "
+            f"{odd[0]} is in the weight files and has no place in model_type={theirs.model_type} with this "
             f"config.json ({len(odd)} such tensors): the two are not of one model"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -746,17 +747,32 @@ def rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_buffers_that_config_json_implies_and_modules_for_several_tokens_are_left_out(
-    zoo: Zoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("llama", "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        ("llama", "mtp.layers.0.mlp.up_proj.weight"),
+        ("qwen3_5_text, gated DeltaNet", "mtp.layers.0.mlp.up_proj.weight"),
+        ("qwen3_5_text, gated DeltaNet", "model.visual.patch_embed.proj.bias"),
+        ("qwen3_5_text, gated DeltaNet", "model.layers.61.mlp.up_proj.weight"),
+        ("deepseek_v3", "model.layers.61.mlp.up_proj.weight"),
+        ("deepseek_v3", "model.layers.2.mlp.up_proj.weight"),
+    ],
+)
+def test_what_their_class_leaves_out_is_left_out_and_said_and_nothing_else(
+    zoo: Zoo, name: str, tensor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def add(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
-        tensors["model.layers.2.mlp.up_proj.weight"] = torch.ones(3)
+    import transformers
 
-    source = shutil.copytree(zoo.source("deepseek_v3"), tmp_path / "theirs")
-    rewritten(source, add)
-    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model("deepseek_v3")) < 1e-5
-    assert "1 tensors of multi-token prediction (layers from 2 on) are left out" in capsys.readouterr().out
+    source = shutil.copytree(zoo.source(name), tmp_path / "theirs")
+    rewritten(source, lambda tensors: tensors.update({tensor: torch.ones(3)}))
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(source, output_loading_info=True)
+    if info["unexpected_keys"]:
+        with pytest.raises(UserError, match=f"^{re.escape(tensor)} is in the weight files and has no place"):
+            zoo.bring(source, tmp_path / "run")
+        return
+    assert difference(zoo.bring(source, tmp_path / "run"), zoo.model(name)) < 1e-5
+    assert capsys.readouterr().out.count(f"left out, as transformers does, 1 tensor: {tensor}\n") == 1
 
 
 @pytest.mark.parametrize(("same", "tied"), [(True, True), (False, False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from harness.errors import UserError
 from harness.hf.classes import (
     MODEL_TYPES,
     SINCE_5,
+    as_own,
     as_transformers,
     difference,
     families,
@@ -156,6 +158,34 @@ def test_a_wrong_weight_is_a_difference() -> None:
     with torch.no_grad():
         theirs.model.layers[1].self_attn.kv_b_proj.weight.mul_(1.01)
     assert difference(model, theirs) > 1e-4
+
+
+def test_a_state_that_is_lost_between_chunks_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    overrides = [*DELTA, "model.max_seq_len=150"]
+    model = randomise(gpt_from(overrides)).eval()
+    theirs, rule = as_transformers(model, config_at(*overrides)), modeling_qwen3_5.torch_chunk_gated_delta_rule
+    assert difference(model, theirs) < 1e-4
+
+    def forgetful(*args: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """All but those in kwargs are (B, T, ...)."""
+        chunks = zip(*(x_BT.split(64, dim=1) for x_BT in (*args, g, beta)), strict=True)
+        outs, states = zip(*(rule(*qkv, g=g, beta=beta, **kwargs) for *qkv, g, beta in chunks), strict=True)
+        return torch.cat(outs, dim=1), states[-1]
+
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", forgetful)
+    assert difference(model, theirs) > 1e-2
+
+
+def test_the_last_position_is_compared() -> None:
+    overrides = ["attention=mha_learned", "model.max_seq_len=150"]
+    model = randomise(gpt_from(overrides)).eval()
+    theirs = as_own(deepcopy(model), config_at(*overrides))
+    assert difference(model, theirs) < 1e-6
+    with torch.no_grad():
+        theirs.model.position_embedding.weight[-1] += 1
+    assert difference(model, theirs) > 1e-3
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
