@@ -24,10 +24,12 @@ from harness.errors import UserError
 from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
 from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, some_of, span, table_of, visible
+from harness.report.document import at_contexts
 from harness.report.run_choice import SEEDS, Request, choose, grouped, values_at
 from harness.runs.evaluations import cache_label, in_few_bits
 from harness.runs.kind import CACHE, HEADINGS, PROTOCOL, USUAL
 from harness.runs.records import FIGURES
+from harness.study.results import LENGTH
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
@@ -112,34 +114,36 @@ class ComparisonTable:
 
     @property
     def contexts(self) -> list[int]:
-        """Tokens at which cache sizes are quoted: with windows or states a token of a longer context takes less."""
-        return sorted({setup.cache_context for setup in self.setups if setup.cache_context is not None})
+        """Tokens at which cache sizes are quoted, where every row says its own.
+
+        With windows or states a token of a longer context takes less.
+        """
+        contexts = {setup.cache_context for setup in self.setups}
+        return [] if None in contexts else sorted(filter(None, contexts))
 
     def cells(self) -> list[list[str]]:
         """The table for people: names of columns, then a row a setup."""
-        contexts = self.contexts
-        one = f" at {contexts[0]:,} tokens" if len(contexts) == 1 else ""
-        at_context = f"cache bytes{one or ' at context'}"
-        rows: list[dict[str, str]] = []
-        for setup in self.setups:
-            row = {"variant": setup.variant, "seeds": str(setup.n)}
-            own = f" at {setup.cache_context:,}" if setup.cache_context is not None and not one else ""
-            for key, shown in _COMPARED.items():
-                if key == "cache_bytes_per_token":
-                    row[shown.unit + one] = setup.cell(key) + own
-                else:
-                    row[shown.unit] = setup.cell(key)
-                if key == "bits_per_byte":
-                    half = setup.bits_per_byte_half_width
-                    row["95 %"] = "" if half is None else f"± {half:.4f}"
-                if key == "cache_bytes_per_token" and self.has_caches_as_rows:
-                    row[at_context] = "" if setup.cache_bytes_at_context is None else f"{setup.cache_bytes_at_context:,}{own}"
-                if key == "cache_ratio_to_mha":
-                    at_32k = (setup.cache_bytes_by_context or {}).get("32768")
-                    row["MiB at 32k"] = "" if at_32k is None else f"{at_32k / 2**20:,.4g}"
-            rows.append(row)
-        known = [name for name in rows[0] if any(row[name] for row in rows)]
-        return table_of([{name: row[name] for name in known} for row in rows])
+        columns = {"variant": [setup.variant for setup in self.setups], "seeds": [str(setup.n) for setup in self.setups]}
+        for key, shown in _COMPARED.items():
+            name, cells = shown.unit, [setup.cell(key) for setup in self.setups]
+            if key == "cache_bytes_per_token":
+                name, cells = self._at_contexts(name, cells)
+            columns[name] = cells
+            if key == "bits_per_byte":
+                halves = [setup.bits_per_byte_half_width for setup in self.setups]
+                columns["95 %"] = ["" if half is None else f"± {half:.4f}" for half in halves]
+            if key == "cache_bytes_per_token" and self.has_caches_as_rows:
+                sizes = [setup.cache_bytes_at_context for setup in self.setups]
+                name, cells = self._at_contexts("cache bytes", ["" if size is None else f"{size:,}" for size in sizes])
+                columns[name] = cells
+            if key == "cache_ratio_to_mha":
+                sizes = [(setup.cache_bytes_by_context or {}).get(str(LENGTH)) for setup in self.setups]
+                columns[f"MiB at {LENGTH:,} tokens"] = ["" if size is None else f"{size / 2**20:,.4g}" for size in sizes]
+        known = {name: cells for name, cells in columns.items() if any(cells)}
+        return [[*known], *map(list, zip(*known.values(), strict=True))]
+
+    def _at_contexts(self, name: str, cells: list[str]) -> tuple[str, list[str]]:
+        return at_contexts(name, cells, [setup.cache_context for setup in self.setups])
 
 
 @dataclass(frozen=True)

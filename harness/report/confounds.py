@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harness.config.identity import flat
+from harness.report.document import at_contexts
 from harness.runs.kind import PROTOCOL
 from harness.runs.provenance import short_commit
 from harness.study.results import RunResult
@@ -41,10 +42,11 @@ def protocol(run: RunResult) -> str:
     return ", ".join(f"{name}={record.get(name)}" for name in reversed(PROTOCOL))  # as in the pages that are published
 
 
+_CACHE = "cache bytes per token"
 _BY_SEED = "seed: order of the data"  # differs from run to run of an arm by design
 _QUANTITIES: dict[str, Callable[[RunResult], Any]] = {
     "training FLOPs per token": lambda run: run.summary["training_flops_per_token"],
-    "cache bytes per token": lambda run: run.summary["cache_bytes_per_token"],
+    _CACHE: lambda run: run.summary["cache_bytes_per_token"],
     "cache dtype": lambda run: run.summary["cache_dtype"],
     "training tokens": lambda run: run.summary["tokens"],
     "tokens before, of the run it starts from": lambda run: run.summary.get("initial_tokens", 0),
@@ -72,7 +74,14 @@ def facts(runs: Runs) -> list[Fact]:
     for block in dict.fromkeys(name for sizes in blocks for name in sizes if name != "total"):
         if any(sizes.get(block) for sizes in blocks):
             found.append(_fact(f"parameters: {block}", runs, _parameters_of(block)))
-    return [*found, *(_fact(name, runs, of) for name, of in _QUANTITIES.items())]
+    found += [_fact(name, runs, of) for name, of in _QUANTITIES.items()]
+    return [_of_contexts(fact, runs) if fact.name == _CACHE else fact for fact in found]
+
+
+def _of_contexts(cache: Fact, runs: Runs) -> Fact:
+    contexts = [of_arm[0].summary.get("cache_context") for of_arm in runs.values()]
+    name, texts = at_contexts(cache.name, [*cache.values.values()], contexts)
+    return replace(cache, name=name, values=dict(zip(runs, texts, strict=True)))
 
 
 def _fact(name: str, runs: Runs, of: Callable[[RunResult], Any]) -> Fact:

@@ -47,6 +47,19 @@ class Section:
     more: Sequence[str] = ()
 
 
+def at_contexts(name: str, cells: Sequence[str], contexts: Sequence[int | None]) -> tuple[str, list[str]]:
+    """A column of a cache's bytes, or a line of them, which says for how many tokens they are.
+
+    In its name where all cells that hold something are of one context, else in each cell of which it is known.
+    """
+    held = [cell not in ("", ABSENT) for cell in cells]
+    first, *others = {at for at, holds in zip(contexts, held, strict=True) if holds} or {None}
+    if first is not None and not others:
+        return f"{name} at {first:,} tokens", [*cells]
+    own = zip(cells, contexts, held, strict=True)
+    return name, [f"{cell} at {at:,}" if holds and at is not None else cell for cell, at, holds in own]
+
+
 def change(contrast: Contrast, metric: Metric) -> str:
     """A difference with its sign."""
     return with_error(contrast.difference, contrast.low, contrast.high, metric.digits, sign="+")

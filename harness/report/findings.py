@@ -63,6 +63,11 @@ class ArmFindings:
         """A figure of the summary that all seeds share; None without a run."""
         return dict(self.runs[0].summary)[key] if self.runs else None
 
+    @property
+    def cache_context(self) -> int | None:
+        """Tokens that its cache was measured for; None without a run, or where its record is older than that."""
+        return self.runs[0].summary.get("cache_context") if self.runs else None
+
     def test(self, metric: Metric) -> float | None:
         """Mean over the seeds of a figure of the test evaluation; None where a run lacks it."""
         values = [metric.of(run.evaluation()) for run in self.runs]

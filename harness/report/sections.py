@@ -10,7 +10,7 @@ from harness.evaluation.metric import METRICS, PERPLEXITY
 from harness.files.text import counted, number, plural
 from harness.report import study_pictures as pictures
 from harness.report.confounds import Fact
-from harness.report.document import ABSENT, Section, TableLine, TextTable, capital, change, in_ms, mean_text
+from harness.report.document import ABSENT, Section, TableLine, TextTable, at_contexts, capital, change, in_ms, mean_text
 from harness.report.findings import Best, Findings, Sweep, Verdict, probe_of
 from harness.runs.provenance import CHANGED, CHANGES_FILE, has_changes
 from harness.runs.records import DecodeRow
@@ -86,16 +86,21 @@ def _best_words(findings: Findings, best: Best) -> str:
 
 def _main(findings: Findings) -> Section:
     levels = any(arm.info["level"] for arm in findings.arms)
+    cache, sizes = at_contexts(
+        "cache bytes per token",
+        [_count(arm.summary("cache_bytes_per_token")) for arm in findings.arms],
+        [arm.cache_context for arm in findings.arms],
+    )
     decode = _decode_cells(findings)
     metric, at_length = findings.metric, findings.at_length
     lines = []
-    for arm in findings.arms:
+    for arm, size in zip(findings.arms, sizes, strict=True):
         ratio = arm.summary("cache_ratio_to_mha")
         cells = {
             "arm": arm.name + " (reference)" * arm.info["reference"] + " (exploratory)" * (arm.name in findings.added.arms),
             **({"level": arm.info["level"] or ABSENT} if levels else {}),
             "parameters": _count(arm.summary("parameters")),
-            "cache bytes per token": _count(arm.summary("cache_bytes_per_token")),
+            cache: size,
             **({f"at {LENGTH:,} tokens": _count(at_length.get(arm.name))} if at_length else {}),
             "of MHA's": ABSENT if ratio is None else f"{ratio:.3f}",
             metric.label: mean_text(arm.mean, metric),

@@ -83,6 +83,7 @@ def _row(results: StudyResults, run: RunResult, kind: str) -> dict[str, Any]:
         "seed": run.seed,
         "learning_rate": run.lr,
         **{key: summary.get(key) for key in dict.fromkeys([*SIZES, *declared(Facts, Shown)])},
+        "cache_context": run.summary.get("cache_context"),  # of cache_bytes_per_token
         AT_LENGTH: bytes_at_length(run.summary),
         **{f"validation_{name}": score.of(summary) for name, score in SCORES.items()},
         **{f"test_{name}": metric.of(record) for name, metric in METRICS.items()},

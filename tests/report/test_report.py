@@ -226,6 +226,22 @@ def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: P
     assert "| mla\\_plain (exploratory) |" in markdown and "| mla − mqa | exploratory |" in markdown
 
 
+def test_bytes_of_a_cache_say_for_which_context_they_are(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "contexts", segments=0, extras=False)
+    change(folder, "*/summary.json", cache_context=256)
+    markdown, _ = told(folder)
+    headers = [line for line in markdown.splitlines() if "cache bytes per token" in line and line.startswith("|")]
+    assert len(headers) == 2 and all("| cache bytes per token at 256 tokens" in line for line in headers)
+    rows = csv.DictReader(study_csv(load_results(folder)).splitlines())
+    assert {row["cache_context"] for row in rows} == {"256"}
+    for run in folder.glob("mla-*"):
+        change(run, "summary.json", cache_context=512)
+    cells = f"{ARMS['mla'].cache:,} at 512", f"{ARMS['gqa'].cache:,} at 256"
+    markdown, _ = told(folder)
+    for cell in cells:
+        assert len([line for line in markdown.splitlines() if f"| {cell} |" in line]) == 2
+
+
 def test_caches_that_are_no_straight_line_are_compared_at_a_length_too(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "curved", segments=0, extras=False)
     change(folder, "*/summary.json", cache_bytes_by_context={"32768": 1024 * 32768})
