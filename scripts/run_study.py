@@ -233,13 +233,16 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
         chosen = {arm: lr for arm, lr in (before["chosen_lr"] | rates.chosen).items() if arm not in untuned}
         sweep = [spec for spec in _specs_of(plan, before["sweep"]) if tune != "lr" or spec.arm not in arms]
         runs = [*specs, *others]
+        # At other rates now, or of arms that are gone, earlier ones have been seen all the same.
+        seen = {run["name"] for run in before["runs"]} | {spec.name for spec in runs}
         history = extended(
             plan.recorded(),
             arms={arm: sorted({*command.declared.get(arm, ()), *plan.config.seeds_of(arm)}) for arm in plan.arms},
             contrasts=[(a, b) for a, b in plan.config.contrasts],
             margin=plan.config.margin,
+            metric=plan.config.metric,
             trends=[*plan.config.trends],
-            results=sum(finished(plan.folder / spec.name) for spec in runs),
+            results=sum(finished(plan.folder / name) for name in seen),
         )
         write_record(plan, chosen_lr=chosen, specs=runs, sweep=[*rates.sweep, *sweep], failures=failures, history=history)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -274,13 +274,17 @@ class Findings:
         }
         declared = {name: (trend["of"], trend["at"]) for name, trend in recorded.items()}
         told = []
-        for trend in trends(self.values, declared, **self._kinds):
-            reasons = [self.added.late(a, b) for a, b in trend.pairs]
-            late = "the trend was added after the first result" if trend.name in self.added.trends else None
-            reason = next(filter(None, (late, *reasons)), None)
+        late = {name: reason for name, (pairs, _) in declared.items() if (reason := self._late_trend(name, pairs)) is not None}
+        for trend in trends(self.values, declared, late=late, **self._kinds):
+            reason = late.get(trend.name)
             sentence = trend.sentence(self.metric, recorded[trend.name]["over"])
             told.append((trend, sentence + (f"; exploratory: {reason}" if reason else ""), reason))
         return told
+
+    def _late_trend(self, name: str, pairs: Sequence[Pair]) -> str | None:
+        """Why a trend is exploratory; None if it is not."""
+        late = "the trend was added after the first result" if name in self.added.trends else None
+        return next(filter(None, (late, *(self.added.late(a, b) for a, b in pairs))), None)
 
     def _late(self) -> list[str]:
         """Sentences on what was not declared before the first result."""
@@ -295,6 +299,7 @@ class Findings:
         late += [f"the comparison of {a} with {b}" for a, b in added.contrasts]
         late += [f"the trend {name}" for name in added.trends]
         late += ["the margin, and with it what is called the same"] if added.margin else []
+        late += ["the metric, and with it every comparison"] if added.metric else []
         if late:
             notes.append(f"added after the first result, so exploratory: {'; '.join(late)}")
         if added.dropped:

@@ -199,6 +199,7 @@ class DeclarationRecord(TypedDict):
     contrasts: list[tuple[str, str]]
     margin: Rate | None
     trends: NotRequired[list[str]]  # absent from older records
+    metric: NotRequired[str]  # likewise
 
 
 class TrendRecord(TypedDict):

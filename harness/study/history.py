@@ -1,19 +1,20 @@
 """What was declared of a study before its first result, and what after it, from the history that study.json keeps.
 
-A command that starts writes down the arms, their seeds, the contrasts and the margin that it was given, wherever they differ
-from what stands there, with the number of runs that had finished by then. What was added once there was something to look at
-is exploratory, whoever says otherwise.
+A command that starts writes down the arms, their seeds, the contrasts, the metric and the margin that it was given, wherever
+they differ from what stands there, with the number of runs that had finished by then. What was added once there was something
+to look at is exploratory, whoever says otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from harness.runs.provenance import now
 from harness.runs.records import DeclarationRecord, StudyRecord
 
-_DECLARED = ("arms", "contrasts", "margin", "trends")
+_DECLARED = ("arms", "contrasts", "margin", "trends", "metric")
 
 
 def extended(
@@ -22,13 +23,14 @@ def extended(
     arms: Mapping[str, Sequence[int]],
     contrasts: Sequence[tuple[str, str]],
     margin: float | None,
+    metric: str,
     results: int,
     trends: Sequence[str] = (),
 ) -> list[DeclarationRecord]:
     """The history with what a command declares now.
 
     before: the record that is there; one from before there was a history, or none beside finished runs, leaves open when its
-    content was declared. arms: their seeds. results: runs that have finished.
+    content was declared. arms: their seeds. results: runs that have finished, those too that the study no longer names.
     """
     history = [] if before is None else [*before.get("history", ())]
     if before is not None and not history:
@@ -41,11 +43,13 @@ def extended(
         "contrasts": [*contrasts],
         "margin": margin,
         "trends": [*trends],
+        "metric": metric,
     }
-    last = {"trends": []} | history[-1] if history else {}
-    if any(last.get(key) != declared[key] for key in _DECLARED):  # type: ignore[literal-required]
-        history.append(declared)
-    return history
+    unsaid = {} if before is None else {"trends": [], "metric": before["metric"]}  # in older entries
+    last = unsaid | history[-1] if history else {}
+    if all(last.get(key) == declared[key] for key in _DECLARED):  # type: ignore[literal-required]
+        return history
+    return [*(cast(DeclarationRecord, unsaid | entry) for entry in history), declared]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Additions:
     seeds: dict[str, list[int]] = field(default_factory=dict)  # of arms that were there
     contrasts: list[tuple[str, str]] = field(default_factory=list)
     margin: bool = False
+    metric: bool = False
     trends: list[str] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)  # declared first, and no longer there
 
@@ -65,7 +70,9 @@ class Additions:
         return "the comparison was added after the first result" if (a, b) in self.contrasts else self.late(a, b)
 
     def late(self, a: str, b: str) -> str | None:
-        """What of two arms was added after the first result, in words."""
+        """What of two arms, or of what they are judged by, was added after the first result, in words."""
+        if self.metric:
+            return "the metric was chosen after the first result"
         if late := [arm for arm in (a, b) if arm in self.arms]:
             return f"{' and '.join(late)} {'was' if len(late) == 1 else 'were'} added after the first result"
         late = [f"seeds {', '.join(map(str, self.seeds[arm]))} of {arm}" for arm in (a, b) if arm in self.seeds]
@@ -92,5 +99,6 @@ def additions(record: StudyRecord) -> Additions:
         contrasts=[pair for pair in record["contrasts"] if pair not in first],
         trends=[name for name in record.get("trends", {}) if not any(name in entry.get("trends", ()) for entry in early)],
         margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
+        metric=bool(early) and all(entry.get("metric", record["metric"]) != record["metric"] for entry in early),
         dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
     )

@@ -75,7 +75,7 @@ def match_arm(
     others: quantities of the arms that may be named as a target. Raises UserError above a tolerance, naming the nearest.
     """
     overrides: list[str] = []
-    results: list[MatchRecord] = []
+    solved: list[tuple[MatchConfig, int, float]] = []
     for match in matches:
         if match.quantity == "none" or match.to == arm:
             continue
@@ -91,18 +91,38 @@ def match_arm(
             )
         config = with_values(config, fields, value)
         overrides += [f"{field}={value}" for field in fields]
+        solved.append((match, value, target))
+    return overrides, _left_over(arm, config, solved, vocab_size) if solved else []
+
+
+def _left_over(
+    arm: str, config: TrainConfig, solved: Sequence[tuple[MatchConfig, int, float]], vocab_size: int
+) -> list[MatchRecord]:
+    """How well each match, with its value and its target, holds once all are solved. Raises UserError where one does not."""
+    reached = quantities(config, vocab_size)
+    last, value, _ = solved[-1]
+    results: list[MatchRecord] = []
+    for match, own_value, target in solved:
+        achieved = reached[match.quantity]
+        mismatch = achieved / target - 1
+        if abs(mismatch) > match.tolerance:
+            raise UserError(
+                f"arm {arm}: {match.vary}={own_value} matched {QUANTITIES[match.quantity]}, and that was undone by "
+                f"{last.vary}={value}: {achieved:,.0f} lie {number(mismatch, '+.1%')} from {target:,.0f}, outside the "
+                f"tolerance of {match.tolerance:.1%}: match {match.quantity} last, or by another field"
+            )
         results.append(
             {
                 "quantity": match.quantity,
                 "to": match.to,
                 "vary": match.vary,
-                "value": value,
+                "value": own_value,
                 "target": target,
                 "achieved": achieved,
                 "mismatch": mismatch,
             }
         )
-    return overrides, results
+    return results
 
 
 def _target(arm: str, match: MatchConfig, others: Mapping[str, Mapping[str, int]]) -> float:

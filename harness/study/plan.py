@@ -31,6 +31,7 @@ from harness.evaluation.metric import METRICS
 from harness.files.lock import locked
 from harness.files.untrusted import Count, Positive, Rate
 from harness.runs.conversion import conversion_setup, converted_from
+from harness.runs.folder import finished
 from harness.runs.records import (
     STUDY_FILE,
     DeclarationRecord,
@@ -509,7 +510,8 @@ def settle_tuning_seed(plan: StudyPlan) -> None:
 
 
 def check_same_study(plan: StudyPlan) -> None:
-    """Raises UserError when the folder holds another study: an arm of the same name that is something else."""
+    """Raises UserError when the folder holds another study: an arm of the same name that is something else, or, beside results,
+    such a trend."""
     record = plan.recorded()
     before = {} if record is None else record["arms"]
     changed = [
@@ -523,3 +525,11 @@ def check_same_study(plan: StudyPlan) -> None:
             f"{plan.folder} holds this study with another setup ({len(changed)} of its arms changed, the first is "
             f"{changed[0]}: {difference}): choose another name=..., or delete that folder"
         )
+    seen = record is not None and any(finished(plan.folder / run["name"]) for run in record["runs"])
+    there = record.get("trends", {}) if record is not None and seen else {}
+    for name, trend in plan.trends.items():
+        if name in there and there[name] != trend:
+            raise UserError(
+                f"{plan.folder} holds results, and trends.{name} is another trend there: what was declared before the first "
+                f"result stays what it was; give this one a name of its own"
+            )

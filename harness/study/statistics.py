@@ -136,7 +136,7 @@ class Trend:
     own_half: float | None = None
     pooled_half: float | None = None
     p: float | None = None  # two-sided, the larger of the two
-    p_holm: float | None = None  # over the declared trends
+    p_holm: float | None = None  # over the declared trends; None for others
     resolved: bool | None = None
 
     def sentence(self, metric: Metric, over: str) -> str:
@@ -145,8 +145,9 @@ class Trend:
             f"{self.name}: for each doubling of {over} ({', '.join(f'{size:g}' for size in self.at)}) the difference changes by"
         )
         verdict = "no error bar"
-        if self.p_holm is not None:
-            verdict = f"{_p(self.p_holm)} after Holm" if self.resolved else "not resolved"
+        if self.p is not None:
+            p = _p(self.p) if self.p_holm is None else f"{_p(self.p_holm)} after Holm"
+            verdict = p if self.resolved else "not resolved"
         return f"{where} {with_error(self.slope, self.low, self.high, metric.digits, sign='+')} {metric.unit} ({verdict})"
 
 
@@ -285,10 +286,13 @@ def trends(
     values: Values,
     declared: Mapping[str, tuple[Sequence[Pair], Sequence[float]]],
     *,
+    late: Collection[str] = (),
     apart: Collection[str] = (),
     lineages: Lineages | None = None,
 ) -> list[Trend]:
     """The slopes of differences over log2 of a size; name -> (pairs (a, b), the size of each pair's arms).
+
+    late: the names of those that were added after a look: they are not corrected and do not count in the declared family.
 
     The slope of the least squares line is a weighted sum of the differences, so its error is that of their sum; the degrees of
     freedom of the arms' own deviations are Satterthwaite's once more. apart, lineages: see `contrasts`. Raises UserError
@@ -323,8 +327,12 @@ def trends(
                 p=max(each.p for each in estimates),
             )
         found.append(trend)
-    corrected = _holm([trend.p for trend in found])
-    return [replace(trend, p_holm=p, resolved=_below_alpha(p)) for trend, p in zip(found, corrected, strict=True)]
+    family = [trend for trend in found if trend.name not in late]
+    corrected = dict(zip((trend.name for trend in family), _holm([trend.p for trend in family]), strict=True))
+    return [
+        replace(trend, p_holm=corrected.get(trend.name), resolved=_below_alpha(corrected.get(trend.name, trend.p)))
+        for trend in found
+    ]
 
 
 def _summed(figure: float, weights: Sequence[float], parts: Sequence[_Estimate], *, shared_dof: bool) -> _Estimate:

@@ -289,6 +289,7 @@ def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_la
     (folder / "study.json").write_text(json.dumps(record))
     markdown, content = told(folder)
     assert content["trends"][0]["sentence"].endswith("; exploratory: the trend was added after the first result")
+    assert content["trends"][0]["p_holm"] is None and content["trends"][0]["p"] == expected.p
     assert "| mla - gqa | exploratory |" in markdown
     assert "added after the first result, so exploratory: the trend mla - gqa" in content["notes"]
 

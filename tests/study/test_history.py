@@ -14,12 +14,12 @@ def record(
     history: list[DeclarationRecord] | None, *, seeds: dict[str, list[int]], contrasts: list[Any], margin: float | None = None
 ) -> StudyRecord:
     runs = [{"arm": arm, "seed": seed} for arm, of_arm in seeds.items() for seed in of_arm]
-    content = {"arms": dict.fromkeys(seeds), "runs": runs, "contrasts": contrasts, "margin": margin}
+    content = {"arms": dict.fromkeys(seeds), "runs": runs, "contrasts": contrasts, "margin": margin, "metric": "loss"}
     return cast(StudyRecord, content if history is None else content | {"history": history})
 
 
 def declare(before: StudyRecord | None, results: int, **changes: Any) -> list[DeclarationRecord]:
-    given: dict[str, Any] = {"arms": {"mla": [0, 1], "gqa": [0, 1]}, "contrasts": [PAIR], "margin": None}
+    given: dict[str, Any] = {"arms": {"mla": [0, 1], "gqa": [0, 1]}, "contrasts": [PAIR], "margin": None, "metric": "loss"}
     return extended(before, **given | changes, results=results)
 
 
@@ -70,3 +70,24 @@ def test_runs_that_were_there_before_any_record_leave_it_open() -> None:
     (entry,) = declare(None, 5)
     assert entry["results"] is None
     assert not additions(record([entry], seeds={"mla": [0], "gqa": [0]}, contrasts=[PAIR])).known
+
+
+def test_a_metric_that_was_chosen_after_a_result_makes_every_comparison_exploratory() -> None:
+    seeds = {"mla": [0, 1], "gqa": [0, 1]}
+    begun = record(declare(None, 0), seeds=seeds, contrasts=[PAIR])
+    assert declare(begun, 3) == begun["history"]
+    history = declare(begun, 3, metric="repeats_gain")
+    assert [entry["metric"] for entry in history] == ["loss", "repeats_gain"]
+    changed = cast(StudyRecord, record(history, seeds=seeds, contrasts=[PAIR]) | {"metric": "repeats_gain"})
+    assert additions(changed).metric
+    assert (
+        additions(changed).reason(*PAIR)
+        == additions(changed).late("gqa", "mla")
+        == "the metric was chosen after the first result"
+    )
+    assert not additions(cast(StudyRecord, changed | {"metric": "loss"})).metric, "back to the one that was declared"
+
+    older = [cast(DeclarationRecord, {key: value for key, value in begun["history"][0].items() if key != "metric"})]
+    told = record(older, seeds=seeds, contrasts=[PAIR])
+    assert not additions(told).metric and declare(told, 3) == older
+    assert [entry["metric"] for entry in declare(told, 3, metric="repeats_gain")] == ["loss", "repeats_gain"]

@@ -80,6 +80,21 @@ def test_matches_are_solved_on_top_of_one_another() -> None:
     assert sizes["params"] == pytest.approx(others["mha"]["params"], rel=0.01)
 
 
+def test_a_match_that_a_later_one_undoes_is_refused_and_what_is_left_over_is_that_of_the_whole_arm() -> None:
+    others = {"mha": quantities(config("attention=mha"), VOCABULARY)}
+    params, bytes_ = (
+        MatchConfig("params", "mha", "model.mlp_hidden", multiple_of=8),
+        MatchConfig("kv_bytes", "512", "attention.kv_lora_rank"),
+    )
+    with pytest.raises(UserError, match=r"undone by attention\.kv_lora_rank=\d+"):
+        match_arm("arm", config("attention=mla"), [params, bytes_], vocab_size=VOCABULARY, others=others)
+    params.tolerance = 0.1
+    overrides, matched = match_arm("arm", config("attention=mla"), [params, bytes_], vocab_size=VOCABULARY, others=others)
+    sizes = quantities(config("attention=mla", *overrides), VOCABULARY)
+    assert [match["achieved"] for match in matched] == [sizes["params"], sizes["kv_bytes"]]
+    assert matched[0]["mismatch"] == sizes["params"] / others["mha"]["params"] - 1 != 0
+
+
 @pytest.mark.parametrize("field", FREE)
 def test_every_free_field_is_monotone_in_the_quantities_it_is_solved_for(field: str) -> None:
     start = config(

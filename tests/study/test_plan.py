@@ -267,6 +267,29 @@ def test_the_record_keeps_what_was_declared_and_how_many_runs_had_ended(tmp_path
     assert (added.contrasts, added.seeds, added.margin, added.known) == ([("mla", "mha")], {"mha": [2]}, True, True)
 
 
+def test_results_of_runs_that_a_study_no_longer_names_have_been_seen_all_the_same(tmp_path: Path) -> None:
+    keep(plan(tmp_path))
+    run = tmp_path / "runs" / "given" / "gqa-lr0.004-seed0"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    # Another rate is other runs, of which none has ended.
+    changed = GOOD.replace("[[mla, gqa]]", "[[mla, gqa], [mla, mha]]")
+    assert keep(plan(tmp_path, changed))[-1]["results"] == 1
+    assert additions(read_study(tmp_path / "runs" / "given")).contrasts == [("mla", "mha")]
+
+
+def test_a_trend_is_no_other_one_after_a_result(tmp_path: Path) -> None:
+    keep(plan(tmp_path, WIDER))
+    other = plan(tmp_path, WIDER.replace("[mla_2, gqa_2]]", "[gqa_2, mla_2]]"))
+    check_same_study(other)  # nothing has ended
+    run = tmp_path / "runs" / "given" / "gqa-lr0.004-seed0"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    check_same_study(plan(tmp_path, WIDER))
+    with pytest.raises(UserError, match=r"trends\.mla - gqa is another trend there.*give this one a name of its own"):
+        check_same_study(other)
+
+
 def test_two_commands_that_end_at_once_rewrite_the_record_one_after_the_other(tmp_path: Path) -> None:
     planned, entered = plan(tmp_path), threading.Event()
 

@@ -596,6 +596,19 @@ def test_a_trend_over_two_sizes_is_the_difference_of_two_differences_by_welch() 
     )
 
 
+def test_a_trend_that_was_added_later_is_not_corrected_and_does_not_count_in_the_family() -> None:
+    values = widths(np.random.default_rng(3), {}, dict.fromkeys(ARMS, 4), slope=0.02)
+    pairs, at = WIDTHS["a - b"]
+    twice = {"a - b": (pairs, at), "of two": (pairs[:2], at[:2])}
+    (alone,) = trends(values, {"a - b": (pairs, at)})
+    declared, late = trends(values, twice, late=["of two"])
+    assert declared == alone
+    (uncorrected,) = trends(values, {"of two": (pairs[:2], at[:2])})
+    assert (late.p, late.p_holm, late.low) == (uncorrected.p, None, uncorrected.low)
+    assert late.resolved == (late.p is not None and late.p < 0.05)
+    assert trends(values, twice)[0].p_holm != alone.p_holm, "declared, it counts"
+
+
 def test_a_trends_interval_covers_the_slope_in_nineteen_of_twenty_studies() -> None:
     random, seeds = np.random.default_rng(5), {"a1": 5, "b1": 5, "a2": 4, "b2": 4, "a3": 3, "b3": 3}
     deviations, slope, draws = {"a3": 0.03, "b3": 0.02}, -0.01, 1500
