@@ -52,11 +52,16 @@ def _verdict(findings: Findings) -> Section:
         )
     if declared:
         resolved = sum(bool(verdict.contrast.resolved) for verdict in declared)
-        if findings.sigma:
+        count = sum(verdict.contrast.p is not None for verdict in declared)
+        if count:
+            without = len(declared) - count
             words.append(
-                f"{resolved} of {len(declared)} declared {plural(len(declared), 'comparison')} "
-                f"{'is' if resolved == 1 else 'are'} resolved at the 5 % level, corrected for their number (Holm)."
+                f"{resolved} of {count} declared {plural(count, 'comparison')} {'is' if resolved == 1 else 'are'} resolved at "
+                f"the 5 % level, corrected for their number (Holm)."
+                + (f" {without} more {'has' if without == 1 else 'have'} no error bar." if without else "")
             )
+        elif findings.sigma:
+            words.append("No declared comparison has an error bar, so there is no verdict.")
         else:
             words.append("No arm has seeds that disagree, so there are no error bars, and nothing below is a verdict.")
     else:

@@ -239,7 +239,7 @@ def contrasts(
 
     What so many seeds detect takes the deviations that were seen for the true ones, never the difference. A declared
     contrast is tested at the level where Holm's method stopped: 0.05 over the number of declared contrasts that are not
-    resolved.
+    resolved. Those without an error bar are no tests: Holm's method does not count them either.
 
     Raises UserError for results that are missing or not finite, and for pairs that cannot be compared: an arm that is
     not there, an arm with itself, two arms of a lineage without a common seed, one pair twice.
@@ -255,7 +255,7 @@ def contrasts(
     if margin is not None:
         p_same = [max((each.p_same(margin) for each in of_pair.estimates), default=None) for of_pair in found]
         p_same[:declared] = _holm(p_same[:declared])
-    unresolved = sum(not _below_alpha(each) for each in p_holm[:declared])
+    unresolved = sum(not each < ALPHA for each in p_holm if each is not None)
     verdicts = []
     for i, ((a, b), of_pair) in enumerate(zip(pairs, found, strict=True)):
         contrast = Contrast(a, b, i < declared, *of_pair.seeds, of_pair.paired, of_pair.difference, margin=margin)
@@ -356,8 +356,8 @@ def residual_deviation(
     for arms in _of_lineages(values, lineages or {}):
         if several := [[*values[arm].values()] for arm in arms if len(values[arm]) > 1 and arm not in apart]:
             freedom = max(map(len, several)) - 1
-            squares, dof = squares + freedom * float(np.mean([np.var(runs, ddof=1) for runs in several])), dof + freedom
-    return (_above_rounding(math.sqrt(squares / dof), values) if dof else None), dof
+            squares, dof = squares + freedom * float(np.mean([_variance(runs) for runs in several])), dof + freedom
+    return (math.sqrt(squares / dof) if dof else None), dof
 
 
 def equal_variances(values: Values, *, apart: Collection[str] = (), lineages: Lineages | None = None) -> float | None:
@@ -373,7 +373,8 @@ def equal_variances(values: Values, *, apart: Collection[str] = (), lineages: Li
     _check_values(values)
     groups = []
     for arms in _of_lineages(values, lineages or {}):
-        groups += [[*values[arm].values()] for arm in arms if arm not in apart and len({*values[arm].values()}) > 1][:1]
+        several = ([*values[arm].values()] for arm in arms if len(values[arm]) > 1 and arm not in apart)
+        groups += [runs for runs in several if _variance(runs)][:1]
     return float(stats.bartlett(*groups).pvalue) if len(groups) > 1 else None
 
 
@@ -391,7 +392,7 @@ def mean_interval(values: Values, arm: str, *, apart: Collection[str] = (), line
         return Mean(mean, None, None, n, None)
     deviation = float(np.std(numbers, ddof=1))
     pooled = (None, 0) if arm in apart else residual_deviation(values, apart=apart, lineages=lineages)
-    estimates = (_above_rounding(deviation, values), n - 1), pooled
+    estimates = (_above_rounding(deviation, numbers), n - 1), pooled
     halves = [_Estimate(mean, sigma / math.sqrt(n), dof).half for sigma, dof in estimates if sigma]
     half = max(halves, default=None)
     return Mean(mean, None if half is None else mean - half, None if half is None else mean + half, n, deviation)
@@ -441,7 +442,7 @@ def _compare(values: Values, pair: Pair, pooled: tuple[float | None, int] | None
     if _root(pair[0], lineages) == _root(pair[1], lineages):
         differences = [a[seed] - b[seed] for seed in a if seed in b]
         n, mean = len(differences), statistics.fmean(differences)
-        sigma = _above_rounding(float(np.std(differences, ddof=1)), values) if n > 1 else 0.0
+        sigma = _above_rounding(float(np.std(differences, ddof=1)), [*a.values(), *b.values()]) if n > 1 else 0.0
         estimates = [_Estimate(mean, sigma / math.sqrt(n), n - 1)] if sigma else []
         return _Compared((n, n), True, mean, sigma, estimates)
 
@@ -452,7 +453,7 @@ def _compare(values: Values, pair: Pair, pooled: tuple[float | None, int] | None
         return _Compared((n_a, n_b), False, difference, 0.0, [])
     variances = [float(np.var(of_arm, ddof=1)) for of_arm in numbers]
     shares = [variance / n for variance, n in zip(variances, (n_a, n_b), strict=True)]
-    sigma, error = math.sqrt(statistics.fmean(variances)), _above_rounding(math.sqrt(sum(shares)), values)
+    sigma, error = math.sqrt(statistics.fmean(variances)), _above_rounding(math.sqrt(sum(shares)), [*a.values(), *b.values()])
     estimates = []
     if error:
         # Of shares of the whole: squares of these fit, of a diverged run's variances they may not.
@@ -504,10 +505,15 @@ def _of_lineages(values: Values, lineages: Lineages) -> list[list[str]]:
     return [*found.values()]
 
 
-def _above_rounding(deviation: float, values: Values) -> float:
-    """0 for what is below the rounding of float64: there is no noise to divide by."""
-    largest = max(abs(result) for results in values.values() for result in results.values())
-    return deviation if deviation > 1e-12 * largest else 0.0
+def _above_rounding(deviation: float, results: Sequence[float]) -> float:
+    """0 for what is below the rounding of float64 in the results that it is of: there is no noise to divide by."""
+    return deviation if deviation > 1e-12 * max(map(abs, results)) else 0.0
+
+
+def _variance(results: Sequence[float]) -> float:
+    """Of a sample of two or more."""
+    variance = float(np.var(results, ddof=1))
+    return variance if _above_rounding(math.sqrt(variance), results) else 0.0
 
 
 def _check_values(values: Values) -> None:

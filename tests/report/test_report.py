@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,16 @@ def test_segments_that_were_cut_differently_or_are_too_few_give_no_noise_and_the
     assert "No evaluation noise where 30 clusters of text are too few" in markdown
     change(folder, "mla-*-seed1/segments/*.json", bytes=[1] * 30)
     assert "their segments are cut differently" in told(folder)[0]
+
+
+def test_a_declared_comparison_without_an_error_bar_is_counted_apart(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "single", contrasts=[["mla", "gqa"], ["mla", "mqa"]], extras=False, segments=0)
+    for arm, said in (("mqa", "of 1 declared comparison "), ("mla", "No declared comparison has an error bar")):
+        for run in folder.glob(f"{arm}-*"):
+            if not run.name.endswith("-seed0"):
+                shutil.rmtree(run)
+        markdown, _ = told(folder)
+        assert said in markdown and ("(Holm). 1 more has no error bar." in markdown) is (arm == "mqa")
 
 
 def test_one_seed_gives_no_error_bar_and_no_verdict(tmp_path: Path) -> None:

@@ -378,6 +378,28 @@ def test_seeds_that_agree_to_the_last_digit_give_no_error_bar() -> None:
     assert (mean.low, mean.high, mean.deviation) == (None, None, pytest.approx(0, abs=1e-15))
 
 
+@pytest.mark.parametrize("far", [{0: 1e20}, {0: 1e20, 1: 1e20 + 2**14, 2: 1e20}], ids=["one seed", "rounding alone"])
+def test_an_arm_that_diverged_makes_no_noise_of_others_rounding(far: dict[int, float]) -> None:
+    values = study(np.random.default_rng(10), BALANCED)
+    with_far = values | {"far": far}
+    alike = {"primary": [("mla", "mha")], "lineages": {"gqa": "mqa"}, "other": [("gqa", "mqa")]}
+    before, after = contrasts(values, **alike), contrasts(with_far, **alike)
+    assert [contrast.own_half for contrast in after] == [contrast.own_half for contrast in before]
+    assert all(contrast.p for contrast in after) and mean_interval(with_far, "mla").low is not None
+    assert equal_variances(with_far) == equal_variances(values)
+    # To its own size the difference from it is known to no more digits than all seeds share.
+    (against,) = contrasts(with_far, primary=[("far", "mha")])
+    assert against.p is None
+
+
+def test_a_declared_comparison_without_an_error_bar_counts_in_no_correction() -> None:
+    values = exact_study(0.001, n=4, arms=3) | {"single": {0: 2.0}}
+    pairs = [("a0", "a1"), ("a2", "a1")]
+    alone = contrasts(values, primary=pairs, margin=0.01)
+    beside = contrasts(values, primary=[*pairs, ("single", "a1")], margin=0.01)
+    assert beside[:2] == alone and alone[0].resolved is False and beside[2].p is None
+
+
 DECLARED: dict[str, Any] = {
     "a": "mla",
     "b": "gqa",
