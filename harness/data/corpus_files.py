@@ -24,6 +24,7 @@ from harness.files.hashes import file_sha256
 
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}  # by suffix
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_PACKED = (*_COMPRESSIONS, ".xz", ".bz2", ".zip", ".lz4", ".7z")
 READ = ", ".join(KINDS)
 BLOCK = 1 << 20  # bytes read at once
 _EVERYTHING = ["**"]
@@ -93,6 +94,8 @@ def changed(path: Path) -> UserError:
 def _reading(file: CorpusFile) -> Iterator[None]:
     """The file is the same before and after, and what its unpacking raises is one sentence."""
     file.check()
+    if file.compression and not file.state.size:  # which gzip and pyarrow take for nothing, packed
+        raise UserError(f"{file.path} cannot be unpacked as {file.compression} (it is empty): copy it anew")
     packed: tuple[type[Exception], ...] = (EOFError, zlib.error, gzip.BadGzipFile)
     if file.compression == "zstd":
         packed = (OSError, ValueError)
@@ -290,15 +293,15 @@ def _below(base: Path, pattern: list[str]) -> Found:
 
 def _take(found: Found, name: str, path: Path, status: os.stat_result, *, named: bool) -> None:
     """A file, or a reason not to take it."""
-    kind, compression = _kind(path.name)
+    kind, _ = _kind(path.name)
     if not stat.S_ISREG(status.st_mode):
         found.leave_out(name, "no regular file", size=0)
     elif not named and _ABOUT.fullmatch(path.name.lower()):
         found.leave_out(name, _DESCRIBES)
     elif kind is not None:
         found.paths[name] = path
-    elif compression and path.name.lower().endswith(f".parquet{path.suffix.lower()}"):
-        found.leave_out(name, "parquet packs itself: unpack it", size=status.st_size)
+    elif path.suffix.lower() in _PACKED and Path(path.stem).suffix.lower() in KINDS:
+        found.leave_out(name, "unpack it: only .gz and .zst of text are read packed", size=status.st_size)
     else:
         found.leave_out(name, f"no {READ}", size=status.st_size)
 

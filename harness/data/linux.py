@@ -50,6 +50,7 @@ _TREE = {
 }
 _PACK = "tar -czf linux.tar.gz -C PARENT FOLDER"
 _MOST_BYTES = 1 << 21  # of a file; all larger ones of 6.12 are tables
+_MOST_CLAIMED = 1 << 30  # of any member: for terabytes that a header claims tarfile reads on for hours behind the end
 # A line of a table: a #define, a number (perhaps in brackets), or NAME = NUMBER with a comma.
 _ROW = re.compile(r"[ \t{(\[]*[-+]?\d|[ \t]*(?:#[ \t]*define\b|\[?\w+\]?[ \t]*=[ \t]*[-+]?\d\w*[ \t]*,)")
 _MOST_ROWS = 0.5  # share of the lines that are not blank
@@ -82,9 +83,9 @@ def linux_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
             raise UserError(f"{archive} changed while it was read: let whatever writes it come to its end, and start again")
         texts = {name: zlib.compress(text.encode(), 1) for name, text in _files(archive)}
         splits: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-        for name in sorted(texts, key=lambda name: seeded_hash(dataset.split_seed, name.encode())):
+        for name in sorted(texts, key=lambda name: seeded_hash(dataset.split_seed, _as_stored(name))):
             folders = "/".join(name.split("/")[:-1][:_FOLDERS])
-            splits[carving.split(folders.encode())].append(texts[name])
+            splits[carving.split(_as_stored(folders))].append(texts[name])
         return splits
 
     def documents() -> Iterator[Document]:
@@ -93,6 +94,11 @@ def linux_source(dataset: DatasetConfig, data_dir: Path, *, progress: bool) -> S
                 yield Document(split, (zlib.decompress(text).decode(),))
 
     return Source(identity, documents)
+
+
+def _as_stored(name: str) -> bytes:
+    """The bytes of a name in an archive, which may be any."""
+    return name.encode(errors="surrogateescape")
 
 
 def _checked(archive: Path) -> str:
@@ -124,7 +130,7 @@ def _files(archive: Path) -> Iterator[tuple[str, str]]:
     """The path below the archive's one folder and the text of each file that is taken, in a stream.
 
     Nothing is written to the disk; links, devices and the like are no files. Raises UserError for a path that leads out of
-    the archive, and where nothing is taken.
+    the archive, for one whose members do not lead to its end, and where nothing is taken.
     """
     top, below = set[str](), set[str]()  # of what is taken: the archive's folder, and the folders in it
     try:
@@ -132,14 +138,18 @@ def _files(archive: Path) -> Iterator[tuple[str, str]]:
             for member in members:
                 if not stays_inside(member.name) and not (member.isdir() and member.name == "."):
                     raise UserError(f"{archive} has a file {member.name}, which leads out of it: take another archive")
+                if member.size > _MOST_CLAIMED:
+                    size = f"of {member.size:,} bytes, as no kernel has"
+                    raise UserError(f"{archive} has a file {member.name} {size}: take another archive")
                 first, *path = PurePosixPath(member.name).parts or ("",)  # without a "." in front
                 text = _text(members, member, "/".join(path))
                 if text is not None:
                     top.add(first)
                     below.update(path[:-1][:1])
                     yield "/".join(path), text
-            while stream.read(_MOST_BYTES):  # the checksum comes at the end
-                pass
+            while rest := stream.read(_MOST_BYTES):  # the checksum comes at the end
+                if rest.strip(b"\0"):  # tarfile takes for the end whatever is no header
+                    raise tarfile.ReadError("files follow behind what is no header of one")
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive} cannot be unpacked ({in_a_line(error)}): copy it anew") from error
     if len(top) > 1 or (below and not below & _TREE):

@@ -243,7 +243,7 @@ class _Preparation:
             if writers["train"].full:
                 break
         splits = {split: counts for split, writer in writers.items() if (counts := writer.finish())}
-        self._check_splits(splits)
+        self._check_splits(splits, source)
         meta = {
             "format": FORMAT,
             "dataset": dataset.name,
@@ -327,7 +327,7 @@ class _Preparation:
             if batch:
                 yield batch
 
-    def _check_splits(self, splits: dict[str, Any]) -> None:
+    def _check_splits(self, splits: dict[str, Any], source: Source) -> None:
         dataset = self.dataset
         if not splits:
             raise UserError(f"{dataset.name} has no text at all: choose another dataset or another dataset.path")
@@ -336,6 +336,11 @@ class _Preparation:
         if "train" not in splits:
             raise _nothing_to_train_on(dataset)
         for split, fraction in (("validation", dataset.validation_fraction), ("test", dataset.test_fraction)):
+            if fraction and split not in splits and source.identity.get(f"{split}_fraction") == 0:
+                raise UserError(
+                    f"{dataset.name}: the files named for {split} hold no text: give them some, or take them away, so that a "
+                    "part of the others takes their place"
+                )
             if fraction and split not in splits:
                 raise UserError(
                     f"the {split} split of {dataset.name} came out empty: raise dataset.{split}_fraction or "

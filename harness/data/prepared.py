@@ -149,7 +149,11 @@ def fingerprint_of(splits: dict[str, Any], tokenizer: str, *, with_counts: bool)
 def is_prepared(folder: Path) -> bool:
     """Whether this looks like a folder that `prepare` made (whole or damaged)."""
     with readable(f"dataset.path={folder}", "make it readable, or name another place"):
-        return (folder / "meta.json").is_file() and any((folder / f"{split}.bin").is_file() for split in SPLITS)
+        return (
+            folder.is_dir()
+            and (folder / "meta.json").is_file()
+            and any((folder / f"{split}.bin").is_file() for split in SPLITS)
+        )
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -157,6 +161,8 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     file = folder / "meta.json"
     try:
         meta = read_object(file)
+    except PermissionError:  # which is no damage
+        raise
     except (OSError, Unreadable) as error:
         raise DamagedData(f"{file} cannot be read ({error})") from error
     if meta.get("format") != FORMAT:
@@ -213,7 +219,10 @@ def _problem_of(meta: dict[str, Any]) -> str | None:
 
 
 def _check_size(file: Path, size: int) -> None:
-    actual = file.stat().st_size if file.is_file() else None
+    actual = None
+    if file.is_file():
+        with file.open("rb") as opened:  # a file that may not be read is found here
+            actual = os.fstat(opened.fileno()).st_size
     if actual != size:
         found = "is missing" if actual is None else f"has {actual:,} bytes, not {size:,}"
         raise DamagedData(f"{file} {found}")
@@ -231,9 +240,10 @@ def _remedied(remedy: str | None) -> Iterator[None]:
 def open_prepared(folder: Path, remedy: str | None = None) -> PreparedData:
     """Opens a folder that `prepare` made; raises DamagedData, naming it, for a file missing or of another size.
 
-    Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything. remedy: see PreparedData.
+    Sizes alone are checked, in headers and counts too; `verify_prepared` reads everything. remedy: see PreparedData. Raises
+    UserError, which is no damage, for a file that may not be read.
     """
-    with _remedied(remedy):
+    with _remedied(remedy), readable(str(folder), "make it readable"):
         meta = _read_meta(folder)
         splits = {name: _open_split(folder, name, meta) for name in SPLITS if name in meta["splits"]}
     tokenizer_file = folder / "tokenizer.json"

@@ -73,7 +73,7 @@ def test_files_packed_one_behind_the_other_are_read_to_the_end(tmp_path: Path) -
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_a_packed_file_that_is_cut_off_or_none_is_named(tmp_path: Path, suffix: str) -> None:
     whole = packed(tmp_path / f"a.txt{suffix}", (" ".join(TEXTS) * 50).encode())
-    for wrong in (whole.read_bytes()[:-9], b"no packing at all"):
+    for wrong in (whole.read_bytes()[:-9], b"no packing at all", b""):
         whole.write_bytes(wrong)
         kind = "zstd" if suffix == ".zst" else "gzip"
         with pytest.raises(UserError, match=rf"a.txt{suffix} cannot be unpacked as {kind} .*: copy it anew"):
@@ -106,11 +106,14 @@ def test_what_is_left_out_is_named_with_its_reason_and_counted(tmp_path: Path, c
     for name in ("LICENSE", "README.md", "CHANGES.txt", ".hidden.txt", "x.csv"):
         (folder / name).write_text("no text of this corpus")
     packed(folder / "y.parquet.gz", b"x")
+    (folder / "z.txt.xz").write_bytes(b"x")
     data = prepared(tmp_path, folder)
     assert sum(split.n_documents for split in data.splits.values()) == 9
     said = capsys.readouterr().err
-    assert said.startswith("local: 9 files read, 6 left out: x.csv (no .txt, .md, .jsonl, .parquet)")
-    assert "y.parquet.gz (parquet packs itself: unpack it)" in said and said.endswith("; and 1 more\n")
+    assert said.startswith("local: 9 files read, 7 left out: x.csv (no .txt, .md, .jsonl, .parquet)")
+    assert "y.parquet.gz, z.txt.xz (unpack it: only .gz and .zst of text are read packed)" in said and said.endswith(
+        "; and 2 more\n"
+    )
     assert "(it describes the others)" in said
 
 

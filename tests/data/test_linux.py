@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import io
 import shutil
@@ -192,6 +193,29 @@ def test_what_is_no_archive_of_sources_is_refused_in_one_sentence(tmp_path: Path
             cut.write_bytes(whole.read_bytes()[:kept])
             with pytest.raises(UserError, match="cannot be unpacked"):
                 prepared(tmp_path, cut)
+
+
+def test_an_archive_whose_members_do_not_lead_to_its_end_is_refused(tmp_path: Path) -> None:
+    """tarfile takes what is no header for the end, and reads on for hours behind the end for a size of terabytes."""
+    with gzip.open(write_archive(tmp_path / "whole.tar.gz", {"a.c": code(1) * 999, **tree()})) as file:
+        whole = file.read()
+    second = whole.index(b"ustar", 1024) - 257
+    wrong = {
+        "header": whole[:second] + b"?" + whole[second + 1 :],
+        "claim": whole[:second] + member("linux-6.12/b.c", size=10**13).tobuf() + whole[second:],
+        "two": whole * 2,
+    }
+    for name, content in wrong.items():
+        (tmp_path / f"{name}.tar.gz").write_bytes(gzip.compress(content))
+        with pytest.raises(
+            UserError, match=rf"{name}\.tar\.gz (cannot be unpacked .*: copy it anew|has a file .*take another)"
+        ):
+            prepared(tmp_path, tmp_path / f"{name}.tar.gz")
+
+
+def test_a_name_that_is_not_utf8_is_the_name_of_a_file(tmp_path: Path) -> None:
+    archive = write_archive(tmp_path / "linux.tar.gz", tree() | {"fs/na\udcefve/\udcff.c": code(999)})
+    assert code(999) in set.union(*texts_of(prepared(tmp_path, archive)).values())
 
 
 def test_a_download_that_breaks_off_goes_on_from_there(tmp_path: Path, server: FileServer) -> None:

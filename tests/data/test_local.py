@@ -179,6 +179,18 @@ def test_a_file_or_folder_without_text_is_said_to_hold_none(
     assert not [file for file in (tmp_path / "data").iterdir() if file.is_dir()]
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_file_named_for_a_split_that_holds_no_text_is_said_to(tmp_path: Path, split: str) -> None:
+    folder_of_texts(tmp_path / "texts", 0)
+    for each in ("train", "validation", "test"):
+        (tmp_path / "texts" / f"{each}.txt").write_text("" if each == split else "the sea")
+    with pytest.raises(UserError, match=rf"the files named for {split} hold no text: give them some, or take them away"):
+        prepare(local(tmp_path / "texts"), BYTES, tmp_path / "data", progress=False)
+    (tmp_path / "texts" / f"{split}.txt").unlink()
+    (tmp_path / "texts" / "train.txt").write_text("the sea\n" * 99)
+    assert split in prepare(local(tmp_path / "texts"), BYTES, tmp_path / "data", progress=False).splits
+
+
 def test_a_single_document_too_short_to_cut_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("word\n")
     with pytest.raises(UserError, match="one document too short to give a validation part"):

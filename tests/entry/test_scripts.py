@@ -78,6 +78,22 @@ def test_a_folder_that_may_not_be_entered_is_one_sentence(shared: Workplace, hel
     assert "closed" in said
 
 
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json", "train.bin", "test.words.npy"])
+def test_prepared_data_that_may_not_be_read_are_not_damaged_and_stay(tmp_path: Path, held: Forks, name: str) -> None:
+    place = Workplace(tmp_path)
+    text = [f"dataset.path={place.corpus}", f"data_dir={tmp_path / 'data'}", "tokenizer=bpe", "tokenizer.vocab_size=300"]
+    assert prepare_data.main(["dataset=local", *text]) == 0
+    (closed,) = (tmp_path / "data").glob(f"*/{name}")
+    before = {path: path.stat().st_ino for path in closed.parent.iterdir()}
+    closed.chmod(0)
+    for path in (place.corpus, closed.parent):
+        done = held.run("scripts/prepare_data.py", "dataset=local", *text, f"dataset.path={path}", folder=tmp_path)
+        assert done.status == 2
+        said = done.errors.splitlines()[-1]
+        assert str(closed) in said and "cannot be read (Permission denied" in said and said.endswith(": make it readable")
+    assert {path: path.stat().st_ino for path in closed.parent.iterdir()} == before
+
+
 # --- generate --------------------------------------------------------------------------------------------------------
 
 
