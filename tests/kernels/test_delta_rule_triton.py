@@ -69,8 +69,9 @@ def errors(shape: tuple[Any, ...], dtype: torch.dtype, device: str) -> dict[str,
     gates = [-decay * random(B, T, H).square(), random(B, T, H).sigmoid(), random(B, H, K, V)]
     values = [x.to(device) for x in (q.to(dtype), k.to(dtype), v.to(dtype), *gates)]
     found = results(delta_rule_by_triton, values)
-    again = results(delta_rule_by_triton, values)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "it repeats bit for bit"
+    if device != "cpu":  # in the interpreter programs come one after the other
+        again = results(delta_rule_by_triton, values)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True)), "it repeats bit for bit"
     wanted = results(exactly, [x.double() for x in values])
     named = zip(NAMES, found, wanted, strict=True)
     return {name: relative_error(a.double(), b) for name, a, b in named if b.abs().max() > 1e-6}

@@ -6,9 +6,8 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -280,15 +279,16 @@ def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs
     assert len(re.findall(r"^started \S+; its log: ", said, flags=re.M)) == 2
     *_, stopped, hint, pasted = said.splitlines()
     assert stopped == "runs: stopped with 1 of 3 runs done" and hint.endswith("; continue with")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    again = subprocess.run(pasted, shell=True, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert re.search(r"^runs: 2 runs to do, 1 at a time; about \d+ s left$", again.stdout, flags=re.M)
-    assert re.search(r"^\[1/2\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.stdout, flags=re.M)
-    assert re.search(r"^\[2/2\] \S+: validation .* per token \(\d+ s\)$", again.stdout, flags=re.M)
-    line = again.stdout.splitlines()[-1]
+    _, script, *words = shlex.split(pasted)
+    assert Path(script).resolve() == Path(run_study.__file__)
+    again = forks.run(tmp_path / "forked.py", *words)
+    assert again.status == 0, again.output + again.errors
+    assert re.search(r"^runs: 2 runs to do, 1 at a time; about \d+ s left$", again.output, flags=re.M)
+    assert re.search(r"^\[1/2\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.output, flags=re.M)
+    assert re.search(r"^\[2/2\] \S+: validation .* per token \(\d+ s\)$", again.output, flags=re.M)
+    line = again.output.splitlines()[-1]
     assert len(line) <= 1024 and Path(json.loads(line)["record"]) == study / "study.json"
-    assert "1 of 3 runs are finished already" in again.stdout
+    assert "1 of 3 runs are finished already" in again.output
     assert {path: path.stat().st_mtime_ns for path in done} == done
     results = load_results(study)
     assert {run.arm for run in results.runs} == {"mha", "mqa", "mla"}
