@@ -33,6 +33,7 @@ from harness.evaluation.losses import CapturedLosses, TokenLosses
 from harness.evaluation.perplexity import Scoring
 from harness.runs.load import pin_execution
 from harness.training.device import select_device, select_precision
+from modeling.compiling import compile_each
 
 
 @dataclass
@@ -69,7 +70,7 @@ def measure_forms(
     compiled = build_model(config, options.vocab_size).to(device).eval()
     compiled.load_state_dict(model.state_dict())
     pin_execution(compiled, config.attention, device=device, precision=precision)
-    compiled.token_losses = torch.compile(compiled.token_losses, dynamic=False)  # type: ignore[method-assign]
+    compiled.token_losses = compile_each(compiled.token_losses)  # type: ignore[method-assign]
     forms = {"eager": TokenLosses(model, **computed), "compiled": TokenLosses(compiled, **computed)}
     if device.type == "cuda":
         forms["captured"] = CapturedLosses(model, **computed)

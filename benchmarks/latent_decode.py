@@ -42,6 +42,7 @@ from harness.entry.cli import parse_options, run_script
 from harness.errors import UserError, as_user_error
 from harness.runs.provenance import commit
 from modeling.attention.quantisation import quantise
+from modeling.compiling import compile_each
 from modeling.kernels.decode_kernels import check_kernel, check_widths
 from modeling.kernels.latent_decode import latent_decode
 
@@ -356,7 +357,7 @@ def torch_eager(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
 
 
 def torch_compiled(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
-    compiled = torch.compile(latent_decode, dynamic=False, fullgraph=True)
+    compiled = compile_each(latent_decode, fullgraph=True)
     return lambda i: compiled(*case.arguments(i), scale=case.scale), ""
 
 

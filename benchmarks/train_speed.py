@@ -42,6 +42,7 @@ from harness.training.optimizer import build_optimizer, choose_recipe
 from harness.training.parallel import OneProcess
 from harness.training.step import CapturedStep, EagerStep, select_capture
 from modeling.attention import names_kernel
+from modeling.compiling import compile_each
 from modeling.flops import training_flops_per_token
 from modeling.gpt import GPT
 from modeling.kernels.decode_kernels import DELTA_RULES
@@ -183,7 +184,7 @@ class Conditions:
 def baseline_steps(model: PlainGPT | Peer, under: Conditions) -> Callable[[], None]:
     """A function that makes one optimizer step in the shortest way."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    loss_of = torch.compile(model.loss, dynamic=False) if under.compiled else model.loss
+    loss_of = compile_each(model.loss) if under.compiled else model.loss
     device, precision, batches = under.device, under.precision, under.batches
 
     def step() -> None:
@@ -230,10 +231,6 @@ def main(arguments: list[str]) -> int:
     hardware.keep_freed_memory(device)
     precision = hardware.select_precision(options.precision, device)
     compiled = hardware.select_compile(options.compile, device)
-    if compiled:  # torch gives a function up that it has compiled for a few models, and runs it eagerly for all others
-        from torch._dynamo import config as compiler  # seconds, for nothing where nothing is compiled
-
-        compiler.recompile_limit, compiler.fail_on_recompile_limit_hit = 1000, True
     names = options_of("attention") if options.attention == "all" else options.attention.split(",")
     pairs = list(itertools.product(names, options.backend.split(",")))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from modeling.attention.cache import Cache
 from modeling.attention.positions import beyond
 from modeling.attention.quantisation import CacheFormat
+from modeling.compiling import compile_each
 from modeling.gpt import GPT
 from modeling.refusal import Refusal
 
@@ -135,7 +136,7 @@ def decode_step(
     for layer in cache:
         layer.make_static()
     if step == "compile":
-        compute = torch.compile(compute, fullgraph=True, dynamic=False)
+        compute = compile_each(compute, fullgraph=True)
         return _counted(eager, model, cache)
     _check_fits(model, cache)
     return _counted(_captured(eager, cache, token_B, running_B), model, cache)

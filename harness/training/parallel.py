@@ -28,6 +28,7 @@ from harness.config.schema import ParallelConfig, TrainConfig
 from harness.errors import UserError
 from harness.files.text import differing, first_few
 from harness.training.device import seed_everything, select_device
+from modeling.compiling import compile_each
 from modeling.gpt import GPT
 
 if TYPE_CHECKING:  # half a second, which one process alone need not wait for
@@ -238,7 +239,7 @@ class OneProcess:
 
     def loss_of(self, compile: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """The loss of this process's part of a batch; its backward pass averages gradients over the processes."""
-        return torch.compile(self.model.loss, dynamic=False) if compile else self.model.loss
+        return compile_each(self.model.loss) if compile else self.model.loss
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the forward and backward pass of one micro-batch: only the last one's gradients travel."""
@@ -404,7 +405,7 @@ def compile_parts(model: GPT) -> None:
 
 def _compiled_in_training(module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
     """Evaluation, whose batches have many shapes, stays as it is with one process."""
-    compiled = torch.compile(plain, dynamic=False)
+    compiled = compile_each(plain)
 
     def call(*arguments: Any) -> Any:
         return (compiled if module.training else plain)(*arguments)

@@ -105,9 +105,9 @@ DELTA_RULES = {
         "delta_rule_fla", "fla", 'pip install "fla-core>=0.6"', HALF_PRECISION, keys=range(1, 257), mended_by="tilelang"
     ),
 }
-# Of one new token over explicit keys and values. auto becomes True once it is measured on a GPU (docs/LOG.md).
+# Of one new token over explicit keys and values.
 EXPLICIT = {
-    "triton": Kernel("attend_decode_triton", "triton", TRITON, TRITON_DTYPES, keys=range(1, 257), interpreted=True, auto=False)
+    "triton": Kernel("attend_decode_triton", "triton", TRITON, TRITON_DTYPES, keys=range(1, 257), interpreted=True, auto=True)
 }
 _TABLE = OTHERS | DELTA_RULES | EXPLICIT
 KERNELS = ("auto", "torch", *_TABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -284,6 +285,17 @@ def test_rows_that_finish_early_leave_the_others_what_they_give_alone(variant: s
     together = written(model, prompts, max_new_tokens=20, temperature=0, stop=stop, step=step)
     for row, tokens in zip(together, alone, strict=True):
         assert row[: len(tokens)] == tokens and set(row[len(tokens) :]) <= {stop}
+
+
+def test_more_than_eight_compiled_steps_of_one_process_are_none_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="eager"))
+    model = model_of("mha")
+    for length in range(1, 11):
+        prompts = [random_prompt(length, seed=length)]
+        assert written(model, prompts, max_new_tokens=2, temperature=0, step="compile") == [
+            greedy_by_full_forwards(model, prompts[0], 2)
+        ]
 
 
 @pytest.mark.parametrize("variant", ["gqa", "mla", "mla_shared_latent"])
