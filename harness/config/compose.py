@@ -186,7 +186,7 @@ def compose(
         reason = str(error).splitlines()[0]
         raise UserError(f"{field}: {reason}; write a value, or the path of a field" if field else reason) from None
     assert isinstance(container, dict)
-    return typing.cast("dict[str, Any]", container)
+    return _at_home(typing.cast("dict[str, Any]", container))
 
 
 @functools.lru_cache(maxsize=256)
@@ -255,6 +255,18 @@ def _set_fields(composed: Any, config_name: str, overrides: Sequence[Any]) -> No
         _refuse_signs(override, "value")
         # Added where the YAML leaves a field at the schema's default; what has no place is refused where values are typed.
         OmegaConf.update(composed, key, override.value(), merge=True, force_add=True)
+
+
+def _at_home(container: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the home folder for a tilde in front of a path: a shell leaves one behind key= as it is."""
+    return {
+        key: _at_home(value)
+        if isinstance(value, Mapping)
+        else os.path.expanduser(value)
+        if key in ("runs_dir", "data_dir", "path") and isinstance(value, str)
+        else value
+        for key, value in container.items()
+    }
 
 
 def _literal(value: Any) -> Any:
@@ -379,7 +391,7 @@ def load_train_config(overrides: Sequence[str], starts_from: TrainConfig | None 
     config.dataset.path = _whole_path(config.dataset.path)
     if begun is None and (tokenizer := config.tokenizer.path) is not None:
         with readable(f"tokenizer.path={tokenizer}", "make it readable, or name another"):
-            if Path(os.path.expanduser(tokenizer)).exists():  # else a name on the hub
+            if Path(tokenizer).exists():  # else a name on the hub
                 config.tokenizer.path = _whole_path(tokenizer)
     if config.name == "auto":
         config.name = default_name(config, overrides)

@@ -864,3 +864,15 @@ def test_a_number_of_thousands_of_digits_is_refused_wherever_it_stands() -> None
         for field in default[group]:
             with pytest.raises(UserError, match="a number of thousands of digits"):
                 train_config(default | {group: default[group] | {field: 10**5000}})
+
+
+def test_the_home_folder_may_be_written_as_a_tilde_wherever_a_path_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No shell replaces it behind key=, and a folder of that name is one that nobody dares to remove."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["runs_dir=~/runs", "data_dir=~/data", "dataset=local", "dataset.path='~/a text'", "tokenizer=pretrained"]
+    container = compose("train", [*paths, "tokenizer.path=~/tokenizer.json", "tracking.notes=~/n"])
+    assert (container["runs_dir"], container["data_dir"]) == (f"{tmp_path}/runs", f"{tmp_path}/data")
+    assert container["dataset"]["path"] == f"{tmp_path}/a text"
+    assert container["tokenizer"]["path"] == f"{tmp_path}/tokenizer.json"
+    assert container["tracking"]["notes"] == "~/n"  # which is no path
+    assert compose("eval", ["data_dir=~/data"])["data_dir"] == f"{tmp_path}/data"
