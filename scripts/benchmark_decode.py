@@ -71,8 +71,8 @@ class DecodeOptions:
     ] = "both"
     kernel: Annotated[
         str,
-        "what computes one new token, separated by commas: a row each of the variants that have it; auto: on the absorbed path "
-        "gluon or triton on CUDA, else torch",
+        "what computes one new token, separated by commas: a row each of the variants that have it, and a note of the others; "
+        "auto: on the absorbed path gluon or triton on CUDA, else torch",
     ] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[
@@ -246,8 +246,12 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.quantisation import cache_format
+    from modeling.kernels.decode_kernels import check_kernel
 
     device = select_device(options.device)
+    for kernel in options.kernel.split(","):
+        with as_user_error():
+            check_kernel(kernel, device)
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -273,13 +277,17 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
 def make_subjects(
     configs: list[TrainConfig], vocab_size: int, options: DecodeOptions, plan: DecodePlan, notes: list[str]
 ) -> list[DecodeSubject]:
-    """Every variant, and the peer that shares its weights. Raises UserError where the weights do not fit the budget."""
+    """Every variant, and the peer that shares its weights.
+
+    A variant that cannot be computed as asked has no row, and a note says why. Raises UserError where none can, and where the
+    weights do not fit the budget.
+    """
     import torch
 
     from harness.config.build import layers_that_differ
     from harness.decode.subjects import DecodeSubject, ExpandedAttention, footprint, paths_of
     from harness.runs.load import pin_execution
-    from modeling.attention import attends, names_kernel, with_most_paths
+    from modeling.attention import attends, with_most_paths
     from modeling.attention.layer_cache import check_values
     from modeling.attention.layers import AttentionLayers
     from modeling.attention.output import decode_kernel
@@ -287,6 +295,7 @@ def make_subjects(
 
     longest = plan.contexts[-1] + plan.room
     subjects = []
+    left_out: dict[str, list[str]] = {}  # rows, by the reason
     for config, (whole, count) in zip(configs, shapes_of(configs, vocab_size, options, plan), strict=True):
         name = config.attention["name"]
         with torch.device(plan.device):
@@ -305,24 +314,27 @@ def make_subjects(
             subject.writer = transformers_writer(part, config, plan.dtype, notes)
         part.to(plan.dtype)
         absorbs = "absorbed" in choosing.decode_paths and paths != ("expand",)
-        kernels = [
-            kernel
-            for kernel in options.kernel.split(",")
-            if absorbs or kernel in ("auto", "torch") or names_kernel(part.attentions, kernel)
-        ] or ["auto"]
+        kernels = options.kernel.split(",")
         for kernel in kernels:
-            execution = {"backend": options.backend, "decode": "auto", "kernel": kernel}
-            pin_execution(part, execution, device=plan.device, precision=plan.dtype)
-            row = name if len(kernels) == 1 else f"{name}, {kernel}"
-            with torch.no_grad():
-                if absorbs:
-                    kept = as_format(plan.cache_dtype)
-                    by = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device)
-                    notes.append(f"{row}: one new token absorbed is computed by {by}")
-                used = {decode_kernel(layer, plan.dtype, plan.device) for layer in filter(attends, part.attentions)}
-                for by in used - {"torch"}:
-                    notes.append(f"{row}: one new token over keys and values is computed by {by}")
+            decode = "expand" if paths == ("expand",) else "auto"
+            execution = {"backend": options.backend, "decode": decode, "kernel": kernel}
+            row, said = name if len(kernels) == 1 else f"{name}, {kernel}", []
+            try:
+                with torch.no_grad(), as_user_error():
+                    pin_execution(part, execution, device=plan.device, precision=plan.dtype)
+                    if absorbs:
+                        kept = as_format(plan.cache_dtype)
+                        by = choosing.kernel_for(kept.read_dtype(plan.dtype), plan.device)
+                        said.append(f"{row}: one new token absorbed is computed by {by}")
+                    used = {decode_kernel(layer, plan.dtype, plan.device) for layer in filter(attends, part.attentions)}
+                    said += [f"{row}: one new token over keys and values is computed by {by}" for by in used - {"torch"}]
+            except UserError as reason:
+                left_out.setdefault(str(reason), []).append(row)
+                continue
+            notes += said
             subjects.append(dataclasses.replace(subject, name=row, kernel=kernel))
+        if not subjects or subjects[-1].part is not part:
+            continue
         if options.level == "attention" and options.peers and all(map(ExpandedAttention.fits, part.attentions)):
             padded = choosing.backend == "sdpa_flash" and plan.device.type == "cpu"
             peer, whole_peer = (
@@ -331,6 +343,9 @@ def make_subjects(
             )
             label = f"{name}, expanded cache (SDPA)"
             subjects.append(DecodeSubject(label, peer, ("auto",), sizes(whole_peer), prefills=False))
+    if not subjects:
+        raise UserError(next(iter(left_out)))
+    notes += [f"no row of {'; '.join(rows)}: {reason}" for reason, rows in left_out.items()]
     return subjects
 
 

@@ -164,15 +164,24 @@ def test_several_kernels_are_a_row_each_of_the_variants_that_have_them(
         calls.append(kernel)
         return q_BHK.new_zeros(*q_BHK.shape[:2], v_BSGV.shape[-1])
 
-    monkeypatch.setattr("harness.runs.load.check_kernel", lambda name, device: None)
+    for place in ("harness.runs.load", "modeling.kernels.decode_kernels"):
+        monkeypatch.setattr(f"{place}.check_kernel", lambda name, device: None)
     monkeypatch.setattr("modeling.attention.output.attend_decode", stand_in)
-    options = ("attention=gqa,tied_kv", "kernel=torch,fla,triton", "contexts=8", "batch_sizes=1", "prefill_tokens=0")
+    options = ("attention=gqa,tpa,tied_kv", "kernel=torch,fla,triton", "contexts=8", "batch_sizes=1", "prefill_tokens=0")
     _, record = measured(capsys, tmp_path, *options, "level=attention")
-    rows = [f"{name}, {kernel}" for name in ("gqa", "tied_kv") for kernel in ("torch", "triton")]
+    rows = ["gqa, torch", "gqa, triton", "tpa, torch expand", "tpa, torch absorbed", "tied_kv, torch", "tied_kv, triton"]
     assert [figure["row"] for figure in record["figures"]] == rows
     assert calls == ["triton"] * (2 * (3 + 2 * 3)), "to warm up, and two readings of three steps"
     said = "one new token over keys and values is computed by triton"
-    assert record["notes"] == [f"{name}, triton: {said}" for name in ("gqa", "tied_kv")]
+    by, fla, tpa = "one new token absorbed is computed by torch", "no row of gqa, fla; ", "no row of tpa, triton: "
+    assert [note for note in record["notes"] if not note.startswith("no row")] == [
+        f"gqa, triton: {said}",
+        f"tpa, torch: {by}",
+        f"tied_kv, triton: {said}",
+    ]
+    assert any(note.startswith(fla) for note in record["notes"]) and any(note.startswith(tpa) for note in record["notes"])
+    with pytest.raises(UserError, match=r"^attention.kernel=triton reads one latent as key and value"):
+        benchmark_decode.main([*MICRO, f"out={tmp_path}", "attention=tpa", "kernel=triton", "contexts=8"])
 
 
 def test_a_whole_model_beside_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

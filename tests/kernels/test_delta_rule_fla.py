@@ -212,9 +212,10 @@ def test_an_arm_of_a_study_and_a_benchmark_are_timed_by_it(monkeypatch: pytest.M
     subjects = [_subject("an arm", config, 99, where)]
     options = DecodeOptions(kernel="fla", device="cpu", step="eager", level="model", layers=4, peers=False)
     configs = [load_train_config([f"attention={variant}"]) for variant in ("gdn_3_1", "mha")]
-    subjects += make_subjects(configs, 99, options, where, [])
-    assert [subject.kernel for subject in subjects] == ["fla", "fla", "auto"]
-    assert {each.kernel for subject in subjects[:2] for each in subject.part.attentions} == {"fla", "auto"}
+    notes: list[str] = []
+    subjects += make_subjects(configs, 99, options, where, notes)
+    assert [subject.kernel for subject in subjects] == ["fla", "fla"] and notes[-1].startswith("no row of mha: ")
+    assert {each.kernel for subject in subjects for each in subject.part.attentions} == {"fla", "auto"}
 
 
 def test_where_it_cannot_run_it_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
