@@ -26,8 +26,8 @@ EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)  # of latents, with one scale a s
 class Kernel:
     """A kernel beside torch's: where it stands, what it needs and what it takes.
 
-    file: in modeling/kernels; for a new token with a function `decode`, whose arguments latent_decode_dispatch.py and
-    attend_decode.py give. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys
+    file: in modeling/kernels; for a new token with a function `decode`, whose arguments latent_decode.py and attend_decode.py
+    give. package: that it imports; install: how to get that. dtypes: of queries and latents, or queries, keys
     and values.
     latents, rotated: widths L and P; keys: of a head, K (of EXPLICIT V too); equal_widths: V must be equal to it.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeling.kernels.latent_decode_dispatch import decode_by
+from modeling.kernels.decode_kernels import EIGHT_BITS, OTHERS, check_dtype, check_no_gradient, check_widths
 
 
 def latent_decode(
@@ -40,7 +40,15 @@ def latent_decode(
     """
     assert (q_rope_BHP is None) == (k_rope_BSP is None)
     if kernel != "torch":
-        return decode_by(kernel, q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
+        tensors = [x for x in (q_latent_BHL, q_rope_BHP, k_rope_BSP) if x is not None]
+        dtype, kept = q_latent_BHL.dtype, latent_BSL.dtype
+        assert all(x.dtype == dtype for x in tensors), [x.dtype for x in tensors]
+        assert kept in EIGHT_BITS if latent_scale_BS is not None else kept == dtype, (kept, dtype)
+        check_widths(kernel, latent_BSL.shape[-1], 0 if k_rope_BSP is None else k_rope_BSP.shape[-1])
+        check_dtype(kernel, dtype)
+        check_no_gradient(kernel, *tensors, latent_BSL)
+        run = _operator if torch.compiler.is_compiling() else _by_kernel
+        return run(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale, kernel)
     if latent_scale_BS is not None:
         latent_BSL = latent_BSL.to(q_latent_BHL.dtype) * latent_scale_BS.to(q_latent_BHL.dtype).unsqueeze(-1)
     mask_B1S = torch.arange(latent_BSL.shape[1], device=lengths_B.device) < lengths_B[:, None, None]
@@ -54,6 +62,28 @@ def latent_decode(
         mask_BTS=mask_B1S,
     )
     return out_B1HL.squeeze(1)
+
+
+def _by_kernel(
+    q_latent_BHL: Tensor,
+    q_rope_BHP: Tensor | None,
+    latent_BSL: Tensor,
+    k_rope_BSP: Tensor | None,
+    lengths_B: Tensor,
+    latent_scale_BS: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> Tensor:
+    return OTHERS[kernel].decode(q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, lengths_B, latent_scale_BS, scale)
+
+
+# Inside torch.compile a call is one opaque operator; called directly it would pay for the operator's bookkeeping.
+_operator = torch.library.custom_op("latent_decode::other", _by_kernel, mutates_args=())
+
+
+@_operator.register_fake
+def _(q_latent_BHL: Tensor, *others: object) -> Tensor:
+    return q_latent_BHL.new_empty(q_latent_BHL.shape)
 
 
 def latent_attend(
