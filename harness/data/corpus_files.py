@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from harness.data.parquet import open_zstd
+from harness.data.prepared import is_prepared
 from harness.errors import UserError, in_a_line, readable
 from harness.files.hashes import file_sha256
 
@@ -33,7 +34,7 @@ _ABOUT = re.compile(
     r"(readme([._-]\w+)?|licen[cs]e|copying|notice|changes|changelog|contributing|code_of_conduct)(\.(txt|md))?"
 )
 _SHOWN = 5
-_HIDDEN, _DESCRIBES = "hidden", "it describes the others"
+_HIDDEN, _DESCRIBES, _PREPARED = "hidden", "it describes the others", "prepared data"
 
 
 class FileState(NamedTuple):
@@ -126,7 +127,7 @@ class Found:
     def said(self) -> str:
         """The first ones, each reason once, and how many more."""
         reasons: dict[str, list[str]] = {}
-        for name, reason in sorted(self.left_out, key=lambda one: one[1] in (_HIDDEN, _DESCRIBES))[:_SHOWN]:
+        for name, reason in sorted(self.left_out, key=lambda one: one[1] in (_HIDDEN, _DESCRIBES, _PREPARED))[:_SHOWN]:
             reasons.setdefault(reason, []).append(name)
         shown = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
         more = len(self.left_out) - _SHOWN
@@ -278,6 +279,8 @@ def _below(base: Path, pattern: list[str]) -> Found:
             if stat.S_ISDIR(status.st_mode):
                 if reached == {len(pattern)}:  # the glob ends here
                     found.leave_out(name, f"a folder, which a glob enters by {entry.name}/**", size=0)
+                elif is_prepared(Path(entry.path)):
+                    found.leave_out(name, _PREPARED)
                 elif entry.is_symlink():
                     links.append((f"{name}/", Path(entry.path), reached))
                 elif _identity(status) not in entered:

@@ -117,6 +117,15 @@ def test_what_is_left_out_is_named_with_its_reason_and_counted(tmp_path: Path, c
     assert "(it describes the others)" in said
 
 
+def test_prepared_data_within_their_text_are_no_part_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder_of_texts(tmp_path, 9)
+    first = prepared(tmp_path, tmp_path)  # into tmp_path/data
+    again = prepared(tmp_path, tmp_path)
+    assert again.folder == first.folder
+    assert f"local: 9 files read, 2 left out: data/.{first.folder.name}.lock (hidden)" in (said := capsys.readouterr().err)
+    assert said.endswith(f"; data/{first.folder.name} (prepared data)\n")
+
+
 def test_files_about_a_folder_are_read_where_they_are_named(tmp_path: Path) -> None:
     for number in range(6):
         (tmp_path / "repositories" / str(number)).mkdir(parents=True)
