@@ -376,37 +376,23 @@ def sdpa(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
 
 
 def flashinfer(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
-    """FlashInfer's kernel over our own caches as pages of 64 slots; its plan is made beforehand and not timed."""
-    from flashinfer.mla import BatchMLAPagedAttentionWrapper
+    """FlashInfer's kernel over our own caches; its plan is made beforehand and not timed."""
+    from modeling.kernels import latent_decode_flashinfer as kernel
 
-    B, H, S, L, P = rotated_sizes(case, "FlashInfer")
-    _, table_BN, lengths_B = case.paged
-    device, dtype = case.latent_IBSL.device, case.latent_IBSL.dtype
-    used_BN = torch.arange(S // 64, device=device) < (lengths_B[:, None] + 63) // 64
-    backend = "fa3" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else "fa2"
-    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(128 * 2**20, dtype=torch.uint8, device=device), backend=backend)
-    wrapper.plan(
-        qo_indptr=torch.arange(B + 1, dtype=torch.int32, device=device),
-        kv_indptr=F.pad(used_BN.sum(1).cumsum(0), (1, 0)).int(),
-        kv_indices=table_BN[used_BN],
-        kv_len_arr=lengths_B,
-        num_heads=H,
-        head_dim_ckv=L,
-        head_dim_kpe=P,
-        page_size=64,
-        causal=False,
-        sm_scale=case.scale,
-        q_data_type=dtype,
-        kv_data_type=dtype,
-    )
+    check_widths("flashinfer", options.kv_lora_rank, options.qk_rope_head_dim)
+    caches = []
+    for i in range(case.inputs):
+        q_latent_BHL, _, latent_BSL, k_rope_BSP, lengths_B = case.arguments(i)
+        assert k_rope_BSP is not None
+        wrapper, pages = kernel.planned(q_latent_BHL, latent_BSL, k_rope_BSP, lengths_B, case.scale)
+        caches.append(pages)
 
     def call(i: int) -> Tensor:
-        q_latent_BHL, q_rope_BHP, latent_BSL, k_rope_BSP, _ = case.arguments(i)
-        assert k_rope_BSP is not None
-        caches = {"ckv_cache": latent_BSL.view(-1, 64, L), "kpe_cache": k_rope_BSP.view(-1, 64, P)}
-        return wrapper.run(q_nope=q_latent_BHL, q_pe=q_rope_BHP, **caches)
+        q_latent_BHL, q_rope_BHP, *_ = case.arguments(i)
+        assert q_rope_BHP is not None
+        return kernel.run(wrapper, q_latent_BHL, q_rope_BHP, caches[i])
 
-    return call, ""
+    return call, f"pages of {caches[0][0].shape[1]}"
 
 
 def flash_mla(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
@@ -439,7 +425,7 @@ def fa3(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     except ImportError:
         from fa3_fwd_interface import flash_attn_with_kvcache, get_scheduler_metadata
 
-    B, H, S, L, P = rotated_sizes(case, "FlashAttention-3")
+    B, H, S, L, P = fa3_sizes(case)
     lengths_B, splits = case.lengths_B.int(), options.splits or 0
     kinds = {"qkv_dtype": case.latent_IBSL.dtype, "headdim_v": L, "num_splits": splits}
     schedule = get_scheduler_metadata(B, 1, S, H, 1, P, lengths_B, **kinds)
@@ -469,7 +455,7 @@ def fa3_vllm(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     """
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    B, H, S, L, P = rotated_sizes(case, "FlashAttention-3")
+    B, H, S, L, P = fa3_sizes(case)
     kv_INZ1K, table_BN, lengths_B = case.paged
     starts, splits = torch.arange(B + 1, dtype=torch.int32, device=lengths_B.device), options.splits or 0
     kinds = {"qkv_dtype": kv_INZ1K.dtype, "headdim_v": L, "page_size": 64, "cu_seqlens_q": starts, "num_splits": splits}
@@ -496,10 +482,10 @@ def fa3_vllm(case: Case, options: LatentDecodeOptions) -> tuple[Call, str]:
     return call, f"/{splits}" if splits else ""
 
 
-def rotated_sizes(case: Case, peer: str) -> tuple[int, int, int, int, int]:
-    """(B, H, S, L, P). Raises ValueError where nothing is rotated, for a peer that has no key then."""
+def fa3_sizes(case: Case) -> tuple[int, int, int, int, int]:
+    """(B, H, S, L, P). Raises ValueError where nothing is rotated: FlashAttention-3 has no key then."""
     if case.q_rope_IBHP is None:
-        raise ValueError(f"{peer} needs a rotated part as its key")
+        raise ValueError("FlashAttention-3 needs a rotated part as its key")
     (B, H, P), (S, L) = case.q_rope_IBHP.shape[1:], case.latent_IBSL.shape[2:]
     return B, H, S, L, P
 

@@ -15,6 +15,7 @@ from modeling.attention.positions import beyond
 from modeling.attention.quantisation import CacheFormat
 from modeling.compiling import compile_each
 from modeling.gpt import GPT
+from modeling.kernels.decode_kernels import check_capture
 from modeling.refusal import Refusal
 
 COLDEST, HOTTEST = 1e-3, 1e30  # logits divided by less, or a temperature above, leave the range of float32
@@ -123,8 +124,11 @@ def decode_step(
         step = "graph" if device.type == "cuda" else "eager"
     if step not in ("eager", "compile", "graph"):
         raise Refusal(f"step={step} is unknown; choose auto, eager, compile or graph")
-    if step == "graph" and device.type != "cuda":
-        raise Refusal(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
+    if step == "graph":
+        for attention in model.attentions:
+            check_capture(attention.kernel)
+        if device.type != "cuda":
+            raise Refusal(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")
 
     def eager(token_B: Tensor, running_B: Tensor | None) -> Tensor:
         valid_BT = None if running_B is None else running_B[:, None]

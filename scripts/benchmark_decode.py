@@ -246,11 +246,14 @@ def make_plan(options: DecodeOptions) -> DecodePlan:
     from harness.decode.subjects import DecodePlan
     from harness.training.device import memory_bytes, select_device
     from modeling.attention.quantisation import cache_format
-    from modeling.kernels.decode_kernels import check_kernel
+    from modeling.kernels.decode_kernels import check_capture, check_kernel
 
     device = select_device(options.device)
+    captured = options.step == "graph" or (options.step == "auto" and device.type == "cuda")
     for kernel in options.kernel.split(","):
         with as_user_error():
+            if captured:
+                check_capture(kernel)
             check_kernel(kernel, device)
     if options.step == "graph" and device.type != "cuda":
         raise UserError(f"step=graph needs a CUDA device, not {device.type}; take step=compile or step=eager")

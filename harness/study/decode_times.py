@@ -16,10 +16,12 @@ from harness.config.build import build_model
 from harness.config.schema import TrainConfig
 from harness.decode.speed import DecodeTime, machine_name, measure_cell
 from harness.decode.subjects import DecodePlan, DecodeSubject, Skipped, footprint, plan_cells
+from harness.errors import as_user_error
 from harness.runs.load import pin_execution
 from harness.runs.records import DecodeRow
 from harness.training.device import keep_freed_memory, memory_bytes
 from modeling.attention import with_most_paths
+from modeling.kernels.decode_kernels import check_capture
 
 MULTIPLES = (1, 4, 16)  # of the longest sequence trained on, where no contexts are given
 
@@ -96,9 +98,13 @@ def _subject(name: str, config: TrainConfig, vocab_size: int, plan: DecodePlan) 
     with torch.device(plan.device):
         model = build_model(config, vocab_size, max_seq_len=plan.contexts[-1] + plan.room).to(plan.dtype).eval()
     choosing = with_most_paths(model.attentions)
+    kernel = config.attention["kernel"]
+    if plan.step_used == "graph":
+        with as_user_error(f"{name}: "):
+            check_capture(kernel)
     pin_execution(model, config.attention, device=plan.device, precision=plan.dtype)
     path = "auto"
     if choosing.decode_paths != ("auto",):
         path = "absorbed" if choosing.absorbs(1) else "expand"
     sizes = footprint(model, dtype=plan.dtype, cache_dtype=plan.cache_dtype)
-    return DecodeSubject(name, model, (path,), sizes, kernel=config.attention["kernel"])
+    return DecodeSubject(name, model, (path,), sizes, kernel=kernel)

@@ -32,7 +32,7 @@ class Kernel:
     latents, rotated: widths L and P; keys: of a head, K (of EXPLICIT V too); equal_widths: V must be equal to it.
     capability: of one in Gluon, the major compute capability it is for; None: all. reads_8_bits: latents as they are stored.
     auto: it is taken where it can run and nobody chose, before kernels that stand above it in the table.
-    interpreted: TRITON_INTERPRET runs it on any device.
+    interpreted: TRITON_INTERPRET runs it on any device. plans_on_host: each step anew, so that no CUDA graph can hold it.
     mended_by: the package that takes Triton's place in gradients which Triton 3.4 to 3.7.0 compiles wrongly on Hopper.
     """
 
@@ -48,6 +48,7 @@ class Kernel:
     auto: bool = False
     reads_8_bits: bool = False
     interpreted: bool = False
+    plans_on_host: bool = False
     mended_by: str | None = None
 
     @property
@@ -86,6 +87,15 @@ OTHERS = {
         capability=9,
         auto=True,
         reads_8_bits=True,
+    ),
+    "flashinfer": Kernel(
+        "latent_decode_flashinfer",
+        "flashinfer",
+        "pip install flashinfer-python",
+        HALF_PRECISION,
+        (128, 256, 512),
+        (64,),
+        plans_on_host=True,
     ),
 }
 # Of gated DeltaNet's layers: every call, training included; triton's of more than one token. A name in both tables needs the
@@ -182,6 +192,15 @@ def check_no_gradient(name: str, *tensors: torch.Tensor | None) -> None:
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors if x is not None):
         raise Refusal(
             f"attention.kernel={name} has no backward pass: decode under torch.no_grad(), or take attention.kernel=torch"
+        )
+
+
+def check_capture(name: str) -> None:
+    """Raise Refusal if a step with attention.kernel=name cannot be a CUDA graph."""
+    if name in OTHERS and OTHERS[name].plans_on_host:
+        raise Refusal(
+            f"attention.kernel={name} plans each step on the host, which no CUDA graph can hold (step=graph, and auto on "
+            "CUDA); take step=eager or attention.kernel=triton"
         )
 
 

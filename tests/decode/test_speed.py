@@ -285,6 +285,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
         (["attention.kv_lora_rank=99", "attention=mla", "level=attention"], r"kv_lora_rank=99 compresses nothing"),
         (["run=some"], r"stands beside run=..., which is a whole model: leave one out"),
         (["kernel=cuda"], r"kernel=cuda is unknown"),
+        (["kernel=flashinfer", "step=graph"], r"kernel=flashinfer plans each step on the host, which no CUDA graph can hold"),
         (["kernel=triton", "queries=1,16"], r"kernel=triton computes calls of one new token, not queries=1,16"),
     ],
 )

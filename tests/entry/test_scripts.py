@@ -229,7 +229,7 @@ def test_check_attention_refuses_sizes_that_do_not_fit() -> None:
         check_attention.main(["attention=gqa", *SIZE, "attention.n_kv_heads=3"])
 
 
-@pytest.mark.parametrize("kernel", ["triton", "gluon"])
+@pytest.mark.parametrize("kernel", ["triton", "flashinfer", "gluon"])
 def test_check_attention_refuses_kernels_that_cannot_compute_the_checks(
     kernel: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

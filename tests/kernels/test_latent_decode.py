@@ -343,7 +343,9 @@ def test_the_torch_reference_copies_neither_cache() -> None:
 
 
 def test_an_unknown_kernel_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"attention\.kernel=cuda is unknown; choose auto, torch, triton, gluon or fla"):
+    with pytest.raises(
+        ValueError, match=r"attention\.kernel=cuda is unknown; choose auto, torch, triton, gluon, flashinfer or fla"
+    ):
         check_kernel("cuda", "cpu")
 
 
