@@ -229,16 +229,22 @@ class Findings:
         """Those that can be compared, and notes on those that cannot be."""
         declared, notes = [], []
         for a, b in self.results.record["contrasts"]:
-            if absent := [arm for arm in (a, b) if arm not in self.values]:
-                notes.append(f"the declared comparison of {a} with {b} cannot be made yet: no run of {' and '.join(absent)}")
-            elif not self._comparable((a, b)):
-                notes.append(
-                    f"the declared comparison of {a} with {b} cannot be made yet: both descend from runs of "
-                    f"{self.lineages.get(a, a)}, and they have no seed in common"
-                )
+            if hindrance := self._hindrance((a, b)):
+                notes.append(f"the declared comparison of {a} with {b} cannot be made yet: {hindrance}")
             else:
                 declared.append((a, b))
         return declared, notes
+
+    def _hindrance(self, *pairs: Pair) -> str | None:
+        """Why these cannot all be compared yet."""
+        if absent := [arm for arm in dict.fromkeys(itertools.chain(*pairs)) if arm not in self.values]:
+            return f"no run of {' and '.join(absent)}"
+        apart = [
+            f"{a} and {b} descend from runs of {self.lineages.get(a, a)}, and they have no seed in common"
+            for a, b in pairs
+            if not self._comparable((a, b))
+        ]
+        return "; ".join(apart) or None
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -270,7 +276,7 @@ class Findings:
         recorded = {
             name: trend
             for name, trend in self.results.record.get("trends", {}).items()
-            if all(self._comparable(pair) for pair in trend["of"])
+            if self._hindrance(*trend["of"]) is None
         }
         declared = {name: (trend["of"], trend["at"]) for name, trend in recorded.items()}
         told = []
@@ -302,9 +308,10 @@ class Findings:
         late += ["the metric, and with it every comparison"] if added.metric else []
         if late:
             notes.append(f"added after the first result, so exploratory: {'; '.join(late)}")
-        if added.dropped:
-            pairs = ", ".join(f"{a} with {b}" for a, b in added.dropped)
-            notes.append(f"declared, and no longer asked for: the comparison of {pairs}")
+        dropped = [f"the comparison of {', '.join(f'{a} with {b}' for a, b in added.dropped)}"] if added.dropped else []
+        dropped += [f"the trend {name}" for name in added.dropped_trends]
+        if dropped:
+            notes.append(f"declared, and no longer asked for: {'; '.join(dropped)}")
         return notes
 
     @property
@@ -559,6 +566,9 @@ class Findings:
         for arm in self.done:
             if len({run.summary["setup_hash"] for run in arm.runs}) > 1:
                 notes.append(f"the runs of {arm.name} differ in more than their seed: they are no repetitions of one setup")
+        for name, trend in results.record.get("trends", {}).items():
+            if hindrance := self._hindrance(*trend["of"]):
+                notes.append(f"the declared trend {name} cannot be told yet: {hindrance}")
         return notes + self._declared_pairs[1]
 
 

@@ -64,6 +64,7 @@ class Additions:
     metric: bool = False
     trends: list[str] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)  # declared first, and no longer there
+    dropped_trends: list[str] = field(default_factory=list)
 
     def reason(self, a: str, b: str) -> str | None:
         """Why the comparison of two arms is exploratory; None if it is not."""
@@ -92,13 +93,15 @@ def additions(record: StudyRecord) -> Additions:
     }
     arms = [arm for arm in record["arms"] if not any(arm in entry["arms"] for entry in early)]
     first = [pair for entry in early for pair in entry["contrasts"]]
+    first_trends = dict.fromkeys(name for entry in early for name in entry.get("trends", ()))
     return Additions(
         known=all(entry["results"] is not None for entry in early),
         arms=arms,
         seeds={arm: sorted(late) for arm, late in seeds.items() if late and arm not in arms},
         contrasts=[pair for pair in record["contrasts"] if pair not in first],
-        trends=[name for name in record.get("trends", {}) if not any(name in entry.get("trends", ()) for entry in early)],
+        trends=[name for name in record.get("trends", {}) if name not in first_trends],
         margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
         metric=bool(early) and all(entry.get("metric", record["metric"]) != record["metric"] for entry in early),
         dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
+        dropped_trends=[name for name in first_trends if name not in record.get("trends", {})],
     )

@@ -304,6 +304,15 @@ def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_la
     assert "| mla - gqa | exploratory |" in markdown
     assert "added after the first result, so exploratory: the trend mla - gqa" in content["notes"]
 
+    record["history"][0]["trends"] = ["mla - gqa", "given up"]
+    for run in folder.glob("mqa-*"):
+        (run / "summary.json").unlink()
+    (folder / "study.json").write_text(json.dumps(record))
+    _, content = told(folder)
+    assert not content["trends"]
+    assert "the declared trend mla - gqa cannot be told yet: no run of mqa" in content["notes"]
+    assert "declared, and no longer asked for: the trend given up" in content["notes"]
+
 
 def test_of_an_older_record_it_is_said_that_the_declaration_is_not_known(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "old", segments=0, extras=False)
