@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from harness.study.plan import RunSpec, StudyPlan
     from harness.study.runner import Rates, Slot
 
-SIZES = ("parameters", "MFLOP/token", "cache bytes/token")  # columns
 # Of the machine rather than of the run: what is said of them for training holds for evaluating too.
 _FOR_EVALUATION = ("device", "precision", "data_dir", "tracking", "tracking.project", "tracking.entity")
 
@@ -282,20 +281,27 @@ def measure_decoding(plan: StudyPlan) -> None:
 def print_arms(plan: StudyPlan) -> None:
     """What is compared, and how well it is matched."""
     print(f"{plan.name}: {plan.config.question}")
-    rows = [["arm", *SIZES, "matched"]]
-    for name, arm in plan.arms.items():
+    columns, *sizes = _sizes(plan, [*plan.arms])
+    rows = [["arm", *columns, "matched"]]
+    for (name, arm), cells in zip(plan.arms.items(), sizes, strict=True):
         matches = "; ".join(
             f"{match['quantity']} {number(match['mismatch'], '+.2%')} of {match['to']} by {match['vary']}={match['value']}"
             for match in arm.matches
         )
-        rows.append([name, *_sizes(plan, name), matches])
+        rows.append([name, *cells, matches])
     print_table(rows)
 
 
-def _sizes(plan: StudyPlan, arm: str) -> list[str]:
-    """The cells of an arm in the columns of SIZES."""
-    sizes = plan.arms[arm].quantities
-    return [f"{sizes['params']:,}", f"{sizes['train_flops'] / 1e6:,.2f}", f"{sizes['kv_bytes']:,}"]
+def _sizes(plan: StudyPlan, names: Sequence[str]) -> list[list[str]]:
+    """Names of columns, then the cells of each of these arms."""
+    from harness.report.document import at_contexts
+
+    arms = [plan.arms[name] for name in names]
+    cache, sizes = at_contexts(
+        "cache bytes/token", [f"{arm.quantities['kv_bytes']:,}" for arm in arms], [arm.config.model.max_seq_len for arm in arms]
+    )
+    of_arms = [(f"{arm.quantities['params']:,}", f"{arm.quantities['train_flops'] / 1e6:,.2f}") for arm in arms]
+    return [["parameters", "MFLOP/token", cache], *([*of_arm, size] for of_arm, size in zip(of_arms, sizes, strict=True))]
 
 
 def print_runs(command: Command) -> int:
@@ -309,13 +315,15 @@ def print_runs(command: Command) -> int:
         grid = plan.first_rates()
         sweep = plan.sweep_runs(grid, arms) + plan.transfer_runs(grid, arms)
     main_runs = plan.main_runs(plan.untuned_rates(arms), arms)
-    rows = [["run", *SIZES, "tokens", "state"]]
+    specs = [*sweep, *main_runs]
+    columns, *sizes = _sizes(plan, [spec.arm for spec in specs])
+    rows = [["run", *columns, "tokens", "state"]]
     todo = []
-    for spec in [*sweep, *main_runs]:
+    for spec, cells in zip(specs, sizes, strict=True):
         folder, done = plan.folder / spec.name, is_done(plan, spec)
         todo += [] if done else [spec]
         state = "finished" if done else "to evaluate" if finished(folder) else "begun" if folder.is_dir() else ""
-        rows.append([spec.name, *_sizes(plan, spec.arm), f"{spec.tokens:,}", state])
+        rows.append([spec.name, *cells, f"{spec.tokens:,}", state])
     print_table(rows)
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")

@@ -316,6 +316,7 @@ def test_a_dry_run_prints_every_run_and_writes_nothing(tmp_path: Path, capsys: p
     for arm in ("mha", "gqa", "mqa", "mla"):
         assert f"{arm}-lr0.005-seed2" in output
         assert f"{arm}-lr0.00125-tokens100000-seed1000" in output
+    assert output.count("  cache bytes/token at 256 tokens  ") == 2
     assert re.search(
         r"^24 of 24 runs to do, [\d,]+ tokens, \d+ at a time; how long is known once a run has ended$", output, re.M
     )
