@@ -72,7 +72,7 @@ class DecodeOptions:
     kernel: Annotated[
         str,
         "what computes one new token, separated by commas: a row each of the variants that have it, and a note of the others; "
-        "auto: on the absorbed path gluon or triton on CUDA, else torch",
+        "auto: gluon or triton on CUDA where one can, else torch",
     ] = "auto"
     backend: Annotated[str, "the attention kernel"] = "auto"
     step: Annotated[

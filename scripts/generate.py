@@ -24,9 +24,7 @@ from modeling.cache_formats import FORMS
 class AttentionOptions:
     backend: Annotated[str, "the attention kernel"] = "auto"
     decode: Annotated[str, "auto, expand or absorbed: how latents are read back from a cache"] = "auto"
-    kernel: Annotated[str, "what reads latents, or states: auto, torch or another of modeling/kernels/decode_kernels.py"] = (
-        "auto"
-    )
+    kernel: Annotated[str, "of one new token, or states: auto, torch or another of modeling/kernels/decode_kernels.py"] = "auto"
 
 
 @dataclass

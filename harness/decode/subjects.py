@@ -143,7 +143,7 @@ class DecodeSubject:
     part: Part
     paths: tuple[str, ...]  # values of attention.decode, a row of the table each
     whole: Footprint
-    kernel: str = "auto"  # of the absorbed path
+    kernel: str = "auto"  # of one new token
     prefills: bool = True  # False: a peer that differs in its steps alone
     writer: Writer | None = None
 
