@@ -231,6 +231,8 @@ def main(arguments: list[str]) -> int:
     hardware.keep_freed_memory(device)
     precision = hardware.select_precision(options.precision, device)
     compiled = hardware.select_compile(options.compile, device)
+    if compiled:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # a row that ran eagerly would be another's
     names = options_of("attention") if options.attention == "all" else options.attention.split(",")
     pairs = list(itertools.product(names, options.backend.split(",")))
 

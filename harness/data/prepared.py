@@ -18,6 +18,7 @@ from typing import IO, Any, BinaryIO, NamedTuple, NewType, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from harness.data.documents import SPLITS
 from harness.data.tokenizer import Tokenizer, text_before
@@ -288,9 +289,15 @@ def _verify_split(prepared: PreparedData, name: str) -> None:
     if name in prepared._verified:
         return
     split, counts, file = prepared.splits[name], prepared.meta["splits"][name], prepared.folder / f"{name}.bin"
-    if _sha256(split.tokens) != counts.get("sha256"):
+    digest, largest = hashlib.sha256(), 0
+    count = -(-split.n_tokens // _BLOCK)
+    # About a second a GB, at every start of a training: a bar where that takes longer than one waits for.
+    for block in tqdm(_blocks(split.tokens), f"{file.name} is read whole", count, delay=5, leave=False, disable=None):
+        digest.update(block.data)
+        largest = max(largest, int(block.max()))
+    if digest.hexdigest() != counts.get("sha256"):
         raise DamagedData(f"{file} has other content than meta.json says")
-    if max(int(block.max()) for block in _blocks(split.tokens)) >= prepared.vocab_size:
+    if largest >= prepared.vocab_size:
         raise DamagedData(f"{file} holds a token outside the vocabulary")
     starts, columns = split.document_starts, (split.document_starts, split.document_bytes, split.document_words)
     fits = (
