@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from harness.config.checks import attention_options
-from harness.config.schema import TrainConfig
+from harness.config.schema import MODEL_DEFAULTS, TrainConfig
 from harness.errors import UserError, as_user_error, readable
 from modeling.attention import MODEL_OWNED, build_attentions
 from modeling.attention.layer_cache import check_values
@@ -20,7 +20,7 @@ from modeling.attention.quantisation import cache_format
 from modeling.gpt import GPT
 from modeling.shapes import shapes_only
 
-_NOT_SHAPE = ("name", "head_dim", "default_tokens", "default_batch_size", "default_lr", "vocab_size")
+_NOT_SHAPE = ("name", "head_dim", "vocab_size", *MODEL_DEFAULTS)
 _COUNTED_ABOVE = 2**30  # bytes
 
 

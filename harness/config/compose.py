@@ -27,7 +27,7 @@ from harness.config.checks import check_scale, eval_config, train_config, varian
 from harness.config.identity import SEED_FIELDS, corpus_name, differences, identity, setup_hash
 from harness.config.places import CONFIGS, ROOT, user_path
 from harness.config.run_config import FREE_TEXT, find_run, load_run_config, run_folders
-from harness.config.schema import EvalConfig, TrainConfig
+from harness.config.schema import MODEL_DEFAULTS, EvalConfig, TrainConfig
 from harness.config.typed import did_you_mean, fields_below, shown, typed
 from harness.errors import UserError, readable
 
@@ -409,9 +409,7 @@ _FREE_OF_SOURCE = (
     "model.init",
     "model.init_std",
     "model.zero_init_outputs",
-    "model.default_tokens",
-    "model.default_batch_size",
-    "model.default_lr",
+    *(f"model.{name}" for name in MODEL_DEFAULTS),
     "tokenizer.path",
 )
 

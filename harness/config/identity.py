@@ -44,6 +44,7 @@ LATER_FIELDS = {
     "spikes.window": 100,
     "init_setup": None,
     "model.vocab_size": None,
+    "model.default_width_base": None,
     "optimizer.width_base": None,
 }
 

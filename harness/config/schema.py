@@ -7,7 +7,7 @@ none here: the YAML must say them. An attention variant's schema is read off its
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from harness.files.untrusted import Figure, Positive
@@ -67,7 +67,11 @@ class ModelConfig:
     default_tokens: int
     default_batch_size: int
     default_lr: float
+    default_width_base: int | None = None  # optimizer.width_base of default_lr; None: default_lr is of this very width
     vocab_size: int | None = None  # of a checkpoint with more rows than its tokenizer has tokens; None: the tokenizer's
+
+
+MODEL_DEFAULTS = tuple(each.name for each in fields(ModelConfig) if each.name.startswith("default_"))
 
 
 @dataclass

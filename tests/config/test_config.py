@@ -493,6 +493,7 @@ ANOTHER: dict[str, Any] = {
     "optimizer.name": "muon",
     "optimizer.betas": [0.8, 0.9],
     "optimizer.width_base": 64,
+    "model.default_width_base": 64,
     "schedule.name": "wsd",
     "tokenizer.name": "bytes",
     "tracking.name": "none",

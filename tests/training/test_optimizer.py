@@ -96,6 +96,11 @@ def test_width_base_is_part_of_what_a_run_is_but_its_absence_is_as_before() -> N
         config_at("optimizer.width_base=0")
 
 
+def test_a_model_brings_the_width_of_its_rate_and_a_command_takes_it_away() -> None:
+    bases = [config_at(*more).optimizer.width_base for more in ([], ["model=small"], ["model=small", "optimizer.width_base=null"])]
+    assert bases == [None, 192, None]
+
+
 def test_muons_updates_have_adamws_size_whatever_the_matrixs_shape() -> None:
     """A matrix that was made orthogonal, times 0.2 sqrt(its longer side): root mean square 0.2 of the rate."""
     model = gpt_from(["attention=mqa", "model.d_model=96"], n_layers=1)
