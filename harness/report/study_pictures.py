@@ -103,12 +103,22 @@ def _a_row_each(
     arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, Mapping[str, float]], metric: Metric
 ) -> tuple[list[tuple[str, Plot | ForestPlot]], str]:
     *_, (heading, sizes) = costs.items()
-    best = _front(arms, sizes, metric)
+    panel, how = _rows(arms, looks, {name: (size, f"{size:,.0f}") for name, size in sizes.items()}, "cache size", metric)
+    return [(", ".join(filter(None, ("KV cache, bytes per token", heading))), panel)], how
+
+
+def _rows(
+    arms: Sequence[PlacedArm], looks: Mapping[str, Style], costs: Mapping[str, tuple[float, str]], cost: str, metric: Metric
+) -> tuple[ForestPlot, str]:
+    """(A row for each arm in the order of what it costs, a number and its words; what the rows are)."""
+    figures = {name: figure for name, (figure, _) in costs.items()}
+    best = _front(arms, figures, metric)
     rows = []
-    for arm in sorted(arms, key=lambda arm: (sizes[arm.name], metric.cost(arm.mean.mean))):
-        mark = _point(arm, looks[arm.name], metric, sizes[arm.name], _hover(arm, sizes)).marks[0]
+    for arm in sorted(arms, key=lambda arm: (figures[arm.name], metric.cost(arm.mean.mean))):
+        figure, words = costs[arm.name]
+        mark = _point(arm, looks[arm.name], metric, figure, f"{cost} {words}, {counted(arm.seeds, 'seed')}").marks[0]
         row = ForestRow(
-            f"{arm.name} · {sizes[arm.name]:,.0f}",
+            f"{arm.name} · {words}",
             (arm.name,),
             mark.hover,
             mean_text(arm.mean, metric),
@@ -126,8 +136,7 @@ def _a_row_each(
         also = f"a reference like {', '.join(others)}" if others else "the reference"
         line = f" Line: {first}, {also}."
     panel = ForestPlot(metric.axis, rows, level=references[0].mean.mean if references else None)
-    above = ", ".join(filter(None, ("KV cache, bytes per token", heading)))
-    return [(above, panel)], f"Filled: the best mean up to each cache size, without regard to the bars.{line}"
+    return panel, f"Filled: the best mean up to each {cost}, without regard to the bars.{line}"
 
 
 def _point(arm: PlacedArm, look: Style, metric: Metric, cost: float, hover: str) -> Series:
@@ -150,18 +159,25 @@ def decode_picture(findings: Findings) -> Picture:
     """The metric against the time of a token at the longest context, a panel a batch size."""
     looks, metric = arm_styles(findings), findings.metric
     context, placed = max(row["context"] for row in findings.decode), {arm.name: arm for arm in _placed(findings)}
-    panels = []
+    panels: list[tuple[str, Plot | ForestPlot]] = []
+    caption = "One step of decoding with a filled cache, at the longest context that was timed."
+    how = SIDE_BY_SIDE
     for batch in sorted({row["batch"] for row in findings.decode if row["context"] == context}):
+        place = f"batch {batch:,}, context {context:,}"
+        timed = {row["arm"]: row for row in findings.decode if (row["context"], row["batch"]) == (context, batch)}
+        arms = [arm for name, arm in placed.items() if name in timed]
+        if len(arms) > MOST_NAMES:
+            times = {name: (row["milliseconds"], in_ms(row["milliseconds"])) for name, row in timed.items()}
+            panel, how = _rows(arms, looks, times, "time", metric)
+            panels.append((f"ms a step, {place}", panel))
+            continue
         series = []
-        for row in findings.decode:
-            arm = placed.get(row["arm"])
-            if (row["context"], row["batch"]) == (context, batch) and arm is not None:
-                hover = f"{in_ms(row['milliseconds'])} ms a step ({row['path']})"
-                series.append(_point(arm, looks[arm.name], metric, row["milliseconds"], hover))
-        plot = Plot("ms per step, a token in each row (log scale)", metric.axis, series, x_log=True)
-        panels.append((f"batch {batch:,}, context {context:,}", plot))
-    caption = f"One step of decoding with a filled cache, at the longest context that was timed. {SIDE_BY_SIDE}"
-    return Picture("decode", f"{capital(metric.label)} by the time that a token takes to decode", caption, panels)
+        for arm in arms:
+            row = timed[arm.name]
+            hover = f"{in_ms(row['milliseconds'])} ms a step ({row['path']})"
+            series.append(_point(arm, looks[arm.name], metric, row["milliseconds"], hover))
+        panels.append((place, Plot("ms per step, a token in each row (log scale)", metric.axis, series, x_log=True)))
+    return Picture("decode", f"{capital(metric.label)} by the time that a token takes to decode", f"{caption} {how}", panels)
 
 
 def contrasts_picture(findings: Findings) -> Picture:

@@ -19,6 +19,7 @@ from harness.errors import UserError
 from harness.evaluation.metric import BITS_PER_BYTE, LOSS
 from harness.report import study_pictures
 from harness.report.colours import COLOURS, DARK_PAPER, FAMILY_COLOURS, INK, PAPER, contrast, darker, in_the_dark, styles
+from harness.report.document import in_ms
 from harness.report.findings import Findings, over_seeds
 from harness.report.page import page
 from harness.report.pictures import ForestPlot, Plot, short
@@ -399,6 +400,24 @@ def test_more_arms_than_a_reader_tells_apart_have_a_row_each_by_their_cache() ->
     assert [number for number, row in enumerate(panel.rows) if row.filled] == best
     assert panel.level == next(row.value for row in panel.rows if row.arms == ("gqa",))
     assert "Line: gqa, a reference like gqa_tuned. Right of the picture: mla_96_short (2.0018)" in picture.caption
+
+
+def test_more_arms_than_a_reader_tells_apart_have_a_row_each_by_their_decode_time(
+    full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = findings_of(full)
+    times = [
+        {row["arm"]: in_ms(row["milliseconds"]) for row in findings.decode if (row["context"], row["batch"]) == (1024, batch)}
+        for batch in (1, 8)
+    ]
+    assert all(isinstance(panel, Plot) for _, panel in study_pictures.decode_picture(findings).panels)
+    monkeypatch.setattr(study_pictures, "MOST_NAMES", len(times[0]) - 1)
+    picture = study_pictures.decode_picture(findings)
+    for (heading, panel), shown, batch in zip(picture.panels, times, (1, 8), strict=True):
+        assert heading == f"ms a step, batch {batch}, context 1,024" and isinstance(panel, ForestPlot)
+        labels = [f"{arm} · {time}" for arm, time in sorted(shown.items(), key=lambda item: float(item[1]))]
+        assert [row.label for row in panel.rows] == labels and panel.rows[0].filled
+    assert "the best mean up to each time" in picture.caption
 
 
 @pytest.mark.parametrize(("higher", "arms", "side"), [(True, 14, "Left of"), (True, 9, "Below"), (False, 9, "Above")])

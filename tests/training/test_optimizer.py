@@ -97,7 +97,9 @@ def test_width_base_is_part_of_what_a_run_is_but_its_absence_is_as_before() -> N
 
 
 def test_a_model_brings_the_width_of_its_rate_and_a_command_takes_it_away() -> None:
-    bases = [config_at(*more).optimizer.width_base for more in ([], ["model=small"], ["model=small", "optimizer.width_base=null"])]
+    bases = [
+        config_at(*more).optimizer.width_base for more in ([], ["model=small"], ["model=small", "optimizer.width_base=null"])
+    ]
     assert bases == [None, 192, None]
 
 
