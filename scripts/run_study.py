@@ -240,6 +240,8 @@ def keep(command: Command, rates: Rates, specs: Sequence[RunSpec], failures: Seq
             contrasts=[(a, b) for a, b in plan.config.contrasts],
             margin=plan.config.margin,
             metric=plan.config.metric,
+            rates={arm: as_named(lr) if tune == "none" else None for arm, lr in plan.untuned_rates(plan.arms).items()}
+            | {spec.arm: spec.lr for spec in runs},
             trends=[*plan.config.trends],
             results=sum(finished(plan.folder / name) for name in seen),
         )

@@ -304,10 +304,11 @@ class Findings:
         late += [f"seeds {', '.join(map(str, seeds))} of {arm}" for arm, seeds in added.seeds.items()]
         late += [f"the comparison of {a} with {b}" for a, b in added.contrasts]
         late += [f"the trend {name}" for name in added.trends]
+        late += [f"the learning rate of {arm}" for arm in added.rates]
         late += ["the margin, and with it what is called the same"] if added.margin else []
         late += ["the metric, and with it every comparison"] if added.metric else []
         if late:
-            notes.append(f"added after the first result, so exploratory: {'; '.join(late)}")
+            notes.append(f"added or changed after the first result, so exploratory: {'; '.join(late)}")
         dropped = [f"the comparison of {', '.join(f'{a} with {b}' for a, b in added.dropped)}"] if added.dropped else []
         dropped += [f"the trend {name}" for name in added.dropped_trends]
         if dropped:

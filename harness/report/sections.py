@@ -99,10 +99,11 @@ def _main(findings: Findings) -> Section:
     decode = _decode_cells(findings)
     metric, at_length = findings.metric, findings.at_length
     lines = []
+    exploratory = {*findings.added.arms, *findings.added.rates}
     for arm, size in zip(findings.arms, sizes, strict=True):
         ratio = arm.summary("cache_ratio_to_mha")
         cells = {
-            "arm": arm.name + " (reference)" * arm.info["reference"] + " (exploratory)" * (arm.name in findings.added.arms),
+            "arm": arm.name + " (reference)" * arm.info["reference"] + " (exploratory)" * (arm.name in exploratory),
             **({"level": arm.info["level"] or ABSENT} if levels else {}),
             "parameters": _count(arm.summary("parameters")),
             cache: size,

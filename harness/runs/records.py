@@ -200,6 +200,7 @@ class DeclarationRecord(TypedDict):
     margin: Rate | None
     trends: NotRequired[list[str]]  # absent from older records
     metric: NotRequired[str]  # likewise
+    rates: NotRequired[dict[str, Rate | None]]  # likewise; of each arm's runs, None: a sweep of it shall say
 
 
 class TrendRecord(TypedDict):

@@ -1,8 +1,8 @@
 """What was declared of a study before its first result, and what after it, from the history that study.json keeps.
 
-A command that starts writes down the arms, their seeds, the contrasts, the metric and the margin that it was given, wherever
-they differ from what stands there, with the number of runs that had finished by then. What was added once there was something
-to look at is exploratory, whoever says otherwise.
+A command that starts writes down the arms, their seeds and learning rates, the contrasts, the metric and the margin that it was
+given, wherever they differ from what stands there, with the number of runs that had finished by then. What was added or chosen
+again once there was something to look at is exploratory, whoever says otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import cast
 from harness.runs.provenance import now
 from harness.runs.records import DeclarationRecord, StudyRecord
 
-_DECLARED = ("arms", "contrasts", "margin", "trends", "metric")
+_DECLARED = ("arms", "contrasts", "margin", "trends", "metric", "rates")
 
 
 def extended(
@@ -25,12 +25,14 @@ def extended(
     margin: float | None,
     metric: str,
     results: int,
+    rates: Mapping[str, float | None],
     trends: Sequence[str] = (),
 ) -> list[DeclarationRecord]:
     """The history with what a command declares now.
 
     before: the record that is there; one from before there was a history, or none beside finished runs, leaves open when its
-    content was declared. arms: their seeds. results: runs that have finished, those too that the study no longer names.
+    content was declared. arms: their seeds. rates: of each arm's runs; None: a sweep of it shall say. results: runs that have
+    finished, those too that the study no longer names.
     """
     history = [] if before is None else [*before.get("history", ())]
     if before is not None and not history:
@@ -44,8 +46,9 @@ def extended(
         "margin": margin,
         "trends": [*trends],
         "metric": metric,
+        "rates": {**rates},
     }
-    unsaid = {} if before is None else {"trends": [], "metric": before["metric"]}  # in older entries
+    unsaid = {} if before is None else {"trends": [], "metric": before["metric"], "rates": _rates(before)}  # in older entries
     last = unsaid | history[-1] if history else {}
     if all(last.get(key) == declared[key] for key in _DECLARED):  # type: ignore[literal-required]
         return history
@@ -62,6 +65,7 @@ class Additions:
     contrasts: list[tuple[str, str]] = field(default_factory=list)
     margin: bool = False
     metric: bool = False
+    rates: list[str] = field(default_factory=list)  # arms whose runs are at another one than was declared
     trends: list[str] = field(default_factory=list)
     dropped: list[tuple[str, str]] = field(default_factory=list)  # declared first, and no longer there
     dropped_trends: list[str] = field(default_factory=list)
@@ -76,8 +80,15 @@ class Additions:
             return "the metric was chosen after the first result"
         if late := [arm for arm in (a, b) if arm in self.arms]:
             return f"{' and '.join(late)} {'was' if len(late) == 1 else 'were'} added after the first result"
+        if late := [arm for arm in (a, b) if arm in self.rates]:
+            return f"the learning rate of {' and '.join(late)} was changed after the first result"
         late = [f"seeds {', '.join(map(str, self.seeds[arm]))} of {arm}" for arm in (a, b) if arm in self.seeds]
         return f"{' and '.join(late)} were added after the first result" if late else None
+
+
+def _rates(record: StudyRecord) -> dict[str, float]:
+    """Of the runs of each arm."""
+    return {run["arm"]: run["lr"] for run in record["runs"]}
 
 
 def additions(record: StudyRecord) -> Additions:
@@ -93,6 +104,7 @@ def additions(record: StudyRecord) -> Additions:
     }
     arms = [arm for arm in record["arms"] if not any(arm in entry["arms"] for entry in early)]
     first = [pair for entry in early for pair in entry["contrasts"]]
+    rates = {arm: {entry["rates"][arm] for entry in early if arm in entry.get("rates", {})} for arm in record["arms"]}
     first_trends = dict.fromkeys(name for entry in early for name in entry.get("trends", ()))
     return Additions(
         known=all(entry["results"] is not None for entry in early),
@@ -102,6 +114,11 @@ def additions(record: StudyRecord) -> Additions:
         trends=[name for name in record.get("trends", {}) if name not in first_trends],
         margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
         metric=bool(early) and all(entry.get("metric", record["metric"]) != record["metric"] for entry in early),
+        rates=[
+            arm
+            for arm, lr in _rates(record).items()
+            if rates[arm] and not rates[arm] & ({lr, None} if arm in record["chosen_lr"] else {lr})
+        ],
         dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
         dropped_trends=[name for name in first_trends if name not in record.get("trends", {})],
     )

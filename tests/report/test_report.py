@@ -231,8 +231,8 @@ def test_what_was_added_after_the_first_result_is_marked_exploratory(tmp_path: P
     assert found["mla_plain"]["sentence"].endswith("; exploratory: the comparison was added after the first result")
     assert not found["mqa"]["primary"] and found["mqa"]["p_holm"] is None
     assert (
-        "added after the first result, so exploratory: arm mla_plain; seeds 2 of mqa; the comparison of mla with mla_plain"
-        in content["notes"]
+        "added or changed after the first result, so exploratory: arm mla_plain; seeds 2 of mqa; the comparison of mla with "
+        "mla_plain" in content["notes"]
     )
     assert "declared, and no longer asked for: the comparison of gqa with mha" in content["notes"]
     assert "| mla\\_plain (exploratory) |" in markdown and "| mla − mqa | exploratory |" in markdown
@@ -303,7 +303,7 @@ def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_la
     assert content["trends"][0]["sentence"].endswith("; exploratory: the trend was added after the first result")
     assert content["trends"][0]["p_holm"] is None and content["trends"][0]["p"] == expected.p
     assert "| mla - gqa | exploratory |" in markdown
-    assert "added after the first result, so exploratory: the trend mla - gqa" in content["notes"]
+    assert "added or changed after the first result, so exploratory: the trend mla - gqa" in content["notes"]
 
     record["history"][0]["trends"] = ["mla - gqa", "given up"]
     for run in folder.glob("mqa-*"):

@@ -11,15 +11,23 @@ PAIR, LATER = ("mla", "gqa"), ("mla", "mha")
 
 
 def record(
-    history: list[DeclarationRecord] | None, *, seeds: dict[str, list[int]], contrasts: list[Any], margin: float | None = None
+    history: list[DeclarationRecord] | None,
+    *,
+    seeds: dict[str, list[int]],
+    contrasts: list[Any],
+    margin: float | None = None,
+    tuned: dict[str, float] | None = None,
 ) -> StudyRecord:
-    runs = [{"arm": arm, "seed": seed} for arm, of_arm in seeds.items() for seed in of_arm]
+    rates = dict.fromkeys(seeds, 0.01) | (tuned or {})
+    runs = [{"arm": arm, "seed": seed, "lr": rates[arm]} for arm, of_arm in seeds.items() for seed in of_arm]
     content = {"arms": dict.fromkeys(seeds), "runs": runs, "contrasts": contrasts, "margin": margin, "metric": "loss"}
+    content["chosen_lr"] = tuned or {}
     return cast(StudyRecord, content if history is None else content | {"history": history})
 
 
 def declare(before: StudyRecord | None, results: int, **changes: Any) -> list[DeclarationRecord]:
     given: dict[str, Any] = {"arms": {"mla": [0, 1], "gqa": [0, 1]}, "contrasts": [PAIR], "margin": None, "metric": "loss"}
+    given["rates"] = dict.fromkeys(changes.get("arms", given["arms"]), 0.01)
     return extended(before, **given | changes, results=results)
 
 
@@ -91,3 +99,24 @@ def test_a_metric_that_was_chosen_after_a_result_makes_every_comparison_explorat
     told = record(older, seeds=seeds, contrasts=[PAIR])
     assert not additions(told).metric and declare(told, 3) == older
     assert [entry["metric"] for entry in declare(told, 3, metric="repeats_gain")] == ["loss", "repeats_gain"]
+
+
+def test_a_rate_that_was_chosen_again_after_a_result_makes_its_arm_exploratory() -> None:
+    seeds, tuned = {"mla": [0, 1], "gqa": [0, 1]}, {"mla": 0.02}
+    begun = record(declare(None, 0, rates={"mla": 0.02, "gqa": None}), seeds={"mla": [0, 1]}, contrasts=[PAIR], tuned=tuned)
+    both = tuned | {"gqa": 0.03}
+    swept = record(declare(begun, 2, rates=both), seeds=seeds, contrasts=[PAIR], tuned=both)
+    assert additions(swept).rates == [], "a sweep was to find the rate of gqa, and did"
+    untuned = record(declare(swept, 4, rates=tuned | {"gqa": 0.01}), seeds=seeds, contrasts=[PAIR], tuned=tuned)
+    assert additions(untuned).rates == ["gqa"]
+    assert additions(untuned).reason(*PAIR) == "the learning rate of gqa was changed after the first result"
+    again = record(
+        declare(untuned, 4, rates={"mla": 0.04, "gqa": 0.03}), seeds=seeds, contrasts=[PAIR], tuned=both | {"mla": 0.04}
+    )
+    assert additions(again).rates == ["mla"], "another grid found another rate"
+
+    older = [cast(DeclarationRecord, {key: value for key, value in declare(None, 0)[0].items() if key != "rates"})]
+    told = record(older, seeds=seeds, contrasts=[PAIR])
+    assert declare(told, 4) == older and not additions(told).rates
+    changed = declare(told, 4, rates=both)
+    assert additions(record(changed, seeds=seeds, contrasts=[PAIR], tuned=both)).rates == ["mla", "gqa"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -243,11 +244,11 @@ def test_a_sweep_that_was_begun_on_a_scored_seed_goes_on_with_it(tmp_path: Path)
     assert planned.tuning_seed == 0
 
 
-def keep(planned: StudyPlan) -> list[DeclarationRecord]:
+def keep(planned: StudyPlan, arms: Sequence[str] | None = None, **tuned: float) -> list[DeclarationRecord]:
     """What a command writes down before it trains, and the history that it leaves."""
-    arms = [*planned.arms]
-    rates = Rates(planned.untuned_rates(arms))
-    command = run_study.Command(planned, arms, "none", run_study.StudyOptions(), [], {"mha": [0, 1]})
+    arms = [*(arms or planned.arms)]
+    rates = Rates(tuned or planned.untuned_rates(arms))
+    command = run_study.Command(planned, arms, "lr" if tuned else "none", run_study.StudyOptions(), [], {"mha": [0, 1]})
     run_study.keep(command, rates, planned.main_runs(rates.chosen, arms), [])
     return read_study(planned.folder)["history"]
 
@@ -265,6 +266,22 @@ def test_the_record_keeps_what_was_declared_and_how_many_runs_had_ended(tmp_path
     assert first == declared and (later["results"], later["margin"]) == (1, 0.002)
     added = additions(read_study(tmp_path / "runs" / "given"))
     assert (added.contrasts, added.seeds, added.margin, added.known) == ([("mla", "mha")], {"mha": [2]}, True, True)
+
+
+def test_a_way_of_choosing_rates_that_was_changed_after_a_result_is_told(tmp_path: Path) -> None:
+    (declared,) = keep(plan(tmp_path), ["gqa"], gqa=0.005)
+    assert declared["rates"] == {"mha": None, "gqa": 0.005, "mla": None}
+    run = tmp_path / "runs" / "given" / "gqa-lr0.005-seed0"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    keep(plan(tmp_path), ["mla"], mla=0.003)
+    assert additions(read_study(tmp_path / "runs" / "given")).rates == []
+    keep(plan(tmp_path), ["mha"])
+    assert additions(read_study(tmp_path / "runs" / "given")).rates == ["mha"]
+    assert keep(plan(tmp_path))[-1]["results"] == 1
+    assert additions(read_study(tmp_path / "runs" / "given")).reason("mla", "gqa") == (
+        "the learning rate of mla and gqa was changed after the first result"
+    )
 
 
 def test_results_of_runs_that_a_study_no_longer_names_have_been_seen_all_the_same(tmp_path: Path) -> None:
