@@ -8,6 +8,7 @@ from harness.config.schema import TrainConfig
 from harness.errors import UserError
 from harness.evaluation.cache_size import CacheSize, measure_cache
 from harness.evaluation.metric import Facts
+from harness.files.text import mebibytes
 from modeling.attention.layer_cache import formula_bytes, formula_bytes_at
 from modeling.attention.quantisation import cache_format
 from modeling.flops import parameters_by_block, training_flops_per_token
@@ -48,7 +49,7 @@ class ModelFacts:
         )
         if len({size.bytes_at_context / size.context, *(b / c for c, b in by_context.items())}) == 1:
             return line
-        curve = ", ".join(f"{b / 2**20:.3g} at {c // 1024}k" for c, b in by_context.items())
+        curve = ", ".join(f"{mebibytes(b)} at {c // 1024}k" for c, b in by_context.items())
         return f"{line}\nat context  the above is at {size.context:,} tokens; MiB: {curve}"
 
     def lines(self) -> list[str]:

@@ -30,6 +30,12 @@ def number(figure: float, form: str) -> str:
     return (text if re.search("[1-9a-z]", text) else text.lstrip("+-")).replace("-", "−")
 
 
+def mebibytes(size: int) -> str:
+    """Bytes in MiB: three digits, or all that stand before the point."""
+    shown = size / 2**20
+    return f"{shown:,.0f}" if shown >= 999.5 else f"{shown:.3g}"
+
+
 def aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> list[str]:
     """The lines of a table for a terminal; the columns in `left` begin at the left, the others end at the right.
 

@@ -23,13 +23,12 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
-from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, some_of, span, table_of, visible
+from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, mebibytes, some_of, span, table_of, visible
 from harness.report.document import at_contexts
 from harness.report.run_choice import SEEDS, Request, choose, grouped, values_at
 from harness.runs.evaluations import cache_label, in_few_bits
 from harness.runs.kind import CACHE, HEADINGS, PROTOCOL, USUAL
 from harness.runs.records import FIGURES
-from harness.study.results import LENGTH
 
 # Figures can be compared where all of these agree. Key in a run's records -> how a value reads in a heading.
 CONDITIONS = {
@@ -125,6 +124,8 @@ class ComparisonTable:
         """The table for people: names of columns, then a row a setup."""
         columns = {"variant": [setup.variant for setup in self.setups], "seeds": [str(setup.n) for setup in self.setups]}
         for key, shown in _COMPARED.items():
+            if key in _IN_EVERY_HEADING:  # one value a table
+                continue
             name, cells = shown.unit, [setup.cell(key) for setup in self.setups]
             if key == "cache_bytes_per_token":
                 name, cells = self._at_contexts(name, cells)
@@ -137,8 +138,10 @@ class ComparisonTable:
                 name, cells = self._at_contexts("cache bytes", ["" if size is None else f"{size:,}" for size in sizes])
                 columns[name] = cells
             if key == "cache_ratio_to_mha":
-                sizes = [(setup.cache_bytes_by_context or {}).get(str(LENGTH)) for setup in self.setups]
-                columns[f"MiB at {LENGTH:,} tokens"] = ["" if size is None else f"{size / 2**20:,.4g}" for size in sizes]
+                for number, context in enumerate(CACHE_CONTEXTS):
+                    sizes = [(setup.cache_bytes_by_context or {}).get(str(context)) for setup in self.setups]
+                    name = f"{'' if number else 'MiB '}at {context // 1024}k"  # the unit once: four columns are wide
+                    columns[name] = ["" if size is None else mebibytes(size) for size in sizes]
         known = {name: cells for name, cells in columns.items() if any(cells)}
         return [[*known], *map(list, zip(*known.values(), strict=True))]
 

@@ -16,7 +16,7 @@ import pytest
 
 from harness.config.places import ROOT
 from harness.errors import UserError, tell
-from harness.files.text import aligned, markdown_row, number, visible
+from harness.files.text import aligned, markdown_row, mebibytes, number, visible
 from harness.report.comparison import as_text, compare, comparison_csv, comparison_markdown
 from tests.report.test_comparison import evaluate, make_run
 
@@ -55,6 +55,11 @@ def test_what_would_steer_a_terminal_is_escaped_and_nothing_else_is_touched(text
 )
 def test_a_number_has_its_sign_and_one_that_rounds_to_zero_has_none(figure: float, form: str, shown: str) -> None:
     assert number(figure, form) == shown
+
+
+def test_sizes_of_any_cache_are_digits_without_an_exponent() -> None:
+    sizes = {40_960: "0.0391", 2**20: "1", 16 * 2**20: "16", 1_047_000_000: "998", 1_048_100_000: "1,000", 2**36: "65,536"}
+    assert {size: mebibytes(size) for size in sizes} == sizes
 
 
 def test_a_cell_cannot_make_a_row_of_its_own() -> None:
