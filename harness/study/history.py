@@ -91,6 +91,16 @@ def _rates(record: StudyRecord) -> dict[str, float]:
     return {run["arm"]: run["lr"] for run in record["runs"]}
 
 
+def _another_rate(record: StudyRecord, arm: str) -> bool:
+    """Whether an arm's runs are at another rate than was declared before the first result, or than the declared sweep found."""
+    history = [entry for entry in record["history"] if arm in entry.get("rates", {})]
+    early, later = ([entry["rates"][arm] for entry in history if bool(entry["results"]) is late] for late in (False, True))
+    found = [lr for lr in (*early[-1:], *later) if lr is not None]
+    if not early or not found:
+        return False
+    return found[0] != _rates(record)[arm] or (early[-1] is None and arm not in record["chosen_lr"])
+
+
 def additions(record: StudyRecord) -> Additions:
     """What stands in a study's record against its history."""
     history = record.get("history", [])
@@ -104,7 +114,6 @@ def additions(record: StudyRecord) -> Additions:
     }
     arms = [arm for arm in record["arms"] if not any(arm in entry["arms"] for entry in early)]
     first = [pair for entry in early for pair in entry["contrasts"]]
-    rates = {arm: {entry["rates"][arm] for entry in early if arm in entry.get("rates", {})} for arm in record["arms"]}
     first_trends = dict.fromkeys(name for entry in early for name in entry.get("trends", ()))
     return Additions(
         known=all(entry["results"] is not None for entry in early),
@@ -114,11 +123,7 @@ def additions(record: StudyRecord) -> Additions:
         trends=[name for name in record.get("trends", {}) if name not in first_trends],
         margin=record.get("margin") is not None and all(entry["margin"] != record.get("margin") for entry in early),
         metric=bool(early) and all(entry.get("metric", record["metric"]) != record["metric"] for entry in early),
-        rates=[
-            arm
-            for arm, lr in _rates(record).items()
-            if rates[arm] and not rates[arm] & ({lr, None} if arm in record["chosen_lr"] else {lr})
-        ],
+        rates=[arm for arm in _rates(record) if _another_rate(record, arm)],
         dropped=[pair for pair in dict.fromkeys(first) if pair not in record["contrasts"]],
         dropped_trends=[name for name in first_trends if name not in record.get("trends", {})],
     )

@@ -115,6 +115,12 @@ def test_a_rate_that_was_chosen_again_after_a_result_makes_its_arm_exploratory()
     )
     assert additions(again).rates == ["mla"], "another grid found another rate"
 
+    anew = tuned | {"gqa": 0.05}
+    regridded = record(declare(swept, 4, rates=anew), seeds=seeds, contrasts=[PAIR], tuned=anew)
+    assert additions(regridded).rates == ["gqa"], "a second sweep, after a result at the first one's rate was seen"
+    unseen = record(declare(begun, 0, rates=both), seeds=seeds, contrasts=[PAIR], tuned=both)
+    assert additions(record(declare(unseen, 0, rates=anew), seeds=seeds, contrasts=[PAIR], tuned=anew)).rates == []
+
     older = [cast(DeclarationRecord, {key: value for key, value in declare(None, 0)[0].items() if key != "rates"})]
     told = record(older, seeds=seeds, contrasts=[PAIR])
     assert declare(told, 4) == older and not additions(told).rates
