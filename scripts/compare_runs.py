@@ -100,7 +100,7 @@ def main(arguments: list[str]) -> int:
                 for figure in SCORES:
                     points = Table(*scatter_points(table, figure))
                     title = table.heading or f"{figure} against cache bytes per token"
-                    dashboard.scatter(f"{key}/{figure}", points, x="cache bytes per token", y=figure, title=title)
+                    dashboard.scatter(f"{key}/{figure}", points, x=points.columns[1], y=figure, title=title)
             dashboard.image("bits_per_byte_against_cache", picture, caption="; ".join(comparison.notes))
 
         tracker.mirror(show)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from harness.errors import escaped
@@ -102,7 +102,13 @@ def some_of(names: Sequence[str], most: int = 8) -> str:
 
 def span(counts: Sequence[int]) -> str:
     """Of whole numbers the least and the largest, 2–4, or what all of them are."""
-    return "–".join(map(str, sorted({min(counts), max(counts)})))
+    return "–".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+def at_tokens(contexts: Collection[int | None]) -> str:
+    """For how many tokens the bytes of caches are, behind what they are called; nothing where that is not known of all."""
+    known = [context for context in contexts if context is not None]
+    return f" at {span(known)} tokens" if known and len(known) == len(contexts) else ""
 
 
 def duration(seconds: float) -> str:

@@ -23,7 +23,19 @@ from harness.config.schema import CACHE_CONTEXTS
 from harness.errors import UserError
 from harness.evaluation.metric import SCORES
 from harness.files.atomic import write_text
-from harness.files.text import aligned, counted, csv_text, markdown, markdown_row, mebibytes, some_of, span, table_of, visible
+from harness.files.text import (
+    aligned,
+    at_tokens,
+    counted,
+    csv_text,
+    markdown,
+    markdown_row,
+    mebibytes,
+    some_of,
+    span,
+    table_of,
+    visible,
+)
 from harness.report.document import at_contexts
 from harness.report.run_choice import SEEDS, Request, choose, grouped, values_at
 from harness.runs.evaluations import cache_label, in_few_bits
@@ -112,13 +124,9 @@ class ComparisonTable:
         return setup.cache_bytes_per_context_token if self.has_caches_as_rows else setup.means["cache_bytes_per_token"]
 
     @property
-    def contexts(self) -> list[int]:
-        """Tokens at which cache sizes are quoted, where every row says its own.
-
-        With windows or states a token of a longer context takes less.
-        """
-        contexts = {setup.cache_context for setup in self.setups}
-        return [] if None in contexts else sorted(filter(None, contexts))
+    def at_tokens(self) -> str:
+        """Where cache sizes are quoted: with windows or states a token of a longer context takes less."""
+        return at_tokens([setup.cache_context for setup in self.setups])
 
     def cells(self) -> list[list[str]]:
         """The table for people: names of columns, then a row a setup."""
@@ -448,7 +456,7 @@ def plain_table(comparison: Comparison) -> tuple[list[str], list[list[Any]]]:
 def scatter_points(table: ComparisonTable, figure: str) -> tuple[list[str], list[list[Any]]]:
     """Columns and a row a setup: what is pointed at in a chart of a figure against the cache's size."""
     rows = [[setup.variant, table.cache_size(setup), setup.means[figure], setup.n] for setup in table.setups]
-    return ["variant", "cache bytes per token", figure, "seeds"], rows
+    return ["variant", f"cache bytes per token{table.at_tokens}", figure, "seeds"], rows
 
 
 def comparison_csv(comparison: Comparison) -> str:

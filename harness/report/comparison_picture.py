@@ -48,10 +48,9 @@ def _panel(table: ComparisonTable, looks: Mapping[str, Style]) -> Plot:
     seeds = [setup.n for setup in table.setups]
     bars = f"mean ± standard deviation of {span(seeds)} seeds"
     hollows = "; hollow: scored through the cache" if table.has_caches_as_rows else ""
-    at = f" at {span(table.contexts)} tokens" if table.contexts else ""
     of = "of context" if table.has_caches_as_rows else f"in {table.conditions['cache_dtype']}"
     return Plot(
-        f"KV cache, bytes per token {of}{at} (log scale)",
+        f"KV cache, bytes per token {of}{table.at_tokens} (log scale)",
         f"{table.conditions['split']} bits per byte; {bars if max(seeds) > 1 else 'one seed each'}; "
         f"grey: the best up to each cache size{hollows}",
         series,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harness.evaluation.metric import Metric
+from harness.files.text import at_tokens
 from harness.report.pictures import Picture
 from harness.study.statistics import Contrast, Mean, decimals_for, with_error
 
@@ -53,11 +54,10 @@ def at_contexts(name: str, cells: Sequence[str], contexts: Sequence[int | None])
     In its name where all cells that hold something are of one context, else in each cell of which it is known.
     """
     held = [cell not in ("", ABSENT) for cell in cells]
-    first, *others = {at for at, holds in zip(contexts, held, strict=True) if holds} or {None}
-    if first is not None and not others:
-        return f"{name} at {first:,} tokens", [*cells]
+    if len(at := {context for context, holds in zip(contexts, held, strict=True) if holds}) < 2:
+        return f"{name}{at_tokens(at)}", [*cells]
     own = zip(cells, contexts, held, strict=True)
-    return name, [f"{cell} at {at:,}" if holds and at is not None else cell for cell, at, holds in own]
+    return name, [f"{cell} at {context:,}" if holds and context is not None else cell for cell, context, holds in own]
 
 
 def change(contrast: Contrast, metric: Metric) -> str:

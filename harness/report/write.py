@@ -10,6 +10,7 @@ from harness.config.schema import TrackingConfig
 from harness.evaluation.metric import BITS_PER_BYTE, METRICS
 from harness.files.atomic import write_json, write_text, written_together
 from harness.files.folders import refuse_links
+from harness.files.text import at_tokens
 from harness.report.findings import Findings, Verdict
 from harness.report.page import page
 from harness.report.plots import save_png
@@ -18,7 +19,7 @@ from harness.report.tables import study_csv, study_markdown
 from harness.study.results import StudyResults, load_results
 from harness.tracking import log_study
 
-COLUMNS = ("arm", "seed", "learning rate", "parameters", "training FLOPs per token", "cache bytes per token")
+COLUMNS = ("arm", "seed", "learning rate", "parameters", "training FLOPs per token")
 
 
 def report_study(folder: Path, tracking: TrackingConfig) -> tuple[StudyResults, list[Path]]:
@@ -129,7 +130,8 @@ def tracked_table(results: StudyResults) -> tuple[list[str], list[list[Any]]]:
     for run, record in scored:
         sizes = run.summary["parameters"], run.summary["training_flops_per_token"], record["cache_bytes_per_token"]
         rows.append([run.arm, run.seed, run.lr, *sizes, *(metric.of(record) for metric in metrics)])
-    return [*COLUMNS, *(metric.unit for metric in metrics)], rows
+    at = at_tokens([record.get("cache_context") for _, record in scored])
+    return [*COLUMNS, f"cache bytes per token{at}", *(metric.unit for metric in metrics)], rows
 
 
 def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> None:
@@ -144,5 +146,5 @@ def publish(results: StudyResults, folder: Path, tracking: TrackingConfig) -> No
         rows=rows,
         images={path.stem: path for path in sorted((folder / "figures").glob("*.png"))},
         html=folder / "report.html",
-        scatter=("cache bytes per token", unit),
+        scatter=(columns[len(COLUMNS)], unit),
     )

@@ -38,7 +38,7 @@ from harness.errors import UserError, as_user_error
 from harness.evaluation.cache_size import measure_cache
 from harness.evaluation.losses import TokenLosses
 from harness.files.atomic import read_json
-from harness.files.text import table_of
+from harness.files.text import at_tokens, table_of
 from harness.runs.corpus import validate, validation_split
 from harness.runs.folder import finished
 from harness.runs.from_weights import ORIGIN_FILE, make_run
@@ -83,7 +83,8 @@ class Stage:
 
     stage: str
     exact: bool  # it promises to change nothing
-    cache_bytes_per_token: int
+    cache_context: int
+    cache_bytes_per_token: int  # of that many
     largest_logit_error: float
     mean_logit_error: float
     relative_logit_error: float
@@ -196,11 +197,12 @@ class Judge:
                 f"{EXACT_WITHIN:.0e}: nothing was written; convert a run in float32 whose logits are finite"
             )
         loss = self.loss(model)
-        dtype = cache_format(self._trained.config.cache.dtype)
+        cache = measure_cache(model, dtype=cache_format(self._trained.config.cache.dtype))
         return Stage(
             stage,
             exact,
-            measure_cache(model, dtype=dtype).bytes_per_token,
+            cache.context,
+            cache.bytes_per_token,
             largest,
             absolute / size,
             relative,
@@ -536,7 +538,7 @@ def stage_rows(stages: Sequence[Stage]) -> list[list[str]]:
             {
                 "stage": stage.stage,
                 "exact": "yes" if stage.exact else "",
-                "cache bytes/token": f"{stage.cache_bytes_per_token:,}",
+                f"cache bytes/token{at_tokens([stage.cache_context])}": f"{stage.cache_bytes_per_token:,}",
                 "largest logit error": f"{stage.largest_logit_error:.2g}",
                 "mean": f"{stage.mean_logit_error:.2g}",
                 "relative": f"{stage.relative_logit_error:.1e}",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.files.text import counted, duration
+from harness.files.text import at_tokens, counted, duration
 from harness.files.untrusted import Unreadable, is_count, parse_object
 from harness.runs.records import read_evaluations, read_summary
 from harness.study.plan import RunSpec, StudyPlan
@@ -159,5 +159,5 @@ def trained_so_far(run: Path) -> int:
 
 def _figures(run: Path) -> str:
     summary = read_summary(run, "cache_bytes_per_token", "bits_per_byte")
-    size = summary["cache_bytes_per_token"]
-    return f"validation {summary['bits_per_byte']:.4f} bits per byte, {size:,} cache bytes per token"
+    size = f"{summary['cache_bytes_per_token']:,} cache bytes per token{at_tokens([summary.get('cache_context')])}"
+    return f"validation {summary['bits_per_byte']:.4f} bits per byte, {size}"

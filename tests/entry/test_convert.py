@@ -30,7 +30,7 @@ from harness.files.metrics import MetricsFile
 from harness.hf.classes import misfits
 from harness.report.comparison import compare
 from harness.runs import conversion
-from harness.runs.conversion import converted_from, possible_folds
+from harness.runs.conversion import Stage, converted_from, possible_folds, stage_rows
 from harness.runs.load import load_trained
 from modeling.attention import EXECUTION
 from scripts import convert, export, generate
@@ -106,6 +106,8 @@ def test_a_converted_run_is_a_run_with_the_cache_that_was_asked_for(
     assert all(stage["relative_logit_error"] <= 1e-5 for stage in stages if stage["exact"])
     assert stages[-1]["loss"] == pytest.approx(summary["loss"], rel=1e-5)
     assert stages[-1]["cache_bytes_per_token"] == summary["cache_bytes_per_token"]
+    heading = stage_rows([Stage(**stage) for stage in stages])[0]
+    assert f"cache bytes/token at {summary['cache_context']} tokens" in heading
     if all(stage["exact"] for stage in stages):
         assert summary["loss"] == pytest.approx(summary_of(place.runs / "source")["loss"], rel=1e-5)
     capsys.readouterr()

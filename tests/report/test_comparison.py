@@ -19,7 +19,15 @@ from scipy import stats
 
 from harness.errors import UserError
 from harness.report.colours import COLOURS, MARKERS, PAPER
-from harness.report.comparison import CONDITIONS, Comparison, as_text, compare, comparison_csv, comparison_markdown
+from harness.report.comparison import (
+    CONDITIONS,
+    Comparison,
+    as_text,
+    compare,
+    comparison_csv,
+    comparison_markdown,
+    scatter_points,
+)
 from harness.report.comparison_picture import scatter
 from harness.report.plots import PNG_WIDTH, draw, save_png
 from scripts import compare_runs
@@ -482,8 +490,10 @@ def test_contexts_that_differ_are_said_in_every_row(tmp_path: Path) -> None:
     (tmp_path / "known").mkdir()
     for attention in ("mla", "mqa"):
         (tmp_path / f"books-tiny-{attention}-seed0").rename(tmp_path / "known" / attention)
-    known = panels_of(compare([tmp_path / "known"]))[0]
-    assert known.get_xlabel() == "KV cache, bytes per token in bfloat16 at 256\N{EN DASH}512 tokens (log scale)"
+    known = compare([tmp_path / "known"])
+    at = "at 256\N{EN DASH}512 tokens"
+    assert panels_of(known)[0].get_xlabel() == f"KV cache, bytes per token in bfloat16 {at} (log scale)"
+    assert scatter_points(known.tables[0], "loss")[0][1] == f"cache bytes per token {at}"
 
 
 def test_a_context_is_said_over_the_bytes_only_where_every_row_has_it_and_in_no_name_of_the_csv(tmp_path: Path) -> None:

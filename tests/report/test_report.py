@@ -27,7 +27,7 @@ from harness.report.sections import sections
 from harness.report.study_pictures import trends_picture
 from harness.report.tables import study_csv, study_markdown
 from harness.report.verdicts_from_csv import restated
-from harness.report.write import write_report
+from harness.report.write import tracked_table, write_report
 from harness.study.evaluation_noise import bootstrap
 from harness.study.results import AT_LENGTH, load_results
 from harness.study.statistics import Mean, contrasts, mean_interval, trends, with_error
@@ -246,6 +246,8 @@ def test_bytes_of_a_cache_say_for_which_context_they_are(tmp_path: Path) -> None
     assert len(headers) == 2 and all("| cache bytes per token at 256 tokens" in line for line in headers)
     rows = csv.DictReader(study_csv(load_results(folder)).splitlines())
     assert {row["cache_context"] for row in rows} == {"256"}
+    change(folder, "*/evaluations/*.json", cache_context=256)
+    assert "cache bytes per token at 256 tokens" in tracked_table(load_results(folder))[0]
     for run in folder.glob("mla-*"):
         change(run, "summary.json", cache_context=512)
     cells = f"{ARMS['mla'].cache:,} at 512", f"{ARMS['gqa'].cache:,} at 256"
