@@ -40,7 +40,8 @@ def extended(
         history.append({"at": None, "results": None, "arms": seeds, "contrasts": before["contrasts"], "margin": None})
     declared: DeclarationRecord = {
         "at": now(),
-        "results": None if before is None and results else results,
+        # A record that names other runs now, or whose runs were deleted, does not undo what was seen.
+        "results": None if before is None and results else max([results, *(entry["results"] or 0 for entry in history)]),
         "arms": {arm: sorted(seeds) for arm, seeds in arms.items()},
         "contrasts": [*contrasts],
         "margin": margin,

@@ -525,8 +525,12 @@ def check_same_study(plan: StudyPlan) -> None:
             f"{plan.folder} holds this study with another setup ({len(changed)} of its arms changed, the first is "
             f"{changed[0]}: {difference}): choose another name=..., or delete that folder"
         )
-    seen = record is not None and any(finished(plan.folder / run["name"]) for run in record["runs"])
-    there = record.get("trends", {}) if record is not None and seen else {}
+    there = {}
+    if record is not None and (
+        any(entry["results"] for entry in record.get("history", ()))
+        or any(finished(plan.folder / run["name"]) for run in record["runs"])
+    ):
+        there = record.get("trends", {})
     for name, trend in plan.trends.items():
         if name in there and there[name] != trend:
             raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -289,10 +290,14 @@ def test_results_of_runs_that_a_study_no_longer_names_have_been_seen_all_the_sam
     run = tmp_path / "runs" / "given" / "gqa-lr0.004-seed0"
     run.mkdir()
     (run / "summary.json").write_text("{}")
-    # Another rate is other runs, of which none has ended.
     changed = GOOD.replace("[[mla, gqa]]", "[[mla, gqa], [mla, mha]]")
     assert keep(plan(tmp_path, changed))[-1]["results"] == 1
     assert additions(read_study(tmp_path / "runs" / "given")).contrasts == [("mla", "mha")]
+    # The record names none of these runs now, and has none that ended: a command later they have been seen as before.
+    renamed = changed.replace("gqa", "other").replace("=other", "=gqa")
+    keep(plan(tmp_path, renamed.replace("question", "margin: 0.1\nquestion")))
+    assert [entry["results"] for entry in keep(plan(tmp_path, renamed))] == [0, 1, 1, 1]
+    assert additions(read_study(tmp_path / "runs" / "given")).arms == ["other"]
 
 
 def test_a_trend_is_no_other_one_after_a_result(tmp_path: Path) -> None:
@@ -304,6 +309,10 @@ def test_a_trend_is_no_other_one_after_a_result(tmp_path: Path) -> None:
     (run / "summary.json").write_text("{}")
     check_same_study(plan(tmp_path, WIDER))
     with pytest.raises(UserError, match=r"trends\.mla - gqa is another trend there.*give this one a name of its own"):
+        check_same_study(other)
+    keep(plan(tmp_path, WIDER.replace("[mla, gqa]]", "[mla, mha]]", 1)))  # a history with a result, and then it is gone
+    shutil.rmtree(run)
+    with pytest.raises(UserError, match="is another trend there"):
         check_same_study(other)
 
 
