@@ -479,13 +479,21 @@ def _holm(p: Sequence[float | None]) -> list[float | None]:
     return corrected
 
 
-def _seeds_for(difference: float, of_pair: _Compared, alpha: float) -> int | None:
-    """The fewest seeds of each arm with which a t test of these deviations finds such a difference in 80 % of studies."""
-    from statsmodels.stats.power import TTestIndPower, TTestPower
+def _seeds_for(margin: float, of_pair: _Compared, alpha: float) -> int | None:
+    """The fewest seeds of each arm that detect such a difference, by the test that decides and from the same deviations."""
+    own, *pooled = of_pair.estimates
+    (n_a, n_b), samples = of_pair.seeds, 1 if of_pair.paired else 2
 
-    test, size = TTestPower() if of_pair.paired else TTestIndPower(), difference / of_pair.deviation
+    def detects(n: int) -> bool:
+        error, dof = of_pair.deviation * math.sqrt(samples / n), own.dof * (n - 1) / (min(n_a, n_b) - 1)
+        estimates = [_Estimate(margin, error, dof)]
+        for each in pooled:  # a deviation of all arms, of which these two have more seeds now
+            error = each.error * math.sqrt(2 / n / (1 / n_a + 1 / n_b))
+            estimates.append(_Estimate(margin, error, each.dof + 2 * n - n_a - n_b))
+        return max(estimates, key=lambda each: each.half).detectable(alpha) <= margin
+
     candidates = range(2, MOST_SEEDS + 1)
-    first = bisect.bisect_left(candidates, POWER, key=lambda n: float(test.power(size, n, alpha)))
+    first = bisect.bisect_left(candidates, True, key=detects)
     return candidates[first] if first < len(candidates) else None
 
 

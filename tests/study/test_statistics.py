@@ -340,6 +340,21 @@ def test_the_seeds_for_a_margin_are_those_of_a_t_test_of_two_samples() -> None:
     assert found.seeds_for_margin is None and found.sentence(BITS_PER_BYTE).endswith(f"takes more than {MOST_SEEDS:,}")
 
 
+@pytest.mark.parametrize("scatter", [(1, 1), (1, 8), (8, 1)])
+@pytest.mark.parametrize("others", [0, 3])
+def test_so_many_seeds_as_there_are_detect_what_they_are_said_to_detect(scatter: tuple[int, int], others: int) -> None:
+    for n in (2, 3, 5):
+        raw = exact_study(0.0, n=n, arms=2 + others)
+        values = raw | {
+            arm: {k: 1.6 + by * (x - 1.6) for k, x in raw[arm].items()} for arm, by in zip(raw, scatter, strict=False)
+        }
+        (found,) = contrasts(values, primary=[("a0", "a1")])
+        assert found.detectable is not None
+        for margin, fewest in ((found.detectable * 1.001, n), (found.detectable * 0.999, n + 1)):
+            (at,) = contrasts(values, primary=[("a0", "a1")], margin=margin)
+            assert at.seeds_for_margin == fewest
+
+
 # --- verdicts ----------------------------------------------------------------------------------------------------------
 
 
