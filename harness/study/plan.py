@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import operator
 import re
@@ -324,6 +325,11 @@ def _check(config: StudyConfig, study: str) -> None:
         )
     if wrong := [pair for pair in config.contrasts if len(pair) != 2 or pair[0] == pair[1]]:
         raise UserError(f"contrasts={wrong[0]} of study={study} must name two different arms: [a, b] is a minus b")
+    for where, pairs in (("contrasts", config.contrasts), ("staircase", [*itertools.pairwise(config.staircase)])):
+        if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(a == b for a, b in pairs):
+            raise UserError(
+                f"{where} of study={study} must compare two arms once only, whichever stands first, and none with itself"
+            )
     for key, trend in config.trends.items():
         arms = [name for pair in trend.of for name in pair]
         if len(trend.of) < 2 or any(len(pair) != 2 for pair in trend.of) or len({*arms}) < len(arms):
@@ -333,6 +339,12 @@ def _check(config: StudyConfig, study: str) -> None:
     for seeds in (config.seeds, config.primary_seeds or [0]):
         if len(set(seeds)) != len(seeds) or min(seeds) < 0:
             raise UserError(f"seeds={seeds} of study={study} must be different whole numbers from 0 on")
+    for name, arm in config.arms.items():
+        if arm.starts_from is not None and (without := {*config.seeds_of(name)} - {*config.seeds_of(arm.starts_from)}):
+            raise UserError(
+                f"arm {name} of study={study} starts from {arm.starts_from}, which has no run of seed {min(without)}: leave "
+                f"primary_seeds out, or name {arm.starts_from} in a contrast too"
+            )
     if config.metric not in METRICS:
         raise UserError(f"metric={config.metric} of study={study} is unknown; {did_you_mean(config.metric, [*METRICS])}")
     if config.tune is not None and (

@@ -114,6 +114,12 @@ def test_every_shipped_study_composes_builds_and_says_what_it_is(name: str, tmp_
     [
         ("[[mla, gqa]]", "[[mla, gqq]]", "contrasts of study=given names gqq, no arm of it; did you mean gqa?"),
         ("[[mla, gqa]]", "[[mla, mla]]", "must name two different arms"),
+        ("[[mla, gqa]]", "[[mla, gqa], [gqa, mla]]", "contrasts of study=given must compare two arms once only"),
+        (
+            "question: which?",
+            "question: which?\nstaircase: [mla, gqa, mla]",
+            "staircase of study=given must compare two arms once only",
+        ),
         ("seeds: [0, 1]", "seeds: [0, 0]", "seeds=[0, 0] of study=given must be different whole numbers"),
         ("factors: [0.5, 1, 2]", "factors: [0.5, 1]", "must be three or more, positive and rising"),
         ("question: which?", "questoin: which?", "questoin is not a field of the configuration; did you mean question?"),
@@ -427,6 +433,11 @@ def test_arms_start_from_the_run_of_their_own_seed_at_a_rate_of_their_own(tmp_pa
         ("method: transmla, kv_lora_rank: 32", "method: transmla", "method=transmla needs kv_lora_rank, "),
         ("method: transmla", "methd: transmla", "arms.small.convert.methd is not a field"),
         ("contrasts", "tune: {factors: [0.5, 1, 2]}\ncontrasts", "sweeps learning rates, and some of its arms start from"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [0, 1]\nprimary_seeds: [0, 1, 2]",
+            "starts from small, which has no run of seed 2: leave primary",
+        ),
         ("[budget.tokens=50000", "[model.n_layers=2", "brings its own model, attention and tokenizer: model.n_layers is 4"),
     ],
 )
