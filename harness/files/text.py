@@ -112,8 +112,8 @@ def at_tokens(contexts: Collection[int | None]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For people: 40 s, 9 min, 2 h 10 min."""
-    if seconds < 90:
+    """For people: 150 s, 9 min, 2 h 10 min."""
+    if seconds < 180:  # in whole minutes 91 s would be 2 min, a third too many
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -149,14 +149,14 @@ class CapturedStep(EagerStep):
 def select_capture(name: str, device: torch.device, *, processes: int, update_can_be: bool = True) -> bool:
     """auto | on | off. auto captures on CUDA, in one process, where the optimizer's update (if any) can be captured."""
     hindrance = (
-        f"what {device.type} computes cannot be: it needs CUDA"
+        f"this device is {device.type}"
         if device.type != "cuda"
-        else f"that of {processes} processes is not"
+        else f"this run has {processes} processes"
         if processes > 1
         else None
         if update_can_be
-        else "this optimizer's update cannot be"
+        else "the update of this optimizer cannot be captured"
     )
     if name == "on" and hindrance is not None:
-        raise UserError(f"capture=on replays from a CUDA graph, and {hindrance}: leave capture=auto")
+        raise UserError(f"capture=on replays CUDA graphs, and {hindrance}; leave capture=auto")
     return name != "off" and hindrance is None

@@ -67,7 +67,7 @@ def test_before_a_run_has_ended_the_finished_ones_of_the_folder_tell(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(40.4, "40 s"), (89, "89 s"), (540, "9 min"), (7140, "119 min"), (7800, "2 h 10 min")]
+    ("seconds", "text"), [(40.4, "40 s"), (91, "91 s"), (179, "179 s"), (209, "3 min"), (7140, "119 min"), (7800, "2 h 10 min")]
 )
 def test_durations_are_for_people(seconds: float, text: str) -> None:
     assert duration(seconds) == text
