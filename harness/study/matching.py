@@ -76,53 +76,46 @@ def match_arm(
     """
     overrides: list[str] = []
     solved: list[tuple[MatchConfig, int, float]] = []
+    last = ""
     for match in matches:
         if match.quantity == "none" or match.to == arm:
             continue
         target = _target(arm, match, others)
         fields = [field.strip() for field in match.vary.split(",")]
         value, achieved = _solve(arm, config, match, fields, target, vocab_size)
-        mismatch = achieved / target - 1
-        if abs(mismatch) > match.tolerance:
-            raise UserError(
-                f"arm {arm}: {match.vary}={value} comes nearest to {target:,.0f} {QUANTITIES[match.quantity]} with "
-                f"{achieved:,.0f} ({number(mismatch, '+.1%')}), outside the tolerance of {match.tolerance:.1%}: raise it, or "
-                f"free another field"
-            )
+        last = f"{match.vary}={value}"
+        _mismatch(f"arm {arm}: {last} comes nearest, and", match, achieved, target, "raise it, or free another field")
         config = with_values(config, fields, value)
         overrides += [f"{field}={value}" for field in fields]
         solved.append((match, value, target))
-    return overrides, _left_over(arm, config, solved, vocab_size) if solved else []
-
-
-def _left_over(
-    arm: str, config: TrainConfig, solved: Sequence[tuple[MatchConfig, int, float]], vocab_size: int
-) -> list[MatchRecord]:
-    """How well each match, with its value and its target, holds once all are solved. Raises UserError where one does not."""
-    reached = quantities(config, vocab_size)
-    last, value, _ = solved[-1]
+    reached = quantities(config, vocab_size) if solved else {}
     results: list[MatchRecord] = []
-    for match, own_value, target in solved:
-        achieved = reached[match.quantity]
-        mismatch = achieved / target - 1
-        if abs(mismatch) > match.tolerance:
-            raise UserError(
-                f"arm {arm}: {match.vary}={own_value} matched {QUANTITIES[match.quantity]}, and that was undone by "
-                f"{last.vary}={value}: {achieved:,.0f} lie {number(mismatch, '+.1%')} from {target:,.0f}, outside the "
-                f"tolerance of {match.tolerance:.1%}: match {match.quantity} last, or by another field"
-            )
+    for match, value, target in solved:
+        undone = f"arm {arm}: what {match.vary}={value} matched was undone by {last}, and"
+        achieved, remedy = reached[match.quantity], f"match {match.quantity} last, or by another field"
         results.append(
             {
                 "quantity": match.quantity,
                 "to": match.to,
                 "vary": match.vary,
-                "value": own_value,
+                "value": value,
                 "target": target,
                 "achieved": achieved,
-                "mismatch": mismatch,
+                "mismatch": _mismatch(undone, match, achieved, target, remedy),
             }
         )
-    return results
+    return overrides, results
+
+
+def _mismatch(how: str, match: MatchConfig, achieved: float, target: float, remedy: str) -> float:
+    """As a share of the target. Raises UserError above the tolerance."""
+    mismatch = achieved / target - 1
+    if abs(mismatch) > match.tolerance:
+        raise UserError(
+            f"{how} {achieved:,.0f} {QUANTITIES[match.quantity]} lie {number(mismatch, '+.1%')} from {target:,.0f}, "
+            f"outside the tolerance of {match.tolerance:.1%}: {remedy}"
+        )
+    return mismatch
 
 
 def _target(arm: str, match: MatchConfig, others: Mapping[str, Mapping[str, int]]) -> float:

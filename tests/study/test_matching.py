@@ -116,7 +116,7 @@ def test_what_cannot_be_matched_is_refused_with_the_nearest_there_is() -> None:
         return str(caught.value)
 
     assert refusal("gqa", MatchConfig("kv_bytes", "1200", "attention.n_kv_heads")) == (
-        "arm arm: attention.n_kv_heads=2 comes nearest to 1,200 cache bytes per token with 1,024 (−14.7%), outside the "
+        "arm arm: attention.n_kv_heads=2 comes nearest, and 1,024 cache bytes per token lie −14.7% from 1,200, outside the "
         "tolerance of 1.0%: raise it, or free another field"
     )
     assert "cannot be varied here; choose from" in refusal("gqa", MatchConfig("kv_bytes", "512", "attention.kv_lora_rank"))
