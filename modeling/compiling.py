@@ -15,5 +15,6 @@ def compile_each(function: Callable[..., Any], *, fullgraph: bool = False) -> Ca
     fails. The forward pass of all models is one function, so that nine variants or nine lengths of a prompt are enough.
     """
     config = torch._dynamo.config  # torch imports it here, where it is asked for: that takes seconds
-    config.recompile_limit = config.accumulated_recompile_limit = 1000
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(config, limit, max(1000, getattr(config, limit)))
     return torch.compile(function, dynamic=False, fullgraph=fullgraph)
