@@ -89,6 +89,8 @@ def main(arguments: list[str]) -> int:
     dtype, window, sinks = options.cache.dtype, options.cache.window, options.cache.sinks
     kept = precision if dtype is None else cache_format(dtype)
     through = None if dtype is None and window is None else CacheChoice(kept, window, sinks)
+    if through is not None:
+        through.check_window(trained.model.max_seq_len)
     answers = Answers(
         trained.model,
         trained.tokenizer,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.data import Tokenizer, VerifiedSplit
+from harness.errors import UserError
 from harness.evaluation.losses import TokenLosses
 from harness.evaluation.metric import SCORES
 from harness.evaluation.perplexity import WHOLE, Integers, Scoring, Share, SplitResult, evaluate_split
@@ -31,6 +32,14 @@ class CacheChoice:
         """An empty one."""
         device = model.embedding.weight.device
         return model.new_cache(rows, tokens, dtype=self.dtype, device=device, window=self.window, sinks=self.sinks)
+
+    def check_window(self, context: int) -> None:
+        """Raises UserError for a window that hides nothing of texts of so many tokens: scores would be those of all tokens."""
+        if self.window is not None and self.window > context:
+            raise UserError(
+                f"cache.window={self.window} is longer than the context, model.max_seq_len={context}: choose a shorter one, or "
+                f"null to see everything"
+            )
 
 
 def evaluate_model(

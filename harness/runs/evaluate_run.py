@@ -113,6 +113,7 @@ def _cache(trained: TrainedModel, config: EvalConfig) -> tuple[CacheChoice | Non
     """What everything is scored through, if anything, and what the record says of the cache."""
     shape = trained.config.model
     choice = CacheChoice(cache_format(config.cache.dtype), config.cache.window, config.cache.sinks)
+    choice.check_window(shape.max_seq_len)
     size = measure_cache(trained.model, dtype=choice.dtype, window=choice.window, sinks=choice.sinks)
     through = choice if config.cache.scores else None
     record: Evaluation = {

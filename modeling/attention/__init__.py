@@ -103,6 +103,10 @@ def build_attentions(
                 f"sharing_layers={group} groups neighbours that are all alike, and layers={options['layers']} makes them "
                 f"differ: leave one of the two out"
             )
+        if group > n_layers:
+            raise Refusal(
+                f"sharing_layers={group} groups more layers than the model has, {n_layers}: choose fewer, or raise n_layers"
+            )
         if index % group:
             _join(layer, layers, index % group)
         elif read is not None:
@@ -123,7 +127,7 @@ def _layer_read(options_of: Mapping[str, Mapping[str, Any]], kinds: Sequence[str
         place = f"layer {kinds.index(read)} is the first" if read in kinds else "no layer is"
         raise Refusal(
             f"layer {index} ({kind}) reads keys and values of kind {read}, and {place} of that kind: a layer reads an earlier "
-            f"one"
+            f"one, so name {read} before {kind} in layers"
         )
     return earlier[-1]
 

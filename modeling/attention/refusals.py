@@ -22,8 +22,10 @@ def check_heads(n_heads: int, n_kv_heads: int) -> None:
 
 def check_reach(window: int | None, causal: bool) -> None:
     """Of the newest tokens that a query sees: its own at least, and none behind it."""
-    if window is not None and (window < 1 or not causal):
-        raise Refusal(f"window={window} with causal={causal}: a window holds 1 token or more, and looks back alone")
+    if window is not None and window < 1:
+        raise Refusal(f"window={window} sees nothing; choose 1 or more, or null for the whole context")
+    if window is not None and not causal:
+        raise Refusal(f"window={window} looks back alone, and causal=False looks ahead too: leave one of the two out")
 
 
 def check_query_rank(q_lora_rank: int | None, d_model: int, width: int) -> None:

@@ -109,6 +109,7 @@ REMEDIES: list[tuple[str, list[str], str, list[str]]] = [
     ),
     ("train", ["init_from=@/runs/r", "model.n_layers=2"], "leave that out", ["-model.n_layers"]),
     ("eval", ["run=r", "cache.sinks=2"], "set cache.window", ["cache.window=8"]),
+    ("eval", ["run=r", "cache.window=33"], "choose a shorter one", ["cache.window=32"]),
     ("eval", ["run=r", "stride_fraction=2"], "at most 1", ["stride_fraction=1"]),
     ("eval", ["run=g", "attention.decode=absorbed"], "choose auto", ["attention.decode=auto"]),
     ("eval", ["run=r", "dataset=local"], "needs dataset.path: a file", ["dataset.path=@/sea.txt"]),

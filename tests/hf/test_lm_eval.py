@@ -664,6 +664,8 @@ def test_the_command_prints_a_table_and_one_json_line_and_keeps_a_record_of_each
     assert "scored and written through a cache of int4; absorbed" in said
     assert record["cache_dtype"] is None
     assert len(set(contents(place.runs)) - files) == 2, "and one through a cache beside both"
+    with pytest.raises(UserError, match=r"cache.window=33 is longer than the context, model.max_seq_len=32: choose a shorter"):
+        command(place, task_dir, "tasks=chosen", "cache.window=33")
 
 
 @needs_harness

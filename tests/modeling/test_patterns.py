@@ -256,7 +256,7 @@ def test_gradients_reach_what_is_read_also_when_activations_are_recomputed_and_t
 KINDS = "attention.kinds="
 REFUSED_TO_READ = {
     f"attention=gqa attention.layers=[b,a] {KINDS}{{a:{{}},b:{{reads:a}}}}": "layer 0 (b) reads keys and values of kind a, and "
-    "layer 1 is the first of that kind: a layer reads an earlier one",
+    "layer 1 is the first of that kind: a layer reads an earlier one, so name a before b in layers",
     f"attention=gqa attention.layers=[b,b] {KINDS}{{a:{{}},b:{{reads:a}}}}": "and no layer is of that kind",
     f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:c}}}}": "kinds.b.reads=c, which is not in kinds (a, b)",
     f"attention=gqa attention.layers=[a,b] {KINDS}{{a:{{}},b:{{reads:b}}}}": "kinds.b.reads=b, which reads another kind's "

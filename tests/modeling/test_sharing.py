@@ -134,6 +134,10 @@ def test_a_shared_matrix_counts_in_each_layer_that_multiplies_by_it() -> None:
         (["attention=mla", "attention.sharing_layers=2"], "sharing=none does not go with sharing_layers=2"),
         (["attention=mla_shared_latent", "attention.sharing_layers=1"], "sharing=latent does not go with sharing_layers=1"),
         (["attention=mla_shared_weights", "attention.fused_down_projections=true"], "set fused_down_projections=false"),
+        (
+            ["attention=mla_shared_latent", "attention.sharing_layers=9"],
+            "sharing_layers=9 groups more layers than the model has",
+        ),
         (["attention=mla", "attention.sharing=keys"], "sharing=keys is unknown here; choose none, weights or latent"),
     ],
 )

@@ -182,7 +182,7 @@ REFUSED = {
     "attention=gqa attention.window=65": "attention=gqa: window=65 is longer than the context, model.max_seq_len=64: choose a "
     "shorter one, or null to see everything",
     "attention=swa_1_1 attention.kinds.local.window=100": "attention=swa_1_1.local: window=100 is longer than the context",
-    "attention=gqa attention.window=0": "window=0 with causal=True: a window holds 1 token or more, and looks back alone",
+    "attention=gqa attention.window=0": "window=0 sees nothing; choose 1 or more, or null for the whole context",
     "attention=gqa attention.rotary_fraction=0.25": "rotary_fraction=0.25 of head_dim=12 is 3 dimensions, and an even number "
     "from 2 to 12 can be turned: choose one of 0.166667, 0.333333, 0.5",
     "attention=gqa attention.rotary_fraction=0": "rotary_fraction=0.0 of head_dim=12 is 0 dimensions",
@@ -210,3 +210,10 @@ def test_a_field_of_a_kind_can_be_set_also_where_its_yaml_is_silent() -> None:
     assert config.attention["kinds"] == {"local": {"window": 16}, "full": {"qk_norm": True}}
     longer = load_train_config([*SIZES, "attention=swa_1_1", "model.max_seq_len=40", "model.n_layers=3"])
     assert longer.attention["kinds"]["local"] == {"window": 10}
+
+
+def test_a_window_where_later_tokens_are_seen_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="window=4 looks back alone, and causal=False looks ahead too: leave one of the two out"
+    ):
+        gpt_from(["attention=gqa", "attention.window=4"], causal=False)
