@@ -59,7 +59,7 @@ def train_run(config: TrainConfig, workers: Workers, overrides: list[str]) -> in
     if workers.first(lambda: finished(run) and not config.overwrite):
         workers.first(lambda: check_text_unchanged(config, run))
         return say_finished(run) if workers.is_first else 0
-    data = workers.in_turn(lambda: load_data(config, verify=workers.is_first))
+    data = workers.in_turn(lambda: load_data(config, verify=workers.local_rank == 0))
     refuse_other_data(config, data, workers)
 
     with interruptible() as session.interruption:

@@ -54,6 +54,7 @@ class Workers:
     restarts: int  # by torchrun, since the command was given
     control: dist.ProcessGroup | None  # gloo on the CPU, for decisions; None with one process
     may_restart: bool = False
+    local_rank: int = 0  # among those of its machine
 
     @property
     def is_first(self) -> bool:
@@ -86,9 +87,14 @@ class Workers:
         return outcome
 
     def in_turn(self, action: Callable[[], Outcome]) -> Outcome:
-        """`action` done by the first process, as `first` does it, and then by the others: to each what its own returned."""
+        """`action` done by the first process, as `first` does it, then by the first of each other machine, whose files may be
+        others, and then by the rest: to each what its own returned."""
         done: list[Outcome] = []
         self.first(lambda: done.append(action()))
+        if not done and self.local_rank == 0:
+            done.append(action())
+        if self.control is not None:
+            dist.barrier(group=self.control)
         return done[0] if done else action()
 
     def leave(self) -> NoReturn:
@@ -163,7 +169,7 @@ def open_workers(device_name: str, fields: Mapping[str, Any] | None = None) -> I
     control = dist.new_group(backend="gloo", timeout=ALONE_TIMEOUT)
     assert isinstance(control, dist.ProcessGroup)
     # After an error nothing is taken down in order, which would wait for the others: torchrun ends them.
-    yield Workers(rank, world_size, device, restarts, control, may_restart)
+    yield Workers(rank, world_size, device, restarts, control, may_restart, local_rank)
     dist.barrier(group=control)
     dist.destroy_process_group()
 

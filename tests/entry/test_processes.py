@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_a_bad_number_of_one_process_stops_all_is_said_once_and_leaves_the_step_
     assert "documents" in said or "document " in said
 
 
-# The last process alone is given another argument, or finds other data.
+# The last process, as if of another machine, is alone given another argument, or finds other data.
 APART = """
 import dataclasses, os, sys
 sys.path.insert(0, {root!r})
@@ -247,6 +248,7 @@ from harness.entry.cli import run_script
 
 load = train_model.load_data
 if os.environ["RANK"] == "1":
+    os.environ["LOCAL_RANK"] = "0"
     sys.argv += {arguments!r}
     if {data!r}:
         train_model.load_data = lambda *given, **options: dataclasses.replace(load(*given, **options), fingerprint="other")
@@ -285,6 +287,18 @@ def test_processes_may_have_places_of_their_own(runs: Runs, forks: Forks) -> Non
     assert statuses == [0, 0], errors
     one, other = metrics_of(runs.runs / "one"), metrics_of(runs.runs / "places")
     assert [line["step"] for line in other] == [line["step"] for line in one]
+
+
+def test_each_machine_reads_its_own_copy_of_the_data_whole(runs: Runs, forks: Forks) -> None:
+    script, overrides = apart(runs, "copies", f"data_dir={runs.folder / 'copies'}")
+    shutil.copytree(runs.folder / "data", runs.folder / "copies")
+    (tokens,) = (runs.folder / "copies").glob("*/train.bin")
+    whole = tokens.read_bytes()
+    tokens.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    statuses, _, errors = forks.run(script, *overrides, processes=2)
+    assert statuses == [0, 0], errors
+    assert f"{tokens} has other content than meta.json says. Preparing it again." in errors
+    assert tokens.read_bytes() == whole
 
 
 def test_processes_that_find_other_data_all_end_before_anything_is_written(runs: Runs, forks: Forks) -> None:
