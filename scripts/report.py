@@ -38,6 +38,8 @@ class ReportOptions:
     csv: Annotated[str | None, "the report.csv of this study: print what its runs say, and write no report"] = None
     pairs: Annotated[str | None, "with csv: arms to compare besides, a:b,c:d for a minus b and c minus d"] = None
     picture: Annotated[str | None, "with csv: a PNG of quality against cache, to be written"] = None
+    arms: Annotated[str | None, "with picture: the arms that it shows, a,b,c; null: all"] = None
+    trends: Annotated[str | None, "with csv: a PNG of the study's trends, to be written"] = None
 
 
 def main(arguments: list[str]) -> int:
@@ -48,14 +50,21 @@ def main(arguments: list[str]) -> int:
         from harness.report.plots import save_png
         from harness.report.verdicts_from_csv import restated
 
-        told, picture = restated(user_path(options.csv), options.study, _pairs(options.pairs))
+        if options.arms is not None and options.picture is None:
+            raise UserError("arms=... is for picture=FILE")
+        shown = options.arms.split(",") if options.arms else []
+        told, by_cache, trends = restated(user_path(options.csv), options.study, _pairs(options.pairs), shown)
         print(told)
-        if options.picture is not None:
-            with writable(f"picture={options.picture}", "name a file in a folder that takes it"):
-                save_png(picture, user_path(options.picture))
+        for name, file, picture in (("picture", options.picture, by_cache), ("trends", options.trends, trends)):
+            if file is None:
+                continue
+            if picture is None:
+                raise UserError(f"{name}={file}: study={options.study} has no {name}: name one whose YAML has some")
+            with writable(f"{name}={file}", "name a file in a folder that takes it"):
+                save_png(picture, user_path(file))
         return 0
-    for name, given in (("pairs", options.pairs), ("picture", options.picture)):
-        if given is not None:
+    for name in ("pairs", "picture", "arms", "trends"):
+        if getattr(options, name) is not None:
             raise UserError(f"{name}=... is for csv=FILE: a study's own stand in its YAML and in its report")
 
     from harness.report.write import report_study

@@ -254,7 +254,8 @@ def _contrasts(findings: Findings) -> Section | None:
     drawn = [pictures.contrasts_picture(findings)]
     if findings.trends:
         tables.append(_trends(findings))
-        drawn.append(pictures.trends_picture(findings))
+        sizes = {name: trend["over"] for name, trend in findings.results.record["trends"].items()}
+        drawn.append(pictures.trends_picture([trend for trend, _, _ in findings.trends], sizes, findings.metric))
     return Section("contrasts", "Comparisons", pictures=drawn, tables=tables)
 
 

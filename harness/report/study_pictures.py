@@ -13,7 +13,7 @@ from harness.report.document import capital, change, in_ms, mean_text
 from harness.report.findings import Curves, Findings, Sweep, Verdict, over_seeds
 from harness.report.pictures import ForestPlot, ForestRow, Mark, Picture, Plot, Series, short
 from harness.study.results import LENGTH
-from harness.study.statistics import Mean, pareto_front, with_error
+from harness.study.statistics import Mean, Trend, pareto_front, with_error
 
 SIDE_BY_SIDE = "Points that would cover one another stand side by side."
 MOST_NAMES = 12  # that a reader tells apart in one panel
@@ -65,7 +65,7 @@ def quality_by_cache(
     in_rows = len(shown) > MOST_NAMES
     drawn = _a_row_each if in_rows else _side_by_side
     seen = any(arm.mean.low is not None for arm in arms)
-    bars = "Bars: 95 % intervals for comparing arms." if seen else "No error bars: one seed."
+    bars = "Bars: the 95 % interval of each mean, from seeds." if seen else "No error bars: one seed."
     panels, how = drawn(shown, looks, costs, metric)
     side = (("Left of", "Right of") if in_rows else ("Below", "Above"))[not metric.higher_is_better]
     names = ", ".join(f"{name} ({metric.text(y)})" for name, y in far.items())
@@ -198,11 +198,13 @@ def contrasts_picture(findings: Findings) -> Picture:
     return Picture("contrasts", "Differences between arms", caption, [("", panel)])
 
 
-def trends_picture(findings: Findings) -> Picture:
-    """How the differences of the trends change with the size that they are over: a panel for each such size."""
-    metric, trends = findings.metric, [trend for trend, _, _ in findings.trends]
+def trends_picture(trends: Sequence[Trend], sizes: Mapping[str, str], metric: Metric) -> Picture:
+    """How the differences of the trends change with the size that they are over: a panel for each such size.
+
+    sizes: the name of each trend's size.
+    """
     looks = styles({trend.name: trend.name for trend in trends})
-    sizes = {trend.name: findings.results.record["trends"][trend.name]["over"] for trend in trends}
+    side = "above" if metric.higher_is_better else "below"
     panels = []
     for over in dict.fromkeys(sizes.values()):
         of_size = [trend for trend in trends if sizes[trend.name] == over]
@@ -215,10 +217,9 @@ def trends_picture(findings: Findings) -> Picture:
                 marks.append(Mark(size * ASIDE ** (place - (len(of_size) - 1) / 2), y, low, high, hover))
             series.append(Series(trend.name, looks[trend.name], marks, joined=True, banded=False))
         ticks = sorted({size for trend in of_size for size in trend.at})
-        labels = f"{over} (log scale)", f"difference in {metric.label}"
+        labels = f"{over} (log scale)", f"difference in {metric.label}; {side} 0 the first is better"
         panels.append(("", Plot(*labels, series, x_log=True, x_ticks=ticks, level=(0.0, "no difference"), lines=True)))
-    side = "above" if metric.higher_is_better else "below"
-    caption = f"Points: the difference at each size with its 95 % interval from seeds; {side} the line the first arm is better."
+    caption = "Points: the difference at each size with its 95 % interval from seeds."
     return Picture("trends", "How differences change with size", caption, panels)
 
 

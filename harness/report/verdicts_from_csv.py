@@ -19,7 +19,7 @@ from harness.report.colours import styles
 from harness.report.document import ABSENT, mean_text
 from harness.report.findings import per_token_at_length
 from harness.report.pictures import Picture
-from harness.report.study_pictures import PlacedArm, quality_by_cache
+from harness.report.study_pictures import PlacedArm, quality_by_cache, trends_picture
 from harness.study.plan import build_plan, load_study
 from harness.study.results import AT_LENGTH
 from harness.study.statistics import Pair, contrasts, equal_variances, mean_interval, origins, residual_deviation, trends
@@ -27,9 +27,11 @@ from harness.study.statistics import Pair, contrasts, equal_variances, mean_inte
 _Kind = TypeVar("_Kind", str, int, float)
 
 
-def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, Picture]:
+def restated(
+    file: Path, study: str, pairs: Sequence[Pair] = (), shown: Sequence[str] = ()
+) -> tuple[str, Picture, Picture | None]:
     """A table of the arms, then a sentence for each contrast and trend of configs/study/<study>.yaml, and each of `pairs`;
-    and the picture of quality against cache.
+    the picture of quality against cache, of the arms `shown` or of all; and that of the trends, if the study has any.
 
     Raises UserError for a file that is no report.csv of such a study, and as `contrasts` does.
     """
@@ -44,6 +46,9 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
         raise UserError(
             f"{file} has an arm {strange[0]}, and study={study} has none of that name: name the study that it is of"
         )
+
+    if strange := [arm for arm in shown if arm not in arms]:
+        raise UserError(f"{file} has no arm {strange[0]} to show: it has {', '.join(arms)}")
 
     lineages = origins({name: arm.starts_from for name, arm in config.arms.items()})
     kinds: dict[str, Any] = {"apart": [arm for arm in arms if config.arms[arm].convert is not None], "lineages": lineages}
@@ -61,7 +66,8 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     for arm in arms:
         means = {name: mean_interval(of_metric, arm, **kinds) for name, of_metric in values.items()}
         mean, stated = means[metric.name], config.arms[arm]
-        placed.append(PlacedArm(arm, stated.reference, mean, mean.n))
+        if not shown or arm in shown:
+            placed.append(PlacedArm(arm, stated.reference, mean, mean.n))
         deviation = mean.deviation
         cells = [mean_text(mean, METRICS[name]) for name, mean in means.items()]
         rows_of_arms.append([arm, str(len(arms[arm])), *cells, ABSENT if deviation is None else f"{deviation:.2g}"])
@@ -76,10 +82,12 @@ def restated(file: Path, study: str, pairs: Sequence[Pair] = ()) -> tuple[str, P
     # Sizes are those of composed arms, whose names alone stand in the file.
     planned = build_plan(config, name=study, command="", runs_dir=file.parent).trends if config.trends else {}
     whole = {key: trend for key, trend in planned.items() if all(arm in arms for pair in trend["of"] for arm in pair)}
-    for trend in trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds):
-        lines.append(f"{trend.sentence(metric, whole[trend.name]['over'])}.")
+    slopes = trends(arms, {key: (each["of"], each["at"]) for key, each in whole.items()}, **kinds)
+    sizes = {name: trend["over"] for name, trend in whole.items()}
+    lines += [f"{trend.sentence(metric, sizes[trend.name])}." for trend in slopes]
     looks = styles({name: arm.family for name, arm in config.arms.items()})
-    return "\n".join(lines), quality_by_cache(placed, looks, usual, per_token_at_length(usual, at_length), metric)
+    by_cache = quality_by_cache(placed, looks, usual, per_token_at_length(usual, at_length), metric)
+    return "\n".join(lines), by_cache, trends_picture(slopes, sizes, metric) if slopes else None
 
 
 def _figures(

@@ -292,7 +292,7 @@ def test_a_trend_is_told_beside_the_comparisons_and_marked_where_it_was_added_la
     assert "| mla - gqa | yes | mla − gqa at 128, mqa − mla\\_plain at 256 |" in markdown
     assert "- mla - gqa: for each doubling of model.d\\_model (128, 256) the difference changes by" in markdown
     findings = findings_of(folder)
-    ((_, panel),) = trends_picture(findings).panels
+    ((_, panel),) = trends_picture([trend for trend, _, _ in findings.trends], {"mla - gqa": "model.d_model"}, LOSS).panels
     assert isinstance(panel, Plot)
     ((first, second),) = [series.marks for series in panel.series]
     compared = contrasts(values, primary=(), other=expected.pairs)
@@ -352,7 +352,11 @@ def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path,
     printed = capsys.readouterr().out
     assert "mha2mla_64_tuned is 0.0031 ± 0.0011 bits per byte (0.0075 ± 0.0027 nats per token) better than" in printed
     assert "pooled: 0.0062 bits per byte, 24 degrees of freedom" in printed
-    assert report.main(["study=width", f"csv={ROOT / 'docs/studies/width/report.csv'}"]) == 0
+    few, width = tmp_path / "few.png", ["study=width", f"csv={ROOT / 'docs/studies/width/report.csv'}"]
+    assert report.main([*given[:2], f"picture={few}", "arms=gqa,mla_64_tuned"]) == 0
+    assert few.read_bytes() != drawn.read_bytes()
+    assert report.main([*width, f"trends={tmp_path / 'trends.png'}"]) == 0
+    assert (tmp_path / "trends.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "nor the same within 0.005" in printed
     assert "mla - gqa: for each doubling of model.d_model (192, 256, 384) the difference changes by +0.079 ± 0.058" in printed
@@ -364,6 +368,12 @@ def test_a_published_csv_is_restated_with_its_lineages_and_drawn(tmp_path: Path,
         report.main(["study=convert", f"csv={ROOT / file}", "pairs=gqa"])
     with pytest.raises(UserError, match=r"picture=\.\.\. is for csv=FILE"):
         report.main(["study=convert", f"picture={drawn}"])
+    with pytest.raises(UserError, match=r"has no arm mla_1 to show: it has gqa, "):
+        report.main([*given[:2], f"picture={few}", "arms=gqa,mla_1"])
+    with pytest.raises(UserError, match=r"^trends=.*: study=convert has no trends: name one"):
+        report.main([*given[:2], f"trends={few}"])
+    with pytest.raises(UserError, match=r"^arms=\.\.\. is for picture=FILE"):
+        report.main([*given[:2], "arms=gqa"])
     with pytest.raises(UserError, match=r"^picture=.* cannot be written \(Is a directory\): name a file"):
         report.main(["study=convert", f"csv={ROOT / file}", f"picture={tmp_path}"])
     twice = tmp_path / "twice.csv"  # two reports in one file, of which the second row would stand for both
@@ -386,14 +396,14 @@ def test_caches_that_are_no_straight_line_are_drawn_at_32k_from_a_csv_too(tmp_pa
             writer = csv.DictWriter(opened, [*rows[0], AT_LENGTH])
             writer.writeheader()
             writer.writerows(row | {AT_LENGTH: sizes.get(row["arm"], 0) * 32768 or ""} for row in rows)
-        _, picture = restated(file, "width")
+        _, picture, _ = restated(file, "width")
         drawn = [{one.arm: one.marks[0].x for one in panel.series} for _, panel in picture.panels if isinstance(panel, Plot)]
         assert drawn == panels
     assert [heading for heading, _ in picture.panels] == ["at the model's context", "at 32,768 tokens"]
 
 
 def test_more_arms_than_a_reader_tells_apart_have_a_row_each_by_their_cache() -> None:
-    _, picture = restated(ROOT / "docs/studies/convert/report.csv", "convert")
+    _, picture, _ = restated(ROOT / "docs/studies/convert/report.csv", "convert")
     [(_, panel)] = picture.panels
     assert isinstance(panel, ForestPlot)
     rows = [(int(row.label.split()[-1].replace(",", "")), row.value) for row in panel.rows]
@@ -896,7 +906,7 @@ def test_the_command_writes_the_report_where_the_runs_lie_and_ends_with_a_json_l
     [
         (["study=absent"], "absent holds no study.json"),
         (["tracking=wandbb"], "tracking=wandbb is unknown; did you mean wandb"),
-        (["arms=mha"], "arms is not an option here"),
+        (["seeds=1"], "seeds is not an option here"),
     ],
 )
 def test_the_command_refuses_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
