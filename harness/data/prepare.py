@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from harness.data.sources import SOURCES, Opening, check_corpus, open_source
 from harness.data.tokenizer import Tokenizer
 from harness.errors import UserError, readable, tell, writable
 from harness.files.atomic import DISK_ERRORS, flush
+from harness.files.folders import remove
 from harness.files.hashes import value_sha256
 from harness.files.lock import locked
 from harness.files.untrusted import Unreadable, read_object
@@ -104,7 +104,8 @@ def _open(folder: Path, verify: bool, remedy: str | None = None) -> PreparedData
     if verify or leftovers:
         verify_prepared(prepared)
         for leftover in leftovers:  # nobody builds what is whole
-            shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(leftover)
     return prepared
 
 
@@ -214,18 +215,19 @@ class _Preparation:
         partial = folder.parent / f".{folder.name}.{os.getpid()}.partial"
         with writable(f"data_dir={folder.parent}", _ELSEWHERE):
             for leftover in folder.parent.glob(leftovers):
-                shutil.rmtree(leftover)
+                remove(leftover)
             partial.mkdir()
         try:
             with writable(f"data_dir={folder.parent}", f"make room, or {_ELSEWHERE}", only=DISK_ERRORS):
                 self._write(partial, source, identity)
-                if folder.exists():  # damaged, or it had been opened
+                if os.path.lexists(folder):  # damaged, or it had been opened; a link may lead nowhere
                     os.replace(folder, folder.parent / f".{folder.name}.damaged.partial")
                 os.replace(partial, folder)
                 flush(folder.parent)
         finally:
             for leftover in folder.parent.glob(leftovers):
-                shutil.rmtree(leftover, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove(leftover)
 
     def _write(self, folder: Path, source: Source, identity: dict[str, Any]) -> None:
         """All files of the folder, flushed to the disk."""

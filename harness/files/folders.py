@@ -95,8 +95,11 @@ def numbered_folders(folder: Path) -> list[Path]:
 
 
 def remove(folder: Path) -> None:
-    """With all that is in it; of a link, which none of ours is, the link alone. What is gone, also meanwhile, is gone."""
-    if folder.is_symlink():
+    """With all that is in it; what stands in its place, which ours never is, alone: a file, or a link without what it leads to.
+
+    What is gone, also meanwhile, is gone.
+    """
+    if folder.is_symlink() or folder.is_file():
         folder.unlink()
     else:
         with contextlib.suppress(FileNotFoundError):  # whose file rmtree names without its folder

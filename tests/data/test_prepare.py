@@ -296,6 +296,27 @@ def test_a_damaged_folder_is_refused_by_name_and_built_again(
     assert [path.name for path in (tmp_path / "data").iterdir() if path.is_dir()] == [whole.folder.name]
 
 
+@pytest.mark.parametrize("instead", ["link", "link that leads nowhere", "file"])
+def test_a_link_or_file_in_a_prepared_folders_place_is_replaced(tmp_path: Path, texts: dict[str, str], instead: str) -> None:
+    whole, elsewhere = prepared(tmp_path), tmp_path / "elsewhere"
+    before = contents(whole.folder)
+    for _ in range(2):
+        if instead == "file":
+            shutil.rmtree(whole.folder)
+            whole.folder.touch()
+        else:  # to another disk, where the data were hurt, or which is not there now
+            whole.folder.rename(elsewhere)
+            whole.folder.symlink_to(elsewhere)
+            (elsewhere / "meta.json").unlink()
+            if instead != "link":
+                shutil.rmtree(elsewhere)
+        assert contents(prepared(tmp_path).folder) == before and not whole.folder.is_symlink()
+        assert [path.name for path in (tmp_path / "data").iterdir() if path.suffix != ".lock"] == [whole.folder.name]
+        if instead == "link":
+            assert {*contents(elsewhere)} == {*before} - {"meta.json"}
+            shutil.rmtree(elsewhere)
+
+
 FLIPPED = ["train.bin", "test.bin", "validation.starts.npy", "train.bytes.npy", "train.words.npy", "tokenizer.json"]
 
 
