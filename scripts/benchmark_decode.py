@@ -9,6 +9,7 @@ harness/decode/speed.py. Largest batch: of the model with all its layers (level=
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -224,19 +225,28 @@ def configurations(options: DecodeOptions, overrides: list[str], arguments: list
     for name in dict.fromkeys(names):
         choice = [f"attention={name}", f"model={options.model}", "name=decode"]
         fields = load_train_config(choice).attention
-        known = [
-            word
-            for word in overrides
-            if not word.startswith("attention.") or word.partition("=")[0].removeprefix("attention.") in fields
-        ]
+        known = [word for word in overrides if not word.startswith("attention.") or _has_field(fields, word)]
         used |= set(known)
         configs.append(load_train_config([*choice, *known]))
     for word in overrides:
         if word not in used:
-            known = sorted({f"attention.{key}" for config in configs for key in config.attention})
+            fields_of = [config.attention for config in configs]
+            known = [f"attention.{key}" for fields in fields_of for key in fields]
+            known += [f"attention.kinds.{kind}.{key}" for fields in fields_of for kind, own in _kinds(fields) for key in own]
             key = word.partition("=")[0]
-            raise UserError(f"{key} is a field of none of {', '.join(names)}; {did_you_mean(key, known)}")
+            raise UserError(f"{key} is a field of none of {', '.join(names)}; {did_you_mean(key, sorted({*known}))}")
     return configs, options.vocab_size
+
+
+def _has_field(fields: Mapping[str, Any], override: str) -> bool:
+    """Whether a variant has what attention.KEY=VALUE is for; of attention.kinds.KIND.KEY, whether it has that kind."""
+    first, *inside = override.partition("=")[0].removeprefix("attention.").split(".")
+    return first in fields and (first != "kinds" or not inside or inside[0] in dict(_kinds(fields)))
+
+
+def _kinds(fields: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Each kind of layers, with the fields of its own; none where all layers are alike."""
+    return list((fields.get("kinds") or {}).items())
 
 
 def make_plan(options: DecodeOptions) -> DecodePlan:

@@ -242,6 +242,16 @@ def test_attention_alone_beside_the_expanded_cache(tmp_path: Path, capsys: pytes
     assert "attention alone, 1 of 2 layers" in said
 
 
+def test_an_option_of_a_kind_of_layers_is_for_the_variants_that_have_the_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["attention=swa_1_1,gqa", "attention.kinds.local.window=8", "contexts=32", "batch_sizes=1", "peers=false"]
+    _, record = measured(capsys, tmp_path, *options)
+    token = 4 * 2 * 2 * 16  # of a layer: float32, two groups, key and value
+    sizes = {f["row"]: f["cache_bytes"] for f in record["figures"]}
+    assert sizes == {"swa_1_1": (8 + 32) * token, "gqa": 2 * 32 * token}
+
+
 def test_a_run_is_measured_at_its_own_shape_and_vocabulary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     save_run_config(config_at("attention=mla", "tokenizer=bytes"), tmp_path / "runs" / "mine")
@@ -277,6 +287,10 @@ def test_a_peer_that_computes_something_else_is_not_timed(
         (["memory_budget_gib=0.0001"], r"weights of 4 variants take \d.\d MiB, more than memory_budget_gib=0.0001"),
         (["memory_budget_gib=-1"], r"memory_budget_gib=-1 is too small"),
         (["attention=gqa", "attention.kv_lora_rank=8"], r"attention.kv_lora_rank is a field of none of gqa"),
+        (["attention=gqa", "attention.kinds.local.window=8"], r"attention.kinds.local.window is a field of none of gqa"),
+        (["attention=swa_1_1", "attention.kinds.loca.window=8"], r"did you mean attention.kinds.local.window\?"),
+        (["attention=swa_1_1", "attention.kinds.local.windo=8"], r"did you mean attention.kinds.local.window\?"),
+        (["attention=swa_1_1", "attention.kinds.local.window=9999"], r"window=9999 is longer than the context"),
         (["attention.decode=expand"], r"attention.decode is an option of its own here; write decode="),
         (["attention=mla_plain", "attention.positions=rope_after_up", "decode=absorbed"], r"is not a path of attention="),
         (["model.n_heads"], r"model.n_heads is not of the form key=value"),
