@@ -112,6 +112,11 @@ class PreparedData:
             _verify_split(self, name)
         return VerifiedSplit(self.splits[name])
 
+    def is_what(self, fingerprint: object) -> bool:
+        """Whether whoever recorded this fingerprint learned from these tokens: an older one is of tokens alone."""
+        of = self.meta["splits"], self.meta["tokenizer"]["sha256"]
+        return fingerprint in (self.fingerprint, fingerprint_of(*of, with_counts=False))
+
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The one that made the tokens. Raises DamagedData where its file holds another, or none."""

@@ -71,7 +71,7 @@ def check_text_unchanged(config: TrainConfig, run: Path) -> None:
     except UserError as error:
         tell(f"{run.name}: its data cannot be compared with what it was trained on ({error})")
         return
-    if data.fingerprint != trained_on:
+    if not data.is_what(trained_on):
         raise other_data(config.dataset.name, run, ANEW)
 
 
@@ -171,6 +171,6 @@ def data_of(trained: TrainedModel, data_dir: Path, *, path: str | None, for_trai
     if path is None and config.dataset.path is not None:
         return find_data(run, trained.fingerprint, config.dataset, data_dir, tokenizer_file=tokenizer_file)
     data = prepare(dataset, config.tokenizer, data_dir, tokenizer_file=tokenizer_file, for_training=for_training)
-    if trained.fingerprint not in (None, data.fingerprint):
+    if trained.fingerprint is not None and not data.is_what(trained.fingerprint):
         raise other_data(f"{dataset.name} ({path or data.folder})", run, "name where it lies now with dataset.path=...")
     return data

@@ -45,7 +45,7 @@ def initial_checkpoint(config: TrainConfig, data: PreparedData) -> Checkpoint:
     checkpoint = trained_checkpoint(source, summary)
     if checkpoint is None:
         raise UserError(f"init_from={source} holds no checkpoint to start from; train it first")
-    if summary.get("data_fingerprint", data.fingerprint) != data.fingerprint and not other_dataset(config):
+    if not data.is_what(summary.get("data_fingerprint", data.fingerprint)) and not other_dataset(config):
         raise UserError(
             f"the data of dataset={config.dataset.name} ({config.dataset.path or data.folder}) is not what "
             f"init_from={source} was trained on; bring that data back, or keep the new text at another place and name "

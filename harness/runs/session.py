@@ -156,7 +156,7 @@ class Session:
                 raise UserError(f"{gone}: runs_dir must lie on a disk that all machines share")
             checkpoint = verified(checkpoint.path)  # as this machine sees it
         load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
-        if checkpoint.state.get("data_fingerprint") != self.data.fingerprint:
+        if not self.data.is_what(checkpoint.state.get("data_fingerprint")):
             raise other_data(config.dataset.name, self.run, ANEW)
         saved = SavedState.of(checkpoint)
         self.first_step, self.seconds_before, self.last_step = saved.step + 1, saved.seconds, saved.last_step

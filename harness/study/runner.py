@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.config.places import ROOT
+from harness.data import PreparedData
 from harness.errors import UserError
 from harness.runs.evaluations import judges
 from harness.runs.folder import finished
@@ -91,13 +92,13 @@ def check_texts_unchanged(plan: StudyPlan, specs: Sequence[RunSpec]) -> None:
     """
     from harness.runs.corpus import load_data, other_data
 
-    known: dict[str, str] = {}  # fingerprints by what is read
+    known: dict[str, PreparedData] = {}  # by what is read
     for spec in specs:
         config = plan.arms[spec.arm].config
         read = repr((config.dataset, config.tokenizer))
         if read not in known:
-            known[read] = load_data(config).fingerprint
-        if read_summary(plan.folder / spec.name).get("data_fingerprint") != known[read]:
+            known[read] = load_data(config)
+        if not known[read].is_what(read_summary(plan.folder / spec.name).get("data_fingerprint")):
             raise other_data(config.dataset.name, plan.folder / spec.name, "give the study another name=...")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import shutil
@@ -23,7 +24,7 @@ from harness.config.build import model_shapes
 from harness.config.compose import load_train_config, options_of
 from harness.config.run_config import load_run_config
 from harness.data import open_prepared, prepare
-from harness.data.prepared import _sha256
+from harness.data.prepared import _sha256, fingerprint_of
 from harness.entry.cli import run_hydra
 from harness.errors import UserError
 from harness.runs.session import Session
@@ -470,6 +471,28 @@ def test_a_run_is_not_continued_on_other_text(place: Workplace) -> None:
     with pytest.raises(UserError, match=r"dataset=local is not what .* was trained on; .*overwrite=true"):
         place.train("run", "tokenizer=bpe", "tokenizer.vocab_size=300")
     assert contents(run) == before
+
+
+def test_a_run_whose_fingerprint_is_of_tokens_alone_goes_on_with_the_same_tokens(place: Workplace) -> None:
+    specification = json.loads(
+        (place.train("made", "tokenizer=bpe", "tokenizer.vocab_size=300") / "tokenizer.json").read_text()
+    )
+    file = place.folder / "tokenizer.json"
+    file.write_text(json.dumps(specification | {"normalizer": {"type": "Lowercase"}}))
+    given = ["tokenizer=pretrained", f"tokenizer.path={file}"]
+    config = load_train_config(place.overrides(*given))
+    data = prepare(config.dataset, config.tokenizer, Path(config.data_dir))
+    older = fingerprint_of(data.meta["splits"], data.meta["tokenizer"]["sha256"], with_counts=False)
+    (data.folder / "meta.json").write_text(json.dumps(data.meta | {"fingerprint": older}))
+    run = place.train("run", *given)
+    assert summary_of(run)["data_fingerprint"] == older != data.fingerprint
+    shutil.rmtree(data.folder)
+    place.train("run", *given)  # finished, and the text is prepared anew
+    place.train("started", *given, f"init_from={run}")
+    (run / "summary.json").unlink()
+    place.train("run", *given)
+    assert summary_of(run)["data_fingerprint"] == data.fingerprint
+    assert place.evaluate(f"run={run}", f"dataset.path={place.corpus}") == 0
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_so_and_keeps_them(place: Workplace) -> None:
