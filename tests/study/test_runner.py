@@ -284,8 +284,10 @@ def test_asked_to_stop_and_continued_it_finishes_without_repeating_finished_runs
     again = forks.run(tmp_path / "forked.py", *words)
     assert again.status == 0, again.output + again.errors
     assert re.search(r"^runs: 2 runs to do, 1 at a time; about \d+ s left$", again.output, flags=re.M)
-    assert re.search(r"^\[1/2\] \S+: validation .* per token \(\d+ s\); about \d+ s left$", again.output, flags=re.M)
-    assert re.search(r"^\[2/2\] \S+: validation .* per token \(\d+ s\)$", again.output, flags=re.M)
+    assert re.search(
+        r"^\[1/2\] \S+: validation .* per token at \d+ tokens \(\d+ s\); about \d+ s left$", again.output, flags=re.M
+    )
+    assert re.search(r"^\[2/2\] \S+: validation .* per token at \d+ tokens \(\d+ s\)$", again.output, flags=re.M)
     line = again.output.splitlines()[-1]
     assert len(line) <= 1024 and Path(json.loads(line)["record"]) == study / "study.json"
     assert "1 of 3 runs are finished already" in again.output
