@@ -170,10 +170,14 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
         failures = rates.failures + train(specs, "runs")
     keep(command, rates, specs, failures)
     report: str | None = None
+    untimed: UserError | None = None
     # Where nothing has finished the failures are what there is to say.
     if command.options.report and any(run.evaluation() for run in load_results(plan.folder).runs):
         if plan.config.decode_contexts:
-            measure_decoding(plan)
+            try:
+                measure_decoding(plan)
+            except UserError as error:  # the runs have their report all the same
+                untimed = error
         _, files = report_study(plan.folder, first.tracking)
         report = str(files[0])
     for note in rates.notes:
@@ -181,9 +185,12 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
     # The failures' sentences and every run are in the record, the report's files beside it.
     line = {"study": plan.name, "folder": str(plan.folder), "record": str(plan.folder / STUDY_FILE), "report": report}
     print(json.dumps(line | {"runs": len(specs), "sweep": len(rates.sweep), "failures": len(failures)}))
+    wrong = [f"the report of {plan.name} is written without decode times: {untimed}"] if untimed is not None else []
     if failures:
         lines = "; ".join(f"{failure['run']}: {failure['error']}" for failure in failures)
-        raise UserError(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
+        wrong.append(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
+    if wrong:
+        raise UserError("; ".join(wrong))
     return 0
 
 

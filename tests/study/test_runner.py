@@ -198,6 +198,15 @@ def test_where_every_run_fails_the_failures_are_told_and_not_that_there_is_no_re
         carried_out(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
 
 
+def test_what_cannot_be_decoded_leaves_the_runs_their_report(place: Workplace) -> None:
+    plan = micro_plan(place, "too_long")
+    plan.config.decode_contexts = [2_000_000_000]
+    machine = [o for o in place.places() if not o.startswith("runs_dir")]
+    with pytest.raises(UserError, match=r"report of too_long is written without decode times: .* takes .* GB and this machine"):
+        carried_out(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
+    assert (plan.folder / "report.html").is_file() and not (plan.folder / "decode.json").exists()
+
+
 def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:
     plan = micro_plan(place, "copied")
     spec = plan.spec("mqa", 0.01, 0)
