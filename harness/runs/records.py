@@ -221,6 +221,7 @@ class StudyRecord(TypedDict):
     base: NotRequired[list[str]]
     contrasts: list[tuple[str, str]]
     trends: NotRequired[dict[str, TrendRecord]]
+    dropped_trends: NotRequired[dict[str, TrendRecord]]  # of earlier commands, so that no other one takes such a name
     margin: NotRequired[Rate | None]  # of equivalence, in the metric's unit
     staircase: list[str] | None
     arms: dict[str, ArmRecord]

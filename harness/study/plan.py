@@ -468,7 +468,8 @@ def write_record(
     history: Sequence[DeclarationRecord] = (),
 ) -> None:
     """study.json, all that the report needs beside the runs: whole or not at all."""
-    config = plan.config
+    config, before = plan.config, plan.recorded()
+    earlier = {} if before is None else before.get("dropped_trends", {}) | before.get("trends", {})
     record: StudyRecord = {
         "name": plan.name,
         "question": config.question,
@@ -477,6 +478,7 @@ def write_record(
         "base": config.base,
         "contrasts": [(a, b) for a, b in config.contrasts],
         "trends": plan.trends,
+        "dropped_trends": {name: trend for name, trend in earlier.items() if name not in plan.trends},
         "margin": config.margin,
         "staircase": config.staircase,
         "arms": {
@@ -523,7 +525,7 @@ def settle_tuning_seed(plan: StudyPlan) -> None:
 
 def check_same_study(plan: StudyPlan) -> None:
     """Raises UserError when the folder holds another study: an arm of the same name that is something else, or, beside results,
-    such a trend."""
+    such a trend, which may have been dropped meanwhile."""
     record = plan.recorded()
     before = {} if record is None else record["arms"]
     changed = [
@@ -542,7 +544,7 @@ def check_same_study(plan: StudyPlan) -> None:
         any(entry["results"] for entry in record.get("history", ()))
         or any(finished(plan.folder / run["name"]) for run in record["runs"])
     ):
-        there = record.get("trends", {})
+        there = record.get("dropped_trends", {}) | record.get("trends", {})
     for name, trend in plan.trends.items():
         if name in there and there[name] != trend:
             raise UserError(

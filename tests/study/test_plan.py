@@ -318,6 +318,8 @@ def test_a_trend_is_no_other_one_after_a_result(tmp_path: Path) -> None:
         check_same_study(other)
     keep(plan(tmp_path, WIDER.replace("[mla, gqa]]", "[mla, mha]]", 1)))  # a history with a result, and then it is gone
     shutil.rmtree(run)
+    keep(plan(tmp_path, WIDER.replace("trends:", "#")))  # nor where it is dropped first
+    check_same_study(plan(tmp_path, WIDER))
     with pytest.raises(UserError, match="is another trend there"):
         check_same_study(other)
 
