@@ -16,17 +16,17 @@ class HubUnreachable(UserError):
     """The server that holds the data is out of reach, or broke off again and again."""
 
 
-def reason_unreachable(url: str, *, patience: float = PATIENCE) -> str | None:
-    """None if `url` gives any HTTP answer within `patience` seconds, else why not, as half a sentence.
+def reason_unreachable(url: str) -> str | None:
+    """None if `url` gives any HTTP answer within PATIENCE, else why not, as half a sentence.
 
     The question runs in a thread of its own: name resolution has no timeout, and a server may accept and say nothing.
     """
-    reason: list[str | None] = [f"no answer in {patience:.0f} seconds"]
+    reason: list[str | None] = [f"no answer in {PATIENCE:.0f} seconds"]
 
     def ask() -> None:
         request = urllib.request.Request(url, headers={"Range": "bytes=0-0", "User-Agent": "attention-ablation"})
         try:
-            with urllib.request.urlopen(request, timeout=patience) as answer:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
                 answer.read(1)
         except urllib.error.HTTPError as error:
             error.close()
@@ -39,5 +39,5 @@ def reason_unreachable(url: str, *, patience: float = PATIENCE) -> str | None:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(patience)
+    thread.join(PATIENCE)
     return reason[0]

@@ -89,10 +89,10 @@ def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, s
     }
 
 
-def first_few(sentences: Sequence[str], most: int = 4) -> str:
+def first_few(sentences: Sequence[str]) -> str:
     """The first ones, and how many more there are."""
-    more = len(sentences) - most
-    return "; ".join([*sentences[:most], *([f"and {more} more"] if more > 0 else [])])
+    more = len(sentences) - 4
+    return "; ".join([*sentences[:4], *([f"and {more} more"] if more > 0 else [])])
 
 
 def some_of(names: Sequence[str], most: int = 8) -> str:

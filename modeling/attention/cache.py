@@ -486,7 +486,7 @@ class Cache:
         if self.window is None:
             return torch.arange(self._slots_shown(T), device=self.lengths_B.device)[None]
         positions_BT = self._positions(T, valid_BT)
-        return self._held(positions_BT)[:, : self._slots_shown(T)] if T == 1 else self._keys_in_window(positions_BT, valid_BT)
+        return self._held(positions_BT, self._slots_shown(T)) if T == 1 else self._keys_in_window(positions_BT, valid_BT)
 
     def _group_slot(self, stored: CachedTensor, group: Tensor) -> Tensor:
         """Where a group lies: the sinks' ones first, then a ring of the others."""
