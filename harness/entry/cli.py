@@ -121,7 +121,7 @@ def _parsed(key: str, value: str, kind: typing.Any) -> typing.Any:
 def whole_numbers(key: str, text: str, *, least: int = 1) -> list[int]:
     """The different whole numbers of a list with commas, as they stand. Raises UserError for anything else."""
     if not re.fullmatch(r"-?[0-9]{1,18}(,-?[0-9]{1,18})*", text):
-        raise UserError(f"{key}={text} must be whole numbers separated by commas, of 18 digits at most")
+        raise UserError(f"{key}={text} must be whole numbers of at most 18 digits, separated by commas, as in {key}=1,2")
     numbers = [int(number) for number in text.split(",")]
     if len(set(numbers)) != len(numbers) or min(numbers) < least:
         raise UserError(f"{key}={text} must be different whole numbers from {least} on")

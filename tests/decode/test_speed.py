@@ -278,7 +278,7 @@ def test_a_peer_that_computes_something_else_is_not_timed(
     [
         (["attention=mhaa"], r"attention=mhaa does not exist; did you mean mha\?"),
         (["contxts=8"], r"contxts is not an option here; did you mean contexts\?"),
-        (["contexts=8,x"], r"contexts=8,x must be whole numbers separated by commas"),
+        (["contexts=8,x"], r"contexts=8,x must be whole numbers .*, as in contexts=1,2"),
         (["batch_sizes=0"], r"batch_sizes=0 must be different whole numbers from 1 on"),
         (["level=layer"], r"level=layer is unknown"),
         (["decode=absorb"], r"decode=absorb is unknown; did you mean absorbed\?"),

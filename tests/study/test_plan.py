@@ -375,7 +375,7 @@ def test_a_sweep_file_does_the_same_arms_and_seeds(tmp_path: Path) -> None:
     [
         ("tune=yes", "tune=yes is unknown"),
         ("arms=mha,mlaa", r"mlaa is no arm of demo; did you mean mla\?"),
-        ("seeds=0,x", "seeds=0,x must be whole numbers separated by commas"),
+        ("seeds=0,x", "seeds=0,x must be whole numbers of at most 18 digits, separated by commas"),
         ("seeds=0,0", "seeds=0,0 must be different whole numbers from 0 on"),
         ("seeds=-1", "seeds=-1 must be different whole numbers from 0 on"),
         ("jobs=0", "jobs=0 must be 1 or more"),
