@@ -124,4 +124,12 @@ if [ -e "$unfinished" ]; then
 fi
 
 "$python" "$project/scripts/prepare_data.py" "$@"
-say "Ready. Next: python train_model.py attention=mla"
+# What was prepared is what is trained on: the first dataset, and the overrides.
+chosen='' dataset=''
+for argument; do
+    case $argument in
+        *=*) chosen="$chosen $argument" ;;
+        *) dataset=${dataset:- dataset=$argument} ;;
+    esac
+done
+say "Ready. Next: python train_model.py attention=mla$dataset$chosen"

@@ -49,6 +49,15 @@ def test_on_a_bare_machine_it_makes_the_environment_installs_every_pin_and_prepa
     assert not list(project.environment.glob("*unfinished*"))
 
 
+def test_the_next_command_trains_on_what_was_prepared(prepared: SmallProject) -> None:
+    for arguments, next_command in (
+        ([], "python train_model.py attention=mla"),
+        (["stdlib", "tinystories", "tokenizer=bytes"], "python train_model.py attention=mla dataset=stdlib tokenizer=bytes"),
+    ):
+        assert prepared.set_up(*arguments).stdout.splitlines()[-1] == f"== Ready. Next: {next_command}"
+        prepared.data_step()
+
+
 def test_a_second_run_installs_nothing(prepared: SmallProject) -> None:
     before = site_packages(prepared.environment).stat().st_mtime_ns
     result = prepared.set_up()
