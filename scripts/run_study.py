@@ -35,7 +35,16 @@ from harness.errors import UserError, writable
 from harness.files.text import aligned, duration, number, visible
 from harness.files.untrusted import Positive
 from harness.runs.folder import finished, lock_run
-from harness.runs.records import DECODE_FILE, STUDY_FILE, DecodeTimes, FailureRecord, SpecRecord, read_decode_times, save
+from harness.runs.records import (
+    DECODE_FILE,
+    STUDY_FILE,
+    DecodePlaces,
+    DecodeTimes,
+    FailureRecord,
+    SpecRecord,
+    read_decode_times,
+    save,
+)
 from harness.tracking import check_tracking
 
 if TYPE_CHECKING:
@@ -188,7 +197,11 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
     wrong = [f"the report of {plan.name} is written without decode times: {untimed}"] if untimed is not None else []
     if failures:
         lines = "; ".join(f"{failure['run']}: {failure['error']}" for failure in failures)
-        wrong.append(f"{len(failures)} runs of {plan.name} failed, the others are finished: {lines}")
+        begun = len(specs) + len(rates.sweep)
+        how_many = f"{len(failures)} of {begun} runs of {plan.name} failed, the others are finished"
+        if len(failures) == begun:
+            how_many = f"all {begun} runs of {plan.name} failed"
+        wrong.append(f"{how_many}: {lines}")
     if wrong:
         raise UserError("; ".join(wrong))
     return 0
@@ -266,8 +279,9 @@ def _specs_of(plan: StudyPlan, recorded: Sequence[SpecRecord]) -> list[RunSpec]:
 
 
 def measure_decoding(plan: StudyPlan) -> None:
-    """decode.json, once: what a token costs to decode for each arm, on this machine."""
-    if read_decode_times(plan.folder) is not None:
+    """decode.json: what a token costs to decode for each arm, on this machine; once, until something else is asked for."""
+    there, asked = read_decode_times(plan.folder), decode_places(plan)
+    if there is not None and there.get("asked", asked) == asked:
         return
     from harness.study.decode_times import decode_times
     from harness.study.plan import vocabulary_of
@@ -278,13 +292,18 @@ def measure_decoding(plan: StudyPlan) -> None:
     rows = decode_times(
         configs,
         vocab_size=vocabulary_of(first),
-        contexts=plan.config.decode_contexts,
-        batch_sizes=plan.config.decode_batch_sizes,
+        contexts=asked["contexts"],
+        batch_sizes=asked["batch_sizes"],
         device=device,
         dtype=select_precision(first.precision, device),
         max_seconds=300.0,
     )
-    save(plan.folder / DECODE_FILE, DecodeTimes, {"rows": rows})
+    save(plan.folder / DECODE_FILE, DecodeTimes, {"rows": rows, "asked": asked})
+
+
+def decode_places(plan: StudyPlan) -> DecodePlaces:
+    contexts, batch_sizes = (sorted({*given}) for given in (plan.config.decode_contexts, plan.config.decode_batch_sizes))
+    return {"arms": sorted(plan.arms), "contexts": contexts, "batch_sizes": batch_sizes}
 
 
 def print_arms(plan: StudyPlan) -> None:

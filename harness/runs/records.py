@@ -259,8 +259,17 @@ class DecodeRow(TypedDict):
     step: NotRequired[str]  # eager, or graph on CUDA
 
 
+class DecodePlaces(TypedDict):
+    """What a study wants to know of decoding."""
+
+    arms: list[str]
+    contexts: list[Positive]
+    batch_sizes: list[Positive]
+
+
 class DecodeTimes(TypedDict):
     rows: list[DecodeRow]
+    asked: NotRequired[DecodePlaces]  # absent from older records
 
 
 FIGURES = declared(Evaluation, Shown)  # of a run, what is shown wherever figures are
@@ -368,10 +377,10 @@ def read_study(folder: Path) -> StudyRecord:
     return record
 
 
-def read_decode_times(folder: Path) -> list[DecodeRow] | None:
-    """The rows that a study's command has measured; None where it has not."""
+def read_decode_times(folder: Path) -> DecodeTimes | None:
+    """What a study's command has measured; None where it has not."""
     path = folder / DECODE_FILE
-    return cast(DecodeTimes, _read(path, DecodeTimes))["rows"] if path.is_file() else None
+    return cast(DecodeTimes, _read(path, DecodeTimes)) if path.is_file() else None
 
 
 def _read(path: Path, kind: type[_Kind], needed: Collection[str] = ()) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def load_results(folder: Path) -> StudyResults:
     record = read_study(folder)
     runs = _scored_alike([_read_run(folder, spec) for spec in record["runs"] if finished(folder / spec["name"])])
     sweep = [_read_run(folder, spec) for spec in record["sweep"] if finished(folder / spec["name"])]
-    return StudyResults(folder, record, runs, sweep, read_decode_times(folder))
+    timed = read_decode_times(folder)
+    return StudyResults(folder, record, runs, sweep, None if timed is None else timed["rows"])
 
 
 def _scored_alike(runs: list[RunResult]) -> list[RunResult]:

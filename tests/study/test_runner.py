@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 
+from harness.config.schema import TrainConfig
 from harness.errors import UserError
+from harness.runs.records import DecodeRow
+from harness.study import decode_times
 from harness.study.plan import ArmConfig, StudyConfig, StudyPlan, TuneConfig, build_plan
 from harness.study.results import load_results
 from harness.study.runner import Slot, is_done, last_words, process_pool, run_all, slots, tuned
@@ -176,7 +179,7 @@ def test_an_arm_whose_whole_sweep_fails_stops_no_other_arm(place: Workplace, cap
         (plan.folder / spec.name).mkdir(parents=True)
         (plan.folder / spec.name / "letter.txt").write_text("not a run")
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
-    with pytest.raises(UserError, match="3 runs of lost_arm failed, the others are finished"):
+    with pytest.raises(UserError, match="3 of 7 runs of lost_arm failed, the others are finished"):
         carried_out(run_study.Command(plan, ["mha", "mqa"], "lr", run_study.StudyOptions(report=False, jobs=2), machine))
     said = capsys.readouterr().out
     assert "mqa: no run of its sweep has finished, so it has no rate and no runs" in said
@@ -194,7 +197,7 @@ def test_where_every_run_fails_the_failures_are_told_and_not_that_there_is_no_re
         (plan.folder / spec.name).mkdir(parents=True)
         (plan.folder / spec.name / "letter.txt").write_text("not a run")
     machine = [o for o in place.places() if not o.startswith("runs_dir")]
-    with pytest.raises(UserError, match=r"2 runs of all_fail failed.* exists and is no run"):
+    with pytest.raises(UserError, match=r"all 2 runs of all_fail failed: .* exists and is no run"):
         carried_out(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
 
 
@@ -205,6 +208,30 @@ def test_what_cannot_be_decoded_leaves_the_runs_their_report(place: Workplace) -
     with pytest.raises(UserError, match=r"report of too_long is written without decode times: .* takes .* GB and this machine"):
         carried_out(run_study.Command(plan, ["mha", "mqa"], "none", run_study.StudyOptions(jobs=2), machine))
     assert (plan.folder / "report.html").is_file() and not (plan.folder / "decode.json").exists()
+
+
+def test_decoding_is_timed_once_until_other_arms_or_places_are_asked_for(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, timed = micro_plan(place, "timed"), []
+
+    def time_them(configs: dict[str, TrainConfig], *, contexts: list[int], **_: object) -> list[DecodeRow]:
+        timed.append((*configs, *contexts))
+        return []
+
+    monkeypatch.setattr(decode_times, "decode_times", time_them)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / "decode.json").write_text('{"rows": []}')  # older: what was asked for is not known
+    run_study.measure_decoding(plan)
+    assert timed == []
+    (plan.folder / "decode.json").unlink()
+    for contexts in ([16, 8], [8, 16], [8]):
+        plan.config.decode_contexts = contexts
+        run_study.measure_decoding(plan)
+    assert timed == [(*plan.arms, 8, 16), (*plan.arms, 8)]
+    del plan.arms["mqa"]
+    run_study.measure_decoding(plan)
+    assert timed[2:] == [("mha", 8)]
 
 
 def test_a_copied_run_counts_if_it_is_the_planned_one_and_is_refused_if_not(place: Workplace, tmp_path: Path) -> None:
