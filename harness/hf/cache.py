@@ -206,8 +206,10 @@ def _made_for(config: Mapping[str, Any]) -> int | None:
 def _notes(config: Mapping[str, Any], layers: Sequence[LayerCache]) -> list[str]:
     """What a reader of the numbers must know."""
     n, notes, inner = len(layers), [], _innermost(config)
-    for window, count in sorted(Counter(layer.window for layer in layers if layer.window is not None).items()):
-        notes.append(f"{count} of {n} layers keep at most {window:,} tokens (sliding window)")
+    windows = Counter((layer.window, layer.at_context > 0) for layer in layers if layer.window is not None)
+    for (window, compressed), count in sorted(windows.items()):
+        beside = ", and older ones compressed" if compressed else ""
+        notes.append(f"{count} of {n} layers keep at most {window:,} tokens (sliding window){beside}")
     empty = sum(layer.is_empty for layer in layers)
     if empty:
         notes.append(f"{empty} of {n} layers cache nothing: they read another layer's, or have no attention")

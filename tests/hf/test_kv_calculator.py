@@ -459,6 +459,12 @@ def test_a_real_cache_of_hugging_face_holds_what_is_measured_without_data(model_
     assert len(cache.layers) <= len(layers) and held == expected and sum(held) > 0
 
 
+def test_a_window_beside_compressed_tokens_is_not_all_that_is_kept() -> None:
+    windows = [described(as_published(tiny_config(name)), TOKENS).notes for name in ("deepseek_v4", "gpt_oss")]
+    compressed, plain = ([note for note in notes if "(sliding window)" in note] for notes in windows)
+    assert [note.endswith("and older ones compressed") for note in (*compressed, *plain)] == [True, False]
+
+
 @pytest.mark.parametrize("model_type", PLAIN_LATENTS)
 def test_parameters_are_those_of_hugging_faces_attention(model_type: str) -> None:
     config = tiny_config(model_type)
