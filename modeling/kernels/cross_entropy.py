@@ -41,8 +41,9 @@ def nats_and_gradient(logits_NC: Tensor, targets_N: Tensor, factors_N: Tensor, *
 
         return nats_and_gradient_(logits_NC, targets_N, factors_N, vocab_size), logits_NC
     logits, targets_N1 = mask_padding(logits_NC.float(), vocab_size), targets_N.unsqueeze(1)
-    picked_N1 = logits.gather(1, targets_N1)
-    log_total_N1 = logits.logsumexp(dim=1, keepdim=True)
-    grad = logits.sub_(log_total_N1).exp_()  # the softmax, in the logits' own memory
-    grad.scatter_add_(1, targets_N1, torch.full_like(picked_N1, -1.0))
-    return (log_total_N1 - picked_N1).squeeze(1), grad.mul_(factors_N.unsqueeze(1)).to(logits_NC.dtype)
+    factors_N1, picked_N1 = factors_N.unsqueeze(1), logits.gather(1, targets_N1)
+    largest_N1 = logits.amax(dim=1, keepdim=True)
+    grad = logits.sub_(largest_N1).exp_()  # in the logits' own memory; exp, most of the time on a CPU, is taken once
+    total_N1 = grad.sum(dim=1, keepdim=True)
+    grad.mul_(factors_N1 / total_N1).scatter_add_(1, targets_N1, -factors_N1)
+    return (largest_N1 + total_N1.log() - picked_N1).squeeze(1), grad.to(logits_NC.dtype)

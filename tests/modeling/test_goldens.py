@@ -19,9 +19,9 @@ from tests.support.variants import SHIPPED, deep_enough
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 STEPS, BATCH, TOKENS, VOCAB, LR = 20, 4, 64, 512, 4e-3
-# Nats by which a processor's own rounding moves the losses: 4e-5 at most without, with AVX2 and with AVX-512. A state carries
-# rounding on from token to token: 1.7e-4 there.
-ROUNDING, OF_STATES = 1e-4, 5e-4
+# Nats by which a processor's own rounding moves the first three losses (1e-5 at most, by AVX-512, AVX2 and neither), and any of
+# them: training amplifies it, at one step of mqa_wide to 2.8e-4 on a processor where neighbouring steps stay at 5e-5.
+AT_FIRST, LATER = 3e-5, 1e-3
 
 # Everything that shapes the model is written down, so that the shipped defaults may be tuned without touching a golden.
 SIZES = [
@@ -55,8 +55,7 @@ def batches() -> Iterator[Tensor]:
         yield tokens
 
 
-def losses_of(variant: str) -> tuple[list[float], float]:
-    """And the rounding that they allow for."""
+def losses_of(variant: str) -> list[float]:
     chosen = f"attention={variant}"
     config = load_train_config([*SIZES, *deep_enough([chosen]), chosen, "name=golden"])
     with torch.random.fork_rng(devices=[]):
@@ -71,8 +70,7 @@ def losses_of(variant: str) -> tuple[list[float], float]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
-    has_states = any(hasattr(attention, "state_shapes") for attention in model.attentions)
-    return losses, OF_STATES if has_states else ROUNDING
+    return losses
 
 
 @pytest.mark.parametrize("variant", sorted({*SHIPPED, *(path.stem for path in GOLDEN.glob("*.json"))}))
@@ -81,8 +79,10 @@ def test_twenty_steps_give_the_losses_on_record(variant: str, request: pytest.Fi
     rewrite = request.config.getoption("--rewrite-goldens")
     if not rewrite and not path.exists():
         pytest.skip(f"no losses of {variant} are on record; --rewrite-goldens records them")
-    losses, rounding = losses_of(variant)
+    losses = losses_of(variant)
     assert losses[-1] < losses[0] - 1, f"the model does not learn: {losses}"
     if rewrite:
         path.write_text(json.dumps([round(loss, 6) for loss in losses], indent=1) + "\n", encoding="utf-8")
-    assert losses == pytest.approx(json.loads(path.read_text(encoding="utf-8")), rel=0, abs=rounding)
+    recorded = json.loads(path.read_text(encoding="utf-8"))
+    assert losses[:3] == pytest.approx(recorded[:3], rel=0, abs=AT_FIRST)
+    assert losses == pytest.approx(recorded, rel=0, abs=LATER)
