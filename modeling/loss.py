@@ -77,8 +77,8 @@ class _ChunkedMeanNats(torch.autograd.Function):
             )
             total += nats_n.where(counts_n, 0.0).sum()
             torch.matmul(grad, weight_CD, out=grad_x_ND[rows])
-            if grad.dtype == grad_weight_CD.dtype:
-                grad_weight_CD.addmm_(grad.T, x)  # without a second C x D, which at 50,304 columns costs a tenth of the loss
+            if grad.dtype == grad_weight_CD.dtype:  # without a second C x D, a tenth of the loss at 50,304 columns
+                torch.addmm(grad_weight_CD, grad.T, x, out=grad_weight_CD)
             else:
                 grad_weight_CD += grad.T @ x
         ctx.save_for_backward(grad_x_ND, grad_weight_CD.to(weight_CD.dtype))
