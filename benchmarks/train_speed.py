@@ -2,7 +2,8 @@
 
 The plain GPT (class PlainGPT) is the same block with the same parameter count, written with torch's own modules and
 trained by the shortest loop there is: same batches, optimizer, precision, compilation and allocator settings. Tokens are
-random: speed does not depend on them. Figures are medians over rounds with the range.
+random: speed does not depend on them. Figures are medians over rounds with the range. Any other key=value is an override of
+every variant's configuration (attention.fused_down_projections=true, model.d_model=384, ...).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ enter_environment()
 import gc
 import importlib.util
 import itertools
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -34,7 +36,7 @@ from harness.config.build import build_model
 from harness.config.compose import load_train_config, options_of
 from harness.config.schema import Switch, TrainConfig
 from harness.decode.speed import machine_name
-from harness.entry.cli import parse_options, run_script
+from harness.entry.cli import options_and_overrides, run_script
 from harness.errors import UserError
 from harness.runs.load import pin_execution
 from harness.training import device as hardware
@@ -64,7 +66,18 @@ class SpeedOptions(ModelOptions):
     peer: Annotated[
         str | None, "nanoGPT's model.py, which you bring: one more baseline of the model's shape, in the same turns"
     ] = None
+    profile: Annotated[int, "so many kernels (on a CPU operations) of each row, the longest first, and what kinds take"] = 0
     out: Annotated[str | None, "a JSON file for the figures"] = None
+
+
+# Kernels and operations by their names: the first that fits.
+KINDS = {
+    "attention": r"flash|fmha|sdpa|scaled_dot_product",
+    "products": r"gemm|nvjet|cutlass|aten::b?mm$|aten::addb?mm$",
+    "loss": r"^_rows",
+    "Triton": r"^triton_",
+    "other": r"",
+}
 
 
 @dataclass(frozen=True)
@@ -224,7 +237,7 @@ def our_steps(config: TrainConfig, backend: str, under: Conditions) -> tuple[GPT
 
 
 def main(arguments: list[str]) -> int:
-    options = parse_options(SpeedOptions, arguments)
+    options, overrides = options_and_overrides(SpeedOptions, arguments)
     if options.kernel not in ("auto", "torch", *DELTA_RULES):
         raise UserError(f"kernel={options.kernel} trains no layer; choose auto, torch, {' or '.join(DELTA_RULES)}")
     device = hardware.select_device(options.device)
@@ -236,7 +249,7 @@ def main(arguments: list[str]) -> int:
     names = options_of("attention") if options.attention == "all" else options.attention.split(",")
     pairs = list(itertools.product(names, options.backend.split(",")))
 
-    base = load_train_config([f"model={options.model}"])
+    base = load_train_config([f"model={options.model}", *(each for each in overrides if each.startswith("model."))])
     baselines: dict[str, PlainGPT | Peer] = {"plain": PlainGPT(base, options.vocab_size).to(device)}
     if options.peer is not None:
         baselines["peer"] = Peer(Path(options.peer), base, options.vocab_size).to(device)
@@ -257,7 +270,7 @@ def main(arguments: list[str]) -> int:
     figures: list[StepTime] = []
     bar = tqdm(total=len(pairs) * (options.rounds + 1), disable=None)
     for name, backend in pairs:
-        config = load_train_config([f"model={options.model}", f"attention={name}"])
+        config = load_train_config([f"model={options.model}", f"attention={name}", *overrides])
         hardware.reset_peak_memory(device)
         ours, kernel, steps["ours"] = our_steps(config, backend, under)
         first = sum(seconds_of(step, 5, device) for step in steps.values())  # compilation, capture, allocator, caches
@@ -269,6 +282,10 @@ def main(arguments: list[str]) -> int:
         flops = training_flops_per_token(ours, under.length)
         figures.append(step_time(name, kernel, ours, rounds[-options.rounds :], flops, under, first))
         bar.write(row(figures[-1]))
+        if options.profile:
+            shown = steps if name == names[0] else {"ours": steps["ours"]}
+            for who, step in shown.items():
+                bar.write(profile_of(name if who == "ours" else who, step, under))
         del ours, steps["ours"]
         gc.collect()
         if device.type == "cuda":
@@ -280,6 +297,30 @@ def main(arguments: list[str]) -> int:
         figures.insert(0, step_time(who, "torch's choice", model, own, flops, under, 0.0))
     print_report(figures, under)
     return 0
+
+
+def profile_of(name: str, step: Callable[[], object], under: Conditions, steps: int = 3) -> str:
+    """Milliseconds of a step by kind of kernel, and the longest kernels; on a CPU of operations, without what they call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    on_cuda = under.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]) as found:
+        seconds_of(step, steps, under.device)
+    times = {}  # of each name: milliseconds and calls a step
+    for event in found.key_averages():
+        taken = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        if taken and (event.device_type == torch.autograd.DeviceType.CUDA) == on_cuda:
+            times[event.key] = taken / 1e3 / steps, event.count / steps
+    sums = dict.fromkeys(KINDS, (0.0, 0.0))
+    for key, (taken, calls) in times.items():
+        kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, key))
+        sums[kind] = sums[kind][0] + taken, sums[kind][1] + calls
+    lines = [
+        f"\n{name}, ms a step (calls):" + ",".join(f" {kind} {ms:.3f} ({calls:.0f})" for kind, (ms, calls) in sums.items())
+    ]
+    longest = sorted(times.items(), key=lambda each: -each[1][0])[: under.options.profile]
+    lines += [f"{ms:>10.3f} {calls:>6.0f}  {key[:120]}" for key, (ms, calls) in longest]
+    return "\n".join(lines)
 
 
 def parameters_of(model: nn.Module) -> int:
