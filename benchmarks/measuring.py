@@ -1,6 +1,6 @@
 """What the benchmarks share: options, optimizer steps without an end, their clock and their record.
 
-No command: python benchmarks/train_speed.py, evaluation_speed.py, latent_decode.py, checkpoint_blocking.py and parallel.py are.
+No command: python benchmarks/train_speed.py, loss_speed.py, evaluation_speed.py, latent_decode.py, checkpoint_blocking.py and parallel.py are.
 """
 
 from __future__ import annotations
