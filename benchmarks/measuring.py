@@ -1,6 +1,6 @@
 """What the benchmarks share: options, optimizer steps without an end, their clock and their record.
 
-No command: python benchmarks/train_speed.py, loss_speed.py, evaluation_speed.py, latent_decode.py, checkpoint_blocking.py and parallel.py are.
+No command, as the others of this folder are: python benchmarks/train_speed.py, loss_speed.py and so on.
 """
 
 from __future__ import annotations
