@@ -164,7 +164,7 @@ def run_study(command: Command, places: Sequence[Slot]) -> int:
     evaluate = [a for a in command.overrides if a.partition("=")[0] in _FOR_EVALUATION]
     evaluate += [f"data_dir={first.data_dir}"]
 
-    pace = Pace(len(places), plan.folder)
+    pace = Pace(len(places), plan)
     with process_pool(places) as pool:
 
         def train(specs: Sequence[RunSpec], title: str) -> list[FailureRecord]:
@@ -356,7 +356,7 @@ def print_runs(command: Command) -> int:
     if sweep:
         print("the rates of the main runs are those that the sweep finds; the shared one stands in their place here")
     at_a_time, trained = len(command.places), {spec.name: trained_so_far(plan.folder / spec.name) for spec in todo}
-    seconds = Pace(at_a_time, plan.folder).left(todo, trained, {})  # by the study's finished runs; None before there is one
+    seconds = Pace(at_a_time, plan).left(todo, trained, {})  # by the study's finished runs; None before there is one
     how_long = "how long is known once a run has ended" if seconds is None else f"about {duration(seconds)} by those finished"
     print(
         f"{len(todo)} of {len(sweep) + len(main_runs)} runs to do, {sum(spec.tokens for spec in todo):,} tokens, "

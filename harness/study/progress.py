@@ -21,38 +21,47 @@ WORDS_SECONDS = 300.0  # from one line to the next where output is no terminal a
 class Pace:
     """How fast runs go here: training by its tokens, and beside it what every run costs (its start, its evaluation).
 
-    Known from runs that ended under this command, before that from the study's finished ones.
+    Known from runs that ended under this command, before that from the study's finished ones. An arm of which none has ended
+    is taken to compute as many FLOPs a second as the others: too few for a larger model, which fills the device better.
     """
 
-    def __init__(self, places: int, folder: Path) -> None:
-        self.places = places
+    def __init__(self, places: int, plan: StudyPlan) -> None:
+        self.places, self._folder = places, plan.folder
         self.later: Sequence[RunSpec] = ()  # of phases that come after the one that runs
-        self._speeds: list[float] = []  # tokens a second
+        self._flops = {name: arm.quantities["train_flops"] for name, arm in plan.arms.items()}  # a token
+        self._speeds: dict[str, list[float]] = {}  # of an arm: tokens a second
         self._besides: dict[bool, list[float]] = {True: [], False: []}  # trained or converted -> seconds
-        for path in folder.glob("*/summary.json"):
+        for path in plan.folder.glob("*/summary.json"):
             records: list[Mapping[str, Any]] = [*read_evaluations(path.parent)]
             scored = [float(record.get(key) or 0.0) for record in records for key in ("seconds", "extras_seconds")]
             speed = read_summary(path.parent).get("tokens_per_second")
             if scored and speed:
-                self._speeds.append(speed)
+                self._speeds.setdefault(path.parent.name.rpartition("-lr")[0], []).append(speed)
                 self._besides[True].append(sum(scored))
         self._from_files = True
 
-    def learn(self, run: Path, seconds: float, tokens: int) -> None:
+    def learn(self, spec: RunSpec, seconds: float, tokens: int) -> None:
         """A run that ended well after so many seconds, in which it trained on `tokens`."""
         if self._from_files:
-            self._speeds, self._besides, self._from_files = [], {True: [], False: []}, False
-        speed = read_summary(run).get("tokens_per_second")
+            self._speeds, self._besides, self._from_files = {}, {True: [], False: []}, False
+        speed = read_summary(self._folder / spec.name).get("tokens_per_second")
         if speed and tokens:
-            self._speeds.append(float(speed))
+            self._speeds.setdefault(spec.arm, []).append(float(speed))
         self._besides[bool(speed)].append(max(0.0, seconds - (tokens / float(speed) if speed else 0.0)))
 
-    def seconds(self, tokens: int, *, trained: bool = True) -> float | None:
-        """Of a run with so many tokens to train on, evaluation included; None while nothing is known."""
-        besides = self._besides[trained] or self._besides[not trained]
-        if not besides or (tokens and not self._speeds):
+    def seconds(self, arm: str, tokens: int, *, trained: bool = True) -> float | None:
+        """Of an arm's run with so many tokens to train on, evaluation included; None while nothing is known."""
+        besides, speed = self._besides[trained] or self._besides[not trained], self._speed(arm)
+        if not besides or (tokens and speed is None):
             return None
-        return statistics.fmean(besides) + (tokens / statistics.median(self._speeds) if tokens else 0.0)
+        return statistics.fmean(besides) + (tokens / speed if tokens and speed else 0.0)
+
+    def _speed(self, arm: str) -> float | None:
+        """Tokens a second."""
+        if arm in self._speeds:
+            return statistics.median(self._speeds[arm])
+        known = [speed * self._flops[other] for other in self._flops for speed in self._speeds.get(other, ())]
+        return statistics.median(known) / self._flops[arm] if known else None
 
     def left(self, specs: Iterable[RunSpec], trained: Mapping[str, int], elapsed: Mapping[str, float]) -> float | None:
         """Seconds until all these and the later ones have ended.
@@ -61,7 +70,7 @@ class Pace:
         """
         whole = []
         for spec in [*specs, *self.later]:
-            seconds = self.seconds(max(0, spec.tokens - trained.get(spec.name, 0)), trained=spec.tokens > 0)
+            seconds = self.seconds(spec.arm, max(0, spec.tokens - trained.get(spec.name, 0)), trained=spec.tokens > 0)
             if seconds is None:
                 return None
             whole.append(max(0.0, seconds - elapsed.get(spec.name, 0.0)))
@@ -120,7 +129,7 @@ class Progress:
         self._ended.add(spec.name)
         self._advance(spec, spec.tokens)
         if error is None:
-            self._pace.learn(self._folder / spec.name, seconds, spec.tokens - self._before[spec.name])
+            self._pace.learn(spec, seconds, spec.tokens - self._before[spec.name])
         how = f"FAILED: {error}" if error is not None else _figures(self._folder / spec.name)
         count = f"[{len(self._ended)}/{len(self._specs)}]"
         self._say(f"{count} {spec.name}: {how} ({duration(seconds)}){self._time_left()}")

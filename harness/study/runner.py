@@ -248,7 +248,7 @@ def run_all(
     evaluate_overrides: of the machine, for every run alike; the study's own come before them. pace: of a command with
     several phases, so that the later ones know what the earlier ones took.
     """
-    pace = pace or Pace(len(pool.places), plan.folder)
+    pace = pace or Pace(len(pool.places), plan)
     todo = [spec for spec in specs if not is_done(plan, spec)]
     check_texts_unchanged(plan, [spec for spec in specs if spec not in todo])
     if len(todo) < len(specs):
