@@ -99,7 +99,9 @@ class Study:
             elif "/logs/" in place:
                 assert b"Traceback" not in found.pop(place), place
             elif place != "small/study.json" and place.split("/")[1] not in names:
-                del found[place]  # of another rate, where a run of the sweep was killed and the study went on without it
+                # Of another rate, where a run of the sweep was killed and the study went on without it: seen, and said so.
+                del found[place], record["history"][:-1]
+                record["history"][-1]["results"] = 0
             elif place.endswith(("/state.json", "/manifest.json")):  # of a checkpoint: seconds, and the sums of them
                 found[place] = None
             elif place.endswith("/metrics.jsonl"):
