@@ -1,6 +1,7 @@
 """Check an attention variant against the contract: python scripts/check_attention.py attention=NAME [key=value ...].
 
-The overrides are train_model.py's (attention, model, and their fields). A table says what holds; status 1 if one fails.
+The overrides are train_model.py's (attention, model, and their fields); attention=gqa,mla or all checks several, a table each.
+A table says what holds; status 1 if one fails.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from harness.entry.bootstrap import ROOT, enter_environment
 
 enter_environment()
 
-from harness.config.compose import load_train_config
+from harness.config.compose import load_train_config, options_of
 from harness.entry.cli import run_script
 from harness.errors import UserError
 
@@ -33,6 +34,25 @@ MODELING = ROOT / "modeling"
 
 
 def main(arguments: list[str]) -> int:
+    named = [argument.removeprefix("attention=") for argument in arguments if argument.startswith("attention=")]
+    names = options_of("attention") if named[-1:] == ["all"] else (named or [""])[-1].split(",")
+    if len(names) == 1:
+        return check_variant(arguments)
+    rest = [argument for argument in arguments if not argument.startswith("attention=")]
+    failed = []
+    for name in names:
+        try:
+            failed += [name] * check_variant([f"attention={name}", *rest])
+        except UserError as error:  # sizes that fit the others
+            print(f"attention={name} is not checked: {error}")
+            failed.append(name)
+        print(flush=True)
+    print(f"{len(names) - len(failed)} of {len(names)} variants hold{': not ' if failed else ''}{', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def check_variant(arguments: list[str]) -> int:
+    """One variant's table; 1 if a check fails. Raises UserError for what cannot be checked."""
     config = load_train_config(arguments)
 
     from harness.config.build import build_layers, layers_that_differ, model_shapes

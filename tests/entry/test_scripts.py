@@ -204,6 +204,12 @@ def test_check_attention_passes_a_sound_variant(variant: str, capsys: pytest.Cap
     assert ROW.findall(capsys.readouterr().out) == [("pass", name, "") for name in CHECKED]
 
 
+def test_check_attention_tries_every_variant_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_attention.main(["attention=mqa,gqa,mha", *SIZE, "attention.n_kv_heads=3"]) == 1
+    said = capsys.readouterr().out
+    assert said.count("n_kv_heads=3 does not divide") == 3 and said.endswith("0 of 3 variants hold: not mqa, gqa, mha\n")
+
+
 def test_check_attention_says_the_summarys_bytes_and_checks_every_kind_of_layer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
